@@ -1,0 +1,126 @@
+r"""The two cheapest estimates: the direct term alone, and one inner step."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from beartype import beartype
+from jaxtyping import Array, PyTree, jaxtyped
+
+from gradhpo.core.base import BilevelOptimizer, Estimate
+from gradhpo.core.inner import Carry, InnerUpdate
+from gradhpo.core.problem import Sees, Validation
+from gradhpo.core.types import InnerOptimizer, UpdateFn
+
+
+@jaxtyped(typechecker=beartype)
+class FOOptimizer(BilevelOptimizer):
+    r"""First order: the direct term, $g = \partial L_{val}/\partial\lambda\,(w_1)$.
+
+    One inner step, then the derivative of the validation loss with the parameters held
+    fixed. It sees only hyperparameters that the validation loss itself contains; when it
+    contains none of them, tracing raises `ValueError`.
+
+    **Arguments:**
+
+    - `inner_optimizer`: an optax transformation, or a function of the hyperparameters that
+        returns one.
+    - `outer_optimizer`: an optax transformation for the hyperparameters; `None` means plain
+        gradient descent with the `lr_hyper` given to `step`.
+    - `update_fn`: in place of `inner_optimizer`, `(params, hyperparams, batch) -> params`.
+
+    ```python
+    loss = lambda w, h, batch: jnp.sum((w - h) ** 2)
+    optimizer = gradhpo.FOOptimizer(optax.sgd(0.1), optax.sgd(0.1))
+    state = optimizer.init(jnp.ones(3), jnp.zeros(3))
+    state = optimizer.step(state, None, None, loss, loss)
+    ```
+
+    ??? cite "Reference"
+
+        The $\xi = 0$ form of Liu et al., *DARTS: Differentiable Architecture Search*,
+        ICLR 2019, arXiv:1806.09055.
+    """
+
+    inner_optimizer: InnerOptimizer | None = None
+    outer_optimizer: optax.GradientTransformation | None = None
+    update_fn: UpdateFn | None = None
+
+    @property
+    def num_inner_steps(self) -> int:
+        return 1
+
+    @property
+    def _sees(self) -> Sees:
+        return "validation"
+
+    def _init_memory(
+        self, w: PyTree, hyperparams: PyTree, batch: PyTree | None, key: Array | None
+    ) -> dict[str, PyTree]:
+        return {}
+
+    def _estimate(
+        self,
+        phi: InnerUpdate,
+        validation: Validation,
+        z: Carry,
+        hyperparams: PyTree,
+        memory: dict[str, PyTree],
+    ) -> Estimate:
+        z, train_loss = phi.step(z, hyperparams, 0)
+        val_loss, _, direct = validation.value_and_grads(z[0], hyperparams)
+        return Estimate(z, {}, direct, train_loss, val_loss)
+
+
+@jaxtyped(typechecker=beartype)
+class OneStepOptimizer(BilevelOptimizer):
+    r"""One step: $g = \partial L_{val}/\partial\lambda + \alpha_1 B_1$, exact through one step.
+
+    $\alpha_1 = \partial L_{val}/\partial w\,(w_1)$ and $B_1 = \partial\Phi/\partial\lambda$ at
+    the step that was just taken, through the inner optimizer's state and settings as well.
+
+    **Arguments:** as for [`FOOptimizer`][gradhpo.FOOptimizer].
+
+    ```python
+    train_loss = lambda w, h, batch: jnp.sum((w - h) ** 2)
+    val_loss = lambda w, h, batch: jnp.sum((w - 1.0) ** 2)
+    optimizer = gradhpo.OneStepOptimizer(optax.sgd(0.1), optax.sgd(0.1))
+    state = optimizer.init(jnp.zeros(3), jnp.zeros(3))
+    state = optimizer.step(state, None, None, train_loss, val_loss)
+    ```
+
+    ??? cite "Reference"
+
+        Luketina et al., *Scalable Gradient-Based Tuning of Continuous Regularization
+        Hyperparameters*, ICML 2016, arXiv:1511.06727.
+    """
+
+    inner_optimizer: InnerOptimizer | None = None
+    outer_optimizer: optax.GradientTransformation | None = None
+    update_fn: UpdateFn | None = None
+
+    @property
+    def num_inner_steps(self) -> int:
+        return 1
+
+    @property
+    def _sees(self) -> Sees:
+        return "update"
+
+    def _init_memory(
+        self, w: PyTree, hyperparams: PyTree, batch: PyTree | None, key: Array | None
+    ) -> dict[str, PyTree]:
+        return {}
+
+    def _estimate(
+        self,
+        phi: InnerUpdate,
+        validation: Validation,
+        z: Carry,
+        hyperparams: PyTree,
+        memory: dict[str, PyTree],
+    ) -> Estimate:
+        z, train_loss, pull = phi.vjp(z, hyperparams, 0)
+        val_loss, alpha, direct = validation.value_and_grads(z[0], hyperparams)
+        _, _, through_update = pull(alpha)
+        hypergradient = jax.tree.map(jnp.add, direct, through_update)
+        return Estimate(z, {}, hypergradient, train_loss, val_loss)

@@ -1,0 +1,165 @@
+r"""T1-T2: one step's mixed derivative by central finite differences."""
+
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from beartype import beartype
+from jaxtyping import Array, Float, PyTree, jaxtyped
+
+from gradhpo.core.base import BilevelOptimizer, Estimate
+from gradhpo.core.inner import Carry, InnerUpdate
+from gradhpo.core.problem import Sees, Validation
+from gradhpo.core.types import InnerOptimizer, UpdateFn
+from gradhpo.utils.gradients import tree_dot, tree_l2_norm
+from gradhpo.utils.validation import check_count, check_setting, setting
+
+
+# Coordinates of the hyperparameters that are perturbed side by side: enough to fill the
+# vector units, few enough that this many copies of the parameters fit.
+_COORDINATES_AT_ONCE = 16
+
+
+@jaxtyped(typechecker=beartype)
+class T1T2Optimizer(BilevelOptimizer):
+    r"""T1-T2 with the finite differences of DARTS: no second derivative is taken.
+
+    `inner_steps` inner steps, then the hypergradient through the last one,
+    $g = \partial L_{val}/\partial\lambda + \alpha_T B_T$, with $\alpha_T B_T$ by central
+    differences.
+
+    - `perturb="weights"`: $\alpha_T$ is pulled back through the inner optimizer's own update
+        to a direction $v$ in the space of gradients (for SGD with rate $\xi$:
+        $v = -\xi\,\alpha_T$), and with $\varepsilon = \mathtt{epsilon}/\|v\|_2$
+        $$v^\top\,\partial^2 L_{train}/\partial w\,\partial\lambda \approx
+        \frac{\nabla_\lambda L_{train}(w_{T-1} + \varepsilon v) -
+        \nabla_\lambda L_{train}(w_{T-1} - \varepsilon v)}{2\varepsilon}.$$
+        What reaches $\lambda$ through the inner optimizer itself (a learning rate, say) is
+        differentiated exactly.
+    - `perturb="hyperparams"`: for every coordinate $i$ of every leaf,
+        $[\Phi(w, \lambda + \mathtt{epsilon}\,e_i) - \Phi(w, \lambda - \mathtt{epsilon}\,e_i)]
+        / 2\,\mathtt{epsilon}$. Two inner steps per coordinate, but it needs no derivative of
+        $\Phi$, so `update_fn` may be opaque.
+
+    **Arguments:**
+
+    - `inner_optimizer`, `outer_optimizer`: as for [`FOOptimizer`][gradhpo.FOOptimizer].
+    - `inner_steps`: inner steps per `step`, at least 1.
+    - `epsilon`: length of the perturbation of the weights (default 0.01, as in DARTS), or of
+        one hyperparameter (there 1e-3 in float32 and 1e-4 in float64 are better); positive.
+    - `perturb`: `"weights"` or `"hyperparams"`.
+    - `update_fn`: in place of `inner_optimizer`; needs `perturb="hyperparams"`.
+
+    **Raises:** `ValueError` for `epsilon <= 0`, `inner_steps < 1`, or an `update_fn` with
+    `perturb="weights"`.
+
+    ```python
+    train_loss = lambda w, h, batch: jnp.sum((w - h) ** 2)
+    val_loss = lambda w, h, batch: jnp.sum((w - 1.0) ** 2)
+    optimizer = gradhpo.T1T2Optimizer(optax.sgd(0.1), optax.sgd(0.1), inner_steps=2)
+    state = optimizer.init(jnp.zeros(3), jnp.zeros(3))
+    state = optimizer.step(state, None, None, train_loss, val_loss)
+    ```
+
+    ??? cite "Reference"
+
+        Luketina et al., *Scalable Gradient-Based Tuning of Continuous Regularization
+        Hyperparameters*, ICML 2016, arXiv:1511.06727; Liu et al., *DARTS: Differentiable
+        Architecture Search*, ICLR 2019, arXiv:1806.09055, equations 7 and 8. For optimizers
+        other than SGD: Choe et al., *Making Scalable Meta Learning Practical*, NeurIPS 2023,
+        arXiv:2310.05674.
+    """
+
+    inner_optimizer: InnerOptimizer | None = None
+    outer_optimizer: optax.GradientTransformation | None = None
+    inner_steps: int = eqx.field(static=True, default=1)
+    epsilon: Float[Array, ""] = eqx.field(converter=setting, default=0.01)
+    perturb: Literal["weights", "hyperparams"] = eqx.field(static=True, default="weights")
+    update_fn: UpdateFn | None = None
+
+    def __check_init__(self):
+        check_count("inner_steps", self.inner_steps)
+        check_setting("epsilon", self.epsilon, lambda x: x > 0, "positive")
+        if self.update_fn is not None and self.perturb == "weights":
+            raise ValueError(
+                "T1T2Optimizer with an update_fn needs perturb='hyperparams': there is no "
+                "training gradient to difference when the whole update is a black box"
+            )
+
+    @property
+    def num_inner_steps(self) -> int:
+        return self.inner_steps
+
+    @property
+    def _sees(self) -> Sees:
+        return "update" if self.perturb == "weights" else "everything"
+
+    def _init_memory(
+        self, w: PyTree, hyperparams: PyTree, batch: PyTree | None, key: Array | None
+    ) -> dict[str, PyTree]:
+        return {}
+
+    def _estimate(
+        self,
+        phi: InnerUpdate,
+        validation: Validation,
+        z: Carry,
+        hyperparams: PyTree,
+        memory: dict[str, PyTree],
+    ) -> Estimate:
+        last = self.inner_steps - 1
+        before, _, _ = phi.rollout(z, hyperparams, 0, last)
+        if self.perturb == "weights":
+            z, train_loss, gradient = phi.step_and_gradient(before, hyperparams, last)
+            val_loss, alpha, direct = validation.value_and_grads(z[0], hyperparams)
+            through_update = self._by_weights(phi, before, gradient, hyperparams, alpha)
+        else:
+            z, train_loss = phi.step(before, hyperparams, last)
+            val_loss, alpha, direct = validation.value_and_grads(z[0], hyperparams)
+            through_update = self._by_hyperparams(phi, before, hyperparams, alpha)
+        hypergradient = jax.tree.map(jnp.add, direct, through_update)
+        return Estimate(z, {}, hypergradient, train_loss, val_loss)
+
+    def _by_weights(self, phi, before, gradient, hyperparams, alpha) -> PyTree:
+        v, through_optimizer = phi.optimizer_vjp(gradient, before, hyperparams, alpha)
+        norm = tree_l2_norm(v)
+        # v = 0 must give 0, not 0/0; then any finite scale will do.
+        scale = self.epsilon.astype(norm.dtype) / jnp.where(norm > 0, norm, 1)
+
+        def gradient_at(sign):
+            moved = lambda x, d: x + (sign * scale).astype(x.dtype) * d
+            w = jax.tree.map(moved, before[0], v)
+            return jax.grad(phi.train_loss, argnums=1)(w, hyperparams, self.inner_steps - 1)
+
+        def with_quotient(exact, plus, minus):
+            return exact + (plus - minus) / (2 * scale).astype(exact.dtype)
+
+        return jax.tree.map(with_quotient, through_optimizer, gradient_at(+1), gradient_at(-1))
+
+    def _by_hyperparams(self, phi, before, hyperparams, alpha) -> PyTree:
+        leaves, treedef = jax.tree.flatten(hyperparams)
+
+        def of_leaf(position: int) -> Array:
+            leaf = leaves[position]
+            epsilon = self.epsilon.astype(leaf.dtype)
+
+            def after(coordinate, change):
+                moved = leaf.reshape(-1).at[coordinate].add(change).reshape(leaf.shape)
+                changed = [*leaves[:position], moved, *leaves[position + 1 :]]
+                new_hyperparams = jax.tree.unflatten(treedef, changed)
+                (w, _), _ = phi.step(before, new_hyperparams, self.inner_steps - 1, want_loss=False)
+                return w
+
+            def product(coordinate):
+                plus, minus = after(coordinate, epsilon), after(coordinate, -epsilon)
+                change = tree_dot(alpha, jax.tree.map(jnp.subtract, plus, minus))
+                return change.astype(leaf.dtype) / (2 * epsilon)
+
+            products = jax.lax.map(
+                product, jnp.arange(leaf.size), batch_size=min(leaf.size, _COORDINATES_AT_ONCE)
+            )
+            return products.reshape(leaf.shape)
+
+        return jax.tree.unflatten(treedef, [of_leaf(i) for i in range(len(leaves))])

@@ -1,0 +1,177 @@
+r"""Reverse-mode differentiation through the inner optimization."""
+
+import math
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from beartype import beartype
+from jaxtyping import Array, PyTree, jaxtyped
+
+from gradhpo.core.base import BilevelOptimizer, Estimate
+from gradhpo.core.inner import Carry, InnerUpdate
+from gradhpo.core.problem import Sees, Validation
+from gradhpo.core.types import InnerOptimizer, UpdateFn
+from gradhpo.utils.gradients import tree_zeros_like
+from gradhpo.utils.validation import check_count
+
+
+@jaxtyped(typechecker=beartype)
+class UnrolledOptimizer(BilevelOptimizer):
+    r"""The exact hypergradient of `unroll_steps` inner steps, by reverse mode.
+
+    $g = \partial L_{val}/\partial\lambda + \alpha_T\sum_t A_T\cdots A_{t+1} B_t$: a forward
+    scan keeps the inner states, a backward scan pulls the cotangent through them, parameters
+    and optimizer state alike ($g \leftarrow g + \bar z B_t$, $\bar z \leftarrow \bar z A_t$).
+    No activation is kept from one inner step to another.
+
+    **Arguments:**
+
+    - `inner_optimizer`, `outer_optimizer`, `update_fn`: as for
+        [`FOOptimizer`][gradhpo.FOOptimizer].
+    - `unroll_steps`: inner steps $T$ per `step`, at least 1.
+    - `truncation`: keep only the last K terms of the sum; `None` keeps all.
+    - `checkpoints`: `None` keeps every inner state, memory $O(P \cdot T)$. A number of
+        segments, or `"sqrt"` for $\lceil\sqrt T\rceil$ of them, keeps the first state of each
+        and runs each segment once more on the way back: memory $O(P\sqrt T)$ with `"sqrt"`,
+        one more forward pass. Applies to the steps that `truncation` leaves.
+
+    **Raises:** `ValueError` for counts below 1, `truncation > unroll_steps`, or more
+    checkpoints than steps.
+
+    ```python
+    train_loss = lambda w, h, batch: jnp.sum((w - h) ** 2)
+    val_loss = lambda w, h, batch: jnp.sum((w - 1.0) ** 2)
+    optimizer = gradhpo.UnrolledOptimizer(optax.sgd(0.1), optax.sgd(0.1), unroll_steps=20)
+    state = optimizer.init(jnp.zeros(3), jnp.zeros(3))
+    state = optimizer.step(state, None, None, train_loss, val_loss)
+    ```
+
+    ??? cite "Reference"
+
+        Franceschi et al., *Forward and Reverse Gradient-Based Hyperparameter Optimization*,
+        ICML 2017, arXiv:1703.01785; truncation: Shaban et al., *Truncated Back-propagation
+        for Bilevel Optimization*, AISTATS 2019, arXiv:1810.10667.
+    """
+
+    inner_optimizer: InnerOptimizer | None = None
+    outer_optimizer: optax.GradientTransformation | None = None
+    unroll_steps: int = eqx.field(static=True, default=1)
+    truncation: int | None = eqx.field(static=True, default=None)
+    checkpoints: int | Literal["sqrt"] | None = eqx.field(static=True, default=None)
+    update_fn: UpdateFn | None = None
+
+    def __check_init__(self):
+        check_count("unroll_steps", self.unroll_steps)
+        if self.truncation is not None:
+            check_count("truncation", self.truncation, most=self.unroll_steps)
+        if self.checkpoints not in (None, "sqrt"):
+            check_count("checkpoints", self.checkpoints, most=self._differentiated_steps)
+
+    @property
+    def num_inner_steps(self) -> int:
+        return self.unroll_steps
+
+    @property
+    def _sees(self) -> Sees:
+        return "update"
+
+    @property
+    def _differentiated_steps(self) -> int:
+        return self.unroll_steps if self.truncation is None else self.truncation
+
+    @property
+    def _num_segments(self) -> int:
+        if self.checkpoints == "sqrt":
+            return math.ceil(math.sqrt(self._differentiated_steps))
+        return self.checkpoints
+
+    def _init_memory(
+        self, w: PyTree, hyperparams: PyTree, batch: PyTree | None, key: Array | None
+    ) -> dict[str, PyTree]:
+        return {}
+
+    def _estimate(
+        self,
+        phi: InnerUpdate,
+        validation: Validation,
+        z: Carry,
+        hyperparams: PyTree,
+        memory: dict[str, PyTree],
+    ) -> Estimate:
+        steps = self._differentiated_steps
+        first = self.unroll_steps - steps
+        z, _, _ = phi.rollout(z, hyperparams, 0, first)
+        if self.checkpoints is None:
+            z, train_loss, before = phi.rollout(z, hyperparams, first, steps, keep=True)
+        else:
+            groups = _segments(first, steps, self._num_segments)
+            starts = []
+            for segment_starts, length in groups:
+                z, train_loss, before = _forward(phi, z, hyperparams, segment_starts, length)
+                starts.append(before)
+        val_loss, alpha, direct = validation.value_and_grads(z[0], hyperparams)
+        bar = (alpha, tree_zeros_like(eqx.filter(z[1], eqx.is_inexact_array)), direct)
+        if self.checkpoints is None:
+            bar = _pull_through(phi, before, first, hyperparams, bar)
+        else:
+            for (segment_starts, length), before in zip(groups[::-1], starts[::-1], strict=True):
+                bar = _backward(phi, before, hyperparams, segment_starts, length, bar)
+        return Estimate(z, {}, bar[2], train_loss, val_loss)
+
+
+def _pull_through(phi, before, first, hyperparams, bar):
+    r"""$\bar\lambda \leftarrow \bar\lambda + \bar z B_t$, $\bar z \leftarrow \bar z A_t$, backwards.
+
+    `before` are the states before each step, stacked; `first` is the index of the first;
+    `bar` is $(\bar w, \bar s, \bar\lambda)$ after the last.
+    """
+
+    def body(bar, state_and_step):
+        w_bar, s_bar, hyper_bar = bar
+        _, _, pull = phi.vjp(state_and_step[0], hyperparams, state_and_step[1])
+        w_bar, s_bar, contribution = pull(w_bar, s_bar)
+        return (w_bar, s_bar, jax.tree.map(jnp.add, hyper_bar, contribution)), None
+
+    length = jax.tree.leaves(before)[0].shape[0]
+    bar, _ = jax.lax.scan(body, bar, (before, first + jnp.arange(length)), reverse=True)
+    return bar
+
+
+def _segments(first: int, steps: int, count: int) -> list[tuple[Array, int]]:
+    """`count` segments that cover the steps, as groups of one length: (their starts, length).
+
+    The lengths differ by at most 1, so there are at most two groups, and two programs.
+    """
+    short, longer = divmod(steps, count)
+    middle = first + longer * (short + 1)
+    groups = [
+        (first + (short + 1) * jnp.arange(longer), short + 1),
+        (middle + short * jnp.arange(count - longer), short),
+    ]
+    return [(starts, length) for starts, length in groups if starts.size]
+
+
+def _forward(phi, z, hyperparams, starts, length):
+    """Runs segments, keeping only the state before each."""
+
+    def body(z, start):
+        new_z, loss, _ = phi.rollout(z, hyperparams, start, length)
+        return new_z, (loss, z)
+
+    z, (losses, before) = jax.lax.scan(body, z, starts)
+    return z, losses[-1], before
+
+
+def _backward(phi, before, hyperparams, starts, length, bar):
+    """Runs each segment once more from its first state, the last one first, and pulls through."""
+
+    def body(bar, segment):
+        z, start = segment
+        _, _, kept = phi.rollout(z, hyperparams, start, length, keep=True)
+        return _pull_through(phi, kept, start, hyperparams, bar), None
+
+    bar, _ = jax.lax.scan(body, bar, (before, starts), reverse=True)
+    return bar

@@ -1,0 +1,293 @@
+"""The one outer step that all algorithms share."""
+
+import abc
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from beartype import beartype
+from jaxtyping import Array, Bool, Float, PyTree, Real, jaxtyped
+
+from gradhpo.core.inner import Carry, InnerUpdate
+from gradhpo.core.inner_optimizer import cast_like, init_inner_state
+from gradhpo.core.partition import check_not_swapped
+from gradhpo.core.problem import Sees, Validation, bind, init_outer_state
+from gradhpo.core.state import BilevelState
+from gradhpo.core.types import InnerOptimizer, LossFn, RealScalarLike, UpdateFn
+from gradhpo.utils.gradients import accumulation_dtype, tree_l2_norm
+from gradhpo.utils.tracing import record_trace
+from gradhpo.utils.validation import (
+    check_inner_rule,
+    check_outer_optimizer,
+    check_outer_rate,
+    numbers_as_arrays,
+    outer_rate,
+    prepare_hyperparams,
+    prepare_params,
+)
+
+
+class Estimate(eqx.Module):
+    """What an algorithm returns: the inner problem advanced, and the hypergradient."""
+
+    z: Carry
+    memory: dict[str, PyTree]
+    hypergradient: PyTree
+    train_loss: Array
+    val_loss: Array
+
+
+class BilevelOptimizer(eqx.Module):
+    """Base class of all algorithms: `init`, `step`, `compute_hypergradient`.
+
+    An algorithm supplies its memory (`_init_memory`), the number of inner steps that one
+    `step` takes, where it finds the hyperparameters (`_sees`), and `_estimate`, which advances
+    the inner problem and returns the hypergradient estimate with it.
+    """
+
+    inner_optimizer: eqx.AbstractVar[InnerOptimizer | None]
+    outer_optimizer: eqx.AbstractVar[optax.GradientTransformation | None]
+    update_fn: eqx.AbstractVar[UpdateFn | None]
+
+    def __check_init__(self):
+        name = type(self).__name__
+        check_inner_rule(name, self.inner_optimizer, self.update_fn)
+        check_outer_optimizer(name, self.outer_optimizer)
+
+    @property
+    @abc.abstractmethod
+    def num_inner_steps(self) -> int:
+        """How many inner steps, and so training batches, one `step` takes."""
+
+    @property
+    @abc.abstractmethod
+    def _sees(self) -> Sees:
+        """Where this method finds the hyperparameters."""
+
+    @abc.abstractmethod
+    def _init_memory(
+        self, w: PyTree, hyperparams: PyTree, batch: PyTree | None, key: Array | None
+    ) -> dict[str, PyTree]:
+        """What the algorithm itself carries from step to step, kept in `metadata`."""
+
+    @abc.abstractmethod
+    def _estimate(
+        self,
+        phi: InnerUpdate,
+        validation: Validation,
+        z: Carry,
+        hyperparams: PyTree,
+        memory: dict[str, PyTree],
+    ) -> Estimate:
+        """Advances `z` by `num_inner_steps` and estimates the hypergradient at the end."""
+
+    @jaxtyped(typechecker=beartype)
+    def init(
+        self,
+        params: PyTree,
+        hyperparams: PyTree,
+        *,
+        batch: PyTree = None,
+        key: Array | None = None,
+    ) -> BilevelState:
+        """The state at step 0.
+
+        **Arguments:**
+
+        - `params`: parameters to train, with at least one floating-point array.
+        - `hyperparams`: hyperparameters to tune, all floating-point arrays.
+        - `batch`, `key`: an example batch and a PRNG key, for algorithms that keep data or
+            draw random numbers; the others ignore them.
+
+        **Raises:** `TypeError` or `ValueError` for leaves that cannot be trained or tuned.
+        """
+        check_not_swapped(params)
+        params, hyperparams = prepare_params(params), prepare_hyperparams(hyperparams)
+        w = eqx.filter(params, eqx.is_inexact_array)
+        state = BilevelState.create(
+            params=params,
+            hyperparams=hyperparams,
+            inner_opt_state=init_inner_state(self.inner_optimizer, w, hyperparams),
+            outer_opt_state=init_outer_state(self.outer_optimizer, hyperparams),
+        )
+        return state.update(metadata=self._init_memory(w, hyperparams, batch, key))
+
+    def step(
+        self,
+        state: BilevelState,
+        train_batch: PyTree,
+        val_batch: PyTree,
+        train_loss_fn: LossFn,
+        val_loss_fn: LossFn,
+        lr_hyper: RealScalarLike | None = None,
+    ) -> BilevelState:
+        r"""Inner steps, hypergradient, one outer update. Compiled once.
+
+        **Arguments:**
+
+        - `state`: from `init` or from the `step` before.
+        - `train_batch`: any pytree of arrays, used for every inner step (typed PRNG keys in it
+            are folded with the inner index), or a [`BatchStack`][gradhpo.BatchStack] with one
+            batch for each.
+        - `val_batch`: any pytree of arrays.
+        - `train_loss_fn`, `val_loss_fn`: `(params, hyperparams, batch) -> scalar`. Make them
+            once: a function made anew is compiled anew.
+        - `lr_hyper`: the step size of $\lambda \leftarrow \lambda - \mathtt{lr\_hyper}\cdot g$,
+            needed with `outer_optimizer=None` and refused otherwise.
+
+        **Returns:** the next state. If anything in it came out non-finite, params,
+        hyperparams, optimizer states and memory keep their old values, and the metric
+        `rejected` counts it.
+
+        **Raises:** `TypeError` or `ValueError` while tracing, for misuse of any argument.
+        """
+        check_outer_rate(self.outer_optimizer is not None, lr_hyper)
+        return _step(
+            self,
+            state,
+            numbers_as_arrays(train_batch),
+            numbers_as_arrays(val_batch),
+            train_loss_fn,
+            val_loss_fn,
+            outer_rate(lr_hyper),
+        )
+
+    def compute_hypergradient(
+        self,
+        state: BilevelState,
+        train_batch: PyTree,
+        val_batch: PyTree,
+        train_loss_fn: LossFn,
+        val_loss_fn: LossFn,
+    ) -> PyTree:
+        """The hypergradient that `step` would follow, a tree like `state.hyperparams`.
+
+        Arguments as for [`step`][gradhpo.BilevelOptimizer.step]; the state stays as it is.
+        """
+        return _compute_hypergradient(
+            self,
+            state,
+            numbers_as_arrays(train_batch),
+            numbers_as_arrays(val_batch),
+            train_loss_fn,
+            val_loss_fn,
+        )
+
+
+# Shapes are checked under `filter_jit`, so that a compiled call pays nothing for it.
+
+
+@eqx.filter_jit
+@jaxtyped(typechecker=beartype)
+def _step(
+    optimizer: BilevelOptimizer,
+    state: BilevelState,
+    train_batch: PyTree,
+    val_batch: PyTree,
+    train_loss_fn: Callable,
+    val_loss_fn: Callable,
+    lr_hyper: Real[Array, ""] | None,
+) -> BilevelState:
+    record_trace(
+        optimizer, state, train_loss_fn, val_loss_fn, train_batch=train_batch, val_batch=val_batch
+    )
+    return advance(optimizer, state, train_batch, val_batch, train_loss_fn, val_loss_fn, lr_hyper)
+
+
+@eqx.filter_jit
+@jaxtyped(typechecker=beartype)
+def _compute_hypergradient(
+    optimizer: BilevelOptimizer,
+    state: BilevelState,
+    train_batch: PyTree,
+    val_batch: PyTree,
+    train_loss_fn: Callable,
+    val_loss_fn: Callable,
+) -> PyTree:
+    problem = bind(optimizer, state, train_batch, val_batch, train_loss_fn, val_loss_fn)
+    return optimizer._estimate(*problem, state.hyperparams, state.metadata).hypergradient
+
+
+def advance(
+    optimizer: BilevelOptimizer,
+    state: BilevelState,
+    train_batch: PyTree,
+    val_batch: PyTree,
+    train_loss_fn: LossFn,
+    val_loss_fn: LossFn,
+    lr_hyper: Float[Array, ""] | None,
+) -> BilevelState:
+    """The outer step as a pure function, for use inside a larger compiled program."""
+    problem = bind(optimizer, state, train_batch, val_batch, train_loss_fn, val_loss_fn)
+    estimate = optimizer._estimate(*problem, state.hyperparams, state.metadata)
+    hyperparams, outer_opt_state = _outer_update(
+        optimizer.outer_optimizer, state, estimate.hypergradient, lr_hyper
+    )
+    w, inner_opt_state = estimate.z
+    old_w, frozen = eqx.partition(state.params, eqx.is_inexact_array)
+    old_memory = {name: state.metadata[name] for name in estimate.memory}
+
+    new = (w, hyperparams, inner_opt_state, outer_opt_state, estimate.memory)
+    old = (old_w, state.hyperparams, state.inner_opt_state, state.outer_opt_state, old_memory)
+    accepted = _finite(estimate.hypergradient) & _finite(new, unless_as_in=old)
+    w, hyperparams, inner_opt_state, outer_opt_state, memory = jax.tree.map(
+        lambda x, y: jnp.where(accepted, x, y), new, old
+    )
+    dtype = accumulation_dtype(state.params)
+    metrics = {
+        "train_loss": estimate.train_loss,
+        "val_loss": estimate.val_loss,
+        "hypergrad_norm": tree_l2_norm(estimate.hypergradient),
+        "param_norm": tree_l2_norm(w),
+        "hyperparam_norm": tree_l2_norm(hyperparams),
+        "rejected": state.metadata["rejected"] + (~accepted).astype(dtype),
+    }
+    return state.update(
+        params=eqx.combine(w, frozen),
+        hyperparams=hyperparams,
+        inner_opt_state=inner_opt_state,
+        outer_opt_state=outer_opt_state,
+        step=state.step + 1,
+        metadata=memory | {name: value.astype(dtype) for name, value in metrics.items()},
+    )
+
+
+def _outer_update(
+    outer_optimizer: optax.GradientTransformation | None,
+    state: BilevelState,
+    hypergradient: PyTree,
+    lr_hyper: Float[Array, ""] | None,
+) -> tuple[PyTree, PyTree]:
+    """New hyperparameters and outer optimizer state."""
+    if outer_optimizer is None:
+        updates, outer_opt_state = _scaled(hypergradient, -lr_hyper), ()
+    else:
+        updates, outer_opt_state = outer_optimizer.update(
+            hypergradient, state.outer_opt_state, state.hyperparams
+        )
+    hyperparams = optax.apply_updates(state.hyperparams, updates)
+    return hyperparams, cast_like(outer_opt_state, state.outer_opt_state)
+
+
+def _scaled(tree: PyTree, factor: Array) -> PyTree:
+    return jax.tree.map(lambda x: factor.astype(x.dtype) * x, tree)
+
+
+def _finite(new: PyTree, unless_as_in: PyTree | None = None) -> Bool[Array, ""]:
+    """Whether all numbers are finite, or are those of the other tree.
+
+    An optimizer state may hold an infinity on purpose (a best value so far).
+    """
+
+    def leaf_is_fine(x, *old):
+        fine = jnp.isfinite(x)
+        for y in old:
+            fine |= x == y
+        return jnp.all(fine)
+
+    trees = (new,) if unless_as_in is None else (new, unless_as_in)
+    filtered = [eqx.filter(tree, eqx.is_inexact_array) for tree in trees]
+    checks = jax.tree.leaves(jax.tree.map(leaf_is_fine, *filtered))
+    return jnp.all(jnp.stack([jnp.asarray(True), *checks]))

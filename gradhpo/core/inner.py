@@ -1,0 +1,172 @@
+r"""$\Phi$: the one differentiable inner update, and its pullback.
+
+An inner step takes $z = (w, s)$, parameters and optimizer state, to
+$z' = \Phi(z, \lambda; D_t)$. Here $w$ is the floating-point part of the user's params; the
+rest of them (functions, integer arrays) is constant through training and kept aside.
+"""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, ArrayLike, PyTree
+
+from gradhpo.core.inner_optimizer import cast_like, explained, resolve
+from gradhpo.core.types import BatchStack, InnerOptimizer, LossFn, UpdateFn
+from gradhpo.utils.gradients import linearize_gradient, tree_zeros_like
+from gradhpo.utils.keys import fold_keys
+
+
+Carry: TypeAlias = tuple[PyTree, PyTree]  # (w, s)
+
+
+class InnerUpdate(eqx.Module):
+    r"""$\Phi$ on the training data of one outer step.
+
+    Built inside the compiled step by `core.problem.bind`; lives no longer.
+    Inner steps are numbered from `t = 0`.
+    """
+
+    inner_optimizer: InnerOptimizer | None
+    update_fn: UpdateFn | None
+    train_loss_fn: LossFn
+    frozen: PyTree
+    train_batch: PyTree
+    symmetric: bool = eqx.field(static=True)
+
+    def batch(self, t: ArrayLike) -> PyTree:
+        """$D_t$: the t-th of a stack, or the one batch with its PRNG keys folded with t."""
+        if isinstance(self.train_batch, BatchStack):
+            return jax.tree.map(lambda x: x[t], self.train_batch.batches)
+        return fold_keys(self.train_batch, t)
+
+    def train_loss(self, w: PyTree, hyperparams: PyTree, t: ArrayLike) -> Array:
+        return self.train_loss_fn(eqx.combine(w, self.frozen), hyperparams, self.batch(t))
+
+    def step(
+        self, z: Carry, hyperparams: PyTree, t: ArrayLike, want_loss: ArrayLike = True
+    ) -> tuple[Carry, Array]:
+        """`(z', training loss before the update)`.
+
+        The loss costs nothing beside its gradient. Beside an `update_fn` it is extra work,
+        done only where `want_loss`; elsewhere it is `nan`.
+        """
+        if self.update_fn is not None:
+            w, s = z
+            compute = lambda: self.train_loss(w, hyperparams, t)
+            skip = lambda: jnp.full_like(jax.eval_shape(compute), jnp.nan)
+            return (
+                (self._updated_by_hand(w, hyperparams, t), s),
+                jax.lax.cond(want_loss, compute, skip),
+            )
+        new_z, loss, _ = self.step_and_gradient(z, hyperparams, t)
+        return new_z, loss
+
+    def step_and_gradient(
+        self, z: Carry, hyperparams: PyTree, t: ArrayLike
+    ) -> tuple[Carry, Array, PyTree]:
+        """`(z', loss, training gradient)`; only with an `inner_optimizer`."""
+        w, s = z
+        loss, gradient = jax.value_and_grad(self.train_loss)(w, hyperparams, t)
+        return self._updated_by_optax(gradient, s, w, hyperparams), loss, gradient
+
+    def vjp(
+        self, z: Carry, hyperparams: PyTree, t: ArrayLike
+    ) -> tuple[Carry, Array, Callable[..., tuple[PyTree, PyTree, PyTree]]]:
+        r"""`(z', loss, pull)`, where `pull(w_bar, s_bar)` is $(\bar w, \bar s, \bar\lambda)$.
+
+        First the optimizer's own update is transposed, which is element-wise and carries
+        what reaches $\lambda$ through it; that leaves a cotangent on the training gradient,
+        whose two second-derivative products come from one linearization, shared with the
+        gradient that the step needs anyway. `s_bar=None` means zero.
+        """
+        w, s = z
+        if self.update_fn is not None:
+            new_w, pull_by_hand = jax.vjp(
+                lambda w, h: self._updated_by_hand(w, h, t), w, hyperparams
+            )
+            loss = self.train_loss(w, hyperparams, t)
+
+            def pull_without_state(w_bar, s_bar=None):
+                w_out, hyper_out = pull_by_hand(w_bar)
+                return w_out, s_bar, hyper_out
+
+            return (new_w, s), loss, pull_without_state
+
+        loss, gradient, second_derivatives = linearize_gradient(
+            lambda w, h: self.train_loss(w, h, t), w, hyperparams, symmetric=self.symmetric
+        )
+        s_inexact, s_rest = eqx.partition(s, eqx.is_inexact_array)
+
+        def optimizer_update(gradient, s_inexact, w, hyperparams):
+            new_w, new_s = self._updated_by_optax(
+                gradient, eqx.combine(s_inexact, s_rest), w, hyperparams
+            )
+            new_inexact, new_rest = eqx.partition(new_s, eqx.is_inexact_array)
+            return (new_w, new_inexact), new_rest
+
+        (new_w, new_inexact), pull_optimizer, new_rest = jax.vjp(
+            optimizer_update, gradient, s_inexact, w, hyperparams, has_aux=True
+        )
+
+        def pull(w_bar, s_bar=None):
+            s_bar = tree_zeros_like(new_inexact) if s_bar is None else s_bar
+            gradient_bar, s_out, w_direct, hyper_direct = pull_optimizer((w_bar, s_bar))
+            w_mixed, hyper_mixed = second_derivatives(gradient_bar)
+            return (
+                jax.tree.map(jnp.add, w_direct, w_mixed),
+                s_out,
+                jax.tree.map(jnp.add, hyper_direct, hyper_mixed),
+            )
+
+        return (new_w, eqx.combine(new_inexact, new_rest)), loss, pull
+
+    def optimizer_vjp(
+        self, gradient: PyTree, z: Carry, hyperparams: PyTree, w_bar: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        """Cotangents on the gradient and on the hyperparameters, through optax alone."""
+        w, s = z
+        _, pull = jax.vjp(lambda g, h: self._updated_by_optax(g, s, w, h)[0], gradient, hyperparams)
+        return pull(w_bar)
+
+    def rollout(
+        self,
+        z: Carry,
+        hyperparams: PyTree,
+        first: ArrayLike,
+        num_steps: int,
+        *,
+        keep: bool = False,
+    ) -> tuple[Carry, Array, Carry | None]:
+        """Inner steps from number `first` on: `(z', last loss, the z before each step)`.
+
+        The states are `None` unless `keep`; the loss of no steps is `nan`.
+        """
+        if num_steps == 0:
+            return z, jnp.asarray(jnp.nan), None
+
+        def body(z, t):
+            new_z, loss = self.step(z, hyperparams, t, want_loss=t == first + num_steps - 1)
+            return new_z, (loss, z if keep else None)
+
+        z, (losses, before) = jax.lax.scan(body, z, first + jnp.arange(num_steps))
+        return z, losses[-1], before
+
+    def _updated_by_optax(self, gradient, s, w, hyperparams) -> Carry:
+        transformation = resolve(self.inner_optimizer, hyperparams)
+        with explained():
+            updates, new_s = transformation.update(gradient, s, w)
+        return optax.apply_updates(w, updates), cast_like(new_s, s)
+
+    def _updated_by_hand(self, w, hyperparams, t) -> PyTree:
+        params = eqx.combine(w, self.frozen)
+        new = eqx.filter(self.update_fn(params, hyperparams, self.batch(t)), eqx.is_inexact_array)
+        if jax.tree.structure(new) != jax.tree.structure(w):
+            raise ValueError(
+                "update_fn must return params of the structure that it was given:\n"
+                f"  {eqx.tree_pformat(w)}\nbut it returned\n  {eqx.tree_pformat(new)}"
+            )
+        return cast_like(new, w)

@@ -1,0 +1,74 @@
+"""The optax side of an inner step: building it at given hyperparameters, and its state."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+import optax
+from jaxtyping import PyTree
+
+from gradhpo.core.types import InnerOptimizer
+from gradhpo.utils.keys import is_key
+from gradhpo.utils.validation import strong
+
+
+def init_inner_state(
+    inner_optimizer: InnerOptimizer | None, w: PyTree, hyperparams: PyTree
+) -> PyTree:
+    """The optimizer state $s_0$; `()` for an `update_fn`."""
+    if inner_optimizer is None:
+        return ()
+    state = resolve(inner_optimizer, hyperparams).init(w)
+    frozen_by = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
+    is_injected = lambda x: isinstance(x, frozen_by)
+    if not isinstance(inner_optimizer, optax.GradientTransformation) and any(
+        map(is_injected, jax.tree.leaves(state, is_leaf=is_injected))
+    ):
+        raise ValueError(
+            "inner_optimizer(hyperparams) uses optax.inject_hyperparams, which keeps the values "
+            "from init in its state, so later hyperparameters would have no effect. Pass them "
+            "straight to the optimizer: lambda h: optax.sgd(jnp.exp(h['log_rate']))"
+        )
+    return jax.tree.map(strong, state)
+
+
+def resolve(inner_optimizer: InnerOptimizer, hyperparams: PyTree) -> optax.GradientTransformation:
+    """The optax transformation at these hyperparameters."""
+    if isinstance(inner_optimizer, optax.GradientTransformation):
+        return inner_optimizer
+    with explained():
+        transformation = inner_optimizer(hyperparams)
+    if not isinstance(transformation, optax.GradientTransformation):
+        raise TypeError(
+            "inner_optimizer must be an optax.GradientTransformation or a function hyperparams "
+            f"-> optax.GradientTransformation, but the function returned {transformation!r}"
+        )
+    return transformation
+
+
+def cast_like(new: PyTree, old: PyTree) -> PyTree:
+    """The incoming dtypes, strongly: a float64 rate must not widen bfloat16 moments."""
+    return jax.tree.map(
+        lambda x, y: x if is_key(x) else jax.lax.convert_element_type(x, y.dtype), new, old
+    )
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Says in the user's terms what optax cannot do inside a traced update."""
+    try:
+        yield
+    except jax.errors.ConcretizationTypeError as error:
+        raise ValueError(
+            "building or applying the inner optimizer branches on the value of a "
+            "hyperparameter, which is traced (some optax schedules do: those that compare "
+            "their peak value with 0). Write that schedule with jnp.where"
+        ) from error
+    except TypeError as error:
+        if "missing" not in str(error) or "argument" not in str(error):
+            raise
+        raise ValueError(
+            f"the inner optimizer cannot be called with what a plain inner step has: {error}. "
+            "Transformations that need the loss value or function (optax.lbfgs, "
+            "optax.polyak_sgd) do not fit; write an update_fn instead"
+        ) from error

@@ -1,0 +1,114 @@
+"""Splitting one model into what is trained and what is tuned."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from beartype import beartype
+from jaxtyping import Array, PyTree, jaxtyped
+
+
+# A model made of arrays alone splits into two halves that look alike. Remembering which
+# object was handed out as hyperparams (weakly: nothing is kept alive) lets `init` refuse them
+# in the wrong order instead of training the hyperparameters and tuning the weights.
+_handed_out_as_hyperparams: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+
+
+@jaxtyped(typechecker=beartype)
+def partition(model: PyTree, where: Callable[[Any], Any]) -> tuple[PyTree, PyTree]:
+    """Splits a model into parameters and hyperparameters.
+
+    **Arguments:**
+
+    - `model`: any pytree, usually an `eqx.Module`.
+    - `where`: `model -> node`, or a tuple or list of nodes, as in `eqx.tree_at`. A node is
+        one leaf or a whole subtree (a layer, a list of layers).
+
+    **Returns:** `(params, hyperparams)`, two trees with the structure of `model` and `None`
+    where the other has the leaf. Every floating-point array inside the selected nodes is a
+    hyperparameter; everything else, integer arrays and functions inside a selected subtree
+    included, stays in `params`. `eqx.combine(params, hyperparams)` is the model again.
+
+    **Raises:** `ValueError` when nothing is selected, or when an integer, boolean or complex
+    array or a Python number is selected by itself.
+
+    ```python
+    class Model(eqx.Module):
+        net: eqx.nn.MLP
+        log_weight_decay: Array
+
+    model = Model(eqx.nn.MLP(4, 2, 8, 1, key=jax.random.key(0)), jnp.array(-3.0))
+    params, hyperparams = gradhpo.partition(model, lambda m: m.log_weight_decay)
+    ```
+    """
+    nodes = where(model)
+    _check_selected(nodes)
+    nothing = jax.tree.map(lambda _: False, model)
+    chosen = jax.tree.map(eqx.is_inexact_array, nodes)
+    hyperparams, params = eqx.partition(model, eqx.tree_at(where, nothing, chosen))
+    try:
+        _handed_out_as_hyperparams[id(hyperparams)] = hyperparams
+    except TypeError:  # a dict or a tuple cannot be referenced weakly
+        pass
+    return params, hyperparams
+
+
+def _check_selected(nodes: Any) -> None:
+    leaves = jax.tree.leaves(nodes)
+    if not leaves:
+        raise ValueError(
+            "where selects nothing: it returned no leaf (None, or an empty node). Return at "
+            "least one floating-point array of the model, e.g. lambda m: m.log_weight_decay"
+        )
+    by_itself = list(nodes) if isinstance(nodes, (tuple, list)) else [nodes]
+    for node in by_itself:
+        if not jax.tree_util.all_leaves([node]):
+            continue  # a subtree: what is not a floating-point array in it stays in params
+        if not eqx.is_inexact_array(node):
+            found = node.dtype if eqx.is_array(node) else repr(node)
+            raise ValueError(
+                f"where selects {found} by itself, which has no derivative: store it in the "
+                "model as a floating-point array, jnp.asarray(value, float), or leave it out"
+            )
+    if any(eqx.is_array(x) and jnp.iscomplexobj(x) for x in leaves):
+        raise ValueError(
+            "where selects a complex array; hypergradients are taken over real numbers: store "
+            "its real and imaginary parts as two real arrays"
+        )
+    if not any(map(eqx.is_inexact_array, leaves)):
+        raise ValueError(
+            "where selects nothing to tune: the selected subtree holds no floating-point "
+            f"array, only {leaves}"
+        )
+
+
+def check_not_swapped(params: PyTree) -> None:
+    """Refuses, in place of params, the hyperparams that `partition` made."""
+    if _handed_out_as_hyperparams.get(id(params)) is params:
+        raise ValueError(
+            "params and hyperparams are swapped: partition returns (params, hyperparams), and "
+            "init takes them in that order"
+        )
+
+
+class _ModelLoss(eqx.Module):
+    fn: Callable
+
+    def __call__(self, params: PyTree, hyperparams: PyTree, batch: PyTree) -> Array:
+        return self.fn(eqx.combine(params, hyperparams), batch)
+
+
+@jaxtyped(typechecker=beartype)
+def model_loss(fn: Callable) -> Callable:
+    """Turns `fn(model, batch) -> scalar` into a loss `(params, hyperparams, batch) -> scalar`.
+
+    Make it once, outside the training loop: a new loss object is a new compilation.
+
+    ```python
+    loss = gradhpo.model_loss(lambda model, batch: jnp.mean((jax.vmap(model)(batch[0]) - batch[1]) ** 2))
+    ```
+    """
+    return _ModelLoss(fn)

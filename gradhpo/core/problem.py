@@ -1,0 +1,161 @@
+"""The problem of one outer step: Φ and the validation loss on their data, checked."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import equinox as eqx
+import jax
+import optax
+from jax.extend.core import Jaxpr
+from jaxtyping import Array, PyTree
+
+from gradhpo.core.inner import Carry, InnerUpdate
+from gradhpo.core.inner_optimizer import init_inner_state
+from gradhpo.core.state import BilevelState
+from gradhpo.core.types import BatchStack, LossFn
+from gradhpo.utils.tracing import contains_custom_vjp, visible_leaves
+from gradhpo.utils.validation import (
+    check_arity,
+    check_same_structure,
+    check_scalar,
+    leaf_names,
+    strong,
+)
+
+
+# Where a method finds the hyperparameters: in the validation loss alone, also in the inner
+# update, or (by evaluating it, not by differentiating it) everywhere.
+Sees: TypeAlias = Literal["validation", "update", "everything"]
+
+
+class Validation(eqx.Module):
+    """The validation loss on the batch of one outer step."""
+
+    val_loss_fn: LossFn
+    frozen: PyTree
+    val_batch: PyTree
+
+    def loss(self, w: PyTree, hyperparams: PyTree) -> Array:
+        return self.val_loss_fn(eqx.combine(w, self.frozen), hyperparams, self.val_batch)
+
+    def value_and_grads(self, w: PyTree, hyperparams: PyTree) -> tuple[Array, PyTree, PyTree]:
+        r"""$L_{val}$, $\alpha = \partial L_{val}/\partial w$, $\partial L_{val}/\partial\lambda$."""
+        value, (alpha, direct) = jax.value_and_grad(self.loss, argnums=(0, 1))(w, hyperparams)
+        return value, alpha, direct
+
+
+def bind(
+    optimizer: Any,
+    state: BilevelState,
+    train_batch: PyTree,
+    val_batch: PyTree,
+    train_loss_fn: LossFn,
+    val_loss_fn: LossFn,
+    *,
+    differentiated: bool = True,
+) -> tuple[InnerUpdate, Validation, Carry]:
+    r"""$\Phi$, the validation loss, and the $z$ to start from, after the checks at the door.
+
+    `optimizer` is a [`BilevelOptimizer`][gradhpo.BilevelOptimizer]; runs while tracing, once
+    for each compilation. Unless `differentiated`, what the method can see does not matter.
+    """
+    steps = optimizer.num_inner_steps
+    if isinstance(train_batch, BatchStack) and train_batch.num_steps != steps:
+        raise ValueError(
+            f"train_batch is a BatchStack of {train_batch.num_steps} batches, but the optimizer "
+            f"takes {steps} inner steps per step: stack {steps} batches, or pass one batch (not "
+            "a BatchStack) to reuse it for every inner step"
+        )
+    if isinstance(val_batch, BatchStack):
+        raise ValueError("val_batch is a BatchStack; pass one batch: validation is done once")
+    w, frozen = eqx.partition(state.params, eqx.is_inexact_array)
+    hyperparams, s = state.hyperparams, state.inner_opt_state
+    made_here = "Make the state with this optimizer's init(params, hyperparams)."
+    check_same_structure(
+        s,
+        eqx.filter_eval_shape(init_inner_state, optimizer.inner_optimizer, w, hyperparams),
+        "state.inner_opt_state",
+        made_here,
+    )
+    check_same_structure(
+        state.outer_opt_state,
+        eqx.filter_eval_shape(init_outer_state, optimizer.outer_optimizer, hyperparams),
+        "state.outer_opt_state",
+        made_here,
+    )
+    phi = InnerUpdate(
+        inner_optimizer=optimizer.inner_optimizer,
+        update_fn=optimizer.update_fn,
+        train_loss_fn=train_loss_fn,
+        frozen=frozen,
+        train_batch=train_batch,
+        symmetric=True,
+    )
+    validation = Validation(val_loss_fn=val_loss_fn, frozen=frozen, val_batch=val_batch)
+    program = _trace_loss(
+        "train_loss_fn", train_loss_fn, lambda w, h: phi.train_loss(w, h, 0), w, hyperparams
+    )
+    _trace_loss("val_loss_fn", val_loss_fn, validation.loss, w, hyperparams)
+    phi = dataclasses.replace(phi, symmetric=not contains_custom_vjp(program))
+    if differentiated:
+        name = type(optimizer).__name__
+        _check_visible(name, optimizer._sees, phi, validation, (w, s), hyperparams)
+    return phi, validation, (w, s)
+
+
+def init_outer_state(
+    outer_optimizer: optax.GradientTransformation | None, hyperparams: PyTree
+) -> PyTree:
+    """The outer optimizer's state; `()` where there is none."""
+    if outer_optimizer is None:
+        return ()
+    return jax.tree.map(strong, outer_optimizer.init(hyperparams))
+
+
+def _trace_loss(
+    name: str, function: LossFn, on_batch: Callable, w: PyTree, hyperparams: PyTree
+) -> Jaxpr:
+    """The traced program of a loss, once its arity and its output are what they must be."""
+    check_arity(function, name, "params, hyperparams, batch")
+
+    def checked(w, hyperparams):
+        loss = on_batch(w, hyperparams)
+        check_scalar(loss, name)
+        return loss
+
+    return jax.make_jaxpr(checked)(w, hyperparams).jaxpr
+
+
+def _check_visible(
+    name: str,
+    sees: Sees,
+    phi: InnerUpdate,
+    validation: Validation,
+    z: Carry,
+    hyperparams: PyTree,
+) -> None:
+    """Names the hyperparameters whose hypergradient by this method is identically 0."""
+    if sees == "everything":
+        return
+    seen = jax.tree.leaves(visible_leaves(lambda h: validation.loss(z[0], h), hyperparams))
+    if sees == "update":
+        by_update = visible_leaves(lambda h: phi.step(z, h, 0)[0], hyperparams)
+        seen = [a or b for a, b in zip(seen, jax.tree.leaves(by_update), strict=True)]
+    if all(seen):
+        return
+    unseen = [leaf for leaf, ok in zip(leaf_names(hyperparams), seen, strict=True) if not ok]
+    why = (
+        "the validation loss does not depend on them, and this method looks nowhere else; "
+        "OneStepOptimizer, T1T2Optimizer and UnrolledOptimizer also see what acts through the "
+        "inner update"
+        if sees == "validation"
+        else "neither the validation loss nor the inner update depends on them"
+    )
+    if not any(seen):
+        raise ValueError(f"{name} sees none of the hyperparameters: {why}")
+    warnings.warn(
+        f"{name} gives a hypergradient of 0 for hyperparams {', '.join(unseen)}: {why}",
+        stacklevel=2,
+    )

@@ -1,0 +1,112 @@
+"""What one training run carries from step to step."""
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from beartype import beartype
+from jaxtyping import Array, Int, PyTree, jaxtyped
+
+from gradhpo.utils.gradients import accumulation_dtype
+
+
+METRICS = (
+    "train_loss",
+    "val_loss",
+    "hypergrad_norm",
+    "param_norm",
+    "hyperparam_norm",
+    "rejected",
+)
+
+
+@jaxtyped(typechecker=beartype)
+class BilevelState(eqx.Module):
+    """State of a bilevel optimization: an immutable pytree.
+
+    Made by an optimizer's `init`, advanced by its `step`. Structure, shapes and dtypes never
+    change between steps, so that loops compile once and `jax.lax.scan` can carry it.
+
+    **Fields:**
+
+    - `params`: the parameters $w$ (with whatever else the model holds).
+    - `hyperparams`: the hyperparameters $\\lambda$, floating-point arrays.
+    - `inner_opt_state`, `outer_opt_state`: optax states; `()` where there is none.
+    - `step`: how often `step` was called, shape `()`, int32.
+    - `metadata`: the metrics of the last step, and the memory of the algorithm if it has one.
+
+    The metrics are scalars, float32 or float64 where a parameter is float64, and `nan` before
+    the first step: `train_loss` (last inner step, before its update), `val_loss` (at $w_T$,
+    before the outer update), `hypergrad_norm`, `param_norm`, `hyperparam_norm` (Euclidean),
+    and `rejected` (how many steps so far were refused for a non-finite value).
+    """
+
+    params: PyTree
+    hyperparams: PyTree
+    inner_opt_state: PyTree
+    outer_opt_state: PyTree
+    step: Int[Array, ""]
+    metadata: dict[str, Any]
+
+    @classmethod
+    def create(
+        cls,
+        params: PyTree,
+        hyperparams: PyTree,
+        inner_opt_state: PyTree,
+        outer_opt_state: PyTree,
+    ) -> "BilevelState":
+        """A state at step 0. "No optimizer state" is `()`.
+
+        ```python
+        state = gradhpo.BilevelState.create(jnp.ones(3), jnp.zeros(3), (), ())
+        ```
+        """
+        dtype = accumulation_dtype(params)
+        metadata = {name: jnp.full((), jnp.nan, dtype) for name in METRICS}
+        return cls(
+            params=params,
+            hyperparams=hyperparams,
+            inner_opt_state=inner_opt_state,
+            outer_opt_state=outer_opt_state,
+            step=jnp.zeros((), jnp.int32),
+            metadata=metadata | {"rejected": jnp.zeros((), dtype)},
+        )
+
+    def update(
+        self,
+        params: PyTree = None,
+        hyperparams: PyTree = None,
+        inner_opt_state: PyTree = None,
+        outer_opt_state: PyTree = None,
+        step: Int[Array, ""] | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> "BilevelState":
+        """A new state with some fields replaced: `None` keeps a field, `metadata` is merged.
+
+        ```python
+        state = gradhpo.BilevelState.create(jnp.ones(3), jnp.zeros(3), (), ())
+        state = state.update(params=2 * state.params, metadata={"note": jnp.array(1.0)})
+        ```
+        """
+
+        def keep(new, old):
+            return old if new is None else new
+
+        return BilevelState(
+            params=keep(params, self.params),
+            hyperparams=keep(hyperparams, self.hyperparams),
+            inner_opt_state=keep(inner_opt_state, self.inner_opt_state),
+            outer_opt_state=keep(outer_opt_state, self.outer_opt_state),
+            step=keep(step, self.step),
+            metadata=self.metadata | (metadata or {}),
+        )
+
+    def get_metric(self, key: str, default: Any = None) -> Any:
+        """The entry `key` of `metadata`, or `default`."""
+        return self.metadata.get(key, default)
+
+    @property
+    def model(self) -> PyTree:
+        """`eqx.combine(params, hyperparams)`: the model that `partition` split."""
+        return eqx.combine(self.params, self.hyperparams)

@@ -1,0 +1,126 @@
+"""The vocabulary: what losses, updates, batches and metrics look like."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from beartype import beartype
+from jaxtyping import Array, ArrayLike, PyTree, Real, jaxtyped
+
+from gradhpo.utils.validation import check_leading_axis
+
+
+RealScalarLike: TypeAlias = Real[ArrayLike, ""]
+"""A real number: a Python `int` or `float`, or an array of shape `()`."""
+
+LossFn: TypeAlias = Callable[[PyTree, PyTree, PyTree], Array]
+"""`(params, hyperparams, batch) -> scalar`."""
+
+UpdateFn: TypeAlias = Callable[[PyTree, PyTree, PyTree], PyTree]
+"""`(params, hyperparams, batch) -> params`: one step of a hand-written inner update."""
+
+InnerOptimizer: TypeAlias = (
+    optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation]
+)
+"""An optax transformation, or `hyperparams -> transformation`."""
+
+MetricDict: TypeAlias = dict[str, Array]
+"""Metric name to an array of shape `()`."""
+
+
+@jaxtyped(typechecker=beartype)
+class LossFunctions(eqx.Module):
+    """The two losses of a bilevel problem.
+
+    **Arguments:**
+
+    - `train_loss`: `(params, hyperparams, batch) -> scalar`, minimised by the inner
+        optimizer over the parameters.
+    - `val_loss`: `(params, hyperparams, batch) -> scalar`, minimised by the outer
+        optimizer over the hyperparameters.
+
+    ```python
+    losses = gradhpo.LossFunctions(
+        train_loss=lambda params, hyperparams, batch: jnp.sum(params**2 * hyperparams),
+        val_loss=lambda params, hyperparams, batch: jnp.sum((params - batch) ** 2),
+    )
+    ```
+    """
+
+    train_loss: Callable
+    val_loss: Callable
+
+
+@jaxtyped(typechecker=beartype)
+class DataBatch(eqx.Module):
+    """Inputs with their targets; unpacks as a pair.
+
+    **Arguments:**
+
+    - `inputs`: array, or pytree of arrays, each of shape `[batch, ...]`.
+    - `targets`: array, or pytree of arrays, each of shape `[batch, ...]`.
+
+    **Raises:** `ValueError` when the leading axes differ.
+
+    ```python
+    batch = gradhpo.DataBatch(inputs=jnp.ones((32, 64)), targets=jnp.zeros(32))
+    x, y = batch
+    ```
+    """
+
+    inputs: PyTree
+    targets: PyTree
+
+    def __check_init__(self):
+        check_leading_axis((self.inputs, self.targets), "DataBatch(inputs, targets)")
+
+    def __iter__(self) -> Iterator[PyTree]:
+        return iter((self.inputs, self.targets))
+
+
+@jaxtyped(typechecker=beartype)
+class BatchStack(eqx.Module):
+    """One training batch for each inner step of a `step`.
+
+    **Arguments:**
+
+    - `batches`: a batch whose every array has one more leading axis, the inner steps:
+        `[inner steps, batch, ...]`.
+
+    **Raises:** `ValueError` when the leading axes differ; `step` raises when their length
+    is not the optimizer's `num_inner_steps`.
+
+    ```python
+    b1, b2 = jnp.zeros((32, 64)), jnp.ones((32, 64))
+    stack = gradhpo.BatchStack.of([b1, b2])
+    assert stack.num_steps == 2
+    ```
+    """
+
+    batches: PyTree
+
+    def __check_init__(self):
+        check_leading_axis(self.batches, "BatchStack(batches)")
+
+    @classmethod
+    def of(cls, batches: Sequence[Any]) -> "BatchStack":
+        """Stacks batches of one structure and one shape, in the order of the inner steps."""
+        if len(batches) == 0:
+            raise ValueError("BatchStack.of(batches): got no batch; pass one for each inner step")
+        first = jax.tree.map(jnp.shape, batches[0])
+        for position, batch in enumerate(batches):
+            shapes = jax.tree.map(jnp.shape, batch)
+            if shapes != first:
+                raise ValueError(
+                    f"BatchStack.of(batches): batch {position} has shapes {shapes}, batch 0 "
+                    f"has {first}; all must agree, so drop or pad a ragged last batch"
+                )
+        return cls(jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches))
+
+    @property
+    def num_steps(self) -> int:
+        """Length of the leading axis: the number of inner steps that it serves."""
+        return jax.tree.leaves(self.batches)[0].shape[0]

@@ -1,0 +1,56 @@
+"""What `run` recorded."""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+class History(Mapping[str, np.ndarray]):
+    """Metrics of a run: a mapping from a metric's name to an array `[steps]`.
+
+    - `stop_reason`: `"num_steps"`, `"callback"`, `"rejected"` or `"data exhausted"`.
+    - `report`: a few sentences on how the run went.
+
+    ```python
+    history = gradhpo.History({"val_loss": np.array([2.0, 1.0])}, "num_steps", "")
+    assert history["val_loss"][-1] == 1.0
+    ```
+    """
+
+    def __init__(self, metrics: Mapping[str, np.ndarray], stop_reason: str, report: str):
+        self._metrics = dict(metrics)
+        self.stop_reason = stop_reason
+        self.report = report
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._metrics[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._metrics)
+
+    def __len__(self) -> int:
+        return len(self._metrics)
+
+    def __repr__(self) -> str:
+        steps = max(map(len, self._metrics.values()), default=0)
+        return f"History({steps} steps, {', '.join(self)}; stopped: {self.stop_reason})"
+
+    def plot(self, *metrics: str, ax: "Axes | None" = None, **kwargs: Any) -> "Axes":
+        """Draws metrics over steps with matplotlib; by default both losses.
+
+        **Arguments:** names of metrics; `ax` to draw into; the rest goes to `ax.plot`.
+        """
+        import matplotlib.pyplot as plt
+
+        if ax is None:
+            ax = plt.subplots(layout="constrained")[1]
+        for name in metrics or ("train_loss", "val_loss"):
+            ax.plot(np.arange(1, len(self[name]) + 1), self[name], label=name, **kwargs)
+        ax.set_xlabel("step")
+        ax.legend()
+        return ax

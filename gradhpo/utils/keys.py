@@ -1,0 +1,22 @@
+"""PRNG keys that travel inside batches."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, PyTree
+
+
+def fold_keys(batch: PyTree, index: ArrayLike) -> PyTree:
+    """Folds an index into every typed PRNG key of a batch, so that random draws differ."""
+    return jax.tree.map(lambda x: _fold(x, index) if is_key(x) else x, batch)
+
+
+def is_key(x: Any) -> bool:
+    return eqx.is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _fold(keys: Array, index: ArrayLike) -> Array:
+    folded = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys.reshape(-1))
+    return folded.reshape(keys.shape)

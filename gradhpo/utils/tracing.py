@@ -1,0 +1,94 @@
+"""What the traced program tells: which leaves it can see, and why it was traced again."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+from jax.extend.core import Jaxpr, jaxprs_in_params
+from jaxtyping import PyTree
+
+
+def visible_leaves(function: Callable[[PyTree], Any], tree: PyTree) -> PyTree:
+    """Marks the leaves of `tree` in which the derivative of `function` can be non-zero.
+
+    Read off the traced linear program: a leaf that no operation of it takes as input has a
+    derivative of exactly 0 everywhere. A function without a forward derivative (an opaque
+    callback, a `custom_vjp`) cannot be read; then every leaf counts as visible.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    try:
+        _, push = jax.linearize(lambda *xs: function(jax.tree.unflatten(treedef, xs)), *leaves)
+        program = jax.make_jaxpr(push)(*leaves).jaxpr
+    except (TypeError, ValueError, NotImplementedError):
+        return jax.tree.unflatten(treedef, [True] * len(leaves))
+    used = {id(v) for eqn in program.eqns for v in eqn.invars} | set(map(id, program.outvars))
+    return jax.tree.unflatten(treedef, [id(v) in used for v in program.invars])
+
+
+def contains_custom_vjp(program: Jaxpr) -> bool:
+    """Whether a `custom_vjp` is called anywhere in a traced program."""
+    return any(
+        eqn.primitive.name.startswith("custom_vjp_call")
+        or any(contains_custom_vjp(inner) for inner in jaxprs_in_params(eqn.params))
+        for eqn in program.eqns
+    )
+
+
+_TRACES_BEFORE_WARNING = 5
+_traces: dict[Any, tuple[int, dict[str, int]]] = {}
+
+
+def forget_traces() -> None:
+    """Starts the count of traces anew."""
+    _traces.clear()
+
+
+def record_trace(
+    optimizer: Any, state: PyTree, train_loss_fn: Any, val_loss_fn: Any, **batches: PyTree
+) -> None:
+    """Called while `step` is traced: from the fifth trace of one job on, says what changed.
+
+    "One job" is one optimizer class with the same counts, the same state structure, and
+    losses from the same source lines. What may change between its traces without the user
+    seeing it is a function object made anew, or the shape of a batch.
+    """
+    numbers = [x for x in jax.tree.leaves(optimizer) if not callable(x)]
+    job = (
+        type(optimizer),
+        _fingerprint(numbers),
+        _fingerprint(eqx.filter(state, eqx.is_array)),
+        _source(train_loss_fn),
+        _source(val_loss_fn),
+    )
+    changing = {
+        "the optimizer (an optax object or update_fn made anew)": optimizer,
+        "train_loss_fn (a function made anew)": train_loss_fn,
+        "val_loss_fn (a function made anew)": val_loss_fn,
+        "a function inside the state": state,
+    } | {f"the shapes in {name}": batch for name, batch in batches.items()}
+    now = {name: _fingerprint(value) for name, value in changing.items()}
+    count, before = _traces.get(job, (0, now))
+    _traces[job] = (count + 1, now)
+    if count + 1 >= _TRACES_BEFORE_WARNING:
+        changed = [name for name in now if now[name] != before[name]]
+        warnings.warn(
+            f"{type(optimizer).__name__}.step was traced and compiled {count + 1} times for "
+            f"the same job; since the last time this changed: {', '.join(changed) or 'nothing'}"
+            ". Make losses and optimizers once, outside the loop, and keep batch shapes fixed.",
+            stacklevel=2,
+        )
+
+
+def _fingerprint(tree: PyTree) -> int:
+    """Equal for two trees that `filter_jit` would serve with one compiled program."""
+    leaves, treedef = jax.tree.flatten(tree)
+    described = tuple((jax.typeof(x) if eqx.is_array(x) else x) for x in leaves)
+    return hash((treedef, described))
+
+
+def _source(function: Any) -> tuple:
+    """Where the code of a function or of a module around one was written."""
+    codes = [getattr(x, "__code__", None) for x in [function, *jax.tree.leaves(function)]]
+    return (type(function), *(code for code in codes if code is not None))

@@ -1,0 +1,241 @@
+"""Every check at the door. Each message says what was passed and what to write instead."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, PyTree
+
+
+def leaf_names(tree: PyTree) -> list[str]:
+    """A name as the user would write it for each leaf: `.net.layers[0].weight`, `['w']`."""
+    return [jax.tree_util.keystr(path) or "(the whole tree)" for path, _ in _with_path(tree)]
+
+
+def _with_path(tree: PyTree) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_flatten_with_path(tree)[0]
+
+
+def _is_python_number(x: Any) -> bool:
+    return isinstance(x, (bool, int, float, complex))
+
+
+def strong(x: Any) -> Array:
+    """An array whose dtype is fixed: a weakly typed leaf would compile the loop twice."""
+    return jnp.asarray(x, jnp.result_type(x) if _is_python_number(x) else x.dtype)
+
+
+# -- settings ----------------------------------------------------------------------------
+
+
+def setting(value: Any) -> Array:
+    """Converter for numeric fields: an array leaf, so that a new value is no new program."""
+    if isinstance(value, bool) or not (
+        eqx.is_array_like(value) and jnp.issubdtype(jnp.result_type(value), jnp.number)
+    ):
+        raise TypeError(f"a numeric setting must be a real number, got {value!r}")
+    return jnp.asarray(value, dtype=jnp.result_type(float))
+
+
+def check_setting(name: str, value: Array, good: Callable[[np.ndarray], Any], rule: str) -> None:
+    """`good` must hold for a setting whose value is known (a traced one is taken on trust)."""
+    if isinstance(value, jax.core.Tracer) or not eqx.is_array(value):
+        return
+    if not np.all(good(np.asarray(value))):
+        raise ValueError(f"{name} must be {rule}, got {name}={np.asarray(value)}")
+
+
+def check_count(name: str, value: int, *, most: int | None = None) -> None:
+    """A static count: a whole number of at least 1, and at most `most` if given."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a Python int (it fixes shapes), got {value!r}")
+    if value < 1 or (most is not None and value > most):
+        upper = "" if most is None else f" and at most {most}"
+        raise ValueError(f"{name} must be at least 1{upper}, got {name}={value}")
+
+
+def check_inner_rule(name: str, inner_optimizer: Any, update_fn: Any) -> None:
+    """Exactly one of the two ways to say what an inner step is."""
+    if inner_optimizer is None and update_fn is None:
+        raise ValueError(
+            f"{name} needs an inner update: pass inner_optimizer=optax.sgd(0.1) (or a function "
+            "hyperparams -> optax transformation), or update_fn=(params, hyperparams, batch) "
+            "-> params"
+        )
+    if inner_optimizer is not None and update_fn is not None:
+        raise ValueError(
+            f"{name} got both inner_optimizer and update_fn; pass only one of them, since "
+            "either alone says what an inner step is"
+        )
+    is_optax = isinstance(inner_optimizer, optax.GradientTransformation)
+    if not (inner_optimizer is None or is_optax or callable(inner_optimizer)):
+        raise TypeError(
+            f"{name}(inner_optimizer=...) must be an optax.GradientTransformation or a function "
+            f"hyperparams -> optax.GradientTransformation, got {inner_optimizer!r}"
+        )
+    if not (update_fn is None or callable(update_fn)):
+        raise TypeError(
+            f"{name}(update_fn=...) must be a function (params, hyperparams, batch) -> params, "
+            f"got {update_fn!r}"
+        )
+
+
+def check_outer_optimizer(name: str, outer_optimizer: Any) -> None:
+    if not (outer_optimizer is None or isinstance(outer_optimizer, optax.GradientTransformation)):
+        raise TypeError(
+            f"{name}(outer_optimizer=...) must be an optax.GradientTransformation such as "
+            f"optax.adam(1e-2), or None with lr_hyper given to step; got {outer_optimizer!r}"
+        )
+
+
+def check_outer_rate(has_outer_optimizer: bool, lr_hyper: Any) -> None:
+    if has_outer_optimizer and lr_hyper is not None:
+        raise ValueError(
+            f"got lr_hyper={lr_hyper!r} although the optimizer has an outer_optimizer, which "
+            "sets its own step size: leave lr_hyper out, or construct with outer_optimizer=None"
+        )
+    if not has_outer_optimizer and lr_hyper is None:
+        raise ValueError(
+            "the optimizer has outer_optimizer=None, so step needs a step size: pass "
+            "lr_hyper=0.1, or construct with outer_optimizer=optax.adam(1e-2)"
+        )
+
+
+def outer_rate(value: Any) -> np.ndarray | Array | None:
+    """`lr_hyper` as an array: `filter_jit` would take a Python float as static."""
+    if value is None or isinstance(value, jax.core.Tracer):
+        return value
+    if callable(value):
+        raise TypeError(
+            "lr_hyper must be a number here; a schedule step -> rate goes to gradhpo.run"
+        )
+    if isinstance(value, (bool, complex)) or not eqx.is_array_like(value) or np.ndim(value):
+        raise TypeError(f"lr_hyper must be one real number, got {value!r}")
+    return np.asarray(value, jnp.result_type(float))
+
+
+# -- trees -------------------------------------------------------------------------------
+
+
+def check_leading_axis(tree: PyTree, what: str) -> None:
+    """All arrays have at least one axis and agree on the length of the first."""
+    shapes = {
+        name: jnp.shape(leaf)
+        for name, leaf in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True)
+        if eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+    }
+    if not shapes:
+        raise ValueError(f"{what} holds no array; every batch needs at least one")
+    scalars = [name for name, shape in shapes.items() if not shape]
+    if scalars:
+        raise ValueError(f"{what}: {', '.join(scalars)} has no leading axis (shape ())")
+    if len({shape[0] for shape in shapes.values()}) > 1:
+        raise ValueError(f"{what}: leading axes differ; shapes are {shapes}")
+
+
+def prepare_params(params: PyTree) -> PyTree:
+    """Parameters as strong arrays, or an error that says what cannot be trained."""
+    is_state = lambda x: isinstance(x, (eqx.nn.State, eqx.nn.StateIndex))
+    for node in jax.tree.leaves(params, is_leaf=is_state):
+        if is_state(node):
+            raise ValueError(
+                "params holds running state (a layer such as eqx.nn.BatchNorm); layers with "
+                "running state are not supported yet: use LayerNorm or GroupNorm instead"
+            )
+    _refuse_complex(params, "params")
+    params = jax.tree.map(lambda x: strong(x) if eqx.is_array(x) else x, params)
+    if not any(eqx.is_inexact_array(x) for x in jax.tree.leaves(params)):
+        raise ValueError(
+            "params holds no floating-point array, so there is nothing to train; leaves are "
+            f"{jax.tree.leaves(params)}. Pass arrays: jnp.asarray(0.0) instead of 0.0"
+        )
+    return params
+
+
+def prepare_hyperparams(hyperparams: PyTree) -> PyTree:
+    """Hyperparameters as strong floating-point arrays, or an error that names the leaf."""
+    _refuse_complex(hyperparams, "hyperparams")
+    if not jax.tree.leaves(hyperparams):
+        raise ValueError(
+            "hyperparams holds nothing to tune; select leaves with gradhpo.partition(model, "
+            "where) or pass a pytree of floating-point arrays"
+        )
+    for path, leaf in _with_path(hyperparams):
+        name = jax.tree_util.keystr(path)
+        if not (eqx.is_array(leaf) or _is_python_number(leaf)):
+            raise TypeError(
+                f"hyperparams{name} is {leaf!r}, not an array. Were params and hyperparams "
+                "swapped? The order is init(params, hyperparams), as partition returns them"
+            )
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(
+                f"hyperparams{name} has dtype {jnp.result_type(leaf)}: only floating-point "
+                f"hyperparameters have a derivative; write jnp.asarray({leaf}, float), or leave "
+                "it in params"
+            )
+    return jax.tree.map(strong, hyperparams)
+
+
+def _refuse_complex(tree: PyTree, what: str) -> None:
+    for path, leaf in _with_path(tree):
+        if eqx.is_array_like(leaf) and jnp.iscomplexobj(leaf):
+            raise TypeError(
+                f"{what}{jax.tree_util.keystr(path)} is complex; hypergradients are taken over "
+                "real numbers: store its real and imaginary parts as two real arrays"
+            )
+
+
+def numbers_as_arrays(batch: PyTree) -> PyTree:
+    """Python numbers in a batch become arrays, so that a new value is no new program."""
+    return jax.tree.map(lambda x: np.asarray(strong(x)) if _is_python_number(x) else x, batch)
+
+
+def check_same_structure(found: PyTree, expected: PyTree, what: str, remedy: str) -> None:
+    """Two trees agree in structure, shapes and dtypes."""
+
+    def describe(tree):
+        return jax.tree.structure(tree), [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+
+    if describe(found) != describe(expected):
+        raise ValueError(
+            f"{what} does not fit this optimizer: it is\n  {eqx.tree_pformat(found)}\nbut should "
+            f"be\n  {eqx.tree_pformat(expected)}\n{remedy}"
+        )
+
+
+# -- losses ------------------------------------------------------------------------------
+
+
+def check_arity(function: Callable, name: str, arguments: str) -> None:
+    """The function can be called with the positional arguments that it will get."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some callables have none: the call itself will tell
+        return
+    try:
+        signature.bind(*arguments.split(", "))
+    except TypeError as error:
+        raise TypeError(
+            f"{name} is called as {name}({arguments}), but its signature is "
+            f"{name}{signature} ({error})"
+        ) from None
+
+
+def check_scalar(output: Any, name: str) -> None:
+    """A loss returned one real number."""
+    leaves = jax.tree.leaves(output)
+    if len(leaves) != 1 or output is not leaves[0]:
+        raise TypeError(
+            f"{name} must return a scalar, got a {type(output).__name__} with {len(leaves)} "
+            "leaves: return the loss alone; auxiliary outputs are not kept"
+        )
+    if output.shape != () or not jnp.issubdtype(output.dtype, jnp.floating):
+        raise ValueError(
+            f"{name} must return a real scalar, got shape {output.shape} and dtype "
+            f"{output.dtype}; write .mean() or .sum() over the examples"
+        )

@@ -1,0 +1,203 @@
+"""The inner update: its pullback against plain JAX, and what it must leave as it is."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import FIXED, PROBLEMS, make
+
+import gradhpo
+from gradhpo.core.inner import InnerUpdate
+from gradhpo.core.inner_optimizer import init_inner_state
+
+
+def phi_of(problem, inner_optimizer=None, update_fn=None, symmetric=True):
+    w, frozen = eqx.partition(problem.params, eqx.is_inexact_array)
+    phi = InnerUpdate(
+        inner_optimizer=inner_optimizer,
+        update_fn=update_fn,
+        train_loss_fn=problem.train_loss,
+        frozen=frozen,
+        train_batch=problem.train_batch,
+        symmetric=symmetric,
+    )
+    return phi, (w, init_inner_state(inner_optimizer, w, problem.hyperparams))
+
+
+def random_like(tree, key):
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    new = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, new)
+
+
+def assert_close(a, b, rtol=1e-10):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-14), a, b)
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["mixed mode", "reverse over reverse"])
+@pytest.mark.parametrize("optimizer_name", list(FIXED))
+@pytest.mark.parametrize("problem_name", list(PROBLEMS))
+def test_pullback_is_the_vjp_and_agrees_with_the_jvp(
+    problem_name, optimizer_name, symmetric, getkey
+):
+    problem, inner = make(problem_name, optimizer_name, getkey())
+    phi, z = phi_of(problem, inner, symmetric=symmetric)
+    # A few steps in, so that moments and counts are not at their initial values.
+    z, _, _ = phi.rollout(z, problem.hyperparams, 0, 3)
+    w, s = z
+    s, s_rest = eqx.partition(s, eqx.is_inexact_array)
+
+    def plain(w, s, h):
+        (w, s), _ = phi.step((w, eqx.combine(s, s_rest)), h, 3)
+        return w, eqx.filter(s, eqx.is_inexact_array)
+
+    primals = (w, s, problem.hyperparams)
+    bar = (random_like(w, getkey()), random_like(s, getkey()))
+    (new_w, new_s), loss, pull = phi.vjp(z, problem.hyperparams, 3)
+    _, reference = jax.vjp(plain, *primals)
+    pulled = pull(*bar)
+    assert_close(pulled, reference(bar))
+    assert_close((new_w, eqx.filter(new_s, eqx.is_inexact_array)), plain(*primals))
+    np.testing.assert_allclose(loss, problem.train_loss(problem_at(problem, w), *rest(problem)))
+
+    tangent = random_like(primals, getkey())
+    _, pushed = jax.jvp(plain, primals, tangent)
+    np.testing.assert_allclose(
+        gradhpo.tree_dot(bar, pushed), gradhpo.tree_dot(pulled, tangent), rtol=1e-10
+    )
+
+
+def problem_at(problem, w):
+    return eqx.combine(w, eqx.filter(problem.params, eqx.is_inexact_array, inverse=True))
+
+
+def rest(problem):
+    return problem.hyperparams, problem.train_batch
+
+
+def test_pullback_can_be_differentiated_once_more(getkey):
+    problem, inner = make("loss", "adam", getkey())
+    phi, (w, s) = phi_of(problem, inner)
+
+    def through_pullback(h):
+        (new_w, _), _, pull = phi.vjp((w, s), h, 0)
+        return gradhpo.tree_l2_norm(pull(new_w)[2])
+
+    def through_jax(h):
+        new_w, pull = jax.vjp(lambda h: phi.step((w, s), h, 0)[0][0], h)
+        return gradhpo.tree_l2_norm(pull(new_w)[0])
+
+    assert_close(
+        jax.grad(through_pullback)(problem.hyperparams), jax.grad(through_jax)(problem.hyperparams)
+    )
+
+
+def test_pullback_of_an_update_fn(getkey):
+    problem, _ = make("dicts", "sgd", getkey())
+
+    def update_fn(params, hyperparams, batch):
+        gradient = jax.grad(problem.train_loss)(params, hyperparams, batch)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
+
+    by_hand, z = phi_of(problem, update_fn=update_fn)
+    by_optax, z_optax = phi_of(problem, optax.sgd(0.1))
+    bar = random_like(z[0], getkey())
+    (new_w, new_s), loss, pull = by_hand.vjp(z, problem.hyperparams, 0)
+    (expected_w, _), expected_loss, expected_pull = by_optax.vjp(z_optax, problem.hyperparams, 0)
+    assert new_s == ()
+    assert_close(new_w, expected_w)
+    np.testing.assert_allclose(loss, expected_loss)
+    assert_close(pull(bar)[0], expected_pull(bar)[0])
+    assert_close(pull(bar)[2], expected_pull(bar)[2])
+
+
+def test_gradient_reversal_gets_its_right_hypergradient(getkey):
+    """With a custom_vjp the gradient field is not symmetric: forward mode would be wrong."""
+
+    @jax.custom_vjp
+    def reverse(x):
+        return x
+
+    reverse.defvjp(lambda x: (x, None), lambda _, g: (-g,))
+
+    def train_loss(params, hyperparams, batch):
+        features = jnp.tanh(hyperparams["features"] * params["w"])
+        adversary = jnp.sum(jnp.square(reverse(features) * params["adversary"]))
+        return jnp.sum(jnp.square(features - 1)) + adversary
+
+    val_loss = lambda params, hyperparams, batch: jnp.sum(jnp.square(params["w"] - 0.5))
+    params = {"w": jnp.array([0.3, -0.2]), "adversary": jnp.array([0.7, 0.4])}
+    hyperparams = {"features": jnp.array([1.0, 2.0])}
+    for optimizer in (
+        gradhpo.OneStepOptimizer(optax.sgd(0.1), optax.sgd(0.1)),
+        gradhpo.UnrolledOptimizer(optax.sgd(0.1), optax.sgd(0.1), unroll_steps=5),
+    ):
+        state = optimizer.init(params, hyperparams)
+        arguments = (state, None, None, train_loss, val_loss)
+        found = optimizer.compute_hypergradient(*arguments)
+        exact = gradhpo.finite_difference_hypergradient(optimizer, *arguments)
+        assert_close(found, exact, rtol=1e-7)
+
+
+def test_bfloat16_model_keeps_its_dtypes(getkey):
+    net = eqx.nn.MLP(3, 2, 4, 1, key=getkey(), dtype=jnp.bfloat16)
+    # A float32 learning rate and Adam's float32 accumulator meet bfloat16 parameters.
+    optimizer = gradhpo.UnrolledOptimizer(
+        lambda h: optax.adam(jnp.exp(h), mu_dtype=jnp.float32, eps_root=1e-8),
+        optax.adam(0.1),
+        unroll_steps=3,
+    )
+
+    def loss(params, hyperparams, batch):
+        out = jax.vmap(params)(batch).astype(jnp.float32)
+        return jnp.mean(jnp.square(out - 1))
+
+    with jax.numpy_dtype_promotion("standard"):
+        state = optimizer.init(net, jnp.asarray(-3.0, jnp.float32))
+        dtypes = jax.tree.map(lambda x: x.dtype, eqx.filter(state, eqx.is_array))
+        for _ in range(3):
+            state = optimizer.step(state, *[jnp.ones((5, 3), jnp.bfloat16)] * 2, loss, loss)
+    assert jax.tree.map(lambda x: x.dtype, eqx.filter(state, eqx.is_array)) == dtypes
+    assert state.params.layers[0].weight.dtype == jnp.bfloat16
+    assert state.metadata["val_loss"].dtype == jnp.float32
+    assert state.metadata["rejected"] == 0
+
+
+def test_keys_in_a_reused_batch_differ_between_inner_steps():
+    def update_fn(params, hyperparams, batch):
+        drawn = jax.random.uniform(batch["key"])
+        return jnp.stack([params[1], drawn]) + 0 * hyperparams
+
+    loss = lambda params, hyperparams, batch: jnp.sum(params) * hyperparams
+    optimizer = gradhpo.UnrolledOptimizer(
+        outer_optimizer=optax.sgd(0.1), update_fn=update_fn, unroll_steps=2
+    )
+    state = optimizer.init(jnp.zeros(2), jnp.asarray(1.0))
+    state = optimizer.step(state, {"key": jax.random.key(0)}, None, loss, loss)
+    expected = [jax.random.uniform(jax.random.fold_in(jax.random.key(0), t)) for t in (0, 1)]
+    np.testing.assert_array_equal(state.params, expected)
+
+
+def test_the_loss_of_an_update_fn_is_computed_for_the_last_step_only():
+    update_fn = lambda params, hyperparams, batch: params * hyperparams
+
+    def loss(params, hyperparams, batch):
+        return jax.pure_callback(record, jax.ShapeDtypeStruct((), params.dtype), params)
+
+    def record(value):
+        calls.append(float(value))
+        return np.asarray(value)
+
+    calls: list[float] = []
+    val_loss = lambda params, hyperparams, batch: params**2
+    optimizer = gradhpo.UnrolledOptimizer(
+        update_fn=update_fn, outer_optimizer=optax.sgd(0.1), unroll_steps=7
+    )
+    state = optimizer.init(jnp.asarray(1.0), jnp.asarray(0.5))
+    state = optimizer.step(state, None, None, loss, val_loss)
+    jax.effects_barrier()
+    assert state.metadata["train_loss"] == 0.5**6
+    assert calls == [0.5**6]

@@ -1,0 +1,89 @@
+"""Splitting a model, and what must not be split off."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import pytest
+from jaxtyping import Array
+
+import gradhpo
+
+
+class Model(eqx.Module):
+    net: eqx.nn.MLP
+    log_weight_decay: Array
+    count: Array
+    name: str = "model"
+
+
+@pytest.fixture
+def model(getkey):
+    return Model(eqx.nn.MLP(3, 2, 4, 2, key=getkey()), jnp.array(-3.0), jnp.array(7))
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        (lambda m: m.log_weight_decay, 1),
+        (lambda m: m.net.layers[0], 2),
+        (lambda m: m.net.layers, 6),
+        (lambda m: (m.log_weight_decay, m.net.layers[-1]), 3),
+        (lambda m: [m.log_weight_decay, m.net.layers[-1].bias], 2),
+        (lambda m: m.net, 6),
+        (lambda m: m, 7),
+    ],
+)
+def test_selects_arrays_and_combines_back(model, where, expected):
+    params, hyperparams = gradhpo.partition(model, where)
+    assert len(jax.tree.leaves(hyperparams)) == expected
+    assert all(map(eqx.is_inexact_array, jax.tree.leaves(hyperparams)))
+    assert eqx.tree_equal(eqx.combine(params, hyperparams), model)
+
+
+def test_functions_and_integers_in_a_selected_subtree_stay_in_params(model):
+    params, hyperparams = gradhpo.partition(model, lambda m: m)
+    assert params.net.activation is model.net.activation
+    assert params.count == 7
+    assert hyperparams.net.activation is None
+    assert hyperparams.count is None
+
+
+def test_works_on_dicts():
+    params, hyperparams = gradhpo.partition(
+        {"w": jnp.ones(3), "decay": jnp.array(0.1)}, lambda d: d["decay"]
+    )
+    assert params == {"w": params["w"], "decay": None}
+    assert hyperparams == {"w": None, "decay": hyperparams["decay"]}
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        (lambda m: m.net.layers[0].bias.dtype, "by itself"),
+        (lambda m: None, "selects nothing"),
+        (lambda m: [], "selects nothing"),
+        (lambda m: m.count, "int64 by itself.*jnp.asarray"),
+        (lambda m: m.net.activation, "by itself"),
+    ],
+)
+def test_refuses_what_has_no_derivative(model, where, message):
+    with pytest.raises(ValueError, match=message):
+        gradhpo.partition(model, where)
+
+
+def test_refuses_python_numbers_complex_and_boolean_arrays():
+    tree = {"a": 0.1, "b": jnp.array(1j), "c": jnp.array(True), "d": {"n": jnp.array(1)}}
+    with pytest.raises(ValueError, match=r"0\.1 by itself"):
+        gradhpo.partition(tree, lambda d: d["a"])
+    with pytest.raises(ValueError, match="complex"):
+        gradhpo.partition(tree, lambda d: d["b"])
+    with pytest.raises(ValueError, match="bool by itself"):
+        gradhpo.partition(tree, lambda d: d["c"])
+    with pytest.raises(ValueError, match="nothing to tune"):
+        gradhpo.partition(tree, lambda d: d["d"])
+
+
+def test_model_loss_sees_the_whole_model(model):
+    loss = gradhpo.model_loss(lambda m, batch: m.log_weight_decay * batch)
+    params, hyperparams = gradhpo.partition(model, lambda m: m.log_weight_decay)
+    assert loss(params, hyperparams, 2.0) == -6.0
