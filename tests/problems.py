@@ -10,6 +10,8 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 import gradhpo
+from gradhpo.core.inner import InnerUpdate
+from gradhpo.core.inner_optimizer import init_inner_state
 
 
 class Problem(NamedTuple):
@@ -175,6 +177,29 @@ def make(problem_name: str, optimizer_name: str, key, dtype=jnp.float64):
         params, hyperparams = gradhpo.partition(model, WITHOUT_MOMENTUM)
         problem = problem._replace(params=params, hyperparams=hyperparams)
     return problem, CALLABLE[optimizer_name]
+
+
+def phi_of(problem: Problem, inner_optimizer=None, update_fn=None, symmetric=True):
+    """The inner update on the training batch, and the z to start from."""
+    w, frozen = eqx.partition(problem.params, eqx.is_inexact_array)
+    phi = InnerUpdate(
+        inner_optimizer=inner_optimizer,
+        update_fn=update_fn,
+        train_loss_fn=problem.train_loss,
+        frozen=frozen,
+        train_batch=problem.train_batch,
+        symmetric=symmetric,
+    )
+    return phi, (w, init_inner_state(inner_optimizer, w, problem.hyperparams))
+
+
+def warmed(optimizer, problem: Problem, train_batch):
+    """The arguments of `step` from a state a few inner steps in: moments and counts have moved."""
+    state = optimizer.init(problem.params, problem.hyperparams)
+    phi, z = phi_of(problem, optimizer.inner_optimizer)
+    (w, s), _, _ = eqx.filter_jit(phi.rollout)(z, problem.hyperparams, 0, 3)
+    state = state.update(params=eqx.combine(w, phi.frozen), inner_opt_state=s)
+    return state, train_batch, problem.val_batch, problem.train_loss, problem.val_loss
 
 
 def stack_of(problem: Problem, count: int, key) -> gradhpo.BatchStack:

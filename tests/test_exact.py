@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import FIXED, OUTER, PROBLEMS, make, relaxed, stack_of
+from problems import FIXED, OUTER, PROBLEMS, make, relaxed, stack_of, warmed
 
 import gradhpo
 
@@ -22,47 +22,36 @@ def relative_error(found, exact):
     return np.max(np.abs(flat(found) - flat(exact))) / np.max(np.abs(flat(exact)))
 
 
-def warmed(optimizer, problem, batch):
-    """A state a few steps in, so that moments, counts and metrics are not initial ones."""
-    state = optimizer.init(problem.params, problem.hyperparams)
-    for _ in range(2):
-        state = optimizer.step(
-            state, batch, problem.val_batch, problem.train_loss, problem.val_loss
-        )
-    return state, (state, batch, problem.val_batch, problem.train_loss, problem.val_loss)
-
-
 @pytest.mark.parametrize(("problem_name", "optimizer_name"), COMBINATIONS)
 def test_one_step_equals_finite_differences(problem_name, optimizer_name, getkey):
     problem, inner = make(problem_name, optimizer_name, getkey())
     optimizer = gradhpo.OneStepOptimizer(inner, OUTER)
-    _, arguments = warmed(optimizer, problem, problem.train_batch)
+    arguments = warmed(optimizer, problem, problem.train_batch)
     found = optimizer.compute_hypergradient(*arguments)
     exact = gradhpo.finite_difference_hypergradient(optimizer, *arguments)
     assert relative_error(found, exact) < 1e-6
 
 
-@pytest.mark.parametrize("settings", [{}, {"checkpoints": "sqrt"}], ids=["plain", "sqrt"])
 @pytest.mark.parametrize(("problem_name", "optimizer_name"), COMBINATIONS)
-def test_unrolled_equals_finite_differences(problem_name, optimizer_name, settings, getkey):
+def test_unrolled_equals_finite_differences(problem_name, optimizer_name, getkey):
     problem, inner = make(problem_name, optimizer_name, getkey())
-    optimizer = gradhpo.UnrolledOptimizer(inner, OUTER, unroll_steps=7, **settings)
+    optimizer = gradhpo.UnrolledOptimizer(inner, OUTER, unroll_steps=7)
     stack = stack_of(problem, 7, getkey())  # a different minibatch at every inner step
-    _, arguments = warmed(optimizer, problem, stack)
+    arguments = warmed(optimizer, problem, stack)
     found = optimizer.compute_hypergradient(*arguments)
     exact = gradhpo.finite_difference_hypergradient(optimizer, *arguments)
     assert relative_error(found, exact) < 1e-6
 
 
-@pytest.mark.parametrize("inner_steps", [1, 3])
 @pytest.mark.parametrize(("problem_name", "optimizer_name"), COMBINATIONS)
 def test_t1_t2_is_near_the_exact_one_step_value_in_every_component(
-    problem_name, optimizer_name, inner_steps, getkey
+    problem_name, optimizer_name, getkey
 ):
+    inner_steps = 3
     problem, inner = make(problem_name, optimizer_name, getkey())
     exact = gradhpo.UnrolledOptimizer(inner, OUTER, unroll_steps=inner_steps, truncation=1)
     stack = stack_of(problem, inner_steps, getkey())
-    _, arguments = warmed(exact, problem, stack)
+    arguments = warmed(exact, problem, stack)
     expected = flat(exact.compute_hypergradient(*arguments))
     for settings in ({}, {"perturb": "hyperparams", "epsilon": 1e-4}):
         optimizer = gradhpo.T1T2Optimizer(inner, OUTER, inner_steps=inner_steps, **settings)
@@ -158,22 +147,24 @@ def test_darts_toy_goes_to_its_fixed_point(rate, fixed_point):
 # -- UnrolledOptimizer ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer_name", list(FIXED))
-@pytest.mark.parametrize("checkpoints", ["sqrt", 1, 2, 3, 5, 7, 11])
+@pytest.mark.parametrize(
+    ("optimizer_name", "checkpoints"),
+    [("momentum", n) for n in (1, 2, 3, 5, 7, 11)] + [("adam", "sqrt"), ("adamw", "sqrt")],
+)
 def test_checkpoints_change_nothing(optimizer_name, checkpoints, getkey):
     problem, inner = make("layers", optimizer_name, getkey())
     plain = gradhpo.UnrolledOptimizer(inner, OUTER, unroll_steps=11)
     saving = gradhpo.UnrolledOptimizer(inner, OUTER, unroll_steps=11, checkpoints=checkpoints)
-    state, arguments = warmed(plain, problem, stack_of(problem, 11, getkey()))
-    found, expected = (o.compute_hypergradient(*arguments) for o in (saving, plain))
-    assert relative_error(found, expected) < 1e-12
-    stepped, expected = (o.step(*arguments) for o in (saving, plain))
+    arguments = warmed(plain, problem, stack_of(problem, 11, getkey()))
+    stepped, expected = (optimizer.step(*arguments) for optimizer in (saving, plain))
+    assert relative_error(stepped.hyperparams, expected.hyperparams) < 1e-12
     for name in ("train_loss", "val_loss", "hypergrad_norm", "param_norm"):
         np.testing.assert_allclose(stepped.get_metric(name), expected.get_metric(name), rtol=1e-12)
 
 
-@pytest.mark.parametrize("checkpoints", [None, "sqrt", 2])
-@pytest.mark.parametrize("kept", [1, 2, 4, 6])
+@pytest.mark.parametrize(
+    ("kept", "checkpoints"), [(1, None), (2, None), (4, None), (6, None), (4, "sqrt"), (5, 2)]
+)
 def test_truncation_keeps_the_last_terms_of_the_sum(kept, checkpoints, getkey):
     """Against freezing the hyperparameters in all but the last steps, by plain JAX."""
     problem, inner = make("optimizer", "momentum", getkey())
@@ -183,10 +174,10 @@ def test_truncation_keeps_the_last_terms_of_the_sum(kept, checkpoints, getkey):
         OUTER,
         unroll_steps=steps,
         truncation=kept,
-        checkpoints=min(kept, checkpoints) if isinstance(checkpoints, int) else checkpoints,
+        checkpoints=checkpoints,
     )
     stack = stack_of(problem, steps, getkey())
-    state, arguments = warmed(optimizer, problem, stack)
+    state, *_ = arguments = warmed(optimizer, problem, stack)
     w, frozen = eqx.partition(state.params, eqx.is_inexact_array)
 
     def truncated(h):
@@ -202,14 +193,14 @@ def test_truncation_keeps_the_last_terms_of_the_sum(kept, checkpoints, getkey):
             z = (optax.apply_updates(z[0], updates), s)
         return problem.val_loss(eqx.combine(z[0], frozen), h, problem.val_batch)
 
-    expected = jax.grad(truncated)(state.hyperparams)
+    expected = jax.jit(jax.grad(truncated))(state.hyperparams)
     assert relative_error(optimizer.compute_hypergradient(*arguments), expected) < 1e-11
 
 
 def test_unrolled_over_one_step_is_one_step(getkey):
     problem, inner = make("optimizer", "adam", getkey())
     one = gradhpo.OneStepOptimizer(inner, OUTER)
-    _, arguments = warmed(one, problem, problem.train_batch)
+    arguments = warmed(one, problem, problem.train_batch)
     unrolled = gradhpo.UnrolledOptimizer(inner, OUTER)
     found, expected = (o.compute_hypergradient(*arguments) for o in (unrolled, one))
     assert relative_error(found, expected) < 1e-13
@@ -347,7 +338,7 @@ def test_hypergradient_descent_on_the_rate():
 def test_chosen_coordinates_of_the_finite_differences(getkey):
     problem, inner = make("layers", "sgd", getkey())
     optimizer = gradhpo.UnrolledOptimizer(inner, OUTER, unroll_steps=3)
-    _, arguments = warmed(optimizer, problem, problem.train_batch)
+    arguments = warmed(optimizer, problem, problem.train_batch)
     whole = gradhpo.finite_difference_hypergradient(optimizer, *arguments)
     some = gradhpo.finite_difference_hypergradient(
         optimizer, *arguments, coordinates=np.array([4, 0, 17])

@@ -146,7 +146,9 @@ class Generated(eqx.Module):
         return self.function(step)
 
     def stack(self, step: Array, position: Array, count: int) -> PyTree:
-        return BatchStack(jax.vmap(self.function)(step * count + jnp.arange(count)))
+        return BatchStack(
+            jax.vmap(self.function)(step * count + jnp.arange(count, dtype=step.dtype))
+        )
 
 
 class Fixed(eqx.Module):

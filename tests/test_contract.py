@@ -1,0 +1,325 @@
+"""What every optimizer promises. A new algorithm is one more line in OPTIMIZERS."""
+
+import dataclasses
+import warnings
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import OUTER, PROBLEMS, make, relaxed, stack_of
+
+import gradhpo
+from gradhpo.core.state import METRICS
+
+
+# name: (class, settings, a numeric setting with another value for it)
+OPTIMIZERS = {
+    "first order": (gradhpo.FOOptimizer, {}, None),
+    "one step": (gradhpo.OneStepOptimizer, {}, None),
+    "T1-T2": (gradhpo.T1T2Optimizer, {"inner_steps": 2}, ("epsilon", 0.02)),
+    "T1-T2 by hyperparams": (
+        gradhpo.T1T2Optimizer,
+        {"perturb": "hyperparams", "epsilon": 1e-4},
+        ("epsilon", 2e-4),
+    ),
+    "unrolled": (gradhpo.UnrolledOptimizer, {"unroll_steps": 4}, None),
+    "truncated": (gradhpo.UnrolledOptimizer, {"unroll_steps": 4, "truncation": 2}, None),
+    "checkpointed": (gradhpo.UnrolledOptimizer, {"unroll_steps": 4, "checkpoints": "sqrt"}, None),
+}
+SEES_ONLY_VALIDATION = {"first order"}
+PLAIN = relaxed(optax.sgd(0.1))
+
+every = pytest.mark.parametrize("name", list(OPTIMIZERS))
+
+
+def build(name, inner_optimizer=PLAIN, outer_optimizer=OUTER):
+    cls, settings, _ = OPTIMIZERS[name]
+    return cls(inner_optimizer, outer_optimizer, **settings)
+
+
+# A validation loss with a direct term, so that first order has something to follow.
+def train_loss(w, h, batch):
+    return jnp.sum(jnp.square(w - h + 0 * jnp.sum(batch))) / 2
+
+
+def val_loss(w, h, batch):
+    nothing = 0 * jnp.sum(batch)
+    return jnp.sum(jnp.square(w - 1 + nothing) + jnp.square(h - 1 + nothing)) / 2
+
+
+def start(optimizer, dtype=jnp.float64):
+    return optimizer.init(jnp.zeros(3, dtype), jnp.full(3, -1.0, dtype))
+
+
+def arrays_of(tree):
+    return eqx.filter(tree, eqx.is_array)
+
+
+def described(tree):
+    arrays = arrays_of(tree)
+    return jax.tree.structure(arrays), [jax.typeof(x) for x in jax.tree.leaves(arrays)]
+
+
+def assert_same(a, b, rtol=0.0, atol=0.0):
+    pairs = zip(jax.tree.leaves(arrays_of(a)), jax.tree.leaves(arrays_of(b)), strict=True)
+    for x, y in pairs:
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
+
+
+@every
+def test_converges_on_a_quadratic(name):
+    optimizer = build(name)
+    state = start(optimizer)
+    batch = jnp.zeros(1)
+    for _ in range(300):
+        state = optimizer.step(state, batch, batch, train_loss, val_loss)
+    np.testing.assert_allclose(state.hyperparams, np.ones(3), atol=1e-2)
+    np.testing.assert_allclose(state.params, np.ones(3), atol=1e-2)
+    assert state.step == 300
+    assert state.metadata["rejected"] == 0
+
+
+@every
+@pytest.mark.parametrize("problem_name", ["optimizer", "dicts"])
+@pytest.mark.parametrize("optimizer_name", ["momentum", "adam"])
+def test_filtered_models_dicts_and_stateful_optimizers(name, problem_name, optimizer_name, getkey):
+    """Runs; advances optimizer state; step follows compute_hypergradient, from the first on."""
+    problem, inner = make(problem_name, optimizer_name, getkey())
+    if name in SEES_ONLY_VALIDATION:
+        direct = lambda h: sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(h))
+        only_weights = problem.val_loss
+        val_loss = lambda p, h, batch: only_weights(p, h, batch) + direct(h)
+        problem = problem._replace(val_loss=val_loss)
+    optimizer = build(name, inner, relaxed(optax.sgd(0.1)))
+    state = optimizer.init(problem.params, problem.hyperparams)
+    stack = stack_of(problem, optimizer.num_inner_steps, getkey())
+    arguments = (stack, problem.val_batch, problem.train_loss, problem.val_loss)
+    for step in range(1, 3):
+        before, g = state, optimizer.compute_hypergradient(state, *arguments)
+        state = optimizer.step(state, *arguments)
+        followed = jax.tree.map(lambda h, g: h - 0.1 * g, before.hyperparams, g)
+        assert_same(state.hyperparams, followed, rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(
+            state.metadata["hypergrad_norm"], gradhpo.tree_l2_norm(g), rtol=1e-12
+        )
+        counts = [
+            x
+            for x in jax.tree.leaves(state.inner_opt_state)
+            if jnp.issubdtype(x.dtype, jnp.integer)
+        ]
+        assert all(count == step * optimizer.num_inner_steps for count in counts)
+        assert len(counts) == (optimizer_name == "adam")
+        moments = eqx.filter(state.inner_opt_state, eqx.is_inexact_array)
+        assert gradhpo.tree_l2_norm(moments) > 0
+    assert described(state) == described(before)
+    assert all(np.isfinite(state.metadata[metric]) for metric in METRICS)
+    # The metrics are those of the state: norms after the step, train loss before its update.
+    np.testing.assert_allclose(
+        state.metadata["hyperparam_norm"], gradhpo.tree_l2_norm(state.hyperparams), rtol=1e-12
+    )
+    np.testing.assert_allclose(
+        state.metadata["param_norm"], gradhpo.tree_l2_norm(state.params), rtol=1e-12
+    )
+    np.testing.assert_allclose(
+        state.metadata["val_loss"],
+        problem.val_loss(state.params, before.hyperparams, problem.val_batch),
+        rtol=1e-12,
+    )
+
+
+@every
+def test_traces_once(name):
+    """Over 1,000 steps with new batches, states, step counts, rates and settings."""
+    traces = []
+
+    def counted(w, h, batch):
+        traces.append(1)
+        return train_loss(w, h, batch)
+
+    optimizer = build(name, outer_optimizer=None)
+    state = start(optimizer)
+    state = optimizer.step(state, jnp.zeros(1), 0.0, counted, val_loss, lr_hyper=0.1)
+    first = len(traces)
+    _, _, setting = OPTIMIZERS[name]
+    for i in range(1_000):
+        if setting and i == 500:
+            optimizer = dataclasses.replace(optimizer, **{setting[0]: setting[1]})
+        rate = [0.1, np.float32(0.2), jnp.asarray(0.3), 1][i % 4]
+        state = optimizer.step(state, jnp.ones(1) * i, float(i), counted, val_loss, lr_hyper=rate)
+    assert state.step == 1_001
+    assert len(traces) == first
+
+
+@every
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16])
+def test_structure_shapes_and_dtypes_never_change(name, dtype):
+    optimizer = build(name, relaxed(optax.adam(0.1, eps_root=1e-8)))
+    state = start(optimizer, dtype)
+    expected = described(state)
+    for _ in range(2):
+        state = optimizer.step(
+            state, jnp.zeros(1, dtype), jnp.zeros(1, dtype), train_loss, val_loss
+        )
+        assert described(state) == expected
+    metric_dtype = jnp.float64 if dtype == jnp.float64 else jnp.float32
+    assert all(state.metadata[metric].dtype == metric_dtype for metric in METRICS)
+    assert state.step.dtype == jnp.int32
+
+
+@every
+def test_a_nan_batch_costs_a_step_and_nothing_else(name):
+    optimizer = build(name, relaxed(optax.adam(0.1, eps_root=1e-8)))
+    good, bad = jnp.zeros(1), jnp.full(1, jnp.nan)
+    state = optimizer.step(start(optimizer), good, good, train_loss, val_loss)
+    for batches in ((bad, good), (good, bad)):
+        after = optimizer.step(state, *batches, train_loss, val_loss)
+        kept = ("params", "hyperparams", "inner_opt_state", "outer_opt_state")
+        assert_same([getattr(after, k) for k in kept], [getattr(state, k) for k in kept])
+        assert after.step == state.step + 1
+        assert after.metadata["rejected"] == state.metadata["rejected"] + 1
+        state = after
+    recovered = optimizer.step(state, good, good, train_loss, val_loss)
+    assert recovered.metadata["rejected"] == 2
+    assert np.isfinite(recovered.metadata["val_loss"])
+    assert not np.array_equal(recovered.params, state.params)
+
+
+@every
+def test_jit_vmap_and_scan(name):
+    optimizer = build(name)
+    batch = jnp.zeros(1)
+    state = start(optimizer)
+    once = optimizer.step(state, batch, batch, train_loss, val_loss)
+    twice = optimizer.step(once, batch, batch, train_loss, val_loss)
+
+    step = lambda state: optimizer.step(state, batch, batch, train_loss, val_loss)
+    assert_same(eqx.filter_jit(step)(state), once, rtol=1e-13, atol=1e-15)
+
+    states = eqx.filter_vmap(lambda h: optimizer.init(jnp.zeros(3), h))(
+        jnp.stack([jnp.full(3, -1.0), jnp.zeros(3)])
+    )
+    after = eqx.filter_vmap(step)(states)
+    first = jax.tree.map(lambda x: x[0], arrays_of(after))
+    assert_same(first, once, rtol=1e-13, atol=1e-15)
+
+    arrays, static = eqx.partition(state, eqx.is_array)
+    body = lambda arrays, _: (arrays_of(step(eqx.combine(arrays, static))), None)
+    scanned, _ = jax.lax.scan(body, arrays, None, length=2)
+    assert_same(scanned, twice, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", [n for n, (_, _, setting) in OPTIMIZERS.items() if setting])
+def test_numeric_settings_are_leaves_to_vmap_over(name):
+    setting, value = OPTIMIZERS[name][2]
+    optimizer = build(name)
+    values = jnp.asarray([float(getattr(optimizer, setting)), value])
+    state = optimizer.init(jnp.ones(3), jnp.full(3, -1.0))
+    arguments = (state, jnp.zeros(1), jnp.zeros(1), cubic, val_loss)
+
+    def hypergradient(value):
+        return dataclasses.replace(optimizer, **{setting: value}).compute_hypergradient(*arguments)
+
+    together = eqx.filter_vmap(hypergradient)(values)
+    for i in range(2):
+        np.testing.assert_allclose(together[i], hypergradient(values[i]), rtol=1e-12)
+    assert not np.array_equal(together[0], together[1])  # the setting does something
+
+
+def cubic(w, h, batch):
+    return jnp.sum(w**3 * h**3 + w * h) + 0 * jnp.sum(batch)
+
+
+@every
+def test_the_outer_rate_is_plain_gradient_descent(name):
+    optimizer = build(name, outer_optimizer=None)
+    state = start(optimizer)
+    arguments = (state, jnp.zeros(1), jnp.zeros(1), train_loss, val_loss)
+    g = optimizer.compute_hypergradient(*arguments)
+    after = optimizer.step(*arguments, lr_hyper=0.25)
+    np.testing.assert_allclose(after.hyperparams, state.hyperparams - 0.25 * g, rtol=1e-13)
+    assert after.outer_opt_state == ()
+
+
+@every
+def test_program_size_does_not_grow_with_the_inner_steps(name):
+    cls, settings, _ = OPTIMIZERS[name]
+    counts = [k for k in ("inner_steps", "unroll_steps") if k in settings]
+    if not counts:
+        assert build(name).num_inner_steps == 1
+        return
+    sizes = []
+    for steps in (10, 1_000):
+        optimizer = cls(PLAIN, OUTER, **(settings | {counts[0]: steps}))
+        state = start(optimizer)
+        step = lambda state, o=optimizer: o.step(
+            state, jnp.zeros(1), jnp.zeros(1), train_loss, val_loss
+        )
+        sizes.append(len(eqx.filter_jit(step).lower(state).as_text()))
+    assert sizes[1] < 1.1 * sizes[0]
+
+
+@every
+def test_losses_may_be_modules_that_hold_arrays(name):
+    class Scaled(eqx.Module):
+        scale: jax.Array
+
+        def __call__(self, w, h, batch):
+            return self.scale * train_loss(w, h, batch)
+
+    optimizer = build(name)
+    arguments = (start(optimizer), jnp.zeros(1), jnp.zeros(1))
+    one = optimizer.step(*arguments, Scaled(jnp.asarray(1.0)), val_loss)
+    two = optimizer.step(*arguments, Scaled(jnp.asarray(2.0)), val_loss)
+    assert_same(one, optimizer.step(*arguments, train_loss, val_loss), rtol=1e-12)
+    assert not np.array_equal(one.params, two.params)
+
+
+def test_the_fifth_trace_of_one_job_warns_and_says_what_changed():
+    optimizer = build("one step")
+    state = start(optimizer)
+
+    def with_a_new_loss():
+        made_anew = lambda w, h, batch: train_loss(w, h, batch)
+        optimizer.step(state, jnp.zeros(1), jnp.zeros(1), made_anew, val_loss)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(4):
+            with_a_new_loss()
+    with pytest.warns(UserWarning, match="5 times.*train_loss_fn"):
+        with_a_new_loss()
+
+
+@pytest.mark.parametrize(
+    ("anew", "message"),
+    [("optimizer", "the optimizer"), ("train_batch", "shapes in train_batch")],
+)
+def test_the_warning_names_optimizers_and_ragged_batches(anew, message):
+    optimizer = build("one step")
+    state = start(optimizer)
+
+    def five_times():
+        nonlocal optimizer
+        for i in range(5):
+            if anew == "optimizer":
+                optimizer = gradhpo.OneStepOptimizer(relaxed(optax.sgd(0.1)), OUTER)
+            batch = jnp.zeros(100 + i if anew == "train_batch" else 1)
+            optimizer.step(state, batch, jnp.zeros(1), train_loss, val_loss)
+
+    with pytest.warns(UserWarning, match=message):
+        five_times()
+
+
+def test_every_optimizer_is_in_this_suite():
+    exported = {
+        value
+        for value in vars(gradhpo).values()
+        if isinstance(value, type)
+        and issubclass(value, gradhpo.BilevelOptimizer)
+        and value is not gradhpo.BilevelOptimizer
+    }
+    assert exported == {cls for cls, _, _ in OPTIMIZERS.values()}
+    assert PROBLEMS.keys() == {"loss", "optimizer", "layers", "dicts"}

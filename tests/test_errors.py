@@ -1,0 +1,345 @@
+"""Misuse: each kind raises an error that names the argument and says what to write instead."""
+
+import warnings
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gradhpo
+
+
+SGD = optax.sgd(0.1)
+W, H, B = jnp.zeros(3), jnp.ones(3), jnp.ones(3)
+
+
+def train_loss(w, h, batch):
+    return jnp.sum(jnp.square(w - h)) + 0 * jnp.sum(batch)
+
+
+def val_loss(w, h, batch):
+    return jnp.sum(jnp.square(w - 1)) + 0 * jnp.sum(batch)
+
+
+def one_step(**changes):
+    return gradhpo.OneStepOptimizer(**({"inner_optimizer": SGD, "outer_optimizer": SGD} | changes))
+
+
+def step(optimizer=None, state=None, train_batch=B, val_batch=B, tl=train_loss, vl=val_loss, **kw):
+    optimizer = one_step() if optimizer is None else optimizer
+    state = optimizer.init(W, H) if state is None else state
+    return optimizer.step(state, train_batch, val_batch, tl, vl, **kw)
+
+
+def init(params=W, hyperparams=H):
+    return one_step().init(params, hyperparams)
+
+
+def run(train_data=B, val_data=B, optimizer=None, num_steps=2, **kw):
+    optimizer = one_step() if optimizer is None else optimizer
+    losses = gradhpo.LossFunctions(train_loss, val_loss)
+    state = optimizer.init(W, H)
+    settings = {"num_steps": num_steps, "progress": False} | kw
+    return gradhpo.run(optimizer, state, losses, train_data, val_data, **settings)
+
+
+class BatchNormed(eqx.Module):
+    norm: eqx.nn.BatchNorm
+    weight: jax.Array
+
+
+class OnlyArrays(eqx.Module):
+    w: jax.Array
+    h: jax.Array
+
+
+def swapped_all_arrays():
+    params, hyperparams = gradhpo.partition(OnlyArrays(W, H), lambda m: m.h)
+    return init(hyperparams, params)
+
+
+def swapped():
+    model = eqx.nn.MLP(2, 2, 2, 1, key=jax.random.key(0))
+    params, hyperparams = gradhpo.partition(model, lambda m: m.layers[0])
+    return init(hyperparams, params)
+
+
+def foreign_inner_state():
+    adam = one_step(inner_optimizer=optax.adam(0.1))
+    return step(optimizer=one_step(), state=adam.init(W, H))
+
+
+def foreign_outer_state():
+    adam = one_step(outer_optimizer=optax.adam(0.1))
+    return step(optimizer=one_step(), state=adam.init(W, H))
+
+
+def needs_extra_arguments():
+    return step(one_step(inner_optimizer=optax.polyak_sgd()))
+
+
+def branches_on_a_value():
+    inner = lambda h: optax.sgd(
+        optax.schedules.linear_schedule(h[0], 0.0, 3) if h[0] > 0 else optax.constant_schedule(1.0)
+    )
+    return step(one_step(inner_optimizer=inner))
+
+
+def checkpoints(**kw):
+    return gradhpo.UnrolledOptimizer(SGD, SGD, **kw)
+
+
+class Loader:
+    def __iter__(self):
+        return iter([B])
+
+
+# (what is done, the error, what its message must say)
+MISUSES = {
+    "loss is not scalar": (
+        lambda: step(tl=lambda w, h, b: jnp.square(w - h)), ValueError,
+        r"train_loss_fn must return a real scalar, got shape \(3,\).*\.mean\(\)",
+    ),
+    "loss is an integer": (
+        lambda: step(vl=lambda w, h, b: jnp.sum(h > 0)), ValueError, "val_loss_fn.*int",
+    ),
+    "loss returns auxiliary output": (
+        lambda: step(tl=lambda w, h, b: (train_loss(w, h, b), w)), TypeError,
+        "train_loss_fn must return a scalar, got a tuple.*return the loss alone",
+    ),
+    "loss takes two arguments": (
+        lambda: step(tl=lambda model, batch: 0.0), TypeError,
+        r"train_loss_fn\(params, hyperparams, batch\)",
+    ),
+    "loss takes four arguments": (
+        lambda: step(vl=lambda a, b, c, d: 0.0), TypeError, "val_loss_fn.*missing",
+    ),
+    "integer hyperparameters": (
+        lambda: init(W, jnp.arange(3)), TypeError, r"hyperparams has dtype int.*jnp\.asarray",
+    ),
+    "boolean hyperparameter": (
+        lambda: init(W, {"on": True}), TypeError, r"hyperparams\['on'\] has dtype bool",
+    ),
+    "no hyperparameters": (lambda: init(W, {}), ValueError, "hyperparams holds nothing to tune"),
+    "a string as hyperparameter": (
+        lambda: init(W, {"name": "sgd"}), TypeError, r"hyperparams\['name'\] is 'sgd'",
+    ),
+    "complex hyperparameter": (
+        lambda: init(W, jnp.ones(2, complex)), TypeError, "hyperparams is complex.*two real arrays",
+    ),
+    "complex parameter": (
+        lambda: init({"w": jnp.ones(2, complex)}, H), TypeError, r"params\['w'\] is complex",
+    ),
+    "nothing to train": (
+        lambda: init({"n": jnp.arange(3)}, H), ValueError, "params holds no floating-point",
+    ),
+    "a Python float to train": (
+        lambda: init({"w": 0.5}, H), ValueError, r"jnp\.asarray\(0\.0\) instead of 0\.0",
+    ),
+    "swapped": (swapped, (ValueError, TypeError), "swapped"),
+    "swapped, all arrays": (swapped_all_arrays, ValueError, "swapped"),
+    "running state": (
+        lambda: init(
+            BatchNormed(eqx.nn.BatchNorm(3, axis_name="b", mode="batch"), jnp.ones(3)), H
+        ), ValueError, "running state.*LayerNorm",
+    ),
+    "mismatched batch axes": (
+        lambda: gradhpo.DataBatch(jnp.ones((4, 2)), jnp.ones(3)), ValueError,
+        r"DataBatch.*leading axes differ.*\(4, 2\).*\(3,\)",
+    ),
+    "a batch of scalars": (
+        lambda: gradhpo.DataBatch(jnp.ones((4, 2)), jnp.asarray(1.0)), ValueError,
+        r"DataBatch.*no leading axis",
+    ),
+    "stack of the wrong length": (
+        lambda: step(checkpoints(unroll_steps=4), train_batch=gradhpo.BatchStack(jnp.ones((3, 2)))),
+        ValueError, "BatchStack of 3 batches.*4 inner steps.*stack 4 batches",
+    ),
+    "stack of ragged batches": (
+        lambda: gradhpo.BatchStack.of([jnp.ones(3), jnp.ones(2)]), ValueError, "batch 1 has shapes",
+    ),
+    "stack of nothing": (lambda: gradhpo.BatchStack.of([]), ValueError, "got no batch"),
+    "stack for validation": (
+        lambda: step(val_batch=gradhpo.BatchStack(jnp.ones((1, 3)))), ValueError,
+        "val_batch is a BatchStack",
+    ),
+    "both outer optimizer and rate": (
+        lambda: step(lr_hyper=0.1), ValueError, "leave lr_hyper out",
+    ),
+    "neither outer optimizer nor rate": (
+        lambda: step(one_step(outer_optimizer=None)), ValueError, r"pass lr_hyper=0\.1",
+    ),
+    "rate is a vector": (
+        lambda: step(one_step(outer_optimizer=None), lr_hyper=jnp.ones(2)), TypeError,
+        "lr_hyper must be one real number",
+    ),
+    "rate is a schedule": (
+        lambda: step(one_step(outer_optimizer=None), lr_hyper=optax.constant_schedule(0.1)),
+        TypeError, r"gradhpo\.run",
+    ),
+    "rate is True": (
+        lambda: step(one_step(outer_optimizer=None), lr_hyper=True), TypeError, "lr_hyper",
+    ),
+    "zero inner steps": (
+        lambda: gradhpo.T1T2Optimizer(SGD, SGD, inner_steps=0), ValueError,
+        "inner_steps must be at least 1, got inner_steps=0",
+    ),
+    "negative unroll steps": (
+        lambda: checkpoints(unroll_steps=-1), ValueError, "unroll_steps must be at least 1",
+    ),
+    "unroll steps as float": (
+        lambda: checkpoints(unroll_steps=2.0), TypeError, "unroll_steps",
+    ),
+    "truncation too long": (
+        lambda: checkpoints(unroll_steps=3, truncation=4), ValueError,
+        "truncation must be at least 1 and at most 3",
+    ),
+    "more checkpoints than steps": (
+        lambda: checkpoints(unroll_steps=3, checkpoints=4), ValueError,
+        "checkpoints must be at least 1 and at most 3",
+    ),
+    "unknown checkpoint scheme": (
+        lambda: checkpoints(unroll_steps=3, checkpoints="cube"), TypeError, "checkpoints",
+    ),
+    "epsilon is zero": (
+        lambda: gradhpo.T1T2Optimizer(SGD, SGD, epsilon=0.0), ValueError,
+        r"epsilon must be positive, got epsilon=0\.0",
+    ),
+    "epsilon is a string": (
+        lambda: gradhpo.T1T2Optimizer(SGD, SGD, epsilon="small"), TypeError, "'small'",
+    ),
+    "unknown perturbation": (
+        lambda: gradhpo.T1T2Optimizer(SGD, SGD, perturb="w"), TypeError, "perturb",
+    ),
+    "T1-T2 by weights with an update_fn": (
+        lambda: gradhpo.T1T2Optimizer(outer_optimizer=SGD, update_fn=lambda w, h, b: w),
+        ValueError, "needs perturb='hyperparams'",
+    ),
+    "no inner update": (
+        lambda: gradhpo.OneStepOptimizer(outer_optimizer=SGD), ValueError,
+        r"inner_optimizer=optax\.sgd\(0\.1\)",
+    ),
+    "two inner updates": (
+        lambda: one_step(update_fn=lambda w, h, b: w), ValueError, "pass only one of them",
+    ),
+    "inner optimizer is a number": (lambda: one_step(inner_optimizer=0.1), TypeError, "inner_optimizer"),
+    "outer optimizer is a function": (
+        lambda: one_step(outer_optimizer=lambda h: SGD), TypeError, "outer_optimizer",
+    ),
+    "inner optimizer function returns a number": (
+        lambda: one_step(inner_optimizer=lambda h: 0.1).init(W, H), TypeError,
+        r"the function returned 0\.1",
+    ),
+    "inject_hyperparams in a callable": (
+        lambda: one_step(
+            inner_optimizer=lambda h: optax.inject_hyperparams(optax.sgd)(jnp.mean(h))
+        ).init(W, H), ValueError, r"optax\.inject_hyperparams.*no effect",
+    ),
+    "optimizer that needs the loss": (
+        needs_extra_arguments, ValueError, r"optax\.polyak_sgd.*update_fn",
+    ),
+    "optimizer that branches on a value": (
+        branches_on_a_value, ValueError, r"branches on the value.*jnp\.where",
+    ),
+    "inner state from another optimizer": (
+        foreign_inner_state, ValueError, r"state\.inner_opt_state does not fit.*init\(",
+    ),
+    "outer state from another optimizer": (
+        foreign_outer_state, ValueError, r"state\.outer_opt_state does not fit",
+    ),
+    "update_fn returns another structure": (
+        lambda: step(
+            gradhpo.UnrolledOptimizer(outer_optimizer=SGD, update_fn=lambda w, h, b: (w * h, w))
+        ), ValueError, "update_fn must return params of the structure",
+    ),
+    "first order on a blind validation loss": (
+        lambda: step(gradhpo.FOOptimizer(SGD, SGD)), ValueError,
+        "FOOptimizer sees none of the hyperparameters.*OneStepOptimizer",
+    ),
+    "hyperparameters that nothing uses": (
+        lambda: step(tl=lambda w, h, b: jnp.sum(jnp.square(w))), ValueError,
+        "OneStepOptimizer sees none of the hyperparameters.*nor the inner update",
+    ),
+    "state is not a state": (lambda: step(state=(W, H)), TypeError, "state"),
+    "a list of batches as data": (
+        lambda: run([B, B]), TypeError, r"train_data is a list.*gradhpo\.iterate\(train_data\)",
+    ),
+    "a tuple of DataBatch as data": (
+        lambda: run(val_data=(gradhpo.DataBatch(W, H),) * 2), TypeError, r"val_data is a tuple",
+    ),
+    "a loader without next": (lambda: run(Loader()), TypeError, r"gradhpo\.iterate\(train_data\)"),
+    "an iterator without batches": (lambda: run(iter([])), ValueError, "without a single batch"),
+    "a BatchStack as data": (
+        lambda: run(gradhpo.BatchStack(jnp.ones((1, 3)))), TypeError, "serves one step",
+    ),
+    "ragged batches from an iterator": (
+        lambda: run(iter([np.ones(3), np.ones(2)])), ValueError, "drop or pad the ragged last",
+    ),
+    "no steps": (lambda: run(num_steps=0), ValueError, "num_steps must be at least 1"),
+    "chunk of nothing": (lambda: run(chunk_size=0), ValueError, "chunk_size must be at least 1"),
+    "run with rate and outer optimizer": (lambda: run(lr_hyper=0.1), ValueError, "leave lr_hyper"),
+    "run without either": (
+        lambda: run(optimizer=one_step(outer_optimizer=None)), ValueError, "lr_hyper",
+    ),
+    "callback is not callable": (lambda: run(callbacks=["log"]), TypeError, "callbacks"),
+    "batch larger than the data": (
+        lambda: gradhpo.ArrayData(jnp.ones((3, 2)), 4, jax.random.key(0)), ValueError,
+        "batch_size must be at least 1 and at most 3",
+    ),
+    "arrays of different lengths": (
+        lambda: gradhpo.ArrayData((jnp.ones(3), jnp.ones(4)), 2, jax.random.key(0)), ValueError,
+        r"ArrayData\(arrays\): leading axes differ",
+    ),
+    "coordinate out of range": (
+        lambda: gradhpo.finite_difference_hypergradient(
+            one_step(), init(), B, B, train_loss, val_loss, coordinates=np.array([3])
+        ), ValueError, "coordinates must lie in 0 to 2",
+    ),
+    "finite-difference step of zero": (
+        lambda: gradhpo.finite_difference_hypergradient(
+            one_step(), init(), B, B, train_loss, val_loss, epsilon=0
+        ), ValueError, "epsilon must be positive",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", list(MISUSES))
+def test_misuse_is_named_with_its_remedy(kind):
+    act, error, message = MISUSES[kind]
+    with pytest.raises(error, match=f"(?s){message}"):
+        act()
+
+
+def test_there_are_at_least_25_kinds():
+    assert len(MISUSES) >= 25
+
+
+def test_a_leaf_that_the_method_cannot_see_is_named_once():
+    def loss(w, h, batch):
+        return jnp.sum(jnp.square(w - h["seen"])) + 0 * jnp.sum(
+            jax.lax.stop_gradient(h["detached"])
+        )
+
+    hyperparams = {"seen": H, "detached": H, "unused": H}
+    optimizer = one_step()
+    state = optimizer.init(W, hyperparams)
+    with pytest.warns(UserWarning, match=r"0 for hyperparams \['detached'\], \['unused'\]"):
+        state = optimizer.step(state, B, B, loss, val_loss)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(state, B, B, loss, val_loss)  # compiled: nothing is said again
+
+
+def test_inject_hyperparams_is_fine_where_it_does_no_harm():
+    state = step(one_step(inner_optimizer=optax.inject_hyperparams(optax.sgd)(0.1)))
+    assert state.metadata["rejected"] == 0
+
+
+def test_hyperparameters_may_be_python_floats():
+    state = init(W, {"rate": 0.1, "decay": np.float32(0.2)})
+    assert state.hyperparams["rate"].dtype == jnp.float64
+    assert state.hyperparams["decay"].dtype == jnp.float32
+    assert not state.hyperparams["rate"].weak_type

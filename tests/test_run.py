@@ -1,0 +1,288 @@
+"""The loop: equal to calling `step` by hand, traced once, and honest about how it ended."""
+
+import warnings
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import OUTER, relaxed
+
+import gradhpo
+from gradhpo.core.state import METRICS
+from gradhpo.training.data import _permute
+
+
+SGD = relaxed(optax.sgd(0.1))
+X, Y = jnp.linspace(-1, 1, 30).reshape(10, 3), jnp.linspace(0, 1, 10)
+
+
+def train_loss(w, h, batch):
+    x, y = batch
+    return jnp.mean(jnp.square(x @ w - y)) + jnp.sum(jnp.exp(h) * jnp.square(w))
+
+
+def val_loss(w, h, batch):
+    x, y = batch
+    return jnp.mean(jnp.square(x @ w - y))
+
+
+LOSSES = gradhpo.LossFunctions(train_loss, val_loss)
+
+
+def unrolled(outer_optimizer=OUTER, steps=3):
+    return gradhpo.UnrolledOptimizer(SGD, outer_optimizer, unroll_steps=steps)
+
+
+def start(optimizer):
+    return optimizer.init(jnp.zeros(3), jnp.full(3, -2.0))
+
+
+def run(optimizer, train_data, val_data=(X, Y), state=None, **settings):
+    state = start(optimizer) if state is None else state
+    settings = {"num_steps": 7, "chunk_size": 3, "progress": False} | settings
+    return gradhpo.run(optimizer, state, LOSSES, train_data, val_data, **settings)
+
+
+def assert_same(a, b, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+def arrays(tree):
+    return eqx.filter(tree, eqx.is_array)
+
+
+def test_run_is_step_called_by_hand():
+    optimizer, data = unrolled(), gradhpo.ArrayData((X, Y), 4, jax.random.key(1))
+    state, seen = start(optimizer), []
+    for k in range(7):
+        stack = gradhpo.BatchStack.of([data(3 * k + t) for t in range(3)])
+        state = optimizer.step(state, stack, (X, Y), train_loss, val_loss)
+        seen.append(state.metadata)
+    found, history = run(optimizer, data)
+    assert_same(arrays(found), arrays(state), rtol=1e-12)
+    assert set(history) == set(METRICS)
+    for name in METRICS:
+        np.testing.assert_allclose(history[name], [m[name] for m in seen], rtol=1e-12)
+    assert history.stop_reason == "num_steps"
+    assert "7 of 7 steps" in history.report
+
+
+def test_all_kinds_of_data_give_the_same_run():
+    """A function, an iterator of the same batches, and what a list becomes."""
+    optimizer, data = unrolled(), gradhpo.ArrayData((X, Y), 4, jax.random.key(1))
+    expected, _ = run(optimizer, data)
+    batches = [jax.tree.map(np.asarray, data(i)) for i in range(21)]
+    for train_data in (lambda i: data(i), iter(batches), gradhpo.iterate(batches)):
+        found, _ = run(optimizer, train_data)
+        assert_same(arrays(found), arrays(expected), rtol=1e-12)
+    found, _ = run(optimizer, data, val_data=gradhpo.iterate([(X, Y)]))
+    assert_same(arrays(found), arrays(expected), rtol=1e-12)
+
+
+def test_continuing_is_one_long_run():
+    optimizer, data = unrolled(), gradhpo.ArrayData((X, Y), 4, jax.random.key(1))
+    whole, whole_history = run(optimizer, data, num_steps=8)
+    half, first = run(optimizer, data, num_steps=4)
+    found, second = run(optimizer, data, num_steps=4, state=half)
+    assert_same(arrays(found), arrays(whole), rtol=0, atol=0)
+    joined = np.concatenate([first["val_loss"], second["val_loss"]])
+    np.testing.assert_array_equal(joined, whole_history["val_loss"])
+
+
+def test_the_callers_state_is_left_intact():
+    optimizer = unrolled()
+    state = start(optimizer)
+    before = jax.tree.map(np.asarray, arrays(state))
+    run(optimizer, (X, Y), state=state)
+    assert_same(arrays(state), before)
+
+
+def test_traces_full_chunks_once_and_the_remainder_once():
+    traces = []
+
+    def counted(w, h, batch):
+        traces.append(1)
+        return train_loss(w, h, batch)
+
+    optimizer, losses = unrolled(None), gradhpo.LossFunctions(counted, val_loss)
+
+    def go(key, **settings):
+        data = gradhpo.ArrayData((X, Y), 4, jax.random.key(key))
+        return gradhpo.run(
+            optimizer, start(optimizer), losses, data, (X, Y), progress=False, **settings
+        )
+
+    go(0, num_steps=5, chunk_size=5, lr_hyper=0.1)
+    per_trace = len(traces)
+    go(1, num_steps=50, chunk_size=5, lr_hyper=0.2)
+    assert len(traces) == per_trace
+    go(2, num_steps=57, chunk_size=5, lr_hyper=0.3)
+    assert len(traces) == 2 * per_trace
+
+
+def test_schedule_of_the_outer_rate():
+    optimizer = unrolled(None, steps=1)
+    schedule = lambda step: jnp.where(step < 2, 0.0, 0.5)
+    state, _ = run(optimizer, (X, Y), lr_hyper=schedule, num_steps=2)
+    np.testing.assert_array_equal(state.hyperparams, jnp.full(3, -2.0))
+    moved, _ = run(optimizer, (X, Y), lr_hyper=schedule, num_steps=1, state=state)
+    by_hand = optimizer.step(state, (X, Y), (X, Y), train_loss, val_loss, lr_hyper=0.5)
+    assert_same(arrays(moved), arrays(by_hand), rtol=1e-12)
+
+
+def test_callbacks_see_every_chunk_and_may_stop():
+    seen = []
+
+    def stop_after_two(state, metrics):
+        seen.append((int(state.step), metrics["val_loss"].shape))
+        return len(seen) == 2
+
+    log = []
+    callbacks = [stop_after_two, lambda state, metrics: log.append(1)]
+    state, history = run(unrolled(), (X, Y), callbacks=callbacks, num_steps=100)
+    assert seen == [(3, (3,)), (6, (3,))]
+    assert log == [1, 1]
+    assert state.step == 6
+    assert history.stop_reason == "callback"
+    assert len(history["val_loss"]) == 6
+
+
+def test_rejections_in_a_row_stop_the_run_with_a_report():
+    data = lambda i: (X, jnp.where(i >= 6, jnp.nan, Y))  # bad from the third step on
+    with pytest.warns(RuntimeWarning, match="in a row came out non-finite.*Usual causes"):
+        state, history = run(unrolled(), data, num_steps=100, max_rejections=4, chunk_size=5)
+    assert history.stop_reason == "rejected"
+    expected, _ = run(unrolled(), data, num_steps=2)
+    assert_same(state.params, expected.params)
+    assert state.metadata["rejected"] == len(history["rejected"]) - 2
+
+
+def test_single_rejections_do_not_stop_the_run():
+    data = lambda i: (X, jnp.where(i % 3 == 0, jnp.nan, Y))
+    state, history = run(unrolled(steps=1), data, num_steps=9, max_rejections=2)
+    assert history.stop_reason == "num_steps"
+    assert state.metadata["rejected"] == 3
+    assert "3 rejected" in history.report
+
+
+def test_an_iterator_that_ends_returns_what_was_done():
+    batches = [(np.asarray(X), np.asarray(Y))] * 14  # four whole steps of three batches
+    with pytest.warns(RuntimeWarning, match="An iterator ended"):
+        state, history = run(unrolled(), iter(batches), num_steps=10)
+    assert history.stop_reason == "data exhausted"
+    assert state.step == 4
+    assert len(history["val_loss"]) == 4
+
+
+def test_large_batches_of_an_iterator_shorten_the_chunk():
+    optimizer = unrolled(steps=1)
+    big = np.ones((2**20, 3)), np.ones(2**20)  # 32 MiB
+    chunks = []
+    callbacks = [lambda state, metrics: chunks.append(len(metrics["val_loss"]))]
+    run(optimizer, gradhpo.iterate([big]), num_steps=4, chunk_size=100, callbacks=callbacks)
+    assert chunks == [2, 2]
+
+
+def test_keys_in_a_fixed_batch_differ_between_steps():
+    drawn = lambda w, h, batch: jnp.sum(jnp.square(w - jax.random.normal(batch["key"], (3,)))) * h
+    optimizer = gradhpo.OneStepOptimizer(SGD, OUTER)
+    state = optimizer.init(jnp.zeros(3), jnp.asarray(1.0))
+    losses = gradhpo.LossFunctions(drawn, lambda w, h, batch: jnp.sum(jnp.square(w)))
+    batch = {"key": jax.random.key(0)}
+    _, history = gradhpo.run(optimizer, state, losses, batch, None, num_steps=5, progress=False)
+    assert len(set(history["train_loss"].tolist())) == 5
+
+
+def test_progress_bar_shows_losses(capsys):
+    run(unrolled(), (X, Y), progress=True)
+    shown = capsys.readouterr().err
+    assert "7/7" in shown
+    assert "val_loss=" in shown
+
+
+def test_history_plots(tmp_path):
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    _, history = run(unrolled(), (X, Y))
+    axes = history.plot()
+    assert [line.get_label() for line in axes.lines] == ["train_loss", "val_loss"]
+    np.testing.assert_array_equal(axes.lines[1].get_ydata(), history["val_loss"])
+    assert history.plot("hypergrad_norm", ax=axes) is axes
+    assert "7 steps" in repr(history)
+
+
+# -- ArrayData ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "size"), [(10, 4), (10, 10), (7, 3), (2, 1), (1, 1), (33, 32)])
+def test_every_example_once_per_epoch(n, size):
+    data = gradhpo.ArrayData(jnp.arange(n), size, jax.random.key(0))
+    stream = np.concatenate([np.asarray(data(i)) for i in range(n)])  # `size` whole epochs
+    for epoch in stream.reshape(size, n):
+        assert sorted(epoch.tolist()) == list(range(n))
+
+
+def test_batches_are_pure_functions_of_key_and_index():
+    data = gradhpo.ArrayData(jnp.arange(100), 10, jax.random.key(0))
+    together = jax.vmap(data)(jnp.arange(30))
+    for i in (0, 7, 29):
+        np.testing.assert_array_equal(together[i], data(i))
+    other = gradhpo.ArrayData(jnp.arange(100), 10, jax.random.key(1))
+    assert not np.array_equal(data(0), other(0))
+    assert not np.array_equal(data(0), data(10))  # the next epoch has another order
+
+
+def test_indices_far_out_do_not_overflow():
+    data = gradhpo.ArrayData(jnp.arange(60_000), 500, jax.random.key(0))
+    late = data(jnp.asarray(2**31 - 1, jnp.int32))
+    assert len(set(late.tolist())) == 500
+    # Position in the epoch by exact integers, against the same by 32-bit arithmetic.
+    epoch = (2**31 - 1) * 500 // 60_000
+    keys = [jax.random.fold_in(data.key, e) for e in (epoch, epoch + 1)]
+    start = (2**31 - 1) * 500 % 60_000
+    expected = []
+    for j in range(500):
+        key = keys[(start + j) // 60_000]
+        position = jnp.asarray([(start + j) % 60_000], jnp.uint32)
+        expected.append(_permute(position, jax.random.bits(key, (1, 8), jnp.uint32), 60_000)[0])
+        if j == 3:
+            break
+    np.testing.assert_array_equal(late[:4], np.asarray(expected))
+
+
+def test_full_batch_keeps_the_order_of_the_data():
+    data = gradhpo.ArrayData((X, Y), 10, jax.random.key(0))
+    assert_same(data(3), (X, Y))
+
+
+def test_shuffling_looks_uniform():
+    """Over many epochs every example comes at every position equally often (chi-squared)."""
+    n, epochs = 11, 4_000
+    data = gradhpo.ArrayData(jnp.arange(n), 1, jax.random.key(0))
+    stream = np.asarray(jax.vmap(data.indices)(jnp.arange(n * epochs))).reshape(epochs, n)
+    counts = np.zeros((n, n))
+    for position in range(n):
+        counts[position] = np.bincount(stream[:, position], minlength=n)
+    chi_squared = np.sum((counts - epochs / n) ** 2 / (epochs / n))
+    # (n - 1)^2 = 100 degrees of freedom: mean 100, standard deviation 14.
+    assert 50 < chi_squared < 170
+    # Neighbours in one epoch are no more often neighbours than chance has it.
+    together = np.mean(np.abs(np.diff(stream, axis=1)) == 1)
+    assert abs(together - 2 / n) < 0.01
+
+
+def test_iterate_cycles_and_ends_with_a_generator():
+    batches = gradhpo.iterate([1, 2])
+    assert [next(batches) for _ in range(5)] == [1, 2, 1, 2, 1]
+    assert list(gradhpo.iterate(x for x in (1, 2))) == [1, 2]
+    assert list(gradhpo.iterate([])) == []
+
+
+def test_no_warning_in_a_plain_run():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(unrolled(), gradhpo.ArrayData((X, Y), 4, jax.random.key(1)))
