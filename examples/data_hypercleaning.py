@@ -251,10 +251,10 @@ def picture(rows: dict[str, Result | str], data: Data, path: Path) -> None:
     axes = middle.subplots()
     for name, row in results.items():
         axes.plot(
-            row.inner_steps, row.val_loss, label=name, ls="-" if "tuned, " in name[:7] else "--"
+            row.inner_steps, row.val_loss, label=name, ls="-" if name.startswith("tuned") else "--"
         )
     axes.set(xlabel="inner step", ylabel="validation loss", yscale="log")
-    axes.legend(fontsize=7, frameon=False)
+    middle.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
 
     grid = right.subplots(4, 6)
     for axes, example in zip(grid.flat, np.argsort(weights), strict=False):

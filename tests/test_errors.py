@@ -225,7 +225,9 @@ MISUSES = {
     "two inner updates": (
         lambda: one_step(update_fn=lambda w, h, b: w), ValueError, "pass only one of them",
     ),
-    "inner optimizer is a number": (lambda: one_step(inner_optimizer=0.1), TypeError, "inner_optimizer"),
+    "inner optimizer is a number": (
+        lambda: one_step(inner_optimizer=0.1), TypeError, "inner_optimizer",
+    ),
     "outer optimizer is a function": (
         lambda: one_step(outer_optimizer=lambda h: SGD), TypeError, "outer_optimizer",
     ),

@@ -84,9 +84,9 @@ class UnrolledOptimizer(BilevelOptimizer):
 
     @property
     def _num_segments(self) -> int:
-        if self.checkpoints == "sqrt":
-            return math.ceil(math.sqrt(self._differentiated_steps))
-        return self.checkpoints
+        if isinstance(self.checkpoints, int):
+            return self.checkpoints
+        return math.ceil(math.sqrt(self._differentiated_steps))
 
     def _init_memory(
         self, w: PyTree, hyperparams: PyTree, batch: PyTree | None, key: Array | None
@@ -105,25 +105,52 @@ class UnrolledOptimizer(BilevelOptimizer):
         first = self.unroll_steps - steps
         z, _, _ = phi.rollout(z, hyperparams, 0, first)
         if self.checkpoints is None:
-            z, train_loss, before = phi.rollout(z, hyperparams, first, steps, keep=True)
+            keep, count = _keeping_all_states, ()
         else:
-            groups = _segments(first, steps, self._num_segments)
-            starts = []
-            for segment_starts, length in groups:
-                z, train_loss, before = _forward(phi, z, hyperparams, segment_starts, length)
-                starts.append(before)
+            keep, count = _keeping_segment_starts, (self._num_segments,)
+        z, train_loss, pull_back = keep(phi, z, hyperparams, first, steps, *count)
         val_loss, alpha, direct = validation.value_and_grads(z[0], hyperparams)
-        bar = (alpha, tree_zeros_like(eqx.filter(z[1], eqx.is_inexact_array)), direct)
-        if self.checkpoints is None:
-            bar = _pull_through(phi, before, first, hyperparams, bar)
-        else:
-            for (segment_starts, length), before in zip(groups[::-1], starts[::-1], strict=True):
-                bar = _backward(phi, before, hyperparams, segment_starts, length, bar)
-        return Estimate(z, {}, bar[2], train_loss, val_loss)
+        s_bar = tree_zeros_like(eqx.filter(z[1], eqx.is_inexact_array))
+        _, _, hypergradient = pull_back((alpha, s_bar, direct))
+        return Estimate(z, {}, hypergradient, train_loss, val_loss)
+
+
+# Both forms run the steps forward and return, with the end state and the last training loss,
+# the function that takes (w_bar, s_bar, hyperparams_bar) from the end back to the start.
+
+
+def _keeping_all_states(phi, z, hyperparams, first, steps):
+    z, loss, before = phi.rollout(z, hyperparams, first, steps, keep=True)
+    return z, loss, lambda bar: _pull_through(phi, before, first, hyperparams, bar)
+
+
+def _keeping_segment_starts(phi, z, hyperparams, first, steps, count):
+    def forward(z, start, length):
+        new_z, loss, _ = phi.rollout(z, hyperparams, start, length)
+        return new_z, (loss, z)
+
+    def backward(bar, z, start, length):
+        _, _, before = phi.rollout(z, hyperparams, start, length, keep=True)
+        return _pull_through(phi, before, start, hyperparams, bar)
+
+    groups, loss = [], jnp.asarray(jnp.nan)
+    for starts, length in _segments(first, steps, count):
+        body = lambda z, start, length=length: forward(z, start, length)
+        z, (losses, before) = jax.lax.scan(body, z, starts)
+        loss = losses[-1]
+        groups.append((before, starts, length))
+
+    def pull_back(bar):
+        for before, starts, length in reversed(groups):
+            body = lambda bar, at, length=length: (backward(bar, at[0], at[1], length), None)
+            bar, _ = jax.lax.scan(body, bar, (before, starts), reverse=True)
+        return bar
+
+    return z, loss, pull_back
 
 
 def _pull_through(phi, before, first, hyperparams, bar):
-    r"""$\bar\lambda \leftarrow \bar\lambda + \bar z B_t$, $\bar z \leftarrow \bar z A_t$, backwards.
+    r"""$\bar\lambda \leftarrow \bar\lambda + \bar z B_t$ and $\bar z \leftarrow \bar z A_t$.
 
     `before` are the states before each step, stacked; `first` is the index of the first;
     `bar` is $(\bar w, \bar s, \bar\lambda)$ after the last.
@@ -152,26 +179,3 @@ def _segments(first: int, steps: int, count: int) -> list[tuple[Array, int]]:
         (middle + short * jnp.arange(count - longer), short),
     ]
     return [(starts, length) for starts, length in groups if starts.size]
-
-
-def _forward(phi, z, hyperparams, starts, length):
-    """Runs segments, keeping only the state before each."""
-
-    def body(z, start):
-        new_z, loss, _ = phi.rollout(z, hyperparams, start, length)
-        return new_z, (loss, z)
-
-    z, (losses, before) = jax.lax.scan(body, z, starts)
-    return z, losses[-1], before
-
-
-def _backward(phi, before, hyperparams, starts, length, bar):
-    """Runs each segment once more from its first state, the last one first, and pulls through."""
-
-    def body(bar, segment):
-        z, start = segment
-        _, _, kept = phi.rollout(z, hyperparams, start, length, keep=True)
-        return _pull_through(phi, kept, start, hyperparams, bar), None
-
-    bar, _ = jax.lax.scan(body, bar, (before, starts), reverse=True)
-    return bar

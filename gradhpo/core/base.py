@@ -45,6 +45,14 @@ class BilevelOptimizer(eqx.Module):
     An algorithm supplies its memory (`_init_memory`), the number of inner steps that one
     `step` takes, where it finds the hyperparameters (`_sees`), and `_estimate`, which advances
     the inner problem and returns the hypergradient estimate with it.
+
+    ```python
+    loss = lambda params, hyperparams, batch: jnp.sum((params - hyperparams) ** 2)
+    optimizer = gradhpo.OneStepOptimizer(optax.sgd(0.1))  # an algorithm
+    state = optimizer.init(jnp.ones(3), jnp.zeros(3))
+    hypergradient = optimizer.compute_hypergradient(state, None, None, loss, loss)
+    state = optimizer.step(state, None, None, loss, loss, lr_hyper=0.1)
+    ```
     """
 
     inner_optimizer: eqx.AbstractVar[InnerOptimizer | None]
@@ -229,11 +237,13 @@ def advance(
     old_w, frozen = eqx.partition(state.params, eqx.is_inexact_array)
     old_memory = {name: state.metadata[name] for name in estimate.memory}
 
-    new = (w, hyperparams, inner_opt_state, outer_opt_state, estimate.memory)
-    old = (old_w, state.hyperparams, state.inner_opt_state, state.outer_opt_state, old_memory)
-    accepted = _finite(estimate.hypergradient) & _finite(new, unless_as_in=old)
-    w, hyperparams, inner_opt_state, outer_opt_state, memory = jax.tree.map(
-        lambda x, y: jnp.where(accepted, x, y), new, old
+    old_states = (state.inner_opt_state, state.outer_opt_state, old_memory)
+    new_states = (inner_opt_state, outer_opt_state, estimate.memory)
+    accepted = _finite((estimate.hypergradient, w, hyperparams)) & _finite(new_states, old_states)
+    w, hyperparams, (inner_opt_state, outer_opt_state, memory) = jax.tree.map(
+        lambda x, y: jnp.where(accepted, x, y),
+        (w, hyperparams, new_states),
+        (old_w, state.hyperparams, old_states),
     )
     dtype = accumulation_dtype(state.params)
     metrics = {
@@ -261,9 +271,10 @@ def _outer_update(
     lr_hyper: Float[Array, ""] | None,
 ) -> tuple[PyTree, PyTree]:
     """New hyperparameters and outer optimizer state."""
-    if outer_optimizer is None:
+    if lr_hyper is not None:
         updates, outer_opt_state = _scaled(hypergradient, -lr_hyper), ()
     else:
+        assert outer_optimizer is not None  # `step` and `run` ask for one of the two
         updates, outer_opt_state = outer_optimizer.update(
             hypergradient, state.outer_opt_state, state.hyperparams
         )
@@ -276,18 +287,13 @@ def _scaled(tree: PyTree, factor: Array) -> PyTree:
 
 
 def _finite(new: PyTree, unless_as_in: PyTree | None = None) -> Bool[Array, ""]:
-    """Whether all numbers are finite, or are those of the other tree.
+    """Whether all numbers are finite, or else are those of the other tree.
 
     An optimizer state may hold an infinity on purpose (a best value so far).
     """
-
-    def leaf_is_fine(x, *old):
-        fine = jnp.isfinite(x)
-        for y in old:
-            fine |= x == y
-        return jnp.all(fine)
-
     trees = (new,) if unless_as_in is None else (new, unless_as_in)
-    filtered = [eqx.filter(tree, eqx.is_inexact_array) for tree in trees]
-    checks = jax.tree.leaves(jax.tree.map(leaf_is_fine, *filtered))
-    return jnp.all(jnp.stack([jnp.asarray(True), *checks]))
+    fine = jax.tree.map(
+        lambda x, *old: jnp.all(jnp.isfinite(x) if not old else jnp.isfinite(x) | (x == old[0])),
+        *(eqx.filter(tree, eqx.is_inexact_array) for tree in trees),
+    )
+    return jnp.all(jnp.stack([jnp.asarray(True), *jax.tree.leaves(fine)]))

@@ -156,12 +156,14 @@ class InnerUpdate(eqx.Module):
         return z, losses[-1], before
 
     def _updated_by_optax(self, gradient, s, w, hyperparams) -> Carry:
+        assert self.inner_optimizer is not None
         transformation = resolve(self.inner_optimizer, hyperparams)
         with explained():
             updates, new_s = transformation.update(gradient, s, w)
         return optax.apply_updates(w, updates), cast_like(new_s, s)
 
     def _updated_by_hand(self, w, hyperparams, t) -> PyTree:
+        assert self.update_fn is not None
         params = eqx.combine(w, self.frozen)
         new = eqx.filter(self.update_fn(params, hyperparams, self.batch(t)), eqx.is_inexact_array)
         if jax.tree.structure(new) != jax.tree.structure(w):

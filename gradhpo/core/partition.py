@@ -108,7 +108,11 @@ def model_loss(fn: Callable) -> Callable:
     Make it once, outside the training loop: a new loss object is a new compilation.
 
     ```python
-    loss = gradhpo.model_loss(lambda model, batch: jnp.mean((jax.vmap(model)(batch[0]) - batch[1]) ** 2))
+    def mean_square(model, batch):
+        x, y = batch
+        return jnp.mean((jax.vmap(model)(x) - y) ** 2)
+
+    loss = gradhpo.model_loss(mean_square)
     ```
     """
     return _ModelLoss(fn)

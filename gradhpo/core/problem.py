@@ -41,7 +41,7 @@ class Validation(eqx.Module):
         return self.val_loss_fn(eqx.combine(w, self.frozen), hyperparams, self.val_batch)
 
     def value_and_grads(self, w: PyTree, hyperparams: PyTree) -> tuple[Array, PyTree, PyTree]:
-        r"""$L_{val}$, $\alpha = \partial L_{val}/\partial w$, $\partial L_{val}/\partial\lambda$."""
+        r"""$L_{val}$, its derivative $\alpha$ by the parameters, and the direct term."""
         value, (alpha, direct) = jax.value_and_grad(self.loss, argnums=(0, 1))(w, hyperparams)
         return value, alpha, direct
 

@@ -39,6 +39,12 @@ class BilevelState(eqx.Module):
     the first step: `train_loss` (last inner step, before its update), `val_loss` (at $w_T$,
     before the outer update), `hypergrad_norm`, `param_norm`, `hyperparam_norm` (Euclidean),
     and `rejected` (how many steps so far were refused for a non-finite value).
+
+    ```python
+    optimizer = gradhpo.FOOptimizer(optax.sgd(0.1), optax.sgd(0.1))
+    state = optimizer.init({"w": jnp.ones(3)}, {"decay": jnp.array(0.1)})
+    assert state.step == 0 and state.get_metric("rejected") == 0
+    ```
     """
 
     params: PyTree

@@ -13,7 +13,7 @@ from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.problem import bind
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import LossFn
-from gradhpo.utils.validation import numbers_as_arrays
+from gradhpo.utils.validation import check_setting, numbers_as_arrays
 
 
 @jaxtyped(typechecker=beartype)
@@ -64,8 +64,7 @@ def finite_difference_hypergradient(
         raise ValueError(f"coordinates must lie in 0 to {flat.size - 1}, got {chosen}")
     if epsilon is None:
         epsilon = float(jnp.finfo(flat.dtype).eps) ** (1 / 3)
-    elif not epsilon > 0:
-        raise ValueError(f"epsilon must be positive, got epsilon={epsilon}")
+    check_setting("epsilon", jnp.asarray(epsilon), lambda x: x > 0, "positive")
     differences = _differences(
         optimizer,
         state,

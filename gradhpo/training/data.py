@@ -58,22 +58,34 @@ class ArrayData(eqx.Module):
 
     def __call__(self, index: Int[ArrayLike, ""]) -> PyTree:
         """Batch number `index`, from 0."""
-        if self.batch_size == self.num_examples:
-            return jax.tree.map(jnp.asarray, self.arrays)
-        chosen = self.indices(index)
-        return jax.tree.map(lambda x: jnp.asarray(x)[chosen], self.arrays)
+        return _draw(self, jnp.asarray(index))
 
     def indices(self, index: Int[ArrayLike, ""]) -> Int[Array, " batch"]:
         """Which examples batch number `index` holds, shape `[batch_size]`."""
-        n, size = self.num_examples, self.batch_size
-        # index * size counts examples drawn so far, without leaving 32 bits.
-        rounds, rest = jnp.divmod(jnp.asarray(index, jnp.uint32), jnp.uint32(n))
-        drawn = rest * jnp.uint32(size) + jnp.arange(size, dtype=jnp.uint32)
-        epoch = rounds * jnp.uint32(size) + drawn // jnp.uint32(n)
-        keys = jax.vmap(lambda e: jax.random.fold_in(self.key, e))(epoch[jnp.array([0, -1])])
-        secrets = jax.vmap(lambda k: jax.random.bits(k, (_ROUNDS,), jnp.uint32))(keys)
-        of_each = secrets[(epoch != epoch[0]).astype(jnp.int32)]
-        return _permute(drawn % jnp.uint32(n), of_each, n).astype(jnp.int32)
+        return _indices(self, jnp.asarray(index))
+
+
+@eqx.filter_jit
+def _draw(data: ArrayData, index: Array) -> PyTree:
+    if data.batch_size == data.num_examples:
+        return jax.tree.map(jnp.asarray, data.arrays)
+    chosen = _indices(data, index)
+    return jax.tree.map(lambda x: jnp.asarray(x)[chosen], data.arrays)
+
+
+@eqx.filter_jit
+def _indices(data: ArrayData, index: Array) -> Array:
+    n, size = data.num_examples, data.batch_size
+    if size == n:
+        return jnp.arange(n)
+    # index * size counts the examples drawn so far, without leaving 32 bits.
+    rounds, rest = jnp.divmod(index.astype(jnp.uint32), jnp.uint32(n))
+    drawn = rest * jnp.uint32(size) + jnp.arange(size, dtype=jnp.uint32)
+    epoch = rounds * jnp.uint32(size) + drawn // jnp.uint32(n)
+    keys = jax.vmap(lambda e: jax.random.fold_in(data.key, e))(epoch[jnp.array([0, -1])])
+    secrets = jax.vmap(lambda k: jax.random.bits(k, (_ROUNDS,), jnp.uint32))(keys)
+    of_each = secrets[(epoch != epoch[0]).astype(jnp.int32)]
+    return _permute(drawn % jnp.uint32(n), of_each, n).astype(jnp.int32)
 
 
 _ROUNDS = 8
@@ -178,7 +190,7 @@ class Fetched(eqx.Module):
 class Host:
     """An iterator, read in pieces of one chunk."""
 
-    def __init__(self, name: str, iterator: Iterator[Any], per_step: int | None):
+    def __init__(self, name: str, iterator: Any, per_step: int | None):
         self.name, self._iterator, self._per_step = name, iterator, per_step
         self._first: list[Any] = []
 

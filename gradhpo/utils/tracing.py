@@ -36,7 +36,7 @@ def contains_custom_vjp(program: Jaxpr) -> bool:
     )
 
 
-_TRACES_BEFORE_WARNING = 5
+_WARN_AT = (5, 10, 20, 50, 100, 200, 500, 1_000)  # not at every trace: that would be noise
 _traces: dict[Any, tuple[int, dict[str, int]]] = {}
 
 
@@ -54,10 +54,9 @@ def record_trace(
     losses from the same source lines. What may change between its traces without the user
     seeing it is a function object made anew, or the shape of a batch.
     """
-    numbers = [x for x in jax.tree.leaves(optimizer) if not callable(x)]
+    without_functions = jax.tree.map(lambda x: None if callable(x) else x, optimizer)
     job = (
-        type(optimizer),
-        _fingerprint(numbers),
+        _fingerprint(without_functions),
         _fingerprint(eqx.filter(state, eqx.is_array)),
         _source(train_loss_fn),
         _source(val_loss_fn),
@@ -71,7 +70,7 @@ def record_trace(
     now = {name: _fingerprint(value) for name, value in changing.items()}
     count, before = _traces.get(job, (0, now))
     _traces[job] = (count + 1, now)
-    if count + 1 >= _TRACES_BEFORE_WARNING:
+    if count + 1 in _WARN_AT:
         changed = [name for name in now if now[name] != before[name]]
         warnings.warn(
             f"{type(optimizer).__name__}.step was traced and compiled {count + 1} times for "

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 
@@ -44,7 +45,7 @@ def setting(value: Any) -> Array:
 
 def check_setting(name: str, value: Array, good: Callable[[np.ndarray], Any], rule: str) -> None:
     """`good` must hold for a setting whose value is known (a traced one is taken on trust)."""
-    if isinstance(value, jax.core.Tracer) or not eqx.is_array(value):
+    if isinstance(value, Tracer) or not eqx.is_array(value):
         return
     if not np.all(good(np.asarray(value))):
         raise ValueError(f"{name} must be {rule}, got {name}={np.asarray(value)}")
@@ -106,9 +107,9 @@ def check_outer_rate(has_outer_optimizer: bool, lr_hyper: Any) -> None:
         )
 
 
-def outer_rate(value: Any) -> np.ndarray | Array | None:
+def outer_rate(value: Any) -> Array | None:
     """`lr_hyper` as an array: `filter_jit` would take a Python float as static."""
-    if value is None or isinstance(value, jax.core.Tracer):
+    if value is None:
         return value
     if callable(value):
         raise TypeError(
@@ -116,7 +117,7 @@ def outer_rate(value: Any) -> np.ndarray | Array | None:
         )
     if isinstance(value, (bool, complex)) or not eqx.is_array_like(value) or np.ndim(value):
         raise TypeError(f"lr_hyper must be one real number, got {value!r}")
-    return np.asarray(value, jnp.result_type(float))
+    return jnp.asarray(value, jnp.result_type(float))
 
 
 # -- trees -------------------------------------------------------------------------------

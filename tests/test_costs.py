@@ -1,0 +1,43 @@
+"""The promises about cost, read from the compiler (benchmarks/ times them)."""
+
+import jax
+import pytest
+
+from benchmarks.compiled import (
+    ALGORITHMS,
+    checkpointed_program,
+    exact_programs,
+    step_programs,
+)
+
+
+@pytest.fixture(autouse=True)
+def _as_a_user_has_it():
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        jax.enable_x64(False),
+    ):
+        yield
+
+
+@pytest.mark.parametrize("batch_size", [32, 1_000])
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_flops_are_those_of_a_hand_written_program(name, batch_size):
+    ours, by_hand = step_programs(name, batch_size)
+    assert ours.flops <= 1.05 * by_hand.flops
+
+
+@pytest.mark.parametrize(
+    ("optimizer_name", "batch_size", "times"),
+    [("SGD", 1_000, 15), ("Adam", 1_000, 10), ("SGD", 128, 3.5), ("Adam", 128, 3.5),
+     ("SGD", 32, 2), ("Adam", 32, 2)],
+)  # fmt: skip
+def test_exact_hypergradient_needs_a_fraction_of_the_memory(optimizer_name, batch_size, times):
+    ours, plain = exact_programs(optimizer_name, batch_size)
+    assert plain.temporary_bytes >= times * ours.temporary_bytes
+
+
+def test_memory_with_checkpoints_grows_with_the_root_of_the_steps():
+    small, large = (checkpointed_program(steps, "sqrt").temporary_bytes for steps in (100, 10_000))
+    assert large <= 12 * small

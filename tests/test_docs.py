@@ -1,0 +1,92 @@
+"""README and docstrings are programs: what they show runs."""
+
+import inspect
+import re
+import textwrap
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jaxtyping import Array
+
+import gradhpo
+
+
+ROOT = Path(__file__).parents[1]
+CODE = re.compile(r"^( *)```python\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+# Names for annotations: they are documented where they are used.
+ALIASES = {"InnerOptimizer", "LossFn", "MetricDict", "RealScalarLike", "UpdateFn"}
+PUBLIC = sorted(set(gradhpo.__all__) - ALIASES)
+
+
+@pytest.fixture(autouse=True)
+def _as_a_user_has_it():
+    """Standard promotion rules and float32, as in a user's own program."""
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        jax.enable_x64(False),
+    ):
+        yield
+
+
+def blocks(text):
+    return [textwrap.dedent(code) for _, code in CODE.findall(text)]
+
+
+def test_readme_runs_as_shown(capsys):
+    readme = (ROOT / "README.md").read_text()
+    codes = blocks(readme)
+    assert len(codes) == 3
+    namespace: dict = {}
+    for code in codes:
+        exec(compile(code, "README.md", "exec"), namespace)
+    losses = namespace["history"]["val_loss"]
+    assert losses[-20:].mean() < losses[:20].mean()
+    assert namespace["state"].metadata["rejected"] == 0
+
+
+def test_readme_example_is_short():
+    first = blocks((ROOT / "README.md").read_text())[0]
+    assert len([line for line in first.splitlines() if line.strip()]) <= 25
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_docstring_example_runs(name):
+    codes = blocks(inspect.getdoc(getattr(gradhpo, name)) or "")
+    assert codes, f"{name} has no example"
+    for code in codes:
+        namespace = {
+            "gradhpo": gradhpo, "jax": jax, "jnp": jnp, "np": np, "optax": optax, "eqx": eqx,
+            "Array": Array,
+        }  # fmt: skip
+        exec(compile(code, name, "exec"), namespace)
+
+
+def test_public_methods_are_documented():
+    for name in PUBLIC:
+        thing = getattr(gradhpo, name)
+        if not inspect.isclass(thing):
+            continue
+        for method, value in vars(thing).items():
+            if not method.startswith("_") and callable(value):
+                assert inspect.getdoc(getattr(thing, method)), f"{name}.{method}"
+
+
+def test_imports_point_down():
+    """training, diagnostics -> algorithms -> core -> utils; nothing in core knows an algorithm."""
+    below = {
+        "utils": [],
+        "core": ["utils"],
+        "algorithms": ["core", "utils"],
+        "training": ["algorithms", "core", "utils"],
+        "diagnostics": ["algorithms", "core", "utils"],
+    }
+    for room, allowed in below.items():
+        for file in (ROOT / "gradhpo" / room).glob("*.py"):
+            used = set(re.findall(r"from gradhpo\.(\w+)", file.read_text())) - {room}
+            assert used <= set(allowed), f"{file} imports {used - set(allowed)}"
