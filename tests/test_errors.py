@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import gradhpo
+from gradhpo.utils.validation import outer_rate
 
 
 SGD = optax.sgd(0.1)
@@ -90,6 +91,10 @@ def branches_on_a_value():
 
 def checkpoints(**kw):
     return gradhpo.UnrolledOptimizer(SGD, SGD, **kw)
+
+
+def batch_generator():
+    yield B
 
 
 class Loader:
@@ -173,12 +178,10 @@ MISUSES = {
         lambda: step(one_step(outer_optimizer=None)), ValueError, r"pass lr_hyper=0\.1",
     ),
     "rate is a vector": (
-        lambda: step(one_step(outer_optimizer=None), lr_hyper=jnp.ones(2)), TypeError,
-        "lr_hyper must be one real number",
+        lambda: outer_rate(jnp.ones(2)), TypeError, "lr_hyper must be one real number",
     ),
     "rate is a schedule": (
-        lambda: step(one_step(outer_optimizer=None), lr_hyper=optax.constant_schedule(0.1)),
-        TypeError, r"gradhpo\.run",
+        lambda: outer_rate(optax.constant_schedule(0.1)), TypeError, r"lr_hyper.*gradhpo\.run",
     ),
     "rate is True": (
         lambda: step(one_step(outer_optimizer=None), lr_hyper=True), TypeError, "lr_hyper",
@@ -244,7 +247,7 @@ MISUSES = {
         needs_extra_arguments, ValueError, r"optax\.polyak_sgd.*update_fn",
     ),
     "optimizer that branches on a value": (
-        branches_on_a_value, ValueError, r"branches on the value.*jnp\.where",
+        branches_on_a_value, ValueError, r"needs the value.*in Python.*jnp\.where",
     ),
     "inner state from another optimizer": (
         foreign_inner_state, ValueError, r"state\.inner_opt_state does not fit.*init\(",
@@ -295,9 +298,65 @@ MISUSES = {
         lambda: gradhpo.ArrayData((jnp.ones(3), jnp.ones(4)), 2, jax.random.key(0)), ValueError,
         r"ArrayData\(arrays\): leading axes differ",
     ),
+    "arguments of step in the wrong order": (
+        lambda: one_step().step(init(), train_loss, val_loss, B, B), TypeError,
+        # (the tests' import hook speaks before `step` does)
+        "argument train_loss_fn.*the order of arguments is|parameter 'train_loss_fn'",
+    ),
+    "losses as a tuple": (
+        lambda: gradhpo.run(one_step(), init(), (train_loss, val_loss), B, B, num_steps=1),
+        TypeError, r"run: argument losses.*gradhpo\.LossFunctions\(train_loss, val_loss\)",
+    ),
+    "one callback instead of a list": (
+        lambda: run(callbacks=lambda state, metrics: None), TypeError, r"callbacks=\[callback\]",
+    ),
+    "positional unroll_steps": (
+        lambda: gradhpo.UnrolledOptimizer(SGD, 20), TypeError,
+        r"UnrolledOptimizer: argument outer_optimizer must not be 20; pass an optax",
+    ),
+    "a stack made of a list": (
+        lambda: gradhpo.BatchStack([B, B]), TypeError, r"BatchStack\.of\(\[b1, b2",
+    ),
+    "a data source as a batch": (
+        lambda: step(train_batch=gradhpo.ArrayData(B, 2, jax.random.key(0))), TypeError,
+        r"train_batch is a function or a data source.*data\(i\)",
+    ),
+    "a generator function as data": (
+        lambda: run(batch_generator), TypeError, r"train_data=batch_generator\(\)",
+    ),
+    "the whole model as params": (
+        lambda: init({"w": W, "h": H}, {"h": H}), ValueError, r"gradhpo\.partition\(model, where\)",
+    ),
+    "the model of separate trees": (
+        lambda: init({"w": W}, {"h": H}).model, ValueError, "not two halves of one model",
+    ),
+    "NaN parameters": (
+        lambda: init({"w": W * jnp.nan}, H), ValueError, r"params\['w'\] holds a non-finite value",
+    ),
+    "negative rate": (
+        lambda: step(one_step(outer_optimizer=None), lr_hyper=-0.1), ValueError, "not be negative",
+    ),
+    "update_fn returns another shape": (
+        lambda: step(
+            gradhpo.UnrolledOptimizer(outer_optimizer=SGD, update_fn=lambda w, h, b: w[:2] * h[:2])
+        ), ValueError, "update_fn must return params of the structure and shapes",
+    ),
+    "update_fn of two arguments": (
+        lambda: step(gradhpo.OneStepOptimizer(outer_optimizer=SGD, update_fn=lambda w, h: w)),
+        TypeError, r"update_fn\(params, hyperparams, batch\)",
+    ),
+    "rate as a Python number inside the inner optimizer": (
+        lambda: one_step(inner_optimizer=lambda h: optax.sgd(float(h[0]))).step(
+            init(), B, B, train_loss, val_loss
+        ), ValueError, r"float\(\.\.\.\)",
+    ),
+    "a validation loss that sees nothing": (
+        lambda: step(vl=lambda w, h, b: jnp.sum(b)), ValueError,
+        "depends on neither the parameters nor on them",
+    ),
     "coordinate out of range": (
         lambda: gradhpo.finite_difference_hypergradient(
-            one_step(), init(), B, B, train_loss, val_loss, coordinates=np.array([3])
+            one_step(), init(), B, B, train_loss, val_loss, coordinates=[0, 3]
         ), ValueError, "coordinates must lie in 0 to 2",
     ),
     "finite-difference step of zero": (

@@ -183,3 +183,20 @@ def test_the_loss_of_an_update_fn_is_computed_for_the_last_step_only():
     jax.effects_barrier()
     assert state.metadata["train_loss"] == 0.5**6
     assert calls == [0.5**6]
+
+
+def test_checks_while_tracing_leave_nothing_in_the_program():
+    """A print in the user's loss appears as often as the loss is really computed."""
+
+    def loss(params, hyperparams, batch):
+        jax.debug.callback(lambda: calls.append(1))
+        return jnp.sum(jnp.square(params - hyperparams))
+
+    calls: list[int] = []
+    val_loss = lambda params, hyperparams, batch: jnp.sum(params)
+    optimizer = gradhpo.OneStepOptimizer(optax.sgd(0.1), optax.sgd(0.1))
+    state = optimizer.init(jnp.ones(2), jnp.zeros(2))
+    for _ in range(3):
+        state = optimizer.step(state, None, None, loss, val_loss)
+    jax.effects_barrier()
+    assert len(calls) == 3

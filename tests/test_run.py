@@ -150,6 +150,33 @@ def test_callbacks_see_every_chunk_and_may_stop():
     assert len(history["val_loss"]) == 6
 
 
+@pytest.mark.parametrize("answer", [True, np.bool_(True), jnp.asarray(True)])
+def test_a_callback_may_answer_with_any_boolean(answer):
+    _, history = run(unrolled(), (X, Y), callbacks=[lambda state, metrics: answer])
+    assert history.stop_reason == "callback"
+    assert len(history["val_loss"]) == 3
+
+
+def test_an_iterator_may_yield_keys():
+    drawn = lambda w, h, batch: jnp.sum(jnp.square(w - jax.random.normal(batch[1], (3,)))) * h
+    optimizer = gradhpo.UnrolledOptimizer(SGD, OUTER, unroll_steps=2)
+    losses = gradhpo.LossFunctions(drawn, lambda w, h, batch: jnp.sum(jnp.square(w)))
+    batches = [(np.ones(2), jax.random.key(i)) for i in range(6)]
+    runs = []
+    for data in (iter(batches), lambda i: (jnp.ones(2), jax.random.key(i))):
+        state = optimizer.init(jnp.zeros(3), jnp.asarray(1.0))
+        state, _ = gradhpo.run(optimizer, state, losses, data, None, num_steps=3, progress=False)
+        runs.append(state)
+    assert_same(arrays(runs[0]), arrays(runs[1]), rtol=1e-12)
+
+
+def test_warnings_point_at_the_line_of_the_user():
+    data = lambda i: (X, jnp.full_like(Y, jnp.nan))
+    with pytest.warns(RuntimeWarning) as caught:
+        run(unrolled(), data, max_rejections=2)
+    assert caught[0].filename == __file__
+
+
 def test_rejections_in_a_row_stop_the_run_with_a_report():
     data = lambda i: (X, jnp.where(i >= 6, jnp.nan, Y))  # bad from the third step on
     with pytest.warns(RuntimeWarning, match="in a row came out non-finite.*Usual causes"):

@@ -3,16 +3,14 @@ r"""The two cheapest estimates: the direct term alone, and one inner step."""
 import jax
 import jax.numpy as jnp
 import optax
-from beartype import beartype
-from jaxtyping import Array, PyTree, jaxtyped
 
-from gradhpo.core.base import BilevelOptimizer, Estimate
-from gradhpo.core.inner import Carry, InnerUpdate
-from gradhpo.core.problem import Sees, Validation
+from gradhpo.core.base import BilevelOptimizer, Estimate, Memory
+from gradhpo.core.problem import Problem, Sees
 from gradhpo.core.types import InnerOptimizer, UpdateFn
+from gradhpo.utils.typecheck import checked
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 class FOOptimizer(BilevelOptimizer):
     r"""First order: the direct term, $g = \partial L_{val}/\partial\lambda\,(w_1)$.
 
@@ -53,25 +51,17 @@ class FOOptimizer(BilevelOptimizer):
     def _sees(self) -> Sees:
         return "validation"
 
-    def _init_memory(
-        self, w: PyTree, hyperparams: PyTree, batch: PyTree | None, key: Array | None
-    ) -> dict[str, PyTree]:
+    def _init_memory(self, w, hyperparams, batch, key) -> Memory:
         return {}
 
-    def _estimate(
-        self,
-        phi: InnerUpdate,
-        validation: Validation,
-        z: Carry,
-        hyperparams: PyTree,
-        memory: dict[str, PyTree],
-    ) -> Estimate:
+    def _estimate(self, problem: Problem, memory: Memory) -> Estimate:
+        phi, validation, z, hyperparams = problem
         z, train_loss = phi.step(z, hyperparams, 0)
         val_loss, _, direct = validation.value_and_grads(z[0], hyperparams)
         return Estimate(z, {}, direct, train_loss, val_loss)
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 class OneStepOptimizer(BilevelOptimizer):
     r"""One step: $g = \partial L_{val}/\partial\lambda + \alpha_1 B_1$, exact through one step.
 
@@ -106,19 +96,11 @@ class OneStepOptimizer(BilevelOptimizer):
     def _sees(self) -> Sees:
         return "update"
 
-    def _init_memory(
-        self, w: PyTree, hyperparams: PyTree, batch: PyTree | None, key: Array | None
-    ) -> dict[str, PyTree]:
+    def _init_memory(self, w, hyperparams, batch, key) -> Memory:
         return {}
 
-    def _estimate(
-        self,
-        phi: InnerUpdate,
-        validation: Validation,
-        z: Carry,
-        hyperparams: PyTree,
-        memory: dict[str, PyTree],
-    ) -> Estimate:
+    def _estimate(self, problem: Problem, memory: Memory) -> Estimate:
+        phi, validation, z, hyperparams = problem
         z, train_loss, pull = phi.vjp(z, hyperparams, 0)
         val_loss, alpha, direct = validation.value_and_grads(z[0], hyperparams)
         _, _, through_update = pull(alpha)

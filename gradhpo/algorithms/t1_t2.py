@@ -6,14 +6,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from beartype import beartype
-from jaxtyping import Array, Float, PyTree, jaxtyped
+from jaxtyping import Array, Float, PyTree
 
-from gradhpo.core.base import BilevelOptimizer, Estimate
-from gradhpo.core.inner import Carry, InnerUpdate
-from gradhpo.core.problem import Sees, Validation
+from gradhpo.core.base import BilevelOptimizer, Estimate, Memory
+from gradhpo.core.problem import Problem, Sees
 from gradhpo.core.types import InnerOptimizer, UpdateFn
 from gradhpo.utils.gradients import tree_dot, tree_l2_norm
+from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import check_count, check_setting, setting
 
 
@@ -22,7 +21,7 @@ from gradhpo.utils.validation import check_count, check_setting, setting
 _COORDINATES_AT_ONCE = 16
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 class T1T2Optimizer(BilevelOptimizer):
     r"""T1-T2 with the finite differences of DARTS: no second derivative is taken.
 
@@ -96,19 +95,11 @@ class T1T2Optimizer(BilevelOptimizer):
     def _sees(self) -> Sees:
         return "update" if self.perturb == "weights" else "everything"
 
-    def _init_memory(
-        self, w: PyTree, hyperparams: PyTree, batch: PyTree | None, key: Array | None
-    ) -> dict[str, PyTree]:
+    def _init_memory(self, w, hyperparams, batch, key) -> Memory:
         return {}
 
-    def _estimate(
-        self,
-        phi: InnerUpdate,
-        validation: Validation,
-        z: Carry,
-        hyperparams: PyTree,
-        memory: dict[str, PyTree],
-    ) -> Estimate:
+    def _estimate(self, problem: Problem, memory: Memory) -> Estimate:
+        phi, validation, z, hyperparams = problem
         last = self.inner_steps - 1
         before, _, _ = phi.rollout(z, hyperparams, 0, last)
         if self.perturb == "weights":

@@ -7,18 +7,17 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from beartype import beartype
-from jaxtyping import Array, PyTree, jaxtyped
+from jaxtyping import Array
 
-from gradhpo.core.base import BilevelOptimizer, Estimate
-from gradhpo.core.inner import Carry, InnerUpdate
-from gradhpo.core.problem import Sees, Validation
+from gradhpo.core.base import BilevelOptimizer, Estimate, Memory
+from gradhpo.core.problem import Problem, Sees
 from gradhpo.core.types import InnerOptimizer, UpdateFn
 from gradhpo.utils.gradients import tree_zeros_like
+from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import check_count
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 class UnrolledOptimizer(BilevelOptimizer):
     r"""The exact hypergradient of `unroll_steps` inner steps, by reverse mode.
 
@@ -88,19 +87,11 @@ class UnrolledOptimizer(BilevelOptimizer):
             return self.checkpoints
         return math.ceil(math.sqrt(self._differentiated_steps))
 
-    def _init_memory(
-        self, w: PyTree, hyperparams: PyTree, batch: PyTree | None, key: Array | None
-    ) -> dict[str, PyTree]:
+    def _init_memory(self, w, hyperparams, batch, key) -> Memory:
         return {}
 
-    def _estimate(
-        self,
-        phi: InnerUpdate,
-        validation: Validation,
-        z: Carry,
-        hyperparams: PyTree,
-        memory: dict[str, PyTree],
-    ) -> Estimate:
+    def _estimate(self, problem: Problem, memory: Memory) -> Estimate:
+        phi, validation, z, hyperparams = problem
         steps = self._differentiated_steps
         first = self.unroll_steps - steps
         z, _, _ = phi.rollout(z, hyperparams, 0, first)

@@ -2,22 +2,23 @@
 
 import abc
 from collections.abc import Callable
+from typing import TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from beartype import beartype
-from jaxtyping import Array, Bool, Float, PyTree, Real, jaxtyped
+from jaxtyping import Array, Bool, Float, PyTree, Real
 
-from gradhpo.core.inner import Carry, InnerUpdate
+from gradhpo.core.inner import Carry
 from gradhpo.core.inner_optimizer import cast_like, init_inner_state
-from gradhpo.core.partition import check_not_swapped
-from gradhpo.core.problem import Sees, Validation, bind, init_outer_state
+from gradhpo.core.partition import check_disjoint
+from gradhpo.core.problem import Problem, Sees, bind, init_outer_state
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import InnerOptimizer, LossFn, RealScalarLike, UpdateFn
 from gradhpo.utils.gradients import accumulation_dtype, tree_l2_norm
 from gradhpo.utils.tracing import record_trace
+from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import (
     check_inner_rule,
     check_outer_optimizer,
@@ -29,11 +30,14 @@ from gradhpo.utils.validation import (
 )
 
 
+Memory: TypeAlias = dict[str, PyTree]
+
+
 class Estimate(eqx.Module):
     """What an algorithm returns: the inner problem advanced, and the hypergradient."""
 
     z: Carry
-    memory: dict[str, PyTree]
+    memory: Memory
     hypergradient: PyTree
     train_loss: Array
     val_loss: Array
@@ -76,22 +80,15 @@ class BilevelOptimizer(eqx.Module):
 
     @abc.abstractmethod
     def _init_memory(
-        self, w: PyTree, hyperparams: PyTree, batch: PyTree | None, key: Array | None
-    ) -> dict[str, PyTree]:
+        self, w: PyTree, hyperparams: PyTree, batch: PyTree, key: Array | None
+    ) -> Memory:
         """What the algorithm itself carries from step to step, kept in `metadata`."""
 
     @abc.abstractmethod
-    def _estimate(
-        self,
-        phi: InnerUpdate,
-        validation: Validation,
-        z: Carry,
-        hyperparams: PyTree,
-        memory: dict[str, PyTree],
-    ) -> Estimate:
+    def _estimate(self, problem: Problem, memory: Memory) -> Estimate:
         """Advances `z` by `num_inner_steps` and estimates the hypergradient at the end."""
 
-    @jaxtyped(typechecker=beartype)
+    @checked
     def init(
         self,
         params: PyTree,
@@ -111,7 +108,7 @@ class BilevelOptimizer(eqx.Module):
 
         **Raises:** `TypeError` or `ValueError` for leaves that cannot be trained or tuned.
         """
-        check_not_swapped(params)
+        check_disjoint(params, hyperparams)
         params, hyperparams = prepare_params(params), prepare_hyperparams(hyperparams)
         w = eqx.filter(params, eqx.is_inexact_array)
         state = BilevelState.create(
@@ -136,8 +133,9 @@ class BilevelOptimizer(eqx.Module):
         **Arguments:**
 
         - `state`: from `init` or from the `step` before.
-        - `train_batch`: any pytree of arrays, used for every inner step (typed PRNG keys in it
-            are folded with the inner index), or a [`BatchStack`][gradhpo.BatchStack] with one
+        - `train_batch`: any pytree of arrays, used for every inner step (PRNG keys made by
+            `jax.random.key` are folded with the inner index; make a new key for each `step`),
+            or a [`BatchStack`][gradhpo.BatchStack] with one
             batch for each.
         - `val_batch`: any pytree of arrays.
         - `train_loss_fn`, `val_loss_fn`: `(params, hyperparams, batch) -> scalar`. Make them
@@ -188,7 +186,7 @@ class BilevelOptimizer(eqx.Module):
 
 
 @eqx.filter_jit
-@jaxtyped(typechecker=beartype)
+@checked
 def _step(
     optimizer: BilevelOptimizer,
     state: BilevelState,
@@ -205,7 +203,7 @@ def _step(
 
 
 @eqx.filter_jit
-@jaxtyped(typechecker=beartype)
+@checked
 def _compute_hypergradient(
     optimizer: BilevelOptimizer,
     state: BilevelState,
@@ -215,7 +213,7 @@ def _compute_hypergradient(
     val_loss_fn: Callable,
 ) -> PyTree:
     problem = bind(optimizer, state, train_batch, val_batch, train_loss_fn, val_loss_fn)
-    return optimizer._estimate(*problem, state.hyperparams, state.metadata).hypergradient
+    return optimizer._estimate(problem, state.metadata).hypergradient
 
 
 def advance(
@@ -229,7 +227,7 @@ def advance(
 ) -> BilevelState:
     """The outer step as a pure function, for use inside a larger compiled program."""
     problem = bind(optimizer, state, train_batch, val_batch, train_loss_fn, val_loss_fn)
-    estimate = optimizer._estimate(*problem, state.hyperparams, state.metadata)
+    estimate = optimizer._estimate(problem, state.metadata)
     hyperparams, outer_opt_state = _outer_update(
         optimizer.outer_optimizer, state, estimate.hypergradient, lr_hyper
     )

@@ -6,7 +6,7 @@ rest of them (functions, integer arrays) is constant through training and kept a
 """
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -43,7 +43,8 @@ class InnerUpdate(eqx.Module):
             return jax.tree.map(lambda x: x[t], self.train_batch.batches)
         return fold_keys(self.train_batch, t)
 
-    def train_loss(self, w: PyTree, hyperparams: PyTree, t: ArrayLike) -> Array:
+    def train_loss(self, w: PyTree, hyperparams: PyTree, t: ArrayLike) -> Any:
+        """What the user's loss returns, which `bind` checks to be a scalar."""
         return self.train_loss_fn(eqx.combine(w, self.frozen), hyperparams, self.batch(t))
 
     def step(
@@ -166,9 +167,9 @@ class InnerUpdate(eqx.Module):
         assert self.update_fn is not None
         params = eqx.combine(w, self.frozen)
         new = eqx.filter(self.update_fn(params, hyperparams, self.batch(t)), eqx.is_inexact_array)
-        if jax.tree.structure(new) != jax.tree.structure(w):
+        if jax.tree.map(jnp.shape, new) != jax.tree.map(jnp.shape, w):
             raise ValueError(
-                "update_fn must return params of the structure that it was given:\n"
+                "update_fn must return params of the structure and shapes that it was given:\n"
                 f"  {eqx.tree_pformat(w)}\nbut it returned\n  {eqx.tree_pformat(new)}"
             )
         return cast_like(new, w)

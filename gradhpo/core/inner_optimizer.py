@@ -60,9 +60,9 @@ def explained() -> Iterator[None]:
         yield
     except jax.errors.ConcretizationTypeError as error:
         raise ValueError(
-            "building or applying the inner optimizer branches on the value of a "
-            "hyperparameter, which is traced (some optax schedules do: those that compare "
-            "their peak value with 0). Write that schedule with jnp.where"
+            "building or applying the inner optimizer needs the value of a hyperparameter in "
+            "Python (float(...), or a branch on it), but it is traced. Use it as an array, with "
+            "jnp.where for branches; some optax schedules compare their peak value with 0"
         ) from error
     except TypeError as error:
         if "missing" not in str(error) or "argument" not in str(error):

@@ -7,8 +7,9 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from beartype import beartype
-from jaxtyping import Array, PyTree, jaxtyped
+from jaxtyping import Array, PyTree
+
+from gradhpo.utils.typecheck import checked
 
 
 # A model made of arrays alone splits into two halves that look alike. Remembering which
@@ -17,7 +18,7 @@ from jaxtyping import Array, PyTree, jaxtyped
 _handed_out_as_hyperparams: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def partition(model: PyTree, where: Callable[[Any], Any]) -> tuple[PyTree, PyTree]:
     """Splits a model into parameters and hyperparameters.
 
@@ -85,8 +86,14 @@ def _check_selected(nodes: Any) -> None:
         )
 
 
-def check_not_swapped(params: PyTree) -> None:
-    """Refuses, in place of params, the hyperparams that `partition` made."""
+def check_disjoint(params: PyTree, hyperparams: PyTree) -> None:
+    """Refuses hyperparameters that are parameters too, and the two in the wrong order."""
+    ids = {id(x) for x in jax.tree.leaves(hyperparams) if eqx.is_array(x)}
+    if ids & set(map(id, jax.tree.leaves(params))):
+        raise ValueError(
+            "params still contains arrays of hyperparams, so they would be trained and tuned at "
+            "once: write params, hyperparams = gradhpo.partition(model, where)"
+        )
     if _handed_out_as_hyperparams.get(id(params)) is params:
         raise ValueError(
             "params and hyperparams are swapped: partition returns (params, hyperparams), and "
@@ -94,14 +101,27 @@ def check_not_swapped(params: PyTree) -> None:
         )
 
 
+def combine(params: PyTree, hyperparams: PyTree) -> PyTree:
+    """`eqx.combine`, for two halves of one model."""
+    is_none = lambda x: x is None
+    structures = [jax.tree.structure(x, is_leaf=is_none) for x in (params, hyperparams)]
+    if structures[0] != structures[1]:
+        raise ValueError(
+            "params and hyperparams are not two halves of one model: state.model and model_loss "
+            "go with gradhpo.partition(model, where); for separate trees write the loss as "
+            "(params, hyperparams, batch) -> scalar"
+        )
+    return eqx.combine(params, hyperparams)
+
+
 class _ModelLoss(eqx.Module):
     fn: Callable
 
     def __call__(self, params: PyTree, hyperparams: PyTree, batch: PyTree) -> Array:
-        return self.fn(eqx.combine(params, hyperparams), batch)
+        return self.fn(combine(params, hyperparams), batch)
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def model_loss(fn: Callable) -> Callable:
     """Turns `fn(model, batch) -> scalar` into a loss `(params, hyperparams, batch) -> scalar`.
 

@@ -1,9 +1,8 @@
 """The problem of one outer step: Φ and the validation loss on their data, checked."""
 
 import dataclasses
-import warnings
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -16,6 +15,7 @@ from gradhpo.core.inner_optimizer import init_inner_state
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import BatchStack, LossFn
 from gradhpo.utils.tracing import contains_custom_vjp, visible_leaves
+from gradhpo.utils.typecheck import warn
 from gradhpo.utils.validation import (
     check_arity,
     check_same_structure,
@@ -37,13 +37,23 @@ class Validation(eqx.Module):
     frozen: PyTree
     val_batch: PyTree
 
-    def loss(self, w: PyTree, hyperparams: PyTree) -> Array:
+    def loss(self, w: PyTree, hyperparams: PyTree) -> Any:
+        """What the user's loss returns, which `bind` checks to be a scalar."""
         return self.val_loss_fn(eqx.combine(w, self.frozen), hyperparams, self.val_batch)
 
     def value_and_grads(self, w: PyTree, hyperparams: PyTree) -> tuple[Array, PyTree, PyTree]:
         r"""$L_{val}$, its derivative $\alpha$ by the parameters, and the direct term."""
         value, (alpha, direct) = jax.value_and_grad(self.loss, argnums=(0, 1))(w, hyperparams)
         return value, alpha, direct
+
+
+class Problem(NamedTuple):
+    r"""$\Phi$, the validation loss, and the $z = (w, s)$ and $\lambda$ to start from."""
+
+    phi: InnerUpdate
+    validation: Validation
+    z: Carry
+    hyperparams: PyTree
 
 
 def bind(
@@ -55,8 +65,8 @@ def bind(
     val_loss_fn: LossFn,
     *,
     differentiated: bool = True,
-) -> tuple[InnerUpdate, Validation, Carry]:
-    r"""$\Phi$, the validation loss, and the $z$ to start from, after the checks at the door.
+) -> Problem:
+    r"""The problem that a state, two batches and two losses make, after the checks at the door.
 
     `optimizer` is a [`BilevelOptimizer`][gradhpo.BilevelOptimizer]; runs while tracing, once
     for each compilation. Unless `differentiated`, what the method can see does not matter.
@@ -70,9 +80,17 @@ def bind(
         )
     if isinstance(val_batch, BatchStack):
         raise ValueError("val_batch is a BatchStack; pass one batch: validation is done once")
+    for name, batch in (("train_batch", train_batch), ("val_batch", val_batch)):
+        if callable(batch):
+            raise TypeError(
+                f"{name} is a function or a data source, not a batch: pass one batch of it, "
+                "data(i), or give the source to gradhpo.run"
+            )
     w, frozen = eqx.partition(state.params, eqx.is_inexact_array)
     hyperparams, s = state.hyperparams, state.inner_opt_state
     made_here = "Make the state with this optimizer's init(params, hyperparams)."
+    if optimizer.update_fn is not None:
+        check_arity(optimizer.update_fn, "update_fn", "params, hyperparams, batch")
     check_same_structure(
         s,
         eqx.filter_eval_shape(init_inner_state, optimizer.inner_optimizer, w, hyperparams),
@@ -99,10 +117,10 @@ def bind(
     )
     _trace_loss("val_loss_fn", val_loss_fn, validation.loss, w, hyperparams)
     phi = dataclasses.replace(phi, symmetric=not contains_custom_vjp(program))
+    problem = Problem(phi, validation, (w, s), hyperparams)
     if differentiated:
-        name = type(optimizer).__name__
-        _check_visible(name, optimizer._sees, phi, validation, (w, s), hyperparams)
-    return phi, validation, (w, s)
+        _check_visible(type(optimizer).__name__, optimizer._sees, problem)
+    return problem
 
 
 def init_outer_state(
@@ -118,7 +136,8 @@ def _trace_loss(
     name: str, function: LossFn, on_batch: Callable, w: PyTree, hyperparams: PyTree
 ) -> Jaxpr:
     """The traced program of a loss, once its arity and its output are what they must be."""
-    check_arity(function, name, "params, hyperparams, batch")
+    remedy = "; a loss fn(model, batch) becomes one of these by gradhpo.model_loss(fn)"
+    check_arity(function, name, "params, hyperparams, batch", remedy)
 
     def checked(w, hyperparams):
         loss = on_batch(w, hyperparams)
@@ -128,19 +147,15 @@ def _trace_loss(
     return jax.make_jaxpr(checked)(w, hyperparams).jaxpr
 
 
-def _check_visible(
-    name: str,
-    sees: Sees,
-    phi: InnerUpdate,
-    validation: Validation,
-    z: Carry,
-    hyperparams: PyTree,
-) -> None:
+def _check_visible(name: str, sees: Sees, problem: Problem) -> None:
     """Names the hyperparameters whose hypergradient by this method is identically 0."""
     if sees == "everything":
         return
-    seen = jax.tree.leaves(visible_leaves(lambda h: validation.loss(z[0], h), hyperparams))
-    if sees == "update":
+    phi, validation, z, hyperparams = problem
+    w, _ = z
+    seen = jax.tree.leaves(visible_leaves(lambda h: validation.loss(w, h), hyperparams))
+    by_weights = jax.tree.leaves(visible_leaves(lambda w: validation.loss(w, hyperparams), w))
+    if sees == "update" and any(by_weights):
         by_update = visible_leaves(lambda h: phi.step(z, h, 0)[0], hyperparams)
         seen = [a or b for a, b in zip(seen, jax.tree.leaves(by_update), strict=True)]
     if all(seen):
@@ -151,11 +166,10 @@ def _check_visible(
         "OneStepOptimizer, T1T2Optimizer and UnrolledOptimizer also see what acts through the "
         "inner update"
         if sees == "validation"
+        else "the validation loss depends on neither the parameters nor on them"
+        if not any(by_weights)
         else "neither the validation loss nor the inner update depends on them"
     )
     if not any(seen):
         raise ValueError(f"{name} sees none of the hyperparameters: {why}")
-    warnings.warn(
-        f"{name} gives a hypergradient of 0 for hyperparams {', '.join(unseen)}: {why}",
-        stacklevel=2,
-    )
+    warn(f"{name} gives a hypergradient of 0 for hyperparams {', '.join(unseen)}: {why}")

@@ -4,10 +4,11 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-from beartype import beartype
-from jaxtyping import Array, Int, PyTree, jaxtyped
+from jaxtyping import Array, Int, PyTree
 
+from gradhpo.core.partition import combine
 from gradhpo.utils.gradients import accumulation_dtype
+from gradhpo.utils.typecheck import checked
 
 
 METRICS = (
@@ -20,7 +21,7 @@ METRICS = (
 )
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 class BilevelState(eqx.Module):
     """State of a bilevel optimization: an immutable pytree.
 
@@ -34,6 +35,7 @@ class BilevelState(eqx.Module):
     - `inner_opt_state`, `outer_opt_state`: optax states; `()` where there is none.
     - `step`: how often `step` was called, shape `()`, int32.
     - `metadata`: the metrics of the last step, and the memory of the algorithm if it has one.
+    - `model` (a property): the model that `partition` split, put together again.
 
     The metrics are scalars, float32 or float64 where a parameter is float64, and `nan` before
     the first step: `train_loss` (last inner step, before its update), `val_loss` (at $w_T$,
@@ -115,4 +117,4 @@ class BilevelState(eqx.Module):
     @property
     def model(self) -> PyTree:
         """`eqx.combine(params, hyperparams)`: the model that `partition` split."""
-        return eqx.combine(self.params, self.hyperparams)
+        return combine(self.params, self.hyperparams)

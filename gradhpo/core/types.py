@@ -1,15 +1,15 @@
 """The vocabulary: what losses, updates, batches and metrics look like."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from beartype import beartype
-from jaxtyping import Array, ArrayLike, PyTree, Real, jaxtyped
+from jaxtyping import Array, ArrayLike, PyTree, Real
 
+from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import check_leading_axis
 
 
@@ -31,7 +31,7 @@ MetricDict: TypeAlias = dict[str, Array]
 """Metric name to an array of shape `()`."""
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 class LossFunctions(eqx.Module):
     """The two losses of a bilevel problem.
 
@@ -54,7 +54,7 @@ class LossFunctions(eqx.Module):
     val_loss: Callable
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 class DataBatch(eqx.Module):
     """Inputs with their targets; unpacks as a pair.
 
@@ -81,7 +81,7 @@ class DataBatch(eqx.Module):
         return iter((self.inputs, self.targets))
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 class BatchStack(eqx.Module):
     """One training batch for each inner step of a `step`.
 
@@ -103,11 +103,17 @@ class BatchStack(eqx.Module):
     batches: PyTree
 
     def __check_init__(self):
+        if isinstance(self.batches, list):
+            raise TypeError(
+                f"BatchStack(batches) got a list of {len(self.batches)}; to stack a list of "
+                "batches write BatchStack.of([b1, b2, ...])"
+            )
         check_leading_axis(self.batches, "BatchStack(batches)")
 
     @classmethod
-    def of(cls, batches: Sequence[Any]) -> "BatchStack":
+    def of(cls, batches: Iterable[Any]) -> "BatchStack":
         """Stacks batches of one structure and one shape, in the order of the inner steps."""
+        batches = list(batches)
         if len(batches) == 0:
             raise ValueError("BatchStack.of(batches): got no batch; pass one for each inner step")
         first = jax.tree.map(jnp.shape, batches[0])

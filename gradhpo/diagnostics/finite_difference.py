@@ -1,22 +1,22 @@
 """The hypergradient by central differences of the whole inner optimization."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from beartype import beartype
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Real, jaxtyped
+from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Real
 
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.problem import bind
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import LossFn
+from gradhpo.utils.typecheck import checked, warn
 from gradhpo.utils.validation import check_setting, numbers_as_arrays
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def finite_difference_hypergradient(
     optimizer: BilevelOptimizer,
     state: BilevelState,
@@ -25,14 +25,15 @@ def finite_difference_hypergradient(
     train_loss_fn: LossFn,
     val_loss_fn: LossFn,
     *,
-    coordinates: Int[ArrayLike, " n"] | None = None,
+    coordinates: Int[ArrayLike, " n"] | Sequence[int] | None = None,
     epsilon: Real[ArrayLike, ""] | None = None,
 ) -> PyTree | Float[Array, " n"]:
     r"""Central differences of $\lambda_i \mapsto L_{val}(w_T(\lambda), \lambda)$.
 
     $w_T(\lambda)$ is what the optimizer's `num_inner_steps` inner steps make of `state`, so
     this is the exact hypergradient of that many steps up to rounding and $O(\epsilon^2)$: an
-    oracle for every method, at two inner optimizations per coordinate. Use float64.
+    oracle for every method, at two inner optimizations per coordinate. Use float64: in lower
+    precision the differences are mostly rounding noise, and a warning says so.
 
     **Arguments:**
 
@@ -52,14 +53,20 @@ def finite_difference_hypergradient(
     train_loss = lambda w, h, batch: jnp.sum((w - h) ** 2)
     val_loss = lambda w, h, batch: jnp.sum((w - 1.0) ** 2)
     optimizer = gradhpo.UnrolledOptimizer(optax.sgd(0.1), optax.sgd(0.1), unroll_steps=5)
-    state = optimizer.init(jnp.zeros(3), jnp.zeros(3))
-    hypergradient = gradhpo.finite_difference_hypergradient(
-        optimizer, state, None, None, train_loss, val_loss
-    )
+    with jax.enable_x64(True):  # or for the whole program, by jax.config.update
+        state = optimizer.init(jnp.zeros(3), jnp.zeros(3))
+        hypergradient = gradhpo.finite_difference_hypergradient(
+            optimizer, state, None, None, train_loss, val_loss
+        )
     ```
     """
     flat, unravel = ravel_pytree(state.hyperparams)
-    chosen = jnp.arange(flat.size) if coordinates is None else jnp.asarray(coordinates)
+    if flat.dtype != jnp.float64:
+        warn(
+            f"finite differences in {flat.dtype} may be mostly rounding noise; switch to float64: "
+            'jax.config.update("jax_enable_x64", True) at the start, and float64 arrays'
+        )
+    chosen = jnp.arange(flat.size) if coordinates is None else jnp.asarray(coordinates, int)
     if not bool(jnp.all((chosen >= 0) & (chosen < flat.size))):
         raise ValueError(f"coordinates must lie in 0 to {flat.size - 1}, got {chosen}")
     if epsilon is None:
@@ -89,7 +96,7 @@ def _differences(
     chosen: Int[Array, " n"],
     epsilon: Float[Array, ""],
 ) -> Float[Array, " n"]:
-    phi, validation, z = bind(
+    phi, validation, z, _ = bind(
         optimizer, state, train_batch, val_batch, train_loss_fn, val_loss_fn, differentiated=False
     )
     flat, unravel = ravel_pytree(state.hyperparams)

@@ -1,5 +1,6 @@
 """Where `run` gets its batches: arrays on the device, any iterator, or one fixed batch."""
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
@@ -7,15 +8,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from beartype import beartype
-from jaxtyping import Array, ArrayLike, Int, PyTree, UInt32, jaxtyped
+from jaxtyping import Array, ArrayLike, Int, PyTree, UInt32
 
 from gradhpo.core.types import BatchStack, DataBatch
-from gradhpo.utils.keys import fold_keys
+from gradhpo.utils.keys import fold_keys, is_key
+from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import check_count, check_leading_axis, numbers_as_arrays
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 class ArrayData(eqx.Module):
     """Minibatches of arrays that fit on the device, shuffled anew in every epoch.
 
@@ -123,7 +124,7 @@ def _scramble(x: UInt32[Array, " batch"]) -> UInt32[Array, " batch"]:
     return x ^ (x >> 16)
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def iterate(loader: Iterable[Any]) -> Iterator[Any]:
     """An endless iterator over the batches of any loader, from its start again at its end.
 
@@ -200,7 +201,7 @@ class Host:
             self._first = [self._next()]
         except StopIteration:
             raise ValueError(f"{self.name} is an iterator without a single batch") from None
-        size = sum(np.asarray(x).nbytes for x in jax.tree.leaves(self._first[0]))
+        size = sum(x.nbytes for x in jax.tree.leaves(self._first[0]) if eqx.is_array(x))
         return size * (self._per_step or 1)
 
     def fetch(self, steps: int) -> tuple[Fetched | None, int]:
@@ -222,14 +223,15 @@ class Host:
     def _next(self) -> PyTree:
         return numbers_as_arrays(next(self._iterator))
 
-    def _stacked(self, leaves: tuple, steps: int) -> np.ndarray:
+    def _stacked(self, leaves: tuple, steps: int) -> np.ndarray | Array:
         shapes = sorted({np.shape(x) for x in leaves})
         if len(shapes) > 1:
             raise ValueError(
                 f"{self.name} yields batches of different shapes {shapes}; a compiled step needs "
                 "one shape: drop or pad the ragged last batch (drop_last=True in many loaders)"
             )
-        stacked = np.stack([np.asarray(x) for x in leaves])
+        # PRNG keys have no NumPy form.
+        stacked = jnp.stack(leaves) if is_key(leaves[0]) else np.stack(leaves)
         lead = (steps,) if self._per_step is None else (steps, self._per_step)
         return stacked.reshape(*lead, *stacked.shape[1:])
 
@@ -247,6 +249,8 @@ def as_source(data: Any, name: str, per_step: int | None) -> Source:
             " to draw its batches in turn, gradhpo.ArrayData(arrays, batch_size, key) to draw "
             "minibatches of arrays, or a tuple of arrays for one fixed batch"
         )
+    if inspect.isgeneratorfunction(data):
+        raise TypeError(f"{name} is a generator function; call it: {name}={data.__name__}()")
     if hasattr(data, "__next__"):
         return Host(name, data, per_step)
     if isinstance(data, BatchStack):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,8 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from beartype import beartype
-from jaxtyping import Array, PyTree, jaxtyped
+from jaxtyping import Array, PyTree
 
 from gradhpo.core.base import BilevelOptimizer, advance
 from gradhpo.core.state import METRICS, BilevelState
@@ -19,6 +17,7 @@ from gradhpo.core.types import LossFunctions, RealScalarLike
 from gradhpo.training.data import Fetched, Host, as_source
 from gradhpo.training.history import History
 from gradhpo.utils.logging import progress_bar
+from gradhpo.utils.typecheck import checked, warn
 from gradhpo.utils.validation import check_count, check_outer_rate, outer_rate
 
 
@@ -26,7 +25,7 @@ from gradhpo.utils.validation import check_count, check_outer_rate, outer_rate
 _MOST_BYTES_FETCHED = 64 * 2**20
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def run(
     optimizer: BilevelOptimizer,
     state: BilevelState,
@@ -110,7 +109,7 @@ def run(
                 bar.advance(available, metrics)
                 rejections.count(metrics["rejected"])
                 # All are called: a logger after the one that stops must not miss a chunk.
-                if any([callback(state, metrics) is True for callback in callbacks]):
+                if any([_is_true(callback(state, metrics)) for callback in callbacks]):
                     stop_reason = "callback"
                     break
                 if rejections.too_many:
@@ -125,8 +124,13 @@ def run(
     seconds = time.perf_counter() - started
     report = _report(stop_reason, taken, num_steps, seconds, rejections)
     if stop_reason in ("rejected", "data exhausted"):
-        warnings.warn(report, RuntimeWarning, stacklevel=3)
+        warn(report, RuntimeWarning)
     return state, History(metrics, stop_reason, report)
+
+
+def _is_true(answer: Any) -> bool:
+    """Whether a callback said `True`; comparisons of metrics say it as a NumPy boolean."""
+    return isinstance(answer, (bool, np.bool_, jax.Array)) and bool(np.all(answer))
 
 
 def _fetch(train: Any, val: Any, length: int) -> tuple[Any, Any, int]:

@@ -11,8 +11,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from beartype import beartype
-from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Real, jaxtyped
+from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Real
+
+from gradhpo.utils.typecheck import checked
 
 
 def accumulation_dtype(tree: PyTree) -> jnp.dtype:
@@ -33,7 +34,7 @@ def _map_inexact(function: Callable, tree: PyTree, *rest: PyTree) -> PyTree:
     )
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def tree_zeros_like(tree: PyTree) -> PyTree:
     """Zeros with the shape and dtype of every array leaf, integer arrays included.
 
@@ -44,7 +45,7 @@ def tree_zeros_like(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.zeros_like(x) if eqx.is_array_like(x) else x, tree)
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def tree_l2_norm(tree: PyTree) -> Real[Array, ""]:
     r"""Euclidean norm over all floating-point leaves together, $\sqrt{\sum_i x_i^2}$.
 
@@ -57,7 +58,7 @@ def tree_l2_norm(tree: PyTree) -> Real[Array, ""]:
     return jnp.asarray(optax.tree.norm(_accumulated(tree)), accumulation_dtype(tree))
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def tree_normalize(tree: PyTree, eps: Real[ArrayLike, ""] = 1e-8) -> PyTree:
     r"""Divides by the norm: $x / \max(\|x\|_2, \mathtt{eps})$, so that 0 stays 0.
 
@@ -70,7 +71,7 @@ def tree_normalize(tree: PyTree, eps: Real[ArrayLike, ""] = 1e-8) -> PyTree:
     return _map_inexact(lambda x: (x.astype(norm.dtype) / norm).astype(x.dtype), tree)
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def tree_dot(a: PyTree, b: PyTree) -> Real[Array, ""]:
     r"""Inner product over all floating-point leaves together, $\sum_i a_i b_i$.
 
@@ -84,7 +85,7 @@ def tree_dot(a: PyTree, b: PyTree) -> Real[Array, ""]:
     return jnp.asarray(optax.tree.vdot(_accumulated(a, dtype), _accumulated(b, dtype)), dtype)
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def tree_lerp(a: PyTree, b: PyTree, t: Real[ArrayLike, ""]) -> PyTree:
     r"""Straight line from `a` (at `t = 0`) to `b` (at `t = 1`): $(1 - t)\,a + t\,b$.
 
@@ -100,7 +101,7 @@ def tree_lerp(a: PyTree, b: PyTree, t: Real[ArrayLike, ""]) -> PyTree:
     return _map_inexact(lambda x, y: point(x, y).astype(x.dtype), a, b)
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def vjp_wrt_both(
     update_fn: Callable, params: PyTree, hyperparams: PyTree, batch: PyTree, cotangent: PyTree
 ) -> tuple[PyTree, PyTree]:
@@ -137,7 +138,7 @@ def vjp_wrt_both(
     return pull(eqx.filter(cotangent, eqx.is_inexact_array))
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def vjp_wrt_lambda(
     update_fn: Callable, params: PyTree, hyperparams: PyTree, batch: PyTree, cotangent: PyTree
 ) -> PyTree:
@@ -155,7 +156,7 @@ def vjp_wrt_lambda(
     return vjp_wrt_both(update_fn, params, hyperparams, batch, cotangent)[1]
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def geometric_sum(gamma: Real[ArrayLike, ""], t: Real[ArrayLike, ""]) -> Float[Array, ""]:
     r"""$\sum_{i<t} \gamma^i = (1 - \gamma^t)/(1 - \gamma)$ for $\gamma \in [0, 1]$, $t \ge 0$.
 
@@ -170,7 +171,7 @@ def geometric_sum(gamma: Real[ArrayLike, ""], t: Real[ArrayLike, ""]) -> Float[A
     return jnp.where(inside, between, jnp.where(gamma <= 0, jnp.minimum(t, 1), t))
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def update_w_star(
     w_star: PyTree,
     w_prev: PyTree,

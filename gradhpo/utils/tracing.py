@@ -1,6 +1,6 @@
 """What the traced program tells: which leaves it can see, and why it was traced again."""
 
-import warnings
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +8,8 @@ import equinox as eqx
 import jax
 from jax.extend.core import Jaxpr, jaxprs_in_params
 from jaxtyping import PyTree
+
+from gradhpo.utils.typecheck import warn
 
 
 def visible_leaves(function: Callable[[PyTree], Any], tree: PyTree) -> PyTree:
@@ -18,13 +20,19 @@ def visible_leaves(function: Callable[[PyTree], Any], tree: PyTree) -> PyTree:
     callback, a `custom_vjp`) cannot be read; then every leaf counts as visible.
     """
     leaves, treedef = jax.tree.flatten(tree)
-    try:
+    seen = [True] * len(leaves)
+
+    def probe(*leaves):
         _, push = jax.linearize(lambda *xs: function(jax.tree.unflatten(treedef, xs)), *leaves)
         program = jax.make_jaxpr(push)(*leaves).jaxpr
-    except (TypeError, ValueError, NotImplementedError):
-        return jax.tree.unflatten(treedef, [True] * len(leaves))
-    used = {id(v) for eqn in program.eqns for v in eqn.invars} | set(map(id, program.outvars))
-    return jax.tree.unflatten(treedef, [id(v) in used for v in program.invars])
+        used = {id(v) for eqn in program.eqns for v in eqn.invars}
+        used |= set(map(id, program.outvars))
+        seen[:] = [id(v) in used for v in program.invars]
+
+    with contextlib.suppress(TypeError, ValueError, NotImplementedError):
+        # A trace of its own, so that nothing of this reaches the program around it.
+        jax.eval_shape(probe, *leaves)
+    return jax.tree.unflatten(treedef, seen)
 
 
 def contains_custom_vjp(program: Jaxpr) -> bool:
@@ -72,11 +80,10 @@ def record_trace(
     _traces[job] = (count + 1, now)
     if count + 1 in _WARN_AT:
         changed = [name for name in now if now[name] != before[name]]
-        warnings.warn(
+        warn(
             f"{type(optimizer).__name__}.step was traced and compiled {count + 1} times for "
             f"the same job; since the last time this changed: {', '.join(changed) or 'nothing'}"
-            ". Make losses and optimizers once, outside the loop, and keep batch shapes fixed.",
-            stacklevel=2,
+            ". Make losses and optimizers once, outside the loop, and keep batch shapes fixed."
         )
 
 

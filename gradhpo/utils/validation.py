@@ -117,6 +117,8 @@ def outer_rate(value: Any) -> Array | None:
         )
     if isinstance(value, (bool, complex)) or not eqx.is_array_like(value) or np.ndim(value):
         raise TypeError(f"lr_hyper must be one real number, got {value!r}")
+    if isinstance(value, (int, float)) and value < 0:
+        raise ValueError(f"lr_hyper must not be negative, got {value}: the step is -lr_hyper * g")
     return jnp.asarray(value, jnp.result_type(float))
 
 
@@ -149,6 +151,7 @@ def prepare_params(params: PyTree) -> PyTree:
                 "running state are not supported yet: use LayerNorm or GroupNorm instead"
             )
     _refuse_complex(params, "params")
+    _refuse_non_finite(params, "params")
     params = jax.tree.map(lambda x: strong(x) if eqx.is_array(x) else x, params)
     if not any(eqx.is_inexact_array(x) for x in jax.tree.leaves(params)):
         raise ValueError(
@@ -179,6 +182,7 @@ def prepare_hyperparams(hyperparams: PyTree) -> PyTree:
                 f"hyperparameters have a derivative; write jnp.asarray({leaf}, float), or leave "
                 "it in params"
             )
+    _refuse_non_finite(hyperparams, "hyperparams")
     return jax.tree.map(strong, hyperparams)
 
 
@@ -188,6 +192,17 @@ def _refuse_complex(tree: PyTree, what: str) -> None:
             raise TypeError(
                 f"{what}{jax.tree_util.keystr(path)} is complex; hypergradients are taken over "
                 "real numbers: store its real and imaginary parts as two real arrays"
+            )
+
+
+def _refuse_non_finite(tree: PyTree, what: str) -> None:
+    for path, leaf in _with_path(tree):
+        if isinstance(leaf, Tracer) or not eqx.is_inexact_array(leaf):
+            continue
+        if not bool(jnp.all(jnp.isfinite(leaf))):
+            raise ValueError(
+                f"{what}{jax.tree_util.keystr(path)} holds a non-finite value at the start; every "
+                "step from there would be rejected"
             )
 
 
@@ -212,7 +227,7 @@ def check_same_structure(found: PyTree, expected: PyTree, what: str, remedy: str
 # -- losses ------------------------------------------------------------------------------
 
 
-def check_arity(function: Callable, name: str, arguments: str) -> None:
+def check_arity(function: Callable, name: str, arguments: str, remedy: str = "") -> None:
     """The function can be called with the positional arguments that it will get."""
     try:
         signature = inspect.signature(function)
@@ -223,7 +238,7 @@ def check_arity(function: Callable, name: str, arguments: str) -> None:
     except TypeError as error:
         raise TypeError(
             f"{name} is called as {name}({arguments}), but its signature is "
-            f"{name}{signature} ({error})"
+            f"{name}{signature} ({error}){remedy}"
         ) from None
 
 

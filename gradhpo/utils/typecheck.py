@@ -1,0 +1,92 @@
+"""beartype checks with messages for people, and warnings that point at the user's line."""
+
+import functools
+import inspect
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from beartype import beartype
+from jaxtyping import TypeCheckError, jaxtyped
+
+
+_T = TypeVar("_T", bound=Callable)
+
+_COMPLAINT = re.compile(
+    r"checking the parameters of gradhpo\..*?parameter '(?P<parameter>\w+)'\.\n"
+    r"Actual value: (?P<value>.*?)\nExpected type: (?P<expected>.*?)\n-----",
+    re.DOTALL,
+)
+# What to write instead, by the name of the argument.
+_REMEDIES = {
+    "optimizer": "an optimizer such as gradhpo.OneStepOptimizer(optax.sgd(0.1), optax.adam(0.01))",
+    "state": "what optimizer.init(params, hyperparams) or optimizer.step(...) returned",
+    "losses": "gradhpo.LossFunctions(train_loss, val_loss)",
+    "train_loss_fn": "a function (params, hyperparams, batch) -> scalar; the order of arguments is "
+    "(state, train_batch, val_batch, train_loss_fn, val_loss_fn)",
+    "val_loss_fn": "a function (params, hyperparams, batch) -> scalar; the order of arguments is "
+    "(state, train_batch, val_batch, train_loss_fn, val_loss_fn)",
+    "callbacks": "a list of functions (state, metrics) -> bool | None: callbacks=[callback]",
+    "where": "a function of the model: lambda m: m.log_weight_decay",
+    "inner_optimizer": "an optax transformation such as optax.sgd(0.1), or a function of the "
+    "hyperparameters that returns one",
+    "outer_optimizer": "an optax transformation such as optax.adam(0.01), or None",
+    "update_fn": "a function (params, hyperparams, batch) -> params",
+    "coordinates": "whole numbers, e.g. [0, 1, 2]",
+}
+
+
+def checked(thing: _T) -> _T:
+    """Checks annotations of a function, or of a module's constructor, at every call.
+
+    Goes directly on the `def` or `class`, under `filter_jit`.
+    """
+    typed = jaxtyped(typechecker=beartype)(thing)
+    if inspect.isclass(typed):
+        typed.__init__ = _explained(typed.__init__)  # pyright: ignore[reportAttributeAccessIssue]
+        return typed  # pyright: ignore[reportReturnType]
+    return _explained(typed)  # pyright: ignore[reportReturnType]
+
+
+def _explained(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except TypeCheckError as error:
+            message = _for_people(function, str(error))
+            if message is None:
+                raise
+        # Outside the handler: what beartype and jaxtyping said before helps nobody.
+        raise TypeError(message)
+
+    return wrapper
+
+
+def _for_people(function: Callable, complaint: str) -> str | None:
+    """One sentence of the checker's page, or `None` if it is about something else."""
+    found = _COMPLAINT.search(complaint)
+    if found is None:
+        return None
+    name = function.__qualname__.removesuffix(".__init__").lstrip("_")
+    value = " ".join(found["value"].split())
+    value = value if len(value) < 100 else value[:100] + "..."
+    expected = re.sub(r"(\w+\.)+(?=\w)|<class '|'>|\.$", "", found["expected"])
+    remedy = _REMEDIES.get(found["parameter"])
+    remedy = f"; pass {remedy}" if remedy else f" (expected {expected})"
+    return f"{name}: argument {found['parameter']} must not be {value}{remedy}"
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """A warning that points at the first line outside this library and those beneath it."""
+    beneath = {"gradhpo", "equinox", "jax", "jaxtyping", "beartype", "contextlib", "functools"}
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and _package(frame) in beneath:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+
+
+def _package(frame: Any) -> str:
+    return frame.f_globals.get("__name__", "").partition(".")[0]
