@@ -262,7 +262,7 @@ MISUSES = {
     ),
     "first order on a blind validation loss": (
         lambda: step(gradhpo.FOOptimizer(SGD, SGD)), ValueError,
-        "FOOptimizer sees none of the hyperparameters.*OneStepOptimizer",
+        "FOOptimizer sees none of the hyperparameters.*one step, T1-T2 and unrolling",
     ),
     "hyperparameters that nothing uses": (
         lambda: step(tl=lambda w, h, b: jnp.sum(jnp.square(w))), ValueError,
@@ -331,7 +331,7 @@ MISUSES = {
         lambda: init({"w": W}, {"h": H}).model, ValueError, "not two halves of one model",
     ),
     "NaN parameters": (
-        lambda: init({"w": W * jnp.nan}, H), ValueError, r"params\['w'\] holds a non-finite value",
+        lambda: init({"w": W * jnp.nan}, H), ValueError, r"params\['w'\] holds NaN at the start",
     ),
     "negative rate": (
         lambda: step(one_step(outer_optimizer=None), lr_hyper=-0.1), ValueError, "not be negative",

@@ -110,11 +110,14 @@ def test_gradient_reversal_gets_its_right_hypergradient(getkey):
         adversary = jnp.sum(jnp.square(reverse(features) * params["adversary"]))
         return jnp.sum(jnp.square(features - 1)) + adversary
 
-    val_loss = lambda params, hyperparams, batch: jnp.sum(jnp.square(params["w"] - 0.5))
+    def val_loss(params, hyperparams, batch):
+        return jnp.sum(jnp.square(params["w"] - 0.5) + jnp.square(params["adversary"] - 1))
+
     params = {"w": jnp.array([0.3, -0.2]), "adversary": jnp.array([0.7, 0.4])}
     hyperparams = {"features": jnp.array([1.0, 2.0])}
     for optimizer in (
         gradhpo.OneStepOptimizer(optax.sgd(0.1), optax.sgd(0.1)),
+        gradhpo.T1T2Optimizer(optax.sgd(0.1), optax.sgd(0.1)),
         gradhpo.UnrolledOptimizer(optax.sgd(0.1), optax.sgd(0.1), unroll_steps=5),
     ):
         state = optimizer.init(params, hyperparams)

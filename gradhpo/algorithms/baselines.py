@@ -94,7 +94,7 @@ class OneStepOptimizer(BilevelOptimizer):
 
     @property
     def _sees(self) -> Sees:
-        return "update"
+        return "last update"
 
     def _init_memory(self, w, hyperparams, batch, key) -> Memory:
         return {}

@@ -51,6 +51,10 @@ class T1T2Optimizer(BilevelOptimizer):
     - `perturb`: `"weights"` or `"hyperparams"`.
     - `update_fn`: in place of `inner_optimizer`; needs `perturb="hyperparams"`.
 
+    With Adam in float32 use `eps_root=1e-8` and not less: where a gradient is exactly 0, the
+    update's derivative is about `1 / sqrt(eps_root)`, and the other components of $v$ would
+    drown in rounding. In bfloat16 the perturbed weights need `epsilon` of about 1.
+
     **Raises:** `ValueError` for `epsilon <= 0`, `inner_steps < 1`, or an `update_fn` with
     `perturb="weights"`.
 
@@ -93,7 +97,7 @@ class T1T2Optimizer(BilevelOptimizer):
 
     @property
     def _sees(self) -> Sees:
-        return "update" if self.perturb == "weights" else "everything"
+        return "last update" if self.perturb == "weights" else "everything"
 
     def _init_memory(self, w, hyperparams, batch, key) -> Memory:
         return {}
@@ -102,7 +106,13 @@ class T1T2Optimizer(BilevelOptimizer):
         phi, validation, z, hyperparams = problem
         last = self.inner_steps - 1
         before, _, _ = phi.rollout(z, hyperparams, 0, last)
-        if self.perturb == "weights":
+        if self.perturb == "weights" and not phi.symmetric:
+            # Perturbing w measures the transposed derivative; with a custom_vjp in the loss it
+            # is another one, and only the reverse product is right.
+            z, train_loss, pull = phi.vjp(before, hyperparams, last)
+            val_loss, alpha, direct = validation.value_and_grads(z[0], hyperparams)
+            _, _, through_update = pull(alpha)
+        elif self.perturb == "weights":
             z, train_loss, gradient = phi.step_and_gradient(before, hyperparams, last)
             val_loss, alpha, direct = validation.value_and_grads(z[0], hyperparams)
             through_update = self._by_weights(phi, before, gradient, hyperparams, alpha)
@@ -137,16 +147,20 @@ class T1T2Optimizer(BilevelOptimizer):
             epsilon = self.epsilon.astype(leaf.dtype)
 
             def after(coordinate, change):
-                moved = leaf.reshape(-1).at[coordinate].add(change).reshape(leaf.shape)
-                changed = [*leaves[:position], moved, *leaves[position + 1 :]]
+                moved = leaf.reshape(-1).at[coordinate].add(change)
+                changed = [*leaves[:position], moved.reshape(leaf.shape), *leaves[position + 1 :]]
                 new_hyperparams = jax.tree.unflatten(treedef, changed)
                 (w, _), _ = phi.step(before, new_hyperparams, self.inner_steps - 1, want_loss=False)
-                return w
+                return w, moved[coordinate]
 
             def product(coordinate):
-                plus, minus = after(coordinate, epsilon), after(coordinate, -epsilon)
+                (plus, above), (minus, below) = (after(coordinate, e) for e in (epsilon, -epsilon))
                 change = tree_dot(alpha, jax.tree.map(jnp.subtract, plus, minus))
-                return change.astype(leaf.dtype) / (2 * epsilon)
+                # By the step that was really taken, after rounding; none at all gives nan.
+                return change.astype(leaf.dtype) / (above - below)
+
+            if leaf.size == 0:
+                return leaf
 
             products = jax.lax.map(
                 product, jnp.arange(leaf.size), batch_size=min(leaf.size, _COORDINATES_AT_ONCE)

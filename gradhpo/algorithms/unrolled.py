@@ -10,9 +10,10 @@ import optax
 from jaxtyping import Array
 
 from gradhpo.core.base import BilevelOptimizer, Estimate, Memory
+from gradhpo.core.inner_optimizer import cast_like
 from gradhpo.core.problem import Problem, Sees
 from gradhpo.core.types import InnerOptimizer, UpdateFn
-from gradhpo.utils.gradients import tree_zeros_like
+from gradhpo.utils.gradients import accumulation_dtype, tree_zeros_like
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import check_count
 
@@ -75,7 +76,7 @@ class UnrolledOptimizer(BilevelOptimizer):
 
     @property
     def _sees(self) -> Sees:
-        return "update"
+        return "updates" if self._differentiated_steps > 1 else "last update"
 
     @property
     def _differentiated_steps(self) -> int:
@@ -102,7 +103,10 @@ class UnrolledOptimizer(BilevelOptimizer):
         z, train_loss, pull_back = keep(phi, z, hyperparams, first, steps, *count)
         val_loss, alpha, direct = validation.value_and_grads(z[0], hyperparams)
         s_bar = tree_zeros_like(eqx.filter(z[1], eqx.is_inexact_array))
-        _, _, hypergradient = pull_back((alpha, s_bar, direct))
+        # Many small terms are added up: in bfloat16 the sum would stall.
+        wide = optax.tree.cast(direct, accumulation_dtype(direct))
+        _, _, hypergradient = pull_back((alpha, s_bar, wide))
+        hypergradient = cast_like(hypergradient, direct)
         return Estimate(z, {}, hypergradient, train_loss, val_loss)
 
 
@@ -151,7 +155,8 @@ def _pull_through(phi, before, first, hyperparams, bar):
         w_bar, s_bar, hyper_bar = bar
         _, _, pull = phi.vjp(state_and_step[0], hyperparams, state_and_step[1])
         w_bar, s_bar, contribution = pull(w_bar, s_bar)
-        return (w_bar, s_bar, jax.tree.map(jnp.add, hyper_bar, contribution)), None
+        add = lambda total, x: total + x.astype(total.dtype)
+        return (w_bar, s_bar, jax.tree.map(add, hyper_bar, contribution)), None
 
     length = jax.tree.leaves(before)[0].shape[0]
     bar, _ = jax.lax.scan(body, bar, (before, first + jnp.arange(length)), reverse=True)

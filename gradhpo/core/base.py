@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Bool, Float, PyTree, Real
 
 from gradhpo.core.inner import Carry
-from gradhpo.core.inner_optimizer import cast_like, init_inner_state
+from gradhpo.core.inner_optimizer import cast_like, explained, init_inner_state
 from gradhpo.core.partition import check_disjoint
 from gradhpo.core.problem import Problem, Sees, bind, init_outer_state
 from gradhpo.core.state import BilevelState
@@ -235,14 +235,12 @@ def advance(
     old_w, frozen = eqx.partition(state.params, eqx.is_inexact_array)
     old_memory = {name: state.metadata[name] for name in estimate.memory}
 
-    old_states = (state.inner_opt_state, state.outer_opt_state, old_memory)
-    new_states = (inner_opt_state, outer_opt_state, estimate.memory)
-    accepted = _finite((estimate.hypergradient, w, hyperparams)) & _finite(new_states, old_states)
-    w, hyperparams, (inner_opt_state, outer_opt_state, memory) = jax.tree.map(
-        lambda x, y: jnp.where(accepted, x, y),
-        (w, hyperparams, new_states),
-        (old_w, state.hyperparams, old_states),
-    )
+    old = (old_w, state.inner_opt_state, state.outer_opt_state, old_memory)
+    new = (w, inner_opt_state, outer_opt_state, estimate.memory)
+    accepted = _finite((estimate.hypergradient, hyperparams)) & _finite(new, old)
+    keep = lambda x, y: jnp.where(accepted, x, y)
+    w, inner_opt_state, outer_opt_state, memory = jax.tree.map(keep, new, old)
+    hyperparams = jax.tree.map(keep, hyperparams, state.hyperparams)
     dtype = accumulation_dtype(state.params)
     metrics = {
         "train_loss": estimate.train_loss,
@@ -273,10 +271,12 @@ def _outer_update(
         updates, outer_opt_state = _scaled(hypergradient, -lr_hyper), ()
     else:
         assert outer_optimizer is not None  # `step` and `run` ask for one of the two
-        updates, outer_opt_state = outer_optimizer.update(
-            hypergradient, state.outer_opt_state, state.hyperparams
-        )
+        with explained("outer"):
+            updates, outer_opt_state = outer_optimizer.update(
+                hypergradient, state.outer_opt_state, state.hyperparams
+            )
     hyperparams = optax.apply_updates(state.hyperparams, updates)
+    hyperparams = cast_like(hyperparams, state.hyperparams, "the outer update")
     return hyperparams, cast_like(outer_opt_state, state.outer_opt_state)
 
 
@@ -287,7 +287,8 @@ def _scaled(tree: PyTree, factor: Array) -> PyTree:
 def _finite(new: PyTree, unless_as_in: PyTree | None = None) -> Bool[Array, ""]:
     """Whether all numbers are finite, or else are those of the other tree.
 
-    An optimizer state may hold an infinity on purpose (a best value so far).
+    Parameters may hold an infinity on purpose (an attention mask), and so may optimizer
+    states (a best value so far).
     """
     trees = (new,) if unless_as_in is None else (new, unless_as_in)
     fine = jax.tree.map(

@@ -161,15 +161,23 @@ class InnerUpdate(eqx.Module):
         transformation = resolve(self.inner_optimizer, hyperparams)
         with explained():
             updates, new_s = transformation.update(gradient, s, w)
-        return optax.apply_updates(w, updates), cast_like(new_s, s)
+        new_w = optax.apply_updates(w, updates)
+        return cast_like(new_w, w, "the inner update"), cast_like(new_s, s)
 
     def _updated_by_hand(self, w, hyperparams, t) -> PyTree:
         assert self.update_fn is not None
         params = eqx.combine(w, self.frozen)
-        new = eqx.filter(self.update_fn(params, hyperparams, self.batch(t)), eqx.is_inexact_array)
+        returned = self.update_fn(params, hyperparams, self.batch(t))
+        new, rest = eqx.partition(returned, eqx.is_inexact_array)
         if jax.tree.map(jnp.shape, new) != jax.tree.map(jnp.shape, w):
             raise ValueError(
                 "update_fn must return params of the structure and shapes that it was given:\n"
                 f"  {eqx.tree_pformat(w)}\nbut it returned\n  {eqx.tree_pformat(new)}"
+            )
+        frozen = eqx.filter(params, eqx.is_inexact_array, inverse=True)
+        if any(x is not y for x, y in zip(*map(jax.tree.leaves, (rest, frozen)), strict=True)):
+            raise ValueError(
+                "update_fn changes a leaf of params that is not a floating-point array (a "
+                "counter?); such leaves stay as they are: keep it as a float, or out of params"
             )
         return cast_like(new, w)

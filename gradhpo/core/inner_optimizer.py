@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
@@ -46,21 +47,30 @@ def resolve(inner_optimizer: InnerOptimizer, hyperparams: PyTree) -> optax.Gradi
     return transformation
 
 
-def cast_like(new: PyTree, old: PyTree) -> PyTree:
-    """The incoming dtypes, strongly: a float64 rate must not widen bfloat16 moments."""
+def cast_like(new: PyTree, old: PyTree, what: str = "an optimizer state") -> PyTree:
+    """The incoming dtypes, strongly: a float64 rate must not widen bfloat16 moments.
+
+    Refuses new shapes, which come of hyperparameters that broadcast against parameters.
+    """
+    shapes = [[jnp.shape(x) for x in jax.tree.leaves(tree)] for tree in (new, old)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"{what} changes its shapes from {shapes[1]} to {shapes[0]}: a hyperparameter of "
+            "shape (1,) or more was broadcast; give it shape (), or the shape of what it scales"
+        )
     return jax.tree.map(
         lambda x, y: x if is_key(x) else jax.lax.convert_element_type(x, y.dtype), new, old
     )
 
 
 @contextlib.contextmanager
-def explained() -> Iterator[None]:
+def explained(which: str = "inner") -> Iterator[None]:
     """Says in the user's terms what optax cannot do inside a traced update."""
     try:
         yield
     except jax.errors.ConcretizationTypeError as error:
         raise ValueError(
-            "building or applying the inner optimizer needs the value of a hyperparameter in "
+            f"building or applying the {which} optimizer needs the value of a hyperparameter in "
             "Python (float(...), or a branch on it), but it is traced. Use it as an array, with "
             "jnp.where for branches; some optax schedules compare their peak value with 0"
         ) from error
@@ -68,7 +78,7 @@ def explained() -> Iterator[None]:
         if "missing" not in str(error) or "argument" not in str(error):
             raise
         raise ValueError(
-            f"the inner optimizer cannot be called with what a plain inner step has: {error}. "
+            f"the {which} optimizer cannot be called with what a plain step has: {error}. "
             "Transformations that need the loss value or function (optax.lbfgs, "
-            "optax.polyak_sgd) do not fit; write an update_fn instead"
+            "optax.polyak_sgd) do not fit; inside, an update_fn can do the same"
         ) from error

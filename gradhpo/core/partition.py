@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from gradhpo.utils.typecheck import checked
+from gradhpo.utils.validation import check_arity
 
 
 # A model made of arrays alone splits into two halves that look alike. Remembering which
@@ -46,7 +47,9 @@ def partition(model: PyTree, where: Callable[[Any], Any]) -> tuple[PyTree, PyTre
     ```
     """
     nodes = where(model)
-    _check_selected(nodes)
+    is_nodes = lambda x: x is nodes
+    is_one_node = any(map(is_nodes, jax.tree.leaves(model, is_leaf=is_nodes)))
+    _check_selected(nodes, [nodes] if is_one_node else nodes)
     nothing = jax.tree.map(lambda _: False, model)
     chosen = jax.tree.map(eqx.is_inexact_array, nodes)
     hyperparams, params = eqx.partition(model, eqx.tree_at(where, nothing, chosen))
@@ -57,15 +60,14 @@ def partition(model: PyTree, where: Callable[[Any], Any]) -> tuple[PyTree, PyTre
     return params, hyperparams
 
 
-def _check_selected(nodes: Any) -> None:
+def _check_selected(nodes: Any, by_itself: Any) -> None:
     leaves = jax.tree.leaves(nodes)
     if not leaves:
         raise ValueError(
             "where selects nothing: it returned no leaf (None, or an empty node). Return at "
             "least one floating-point array of the model, e.g. lambda m: m.log_weight_decay"
         )
-    by_itself = list(nodes) if isinstance(nodes, (tuple, list)) else [nodes]
-    for node in by_itself:
+    for node in by_itself if isinstance(by_itself, (tuple, list)) else [by_itself]:
         if not jax.tree_util.all_leaves([node]):
             continue  # a subtree: what is not a floating-point array in it stays in params
         if not eqx.is_inexact_array(node):
@@ -135,4 +137,5 @@ def model_loss(fn: Callable) -> Callable:
     loss = gradhpo.model_loss(mean_square)
     ```
     """
+    check_arity(fn, "fn", "model, batch")
     return _ModelLoss(fn)

@@ -15,7 +15,7 @@ from gradhpo.core.inner_optimizer import init_inner_state
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import BatchStack, LossFn
 from gradhpo.utils.tracing import contains_custom_vjp, visible_leaves
-from gradhpo.utils.typecheck import warn
+from gradhpo.utils.typecheck import warn_once
 from gradhpo.utils.validation import (
     check_arity,
     check_same_structure,
@@ -25,9 +25,10 @@ from gradhpo.utils.validation import (
 )
 
 
-# Where a method finds the hyperparameters: in the validation loss alone, also in the inner
-# update, or (by evaluating it, not by differentiating it) everywhere.
-Sees: TypeAlias = Literal["validation", "update", "everything"]
+# Where a method finds the hyperparameters: in the validation loss alone; also in how the last
+# inner update changes the parameters; also in what earlier updates leave in the optimizer's
+# state; or (by evaluating updates instead of differentiating them) in whatever has an effect.
+Sees: TypeAlias = Literal["validation", "last update", "updates", "everything"]
 
 
 class Validation(eqx.Module):
@@ -149,22 +150,24 @@ def _trace_loss(
 
 def _check_visible(name: str, sees: Sees, problem: Problem) -> None:
     """Names the hyperparameters whose hypergradient by this method is identically 0."""
-    if sees == "everything":
-        return
     phi, validation, z, hyperparams = problem
     w, _ = z
-    seen = jax.tree.leaves(visible_leaves(lambda h: validation.loss(w, h), hyperparams))
-    by_weights = jax.tree.leaves(visible_leaves(lambda w: validation.loss(w, hyperparams), w))
-    if sees == "update" and any(by_weights):
-        by_update = visible_leaves(lambda h: phi.step(z, h, 0)[0], hyperparams)
-        seen = [a or b for a, b in zip(seen, jax.tree.leaves(by_update), strict=True)]
+    by_derivative = sees != "everything"
+    found = lambda function, tree: jax.tree.leaves(
+        visible_leaves(function, tree, by_derivative=by_derivative)
+    )
+    seen = found(lambda h: validation.loss(w, h), hyperparams)
+    by_weights = found(lambda w: validation.loss(w, hyperparams), w)
+    if sees != "validation" and any(by_weights):
+        result = (lambda z: z[0]) if sees == "last update" else (lambda z: z)
+        update = lambda h: result(phi.step(z, h, 0, want_loss=False)[0])
+        seen = [a or b for a, b in zip(seen, found(update, hyperparams), strict=True)]
     if all(seen):
         return
     unseen = [leaf for leaf, ok in zip(leaf_names(hyperparams), seen, strict=True) if not ok]
     why = (
-        "the validation loss does not depend on them, and this method looks nowhere else; "
-        "OneStepOptimizer, T1T2Optimizer and UnrolledOptimizer also see what acts through the "
-        "inner update"
+        "the validation loss does not depend on them, and this method looks nowhere else; one "
+        "step, T1-T2 and unrolling also see what acts through the inner update"
         if sees == "validation"
         else "the validation loss depends on neither the parameters nor on them"
         if not any(by_weights)
@@ -172,4 +175,4 @@ def _check_visible(name: str, sees: Sees, problem: Problem) -> None:
     )
     if not any(seen):
         raise ValueError(f"{name} sees none of the hyperparameters: {why}")
-    warn(f"{name} gives a hypergradient of 0 for hyperparams {', '.join(unseen)}: {why}")
+    warn_once(f"{name} gives a hypergradient of 0 for hyperparams {', '.join(unseen)}: {why}")

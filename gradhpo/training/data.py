@@ -40,7 +40,7 @@ class ArrayData(eqx.Module):
     ```
     """
 
-    arrays: PyTree
+    arrays: PyTree = eqx.field(converter=lambda tree: jax.tree.map(jnp.asarray, tree))
     batch_size: int = eqx.field(static=True)
     key: Array
 
@@ -69,9 +69,9 @@ class ArrayData(eqx.Module):
 @eqx.filter_jit
 def _draw(data: ArrayData, index: Array) -> PyTree:
     if data.batch_size == data.num_examples:
-        return jax.tree.map(jnp.asarray, data.arrays)
+        return data.arrays
     chosen = _indices(data, index)
-    return jax.tree.map(lambda x: jnp.asarray(x)[chosen], data.arrays)
+    return jax.tree.map(lambda x: x[chosen], data.arrays)
 
 
 @eqx.filter_jit
@@ -255,12 +255,14 @@ def as_source(data: Any, name: str, per_step: int | None) -> Source:
         return Host(name, data, per_step)
     if isinstance(data, BatchStack):
         raise TypeError(f"{name} is a BatchStack, which serves one step; pass gradhpo.ArrayData")
+    if isinstance(data, ArrayData) and data.batch_size == data.num_examples:
+        return Fixed(data.arrays)  # the same at every step: no stack of copies
     if callable(data):
         return Generated(data)
     leaves = jax.tree.leaves(data)
     foreign = [x for x in leaves if not (eqx.is_array(x) or isinstance(x, (bool, int, float)))]
     if not foreign:
-        return Fixed(numbers_as_arrays(data))
+        return Fixed(jax.tree.map(lambda x: x if is_key(x) else jnp.asarray(x), data))
     hint = (
         f"wrap it: gradhpo.iterate({name})"
         if hasattr(foreign[0], "__iter__")

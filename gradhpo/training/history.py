@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 class History(Mapping[str, np.ndarray]):
     """Metrics of a run: a mapping from a metric's name to an array `[steps]`.
 
-    - `stop_reason`: `"num_steps"`, `"callback"`, `"rejected"` or `"data exhausted"`.
+    - `stop_reason`: `"num_steps"`, `"callback"`, `"rejected"`, `"data exhausted"`
+        or `"data error"`.
     - `report`: a few sentences on how the run went.
 
     ```python

@@ -63,7 +63,8 @@ def run(
 
     **Returns:** `(state, history)`, see [`History`][gradhpo.History].
 
-    **Raises:** `TypeError` or `ValueError` for misuse, before the first step is taken.
+    **Raises:** `TypeError` or `ValueError` for misuse, before the first step is taken. What
+    fails later (an iterator) ends the run: state and history so far are returned.
 
     ```python
     train_loss = lambda w, h, batch: jnp.mean((w - h) ** 2 * batch)
@@ -94,11 +95,18 @@ def run(
 
     recorded: list[dict[str, np.ndarray]] = []
     rejections = _Rejections(float(state.metadata["rejected"]), max_rejections)
-    stop_reason, taken, started = "num_steps", 0, time.perf_counter()
+    stop_reason, data_error, taken, started = "num_steps", "", 0, time.perf_counter()
     with progress_bar(num_steps, shown=progress) as bar:
         while taken < num_steps:
             length = min(chunk_size, num_steps - taken)
-            fetched_train, fetched_val, available = _fetch(train, val, length)
+            try:
+                fetched_train, fetched_val, available = _fetch(train, val, length)
+            except Exception as error:
+                # A loader that fails in the night must not take the run with it.
+                if not recorded:
+                    raise
+                stop_reason, data_error = "data error", f"{type(error).__name__}: {error}"
+                break
             if available:
                 state, stacked = _run_chunk(
                     optimizer, state, losses, fetched_train, fetched_val, rate, available
@@ -122,8 +130,8 @@ def run(
         raise ValueError("the data iterators end before the first step has all its batches")
     metrics = {name: np.concatenate([m[name] for m in recorded]) for name in recorded[0]}
     seconds = time.perf_counter() - started
-    report = _report(stop_reason, taken, num_steps, seconds, rejections)
-    if stop_reason in ("rejected", "data exhausted"):
+    report = _report(stop_reason, taken, num_steps, seconds, rejections, data_error)
+    if stop_reason in ("rejected", "data exhausted", "data error"):
         warn(report, RuntimeWarning)
     return state, History(metrics, stop_reason, report)
 
@@ -193,7 +201,11 @@ class _Rejections:
 
     def __init__(self, before: float, most_in_a_row: int):
         self._last, self._most = before, most_in_a_row
-        self.total, self.in_a_row, self.too_many = 0, 0, False
+        self.total, self.in_a_row, self.longest = 0, 0, 0
+
+    @property
+    def too_many(self) -> bool:
+        return self.longest >= self._most
 
     def count(self, cumulative: np.ndarray) -> None:
         for value in cumulative:
@@ -201,21 +213,27 @@ class _Rejections:
             self._last = value
             self.total += int(rejected)
             self.in_a_row = self.in_a_row + 1 if rejected else 0
-            self.too_many |= self.in_a_row >= self._most
+            self.longest = max(self.longest, self.in_a_row)
 
 
 def _report(
-    stop_reason: str, taken: int, num_steps: int, seconds: float, rejections: _Rejections
+    stop_reason: str,
+    taken: int,
+    num_steps: int,
+    seconds: float,
+    rejections: _Rejections,
+    data_error: str,
 ) -> str:
     why = {
         "num_steps": "All steps were taken.",
         "callback": "A callback stopped the run.",
+        "data error": f"A data source failed: {data_error}",
         "data exhausted": (
             "An iterator ended; gradhpo.iterate(loader) starts a loader again at its end."
         ),
         "rejected": (
-            f"{rejections.in_a_row} steps in a row came out non-finite and were rejected, so the "
-            "state is the one before them. Usual causes: a learning rate too high (inner or "
+            f"{rejections.longest} steps in a row came out non-finite and were rejected: they left "
+            "no trace in the state. Usual causes: a learning rate too high (inner or "
             "outer), NaN in the data, or Adam's square root at a gradient of exactly 0 (use "
             "optax.adam(..., eps_root=1e-16))."
         ),

@@ -9,11 +9,15 @@ import jax
 from jax.extend.core import Jaxpr, jaxprs_in_params
 from jaxtyping import PyTree
 
-from gradhpo.utils.typecheck import warn
+from gradhpo.utils.typecheck import forget_warnings, warn_once
 
 
-def visible_leaves(function: Callable[[PyTree], Any], tree: PyTree) -> PyTree:
+def visible_leaves(
+    function: Callable[[PyTree], Any], tree: PyTree, *, by_derivative: bool = True
+) -> PyTree:
     """Marks the leaves of `tree` in which the derivative of `function` can be non-zero.
+
+    Unless `by_derivative`, the leaves on which it depends at all.
 
     Read off the traced linear program: a leaf that no operation of it takes as input has a
     derivative of exactly 0 everywhere. A function without a forward derivative (an opaque
@@ -23,7 +27,8 @@ def visible_leaves(function: Callable[[PyTree], Any], tree: PyTree) -> PyTree:
     seen = [True] * len(leaves)
 
     def probe(*leaves):
-        _, push = jax.linearize(lambda *xs: function(jax.tree.unflatten(treedef, xs)), *leaves)
+        of_leaves = lambda *xs: function(jax.tree.unflatten(treedef, xs))
+        push = jax.linearize(of_leaves, *leaves)[1] if by_derivative else of_leaves
         program = jax.make_jaxpr(push)(*leaves).jaxpr
         used = {id(v) for eqn in program.eqns for v in eqn.invars}
         used |= set(map(id, program.outvars))
@@ -49,8 +54,9 @@ _traces: dict[Any, tuple[int, dict[str, int]]] = {}
 
 
 def forget_traces() -> None:
-    """Starts the count of traces anew."""
+    """Starts the count of traces, and of what was said, anew."""
     _traces.clear()
+    forget_warnings()
 
 
 def record_trace(
@@ -80,7 +86,7 @@ def record_trace(
     _traces[job] = (count + 1, now)
     if count + 1 in _WARN_AT:
         changed = [name for name in now if now[name] != before[name]]
-        warn(
+        warn_once(
             f"{type(optimizer).__name__}.step was traced and compiled {count + 1} times for "
             f"the same job; since the last time this changed: {', '.join(changed) or 'nothing'}"
             ". Make losses and optimizers once, outside the loop, and keep batch shapes fixed."

@@ -88,5 +88,20 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     warnings.warn(message, category, stacklevel=level)
 
 
+_said: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """A warning that is given once in a process: tracing again finds the same thing again."""
+    if message not in _said:
+        _said.add(message)
+        warn(message)
+
+
+def forget_warnings() -> None:
+    """Lets every warning be given once more."""
+    _said.clear()
+
+
 def _package(frame: Any) -> str:
     return frame.f_globals.get("__name__", "").partition(".")[0]

@@ -28,7 +28,8 @@ def _is_python_number(x: Any) -> bool:
 
 def strong(x: Any) -> Array:
     """An array whose dtype is fixed: a weakly typed leaf would compile the loop twice."""
-    return jnp.asarray(x, jnp.result_type(x) if _is_python_number(x) else x.dtype)
+    is_key = eqx.is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return x if is_key else jnp.asarray(x, jnp.result_type(x))
 
 
 # -- settings ----------------------------------------------------------------------------
@@ -151,7 +152,7 @@ def prepare_params(params: PyTree) -> PyTree:
                 "running state are not supported yet: use LayerNorm or GroupNorm instead"
             )
     _refuse_complex(params, "params")
-    _refuse_non_finite(params, "params")
+    _refuse_nan(params, "params")
     params = jax.tree.map(lambda x: strong(x) if eqx.is_array(x) else x, params)
     if not any(eqx.is_inexact_array(x) for x in jax.tree.leaves(params)):
         raise ValueError(
@@ -182,7 +183,7 @@ def prepare_hyperparams(hyperparams: PyTree) -> PyTree:
                 f"hyperparameters have a derivative; write jnp.asarray({leaf}, float), or leave "
                 "it in params"
             )
-    _refuse_non_finite(hyperparams, "hyperparams")
+    _refuse_nan(hyperparams, "hyperparams")
     return jax.tree.map(strong, hyperparams)
 
 
@@ -195,14 +196,14 @@ def _refuse_complex(tree: PyTree, what: str) -> None:
             )
 
 
-def _refuse_non_finite(tree: PyTree, what: str) -> None:
+def _refuse_nan(tree: PyTree, what: str) -> None:
     for path, leaf in _with_path(tree):
         if isinstance(leaf, Tracer) or not eqx.is_inexact_array(leaf):
             continue
-        if not bool(jnp.all(jnp.isfinite(leaf))):
+        if bool(jnp.any(jnp.isnan(leaf))):
             raise ValueError(
-                f"{what}{jax.tree_util.keystr(path)} holds a non-finite value at the start; every "
-                "step from there would be rejected"
+                f"{what}{jax.tree_util.keystr(path)} holds NaN at the start: every step from "
+                "there would be rejected"
             )
 
 
@@ -250,8 +251,9 @@ def check_scalar(output: Any, name: str) -> None:
             f"{name} must return a scalar, got a {type(output).__name__} with {len(leaves)} "
             "leaves: return the loss alone; auxiliary outputs are not kept"
         )
-    if output.shape != () or not jnp.issubdtype(output.dtype, jnp.floating):
+    shape, dtype = jnp.shape(output), jnp.result_type(output)
+    if shape != () or not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
-            f"{name} must return a real scalar, got shape {output.shape} and dtype "
-            f"{output.dtype}; write .mean() or .sum() over the examples"
+            f"{name} must return a real scalar, got shape {shape} and dtype {dtype}; write "
+            ".mean() or .sum() over the examples"
         )
