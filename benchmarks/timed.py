@@ -71,7 +71,7 @@ def print_loops() -> None:
     for name in ALGORITHMS:
         for batch_size in (32, 128):
             num_steps = 60 if "Unrolled" in name else 1_000
-            a, b, ratio = alternating(*loop_pair(name, batch_size, num_steps), repeats=11)
+            a, b, ratio = alternating(*loop_pair(name, batch_size, num_steps), repeats=21)
             print(
                 f"  {name:22} batch {batch_size:4}  {1e6 * a / num_steps:8.0f} us a step"
                 f"  {1e6 * b / num_steps:8.0f} us by hand  ratio {ratio:.3f}"
