@@ -166,7 +166,8 @@ def test_keys_in_a_reused_batch_differ_between_inner_steps():
     np.testing.assert_array_equal(state.params, expected)
 
 
-def test_the_loss_of_an_update_fn_is_computed_for_the_last_step_only():
+@pytest.mark.parametrize("settings", [{}, {"checkpoints": 3}, {"truncation": 4}])
+def test_the_loss_of_an_update_fn_is_computed_for_the_last_step_only(settings):
     update_fn = lambda params, hyperparams, batch: params * hyperparams
 
     def loss(params, hyperparams, batch):
@@ -179,7 +180,7 @@ def test_the_loss_of_an_update_fn_is_computed_for_the_last_step_only():
     calls: list[float] = []
     val_loss = lambda params, hyperparams, batch: params**2
     optimizer = gradhpo.UnrolledOptimizer(
-        update_fn=update_fn, outer_optimizer=optax.sgd(0.1), unroll_steps=7
+        update_fn=update_fn, outer_optimizer=optax.sgd(0.1), unroll_steps=7, **settings
     )
     state = optimizer.init(jnp.asarray(1.0), jnp.asarray(0.5))
     state = optimizer.step(state, None, None, loss, val_loss)

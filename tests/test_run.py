@@ -123,6 +123,17 @@ def test_traces_full_chunks_once_and_the_remainder_once():
     assert len(traces) == 2 * per_trace
 
 
+def test_a_data_function_made_anew_for_every_run_is_named():
+    optimizer = unrolled()
+
+    def five_runs():
+        for _ in range(5):
+            run(optimizer, lambda i: (X, Y), num_steps=3)
+
+    with pytest.warns(UserWarning, match="run .chunks of 3. was traced.*changed: train_data"):
+        five_runs()
+
+
 def test_schedule_of_the_outer_rate():
     optimizer = unrolled(None, steps=1)
     schedule = lambda step: jnp.where(step < 2, 0.0, 0.5)

@@ -120,12 +120,14 @@ def _keeping_all_states(phi, z, hyperparams, first, steps):
 
 
 def _keeping_segment_starts(phi, z, hyperparams, first, steps, count):
+    end = first + steps - 1
+
     def forward(z, start, length):
-        new_z, loss, _ = phi.rollout(z, hyperparams, start, length)
+        new_z, loss, _ = phi.rollout(z, hyperparams, start, length, loss_at=end)
         return new_z, (loss, z)
 
     def backward(bar, z, start, length):
-        _, _, before = phi.rollout(z, hyperparams, start, length, keep=True)
+        _, _, before = phi.rollout(z, hyperparams, start, length, keep=True, loss_at=-1)
         return _pull_through(phi, before, start, hyperparams, bar)
 
     groups, loss = [], jnp.asarray(jnp.nan)

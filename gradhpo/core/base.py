@@ -196,9 +196,8 @@ def _step(
     val_loss_fn: Callable,
     lr_hyper: Real[Array, ""] | None,
 ) -> BilevelState:
-    record_trace(
-        optimizer, state, train_loss_fn, val_loss_fn, train_batch=train_batch, val_batch=val_batch
-    )
+    batches = {"train_batch": train_batch, "val_batch": val_batch}
+    record_trace("step", optimizer, state, train_loss_fn, val_loss_fn, **batches)
     return advance(optimizer, state, train_batch, val_batch, train_loss_fn, val_loss_fn, lr_hyper)
 
 

@@ -141,16 +141,20 @@ class InnerUpdate(eqx.Module):
         num_steps: int,
         *,
         keep: bool = False,
+        loss_at: int | None = None,
     ) -> tuple[Carry, Array, Carry | None]:
         """Inner steps from number `first` on: `(z', last loss, the z before each step)`.
 
-        The states are `None` unless `keep`; the loss of no steps is `nan`.
+        The states are `None` unless `keep`; the loss of no steps is `nan`. Beside an
+        `update_fn` the loss is computed at step `loss_at` alone, by default the last.
         """
         if num_steps == 0:
             return z, jnp.asarray(jnp.nan), None
 
+        wanted = first + num_steps - 1 if loss_at is None else loss_at
+
         def body(z, t):
-            new_z, loss = self.step(z, hyperparams, t, want_loss=t == first + num_steps - 1)
+            new_z, loss = self.step(z, hyperparams, t, want_loss=t == wanted)
             return new_z, (loss, z if keep else None)
 
         z, (losses, before) = jax.lax.scan(body, z, first + jnp.arange(num_steps))

@@ -60,16 +60,22 @@ def forget_traces() -> None:
 
 
 def record_trace(
-    optimizer: Any, state: PyTree, train_loss_fn: Any, val_loss_fn: Any, **batches: PyTree
+    what: str,
+    optimizer: Any,
+    state: PyTree,
+    train_loss_fn: Any,
+    val_loss_fn: Any,
+    **batches: PyTree,
 ) -> None:
-    """Called while `step` is traced: from the fifth trace of one job on, says what changed.
+    """Called while a step or a chunk is traced: at the fifth trace of a job says what changed.
 
-    "One job" is one optimizer class with the same counts, the same state structure, and
+    "A job" is one optimizer class with the same counts, the same state structure, and
     losses from the same source lines. What may change between its traces without the user
     seeing it is a function object made anew, or the shape of a batch.
     """
     without_functions = jax.tree.map(lambda x: None if callable(x) else x, optimizer)
     job = (
+        what,
         _fingerprint(without_functions),
         _fingerprint(eqx.filter(state, eqx.is_array)),
         _source(train_loss_fn),
@@ -80,14 +86,14 @@ def record_trace(
         "train_loss_fn (a function made anew)": train_loss_fn,
         "val_loss_fn (a function made anew)": val_loss_fn,
         "a function inside the state": state,
-    } | {f"the shapes in {name}": batch for name, batch in batches.items()}
+    } | {f"{name} (its shapes, or a function made anew)": x for name, x in batches.items()}
     now = {name: _fingerprint(value) for name, value in changing.items()}
     count, before = _traces.get(job, (0, now))
     _traces[job] = (count + 1, now)
     if count + 1 in _WARN_AT:
         changed = [name for name in now if now[name] != before[name]]
         warn_once(
-            f"{type(optimizer).__name__}.step was traced and compiled {count + 1} times for "
+            f"{type(optimizer).__name__}: {what} was traced and compiled {count + 1} times for "
             f"the same job; since the last time this changed: {', '.join(changed) or 'nothing'}"
             ". Make losses and optimizers once, outside the loop, and keep batch shapes fixed."
         )
