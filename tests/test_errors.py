@@ -62,6 +62,11 @@ def swapped_all_arrays():
     return init(hyperparams, params)
 
 
+def swapped_dicts():
+    params, hyperparams = gradhpo.partition({"w": W, "h": H}, lambda d: d["h"])
+    return init(hyperparams, params)
+
+
 def swapped():
     model = eqx.nn.MLP(2, 2, 2, 1, key=jax.random.key(0))
     params, hyperparams = gradhpo.partition(model, lambda m: m.layers[0])
@@ -146,6 +151,7 @@ MISUSES = {
     ),
     "swapped": (swapped, (ValueError, TypeError), "swapped"),
     "swapped, all arrays": (swapped_all_arrays, ValueError, "swapped"),
+    "swapped, dicts": (swapped_dicts, ValueError, "swapped"),
     "running state": (
         lambda: init(
             BatchNormed(eqx.nn.BatchNorm(3, axis_name="b", mode="batch"), jnp.ones(3)), H
@@ -325,7 +331,8 @@ MISUSES = {
         lambda: run(batch_generator), TypeError, r"train_data=batch_generator\(\)",
     ),
     "the whole model as params": (
-        lambda: init({"w": W, "h": H}, {"h": H}), ValueError, r"gradhpo\.partition\(model, where\)",
+        lambda: init(OnlyArrays(W, H), gradhpo.partition(OnlyArrays(W, H), lambda m: m.h)[1]),
+        ValueError, r"params still contains.*gradhpo\.partition\(model, where\)",
     ),
     "the model of separate trees": (
         lambda: init({"w": W}, {"h": H}).model, ValueError, "not two halves of one model",

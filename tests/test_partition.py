@@ -3,6 +3,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from jaxtyping import Array
 
@@ -46,6 +47,27 @@ def test_functions_and_integers_in_a_selected_subtree_stay_in_params(model):
     assert params.count == 7
     assert hyperparams.net.activation is None
     assert hyperparams.count is None
+
+
+def test_roles_may_be_exchanged_by_partitioning_again():
+    """What was tuned is trained next, and the other way round: not an accident."""
+    model = {"a": jnp.ones(3), "b": jnp.zeros(3)}
+    optimizer = gradhpo.OneStepOptimizer(optax.sgd(0.1), optax.sgd(0.1))
+    optimizer.init(*gradhpo.partition(model, lambda d: d["a"]))
+    optimizer.init(*gradhpo.partition(model, lambda d: d["b"]))
+    optimizer.init(*gradhpo.partition(model, lambda d: d["a"]))
+
+
+def test_one_array_may_start_both_off():
+    zeros = jnp.zeros(3)
+    optimizer = gradhpo.OneStepOptimizer(optax.sgd(0.1), optax.sgd(0.1))
+    optimizer.init(zeros, zeros)
+    optimizer.init({"w": zeros, "b": zeros}, {"h": zeros})
+
+
+def test_partition_works_while_tracing():
+    split = lambda model: gradhpo.partition(model, lambda d: d["a"])[1]["a"] * 2
+    assert jax.jit(split)({"a": jnp.asarray(2.0), "b": jnp.zeros(3)}) == 4
 
 
 def test_works_on_dicts():

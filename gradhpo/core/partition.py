@@ -13,10 +13,27 @@ from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import check_arity
 
 
-# A model made of arrays alone splits into two halves that look alike. Remembering which
-# object was handed out as hyperparams (weakly: nothing is kept alive) lets `init` refuse them
-# in the wrong order instead of training the hyperparameters and tuning the weights.
-_handed_out_as_hyperparams: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+# The two halves of a model look alike, so only the arrays themselves tell which is which. What
+# `partition` handed out as hyperparameters is remembered by identity, for as long as the first
+# of the arrays lives, so that `init` can refuse the wrong order instead of training the
+# hyperparameters and tuning the weights.
+_handed_out: dict[int, frozenset[int]] = {}
+
+
+def _identities(tree: PyTree) -> tuple[Any, frozenset[int]]:
+    leaves = [x for x in jax.tree.leaves(tree) if eqx.is_inexact_array(x)]
+    return (leaves[0] if leaves else None), frozenset(map(id, leaves))
+
+
+def _remember_as_hyperparams(hyperparams: PyTree) -> None:
+    first, ids = _identities(hyperparams)
+    _handed_out[id(first)] = ids
+    weakref.finalize(first, _handed_out.pop, id(first), None)
+
+
+def _was_handed_out_as_hyperparams(tree: PyTree) -> bool:
+    first, ids = _identities(tree)
+    return bool(ids) and _handed_out.get(id(first)) == ids
 
 
 @checked
@@ -53,10 +70,7 @@ def partition(model: PyTree, where: Callable[[Any], Any]) -> tuple[PyTree, PyTre
     nothing = jax.tree.map(lambda _: False, model)
     chosen = jax.tree.map(eqx.is_inexact_array, nodes)
     hyperparams, params = eqx.partition(model, eqx.tree_at(where, nothing, chosen))
-    try:
-        _handed_out_as_hyperparams[id(hyperparams)] = hyperparams
-    except TypeError:  # a dict or a tuple cannot be referenced weakly
-        pass
+    _remember_as_hyperparams(hyperparams)
     return params, hyperparams
 
 
@@ -90,24 +104,29 @@ def _check_selected(nodes: Any, by_itself: Any) -> None:
 
 def check_disjoint(params: PyTree, hyperparams: PyTree) -> None:
     """Refuses hyperparameters that are parameters too, and the two in the wrong order."""
-    ids = {id(x) for x in jax.tree.leaves(hyperparams) if eqx.is_array(x)}
-    if ids & set(map(id, jax.tree.leaves(params))):
+    (mine, shape_of_mine), (others, shape_of_others) = map(_with_holes, (params, hyperparams))
+    halves = shape_of_mine == shape_of_others and any(x is None for x in others)
+    if halves and any(x is not None and y is not None for x, y in zip(mine, others, strict=True)):
         raise ValueError(
             "params still contains arrays of hyperparams, so they would be trained and tuned at "
             "once: write params, hyperparams = gradhpo.partition(model, where)"
         )
-    if _handed_out_as_hyperparams.get(id(params)) is params:
+    swapped = _was_handed_out_as_hyperparams(params)
+    if swapped and not _was_handed_out_as_hyperparams(hyperparams):
         raise ValueError(
             "params and hyperparams are swapped: partition returns (params, hyperparams), and "
             "init takes them in that order"
         )
 
 
+def _with_holes(tree: PyTree) -> tuple[list[Any], Any]:
+    """Leaves and structure, `None` being a leaf."""
+    return jax.tree.flatten(tree, is_leaf=lambda x: x is None)
+
+
 def combine(params: PyTree, hyperparams: PyTree) -> PyTree:
     """`eqx.combine`, for two halves of one model."""
-    is_none = lambda x: x is None
-    structures = [jax.tree.structure(x, is_leaf=is_none) for x in (params, hyperparams)]
-    if structures[0] != structures[1]:
+    if _with_holes(params)[1] != _with_holes(hyperparams)[1]:
         raise ValueError(
             "params and hyperparams are not two halves of one model: state.model and model_loss "
             "go with gradhpo.partition(model, where); for separate trees write the loss as "
