@@ -1,4 +1,4 @@
-"""`python -m benchmarks [flops memory compile loop exact]`: all tables, or the named ones."""
+"""`python -m benchmarks [flops units memory compile loop exact]`: all tables, or the named ones."""
 
 import argparse
 import os
@@ -14,6 +14,7 @@ from benchmarks import compiled, timed
 
 TABLES = {
     "flops": compiled.print_flops,
+    "units": compiled.print_units,
     "memory": compiled.print_memory,
     "compile": compiled.print_compile_times,
     "loop": timed.print_loops,

@@ -58,10 +58,10 @@ def batches_for(the_job: Job, inner_steps: int):
     return stack, jax.tree.map(lambda x: x[0], stack.batches)
 
 
-def step_programs(name: str, batch_size: int) -> tuple[Program, Program]:
+def step_programs(name: str, batch_size: int, *, depth: int = 1) -> tuple[Program, Program]:
     """Compiled step of the library and of the hand-written program, on the same batches."""
     optimizer, write = ALGORITHMS[name]
-    the_job = job(batch_size)
+    the_job = job(batch_size, depth=depth)
     stack, single = batches_for(the_job, optimizer.num_inner_steps)
     state = optimizer.init(the_job.params, the_job.hyperparams)
     losses = (the_job.train_loss, the_job.val_loss)
@@ -73,6 +73,17 @@ def step_programs(name: str, batch_size: int) -> tuple[Program, Program]:
     by_hand = write(the_job)
     batch = stack.batches if many else single
     return ours, Program(by_hand, handwritten.init(the_job), batch, the_job.val_batch)
+
+
+def gradient_programs(batch_size: int, *, depth: int = 1) -> tuple[Program, Program]:
+    """One training and one validation gradient, by parameters and hyperparameters."""
+    the_job = job(batch_size, depth=depth)
+    train, val = handwritten.losses(the_job)
+    w, h = eqx.filter(the_job.params, eqx.is_inexact_array), the_job.hyperparams
+    both = lambda loss: jax.value_and_grad(loss, argnums=(0, 1))
+    return Program(both(train), w, h, the_job.train_data(0)), Program(
+        both(val), w, h, the_job.val_batch
+    )
 
 
 def unrolled_program(optimizer: gradhpo.UnrolledOptimizer, the_job: Job) -> Program:
@@ -115,6 +126,19 @@ def print_flops() -> None:
             ours, theirs = (p.flops for p in step_programs(name, batch_size))
             ratio = ours / theirs
             print(f"  batch {batch_size:5}  {name:22} {ours:10.4g} {theirs:10.4g}  {ratio:6.3f}")
+
+
+def gradients_per_step(name: str, batch_size: int, depth: int) -> float:
+    """Flops of a step without its validation gradient, in training gradients."""
+    train, val = gradient_programs(batch_size, depth=depth)
+    return (step_programs(name, batch_size, depth=depth)[0].flops - val.flops) / train.flops
+
+
+def print_units() -> None:
+    print("\nFlops of a step less one validation gradient, in training gradients (batch 128)")
+    for name in ALGORITHMS:
+        units = (f"{gradients_per_step(name, 128, depth):6.2f}" for depth in (1, 3, 6))
+        print(f"  {name:22} 1, 3, 6 hidden layers: {' '.join(units)}")
 
 
 def print_memory() -> None:

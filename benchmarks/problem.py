@@ -45,10 +45,10 @@ def val_loss(model: Model, batch: tuple[Array, Array]) -> Array:
     return jnp.mean(cross_entropy(model, *batch)) + 1e-6 * jnp.sum(jnp.square(model.weights))
 
 
-def job(batch_size: int, *, activation: str = "tanh", width: int = 128) -> Job:
-    """MLP 64-128-10 on random digits-like data; batches of `batch_size` of 1,000 examples."""
+def job(batch_size: int, *, activation: str = "tanh", depth: int = 1) -> Job:
+    """MLP 64-128-10 (or deeper), random data; batches of `batch_size` of 1,000 examples."""
     keys = jax.random.split(jax.random.key(0), 6)
-    net = eqx.nn.MLP(64, 10, width, 1, activation=getattr(jax.nn, activation), key=keys[0])
+    net = eqx.nn.MLP(64, 10, 128, depth, activation=getattr(jax.nn, activation), key=keys[0])
     params, hyperparams = gradhpo.partition(Model(net, jnp.zeros(EXAMPLES)), lambda m: m.weights)
     x = jax.random.uniform(keys[1], (EXAMPLES, 64))
     y = jax.random.randint(keys[2], (EXAMPLES,), 0, 10)

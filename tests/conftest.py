@@ -21,3 +21,14 @@ def getkey():
     """A new PRNG key at every call, the same ones in every run."""
     keys = iter(jax.random.split(jax.random.key(20261121), 200))
     return lambda: next(keys)
+
+
+@pytest.fixture
+def as_a_user_has_it():
+    """Standard promotion rules and float32, as in a user's own program."""
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        jax.enable_x64(False),
+    ):
+        yield

@@ -1,24 +1,17 @@
 """The promises about cost, read from the compiler (benchmarks/ times them)."""
 
-import jax
 import pytest
 
 from benchmarks.compiled import (
     ALGORITHMS,
     checkpointed_program,
     exact_programs,
+    gradients_per_step,
     step_programs,
 )
 
 
-@pytest.fixture(autouse=True)
-def _as_a_user_has_it():
-    with (
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-        jax.enable_x64(False),
-    ):
-        yield
+pytestmark = pytest.mark.usefixtures("as_a_user_has_it")
 
 
 @pytest.mark.parametrize("batch_size", [32, 1_000])
@@ -26,6 +19,20 @@ def _as_a_user_has_it():
 def test_flops_are_those_of_a_hand_written_program(name, batch_size):
     ours, by_hand = step_programs(name, batch_size)
     assert ours.flops <= 1.05 * by_hand.flops
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("FOOptimizer", 1),
+        ("OneStepOptimizer", 3),
+        ("T1T2Optimizer", 3),
+        ("UnrolledOptimizer(20)", 4),
+    ],
+)
+def test_a_step_costs_a_few_gradients_of_a_deep_network(name, most):
+    """With the validation gradient on top: 4 for one step and T1-T2."""
+    assert gradients_per_step(name, 128, depth=3) <= most
 
 
 @pytest.mark.parametrize(

@@ -23,15 +23,7 @@ ALIASES = {"InnerOptimizer", "LossFn", "MetricDict", "RealScalarLike", "UpdateFn
 PUBLIC = sorted(set(gradhpo.__all__) - ALIASES)
 
 
-@pytest.fixture(autouse=True)
-def _as_a_user_has_it():
-    """Standard promotion rules and float32, as in a user's own program."""
-    with (
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-        jax.enable_x64(False),
-    ):
-        yield
+pytestmark = pytest.mark.usefixtures("as_a_user_has_it")
 
 
 def blocks(text):

@@ -47,13 +47,14 @@ class T1T2Optimizer(BilevelOptimizer):
     - `inner_optimizer`, `outer_optimizer`: as for [`FOOptimizer`][gradhpo.FOOptimizer].
     - `inner_steps`: inner steps per `step`, at least 1.
     - `epsilon`: length of the perturbation of the weights (default 0.01, as in DARTS), or of
-        one hyperparameter (there 1e-3 in float32 and 1e-4 in float64 are better); positive.
+        one hyperparameter (there 1e-4 is better in float64); positive. A perturbation that is
+        lost in rounding, as in bfloat16, measures nothing.
     - `perturb`: `"weights"` or `"hyperparams"`.
     - `update_fn`: in place of `inner_optimizer`; needs `perturb="hyperparams"`.
 
     With Adam in float32 use `eps_root=1e-8` and not less: where a gradient is exactly 0, the
     update's derivative is about `1 / sqrt(eps_root)`, and the other components of $v$ would
-    drown in rounding. In bfloat16 the perturbed weights need `epsilon` of about 1.
+    drown in rounding.
 
     **Raises:** `ValueError` for `epsilon <= 0`, `inner_steps < 1`, or an `update_fn` with
     `perturb="weights"`.
