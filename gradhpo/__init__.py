@@ -1,8 +1,11 @@
 """Hypergradients in JAX: tune thousands of hyperparameters by gradient, during training."""
 
 from gradhpo.algorithms.baselines import FOOptimizer, OneStepOptimizer
+from gradhpo.algorithms.greedy import GreedyOptimizer
+from gradhpo.algorithms.online import OnlineHypergradientOptimizer
 from gradhpo.algorithms.t1_t2 import T1T2Optimizer
-from gradhpo.algorithms.unrolled import UnrolledOptimizer
+from gradhpo.algorithms.tasks import TaskBatched
+from gradhpo.algorithms.unrolled import DrMADOptimizer, UnrolledOptimizer
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.partition import model_loss, partition
 from gradhpo.core.state import BilevelState
@@ -40,15 +43,19 @@ __all__ = [
     "BilevelOptimizer",
     "BilevelState",
     "DataBatch",
+    "DrMADOptimizer",
     "FOOptimizer",
+    "GreedyOptimizer",
     "History",
     "InnerOptimizer",
     "LossFn",
     "LossFunctions",
     "MetricDict",
     "OneStepOptimizer",
+    "OnlineHypergradientOptimizer",
     "RealScalarLike",
     "T1T2Optimizer",
+    "TaskBatched",
     "UnrolledOptimizer",
     "UpdateFn",
     "finite_difference_hypergradient",

@@ -4,14 +4,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gradhpo.core.base import BilevelOptimizer, Estimate, Memory
+from gradhpo.core.algorithm import Memoryless
+from gradhpo.core.outer import Estimate
 from gradhpo.core.problem import Problem, Sees
+from gradhpo.core.state import Memory
 from gradhpo.core.types import InnerOptimizer, UpdateFn
 from gradhpo.utils.typecheck import checked
 
 
 @checked
-class FOOptimizer(BilevelOptimizer):
+class FOOptimizer(Memoryless):
     r"""First order: the direct term, $g = \partial L_{val}/\partial\lambda\,(w_1)$.
 
     One inner step, then the derivative of the validation loss with the parameters held
@@ -51,9 +53,6 @@ class FOOptimizer(BilevelOptimizer):
     def _sees(self) -> Sees:
         return "validation"
 
-    def _init_memory(self, w, hyperparams, batch, key) -> Memory:
-        return {}
-
     def _estimate(self, problem: Problem, memory: Memory) -> Estimate:
         phi, validation, z, hyperparams = problem
         z, train_loss = phi.step(z, hyperparams, 0)
@@ -62,7 +61,7 @@ class FOOptimizer(BilevelOptimizer):
 
 
 @checked
-class OneStepOptimizer(BilevelOptimizer):
+class OneStepOptimizer(Memoryless):
     r"""One step: $g = \partial L_{val}/\partial\lambda + \alpha_1 B_1$, exact through one step.
 
     $\alpha_1 = \partial L_{val}/\partial w\,(w_1)$ and $B_1 = \partial\Phi/\partial\lambda$ at
@@ -95,9 +94,6 @@ class OneStepOptimizer(BilevelOptimizer):
     @property
     def _sees(self) -> Sees:
         return "last update"
-
-    def _init_memory(self, w, hyperparams, batch, key) -> Memory:
-        return {}
 
     def _estimate(self, problem: Problem, memory: Memory) -> Estimate:
         phi, validation, z, hyperparams = problem

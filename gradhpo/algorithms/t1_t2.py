@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from gradhpo.core.base import BilevelOptimizer, Estimate, Memory
+from gradhpo.core.algorithm import Memoryless
+from gradhpo.core.outer import Estimate
 from gradhpo.core.problem import Problem, Sees
+from gradhpo.core.state import Memory
 from gradhpo.core.types import InnerOptimizer, UpdateFn
 from gradhpo.utils.gradients import tree_dot, tree_l2_norm
 from gradhpo.utils.typecheck import checked
@@ -22,7 +24,7 @@ _COORDINATES_AT_ONCE = 16
 
 
 @checked
-class T1T2Optimizer(BilevelOptimizer):
+class T1T2Optimizer(Memoryless):
     r"""T1-T2 with the finite differences of DARTS: no second derivative is taken.
 
     `inner_steps` inner steps, then the hypergradient through the last one,
@@ -99,9 +101,6 @@ class T1T2Optimizer(BilevelOptimizer):
     @property
     def _sees(self) -> Sees:
         return "last update" if self.perturb == "weights" else "everything"
-
-    def _init_memory(self, w, hyperparams, batch, key) -> Memory:
-        return {}
 
     def _estimate(self, problem: Problem, memory: Memory) -> Estimate:
         phi, validation, z, hyperparams = problem

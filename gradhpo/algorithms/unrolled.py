@@ -9,17 +9,19 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from gradhpo.core.base import BilevelOptimizer, Estimate, Memory
+from gradhpo.core.algorithm import Memoryless
 from gradhpo.core.inner_optimizer import cast_like
+from gradhpo.core.outer import Estimate
 from gradhpo.core.problem import Problem, Sees
+from gradhpo.core.reverse import along_a_line, cotangent_at_end, pull_through
+from gradhpo.core.state import Memory
 from gradhpo.core.types import InnerOptimizer, UpdateFn
-from gradhpo.utils.gradients import accumulation_dtype, tree_zeros_like
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import check_count
 
 
 @checked
-class UnrolledOptimizer(BilevelOptimizer):
+class UnrolledOptimizer(Memoryless):
     r"""The exact hypergradient of `unroll_steps` inner steps, by reverse mode.
 
     $g = \partial L_{val}/\partial\lambda + \alpha_T\sum_t A_T\cdots A_{t+1} B_t$: a forward
@@ -88,9 +90,6 @@ class UnrolledOptimizer(BilevelOptimizer):
             return self.checkpoints
         return math.ceil(math.sqrt(self._differentiated_steps))
 
-    def _init_memory(self, w, hyperparams, batch, key) -> Memory:
-        return {}
-
     def _estimate(self, problem: Problem, memory: Memory) -> Estimate:
         phi, validation, z, hyperparams = problem
         steps = self._differentiated_steps
@@ -102,10 +101,65 @@ class UnrolledOptimizer(BilevelOptimizer):
             keep, count = _keeping_segment_starts, (self._num_segments,)
         z, train_loss, pull_back = keep(phi, z, hyperparams, first, steps, *count)
         val_loss, alpha, direct = validation.value_and_grads(z[0], hyperparams)
-        s_bar = tree_zeros_like(eqx.filter(z[1], eqx.is_inexact_array))
-        # Many small terms are added up: in bfloat16 the sum would stall.
-        wide = optax.tree.cast(direct, accumulation_dtype(direct))
-        _, _, hypergradient = pull_back((alpha, s_bar, wide))
+        _, _, hypergradient = pull_back(cotangent_at_end(alpha, z[1], direct))
+        hypergradient = cast_like(hypergradient, direct)
+        return Estimate(z, {}, hypergradient, train_loss, val_loss)
+
+
+@checked
+class DrMADOptimizer(Memoryless):
+    r"""The hypergradient of `unroll_steps` inner steps along a straight line, in memory $O(P)$.
+
+    The backward pass of [`UnrolledOptimizer`][gradhpo.UnrolledOptimizer], with the inner
+    states that it would have to keep replaced by points on the line from the first to the
+    last: $\hat z_t = (1 - t/T)\,z_0 + (t/T)\,z_T$, parameters and optimizer state alike
+    (step counts are true ones). An approximation, as good as the path of training is straight.
+
+    **Arguments:**
+
+    - `inner_optimizer`, `outer_optimizer`, `update_fn`: as for
+        [`FOOptimizer`][gradhpo.FOOptimizer].
+    - `unroll_steps`: inner steps $T$ per `step`, at least 1; with 1 it is exact.
+
+    **Raises:** `ValueError` for `unroll_steps < 1`.
+
+    ```python
+    train_loss = lambda w, h, batch: jnp.sum((w - h) ** 2)
+    val_loss = lambda w, h, batch: jnp.sum((w - 1.0) ** 2)
+    optimizer = gradhpo.DrMADOptimizer(optax.sgd(0.1), optax.sgd(0.1), unroll_steps=20)
+    state = optimizer.init(jnp.zeros(3), jnp.zeros(3))
+    state = optimizer.step(state, None, None, train_loss, val_loss)
+    ```
+
+    ??? cite "Reference"
+
+        Fu et al., *DrMAD: Distilling Reverse-Mode Automatic Differentiation for Optimizing
+        Hyperparameters of Deep Neural Networks*, IJCAI 2016, arXiv:1601.00917.
+    """
+
+    inner_optimizer: InnerOptimizer | None = None
+    outer_optimizer: optax.GradientTransformation | None = None
+    unroll_steps: int = eqx.field(static=True, default=1)
+    update_fn: UpdateFn | None = None
+
+    def __check_init__(self):
+        check_count("unroll_steps", self.unroll_steps)
+
+    @property
+    def num_inner_steps(self) -> int:
+        return self.unroll_steps
+
+    @property
+    def _sees(self) -> Sees:
+        return "updates" if self.unroll_steps > 1 else "last update"
+
+    def _estimate(self, problem: Problem, memory: Memory) -> Estimate:
+        phi, validation, z, hyperparams = problem
+        steps = self.unroll_steps
+        z, train_loss, line, kept = along_a_line(phi, z, hyperparams, steps)
+        val_loss, alpha, direct = validation.value_and_grads(z[0], hyperparams)
+        bar = cotangent_at_end(alpha, z[1], direct)
+        _, _, hypergradient = pull_through(phi, line.at, kept, 0, steps, hyperparams, bar)
         hypergradient = cast_like(hypergradient, direct)
         return Estimate(z, {}, hypergradient, train_loss, val_loss)
 
@@ -115,8 +169,12 @@ class UnrolledOptimizer(BilevelOptimizer):
 
 
 def _keeping_all_states(phi, z, hyperparams, first, steps):
-    z, loss, before = phi.rollout(z, hyperparams, first, steps, keep=True)
-    return z, loss, lambda bar: _pull_through(phi, before, first, hyperparams, bar)
+    z, loss, before = phi.rollout(z, hyperparams, first, steps, keep=lambda z: z)
+    return z, loss, lambda bar: _pull_back(phi, before, first, steps, hyperparams, bar)
+
+
+def _pull_back(phi, before, first, steps, hyperparams, bar):
+    return pull_through(phi, lambda z, t: z, before, first, steps, hyperparams, bar)
 
 
 def _keeping_segment_starts(phi, z, hyperparams, first, steps, count):
@@ -127,8 +185,8 @@ def _keeping_segment_starts(phi, z, hyperparams, first, steps, count):
         return new_z, (loss, z)
 
     def backward(bar, z, start, length):
-        _, _, before = phi.rollout(z, hyperparams, start, length, keep=True, loss_at=-1)
-        return _pull_through(phi, before, start, hyperparams, bar)
+        _, _, before = phi.rollout(z, hyperparams, start, length, keep=lambda z: z, loss_at=-1)
+        return _pull_back(phi, before, start, length, hyperparams, bar)
 
     groups, loss = [], jnp.asarray(jnp.nan)
     for starts, length in _segments(first, steps, count):
@@ -144,25 +202,6 @@ def _keeping_segment_starts(phi, z, hyperparams, first, steps, count):
         return bar
 
     return z, loss, pull_back
-
-
-def _pull_through(phi, before, first, hyperparams, bar):
-    r"""$\bar\lambda \leftarrow \bar\lambda + \bar z B_t$ and $\bar z \leftarrow \bar z A_t$.
-
-    `before` are the states before each step, stacked; `first` is the index of the first;
-    `bar` is $(\bar w, \bar s, \bar\lambda)$ after the last.
-    """
-
-    def body(bar, state_and_step):
-        w_bar, s_bar, hyper_bar = bar
-        _, _, pull = phi.vjp(state_and_step[0], hyperparams, state_and_step[1])
-        w_bar, s_bar, contribution = pull(w_bar, s_bar)
-        add = lambda total, x: total + x.astype(total.dtype)
-        return (w_bar, s_bar, jax.tree.map(add, hyper_bar, contribution)), None
-
-    length = jax.tree.leaves(before)[0].shape[0]
-    bar, _ = jax.lax.scan(body, bar, (before, first + jnp.arange(length)), reverse=True)
-    return bar
 
 
 def _segments(first: int, steps: int, count: int) -> list[tuple[Array, int]]:

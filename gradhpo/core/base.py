@@ -1,54 +1,35 @@
-"""The one outer step that all algorithms share."""
+"""What every optimizer offers: `init`, `step` and `compute_hypergradient`."""
 
 import abc
 from collections.abc import Callable
-from typing import TypeAlias
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, PyTree, Real
+from jaxtyping import Array, Float, PyTree, Real
 
-from gradhpo.core.inner import Carry
-from gradhpo.core.inner_optimizer import cast_like, explained, init_inner_state
+from gradhpo.core.outer import Estimate, accept
 from gradhpo.core.partition import check_disjoint
-from gradhpo.core.problem import Problem, Sees, bind, init_outer_state
 from gradhpo.core.state import BilevelState
-from gradhpo.core.types import InnerOptimizer, LossFn, RealScalarLike, UpdateFn
-from gradhpo.utils.gradients import accumulation_dtype, tree_l2_norm
+from gradhpo.core.types import LossFn, RealScalarLike
 from gradhpo.utils.tracing import record_trace
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import (
-    check_inner_rule,
     check_outer_optimizer,
     check_outer_rate,
     numbers_as_arrays,
     outer_rate,
     prepare_hyperparams,
     prepare_params,
+    strong,
 )
 
 
-Memory: TypeAlias = dict[str, PyTree]
-
-
-class Estimate(eqx.Module):
-    """What an algorithm returns: the inner problem advanced, and the hypergradient."""
-
-    z: Carry
-    memory: Memory
-    hypergradient: PyTree
-    train_loss: Array
-    val_loss: Array
-
-
 class BilevelOptimizer(eqx.Module):
-    """Base class of all algorithms: `init`, `step`, `compute_hypergradient`.
+    """Base class of all optimizers: `init`, `step`, `compute_hypergradient`.
 
-    An algorithm supplies its memory (`_init_memory`), the number of inner steps that one
-    `step` takes, where it finds the hyperparameters (`_sees`), and `_estimate`, which advances
-    the inner problem and returns the hypergradient estimate with it.
+    Algorithms derive from `gradhpo.core.algorithm.Algorithm`, which fills in the private
+    methods below for one inner problem.
 
     ```python
     loss = lambda params, hyperparams, batch: jnp.sum((params - hyperparams) ** 2)
@@ -59,14 +40,10 @@ class BilevelOptimizer(eqx.Module):
     ```
     """
 
-    inner_optimizer: eqx.AbstractVar[InnerOptimizer | None]
     outer_optimizer: eqx.AbstractVar[optax.GradientTransformation | None]
-    update_fn: eqx.AbstractVar[UpdateFn | None]
 
     def __check_init__(self):
-        name = type(self).__name__
-        check_inner_rule(name, self.inner_optimizer, self.update_fn)
-        check_outer_optimizer(name, self.outer_optimizer)
+        check_outer_optimizer(type(self).__name__, self.outer_optimizer)
 
     @property
     @abc.abstractmethod
@@ -75,18 +52,58 @@ class BilevelOptimizer(eqx.Module):
 
     @property
     @abc.abstractmethod
-    def _sees(self) -> Sees:
-        """Where this method finds the hyperparameters."""
+    def _reads_ahead(self) -> bool:
+        """Whether `_begin_episode` looks at the batches of the episode."""
 
     @abc.abstractmethod
-    def _init_memory(
-        self, w: PyTree, hyperparams: PyTree, batch: PyTree, key: Array | None
-    ) -> Memory:
-        """What the algorithm itself carries from step to step, kept in `metadata`."""
+    def _start(
+        self, params: PyTree, hyperparams: PyTree, batch: PyTree, key: Array | None
+    ) -> BilevelState:
+        """The state at step 0, of leaves that were checked."""
 
     @abc.abstractmethod
-    def _estimate(self, problem: Problem, memory: Memory) -> Estimate:
-        """Advances `z` by `num_inner_steps` and estimates the hypergradient at the end."""
+    def _solve(
+        self,
+        state: BilevelState,
+        train_batch: PyTree,
+        val_batch: PyTree,
+        train_loss_fn: LossFn,
+        val_loss_fn: LossFn,
+    ) -> Estimate:
+        """Advances the inner problem by `num_inner_steps`; the hypergradient at its end."""
+
+    @abc.abstractmethod
+    def _outer_loss(
+        self,
+        state: BilevelState,
+        train_batch: PyTree,
+        val_batch: PyTree,
+        train_loss_fn: LossFn,
+        val_loss_fn: LossFn,
+    ) -> Array:
+        """The validation loss after `num_inner_steps` inner steps from `state`."""
+
+    @abc.abstractmethod
+    def _begin_episode(
+        self,
+        state: BilevelState,
+        train_batch: PyTree,
+        val_batch: PyTree,
+        train_loss_fn: LossFn,
+        val_loss_fn: LossFn,
+        num_steps: int,
+    ) -> BilevelState:
+        """What the algorithm learns from an episode of `num_steps` steps before it is run."""
+
+    @abc.abstractmethod
+    def _restart(
+        self, state: BilevelState, start: PyTree, reptile_rate: Float[Array, ""]
+    ) -> BilevelState:
+        """The state at the start of the next episode; the last one started from `start`."""
+
+    @abc.abstractmethod
+    def _param_norm(self, w: PyTree) -> Array:
+        """The metric `param_norm`."""
 
     @checked
     def init(
@@ -110,14 +127,8 @@ class BilevelOptimizer(eqx.Module):
         """
         check_disjoint(params, hyperparams)
         params, hyperparams = prepare_params(params), prepare_hyperparams(hyperparams)
-        w = eqx.filter(params, eqx.is_inexact_array)
-        state = BilevelState.create(
-            params=params,
-            hyperparams=hyperparams,
-            inner_opt_state=init_inner_state(self.inner_optimizer, w, hyperparams),
-            outer_opt_state=init_outer_state(self.outer_optimizer, hyperparams),
-        )
-        return state.update(metadata=self._init_memory(w, hyperparams, batch, key))
+        batch = jax.tree.map(lambda x: strong(x) if eqx.is_array_like(x) else x, batch)
+        return self._start(params, hyperparams, batch, key)
 
     def step(
         self,
@@ -211,8 +222,8 @@ def _compute_hypergradient(
     train_loss_fn: Callable,
     val_loss_fn: Callable,
 ) -> PyTree:
-    problem = bind(optimizer, state, train_batch, val_batch, train_loss_fn, val_loss_fn)
-    return optimizer._estimate(problem, state.metadata).hypergradient
+    arguments = (train_batch, val_batch, train_loss_fn, val_loss_fn)
+    return optimizer._solve(state, *arguments).hypergradient
 
 
 def advance(
@@ -225,73 +236,5 @@ def advance(
     lr_hyper: Float[Array, ""] | None,
 ) -> BilevelState:
     """The outer step as a pure function, for use inside a larger compiled program."""
-    problem = bind(optimizer, state, train_batch, val_batch, train_loss_fn, val_loss_fn)
-    estimate = optimizer._estimate(problem, state.metadata)
-    hyperparams, outer_opt_state = _outer_update(
-        optimizer.outer_optimizer, state, estimate.hypergradient, lr_hyper
-    )
-    w, inner_opt_state = estimate.z
-    old_w, frozen = eqx.partition(state.params, eqx.is_inexact_array)
-    old_memory = {name: state.metadata[name] for name in estimate.memory}
-
-    old = (old_w, state.inner_opt_state, state.outer_opt_state, old_memory)
-    new = (w, inner_opt_state, outer_opt_state, estimate.memory)
-    accepted = _finite((estimate.hypergradient, hyperparams)) & _finite(new, old)
-    keep = lambda x, y: jnp.where(accepted, x, y)
-    w, inner_opt_state, outer_opt_state, memory = jax.tree.map(keep, new, old)
-    hyperparams = jax.tree.map(keep, hyperparams, state.hyperparams)
-    dtype = accumulation_dtype(state.params)
-    metrics = {
-        "train_loss": estimate.train_loss,
-        "val_loss": estimate.val_loss,
-        "hypergrad_norm": tree_l2_norm(estimate.hypergradient),
-        "param_norm": tree_l2_norm(w),
-        "hyperparam_norm": tree_l2_norm(hyperparams),
-        "rejected": state.metadata["rejected"] + (~accepted).astype(dtype),
-    }
-    return state.update(
-        params=eqx.combine(w, frozen),
-        hyperparams=hyperparams,
-        inner_opt_state=inner_opt_state,
-        outer_opt_state=outer_opt_state,
-        step=state.step + 1,
-        metadata=memory | {name: value.astype(dtype) for name, value in metrics.items()},
-    )
-
-
-def _outer_update(
-    outer_optimizer: optax.GradientTransformation | None,
-    state: BilevelState,
-    hypergradient: PyTree,
-    lr_hyper: Float[Array, ""] | None,
-) -> tuple[PyTree, PyTree]:
-    """New hyperparameters and outer optimizer state."""
-    if lr_hyper is not None:
-        updates, outer_opt_state = _scaled(hypergradient, -lr_hyper), ()
-    else:
-        assert outer_optimizer is not None  # `step` and `run` ask for one of the two
-        with explained("outer"):
-            updates, outer_opt_state = outer_optimizer.update(
-                hypergradient, state.outer_opt_state, state.hyperparams
-            )
-    hyperparams = optax.apply_updates(state.hyperparams, updates)
-    hyperparams = cast_like(hyperparams, state.hyperparams, "the outer update")
-    return hyperparams, cast_like(outer_opt_state, state.outer_opt_state)
-
-
-def _scaled(tree: PyTree, factor: Array) -> PyTree:
-    return jax.tree.map(lambda x: factor.astype(x.dtype) * x, tree)
-
-
-def _finite(new: PyTree, unless_as_in: PyTree | None = None) -> Bool[Array, ""]:
-    """Whether all numbers are finite, or else are those of the other tree.
-
-    Parameters may hold an infinity on purpose (an attention mask), and so may optimizer
-    states (a best value so far).
-    """
-    trees = (new,) if unless_as_in is None else (new, unless_as_in)
-    fine = jax.tree.map(
-        lambda x, *old: jnp.all(jnp.isfinite(x) if not old else jnp.isfinite(x) | (x == old[0])),
-        *(eqx.filter(tree, eqx.is_inexact_array) for tree in trees),
-    )
-    return jnp.all(jnp.stack([jnp.asarray(True), *jax.tree.leaves(fine)]))
+    estimate = optimizer._solve(state, train_batch, val_batch, train_loss_fn, val_loss_fn)
+    return accept(state, estimate, optimizer.outer_optimizer, lr_hyper, optimizer._param_norm)

@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, ArrayLike, PyTree
 
 from gradhpo.core.inner_optimizer import cast_like, explained, resolve
-from gradhpo.core.types import BatchStack, InnerOptimizer, LossFn, UpdateFn
+from gradhpo.core.types import BatchStack, DrawnStack, InnerOptimizer, LossFn, UpdateFn
 from gradhpo.utils.gradients import linearize_gradient, tree_zeros_like
 from gradhpo.utils.keys import fold_keys
 
@@ -39,8 +39,8 @@ class InnerUpdate(eqx.Module):
 
     def batch(self, t: ArrayLike) -> PyTree:
         """$D_t$: the t-th of a stack, or the one batch with its PRNG keys folded with t."""
-        if isinstance(self.train_batch, BatchStack):
-            return jax.tree.map(lambda x: x[t], self.train_batch.batches)
+        if isinstance(self.train_batch, BatchStack | DrawnStack):
+            return self.train_batch.at(t)
         return fold_keys(self.train_batch, t)
 
     def train_loss(self, w: PyTree, hyperparams: PyTree, t: ArrayLike) -> Any:
@@ -140,13 +140,14 @@ class InnerUpdate(eqx.Module):
         first: ArrayLike,
         num_steps: int,
         *,
-        keep: bool = False,
+        keep: Callable[[Carry], PyTree] = lambda z: None,
         loss_at: int | None = None,
-    ) -> tuple[Carry, Array, Carry | None]:
-        """Inner steps from number `first` on: `(z', last loss, the z before each step)`.
+    ) -> tuple[Carry, Array, PyTree]:
+        """Inner steps from number `first` on: `(z', last loss, kept)`.
 
-        The states are `None` unless `keep`; the loss of no steps is `nan`. Beside an
-        `update_fn` the loss is computed at step `loss_at` alone, by default the last.
+        Stacks in `kept` what `keep` takes of the z before each step. The loss of no steps is
+        `nan`. Beside an `update_fn` the loss is computed at step `loss_at` alone, by default
+        the last.
         """
         if num_steps == 0:
             return z, jnp.asarray(jnp.nan), None
@@ -155,7 +156,7 @@ class InnerUpdate(eqx.Module):
 
         def body(z, t):
             new_z, loss = self.step(z, hyperparams, t, want_loss=t == wanted)
-            return new_z, (loss, z if keep else None)
+            return new_z, (loss, keep(z))
 
         z, (losses, before) = jax.lax.scan(body, z, first + jnp.arange(num_steps))
         return z, losses[-1], before

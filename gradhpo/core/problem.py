@@ -66,13 +66,15 @@ def bind(
     val_loss_fn: LossFn,
     *,
     differentiated: bool = True,
+    num_steps: int | None = None,
 ) -> Problem:
     r"""The problem that a state, two batches and two losses make, after the checks at the door.
 
-    `optimizer` is a [`BilevelOptimizer`][gradhpo.BilevelOptimizer]; runs while tracing, once
-    for each compilation. Unless `differentiated`, what the method can see does not matter.
+    `optimizer` is an `Algorithm`; runs while tracing, once for each compilation. Unless
+    `differentiated`, what the method can see does not matter. `num_steps` is how many inner
+    steps will be taken, if not those of a `step`.
     """
-    steps = optimizer.num_inner_steps
+    steps = optimizer.num_inner_steps if num_steps is None else num_steps
     if isinstance(train_batch, BatchStack) and train_batch.num_steps != steps:
         raise ValueError(
             f"train_batch is a BatchStack of {train_batch.num_steps} batches, but the optimizer "

@@ -1,6 +1,6 @@
 """What one training run carries from step to step."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -10,6 +10,9 @@ from gradhpo.core.partition import combine
 from gradhpo.utils.gradients import accumulation_dtype
 from gradhpo.utils.typecheck import checked
 
+
+Memory: TypeAlias = dict[str, PyTree]
+"""What an algorithm itself carries from step to step, kept in `metadata` beside the metrics."""
 
 METRICS = (
     "train_loss",

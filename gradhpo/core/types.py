@@ -130,3 +130,16 @@ class BatchStack(eqx.Module):
     def num_steps(self) -> int:
         """Length of the leading axis: the number of inner steps that it serves."""
         return jax.tree.leaves(self.batches)[0].shape[0]
+
+    def at(self, t: ArrayLike) -> PyTree:
+        """The batch of inner step `t`, from 0."""
+        return jax.tree.map(lambda x: x[t], self.batches)
+
+
+class DrawnStack(eqx.Module):
+    """A `BatchStack` that is never stored: batch t is made where it is used."""
+
+    draw: Callable[[Any], PyTree]
+
+    def at(self, t: Any) -> PyTree:
+        return self.draw(t)

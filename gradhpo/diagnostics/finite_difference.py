@@ -9,7 +9,6 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Real
 
 from gradhpo.core.base import BilevelOptimizer
-from gradhpo.core.problem import bind
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import LossFn
 from gradhpo.utils.typecheck import checked, warn
@@ -96,15 +95,11 @@ def _differences(
     chosen: Int[Array, " n"],
     epsilon: Float[Array, ""],
 ) -> Float[Array, " n"]:
-    phi, validation, z, _ = bind(
-        optimizer, state, train_batch, val_batch, train_loss_fn, val_loss_fn, differentiated=False
-    )
     flat, unravel = ravel_pytree(state.hyperparams)
 
     def outer(flat_hyperparams):
-        hyperparams = unravel(flat_hyperparams)
-        (w, _), _, _ = phi.rollout(z, hyperparams, 0, optimizer.num_inner_steps)
-        return validation.loss(w, hyperparams)
+        at = state.update(hyperparams=unravel(flat_hyperparams))
+        return optimizer._outer_loss(at, train_batch, val_batch, train_loss_fn, val_loss_fn)
 
     def difference(i):
         step = epsilon * jnp.maximum(1, jnp.abs(flat[i]))

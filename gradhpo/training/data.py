@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Int, PyTree, UInt32
 
-from gradhpo.core.types import BatchStack, DataBatch
+from gradhpo.core.types import BatchStack, DataBatch, DrawnStack
 from gradhpo.utils.keys import fold_keys, is_key
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import check_count, check_leading_axis, numbers_as_arrays
@@ -163,6 +163,9 @@ class Generated(eqx.Module):
             jax.vmap(self.function)(step * count + jnp.arange(count, dtype=step.dtype))
         )
 
+    def drawn(self, step: Array, position: Array, count: int) -> DrawnStack:
+        return DrawnStack(lambda t: self.function(step * count + t))
+
 
 class Fixed(eqx.Module):
     """One batch for all steps; PRNG keys in it are folded with the step."""
@@ -175,6 +178,9 @@ class Fixed(eqx.Module):
     def stack(self, step: Array, position: Array, count: int) -> PyTree:
         return self.batch(step, position)
 
+    def drawn(self, step: Array, position: Array, count: int) -> DrawnStack:
+        return DrawnStack(lambda t: fold_keys(self.batch(step + t // count, position), t % count))
+
 
 class Fetched(eqx.Module):
     """Batches of a chunk that came from the host, `[steps, ...]` or `[steps, inner, ...]`."""
@@ -186,6 +192,10 @@ class Fetched(eqx.Module):
 
     def stack(self, step: Array, position: Array, count: int) -> PyTree:
         return BatchStack(self.batch(step, position))
+
+    def drawn(self, step: Array, position: Array, count: int) -> DrawnStack:
+        of_step = lambda t: self.batch(step, position + t // count)
+        return DrawnStack(lambda t: jax.tree.map(lambda x: x[t % count], of_step(t)))
 
 
 class Host:

@@ -1,25 +1,23 @@
 """The loop that owns a run: chunks of many steps, each one compiled scan."""
 
-import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
 
-from gradhpo.core.base import BilevelOptimizer, advance
-from gradhpo.core.state import METRICS, BilevelState
+from gradhpo.core.base import BilevelOptimizer
+from gradhpo.core.state import BilevelState
 from gradhpo.core.types import LossFunctions, RealScalarLike
+from gradhpo.training.chunk import Chunk, chunk_shapes
 from gradhpo.training.data import Fetched, Host, as_source
 from gradhpo.training.history import History
 from gradhpo.utils.logging import progress_bar
-from gradhpo.utils.tracing import record_trace
 from gradhpo.utils.typecheck import checked, warn
-from gradhpo.utils.validation import check_count, check_outer_rate, outer_rate
+from gradhpo.utils.validation import check_count, check_episodes, check_outer_rate, outer_rate
 
 
 # Batches of an iterator wait on the host for one chunk; more than this would only cost memory.
@@ -35,13 +33,15 @@ def run(
     val_data: Any,
     *,
     num_steps: int,
+    steps_per_episode: int | None = None,
+    reptile_rate: RealScalarLike = 1.0,
     lr_hyper: RealScalarLike | Callable | None = None,
     chunk_size: int = 100,
     callbacks: Sequence[Callable] = (),
     max_rejections: int = 10,
     progress: bool = True,
 ) -> tuple[BilevelState, History]:
-    """Runs many outer steps, as chunks of one compiled `lax.scan` each.
+    r"""Runs many outer steps, as chunks of one compiled `lax.scan` each.
 
     Every step draws `optimizer.num_inner_steps` training batches (as a `BatchStack`) and one
     validation batch. Python runs between chunks only; the caller's state is left intact.
@@ -55,8 +55,17 @@ def run(
         [`ArrayData`][gradhpo.ArrayData]; an iterator (see [`iterate`][gradhpo.iterate]); or a
         pytree of arrays, one batch for all steps.
     - `num_steps`: outer steps to take, at least 1.
+    - `steps_per_episode`: restart the inner problem after so many steps, a divisor of
+        `num_steps`: the parameters at the start of an episode move by
+        $\phi \leftarrow \phi - \mathtt{reptile\_rate}\,(\phi - w)$ towards those at its end, all
+        start again from $\phi$, with a new inner optimizer state, and the memory of the
+        algorithm with a new episode. `None`: one long training.
+    - `reptile_rate`: in [0, 1]. 1 goes on from $w$, 0 is a cold restart from where the run
+        began. The state that is returned has been restarted too: its parameters are $\phi$.
     - `lr_hyper`: for `outer_optimizer=None`, a number or a traceable schedule `step -> rate`.
-    - `chunk_size`: steps per compiled call. An iterator's chunk is kept under 64 MiB.
+    - `chunk_size`: steps per compiled call, rounded down to whole episodes where one fits. An
+        iterator's chunk is kept under 64 MiB (but holds a whole episode for an algorithm that
+        looks ahead, [`OnlineHypergradientOptimizer`][gradhpo.OnlineHypergradientOptimizer]).
     - `callbacks`: called as `callback(state, metrics)` after each chunk, `metrics` being a dict
         of arrays `[steps in the chunk]`; one that returns `True` stops the run.
     - `max_rejections`: stop after so many steps in a row were rejected as non-finite.
@@ -85,6 +94,7 @@ def run(
     check_count("num_steps", num_steps)
     check_count("chunk_size", chunk_size)
     check_count("max_rejections", max_rejections)
+    check_episodes(num_steps, steps_per_episode, reptile_rate, int(state.step))
     check_outer_rate(optimizer.outer_optimizer is not None, lr_hyper)
     rate = lr_hyper if callable(lr_hyper) else outer_rate(lr_hyper)
     train = as_source(train_data, "train_data", optimizer.num_inner_steps)
@@ -93,29 +103,43 @@ def run(
     if hosts:
         needed = sum(host.bytes_per_step() for host in hosts)
         chunk_size = max(1, min(chunk_size, _MOST_BYTES_FETCHED // max(needed, 1)))
+    # An estimate from the batches of an episode cannot wait for those that are still to come.
+    whole = bool(hosts) and optimizer._reads_ahead
+    shapes = chunk_shapes(num_steps, chunk_size, steps_per_episode, whole)
 
     recorded: list[dict[str, np.ndarray]] = []
     rejections = _Rejections(float(state.metadata["rejected"]), max_rejections)
     stop_reason, data_error, taken, started = "num_steps", "", 0, time.perf_counter()
+    start = eqx.filter(state.params, eqx.is_inexact_array)
+    reptile = jnp.asarray(reptile_rate, jnp.result_type(float))
     with progress_bar(num_steps, shown=progress) as bar:
-        while taken < num_steps:
-            length = min(chunk_size, num_steps - taken)
+        for episodes, length in shapes:
+            wanted = episodes * length
             try:
-                fetched_train, fetched_val, available = _fetch(train, val, length)
+                fetched_train, fetched_val, available = _fetch(train, val, wanted)
             except Exception as error:
                 # A loader that fails in the night must not take the run with it.
                 if not recorded:
                     raise
                 stop_reason, data_error = "data error", f"{type(error).__name__}: {error}"
                 break
-            if available:
-                state, stacked = _run_chunk(
-                    optimizer, state, losses, fetched_train, fetched_val, rate, available
-                )
+            exhausted = available < wanted
+            if exhausted and steps_per_episode is None:
+                length = available
+            elif exhausted:
+                episodes = available // length
+            if episodes * length:
+                chunk = Chunk(optimizer, losses, fetched_train, fetched_val, rate)
+                if steps_per_episode is None:
+                    state, stacked = chunk.run_steps(state, length)
+                else:
+                    state, start, stacked = chunk.run_episodes(
+                        state, start, reptile, episodes, length, steps_per_episode
+                    )
                 metrics = {name: np.asarray(values) for name, values in stacked.items()}
                 recorded.append(metrics)
-                taken += available
-                bar.advance(available, metrics)
+                taken += episodes * length
+                bar.advance(episodes * length, metrics)
                 rejections.count(metrics["rejected"])
                 # All are called: a logger after the one that stops must not miss a chunk.
                 if any([_is_true(callback(state, metrics)) for callback in callbacks]):
@@ -124,7 +148,7 @@ def run(
                 if rejections.too_many:
                     stop_reason = "rejected"
                     break
-            if available < length:
+            if exhausted:
                 stop_reason = "data exhausted"
                 break
     if not recorded:
@@ -151,60 +175,6 @@ def _fetch(train: Any, val: Any, length: int) -> tuple[Any, Any, int]:
         jax.tree.map(lambda x: x[:available], source) if isinstance(source, Fetched) else source
     )
     return cut(train), cut(val), available
-
-
-@eqx.filter_jit
-def _run_chunk(
-    optimizer: BilevelOptimizer,
-    state: BilevelState,
-    losses: LossFunctions,
-    train: Any,
-    val: Any,
-    lr_hyper: Callable | Array | None,
-    length: int,
-) -> tuple[BilevelState, dict[str, Array]]:
-    """`length` outer steps, and their metrics stacked."""
-    record_trace(
-        f"run (chunks of {length})",
-        optimizer,
-        state,
-        losses.train_loss,
-        losses.val_loss,
-        train_data=train,
-        val_data=val,
-        lr_hyper=lr_hyper,
-    )
-    # The metrics of a step are outputs, not inputs of the next: carrying them as well makes
-    # the compiler copy them at every step (20 us on a CPU, a fifth of a short step).
-    measured = {name: state.metadata[name] for name in METRICS if name != "rejected"}
-    arrays, static = eqx.partition(_without(state, measured), eqx.is_array)
-
-    def body(arrays: PyTree, position: Array):
-        state = eqx.combine(arrays, static).update(metadata=measured)
-        new = advance(
-            optimizer,
-            state,
-            train.stack(state.step, position, optimizer.num_inner_steps),
-            val.batch(state.step, position),
-            losses.train_loss,
-            losses.val_loss,
-            outer_rate(lr_hyper(state.step) if callable(lr_hyper) else lr_hyper),
-        )
-        metrics = {
-            name: value
-            for name, value in new.metadata.items()
-            if eqx.is_inexact_array(value) and value.shape == ()
-        }
-        return eqx.filter(_without(new, measured), eqx.is_array), metrics
-
-    arrays, metrics = jax.lax.scan(body, arrays, jnp.arange(length))
-    last = {name: metrics[name][-1] for name in measured}
-    return eqx.combine(arrays, static).update(metadata=last), metrics
-
-
-def _without(state: BilevelState, names: Iterable[str]) -> BilevelState:
-    kept = {name: value for name, value in state.metadata.items() if name not in names}
-    return dataclasses.replace(state, metadata=kept)
 
 
 class _Rejections:

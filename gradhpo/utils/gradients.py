@@ -89,7 +89,8 @@ def tree_dot(a: PyTree, b: PyTree) -> Real[Array, ""]:
 def tree_lerp(a: PyTree, b: PyTree, t: Real[ArrayLike, ""]) -> PyTree:
     r"""Straight line from `a` (at `t = 0`) to `b` (at `t = 1`): $(1 - t)\,a + t\,b$.
 
-    Keeps the dtypes of `a`; leaves that are not floating-point arrays are those of `a`.
+    Keeps the dtypes of `a`; leaves that are not floating-point arrays are those of `a`. Where
+    both ends are the same number so is every point between, an infinity included.
 
     ```python
     middle = gradhpo.tree_lerp({"w": jnp.zeros(2)}, {"w": jnp.ones(2)}, 0.5)
@@ -97,8 +98,13 @@ def tree_lerp(a: PyTree, b: PyTree, t: Real[ArrayLike, ""]) -> PyTree:
     """
     dtype = accumulation_dtype(a)
     t = jnp.asarray(t, dtype)
-    point = lambda x, y: (1 - t) * jnp.asarray(x, dtype) + t * jnp.asarray(y, dtype)
-    return _map_inexact(lambda x, y: point(x, y).astype(x.dtype), a, b)
+
+    def point(x, y):
+        wide_x, wide_y = jnp.asarray(x, dtype), jnp.asarray(y, dtype)
+        # 0 * inf is nan: a mask of infinities in the parameters would not survive.
+        return jnp.where(wide_x == wide_y, wide_x, (1 - t) * wide_x + t * wide_y).astype(x.dtype)
+
+    return _map_inexact(point, a, b)
 
 
 @checked
@@ -172,6 +178,17 @@ def geometric_sum(gamma: Real[ArrayLike, ""], t: Real[ArrayLike, ""]) -> Float[A
 
 
 @checked
+def past_share(gamma: Real[ArrayLike, ""], t: Real[ArrayLike, ""]) -> Float[Array, ""]:
+    r"""$p_t = (\gamma - \gamma^t)/(1 - \gamma^t)$: what of a discounted mean is older than step t.
+
+    For $t \ge 1$; 0 at $t = 1$, and $(t - 1)/t$ at $\gamma = 1$.
+    """
+    t = jnp.asarray(t)
+    total = geometric_sum(gamma, t)
+    return jnp.asarray(gamma, total.dtype) * geometric_sum(gamma, t - 1) / total
+
+
+@checked
 def update_w_star(
     w_star: PyTree,
     w_prev: PyTree,
@@ -200,10 +217,7 @@ def update_w_star(
         Lee et al., *Online Hyperparameter Meta-Learning with Hypergradient Distillation*,
         ICLR 2022, arXiv:2110.02508, equation 13.
     """
-    t = jnp.asarray(t)
-    total = geometric_sum(gamma, t)
-    keep = jnp.asarray(gamma, total.dtype) * geometric_sum(gamma, t - 1) / total
-    return tree_lerp(w_prev, w_star, keep)
+    return tree_lerp(w_prev, w_star, past_share(gamma, t))
 
 
 def linearize_gradient(

@@ -123,6 +123,33 @@ def outer_rate(value: Any) -> Array | None:
     return jnp.asarray(value, jnp.result_type(float))
 
 
+def check_episodes(
+    num_steps: int, steps_per_episode: int | None, reptile_rate: Any, step: int
+) -> None:
+    """A run is so many whole episodes, and begins where one begins."""
+    rate = np.asarray(reptile_rate)
+    check_setting("reptile_rate", jnp.asarray(rate), lambda x: (x >= 0) & (x <= 1), "in [0, 1]")
+    if steps_per_episode is None:
+        if rate != 1:
+            raise ValueError(
+                f"reptile_rate={rate} says how an episode starts from the last one, but there "
+                "are no episodes: pass steps_per_episode as well"
+            )
+        return
+    check_count("steps_per_episode", steps_per_episode)
+    if num_steps % steps_per_episode:
+        raise ValueError(
+            f"num_steps={num_steps} must be a multiple of steps_per_episode={steps_per_episode}: "
+            f"write num_steps={max(1, num_steps // steps_per_episode)} * {steps_per_episode}"
+        )
+    if step % steps_per_episode:
+        raise ValueError(
+            f"the state has taken {step} steps, which is not a whole number of episodes of "
+            f"steps_per_episode={steps_per_episode}, and where its episode started is not known; "
+            "to begin one here: state.update(step=jnp.zeros((), jnp.int32))"
+        )
+
+
 # -- trees -------------------------------------------------------------------------------
 
 
@@ -140,6 +167,17 @@ def check_leading_axis(tree: PyTree, what: str) -> None:
         raise ValueError(f"{what}: {', '.join(scalars)} has no leading axis (shape ())")
     if len({shape[0] for shape in shapes.values()}) > 1:
         raise ValueError(f"{what}: leading axes differ; shapes are {shapes}")
+
+
+def check_task_axis(tree: PyTree, name: str, num_tasks: int, *, axis: int) -> None:
+    """Every array of a batch has one entry for each task."""
+    layout = "[tasks, ...]" if axis == 0 else "[inner steps, tasks, ...]"
+    for path, leaf in _with_path(tree):
+        if leaf.shape[axis] != num_tasks:
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)} has shape {leaf.shape}; TaskBatched with "
+                f"num_tasks={num_tasks} needs {layout}, with {num_tasks} at axis {axis}"
+            )
 
 
 def prepare_params(params: PyTree) -> PyTree:

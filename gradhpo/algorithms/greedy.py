@@ -1,0 +1,107 @@
+r"""Generalized greedy: one-step hypergradients of every inner step, discounted."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from gradhpo.core.algorithm import Memoryless
+from gradhpo.core.inner_optimizer import cast_like
+from gradhpo.core.outer import Estimate
+from gradhpo.core.problem import Problem, Sees
+from gradhpo.core.state import Memory
+from gradhpo.core.types import InnerOptimizer, UpdateFn
+from gradhpo.utils.gradients import accumulation_dtype
+from gradhpo.utils.typecheck import checked
+from gradhpo.utils.validation import check_count, check_setting, setting
+
+
+@checked
+class GreedyOptimizer(Memoryless):
+    r"""Generalized greedy hypergradients, in memory independent of the horizon.
+
+    $$g = \frac{\partial L_{val}}{\partial\lambda}(w_T) + \sum_{t=1}^{T} \gamma^{T-t}\,
+    \alpha_t B_t,\qquad \alpha_t = \frac{\partial L_{val}}{\partial w}(w_t),$$
+
+    the exact sum with each $\alpha_T A_T\cdots A_{t+1}$ replaced by $\gamma^{T-t}\alpha_t$:
+    what an inner step does is judged by the validation gradient right after it. Computed as
+    $h \leftarrow \gamma h + \alpha_t B_t$ in one forward scan, one product and one validation
+    gradient a step.
+
+    It is a good idea where parameters are carried on from `step` to `step` and the validation
+    gradient turns slowly. Where it turns within the horizon (a long `unroll_steps` from a
+    starting point far from any minimum, restarted each time) the sum can point uphill:
+    shorten the horizon, lower `gamma`, or compare with
+    [`UnrolledOptimizer`][gradhpo.UnrolledOptimizer].
+
+    **Arguments:**
+
+    - `inner_optimizer`, `outer_optimizer`, `update_fn`: as for
+        [`FOOptimizer`][gradhpo.FOOptimizer].
+    - `unroll_steps`: inner steps $T$ per `step`, at least 1.
+    - `gamma`: the discount $\gamma \in [0, 1]$, shape `()`. At 0 only the last step counts, as
+        in [`T1T2Optimizer`][gradhpo.T1T2Optimizer]; at 1 all count alike.
+
+    **Raises:** `ValueError` for `gamma` outside [0, 1] or `unroll_steps < 1`.
+
+    ```python
+    train_loss = lambda w, h, batch: jnp.sum((w - h) ** 2)
+    val_loss = lambda w, h, batch: jnp.sum((w - 1.0) ** 2)
+    optimizer = gradhpo.GreedyOptimizer(optax.sgd(0.1), optax.sgd(0.1), unroll_steps=10)
+    state = optimizer.init(jnp.zeros(3), jnp.zeros(3))
+    state = optimizer.step(state, None, None, train_loss, val_loss)
+    ```
+
+    ??? cite "Reference"
+
+        *Generalized Greedy Gradient-Based Hyperparameter Optimization*, submission 6297 to
+        ICLR 2025, equation 6.
+    """
+
+    inner_optimizer: InnerOptimizer | None = None
+    outer_optimizer: optax.GradientTransformation | None = None
+    unroll_steps: int = eqx.field(static=True, default=1)
+    gamma: Float[Array, ""] = eqx.field(converter=setting, default=0.9)
+    update_fn: UpdateFn | None = None
+
+    def __check_init__(self):
+        check_count("unroll_steps", self.unroll_steps)
+        check_setting("gamma", self.gamma, lambda x: (x >= 0) & (x <= 1), "in [0, 1]")
+
+    @property
+    def num_inner_steps(self) -> int:
+        return self.unroll_steps
+
+    @property
+    def _sees(self) -> Sees:
+        return "last update"
+
+    def _estimate(self, problem: Problem, memory: Memory) -> Estimate:
+        phi, validation, z, hyperparams = problem
+        # Many small terms are added up: in bfloat16 the sum would stall.
+        wide = accumulation_dtype(hyperparams)
+        gamma = self.gamma.astype(wide)
+
+        def add(total, term):
+            return jax.tree.map(lambda h, x: gamma * h + x.astype(wide), total, term)
+
+        def body(carry, t):
+            z, total = carry
+            z, _, pull = phi.vjp(z, hyperparams, t)
+            alpha = jax.grad(validation.loss)(z[0], hyperparams)
+            return (z, add(total, pull(alpha)[2])), None
+
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, wide), hyperparams)
+        last = self.unroll_steps - 1
+        carry = (z, zero)
+        if last:
+            carry, _ = jax.lax.scan(body, carry, jnp.arange(last))
+        # The last step stands apart: it alone needs both losses and the direct term.
+        z, total = carry
+        z, train_loss, pull = phi.vjp(z, hyperparams, last)
+        val_loss, alpha, direct = validation.value_and_grads(z[0], hyperparams)
+        total = add(total, pull(alpha)[2])
+        hypergradient = jax.tree.map(lambda x, h: x.astype(wide) + h, direct, total)
+        hypergradient = cast_like(hypergradient, hyperparams)
+        return Estimate(z, {}, hypergradient, train_loss, val_loss)

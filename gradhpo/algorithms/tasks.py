@@ -1,0 +1,184 @@
+r"""Many tasks at once with hyperparameters in common: the meta-batch of meta-learning."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, PyTree
+
+from gradhpo.core.base import BilevelOptimizer
+from gradhpo.core.outer import Estimate
+from gradhpo.core.state import METRICS, BilevelState
+from gradhpo.core.types import BatchStack, DrawnStack
+from gradhpo.utils.keys import fold_keys
+from gradhpo.utils.typecheck import checked
+from gradhpo.utils.validation import check_count, check_task_axis
+
+
+@checked
+class TaskBatched(BilevelOptimizer):
+    r"""Runs any optimizer on `num_tasks` tasks side by side, with shared hyperparameters.
+
+    Parameters, inner optimizer state, the optimizer's own memory and all batches carry a
+    leading task axis; `init` broadcasts the parameters to all tasks. The hypergradient is the
+    mean over the tasks, and so are the metrics. Where an episode ends
+    ([`run`][gradhpo.run] with `steps_per_episode`), all tasks start again from one point, to
+    which Reptile has moved by the mean of what they have learned.
+
+    **Arguments:**
+
+    - `optimizer`: any other optimizer; its `outer_optimizer` moves the hyperparameters.
+    - `num_tasks`: how many tasks, at least 1.
+
+    Batches: every array has the shape `[tasks, ...]`, in a `BatchStack`
+    `[inner steps, tasks, ...]`. What has no axis (or in a `BatchStack` only that of the
+    steps) is shared, PRNG keys folded with the number of the task.
+
+    **Raises:** `ValueError` for an array in a batch without the task axis.
+
+    ```python
+    loss = lambda w, h, batch: jnp.mean((w * batch[0] + h - batch[1]) ** 2)
+    optimizer = gradhpo.TaskBatched(
+        gradhpo.OneStepOptimizer(optax.sgd(0.1), optax.adam(0.1)), num_tasks=4
+    )
+    state = optimizer.init(jnp.ones(()), jnp.zeros(()))
+    x, y = jnp.ones((4, 10)), jnp.zeros((4, 10))  # ten examples for each of four tasks
+    state = optimizer.step(state, (x, y), (x, y), loss, loss)
+    assert state.params.shape == (4,) and state.hyperparams.shape == ()
+    ```
+
+    ??? cite "Reference"
+
+        Reptile: Nichol et al., *On First-Order Meta-Learning Algorithms*, 2018,
+        arXiv:1803.02999; with hypergradients as in Lee et al., ICLR 2022, arXiv:2110.02508.
+    """
+
+    optimizer: BilevelOptimizer
+    num_tasks: int = eqx.field(static=True)
+
+    def __check_init__(self):
+        check_count("num_tasks", self.num_tasks)
+        if isinstance(self.optimizer, TaskBatched):
+            raise ValueError("TaskBatched(optimizer) got a TaskBatched; one task axis is enough")
+
+    @property
+    def outer_optimizer(  # pyright: ignore[reportIncompatibleVariableOverride]
+        self,
+    ) -> optax.GradientTransformation | None:
+        return self.optimizer.outer_optimizer
+
+    @property
+    def num_inner_steps(self) -> int:
+        return self.optimizer.num_inner_steps
+
+    @property
+    def _reads_ahead(self) -> bool:
+        return self.optimizer._reads_ahead
+
+    def _start(self, params, hyperparams, batch, key) -> BilevelState:
+        keys = None if key is None else jax.random.split(key, self.num_tasks)
+        examples, batch_of = self._per_task("init(batch=...)", batch)
+
+        def of_task(number, examples, key):
+            batch = batch_of(number, examples)
+            return _mapped(self.optimizer._start(params, hyperparams, batch, key))
+
+        numbers = jnp.arange(self.num_tasks)
+        state = self.optimizer._start(params, hyperparams, None, None)
+        return _with(state, jax.vmap(of_task)(numbers, examples, keys))
+
+    def _solve(self, state, train_batch, val_batch, train_loss_fn, val_loss_fn) -> Estimate:
+        losses = (train_loss_fn, val_loss_fn)
+        solve = lambda state, train, val: self.optimizer._solve(state, train, val, *losses)
+        every = self._over_tasks(solve, state, train_batch, val_batch)
+        return Estimate(
+            z=every.z,
+            memory=every.memory,
+            hypergradient=_mean(every.hypergradient),
+            train_loss=_mean(every.train_loss),
+            val_loss=_mean(every.val_loss),
+        )
+
+    def _outer_loss(self, state, train_batch, val_batch, train_loss_fn, val_loss_fn) -> Array:
+        losses = (train_loss_fn, val_loss_fn)
+        loss = lambda state, train, val: self.optimizer._outer_loss(state, train, val, *losses)
+        return _mean(self._over_tasks(loss, state, train_batch, val_batch))
+
+    def _begin_episode(
+        self, state, train_batch, val_batch, train_loss_fn, val_loss_fn, num_steps
+    ) -> BilevelState:
+        if not self._reads_ahead:
+            return state
+        losses = (train_loss_fn, val_loss_fn)
+        begin = lambda state, train, val: _mapped(
+            self.optimizer._begin_episode(state, train, val, *losses, num_steps)
+        )
+        return _with(state, self._over_tasks(begin, state, train_batch, val_batch))
+
+    def _restart(self, state, start, reptile_rate) -> BilevelState:
+        w, s, memory = _mapped(state)
+        together = jax.tree.map(lambda x: jnp.broadcast_to(_mean(x), x.shape), w)
+
+        def of_task(mapped, start):
+            return _mapped(self.optimizer._restart(_with(state, mapped), start, reptile_rate))
+
+        return _with(state, jax.vmap(of_task)((together, s, memory), start))
+
+    def _param_norm(self, w) -> Array:
+        return _mean(jax.vmap(self.optimizer._param_norm)(w))
+
+    def _over_tasks(
+        self, function: Callable, state: BilevelState, train_batch: PyTree, val_batch: PyTree
+    ) -> Any:
+        """`function(state, train_batch, val_batch)` of every task, results stacked."""
+        train, train_of = self._per_task("train_batch", train_batch)
+        val, val_of = self._per_task("val_batch", val_batch)
+
+        def of_task(number, mapped, train, val):
+            return function(_with(state, mapped), train_of(number, train), val_of(number, val))
+
+        return jax.vmap(of_task)(jnp.arange(self.num_tasks), _mapped(state), train, val)
+
+    def _per_task(self, name: str, batch: PyTree) -> tuple[PyTree, Callable[[Array, PyTree], Any]]:
+        """What of a batch to map over (tasks first), and how to make a task's batch of its part."""
+        if isinstance(batch, DrawnStack):
+
+            def drawn_for(number, nothing):
+                def draw(t):
+                    arrays, batch_of = self._per_task(name, batch.at(t))
+                    return batch_of(number, jax.tree.map(lambda x: x[number], arrays))
+
+                return DrawnStack(draw)
+
+            return None, drawn_for
+        if isinstance(batch, BatchStack):
+            arrays, shared = eqx.partition(batch.batches, lambda x: np.ndim(x) > 1)
+            check_task_axis(arrays, name, self.num_tasks, axis=1)
+            rebuild = lambda number, of_task: BatchStack(
+                eqx.combine(of_task, fold_keys(shared, number))
+            )
+            return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), arrays), rebuild
+        arrays, shared = eqx.partition(batch, lambda x: eqx.is_array(x) and x.ndim > 0)
+        check_task_axis(arrays, name, self.num_tasks, axis=0)
+        return arrays, lambda number, of_task: eqx.combine(of_task, fold_keys(shared, number))
+
+
+def _mean(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jnp.mean(x, axis=0), tree)
+
+
+def _mapped(state: BilevelState) -> tuple[PyTree, PyTree, PyTree]:
+    """What each task has of its own: parameters, inner optimizer state, memory."""
+    memory = {name: value for name, value in state.metadata.items() if name not in METRICS}
+    return eqx.filter(state.params, eqx.is_inexact_array), state.inner_opt_state, memory
+
+
+def _with(state: BilevelState, mapped: tuple[PyTree, PyTree, PyTree]) -> BilevelState:
+    w, inner_opt_state, memory = mapped
+    return state.update(
+        params=eqx.combine(w, state.params), inner_opt_state=inner_opt_state, metadata=memory
+    )

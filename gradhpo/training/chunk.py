@@ -1,0 +1,148 @@
+"""What is compiled of a run: many steps in one scan, and episodes around them."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from gradhpo.core.base import BilevelOptimizer, advance
+from gradhpo.core.state import METRICS, BilevelState
+from gradhpo.core.types import LossFunctions
+from gradhpo.utils.tracing import record_trace
+from gradhpo.utils.validation import outer_rate
+
+
+class Chunk(eqx.Module):
+    """A piece of a run: the optimizer with its losses, its data and its rate."""
+
+    optimizer: BilevelOptimizer
+    losses: LossFunctions
+    train: Any
+    val: Any
+    lr_hyper: Callable | Array | None
+
+    @eqx.filter_jit
+    def run_steps(self, state: BilevelState, length: int) -> tuple[BilevelState, dict[str, Array]]:
+        """`length` outer steps, and their metrics stacked."""
+        self._record(state, f"run (chunks of {length})")
+        return self._steps(state, jnp.zeros((), jnp.int32), length)
+
+    @eqx.filter_jit
+    def run_episodes(
+        self,
+        state: BilevelState,
+        start: PyTree,
+        reptile_rate: Float[Array, ""],
+        episodes: int,
+        length: int,
+        steps_per_episode: int,
+    ) -> tuple[BilevelState, PyTree, dict[str, Array]]:
+        """`episodes` times `length` outer steps; either one episode's part, or whole ones.
+
+        `start` is where the parameters of the current episode started. Returned are the state,
+        where the next (or still the same) episode starts, and the metrics stacked.
+        """
+        self._record(state, f"run (chunks of {episodes} x {length})")
+        arrays, static = eqx.partition(state, eqx.is_array)
+
+        def body(carry: PyTree, number: Array):
+            arrays, start = carry
+            state, position = eqx.combine(arrays, static), number * length
+            state = self.optimizer._begin_episode(
+                state,
+                self.train.drawn(state.step, position, self.optimizer.num_inner_steps),
+                self.val.batch(state.step + steps_per_episode - 1, position + length - 1),
+                self.losses.train_loss,
+                self.losses.val_loss,
+                steps_per_episode,
+            )
+            state, metrics = self._steps(state, position, length)
+
+            def restarted():
+                new = self.optimizer._restart(state, start, reptile_rate)
+                return _arrays(new), eqx.filter(new.params, eqx.is_inexact_array)
+
+            ended = state.step % steps_per_episode == 0
+            return jax.lax.cond(ended, restarted, lambda: (_arrays(state), start)), metrics
+
+        (arrays, start), metrics = jax.lax.scan(body, (arrays, start), jnp.arange(episodes))
+        metrics = {name: x.reshape(episodes * length) for name, x in metrics.items()}
+        return eqx.combine(arrays, static), start, metrics
+
+    def _record(self, state: BilevelState, what: str) -> None:
+        record_trace(
+            what,
+            self.optimizer,
+            state,
+            self.losses.train_loss,
+            self.losses.val_loss,
+            train_data=self.train,
+            val_data=self.val,
+            lr_hyper=self.lr_hyper,
+        )
+
+    def _steps(
+        self, state: BilevelState, first: Array, length: int
+    ) -> tuple[BilevelState, dict[str, Array]]:
+        """Steps whose batches stand at `first` and after in the data of this chunk."""
+        # The metrics of a step are outputs, not inputs of the next: carrying them as well makes
+        # the compiler copy them at every step (20 us on a CPU, a fifth of a short step).
+        measured = {name: state.metadata[name] for name in METRICS if name != "rejected"}
+        arrays, static = eqx.partition(_without(state, measured), eqx.is_array)
+
+        def body(arrays: PyTree, position: Array):
+            state = eqx.combine(arrays, static).update(metadata=measured)
+            rate = self.lr_hyper
+            new = advance(
+                self.optimizer,
+                state,
+                self.train.stack(state.step, position, self.optimizer.num_inner_steps),
+                self.val.batch(state.step, position),
+                self.losses.train_loss,
+                self.losses.val_loss,
+                outer_rate(rate(state.step) if callable(rate) else rate),
+            )
+            metrics = {
+                name: value
+                for name, value in new.metadata.items()
+                if eqx.is_inexact_array(value) and value.shape == ()
+            }
+            return _arrays(_without(new, measured)), metrics
+
+        arrays, metrics = jax.lax.scan(body, arrays, first + jnp.arange(length, dtype=first.dtype))
+        last = {name: metrics[name][-1] for name in measured}
+        return eqx.combine(arrays, static).update(metadata=last), metrics
+
+
+def _arrays(tree: PyTree) -> PyTree:
+    return eqx.filter(tree, eqx.is_array)
+
+
+def _without(state: BilevelState, names: Iterable[str]) -> BilevelState:
+    kept = {name: value for name, value in state.metadata.items() if name not in names}
+    return dataclasses.replace(state, metadata=kept)
+
+
+def chunk_shapes(
+    num_steps: int, chunk_size: int, steps_per_episode: int | None, whole_episodes: bool
+) -> list[tuple[int, int]]:
+    """`(episodes, steps of each)` of every chunk: at most two different ones in a run.
+
+    Whole episodes where one fits a chunk (or where it must), else parts of one.
+    """
+    if steps_per_episode is None:
+        return [(1, length) for length in _pieces(num_steps, chunk_size)]
+    episodes = num_steps // steps_per_episode
+    if steps_per_episode <= chunk_size or whole_episodes:
+        most = max(1, chunk_size // steps_per_episode)
+        return [(count, steps_per_episode) for count in _pieces(episodes, most)]
+    return [(1, length) for length in _pieces(steps_per_episode, chunk_size)] * episodes
+
+
+def _pieces(total: int, most: int) -> list[int]:
+    rest = total % most
+    return [most] * (total // most) + ([rest] if rest else [])
