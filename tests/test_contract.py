@@ -15,6 +15,10 @@ import gradhpo
 from gradhpo.core.state import METRICS
 
 
+def two_tasks(*arguments, **settings):
+    return gradhpo.TaskBatched(gradhpo.GreedyOptimizer(*arguments, **settings), num_tasks=2)
+
+
 # name: (class, settings, a numeric setting with another value for it)
 OPTIMIZERS = {
     "first order": (gradhpo.FOOptimizer, {}, None),
@@ -25,6 +29,10 @@ OPTIMIZERS = {
         {"perturb": "hyperparams", "epsilon": 1e-4},
         ("epsilon", 2e-4),
     ),
+    "greedy": (gradhpo.GreedyOptimizer, {"unroll_steps": 4}, ("gamma", 0.5)),
+    "HyperDistill": (gradhpo.OnlineHypergradientOptimizer, {}, ("distillation_weight", 0.5)),
+    "DrMAD": (gradhpo.DrMADOptimizer, {"unroll_steps": 4}, None),
+    "tasks": (two_tasks, {"unroll_steps": 4}, None),
     "unrolled": (gradhpo.UnrolledOptimizer, {"unroll_steps": 4}, None),
     "truncated": (gradhpo.UnrolledOptimizer, {"unroll_steps": 4, "truncation": 2}, None),
     "checkpointed": (gradhpo.UnrolledOptimizer, {"unroll_steps": 4, "checkpoints": "sqrt"}, None),
@@ -50,12 +58,22 @@ def val_loss(w, h, batch):
     return jnp.sum(jnp.square(w - 1 + nothing) + jnp.square(h - 1 + nothing)) / 2
 
 
-def start(optimizer, dtype=jnp.float64):
-    return optimizer.init(jnp.zeros(3, dtype), jnp.full(3, -1.0, dtype))
+def start(optimizer, dtype=jnp.float64, hyperparams=None):
+    # An example batch and a key are for those that want them; the others ignore both.
+    examples = {} if isinstance(optimizer, gradhpo.TaskBatched) else {"batch": jnp.zeros(2, dtype)}
+    key = {"key": jax.random.key(0)} if examples else {}
+    hyperparams = jnp.full(3, -1.0, dtype) if hyperparams is None else hyperparams
+    return optimizer.init(jnp.zeros(3, dtype), hyperparams, **examples, **key)
 
 
 def arrays_of(tree):
     return eqx.filter(tree, eqx.is_array)
+
+
+def numbers_of(tree):
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    arrays = jax.tree.leaves(arrays_of(tree))
+    return [jax.random.key_data(x) if is_key(x) else x for x in arrays]
 
 
 def described(tree):
@@ -64,8 +82,7 @@ def described(tree):
 
 
 def assert_same(a, b, rtol=0.0, atol=0.0):
-    pairs = zip(jax.tree.leaves(arrays_of(a)), jax.tree.leaves(arrays_of(b)), strict=True)
-    for x, y in pairs:
+    for x, y in zip(numbers_of(a), numbers_of(b), strict=True):
         np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
 
 
@@ -73,16 +90,17 @@ def assert_same(a, b, rtol=0.0, atol=0.0):
 def test_converges_on_a_quadratic(name):
     optimizer = build(name)
     state = start(optimizer)
-    batch = jnp.zeros(1)
+    batch = jnp.zeros(2)
     for _ in range(300):
         state = optimizer.step(state, batch, batch, train_loss, val_loss)
     np.testing.assert_allclose(state.hyperparams, np.ones(3), atol=1e-2)
-    np.testing.assert_allclose(state.params, np.ones(3), atol=1e-2)
+    np.testing.assert_allclose(state.params, np.ones(state.params.shape), atol=1e-2)
     assert state.step == 300
     assert state.metadata["rejected"] == 0
 
 
-@every
+# Tasks are in test_tasks.py, each held against its own run.
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "tasks"])
 @pytest.mark.parametrize("problem_name", ["optimizer", "dicts"])
 @pytest.mark.parametrize("optimizer_name", ["momentum", "adam"])
 def test_filtered_models_dicts_and_stateful_optimizers(name, problem_name, optimizer_name, getkey):
@@ -141,14 +159,14 @@ def test_traces_once(name):
 
     optimizer = build(name, outer_optimizer=None)
     state = start(optimizer)
-    state = optimizer.step(state, jnp.zeros(1), 0.0, counted, val_loss, lr_hyper=0.1)
+    state = optimizer.step(state, jnp.zeros(2), 0.0, counted, val_loss, lr_hyper=0.1)
     first = len(traces)
     _, _, setting = OPTIMIZERS[name]
     for i in range(1_000):
         if setting and i == 500:
             optimizer = dataclasses.replace(optimizer, **{setting[0]: setting[1]})
         rate = [0.1, np.float32(0.2), jnp.asarray(0.3), 1][i % 4]
-        state = optimizer.step(state, jnp.ones(1) * i, float(i), counted, val_loss, lr_hyper=rate)
+        state = optimizer.step(state, jnp.ones(2) * i, float(i), counted, val_loss, lr_hyper=rate)
     assert state.step == 1_001
     assert len(traces) == first
 
@@ -161,7 +179,7 @@ def test_structure_shapes_and_dtypes_never_change(name, dtype):
     expected = described(state)
     for _ in range(2):
         state = optimizer.step(
-            state, jnp.zeros(1, dtype), jnp.zeros(1, dtype), train_loss, val_loss
+            state, jnp.zeros(2, dtype), jnp.zeros(2, dtype), train_loss, val_loss
         )
         assert described(state) == expected
     metric_dtype = jnp.float64 if dtype == jnp.float64 else jnp.float32
@@ -172,7 +190,7 @@ def test_structure_shapes_and_dtypes_never_change(name, dtype):
 @every
 def test_a_nan_batch_costs_a_step_and_nothing_else(name):
     optimizer = build(name, relaxed(optax.adam(0.1, eps_root=1e-8)))
-    good, bad = jnp.zeros(1), jnp.full(1, jnp.nan)
+    good, bad = jnp.zeros(2), jnp.full(2, jnp.nan)
     state = optimizer.step(start(optimizer), good, good, train_loss, val_loss)
     for batches in ((bad, good), (good, bad)):
         after = optimizer.step(state, *batches, train_loss, val_loss)
@@ -190,7 +208,7 @@ def test_a_nan_batch_costs_a_step_and_nothing_else(name):
 @every
 def test_jit_vmap_and_scan(name):
     optimizer = build(name)
-    batch = jnp.zeros(1)
+    batch = jnp.zeros(2)
     state = start(optimizer)
     once = optimizer.step(state, batch, batch, train_loss, val_loss)
     twice = optimizer.step(once, batch, batch, train_loss, val_loss)
@@ -198,7 +216,7 @@ def test_jit_vmap_and_scan(name):
     step = lambda state: optimizer.step(state, batch, batch, train_loss, val_loss)
     assert_same(eqx.filter_jit(step)(state), once, rtol=1e-13, atol=1e-15)
 
-    states = eqx.filter_vmap(lambda h: optimizer.init(jnp.zeros(3), h))(
+    states = eqx.filter_vmap(lambda h: start(optimizer, hyperparams=h))(
         jnp.stack([jnp.full(3, -1.0), jnp.zeros(3)])
     )
     after = eqx.filter_vmap(step)(states)
@@ -217,7 +235,7 @@ def test_numeric_settings_are_leaves_to_vmap_over(name):
     optimizer = build(name)
     values = jnp.asarray([float(getattr(optimizer, setting)), value])
     state = optimizer.init(jnp.ones(3), jnp.full(3, -1.0))
-    arguments = (state, jnp.zeros(1), jnp.zeros(1), cubic, val_loss)
+    arguments = (state, jnp.zeros(2), jnp.zeros(2), cubic, val_loss)
 
     def hypergradient(value):
         return dataclasses.replace(optimizer, **{setting: value}).compute_hypergradient(*arguments)
@@ -236,7 +254,7 @@ def cubic(w, h, batch):
 def test_the_outer_rate_is_plain_gradient_descent(name):
     optimizer = build(name, outer_optimizer=None)
     state = start(optimizer)
-    arguments = (state, jnp.zeros(1), jnp.zeros(1), train_loss, val_loss)
+    arguments = (state, jnp.zeros(2), jnp.zeros(2), train_loss, val_loss)
     g = optimizer.compute_hypergradient(*arguments)
     after = optimizer.step(*arguments, lr_hyper=0.25)
     np.testing.assert_allclose(after.hyperparams, state.hyperparams - 0.25 * g, rtol=1e-13)
@@ -255,7 +273,7 @@ def test_program_size_does_not_grow_with_the_inner_steps(name):
         optimizer = cls(PLAIN, OUTER, **(settings | {counts[0]: steps}))
         state = start(optimizer)
         step = lambda state, o=optimizer: o.step(
-            state, jnp.zeros(1), jnp.zeros(1), train_loss, val_loss
+            state, jnp.zeros(2), jnp.zeros(2), train_loss, val_loss
         )
         sizes.append(len(eqx.filter_jit(step).lower(state).as_text()))
     assert sizes[1] < 1.1 * sizes[0]
@@ -270,7 +288,7 @@ def test_an_update_fn_is_as_good_as_an_inner_optimizer(name):
     found, expected = start(by_hand), start(by_optax)
     for _ in range(2):
         found, expected = (
-            o.step(s, jnp.zeros(1), jnp.zeros(1), train_loss, val_loss)
+            o.step(s, jnp.zeros(2), jnp.zeros(2), train_loss, val_loss)
             for o, s in ((by_hand, found), (by_optax, expected))
         )
     assert_same(found.hyperparams, expected.hyperparams, rtol=1e-12)
@@ -286,7 +304,7 @@ def test_losses_may_be_modules_that_hold_arrays(name):
             return self.scale * train_loss(w, h, batch)
 
     optimizer = build(name)
-    arguments = (start(optimizer), jnp.zeros(1), jnp.zeros(1))
+    arguments = (start(optimizer), jnp.zeros(2), jnp.zeros(2))
     one = optimizer.step(*arguments, Scaled(jnp.asarray(1.0)), val_loss)
     two = optimizer.step(*arguments, Scaled(jnp.asarray(2.0)), val_loss)
     assert_same(one, optimizer.step(*arguments, train_loss, val_loss), rtol=1e-12)
@@ -299,7 +317,7 @@ def test_the_fifth_trace_of_one_job_warns_and_says_what_changed():
 
     def with_a_new_loss():
         made_anew = lambda w, h, batch: train_loss(w, h, batch)
-        optimizer.step(state, jnp.zeros(1), jnp.zeros(1), made_anew, val_loss)
+        optimizer.step(state, jnp.zeros(2), jnp.zeros(2), made_anew, val_loss)
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -323,7 +341,7 @@ def test_the_warning_names_optimizers_and_ragged_batches(anew, message):
             if anew == "optimizer":
                 optimizer = gradhpo.OneStepOptimizer(relaxed(optax.sgd(0.1)), OUTER)
             batch = jnp.zeros(100 + i if anew == "train_batch" else 1)
-            optimizer.step(state, batch, jnp.zeros(1), train_loss, val_loss)
+            optimizer.step(state, batch, jnp.zeros(2), train_loss, val_loss)
 
     with pytest.warns(UserWarning, match=message):
         five_times()
@@ -337,5 +355,5 @@ def test_every_optimizer_is_in_this_suite():
         and issubclass(value, gradhpo.BilevelOptimizer)
         and value is not gradhpo.BilevelOptimizer
     }
-    assert exported == {cls for cls, _, _ in OPTIMIZERS.values()}
+    assert exported == {type(build(name)) for name in OPTIMIZERS}
     assert PROBLEMS.keys() == {"loss", "optimizer", "layers", "dicts"}

@@ -134,14 +134,17 @@ class OnlineHypergradientOptimizer(Algorithm):
         z, train_loss = phi.step((w, s), hyperparams, 0)
         val_loss, alpha, direct = validation.value_and_grads(z[0], hyperparams)
         v = distilled.product(phi, s, hyperparams, 0, alpha)
+        estimated = jnp.any(memory["sum_xx"] > 0)
+        dtype = memory["theta"].dtype
+        theta = jnp.where(estimated, memory["theta"], self.distillation_weight.astype(dtype))
         if self.normalize:
             scale, v = jnp.ones(()), tree_normalize(v)
         else:
-            scale = memory["theta"] * geometric_sum(self.gamma, t).astype(memory["theta"].dtype)
+            scale = theta * geometric_sum(self.gamma, t).astype(dtype)
         add = lambda direct, v: direct + scale.astype(v.dtype) * v
         hypergradient = jax.tree.map(add, direct, v)
-        memory = {**memory, "t": t, **_as_memory(distilled)}
-        return Estimate(z, _own(memory), hypergradient, train_loss, val_loss)
+        memory = memory | {"t": t, "theta": theta} | _as_memory(distilled)
+        return Estimate(z, memory, hypergradient, train_loss, val_loss)
 
     def estimate_theta(
         self,
@@ -187,9 +190,7 @@ class OnlineHypergradientOptimizer(Algorithm):
     def _prepare(self, problem: Problem, memory: Memory, step: Array, num_steps: int) -> Memory:
         assert self.estimation_period is not None
         due = step % (self.estimation_period * num_steps) == 0
-        return jax.lax.cond(
-            due, lambda: self._fit(problem, memory, num_steps), lambda: _own(memory)
-        )
+        return jax.lax.cond(due, lambda: self._fit(problem, memory, num_steps), lambda: memory)
 
     def _fit(self, problem: Problem, memory: Memory, num_steps: int) -> Memory:
         phi, validation, z, hyperparams = problem
@@ -233,7 +234,7 @@ class OnlineHypergradientOptimizer(Algorithm):
         }
         if distilled.key is not None:
             fitted["key"] = distilled.key
-        return _own(memory) | fitted
+        return memory | fitted
 
 
 @eqx.filter_jit
@@ -250,15 +251,7 @@ def _estimate_theta(
     problem = bind(
         optimizer, state, train_batches, val_batch, train_loss_fn, val_loss_fn, num_steps=steps
     )
-    return state.update(metadata=optimizer._fit(problem, state.metadata, steps))
-
-
-_OWN = ("t", "theta", "theta_rejected", "sum_xy", "sum_xx", "w_star", "d_star", "key")
-
-
-def _own(memory: Memory) -> Memory:
-    """This algorithm's part of `state.metadata`."""
-    return {name: memory[name] for name in _OWN if name in memory}
+    return state.update(metadata=optimizer._fit(problem, state.memory, steps))
 
 
 def _from_memory(memory: Memory) -> Distilled:

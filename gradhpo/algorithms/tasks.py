@@ -1,7 +1,8 @@
 r"""Many tasks at once with hyperparameters in common: the meta-batch of meta-learning."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -12,8 +13,8 @@ from jaxtyping import Array, PyTree
 
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.outer import Estimate
-from gradhpo.core.state import METRICS, BilevelState
-from gradhpo.core.types import BatchStack, DrawnStack
+from gradhpo.core.state import METRICS, BilevelState, Memory
+from gradhpo.core.types import BatchStack, DrawnStack, MetricDict
 from gradhpo.utils.keys import fold_keys
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import check_count, check_task_axis
@@ -85,7 +86,7 @@ class TaskBatched(BilevelOptimizer):
 
         def of_task(number, examples, key):
             batch = batch_of(number, examples)
-            return _mapped(self.optimizer._start(params, hyperparams, batch, key))
+            return _own(self.optimizer._start(params, hyperparams, batch, key))
 
         numbers = jnp.arange(self.num_tasks)
         state = self.optimizer._start(params, hyperparams, None, None)
@@ -114,22 +115,27 @@ class TaskBatched(BilevelOptimizer):
         if not self._reads_ahead:
             return state
         losses = (train_loss_fn, val_loss_fn)
-        begin = lambda state, train, val: _mapped(
+        begin = lambda state, train, val: _own(
             self.optimizer._begin_episode(state, train, val, *losses, num_steps)
         )
         return _with(state, self._over_tasks(begin, state, train_batch, val_batch))
 
     def _restart(self, state, start, reptile_rate) -> BilevelState:
-        w, s, memory = _mapped(state)
+        w, s, memory = self._mapped(state)
         together = jax.tree.map(lambda x: jnp.broadcast_to(_mean(x), x.shape), w)
 
-        def of_task(mapped, start):
-            return _mapped(self.optimizer._restart(_with(state, mapped), start, reptile_rate))
+        def of_task(own, start):
+            state_of_task = _with(_without_memory(state), own)
+            return _own(self.optimizer._restart(state_of_task, start, reptile_rate))
 
         return _with(state, jax.vmap(of_task)((together, s, memory), start))
 
     def _param_norm(self, w) -> Array:
         return _mean(jax.vmap(self.optimizer._param_norm)(w))
+
+    def _scalars(self, memory) -> MetricDict:
+        memory = self._of_tasks(memory)
+        return _mean(jax.vmap(self.optimizer._scalars)(memory)) if memory else {}
 
     def _over_tasks(
         self, function: Callable, state: BilevelState, train_batch: PyTree, val_batch: PyTree
@@ -138,10 +144,21 @@ class TaskBatched(BilevelOptimizer):
         train, train_of = self._per_task("train_batch", train_batch)
         val, val_of = self._per_task("val_batch", val_batch)
 
-        def of_task(number, mapped, train, val):
-            return function(_with(state, mapped), train_of(number, train), val_of(number, val))
+        def of_task(number, own, train, val):
+            state_of_task = _with(_without_memory(state), own)
+            return function(state_of_task, train_of(number, train), val_of(number, val))
 
-        return jax.vmap(of_task)(jnp.arange(self.num_tasks), _mapped(state), train, val)
+        return jax.vmap(of_task)(jnp.arange(self.num_tasks), self._mapped(state), train, val)
+
+    def _mapped(self, state: BilevelState) -> "_Own":
+        """What each task has of its own, tasks first."""
+        w, s, memory = _own(state)
+        return w, s, self._of_tasks(memory)
+
+    def _of_tasks(self, memory: Memory) -> Memory:
+        """Without what users have put into `metadata` themselves."""
+        has_axis = lambda x: eqx.is_array(x) and x.shape[:1] == (self.num_tasks,)
+        return {k: v for k, v in memory.items() if all(map(has_axis, jax.tree.leaves(v)))}
 
     def _per_task(self, name: str, batch: PyTree) -> tuple[PyTree, Callable[[Array, PyTree], Any]]:
         """What of a batch to map over (tasks first), and how to make a task's batch of its part."""
@@ -171,14 +188,19 @@ def _mean(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.mean(x, axis=0), tree)
 
 
-def _mapped(state: BilevelState) -> tuple[PyTree, PyTree, PyTree]:
-    """What each task has of its own: parameters, inner optimizer state, memory."""
-    memory = {name: value for name, value in state.metadata.items() if name not in METRICS}
-    return eqx.filter(state.params, eqx.is_inexact_array), state.inner_opt_state, memory
+_Own: TypeAlias = tuple[PyTree, PyTree, Memory]  # parameters, inner optimizer state, memory
 
 
-def _with(state: BilevelState, mapped: tuple[PyTree, PyTree, PyTree]) -> BilevelState:
-    w, inner_opt_state, memory = mapped
+def _own(state: BilevelState) -> _Own:
+    return eqx.filter(state.params, eqx.is_inexact_array), state.inner_opt_state, state.memory
+
+
+def _without_memory(state: BilevelState) -> BilevelState:
+    return dataclasses.replace(state, metadata={name: state.metadata[name] for name in METRICS})
+
+
+def _with(state: BilevelState, own: _Own) -> BilevelState:
+    w, inner_opt_state, memory = own
     return state.update(
         params=eqx.combine(w, state.params), inner_opt_state=inner_opt_state, metadata=memory
     )

@@ -11,7 +11,7 @@ from gradhpo.core.inner_optimizer import init_inner_state
 from gradhpo.core.outer import Estimate
 from gradhpo.core.problem import Problem, Sees, bind, init_outer_state
 from gradhpo.core.state import BilevelState, Memory
-from gradhpo.core.types import InnerOptimizer, UpdateFn
+from gradhpo.core.types import InnerOptimizer, MetricDict, UpdateFn
 from gradhpo.utils.gradients import tree_l2_norm, tree_lerp
 from gradhpo.utils.validation import check_inner_rule
 
@@ -64,7 +64,7 @@ class Algorithm(BilevelOptimizer):
 
     def _solve(self, state, train_batch, val_batch, train_loss_fn, val_loss_fn) -> Estimate:
         problem = bind(self, state, train_batch, val_batch, train_loss_fn, val_loss_fn)
-        return self._estimate(problem, state.metadata)
+        return self._estimate(problem, state.memory)
 
     def _outer_loss(self, state, train_batch, val_batch, train_loss_fn, val_loss_fn) -> Array:
         phi, validation, z, hyperparams = bind(
@@ -81,7 +81,7 @@ class Algorithm(BilevelOptimizer):
         problem = bind(
             self, state, train_batch, val_batch, train_loss_fn, val_loss_fn, num_steps=num_steps
         )
-        return state.update(metadata=self._prepare(problem, state.metadata, state.step, num_steps))
+        return state.update(metadata=self._prepare(problem, state.memory, state.step, num_steps))
 
     def _restart(self, state, start, reptile_rate) -> BilevelState:
         w, frozen = eqx.partition(state.params, eqx.is_inexact_array)
@@ -89,11 +89,15 @@ class Algorithm(BilevelOptimizer):
         return state.update(
             params=eqx.combine(w, frozen),
             inner_opt_state=init_inner_state(self.inner_optimizer, w, state.hyperparams),
-            metadata=self._restart_memory(state.metadata, w),
+            metadata=self._restart_memory(state.memory, w),
         )
 
     def _param_norm(self, w) -> Array:
         return tree_l2_norm(w)
+
+    def _scalars(self, memory) -> MetricDict:
+        is_metric = lambda x: eqx.is_inexact_array(x) and x.shape == ()
+        return {name: value for name, value in memory.items() if is_metric(value)}
 
 
 class Memoryless(Algorithm):

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, PyTree, Real
 
 from gradhpo.core.outer import Estimate, accept
 from gradhpo.core.partition import check_disjoint
-from gradhpo.core.state import BilevelState
-from gradhpo.core.types import LossFn, RealScalarLike
+from gradhpo.core.state import BilevelState, Memory
+from gradhpo.core.types import LossFn, MetricDict, RealScalarLike
 from gradhpo.utils.tracing import record_trace
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import (
@@ -104,6 +104,10 @@ class BilevelOptimizer(eqx.Module):
     @abc.abstractmethod
     def _param_norm(self, w: PyTree) -> Array:
         """The metric `param_norm`."""
+
+    @abc.abstractmethod
+    def _scalars(self, memory: Memory) -> MetricDict:
+        """What of an algorithm's memory is a metric: the scalars in it."""
 
     @checked
     def init(

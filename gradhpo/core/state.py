@@ -118,6 +118,11 @@ class BilevelState(eqx.Module):
         return self.metadata.get(key, default)
 
     @property
+    def memory(self) -> Memory:
+        """The part of `metadata` that is an algorithm's own."""
+        return {name: value for name, value in self.metadata.items() if name not in METRICS}
+
+    @property
     def model(self) -> PyTree:
         """`eqx.combine(params, hyperparams)`: the model that `partition` split."""
         return combine(self.params, self.hyperparams)

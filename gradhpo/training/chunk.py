@@ -106,11 +106,8 @@ class Chunk(eqx.Module):
                 self.losses.val_loss,
                 outer_rate(rate(state.step) if callable(rate) else rate),
             )
-            metrics = {
-                name: value
-                for name, value in new.metadata.items()
-                if eqx.is_inexact_array(value) and value.shape == ()
-            }
+            metrics = {name: new.metadata[name] for name in METRICS}
+            metrics |= self.optimizer._scalars(new.memory)
             return _arrays(_without(new, measured)), metrics
 
         arrays, metrics = jax.lax.scan(body, arrays, first + jnp.arange(length, dtype=first.dtype))
