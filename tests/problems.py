@@ -207,3 +207,28 @@ def stack_of(problem: Problem, count: int, key) -> gradhpo.BatchStack:
     x, y = problem.train_batch
     noise = jax.random.normal(key, (count, *x.shape), x.dtype)
     return gradhpo.BatchStack((x[None] + 0.3 * noise, jnp.stack([y] * count)))
+
+
+def compiled_bytes(name: str, steps: int) -> int:
+    """Temporary memory of one compiled hypergradient (or estimate of theta) of an MLP."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    net = eqx.nn.MLP(8, 2, 32, 1, activation=jnp.tanh, key=keys[0])
+    params, hyperparams = gradhpo.partition(net, lambda net: net.layers[0])
+    loss = gradhpo.model_loss(mse)
+    inner = relaxed(optax.adam(0.01, eps_root=1e-16))
+    stack = gradhpo.BatchStack((jnp.ones((steps, 20, 8)), jnp.ones((steps, 20, 2))))
+    val_batch = stack.at(0)
+    if name == "theta":
+        optimizer = gradhpo.OnlineHypergradientOptimizer(inner, OUTER)
+        function = optimizer.estimate_theta
+    else:
+        classes = {"greedy": gradhpo.GreedyOptimizer, "DrMAD": gradhpo.DrMADOptimizer}
+        optimizer = classes[name](inner, OUTER, unroll_steps=steps)
+        function = optimizer.compute_hypergradient
+    state = optimizer.init(params, hyperparams)
+    arrays, static = eqx.partition((state, stack, val_batch), eqx.is_array)
+    on_arrays = lambda arrays: eqx.filter(
+        function(*eqx.combine(arrays, static), loss, loss), eqx.is_array
+    )
+    compiled = jax.jit(on_arrays).lower(arrays).compile()
+    return compiled.memory_analysis().temp_size_in_bytes

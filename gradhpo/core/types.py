@@ -142,4 +142,4 @@ class DrawnStack(eqx.Module):
     draw: Callable[[Any], PyTree]
 
     def at(self, t: Any) -> PyTree:
-        return self.draw(t)
+        return self.draw(jnp.asarray(t, jnp.int32))

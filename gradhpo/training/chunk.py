@@ -69,7 +69,9 @@ class Chunk(eqx.Module):
             ended = state.step % steps_per_episode == 0
             return jax.lax.cond(ended, restarted, lambda: (_arrays(state), start)), metrics
 
-        (arrays, start), metrics = jax.lax.scan(body, (arrays, start), jnp.arange(episodes))
+        (arrays, start), metrics = jax.lax.scan(
+            body, (arrays, start), jnp.arange(episodes, dtype=jnp.int32)
+        )
         metrics = {name: x.reshape(episodes * length) for name, x in metrics.items()}
         return eqx.combine(arrays, static), start, metrics
 

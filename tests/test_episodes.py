@@ -1,0 +1,180 @@
+"""Episodes of `run`: restarts, Reptile, re-estimation, and that nothing depends on the chunks."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import relaxed
+
+import gradhpo
+
+
+X = jax.random.normal(jax.random.key(0), (40, 3), jnp.float32)
+SGD = relaxed(optax.sgd(0.05, momentum=0.9))
+
+
+def train_loss(w, h, batch):
+    return jnp.mean((batch @ w - 1) ** 2) + jnp.sum(jnp.exp(h) * w**2)
+
+
+def val_loss(w, h, batch):
+    return jnp.mean((batch @ w - 0.5) ** 2) + 0.01 * jnp.sum(h**2)
+
+
+LOSSES = gradhpo.LossFunctions(train_loss, val_loss)
+
+
+def data():
+    return gradhpo.ArrayData(X.astype(float), batch_size=8, key=jax.random.key(1))
+
+
+def hyperdistill(period=2, **settings):
+    return gradhpo.OnlineHypergradientOptimizer(
+        SGD, relaxed(optax.sgd(0.05)), estimation_period=period, **settings
+    )
+
+
+def start(optimizer, **examples):
+    return optimizer.init(jnp.full(3, 0.1), jnp.full(3, -3.0), **examples)
+
+
+def run(optimizer, state=None, source=None, **settings):
+    state = start(optimizer) if state is None else state
+    settings = {"num_steps": 24, "steps_per_episode": 6, "progress": False} | settings
+    source = data() if source is None else source
+    return gradhpo.run(optimizer, state, LOSSES, source, X[:10].astype(float), **settings)
+
+
+def assert_same(a, b, rtol=1e-12):
+    key_data = lambda x: (
+        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    )
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(key_data(x), key_data(y), rtol=rtol, atol=1e-14)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
+def test_is_what_a_loop_by_hand_does(rate):
+    """Six steps, Reptile, a new optimizer state, a new clock; theta before episodes 0, 2, ..."""
+    optimizer = hyperdistill()
+    found, history = run(optimizer, reptile_rate=rate)
+    state, source, thetas = start(optimizer), data(), []
+    phi = state.params
+    for episode in range(4):
+        stack = gradhpo.BatchStack.of([source(6 * episode + t) for t in range(6)])
+        if episode % 2 == 0:
+            state = optimizer.estimate_theta(state, stack, X[:10].astype(float), *losses())
+        for t in range(6):
+            state = optimizer.step(state, stack.at(t), X[:10].astype(float), *losses())
+            thetas.append(state.metadata["theta"])
+        phi = phi - rate * (phi - state.params)
+        inner = start(optimizer).inner_opt_state
+        state = state.update(
+            params=phi, inner_opt_state=inner, metadata={"t": jnp.zeros((), jnp.int32)}
+        )
+    assert_same(found, state, rtol=1e-10)
+    np.testing.assert_allclose(history["theta"], thetas, rtol=1e-10)
+    assert len(set(np.round(history["theta"], 12).tolist())) == 2
+
+
+def losses():
+    return LOSSES.train_loss, LOSSES.val_loss
+
+
+def test_chunks_and_sources_make_no_difference():
+    """Chunks of several episodes, of one, of parts of one; arrays, or an iterator over them."""
+    optimizer = hyperdistill()
+    source = data()
+    examples = {"batch": source(0), "key": jax.random.key(2)}
+    results = [
+        run(optimizer, start(optimizer, **examples), chunk_size=chunk_size)
+        for chunk_size in (100, 12, 6, 4)
+    ]
+    batches = (source(i) for i in itertools.count())
+    results.append(run(optimizer, start(optimizer, **examples), batches, chunk_size=4))
+    for state, history in results[1:]:
+        assert_same(state, results[0][0], rtol=1e-10)
+        assert_same(dict(history), dict(results[0][1]), rtol=1e-10)
+
+
+def test_a_run_in_two_parts_is_one_run():
+    optimizer = hyperdistill(period=3)
+    whole, _ = run(optimizer, reptile_rate=0.5)
+    part, _ = run(optimizer, reptile_rate=0.5, num_steps=12)
+    part, _ = run(optimizer, part, reptile_rate=0.5, num_steps=12)
+    assert_same(part, whole)
+
+
+@pytest.mark.parametrize("chunk_size", [12, 3])
+def test_one_trace_for_the_whole_run(chunk_size):
+    traces = []
+
+    def counted(w, h, batch):
+        traces.append(1)
+        return train_loss(w, h, batch)
+
+    optimizer = hyperdistill()
+    counts = []
+    for num_steps in (12, 120):
+        traces.clear()
+        gradhpo.run(
+            optimizer, start(optimizer), gradhpo.LossFunctions(counted, val_loss), data(),
+            X[:10].astype(float), num_steps=num_steps, steps_per_episode=6,
+            chunk_size=chunk_size, progress=False,
+        )  # fmt: skip
+        counts.append(len(traces))
+    assert counts[1] == 0  # the second run finds everything compiled
+
+
+def test_every_optimizer_restarts():
+    """Cold restarts from the same point with frozen hyperparameters: every episode is the same."""
+    for optimizer in (
+        gradhpo.GreedyOptimizer(relaxed(optax.adam(0.1, eps_root=1e-16)), unroll_steps=2),
+        gradhpo.OnlineHypergradientOptimizer(relaxed(optax.adam(0.1, eps_root=1e-16))),
+    ):
+        state = start(optimizer)
+        after, history = run(
+            optimizer, state, X.astype(float), lr_hyper=0.0, num_steps=9, steps_per_episode=3,
+            reptile_rate=0.0,
+        )  # fmt: skip
+        values = history["val_loss"].reshape(3, 3)
+        np.testing.assert_allclose(values, np.broadcast_to(values[0], (3, 3)), rtol=1e-12)
+        assert len(set(values[0].tolist())) == 3
+        assert_same(after.params, state.params)
+        assert_same(after.inner_opt_state, state.inner_opt_state)
+
+
+def test_an_inner_optimizer_of_the_hyperparameters_restarts_at_the_new_ones():
+    inner = lambda h: relaxed(optax.sgd(jnp.exp(h["log_rate"]), momentum=0.9))
+    optimizer = gradhpo.OneStepOptimizer(inner, relaxed(optax.sgd(0.1)))
+    state = optimizer.init(jnp.ones(3), {"log_rate": jnp.asarray(-3.0)})
+    loss = lambda w, h, batch: jnp.mean((batch @ w - 1) ** 2)
+    state, history = gradhpo.run(
+        optimizer, state, gradhpo.LossFunctions(loss, loss), data(), X[:10].astype(float),
+        num_steps=20, steps_per_episode=5, reptile_rate=0.0, progress=False,
+    )  # fmt: skip
+    assert state.hyperparams["log_rate"] != -3.0
+    np.testing.assert_array_equal(state.params, np.ones(3))
+    assert history.stop_reason == "num_steps"
+
+
+def test_an_iterator_that_ends_within_an_episode_leaves_whole_ones():
+    optimizer = hyperdistill()
+    source = data()
+    batches = iter([source(i) for i in range(15)])
+    with pytest.warns(RuntimeWarning, match="An iterator ended"):
+        state, history = run(optimizer, source=batches, chunk_size=100)
+    assert state.step == 12
+    assert history.stop_reason == "data exhausted"
+
+
+def test_estimation_period_none_keeps_the_weight():
+    optimizer = hyperdistill(period=None, distillation_weight=0.25)
+    _, history = run(optimizer)
+    np.testing.assert_array_equal(history["theta"], 0.25)
+    optimizer = hyperdistill(normalize=True, distillation_weight=0.25)
+    _, history = run(optimizer)
+    np.testing.assert_array_equal(history["theta"], 0.25)

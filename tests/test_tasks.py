@@ -1,0 +1,144 @@
+"""TaskBatched: every task is its own run, hyperparameters are shared, tasks are averaged."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import OUTER, make, relaxed, stack_of
+
+import gradhpo
+
+
+OPTIMIZERS = {
+    "greedy": lambda inner, outer: gradhpo.GreedyOptimizer(inner, outer, unroll_steps=3),
+    "HyperDistill": lambda inner, outer: gradhpo.OnlineHypergradientOptimizer(inner, outer),
+}
+
+
+def stacked(trees, axis=0):
+    return jax.tree.map(lambda *x: jnp.stack(x, axis), *trees)
+
+
+def assert_close(a, b, rtol=1e-12):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-14), a, b)
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_is_the_mean_of_single_tasks(name, getkey):
+    tasks = 2
+    problem, inner = make("dicts", "adam", getkey())
+    single = OPTIMIZERS[name](inner, relaxed(optax.sgd(0.1)))
+    together = gradhpo.TaskBatched(single, tasks)
+    steps = single.num_inner_steps
+    assert together.num_inner_steps == steps
+    batches = [stack_of(problem, steps, getkey()) for _ in range(tasks)]
+    val = [jax.tree.map(lambda x, i=i: x * (1 + 0.1 * i), problem.val_batch) for i in range(tasks)]
+    losses = (problem.train_loss, problem.val_loss)
+    train_batch = gradhpo.BatchStack(stacked([b.batches for b in batches], axis=1))
+    state = together.init(problem.params, problem.hyperparams)
+    alone = [single.init(problem.params, problem.hyperparams)] * tasks
+    for _ in range(2):
+        every = [
+            single.compute_hypergradient(alone[i], batches[i], val[i], *losses)
+            for i in range(tasks)
+        ]
+        mean = jax.tree.map(lambda x: jnp.mean(x, 0), stacked(every))
+        assert_close(
+            together.compute_hypergradient(state, train_batch, stacked(val), *losses), mean
+        )
+        alone = [single.step(alone[i], batches[i], val[i], *losses) for i in range(tasks)]
+        hyperparams = jax.tree.map(lambda h, g: h - 0.1 * g, state.hyperparams, mean)
+        alone = [s.update(hyperparams=hyperparams) for s in alone]
+        state = together.step(state, train_batch, stacked(val), *losses)
+        assert_close(state.hyperparams, hyperparams)
+        arrays = lambda tree: [x for x in jax.tree.leaves(tree) if hasattr(x, "dtype")]
+        for one in ("params", "inner_opt_state", "memory"):
+            expected = [jnp.stack(x) for x in zip(*(arrays(getattr(s, one)) for s in alone))]  # noqa: B905
+            assert_close(arrays(getattr(state, one)), expected)
+        for metric in ("train_loss", "val_loss", "param_norm"):
+            expected = np.mean([s.metadata[metric] for s in alone])
+            np.testing.assert_allclose(state.metadata[metric], expected, rtol=1e-12)
+    assert state.step == 2
+
+
+def train_loss(w, h, batch):
+    return jnp.mean((w * batch[0] + h - batch[1]) ** 2)
+
+
+def test_finite_differences_agree_with_the_exact_hypergradient(getkey):
+    exact = gradhpo.TaskBatched(gradhpo.UnrolledOptimizer(relaxed(optax.sgd(0.1)), OUTER, 4), 5)
+    batch = (jax.random.normal(getkey(), (5, 8)), jax.random.normal(getkey(), (5, 8)))
+    state = exact.init(jnp.ones(()), jnp.zeros(()))
+    arguments = (state, batch, batch, train_loss, train_loss)
+    np.testing.assert_allclose(
+        exact.compute_hypergradient(*arguments),
+        gradhpo.finite_difference_hypergradient(exact, *arguments),
+        rtol=1e-6,
+    )
+
+
+def test_what_has_no_task_axis_is_shared_and_keys_are_folded():
+    """A scalar serves all tasks; one PRNG key gives every task its own noise."""
+
+    def noisy(w, h, batch):
+        scale, key = batch
+        return scale * w * jax.random.normal(key, (), w.dtype) + 0 * h
+
+    optimizer = gradhpo.TaskBatched(gradhpo.OneStepOptimizer(optax.sgd(1.0)), 4)
+    state = optimizer.init(jnp.zeros(()), jnp.zeros(()))
+    val_loss = lambda w, h, batch: w**2 + h**2
+    batch = (jnp.asarray(2.0), jax.random.key(0))
+    after = optimizer.step(state, batch, None, noisy, val_loss, lr_hyper=0.1)
+    assert len(set(np.asarray(after.params).tolist())) == 4
+    stack = gradhpo.BatchStack((jnp.full(1, 2.0), jax.random.split(jax.random.key(0), 1)))
+    after = optimizer.step(state, stack, None, noisy, val_loss, lr_hyper=0.1)
+    assert len(set(np.asarray(after.params).tolist())) == 4
+
+
+def test_a_nan_in_one_task_costs_all_of_them_the_step():
+    optimizer = gradhpo.TaskBatched(gradhpo.OneStepOptimizer(optax.sgd(0.1)), 2)
+    state = optimizer.init(jnp.ones(()), jnp.zeros(()))
+    good = (jnp.ones((2, 3)), jnp.zeros((2, 3)))
+    bad = (good[0].at[1, 0].set(jnp.nan), good[1])
+    after = optimizer.step(state, bad, good, train_loss, train_loss, lr_hyper=0.1)
+    np.testing.assert_array_equal(after.params, state.params)
+    assert after.metadata["rejected"] == 1
+
+
+def test_what_users_put_into_metadata_stays_as_it_is():
+    optimizer = gradhpo.TaskBatched(
+        gradhpo.OnlineHypergradientOptimizer(optax.sgd(0.1), optax.sgd(0.1)), 2
+    )
+    state = optimizer.init(jnp.ones(()), jnp.zeros(()))
+    state = state.update(metadata={"note": jnp.asarray(3.0)})
+    batch = (jnp.ones((2, 3)), jnp.zeros((2, 3)))
+    losses = gradhpo.LossFunctions(train_loss, train_loss)
+    state, history = gradhpo.run(
+        optimizer, state, losses, batch, batch, num_steps=4, steps_per_episode=2, progress=False
+    )
+    assert state.metadata["note"] == 3.0
+    assert history["theta"].shape == (4,)
+
+
+def test_reptile_moves_to_the_mean_of_the_tasks():
+    """Cold inner problem: after one episode, phi + rate * (mean of w - phi), the same for all."""
+    optimizer = gradhpo.TaskBatched(
+        gradhpo.OneStepOptimizer(relaxed(optax.adam(0.1, eps_root=1e-16)), optax.sgd(0.0)), 3
+    )
+    state = optimizer.init(jnp.ones(2), jnp.zeros(2))
+    targets = jnp.array([[1.0, 2.0], [3.0, -1.0], [0.5, 0.0]])
+    loss = lambda w, h, batch: jnp.sum((w - batch) ** 2) + 0 * jnp.sum(h * w)
+    val_loss = lambda w, h, batch: jnp.sum(h**2) + jnp.sum(w**2)
+    losses = gradhpo.LossFunctions(loss, val_loss)
+    ended = state
+    for _ in range(3):
+        ended = optimizer.step(ended, targets, None, loss, val_loss)
+    state, _ = gradhpo.run(
+        optimizer, state, losses, targets, None, num_steps=3, steps_per_episode=3,
+        reptile_rate=0.25, progress=False,
+    )  # fmt: skip
+    expected = 0.75 * np.ones(2) + 0.25 * np.mean(ended.params, axis=0)
+    np.testing.assert_allclose(state.params, np.broadcast_to(expected, (3, 2)), rtol=1e-12)
+    fresh = optimizer.init(jnp.ones(2), jnp.zeros(2)).inner_opt_state
+    assert_close(state.inner_opt_state, fresh)
