@@ -65,6 +65,16 @@ def test_one_array_may_start_both_off():
     optimizer.init({"w": zeros, "b": zeros}, {"h": zeros})
 
 
+def test_a_learning_rate_for_every_parameter_is_a_tree_like_them():
+    net = eqx.nn.MLP(2, 1, 3, 1, key=jax.random.key(0), dtype=jnp.float64)
+    rates = jax.tree.map(jnp.ones_like, eqx.filter(net, eqx.is_inexact_array))
+    inner = lambda rates: optax.stateless(
+        lambda gradients, _: jax.tree.map(lambda r, g: -r * g, rates, gradients)
+    )
+    state = gradhpo.OneStepOptimizer(inner, optax.sgd(0.1)).init(net, rates)
+    assert jax.tree.structure(state.hyperparams) == jax.tree.structure(rates)
+
+
 def test_partition_works_while_tracing():
     split = lambda model: gradhpo.partition(model, lambda d: d["a"])[1]["a"] * 2
     assert jax.jit(split)({"a": jnp.asarray(2.0), "b": jnp.zeros(3)}) == 4

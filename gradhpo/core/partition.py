@@ -106,7 +106,8 @@ def check_disjoint(params: PyTree, hyperparams: PyTree) -> None:
     """Refuses hyperparameters that are parameters too, and the two in the wrong order."""
     (mine, shape_of_mine), (others, shape_of_others) = map(_with_holes, (params, hyperparams))
     halves = shape_of_mine == shape_of_others and any(x is None for x in others)
-    if halves and any(x is not None and y is not None for x, y in zip(mine, others, strict=True)):
+    # The very same arrays: a learning rate for each parameter is a tree like params on purpose.
+    if halves and any(eqx.is_array(x) and x is y for x, y in zip(mine, others, strict=True)):
         raise ValueError(
             "params still contains arrays of hyperparams, so they would be trained and tuned at "
             "once: write params, hyperparams = gradhpo.partition(model, where)"
