@@ -1,4 +1,4 @@
-"""`python -m benchmarks [flops units memory compile loop exact]`: all tables, or the named ones."""
+"""`python -m benchmarks [table ...]`: all tables, or the named ones."""
 
 import argparse
 import os
@@ -9,7 +9,7 @@ import jax
 import optax
 
 import gradhpo
-from benchmarks import compiled, timed
+from benchmarks import accuracy, compiled, distilled, timed
 
 
 TABLES = {
@@ -17,6 +17,8 @@ TABLES = {
     "units": compiled.print_units,
     "memory": compiled.print_memory,
     "compile": compiled.print_compile_times,
+    "distilled": distilled.print_distilled,
+    "accuracy": accuracy.print_accuracy,
     "loop": timed.print_loops,
     "exact": timed.print_exact,
 }

@@ -23,11 +23,18 @@ ALGORITHMS = {
     "FOOptimizer": (gradhpo.FOOptimizer(SGD), handwritten.first_order),
     "OneStepOptimizer": (gradhpo.OneStepOptimizer(SGD), handwritten.one_step),
     "T1T2Optimizer": (gradhpo.T1T2Optimizer(SGD), handwritten.t1_t2),
+    "GreedyOptimizer(20)": (gradhpo.GreedyOptimizer(SGD, unroll_steps=STEPS), handwritten.greedy),
+    "HyperDistill": (gradhpo.OnlineHypergradientOptimizer(SGD), handwritten.hyper_distill),
     "UnrolledOptimizer(20)": (
         gradhpo.UnrolledOptimizer(SGD, unroll_steps=STEPS),
         handwritten.unrolled,
     ),
 }
+
+
+def init_by_hand(name: str, the_job: Job):
+    distilled = name == "HyperDistill"
+    return (handwritten.init_distilled if distilled else handwritten.init)(the_job)
 
 
 class Program:
@@ -72,7 +79,7 @@ def step_programs(name: str, batch_size: int, *, depth: int = 1) -> tuple[Progra
     ours = Program(step, state, stack if many else single, the_job.val_batch)
     by_hand = write(the_job)
     batch = stack.batches if many else single
-    return ours, Program(by_hand, handwritten.init(the_job), batch, the_job.val_batch)
+    return ours, Program(by_hand, init_by_hand(name, the_job), batch, the_job.val_batch)
 
 
 def gradient_programs(batch_size: int, *, depth: int = 1) -> tuple[Program, Program]:
@@ -129,13 +136,18 @@ def print_flops() -> None:
 
 
 def gradients_per_step(name: str, batch_size: int, depth: int) -> float:
-    """Flops of a step without its validation gradient, in training gradients."""
+    """Flops of an inner step without its validation gradient, in training gradients."""
     train, val = gradient_programs(batch_size, depth=depth)
-    return (step_programs(name, batch_size, depth=depth)[0].flops - val.flops) / train.flops
+    # Greedy's program has its last step apart from the loop over the others.
+    bodies = 2 if name.startswith("Greedy") else 1
+    flops = step_programs(name, batch_size, depth=depth)[0].flops / bodies
+    return (flops - val.flops) / train.flops
 
 
 def print_units() -> None:
-    print("\nFlops of a step less one validation gradient, in training gradients (batch 128)")
+    print(
+        "\nFlops of an inner step less one validation gradient, in training gradients (batch 128)"
+    )
     for name in ALGORITHMS:
         units = (f"{gradients_per_step(name, 128, depth):6.2f}" for depth in (1, 3, 6))
         print(f"  {name:22} 1, 3, 6 hidden layers: {' '.join(units)}")

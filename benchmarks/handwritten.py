@@ -33,6 +33,11 @@ def init(job: Job):
     return w, tree(jnp.zeros_like, w), job.hyperparams, counters
 
 
+def init_distilled(job: Job):
+    w, m, h, (count, rejected) = init(job)
+    return w, m, h, (count, rejected, (w, jnp.zeros(()), jnp.asarray(0.1)))
+
+
 def sgd(w, m, g):
     m = tree(lambda m, g: MOMENTUM * m + g, m, g)
     return tree(lambda w, m: w - RATE * m, w, m), m
@@ -94,6 +99,68 @@ def t1_t2(job: Job):
         )
         quotient = tree(lambda a, b: (a - b) / (2 * scale), at(1.0), at(-1.0))
         return finish(state, new_w, m, tree(jnp.add, direct, quotient), value, val_value)
+
+    return step
+
+
+def greedy(job: Job):
+    train, val = losses(job)
+    discount = 0.9
+
+    def step(state, batches, val_batch):
+        w, m, h, _ = state
+
+        def advance(w, m, batch):
+            both = lambda w: jax.value_and_grad(train, argnums=(0, 1))(w, h, batch)
+            (value, (g, _)), push = jax.linearize(both, w)
+            return *sgd(w, m, g), value, push
+
+        def mixed(push, alpha):
+            return push(tree(lambda a: -RATE * a, alpha))[1][1]
+
+        def body(carry, batch):
+            w, m, total = carry
+            w, m, _, push = advance(w, m, batch)
+            term = mixed(push, jax.grad(val)(w, h, val_batch))
+            return (w, m, tree(lambda t, x: discount * t + x, total, term)), None
+
+        start = (w, m, tree(jnp.zeros_like, h))
+        before_last = tree(lambda x: x[:-1], batches)
+        (w, m, total), _ = jax.lax.scan(body, start, before_last)
+        w, m, value, push = advance(w, m, tree(lambda x: x[-1], batches))
+        val_value, (alpha, direct) = jax.value_and_grad(val, argnums=(0, 1))(w, h, val_batch)
+        add = lambda d, t, x: d + discount * t + x
+        g = tree(add, direct, total, mixed(push, alpha))
+        return finish(state, w, m, g, value, val_value)
+
+    return step
+
+
+def hyper_distill(job: Job):
+    """The fourth part of the state has the step count, the rejections, and (w*, t, theta)."""
+    train, val = losses(job)
+    discount = 0.99
+
+    def step(state, batch, val_batch):
+        w, m, h, (count, rejected, (w_star, t, theta)) = state
+        t = t + 1
+        total = (1 - discount**t) / (1 - discount)
+        share = discount * (1 - discount ** (t - 1)) / (1 - discount**t)
+        new_star = tree(lambda old, w: share * old + (1 - share) * w, w_star, w)
+        value, g = jax.value_and_grad(train)(w, h, batch)
+        new_w, m = sgd(w, m, g)
+        val_value, (alpha, direct) = jax.value_and_grad(val, argnums=(0, 1))(new_w, h, val_batch)
+        by_h = lambda w: jax.grad(train, argnums=1)(w, h, batch)
+        _, mixed = jax.jvp(by_h, (new_star,), (tree(lambda a: -RATE * a, alpha),))
+        hypergradient = tree(lambda d, x: d + theta * total * x, direct, mixed)
+        base = (w, state[1], h, (count, rejected))
+        (new_w, m, h, (count, rejected)), metrics = finish(
+            base, new_w, m, hypergradient, value, val_value
+        )
+        good = rejected == state[3][1]
+        pick = lambda new, before: tree(lambda a, b: jnp.where(good, a, b), new, before)
+        memory = pick((new_star, t, theta), state[3][2])
+        return (new_w, m, h, (count, rejected, memory)), metrics
 
     return step
 

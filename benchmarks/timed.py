@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 import gradhpo
-from benchmarks import handwritten
-from benchmarks.compiled import ALGORITHMS, exact_programs
+from benchmarks.compiled import ALGORITHMS, exact_programs, init_by_hand
 from benchmarks.problem import OUTER_RATE, job
 
 
@@ -56,7 +55,7 @@ def loop_pair(name: str, batch_size: int, num_steps: int):
 
         return jax.lax.scan(body, carry, None, length=num_steps)
 
-    start = handwritten.init(the_job)
+    start = init_by_hand(name, the_job)
 
     def theirs():
         data = the_job.train_data
@@ -70,7 +69,7 @@ def print_loops() -> None:
     print("\nSteady state of gradhpo.run against a hand-written lax.scan")
     for name in ALGORITHMS:
         for batch_size in (32, 128):
-            num_steps = 60 if "Unrolled" in name else 1_000
+            num_steps = 60 if "(20)" in name else 1_000
             a, b, ratio = alternating(*loop_pair(name, batch_size, num_steps), repeats=21)
             print(
                 f"  {name:22} batch {batch_size:4}  {1e6 * a / num_steps:8.0f} us a step"

@@ -152,11 +152,14 @@ def train_tuned(
 ) -> Result:
     """The example weights follow the hypergradient while the network trains."""
     params, hyperparams = gradhpo.partition(new_model(seed), lambda m: m.example_weights)
-    state = optimizer.init(params, hyperparams)
     source = gradhpo.ArrayData(
         (*data.train, jnp.arange(TRAIN_SIZE)), BATCH_SIZE, jax.random.key(seed)
     )
+    # The example batch and the key are for HyperDistill's distilled data; the others need none.
+    state = optimizer.init(params, hyperparams, batch=source(0), key=jax.random.key(seed))
+    episode = EPISODES.get(name)
     steps = inner_steps // optimizer.num_inner_steps
+    steps -= steps % (episode or 1)
     chunk = max(1, steps // 20)
     clock = [time.perf_counter()]
     print(f"seed {seed}, {name}")
@@ -167,6 +170,7 @@ def train_tuned(
         source,
         data.val,
         num_steps=steps,
+        steps_per_episode=episode,
         chunk_size=chunk,
         callbacks=[lambda state, metrics: clock.append(time.perf_counter())],
     )
@@ -187,10 +191,18 @@ OPTIMIZERS = {
     "tuned, first order": gradhpo.FOOptimizer(INNER_OPTIMIZER, optax.adam(0.02)),
     "tuned, one step": gradhpo.OneStepOptimizer(INNER_OPTIMIZER, optax.adam(0.02)),
     "tuned, T1-T2 (DARTS)": gradhpo.T1T2Optimizer(INNER_OPTIMIZER, optax.adam(0.02)),
+    "tuned, greedy over 10 steps": gradhpo.GreedyOptimizer(
+        INNER_OPTIMIZER, optax.adam(0.05), unroll_steps=10
+    ),
+    "tuned, HyperDistill": gradhpo.OnlineHypergradientOptimizer(
+        INNER_OPTIMIZER, optax.adam(0.02), estimation_period=5
+    ),
     "tuned, exact over 20 steps": gradhpo.UnrolledOptimizer(
         INNER_OPTIMIZER, optax.adam(0.05), unroll_steps=20
     ),
 }
+# HyperDistill looks back to the start of an episode; each goes on from the parameters before.
+EPISODES = {"tuned, HyperDistill": 20}
 
 
 def experiment(data: Data, inner_steps: int, seed: int) -> dict[str, Result | str]:

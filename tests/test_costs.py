@@ -9,6 +9,7 @@ from benchmarks.compiled import (
     gradients_per_step,
     step_programs,
 )
+from benchmarks.distilled import flops_ratio
 
 
 pytestmark = pytest.mark.usefixtures("as_a_user_has_it")
@@ -27,12 +28,20 @@ def test_flops_are_those_of_a_hand_written_program(name, batch_size):
         ("FOOptimizer", 1),
         ("OneStepOptimizer", 3),
         ("T1T2Optimizer", 3),
+        ("GreedyOptimizer(20)", 3),
+        ("HyperDistill", 4),
         ("UnrolledOptimizer(20)", 4),
     ],
 )
 def test_a_step_costs_a_few_gradients_of_a_deep_network(name, most):
-    """With the validation gradient on top: 4 for one step and T1-T2."""
+    """With the validation gradient on top: 4 for one step, T1-T2 and greedy, 5 for HyperDistill."""
     assert gradients_per_step(name, 128, depth=3) <= most
+
+
+@pytest.mark.parametrize(("optimizer_name", "most"), [("SGD", 1.25), ("Adam", 1.55)])
+@pytest.mark.parametrize(("batch_size", "depth"), [(32, 1), (128, 1), (128, 3)])
+def test_hyperdistill_costs_little_more_than_one_step(optimizer_name, most, batch_size, depth):
+    assert flops_ratio(optimizer_name, batch_size, depth) <= most
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,10 @@ def swapped():
     return init(hyperparams, params)
 
 
+def online(**changes):
+    return gradhpo.OnlineHypergradientOptimizer(SGD, **changes)
+
+
 def foreign_inner_state():
     adam = one_step(inner_optimizer=optax.adam(0.1))
     return step(optimizer=one_step(), state=adam.init(W, H))
@@ -288,6 +292,84 @@ MISUSES = {
     ),
     "ragged batches from an iterator": (
         lambda: run(iter([np.ones(3), np.ones(2)])), ValueError, "drop or pad the ragged last",
+    ),
+    "discount above one": (
+        lambda: gradhpo.GreedyOptimizer(SGD, gamma=1.1), ValueError, r"gamma must be in \[0, 1\]",
+    ),
+    "negative discount of HyperDistill": (
+        lambda: gradhpo.OnlineHypergradientOptimizer(SGD, gamma=-0.1), ValueError, "gamma must be",
+    ),
+    "no steps to go greedily": (
+        lambda: gradhpo.GreedyOptimizer(SGD, unroll_steps=0), ValueError, "unroll_steps",
+    ),
+    "no steps on the line": (
+        lambda: gradhpo.DrMADOptimizer(SGD, unroll_steps=0), ValueError, "unroll_steps",
+    ),
+    "no memory": (
+        lambda: gradhpo.OnlineHypergradientOptimizer(SGD, memory_size=0), ValueError, "memory_size",
+    ),
+    "weight that is no number": (
+        lambda: gradhpo.OnlineHypergradientOptimizer(SGD, distillation_weight=float("nan")),
+        ValueError, "distillation_weight must be finite",
+    ),
+    "period of nothing": (
+        lambda: gradhpo.OnlineHypergradientOptimizer(SGD, estimation_period=0), ValueError,
+        "estimation_period",
+    ),
+    "distilled data without a key": (
+        lambda: online().init(W, H, batch=B), ValueError, r"init got batch but no key",
+    ),
+    "a key without distilled data": (
+        lambda: online().init(W, H, key=jax.random.key(0)),
+        ValueError, "init got key but no batch",
+    ),
+    "distilled data of scalars": (
+        lambda: online().init(W, H, batch=1.0, key=jax.random.key(0)), ValueError,
+        r"init\(batch=...\) holds no array",
+    ),
+    "another batch than the distilled one": (
+        lambda: step(
+            online(), online().init(W, H, batch=jnp.ones(5), key=jax.random.key(0)), lr_hyper=0.1
+        ),
+        ValueError, "the training batch does not fit",
+    ),
+    "one batch to estimate on": (
+        lambda: online().estimate_theta(online().init(W, H), B, B, train_loss, val_loss),
+        TypeError, r"train_batches.*BatchStack",
+    ),
+    "no tasks": (lambda: gradhpo.TaskBatched(one_step(), 0), ValueError, "num_tasks"),
+    "tasks of tasks": (
+        lambda: gradhpo.TaskBatched(gradhpo.TaskBatched(one_step(), 2), 2), ValueError,
+        "one task axis is enough",
+    ),
+    "a batch without tasks": (
+        lambda: step(gradhpo.TaskBatched(one_step(), 2)), ValueError,
+        r"train_batch has shape \(3,\).*num_tasks=2 needs \[tasks",
+    ),
+    "a stack without tasks": (
+        lambda: step(
+            gradhpo.TaskBatched(one_step(), 2), train_batch=gradhpo.BatchStack(jnp.ones((1, 3)))
+        ),
+        ValueError, r"\[inner steps, tasks",
+    ),
+    "an optimizer class for tasks": (
+        lambda: gradhpo.TaskBatched(gradhpo.OneStepOptimizer, 2), TypeError, "optimizer",
+    ),
+    "steps that are not whole episodes": (
+        lambda: run(num_steps=5, steps_per_episode=2), ValueError, r"write num_steps=2 \* 2",
+    ),
+    "a rate without episodes": (
+        lambda: run(reptile_rate=0.5), ValueError, "pass steps_per_episode",
+    ),
+    "a rate above one": (
+        lambda: run(steps_per_episode=1, reptile_rate=1.5), ValueError, "reptile_rate must be in",
+    ),
+    "a state in the middle of an episode": (
+        lambda: gradhpo.run(
+            one_step(), step(), gradhpo.LossFunctions(train_loss, val_loss), B, B, num_steps=4,
+            steps_per_episode=2, progress=False,
+        ),
+        ValueError, r"taken 1 steps.*state\.update\(step=",
     ),
     "no steps": (lambda: run(num_steps=0), ValueError, "num_steps must be at least 1"),
     "chunk of nothing": (lambda: run(chunk_size=0), ValueError, "chunk_size must be at least 1"),

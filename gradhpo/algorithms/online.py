@@ -129,18 +129,19 @@ class OnlineHypergradientOptimizer(Algorithm):
 
     def _estimate(self, problem: Problem, memory: Memory) -> Estimate:
         phi, validation, (w, s), hyperparams = problem
-        t = memory["t"] + 1
-        distilled = _from_memory(memory).add(w, phi.batch(0), past_share(self.gamma, t))
+        dtype = memory["theta"].dtype
+        t, gamma = memory["t"] + 1, self.gamma.astype(dtype)
+        estimated = jnp.any(memory["sum_xx"] > 0)
+        theta = jnp.where(estimated, memory["theta"], self.distillation_weight.astype(dtype))
+
+        distilled = _from_memory(memory).add(w, phi.batch(0), past_share(gamma, t))
         z, train_loss = phi.step((w, s), hyperparams, 0)
         val_loss, alpha, direct = validation.value_and_grads(z[0], hyperparams)
         v = distilled.product(phi, s, hyperparams, 0, alpha)
-        estimated = jnp.any(memory["sum_xx"] > 0)
-        dtype = memory["theta"].dtype
-        theta = jnp.where(estimated, memory["theta"], self.distillation_weight.astype(dtype))
         if self.normalize:
-            scale, v = jnp.ones(()), tree_normalize(v)
+            scale, v = jnp.ones((), dtype), tree_normalize(v)
         else:
-            scale = theta * geometric_sum(self.gamma, t).astype(dtype)
+            scale = theta * geometric_sum(gamma, t)
         add = lambda direct, v: direct + scale.astype(v.dtype) * v
         hypergradient = jax.tree.map(add, direct, v)
         memory = memory | {"t": t, "theta": theta} | _as_memory(distilled)
@@ -195,6 +196,7 @@ class OnlineHypergradientOptimizer(Algorithm):
     def _fit(self, problem: Problem, memory: Memory, num_steps: int) -> Memory:
         phi, validation, z, hyperparams = problem
         dtype = memory["theta"].dtype
+        gamma = self.gamma.astype(dtype)
         end, _, line, kept = along_a_line(phi, z, hyperparams, num_steps)
         alpha = jax.grad(validation.loss)(end[0], hyperparams)
         _, last_s = line.at(jax.tree.map(lambda x: x[-1], kept), num_steps - 1)
@@ -203,14 +205,13 @@ class OnlineHypergradientOptimizer(Algorithm):
         def body(carry, at):
             bar, distilled, sum_xy, sum_xx = carry
             kept, t = at
-            ahead = num_steps - t  # how many steps, this one among them, are behind us
+            ahead = num_steps - t  # s of the paper: how many steps the way back has covered
             before = line.at(kept, t)
             bar = pull_step(phi, before, hyperparams, t, bar)
-            total = geometric_sum(self.gamma, ahead)
-            share = geometric_sum(self.gamma, ahead - 1) / total
+            total = geometric_sum(gamma, ahead)
+            share = geometric_sum(gamma, ahead - 1) / total
             distilled = distilled.add(before[0], phi.batch(t), share)
             v = distilled.product(phi, last_s, hyperparams, t, alpha)
-            total = total.astype(dtype)
             # x y = (|v| total) (v . g / |v|): no norm is needed, and v = 0 adds nothing.
             sum_xy += total * tree_dot(v, bar[2]).astype(dtype)
             sum_xx += total**2 * tree_dot(v, v).astype(dtype)

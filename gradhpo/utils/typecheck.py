@@ -28,6 +28,7 @@ _REMEDIES = {
     "(state, train_batch, val_batch, train_loss_fn, val_loss_fn)",
     "val_loss_fn": "a function (params, hyperparams, batch) -> scalar; the order of arguments is "
     "(state, train_batch, val_batch, train_loss_fn, val_loss_fn)",
+    "train_batches": "gradhpo.BatchStack.of([b1, b2, ...]), one batch for each step of an episode",
     "callbacks": "a list of functions (state, metrics) -> bool | None: callbacks=[callback]",
     "where": "a function of the model: lambda m: m.log_weight_decay",
     "inner_optimizer": "an optax transformation such as optax.sgd(0.1), or a function of the "

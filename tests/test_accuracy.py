@@ -1,0 +1,17 @@
+"""Which cheap hypergradient is nearer to the exact one (benchmarks/ has the whole table)."""
+
+import numpy as np
+import pytest
+
+from benchmarks.accuracy import PROBLEMS, cosines
+
+
+@pytest.mark.usefixtures("as_a_user_has_it")
+@pytest.mark.parametrize("name", ["layers, digits"])
+def test_the_order_is_that_of_the_paper(name):
+    """Figure 3 of HyperDistill's paper: DrMAD, HyperDistill, one step, first order."""
+    found = cosines(PROBLEMS[name](seed=0), counts=(10, 20), gamma=0.99)
+    medians = [np.median(values) for values in found.values()]
+    assert list(found)[:3] == ["DrMAD", "HyperDistill", "one step"]
+    assert medians == sorted(medians, reverse=True)
+    assert medians[0] > 0.9
