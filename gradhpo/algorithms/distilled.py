@@ -1,4 +1,4 @@
-"""The one point and the one batch that stand for a whole stretch of training (HyperDistill)."""
+"""One point and one batch that stand for a stretch of training, and the regression on them."""
 
 import dataclasses
 from typing import Any
@@ -10,8 +10,16 @@ from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from gradhpo.core.inner import InnerUpdate
 from gradhpo.core.inner_optimizer import cast_like
+from gradhpo.core.problem import Problem
+from gradhpo.core.reverse import along_a_line, cotangent_at_end, pull_step
 from gradhpo.core.types import BatchStack
-from gradhpo.utils.gradients import accumulation_dtype, tree_lerp
+from gradhpo.utils.gradients import (
+    accumulation_dtype,
+    geometric_sum,
+    tree_dot,
+    tree_lerp,
+    tree_zeros_like,
+)
 from gradhpo.utils.keys import is_key
 from gradhpo.utils.validation import check_leading_axis, check_same_structure
 
@@ -86,6 +94,40 @@ class Distilled(eqx.Module):
             phi, t = dataclasses.replace(phi, train_batch=stack), 0
         _, _, pull = phi.vjp((cast_like(self.w_star, alpha), s), hyperparams, t)
         return pull(alpha)[2]
+
+
+def regress(
+    problem: Problem, distilled: Distilled, gamma: Float[Array, ""], num_steps: int
+) -> tuple[Array, Array, Array | None]:
+    r"""$\sum_s x_s y_s$ and $\sum_s x_s^2$ of one episode (algorithm 4), and the next key.
+
+    On the way back along the line, after s steps, `bar` has the hypergradient $g^{SO}_s$ of
+    the last s steps, and `distilled` what their distilled point and data would be.
+    """
+    phi, validation, z, hyperparams = problem
+    end, _, line, kept = along_a_line(phi, z, hyperparams, num_steps)
+    alpha = jax.grad(validation.loss)(end[0], hyperparams)
+    _, last_s = line.at(jax.tree.map(lambda x: x[-1], kept), num_steps - 1)
+    bar = cotangent_at_end(alpha, end[1], tree_zeros_like(hyperparams))
+
+    def body(carry, at):
+        bar, distilled, sum_xy, sum_xx = carry
+        kept, t = at
+        before, s = line.at(kept, t), num_steps - t
+        bar = pull_step(phi, before, hyperparams, t, bar)
+        total = geometric_sum(gamma, s)
+        distilled = distilled.add(before[0], phi.batch(t), geometric_sum(gamma, s - 1) / total)
+        v = distilled.product(phi, last_s, hyperparams, t, alpha)
+        # x y = (|v| total) (v . g / |v|): no norm is needed, and v = 0 adds nothing.
+        sum_xy += total * tree_dot(v, bar[2]).astype(gamma.dtype)
+        sum_xx += total**2 * tree_dot(v, v).astype(gamma.dtype)
+        return (bar, distilled, sum_xy, sum_xx), None
+
+    zero = jnp.zeros((), gamma.dtype)
+    (_, distilled, sum_xy, sum_xx), _ = jax.lax.scan(
+        body, (bar, distilled, zero, zero), (kept, jnp.arange(num_steps)), reverse=True
+    )
+    return sum_xy, sum_xx, distilled.key
 
 
 def _is_examples(x: Any) -> bool:

@@ -6,20 +6,17 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from gradhpo.algorithms.distilled import Distilled
+from gradhpo.algorithms.distilled import Distilled, regress
 from gradhpo.core.algorithm import Algorithm
 from gradhpo.core.outer import Estimate
 from gradhpo.core.problem import Problem, Sees, bind
-from gradhpo.core.reverse import along_a_line, cotangent_at_end, pull_step
 from gradhpo.core.state import BilevelState, Memory
 from gradhpo.core.types import BatchStack, InnerOptimizer, LossFn, UpdateFn
 from gradhpo.utils.gradients import (
     accumulation_dtype,
     geometric_sum,
     past_share,
-    tree_dot,
     tree_normalize,
-    tree_zeros_like,
 )
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import check_count, check_setting, numbers_as_arrays, setting
@@ -194,34 +191,8 @@ class OnlineHypergradientOptimizer(Algorithm):
         return jax.lax.cond(due, lambda: self._fit(problem, memory, num_steps), lambda: memory)
 
     def _fit(self, problem: Problem, memory: Memory, num_steps: int) -> Memory:
-        phi, validation, z, hyperparams = problem
-        dtype = memory["theta"].dtype
-        gamma = self.gamma.astype(dtype)
-        end, _, line, kept = along_a_line(phi, z, hyperparams, num_steps)
-        alpha = jax.grad(validation.loss)(end[0], hyperparams)
-        _, last_s = line.at(jax.tree.map(lambda x: x[-1], kept), num_steps - 1)
-        bar = cotangent_at_end(alpha, end[1], tree_zeros_like(hyperparams))
-
-        def body(carry, at):
-            bar, distilled, sum_xy, sum_xx = carry
-            kept, t = at
-            ahead = num_steps - t  # s of the paper: how many steps the way back has covered
-            before = line.at(kept, t)
-            bar = pull_step(phi, before, hyperparams, t, bar)
-            total = geometric_sum(gamma, ahead)
-            share = geometric_sum(gamma, ahead - 1) / total
-            distilled = distilled.add(before[0], phi.batch(t), share)
-            v = distilled.product(phi, last_s, hyperparams, t, alpha)
-            # x y = (|v| total) (v . g / |v|): no norm is needed, and v = 0 adds nothing.
-            sum_xy += total * tree_dot(v, bar[2]).astype(dtype)
-            sum_xx += total**2 * tree_dot(v, v).astype(dtype)
-            return (bar, distilled, sum_xy, sum_xx), None
-
-        zero = jnp.zeros((), dtype)
-        (_, distilled, sum_xy, sum_xx), _ = jax.lax.scan(
-            body, (bar, _from_memory(memory), zero, zero), (kept, jnp.arange(num_steps)),
-            length=num_steps, reverse=True,
-        )  # fmt: skip
+        gamma = self.gamma.astype(memory["theta"].dtype)
+        sum_xy, sum_xx, key = regress(problem, _from_memory(memory), gamma, num_steps)
         pooled_xy = jnp.roll(memory["sum_xy"], 1).at[0].set(sum_xy)
         pooled_xx = jnp.roll(memory["sum_xx"], 1).at[0].set(sum_xx)
         theta = jnp.sum(pooled_xy) / jnp.sum(pooled_xx)
@@ -231,11 +202,9 @@ class OnlineHypergradientOptimizer(Algorithm):
             "theta": jnp.where(usable, theta, memory["theta"]),
             "sum_xy": jnp.where(usable, pooled_xy, memory["sum_xy"]),
             "sum_xx": jnp.where(usable, pooled_xx, memory["sum_xx"]),
-            "theta_rejected": memory["theta_rejected"] + (~finite).astype(dtype),
+            "theta_rejected": memory["theta_rejected"] + (~finite).astype(theta.dtype),
         }
-        if distilled.key is not None:
-            fitted["key"] = distilled.key
-        return memory | fitted
+        return memory | fitted | ({} if key is None else {"key": key})
 
 
 @eqx.filter_jit
