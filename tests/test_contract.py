@@ -101,8 +101,9 @@ def test_converges_on_a_quadratic(name):
 
 # Tasks are in test_tasks.py, each held against its own run.
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "tasks"])
-@pytest.mark.parametrize("problem_name", ["optimizer", "dicts"])
-@pytest.mark.parametrize("optimizer_name", ["momentum", "adam"])
+@pytest.mark.parametrize(
+    ("problem_name", "optimizer_name"), [("optimizer", "adam"), ("dicts", "momentum")]
+)
 def test_filtered_models_dicts_and_stateful_optimizers(name, problem_name, optimizer_name, getkey):
     """Runs; advances optimizer state; step follows compute_hypergradient, from the first on."""
     problem, inner = make(problem_name, optimizer_name, getkey())

@@ -15,10 +15,10 @@ from benchmarks.distilled import flops_ratio
 pytestmark = pytest.mark.usefixtures("as_a_user_has_it")
 
 
-@pytest.mark.parametrize("batch_size", [32, 1_000])
 @pytest.mark.parametrize("name", list(ALGORITHMS))
-def test_flops_are_those_of_a_hand_written_program(name, batch_size):
-    ours, by_hand = step_programs(name, batch_size)
+def test_flops_are_those_of_a_hand_written_program(name):
+    """A small batch, where what the library adds weighs most."""
+    ours, by_hand = step_programs(name, 32)
     assert ours.flops <= 1.05 * by_hand.flops
 
 
@@ -39,7 +39,7 @@ def test_a_step_costs_a_few_gradients_of_a_deep_network(name, most):
 
 
 @pytest.mark.parametrize(("optimizer_name", "most"), [("SGD", 1.25), ("Adam", 1.55)])
-@pytest.mark.parametrize(("batch_size", "depth"), [(32, 1), (128, 1), (128, 3)])
+@pytest.mark.parametrize(("batch_size", "depth"), [(128, 1), (128, 3)])
 def test_hyperdistill_costs_little_more_than_one_step(optimizer_name, most, batch_size, depth):
     assert flops_ratio(optimizer_name, batch_size, depth) <= most
 
