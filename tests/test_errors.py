@@ -337,6 +337,38 @@ MISUSES = {
         lambda: online().estimate_theta(online().init(W, H), B, B, train_loss, val_loss),
         TypeError, r"train_batches.*BatchStack",
     ),
+    "HyperDistill with a state of one step": (
+        lambda: step(online(outer_optimizer=SGD), one_step().init(W, H)), ValueError,
+        r"state.metadata does not fit(.|\n)*init\(params, hyperparams\)",
+    ),
+    "tasks with a state of one": (
+        lambda: step(gradhpo.TaskBatched(one_step(), 3), one_step().init(W, H)), ValueError,
+        "made without a task axis.*num_tasks=3",
+    ),
+    "other tasks": (
+        lambda: step(
+            gradhpo.TaskBatched(one_step(), 3), gradhpo.TaskBatched(one_step(), 2).init(W, H)
+        ),
+        ValueError, "made for 2 tasks",
+    ),
+    "a data source as example batch": (
+        lambda: online().init(W, H, batch=lambda i: B, key=jax.random.key(0)), TypeError,
+        r"init\(batch=...\) is a function or a data source",
+    ),
+    "a stack as example batch": (
+        lambda: online().init(W, H, batch=gradhpo.BatchStack(B), key=jax.random.key(0)), TypeError,
+        r"init\(batch=...\) is a BatchStack",
+    ),
+    "part of the way from nowhere": (
+        lambda: one_step().restart(one_step().init(W, H), reptile_rate=0.5), ValueError,
+        r"restart\(state, start_of_episode.params",
+    ),
+    "theta of one step": (
+        lambda: gradhpo.TaskBatched(one_step(), 2).estimate_theta(
+            one_step().init(W, H), gradhpo.BatchStack(B), None, train_loss, val_loss
+        ),
+        TypeError, "has no theta to estimate",
+    ),
     "no tasks": (lambda: gradhpo.TaskBatched(one_step(), 0), ValueError, "num_tasks"),
     "tasks of tasks": (
         lambda: gradhpo.TaskBatched(gradhpo.TaskBatched(one_step(), 2), 2), ValueError,
@@ -369,7 +401,7 @@ MISUSES = {
             one_step(), step(), gradhpo.LossFunctions(train_loss, val_loss), B, B, num_steps=4,
             steps_per_episode=2, progress=False,
         ),
-        ValueError, r"taken 1 steps.*state\.update\(step=",
+        ValueError, r"taken 1 steps.*restart\(state\)\.update\(step=",
     ),
     "no steps": (lambda: run(num_steps=0), ValueError, "num_steps must be at least 1"),
     "chunk of nothing": (lambda: run(chunk_size=0), ValueError, "chunk_size must be at least 1"),

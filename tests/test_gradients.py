@@ -96,6 +96,16 @@ def test_w_star_is_the_exponentially_weighted_mean(gamma, getkey):
         np.testing.assert_allclose(w_star, expected, rtol=1e-10)
 
 
+@pytest.mark.parametrize("gamma", [1e-8, 1e-20, 1e-3])
+def test_next_to_zero_nothing_is_nan(gamma):
+    gamma = jnp.asarray(gamma, jnp.float32)
+    for t in (0, 1, 2, 50):
+        exact = sum(float(gamma) ** i for i in range(t))
+        np.testing.assert_allclose(geometric_sum(gamma, t), exact, rtol=1e-6)
+    new = gradhpo.update_w_star(jnp.full(2, jnp.nan), jnp.ones(2), gamma, 1)
+    np.testing.assert_array_equal(new, np.ones(2))
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 0.999999, 1.0])
 @pytest.mark.parametrize("t", [0, 1, 2, 1000])

@@ -97,7 +97,7 @@ def linear_estimation(flat, batches, gamma, choose=None):
     d, h, total = Jacobians(flat), flat.h0, len(batches)
     z = flat.z0
     for t in range(total):
-        z = np.asarray(flat.phi(z, h, t, batches[t]))
+        before_end, z = z, np.asarray(flat.phi(z, h, t, batches[t]))
     z_0, z_end = flat.z0, z
     alpha_end = np.asarray(d.alpha(z_end[: flat.size_w], h))
     bar = np.concatenate([alpha_end, np.zeros(z_0.size - flat.size_w)])
@@ -112,7 +112,7 @@ def linear_estimation(flat, batches, gamma, choose=None):
         w_before = before[: flat.size_w]
         w_star = w_before if s == 1 else p * w_star + (1 - p) * w_before
         d_star = batches[t - 1] if choose is None else choose(d_star, batches[t - 1], p, s)
-        at = np.concatenate([w_star, line(total - 1)[flat.size_w :]])
+        at = np.concatenate([w_star, before_end[flat.size_w :]])  # the true s_{T-1}
         v = alpha_end @ np.asarray(d.b(at, h, total - 1, d_star))[: flat.size_w]
         xs.append(np.linalg.norm(v) * (1 - gamma**s) / (1 - gamma))
         ys.append(v / np.linalg.norm(v) @ second_order)
@@ -197,6 +197,18 @@ def test_theta_is_algorithm_4(name, getkey):
     np.testing.assert_allclose(after.metadata["theta"], (xy + xy_2) / (xx + xx_2), rtol=1e-10)
     after = optimizer.estimate_theta(after, shorter, *arguments)
     np.testing.assert_allclose(after.metadata["theta"], xy_2 / xx_2, rtol=1e-10)
+
+
+def test_theta_without_memory(getkey):
+    """At gamma = 0 the distilled point is the last one, and every factor is 1."""
+    problem, inner, stack = problem_named("quadratic", 5, getkey)
+    flat, batches = flattened(problem, inner), [stack.at(t) for t in range(5)]
+    optimizer = gradhpo.OnlineHypergradientOptimizer(inner, gamma=0.0)
+    state = optimizer.init(problem.params, problem.hyperparams)
+    losses = (problem.train_loss, problem.val_loss)
+    theta = optimizer.estimate_theta(state, stack, None, *losses).metadata["theta"]
+    xy, xx = linear_estimation(flat, batches, 1e-300)
+    np.testing.assert_allclose(theta, xy / xx, rtol=1e-10)
 
 
 def test_theta_with_distilled_data_is_algorithm_4_with_these_draws():

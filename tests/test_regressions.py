@@ -152,3 +152,64 @@ def test_warnings_about_blind_methods_come_once():
     assert len(caught) == 1
     assert caught[0].filename == __file__
     optimizer.step(state, None, None, loss, loss)  # another trace: a warning would be an error
+
+
+# What review found in HyperDistill, its data and its tasks.
+
+
+def masked_loss(w, h, batch):
+    return jnp.mean(jnp.where(jnp.isnan(batch), 0.0, w - h) ** 2)
+
+
+def plain_loss(w, h, batch):
+    return jnp.sum((w - 1) ** 2)
+
+
+def test_missing_values_in_distilled_data_are_no_failure():
+    optimizer = gradhpo.OnlineHypergradientOptimizer(optax.sgd(0.1), optax.sgd(0.1))
+    one, other = jnp.zeros((4, 3)).at[0].set(jnp.nan), jnp.zeros((4, 3)).at[2].set(jnp.nan)
+    state = optimizer.init(jnp.ones(3), jnp.zeros(3), batch=one, key=jax.random.key(0))
+    for batch in (one, other, one, other):
+        state = optimizer.step(state, batch, None, masked_loss, plain_loss)
+    assert state.metadata["rejected"] == 0
+
+
+@pytest.mark.parametrize("note", ["hello", 1.0, jnp.nan, jnp.asarray(jnp.nan)])
+def test_an_algorithm_with_memory_leaves_what_users_note_alone(note):
+    optimizer = gradhpo.OnlineHypergradientOptimizer(optax.sgd(0.1), optax.sgd(0.1))
+    state = optimizer.init(jnp.ones(3), jnp.zeros(3)).update(metadata={"note": note})
+    batch, losses = jnp.ones(3), gradhpo.LossFunctions(masked_loss, plain_loss)
+    after = optimizer.step(state, batch, None, masked_loss, plain_loss)
+    assert after.metadata["rejected"] == 0
+    assert type(after.metadata["note"]) is type(note)
+    state, _ = gradhpo.run(
+        optimizer, state, losses, batch, None, num_steps=4, steps_per_episode=2, progress=False
+    )
+    assert state.metadata["rejected"] == 0
+
+
+def test_other_leaves_of_a_batch_reach_the_loss_as_they_are():
+    modes = []
+
+    def train_loss(w, h, batch):
+        modes.append(batch["mode"])
+        return jnp.mean((batch["x"] @ w - jnp.sum(h)) ** 2)
+
+    optimizer = gradhpo.OnlineHypergradientOptimizer(optax.sgd(0.1), optax.sgd(0.1))
+    batch = {"x": jnp.ones((4, 3)), "mode": "train"}
+    state = optimizer.init(jnp.ones(3), jnp.zeros(3), batch=batch, key=jax.random.key(0))
+    optimizer.step(state, batch, None, train_loss, plain_loss)
+    assert set(modes) == {"train"}
+
+
+def test_the_smallest_discounts_survive_an_episode():
+    optimizer = gradhpo.OnlineHypergradientOptimizer(
+        optax.sgd(0.1), optax.sgd(0.1), gamma=np.float32(1e-8)
+    )
+    start = optimizer.init(jnp.ones(3, jnp.float32), jnp.zeros(3, jnp.float32))
+    losses = gradhpo.LossFunctions(masked_loss, plain_loss)
+    state, _ = gradhpo.run(
+        optimizer, start, losses, jnp.ones(3, jnp.float32), None, num_steps=8,
+        steps_per_episode=4, progress=False,
+    )  # fmt: skip
+    assert state.metadata["rejected"] == 0

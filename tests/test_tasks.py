@@ -54,8 +54,11 @@ def test_is_the_mean_of_single_tasks(name, getkey):
         assert_close(state.hyperparams, hyperparams)
         arrays = lambda tree: [x for x in jax.tree.leaves(tree) if hasattr(x, "dtype")]
         for one in ("params", "inner_opt_state", "memory"):
-            expected = [jnp.stack(x) for x in zip(*(arrays(getattr(s, one)) for s in alone))]  # noqa: B905
-            assert_close(arrays(getattr(state, one)), expected)
+            found = getattr(state, one)
+            if one == "memory":
+                found = {name: value for name, value in found.items() if name != "task"}
+            expected = stacked([getattr(s, one) for s in alone])
+            assert_close(arrays(found), arrays(expected))
         for metric in ("train_loss", "val_loss", "param_norm"):
             expected = np.mean([s.metadata[metric] for s in alone])
             np.testing.assert_allclose(state.metadata[metric], expected, rtol=1e-12)
@@ -94,6 +97,67 @@ def test_what_has_no_task_axis_is_shared_and_keys_are_folded():
     stack = gradhpo.BatchStack((jnp.full(1, 2.0), jax.random.split(jax.random.key(0), 1)))
     after = optimizer.step(state, stack, None, noisy, val_loss, lr_hyper=0.1)
     assert len(set(np.asarray(after.params).tolist())) == 4
+
+
+def folded(key, *numbers):
+    for number in numbers:
+        key = jax.random.fold_in(key, number)
+    return key
+
+
+@pytest.mark.parametrize("keep_data", [False, True])
+def test_theta_of_every_task_is_that_of_its_own_run(keep_data):
+    """Three sources of batches; a fixed one has a PRNG key in it."""
+    single = gradhpo.OnlineHypergradientOptimizer(optax.sgd(0.05), optax.sgd(0.0), gamma=0.9)
+    together = gradhpo.TaskBatched(single, 2)
+    table = jax.random.normal(jax.random.key(3), (6, 2, 4), jnp.float64)
+
+    def noisy(w, h, batch):
+        x, key = batch
+        noise = jax.random.normal(key, (), w.dtype)
+        return jnp.mean((x * w * (1 + 0.1 * noise) - h) ** 2)
+
+    val_loss = lambda w, h, batch: (w - 1) ** 2
+    losses = gradhpo.LossFunctions(noisy, val_loss)
+    settings = {"num_steps": 6, "steps_per_episode": 6, "reptile_rate": 0.0, "progress": False}
+    kwargs = {}
+    if keep_data:
+        kwargs = {"batch": (table[0], jax.random.key(0)), "key": jax.random.key(5)}
+    fixed = (table[0], jax.random.key(1))
+    state = together.init(jnp.ones(()), jnp.zeros(()), **kwargs)
+    after, history = gradhpo.run(together, state, losses, fixed, None, **settings)
+    thetas = []
+    for task in range(2):
+        # The key of step t: folded with the step, the task, and the (only) inner step.
+        key_of = lambda t, i=task: folded(jax.random.key(1), t, i, 0)
+        stack = gradhpo.BatchStack.of([(table[0, task], key_of(t)) for t in range(6)])
+        own = {}
+        if keep_data:
+            own = {"batch": stack.at(0), "key": jax.random.split(jax.random.key(5), 2)[task]}
+        one = single.init(jnp.ones(()), jnp.zeros(()), **own)
+        one = single.estimate_theta(one, stack, None, noisy, val_loss)
+        thetas.append(one.metadata["theta"])
+    np.testing.assert_allclose(after.metadata["theta"], thetas, rtol=1e-10)
+    np.testing.assert_allclose(history["theta"], np.mean(thetas), rtol=1e-10)
+    # And the same by the public method, tasks side by side.
+    keys = [[folded(jax.random.key(1), t, i, 0) for i in range(2)] for t in range(6)]
+    keys = jnp.stack([jnp.stack(of_step) for of_step in keys])
+    stack = gradhpo.BatchStack((jnp.stack([table[0]] * 6), keys))
+    public = together.estimate_theta(state, stack, None, noisy, val_loss)
+    np.testing.assert_allclose(public.metadata["theta"], thetas, rtol=1e-10)
+
+
+def test_tasks_that_start_apart_restart_together():
+    optimizer = gradhpo.TaskBatched(gradhpo.OneStepOptimizer(optax.sgd(0.1), optax.sgd(0.1)), 2)
+    state = optimizer.init(jnp.ones(2), jnp.zeros(2))
+    state = state.update(params=jnp.array([[1.0, 1.0], [2.0, 2.0]]))
+    loss = lambda w, h, batch: jnp.sum((w - h) ** 2)
+    losses = gradhpo.LossFunctions(loss, loss)
+    state, _ = gradhpo.run(
+        optimizer, state, losses, None, None, num_steps=2, steps_per_episode=2, reptile_rate=0.5,
+        progress=False,
+    )  # fmt: skip
+    np.testing.assert_array_equal(state.params[0], state.params[1])
 
 
 def test_a_nan_in_one_task_costs_all_of_them_the_step():

@@ -12,7 +12,7 @@ from gradhpo.core.inner import InnerUpdate
 from gradhpo.core.inner_optimizer import cast_like
 from gradhpo.core.problem import Problem
 from gradhpo.core.reverse import along_a_line, cotangent_at_end, pull_step
-from gradhpo.core.types import BatchStack
+from gradhpo.core.types import DrawnStack
 from gradhpo.utils.gradients import (
     accumulation_dtype,
     geometric_sum,
@@ -90,8 +90,8 @@ class Distilled(eqx.Module):
         """
         if self.d_star is not None:
             batch = eqx.combine(self.d_star, phi.batch(t))
-            stack = BatchStack(jax.tree.map(lambda x: x[None] if eqx.is_array(x) else x, batch))
-            phi, t = dataclasses.replace(phi, train_batch=stack), 0
+            # Not the batch itself: its keys have been folded with t already.
+            phi = dataclasses.replace(phi, train_batch=DrawnStack(lambda t: batch))
         _, _, pull = phi.vjp((cast_like(self.w_star, alpha), s), hyperparams, t)
         return pull(alpha)[2]
 
@@ -105,9 +105,8 @@ def regress(
     the last s steps, and `distilled` what their distilled point and data would be.
     """
     phi, validation, z, hyperparams = problem
-    end, _, line, kept = along_a_line(phi, z, hyperparams, num_steps)
+    (_, last_s), end, _, line, kept = along_a_line(phi, z, hyperparams, num_steps)
     alpha = jax.grad(validation.loss)(end[0], hyperparams)
-    _, last_s = line.at(jax.tree.map(lambda x: x[-1], kept), num_steps - 1)
     bar = cotangent_at_end(alpha, end[1], tree_zeros_like(hyperparams))
 
     def body(carry, at):

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, PyTree
 
 from gradhpo.algorithms.distilled import Distilled, regress
 from gradhpo.core.algorithm import Algorithm
+from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.outer import Estimate
 from gradhpo.core.problem import Problem, Sees, bind
 from gradhpo.core.state import BilevelState, Memory
@@ -41,7 +42,8 @@ class OnlineHypergradientOptimizer(Algorithm):
 
     - `inner_optimizer`, `outer_optimizer`, `update_fn`: as for
         [`FOOptimizer`][gradhpo.FOOptimizer].
-    - `distillation_weight`: $\theta$ before its first estimate, shape `()`.
+    - `distillation_weight`: $\theta$ before its first estimate, shape `()`. To set $\theta$ by
+        hand set this; what is written into the metadata is overwritten.
     - `memory_size`: over how many past estimations $\theta$ is fitted (1: the paper).
     - `gamma`: the discount $\gamma \in [0, 1]$, shape `()`. At 0, with
         `distillation_weight=1`, this is [`OneStepOptimizer`][gradhpo.OneStepOptimizer]; at 1
@@ -118,7 +120,8 @@ class OnlineHypergradientOptimizer(Algorithm):
             "sum_xy": jnp.zeros(self.memory_size, dtype),
             "sum_xx": jnp.zeros(self.memory_size, dtype),
         }
-        return memory | _as_memory(Distilled.create(w, batch, key))
+        kept, examples = _as_memory(Distilled.create(w, batch, key))
+        return memory | kept | examples
 
     def _restart_memory(self, memory, w) -> Memory:
         # At t = 1 the distilled point and data are replaced whole: nothing old is looked at.
@@ -136,13 +139,14 @@ class OnlineHypergradientOptimizer(Algorithm):
         val_loss, alpha, direct = validation.value_and_grads(z[0], hyperparams)
         v = distilled.product(phi, s, hyperparams, 0, alpha)
         if self.normalize:
-            scale, v = jnp.ones((), dtype), tree_normalize(v)
+            scale, v = jnp.ones((), dtype), tree_normalize(v, jnp.finfo(dtype).tiny)
         else:
             scale = theta * geometric_sum(gamma, t)
         add = lambda direct, v: direct + scale.astype(v.dtype) * v
         hypergradient = jax.tree.map(add, direct, v)
-        memory = memory | {"t": t, "theta": theta} | _as_memory(distilled)
-        return Estimate(z, memory, hypergradient, train_loss, val_loss)
+        memory, examples = _as_memory(distilled)
+        memory |= {"t": t, "theta": theta}
+        return Estimate(z, memory, hypergradient, train_loss, val_loss, examples)
 
     def estimate_theta(
         self,
@@ -176,19 +180,24 @@ class OnlineHypergradientOptimizer(Algorithm):
         state = optimizer.estimate_theta(state, batches, jnp.ones(3), loss, loss)
         ```
         """
-        return _estimate_theta(
-            self,
-            state,
-            numbers_as_arrays(train_batches),
-            numbers_as_arrays(val_batch),
-            train_loss_fn,
-            val_loss_fn,
+        return compiled_estimate(self, state, train_batches, val_batch, train_loss_fn, val_loss_fn)
+
+    def _with_theta(
+        self, state, train_batches, val_batch, train_loss_fn, val_loss_fn
+    ) -> BilevelState:
+        steps = train_batches.num_steps
+        problem = bind(
+            self, state, train_batches, val_batch, train_loss_fn, val_loss_fn, num_steps=steps
         )
+        return state.update(metadata=self._fit(problem, state.memory, steps))
 
     def _prepare(self, problem: Problem, memory: Memory, step: Array, num_steps: int) -> Memory:
         assert self.estimation_period is not None
         due = step % (self.estimation_period * num_steps) == 0
-        return jax.lax.cond(due, lambda: self._fit(problem, memory, num_steps), lambda: memory)
+        steps = num_steps * self.num_inner_steps
+        fitted = ("theta", "theta_rejected", "sum_xy", "sum_xx", "key")
+        as_it_was = {name: memory[name] for name in fitted if name in memory}
+        return jax.lax.cond(due, lambda: self._fit(problem, memory, steps), lambda: as_it_was)
 
     def _fit(self, problem: Problem, memory: Memory, num_steps: int) -> Memory:
         gamma = self.gamma.astype(memory["theta"].dtype)
@@ -204,30 +213,44 @@ class OnlineHypergradientOptimizer(Algorithm):
             "sum_xx": jnp.where(usable, pooled_xx, memory["sum_xx"]),
             "theta_rejected": memory["theta_rejected"] + (~finite).astype(theta.dtype),
         }
-        return memory | fitted | ({} if key is None else {"key": key})
+        return fitted | ({} if key is None else {"key": key})
 
 
-@eqx.filter_jit
-@checked
-def _estimate_theta(
-    optimizer: OnlineHypergradientOptimizer,
+def compiled_estimate(
+    optimizer: BilevelOptimizer,
     state: BilevelState,
     train_batches: BatchStack,
     val_batch: PyTree,
     train_loss_fn: LossFn,
     val_loss_fn: LossFn,
 ) -> BilevelState:
-    steps = train_batches.num_steps
-    problem = bind(
-        optimizer, state, train_batches, val_batch, train_loss_fn, val_loss_fn, num_steps=steps
-    )
-    return state.update(metadata=optimizer._fit(problem, state.memory, steps))
+    """`optimizer._with_theta`, compiled: for one task, or for many of them at once."""
+    batches = numbers_as_arrays(train_batches), numbers_as_arrays(val_batch)
+    return _estimate_theta(optimizer, state, *batches, train_loss_fn, val_loss_fn)
+
+
+@eqx.filter_jit
+@checked
+def _estimate_theta(
+    optimizer: BilevelOptimizer,
+    state: BilevelState,
+    train_batches: BatchStack,
+    val_batch: PyTree,
+    train_loss_fn: LossFn,
+    val_loss_fn: LossFn,
+) -> BilevelState:
+    arguments = (train_batches, val_batch, train_loss_fn, val_loss_fn)
+    return optimizer._with_theta(state, *arguments)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _from_memory(memory: Memory) -> Distilled:
     return Distilled(memory["w_star"], memory.get("d_star"), memory.get("key"))
 
 
-def _as_memory(distilled: Distilled) -> Memory:
-    parts = {"w_star": distilled.w_star, "d_star": distilled.d_star, "key": distilled.key}
-    return {name: part for name, part in parts.items() if part is not None}
+def _as_memory(distilled: Distilled) -> tuple[Memory, Memory]:
+    """What is computed, and what is made of examples."""
+    present = lambda **parts: {name: part for name, part in parts.items() if part is not None}
+    return (
+        present(w_star=distilled.w_star, key=distilled.key),
+        present(d_star=distilled.d_star),
+    )

@@ -11,13 +11,14 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
+from gradhpo.algorithms.online import OnlineHypergradientOptimizer, compiled_estimate
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.outer import Estimate
 from gradhpo.core.state import METRICS, BilevelState, Memory
-from gradhpo.core.types import BatchStack, DrawnStack, MetricDict
+from gradhpo.core.types import BatchStack, DrawnStack, LossFn, MetricDict
 from gradhpo.utils.keys import fold_keys
 from gradhpo.utils.typecheck import checked
-from gradhpo.utils.validation import check_count, check_task_axis
+from gradhpo.utils.validation import check_count, check_task_axis, check_tasks
 
 
 @checked
@@ -34,6 +35,11 @@ class TaskBatched(BilevelOptimizer):
 
     - `optimizer`: any other optimizer; its `outer_optimizer` moves the hyperparameters.
     - `num_tasks`: how many tasks, at least 1.
+
+    The state: `params` and `inner_opt_state` have the task axis, `hyperparams` do not, and
+    `metadata["task"]` numbers the tasks. After a `run` of whole episodes all tasks are at the
+    point that was meta-learned, so that any of them is it:
+    `jax.tree.map(lambda x: x[0], eqx.filter(state.params, eqx.is_inexact_array))`.
 
     Batches: every array has the shape `[tasks, ...]`, in a `BatchStack`
     `[inner steps, tasks, ...]`. What has no axis (or in a `BatchStack` only that of the
@@ -80,6 +86,36 @@ class TaskBatched(BilevelOptimizer):
     def _reads_ahead(self) -> bool:
         return self.optimizer._reads_ahead
 
+    def estimate_theta(
+        self,
+        state: BilevelState,
+        train_batches: BatchStack,
+        val_batch: PyTree,
+        train_loss_fn: LossFn,
+        val_loss_fn: LossFn,
+    ) -> BilevelState:
+        """Fits the coefficient of every task of a wrapped `OnlineHypergradientOptimizer`.
+
+        As [its own][gradhpo.OnlineHypergradientOptimizer.estimate_theta], on a
+        `BatchStack` of `[inner steps, tasks, ...]` arrays.
+
+        **Raises:** `TypeError` around any other optimizer.
+        """
+        if not isinstance(self.optimizer, OnlineHypergradientOptimizer):
+            raise TypeError(
+                f"TaskBatched(optimizer) has a {type(self.optimizer).__name__}, which has no theta "
+                "to estimate; OnlineHypergradientOptimizer has"
+            )
+        return compiled_estimate(self, state, train_batches, val_batch, train_loss_fn, val_loss_fn)
+
+    def _with_theta(
+        self, state, train_batches, val_batch, train_loss_fn, val_loss_fn
+    ) -> BilevelState:
+        single: Any = self.optimizer
+        losses = (train_loss_fn, val_loss_fn)
+        fit = lambda state, train, val: _own(single._with_theta(state, train, val, *losses))
+        return _with(state, self._over_tasks(fit, state, train_batches, val_batch))
+
     def _start(self, params, hyperparams, batch, key) -> BilevelState:
         keys = None if key is None else jax.random.split(key, self.num_tasks)
         examples, batch_of = self._per_task("init(batch=...)", batch)
@@ -88,9 +124,10 @@ class TaskBatched(BilevelOptimizer):
             batch = batch_of(number, examples)
             return _own(self.optimizer._start(params, hyperparams, batch, key))
 
-        numbers = jnp.arange(self.num_tasks)
+        numbers = jnp.arange(self.num_tasks, dtype=jnp.int32)
         state = self.optimizer._start(params, hyperparams, None, None)
-        return _with(state, jax.vmap(of_task)(numbers, examples, keys))
+        state = _with(state, jax.vmap(of_task)(numbers, examples, keys))
+        return state.update(metadata={"task": numbers})
 
     def _solve(self, state, train_batch, val_batch, train_loss_fn, val_loss_fn) -> Estimate:
         losses = (train_loss_fn, val_loss_fn)
@@ -99,6 +136,7 @@ class TaskBatched(BilevelOptimizer):
         return Estimate(
             z=every.z,
             memory=every.memory,
+            examples=every.examples,
             hypergradient=_mean(every.hypergradient),
             train_loss=_mean(every.train_loss),
             val_loss=_mean(every.val_loss),
@@ -112,8 +150,6 @@ class TaskBatched(BilevelOptimizer):
     def _begin_episode(
         self, state, train_batch, val_batch, train_loss_fn, val_loss_fn, num_steps
     ) -> BilevelState:
-        if not self._reads_ahead:
-            return state
         losses = (train_loss_fn, val_loss_fn)
         begin = lambda state, train, val: _own(
             self.optimizer._begin_episode(state, train, val, *losses, num_steps)
@@ -122,7 +158,7 @@ class TaskBatched(BilevelOptimizer):
 
     def _restart(self, state, start, reptile_rate) -> BilevelState:
         w, s, memory = self._mapped(state)
-        together = jax.tree.map(lambda x: jnp.broadcast_to(_mean(x), x.shape), w)
+        together, start = jax.tree.map(lambda x: jnp.broadcast_to(_mean(x), x.shape), (w, start))
 
         def of_task(own, start):
             state_of_task = _with(_without_memory(state), own)
@@ -148,7 +184,9 @@ class TaskBatched(BilevelOptimizer):
             state_of_task = _with(_without_memory(state), own)
             return function(state_of_task, train_of(number, train), val_of(number, val))
 
-        return jax.vmap(of_task)(jnp.arange(self.num_tasks), self._mapped(state), train, val)
+        numbers = state.metadata.get("task")
+        check_tasks(None if numbers is None else numbers.shape, self.num_tasks)
+        return jax.vmap(of_task)(numbers, self._mapped(state), train, val)
 
     def _mapped(self, state: BilevelState) -> "_Own":
         """What each task has of its own, tasks first."""
@@ -166,10 +204,10 @@ class TaskBatched(BilevelOptimizer):
 
             def drawn_for(number, nothing):
                 def draw(t):
-                    arrays, batch_of = self._per_task(name, batch.at(t))
+                    arrays, batch_of = self._per_task(name, batch.draw(t))
                     return batch_of(number, jax.tree.map(lambda x: x[number], arrays))
 
-                return DrawnStack(draw)
+                return dataclasses.replace(batch, draw=draw)
 
             return None, drawn_for
         if isinstance(batch, BatchStack):

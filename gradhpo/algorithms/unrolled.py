@@ -156,7 +156,7 @@ class DrMADOptimizer(Memoryless):
     def _estimate(self, problem: Problem, memory: Memory) -> Estimate:
         phi, validation, z, hyperparams = problem
         steps = self.unroll_steps
-        z, train_loss, line, kept = along_a_line(phi, z, hyperparams, steps)
+        _, z, train_loss, line, kept = along_a_line(phi, z, hyperparams, steps)
         val_loss, alpha, direct = validation.value_and_grads(z[0], hyperparams)
         bar = cotangent_at_end(alpha, z[1], direct)
         _, _, hypergradient = pull_through(phi, line.at, kept, 0, steps, hyperparams, bar)

@@ -3,6 +3,7 @@
 import abc
 
 import equinox as eqx
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
@@ -42,11 +43,11 @@ class Algorithm(BilevelOptimizer):
 
     @abc.abstractmethod
     def _restart_memory(self, memory: Memory, w: PyTree) -> Memory:
-        """The memory at the start of an episode from parameters `w`."""
+        """What changes in it at the start of an episode from parameters `w`."""
 
     @abc.abstractmethod
     def _prepare(self, problem: Problem, memory: Memory, step: Array, num_steps: int) -> Memory:
-        """The memory for an episode of `num_steps` steps; `step` counts those before it."""
+        """What changes in it for an episode of `num_steps` steps; `step` counts those before."""
 
     @abc.abstractmethod
     def _estimate(self, problem: Problem, memory: Memory) -> Estimate:
@@ -76,11 +77,18 @@ class Algorithm(BilevelOptimizer):
     def _begin_episode(
         self, state, train_batch, val_batch, train_loss_fn, val_loss_fn, num_steps
     ) -> BilevelState:
+        begins = state.step % num_steps == 0
+        # Also here, and not only where the last episode ended: there may have been steps between.
+        old, new = state.memory, self._restart_memory(state.memory, state.params)
+        state = state.update(
+            metadata={name: jnp.where(begins, value, old[name]) for name, value in new.items()}
+        )
         if not self._reads_ahead:
             return state
         problem = bind(
-            self, state, train_batch, val_batch, train_loss_fn, val_loss_fn, num_steps=num_steps
-        )
+            self, state, train_batch, val_batch, train_loss_fn, val_loss_fn,
+            num_steps=num_steps * self.num_inner_steps,
+        )  # fmt: skip
         return state.update(metadata=self._prepare(problem, state.memory, state.step, num_steps))
 
     def _restart(self, state, start, reptile_rate) -> BilevelState:

@@ -5,18 +5,21 @@ from collections.abc import Callable
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree, Real
 
 from gradhpo.core.outer import Estimate, accept
 from gradhpo.core.partition import check_disjoint
 from gradhpo.core.state import BilevelState, Memory
-from gradhpo.core.types import LossFn, MetricDict, RealScalarLike
+from gradhpo.core.types import BatchStack, LossFn, MetricDict, RealScalarLike
 from gradhpo.utils.tracing import record_trace
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import (
     check_outer_optimizer,
     check_outer_rate,
+    check_restart,
+    check_single_batch,
     numbers_as_arrays,
     outer_rate,
     prepare_hyperparams,
@@ -124,15 +127,51 @@ class BilevelOptimizer(eqx.Module):
 
         - `params`: parameters to train, with at least one floating-point array.
         - `hyperparams`: hyperparameters to tune, all floating-point arrays.
-        - `batch`, `key`: an example batch and a PRNG key, for algorithms that keep data or
-            draw random numbers; the others ignore them.
+        - `batch`, `key`: an example of a training batch (only its shapes matter) and a
+            PRNG key, for [`OnlineHypergradientOptimizer`][gradhpo.OnlineHypergradientOptimizer]
+            to keep a distilled data set; the other algorithms ignore them.
 
         **Raises:** `TypeError` or `ValueError` for leaves that cannot be trained or tuned.
         """
+        check_single_batch(batch, "init(batch=...)")
+        if isinstance(batch, BatchStack):
+            raise TypeError("init(batch=...) is a BatchStack; pass one batch of it, stack.at(0)")
         check_disjoint(params, hyperparams)
         params, hyperparams = prepare_params(params), prepare_hyperparams(hyperparams)
         batch = jax.tree.map(lambda x: strong(x) if eqx.is_array_like(x) else x, batch)
         return self._start(params, hyperparams, batch, key)
+
+    @checked
+    def restart(
+        self,
+        state: BilevelState,
+        start: PyTree = None,
+        reptile_rate: RealScalarLike = 1.0,
+    ) -> BilevelState:
+        r"""A new episode, for loops of your own: what [`run`][gradhpo.run] does between two.
+
+        The parameters move to $\phi - \mathtt{reptile\_rate}\,(\phi - w)$; the inner optimizer
+        state and the algorithm's memory of the episode start anew; hyperparameters, outer
+        optimizer state and step count stay.
+
+        **Arguments:**
+
+        - `state`: at the end of an episode; its parameters are $w$.
+        - `start`: $\phi$, the `params` at its start; needed unless the rate is 1.
+        - `reptile_rate`: in [0, 1]. 1 goes on from $w$, 0 goes back to $\phi$.
+
+        ```python
+        loss = lambda w, h, batch: jnp.sum((w - h) ** 2)
+        optimizer = gradhpo.OneStepOptimizer(optax.adam(0.1, eps_root=1e-16), optax.sgd(0.1))
+        start = optimizer.init(jnp.ones(3), jnp.zeros(3))
+        state = optimizer.step(start, None, None, loss, loss)
+        state = optimizer.restart(state, start.params, reptile_rate=0.1)
+        ```
+        """
+        check_restart(start, reptile_rate)
+        start = state.params if start is None else start
+        rate = jnp.asarray(reptile_rate, jnp.result_type(float))
+        return _restart(self, state, eqx.filter(start, eqx.is_inexact_array), rate)
 
     def step(
         self,
@@ -228,6 +267,13 @@ def _compute_hypergradient(
 ) -> PyTree:
     arguments = (train_batch, val_batch, train_loss_fn, val_loss_fn)
     return optimizer._solve(state, *arguments).hypergradient
+
+
+@eqx.filter_jit
+def _restart(
+    optimizer: BilevelOptimizer, state: BilevelState, start: PyTree, reptile_rate: Array
+) -> BilevelState:
+    return optimizer._restart(state, start, reptile_rate)
 
 
 def advance(

@@ -22,6 +22,8 @@ class Estimate(eqx.Module):
     hypergradient: PyTree
     train_loss: Array
     val_loss: Array
+    # Memory made of the user's examples: a missing value or a mask in them is no failure.
+    examples: Memory = eqx.field(default_factory=dict)
 
 
 def accept(
@@ -37,13 +39,15 @@ def accept(
     )
     w, inner_opt_state = estimate.z
     old_w, frozen = eqx.partition(state.params, eqx.is_inexact_array)
-    old_memory = {name: state.metadata[name] for name in estimate.memory}
+    memory_of = lambda names: {name: state.metadata[name] for name in names}
+    old_memory = memory_of(estimate.memory)
 
     old = (old_w, state.inner_opt_state, state.outer_opt_state, old_memory)
     new = (w, inner_opt_state, outer_opt_state, estimate.memory)
     accepted = _finite((estimate.hypergradient, hyperparams)) & _finite(new, old)
     keep = lambda x, y: jnp.where(accepted, x, y)
     w, inner_opt_state, outer_opt_state, memory = jax.tree.map(keep, new, old)
+    memory |= jax.tree.map(keep, estimate.examples, memory_of(estimate.examples))
     hyperparams = jax.tree.map(keep, hyperparams, state.hyperparams)
     dtype = accumulation_dtype(state.params)
     metrics = {

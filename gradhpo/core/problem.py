@@ -20,6 +20,7 @@ from gradhpo.utils.validation import (
     check_arity,
     check_same_structure,
     check_scalar,
+    check_single_batch,
     leaf_names,
     strong,
 )
@@ -83,12 +84,8 @@ def bind(
         )
     if isinstance(val_batch, BatchStack):
         raise ValueError("val_batch is a BatchStack; pass one batch: validation is done once")
-    for name, batch in (("train_batch", train_batch), ("val_batch", val_batch)):
-        if callable(batch):
-            raise TypeError(
-                f"{name} is a function or a data source, not a batch: pass one batch of it, "
-                "data(i), or give the source to gradhpo.run"
-            )
+    check_single_batch(train_batch, "train_batch")
+    check_single_batch(val_batch, "val_batch")
     w, frozen = eqx.partition(state.params, eqx.is_inexact_array)
     hyperparams, s = state.hyperparams, state.inner_opt_state
     made_here = "Make the state with this optimizer's init(params, hyperparams)."
@@ -105,6 +102,10 @@ def bind(
         eqx.filter_eval_shape(init_outer_state, optimizer.outer_optimizer, hyperparams),
         "state.outer_opt_state",
         made_here,
+    )
+    memory = eqx.filter_eval_shape(optimizer._init_memory, w, None, None)
+    check_same_structure(
+        {name: state.metadata.get(name) for name in memory}, memory, "state.metadata", made_here
     )
     phi = InnerUpdate(
         inner_optimizer=optimizer.inner_optimizer,

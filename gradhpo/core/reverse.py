@@ -64,8 +64,8 @@ class Line(eqx.Module):
 
     Parameters and optimizer state are interpolated alike: Adam's moments of the start with
     parameters of the end would be a point that no training ever visits. What is not a
-    floating-point number (a step count, a PRNG key) cannot be interpolated and is kept as it
-    was before each step: a few bytes a step, where the states themselves would be kilobytes.
+    floating-point number cannot be interpolated and is kept as it was before each step; in
+    most optimizers that is a step count, four bytes a step.
     """
 
     start: Carry
@@ -86,7 +86,11 @@ def not_interpolated(z: Carry) -> PyTree:
 
 def along_a_line(
     phi: InnerUpdate, z: Carry, hyperparams: PyTree, num_steps: int
-) -> tuple[Carry, Array, Line, PyTree]:
-    """Steps from 0 on: `(z_T, last loss, line, kept)` with what `line.at` needs for each step."""
-    end, loss, kept = phi.rollout(z, hyperparams, 0, num_steps, keep=not_interpolated)
-    return end, loss, Line(z, end, num_steps), kept
+) -> tuple[Carry, Carry, Array, Line, PyTree]:
+    """Steps from 0 on: `(z_{T-1}, z_T, last loss, line, kept)`, the last for `line.at`."""
+    last = num_steps - 1
+    before, _, kept = phi.rollout(z, hyperparams, 0, last, keep=not_interpolated, loss_at=-1)
+    end, loss = phi.step(before, hyperparams, last)
+    of_last = jax.tree.map(lambda x: x[None], not_interpolated(before))
+    kept = of_last if last == 0 else jax.tree.map(lambda *x: jnp.concatenate(x), kept, of_last)
+    return before, end, loss, Line(z, end, num_steps), kept

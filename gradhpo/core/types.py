@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, PyTree, Real
 
+from gradhpo.utils.keys import fold_keys
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import check_leading_axis
 
@@ -137,9 +138,16 @@ class BatchStack(eqx.Module):
 
 
 class DrawnStack(eqx.Module):
-    """A `BatchStack` that is never stored: batch t is made where it is used."""
+    """A `BatchStack` that is never stored: batch t is made where it is used.
 
-    draw: Callable[[Any], PyTree]
+    Where so many inner steps share one batch (`shared_by`), its PRNG keys are folded with
+    their number, as for a batch that is no stack.
+    """
 
-    def at(self, t: Any) -> PyTree:
-        return self.draw(jnp.asarray(t, jnp.int32))
+    draw: Callable[[Array], PyTree]
+    shared_by: int | None = eqx.field(static=True, default=None)
+
+    def at(self, t: ArrayLike) -> PyTree:
+        t = jnp.asarray(t, jnp.int32)
+        batch = self.draw(t)
+        return batch if self.shared_by is None else fold_keys(batch, t % self.shared_by)

@@ -30,8 +30,10 @@ def finite_difference_hypergradient(
     r"""Central differences of $\lambda_i \mapsto L_{val}(w_T(\lambda), \lambda)$.
 
     $w_T(\lambda)$ is what the optimizer's `num_inner_steps` inner steps make of `state`, so
-    this is the exact hypergradient of that many steps up to rounding and $O(\epsilon^2)$: an
-    oracle for every method, at two inner optimizations per coordinate. Use float64: in lower
+    this is the exact hypergradient of that many steps up to rounding and $O(\epsilon^2)$, at
+    two inner optimizations per coordinate. (`OnlineHypergradientOptimizer` looks further back
+    than the one step that it takes: compare it with an `UnrolledOptimizer` over the episode.)
+    Use float64: in lower
     precision the differences are mostly rounding noise, and a warning says so.
 
     **Arguments:**

@@ -179,7 +179,7 @@ class Fixed(eqx.Module):
         return self.batch(step, position)
 
     def drawn(self, step: Array, position: Array, count: int) -> DrawnStack:
-        return DrawnStack(lambda t: fold_keys(self.batch(step + t // count, position), t % count))
+        return DrawnStack(lambda t: self.batch(step + t // count, position), shared_by=count)
 
 
 class Fetched(eqx.Module):

@@ -16,7 +16,7 @@ from gradhpo.training.chunk import Chunk, chunk_shapes
 from gradhpo.training.data import Fetched, Host, as_source
 from gradhpo.training.history import History
 from gradhpo.utils.logging import progress_bar
-from gradhpo.utils.typecheck import checked, warn
+from gradhpo.utils.typecheck import checked, warn, warn_once
 from gradhpo.utils.validation import check_count, check_episodes, check_outer_rate, outer_rate
 
 
@@ -61,7 +61,10 @@ def run(
         start again from $\phi$, with a new inner optimizer state, and the memory of the
         algorithm with a new episode. `None`: one long training.
     - `reptile_rate`: in [0, 1]. 1 goes on from $w$, 0 is a cold restart from where the run
-        began. The state that is returned has been restarted too: its parameters are $\phi$.
+        began. The state that is returned after whole episodes has been restarted too: its
+        parameters are $\phi$. To have those of a training with the final hyperparameters, run
+        one more episode without `steps_per_episode`. A run that was stopped within an episode
+        returns the state as it stands.
     - `lr_hyper`: for `outer_optimizer=None`, a number or a traceable schedule `step -> rate`.
     - `chunk_size`: steps per compiled call, rounded down to whole episodes where one fits. An
         iterator's chunk is kept under 64 MiB (but holds a whole episode for an algorithm that
@@ -103,6 +106,12 @@ def run(
     if hosts:
         needed = sum(host.bytes_per_step() for host in hosts)
         chunk_size = max(1, min(chunk_size, _MOST_BYTES_FETCHED // max(needed, 1)))
+    if optimizer._reads_ahead and steps_per_episode is None:
+        warn_once(
+            "run without steps_per_episode never fits the theta of OnlineHypergradientOptimizer, "
+            "which happens where an episode begins: pass steps_per_episode, or estimation_period="
+            "None to the optimizer if distillation_weight (or your own estimate_theta) is meant"
+        )
     # An estimate from the batches of an episode cannot wait for those that are still to come.
     whole = bool(hosts) and optimizer._reads_ahead
     shapes = chunk_shapes(num_steps, chunk_size, steps_per_episode, whole)
@@ -152,10 +161,17 @@ def run(
                 stop_reason = "data exhausted"
                 break
     if not recorded:
-        raise ValueError("the data iterators end before the first step has all its batches")
+        raise ValueError(
+            "the data iterators end before the first step (with an algorithm that looks ahead, the "
+            "first episode) has all its batches"
+        )
     metrics = {name: np.concatenate([m[name] for m in recorded]) for name in recorded[0]}
     seconds = time.perf_counter() - started
     report = _report(stop_reason, taken, num_steps, seconds, rejections, data_error)
+    if "theta_rejected" in metrics and metrics["theta_rejected"][-1] > 0:
+        report += f" Refused as non-finite: {metrics['theta_rejected'][-1]:.0f} estimates of theta."
+    if reptile_rate != 1 and taken % (steps_per_episode or 1) == 0:
+        report += " The parameters are those that the next episode starts from."
     if stop_reason in ("rejected", "data exhausted", "data error"):
         warn(report, RuntimeWarning)
     return state, History(metrics, stop_reason, report)

@@ -90,7 +90,8 @@ def tree_lerp(a: PyTree, b: PyTree, t: Real[ArrayLike, ""]) -> PyTree:
     r"""Straight line from `a` (at `t = 0`) to `b` (at `t = 1`): $(1 - t)\,a + t\,b$.
 
     Keeps the dtypes of `a`; leaves that are not floating-point arrays are those of `a`. Where
-    both ends are the same number so is every point between, an infinity included.
+    both ends are the same number so is every point between, an infinity included; at `t = 0`
+    nothing of `b` is looked at.
 
     ```python
     middle = gradhpo.tree_lerp({"w": jnp.zeros(2)}, {"w": jnp.ones(2)}, 0.5)
@@ -102,7 +103,8 @@ def tree_lerp(a: PyTree, b: PyTree, t: Real[ArrayLike, ""]) -> PyTree:
     def point(x, y):
         wide_x, wide_y = jnp.asarray(x, dtype), jnp.asarray(y, dtype)
         # 0 * inf is nan: a mask of infinities in the parameters would not survive.
-        return jnp.where(wide_x == wide_y, wide_x, (1 - t) * wide_x + t * wide_y).astype(x.dtype)
+        between = (1 - t) * wide_x + t * wide_y
+        return jnp.where((wide_x == wide_y) | (t == 0), wide_x, between).astype(x.dtype)
 
     return _map_inexact(point, a, b)
 
@@ -173,7 +175,9 @@ def geometric_sum(gamma: Real[ArrayLike, ""], t: Real[ArrayLike, ""]) -> Float[A
     t = jnp.asarray(t, gamma.dtype)
     inside = (gamma > 0) & (gamma < 1)
     safe = jnp.where(inside, gamma, 0.5)  # keeps derivatives finite at both ends
-    between = jnp.expm1(t * jnp.log1p(safe - 1)) / (safe - 1)
+    # log1p keeps the digits of a gamma next to 1, and has no logarithm for one next to 0.
+    log = jnp.where(safe > 0.5, jnp.log1p(jnp.maximum(safe, 0.5) - 1), jnp.log(safe))
+    between = jnp.expm1(t * log) / (safe - 1)
     return jnp.where(inside, between, jnp.where(gamma <= 0, jnp.minimum(t, 1), t))
 
 

@@ -128,7 +128,7 @@ def check_episodes(
 ) -> None:
     """A run is so many whole episodes, and begins where one begins."""
     rate = np.asarray(reptile_rate)
-    check_setting("reptile_rate", jnp.asarray(rate), lambda x: (x >= 0) & (x <= 1), "in [0, 1]")
+    check_setting("reptile_rate", jnp.asarray(rate), _is_share, "in [0, 1]")
     if steps_per_episode is None:
         if rate != 1:
             raise ValueError(
@@ -146,7 +146,7 @@ def check_episodes(
         raise ValueError(
             f"the state has taken {step} steps, which is not a whole number of episodes of "
             f"steps_per_episode={steps_per_episode}, and where its episode started is not known; "
-            "to begin one here: state.update(step=jnp.zeros((), jnp.int32))"
+            "to begin one here: optimizer.restart(state).update(step=jnp.zeros((), jnp.int32))"
         )
 
 
@@ -167,6 +167,38 @@ def check_leading_axis(tree: PyTree, what: str) -> None:
         raise ValueError(f"{what}: {', '.join(scalars)} has no leading axis (shape ())")
     if len({shape[0] for shape in shapes.values()}) > 1:
         raise ValueError(f"{what}: leading axes differ; shapes are {shapes}")
+
+
+def check_single_batch(batch: PyTree, name: str) -> None:
+    if callable(batch):
+        raise TypeError(
+            f"{name} is a function or a data source, not a batch: pass one batch of it, "
+            "data(i), or give the source to gradhpo.run"
+        )
+
+
+def check_restart(start: PyTree, reptile_rate: Any) -> None:
+    """What `restart` needs besides the state."""
+    check_setting("reptile_rate", jnp.asarray(reptile_rate), _is_share, "in [0, 1]")
+    if start is None and not isinstance(reptile_rate, Tracer) and np.any(reptile_rate != 1):
+        raise ValueError(
+            f"reptile_rate={reptile_rate} goes part of the way from where the episode started; "
+            "pass its parameters as well: restart(state, start_of_episode.params, reptile_rate)"
+        )
+
+
+def _is_share(x: np.ndarray) -> Any:
+    return (x >= 0) & (x <= 1)
+
+
+def check_tasks(shape: tuple[int, ...] | None, num_tasks: int) -> None:
+    """A state was made for so many tasks: its parameters alone would not tell."""
+    if shape != (num_tasks,):
+        found = "without a task axis" if shape is None else f"for {shape[0]} tasks"
+        raise ValueError(
+            f"the state was made {found}, and TaskBatched has num_tasks={num_tasks}: make it with "
+            "this optimizer's init(params, hyperparams), the parameters being those of one task"
+        )
 
 
 def check_task_axis(tree: PyTree, name: str, num_tasks: int, *, axis: int) -> None:
