@@ -40,7 +40,7 @@ OPTIMIZERS = {
         INNER_OPTIMIZER, OUTER_OPTIMIZER, gamma=0.99
     ),
 }
-# Mean squared error and confidence interval that the paper reports (appendix G).
+# Mean squared errors that the paper reports for its setting (appendix G).
 PAPER = {"first order": ".567", "one step": ".670", "HyperDistill": ".327 ± .052"}
 
 
@@ -130,6 +130,7 @@ def meta_learn(optimizer: gradhpo.BilevelOptimizer, episodes: int, seed: int) ->
         steps_per_episode=INNER_STEPS,
         reptile_rate=REPTILE_RATE,
         chunk_size=10 * INNER_STEPS,
+        progress=False,
     )
     seconds = time.perf_counter() - started
     # All tasks have restarted from one point: any of them is it.
@@ -141,8 +142,10 @@ def meta_learn(optimizer: gradhpo.BilevelOptimizer, episodes: int, seed: int) ->
 
 
 def interval(values: list[float]) -> str:
-    """Mean and 95 % confidence interval of it, by the normal approximation."""
-    half = 1.96 * np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    """Mean and its 95 % confidence interval, by the normal approximation."""
+    if len(values) == 1:
+        return f"{values[0]:.3f} ±  ?  "
+    half = 1.96 * np.std(values, ddof=1) / np.sqrt(len(values))
     return f"{np.mean(values):.3f} ± {half:.3f}"
 
 
@@ -171,7 +174,9 @@ def main(arguments: list[str] | None = None) -> dict[str, list[Result]]:
     )
     parser.add_argument("--episodes", type=int, default=1_000, help="of 30 steps (default 1000)")
     parser.add_argument("--seeds", type=int, default=5, help="how many seeds (default 5)")
-    parser.add_argument("--quick", action="store_true", help="1 seed, 10 episodes")
+    parser.add_argument(
+        "--quick", action="store_true", help="1 seed, 10 episodes: a smoke test, too short to learn"
+    )
     parser.add_argument("--output", type=Path, default=Path("out/meta_learning_sinusoid.png"))
     options = parser.parse_args(arguments)
     if options.seeds < 1 or options.episodes < 1:

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import gradhpo
-from gradhpo.utils.validation import outer_rate
+from gradhpo.utils.settings import outer_rate
 
 
 SGD = optax.sgd(0.1)

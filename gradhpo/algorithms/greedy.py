@@ -13,8 +13,8 @@ from gradhpo.core.problem import Problem, Sees
 from gradhpo.core.state import Memory
 from gradhpo.core.types import InnerOptimizer, UpdateFn
 from gradhpo.utils.gradients import accumulation_dtype
+from gradhpo.utils.settings import check_count, check_setting, setting
 from gradhpo.utils.typecheck import checked
-from gradhpo.utils.validation import check_count, check_setting, setting
 
 
 @checked

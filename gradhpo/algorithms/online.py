@@ -19,8 +19,9 @@ from gradhpo.utils.gradients import (
     past_share,
     tree_normalize,
 )
+from gradhpo.utils.settings import check_count, check_setting, setting
 from gradhpo.utils.typecheck import checked
-from gradhpo.utils.validation import check_count, check_setting, numbers_as_arrays, setting
+from gradhpo.utils.validation import numbers_as_arrays
 
 
 @checked

@@ -14,8 +14,8 @@ from gradhpo.core.problem import Problem, Sees
 from gradhpo.core.state import Memory
 from gradhpo.core.types import InnerOptimizer, UpdateFn
 from gradhpo.utils.gradients import tree_dot, tree_l2_norm
+from gradhpo.utils.settings import check_count, check_setting, setting
 from gradhpo.utils.typecheck import checked
-from gradhpo.utils.validation import check_count, check_setting, setting
 
 
 # Coordinates of the hyperparameters that are perturbed side by side: enough to fill the

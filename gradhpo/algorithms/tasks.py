@@ -17,8 +17,9 @@ from gradhpo.core.outer import Estimate
 from gradhpo.core.state import METRICS, BilevelState, Memory
 from gradhpo.core.types import BatchStack, DrawnStack, LossFn, MetricDict
 from gradhpo.utils.keys import fold_keys
+from gradhpo.utils.settings import check_count
 from gradhpo.utils.typecheck import checked
-from gradhpo.utils.validation import check_count, check_task_axis, check_tasks
+from gradhpo.utils.validation import check_task_axis, check_tasks
 
 
 @checked

@@ -16,8 +16,8 @@ from gradhpo.core.problem import Problem, Sees
 from gradhpo.core.reverse import along_a_line, cotangent_at_end, pull_through
 from gradhpo.core.state import Memory
 from gradhpo.core.types import InnerOptimizer, UpdateFn
+from gradhpo.utils.settings import check_count
 from gradhpo.utils.typecheck import checked
-from gradhpo.utils.validation import check_count
 
 
 @checked

@@ -14,7 +14,7 @@ from gradhpo.core.problem import Problem, Sees, bind, init_outer_state
 from gradhpo.core.state import BilevelState, Memory
 from gradhpo.core.types import InnerOptimizer, MetricDict, UpdateFn
 from gradhpo.utils.gradients import tree_l2_norm, tree_lerp
-from gradhpo.utils.validation import check_inner_rule
+from gradhpo.utils.settings import check_inner_rule
 
 
 class Algorithm(BilevelOptimizer):

@@ -13,15 +13,17 @@ from gradhpo.core.outer import Estimate, accept
 from gradhpo.core.partition import check_disjoint
 from gradhpo.core.state import BilevelState, Memory
 from gradhpo.core.types import BatchStack, LossFn, MetricDict, RealScalarLike
-from gradhpo.utils.tracing import record_trace
-from gradhpo.utils.typecheck import checked
-from gradhpo.utils.validation import (
+from gradhpo.utils.settings import (
     check_outer_optimizer,
     check_outer_rate,
     check_restart,
+    outer_rate,
+)
+from gradhpo.utils.tracing import record_trace
+from gradhpo.utils.typecheck import checked
+from gradhpo.utils.validation import (
     check_single_batch,
     numbers_as_arrays,
-    outer_rate,
     prepare_hyperparams,
     prepare_params,
     strong,

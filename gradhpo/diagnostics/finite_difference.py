@@ -11,8 +11,9 @@ from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Real
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import LossFn
+from gradhpo.utils.settings import check_setting
 from gradhpo.utils.typecheck import checked, warn
-from gradhpo.utils.validation import check_setting, numbers_as_arrays
+from gradhpo.utils.validation import numbers_as_arrays
 
 
 @checked

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, PyTree
 from gradhpo.core.base import BilevelOptimizer, advance
 from gradhpo.core.state import METRICS, BilevelState
 from gradhpo.core.types import LossFunctions
+from gradhpo.utils.settings import outer_rate
 from gradhpo.utils.tracing import record_trace
-from gradhpo.utils.validation import outer_rate
 
 
 class Chunk(eqx.Module):

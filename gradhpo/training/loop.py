@@ -13,11 +13,11 @@ from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import LossFunctions, RealScalarLike
 from gradhpo.training.chunk import Chunk, chunk_shapes
-from gradhpo.training.data import Fetched, Host, as_source
 from gradhpo.training.history import History
+from gradhpo.training.sources import Fetched, Host, as_source
 from gradhpo.utils.logging import progress_bar
+from gradhpo.utils.settings import check_count, check_episodes, check_outer_rate, outer_rate
 from gradhpo.utils.typecheck import checked, warn, warn_once
-from gradhpo.utils.validation import check_count, check_episodes, check_outer_rate, outer_rate
 
 
 # Batches of an iterator wait on the host for one chunk; more than this would only cost memory.

@@ -1,0 +1,140 @@
+"""Checks of what optimizers and `run` are told: numbers, counts, rules. Each with its remedy."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+from jaxtyping import Array, PyTree
+
+
+def setting(value: Any) -> Array:
+    """Converter for numeric fields: an array leaf, so that a new value is no new program."""
+    if isinstance(value, bool) or not (
+        eqx.is_array_like(value) and jnp.issubdtype(jnp.result_type(value), jnp.number)
+    ):
+        raise TypeError(f"a numeric setting must be a real number, got {value!r}")
+    return jnp.asarray(value, dtype=jnp.result_type(float))
+
+
+def check_setting(name: str, value: Array, good: Callable[[np.ndarray], Any], rule: str) -> None:
+    """`good` must hold for a setting whose value is known (a traced one is taken on trust)."""
+    if isinstance(value, Tracer) or not eqx.is_array(value):
+        return
+    if not np.all(good(np.asarray(value))):
+        raise ValueError(f"{name} must be {rule}, got {name}={np.asarray(value)}")
+
+
+def check_count(name: str, value: int, *, most: int | None = None) -> None:
+    """A static count: a whole number of at least 1, and at most `most` if given."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a Python int (it fixes shapes), got {value!r}")
+    if value < 1 or (most is not None and value > most):
+        upper = "" if most is None else f" and at most {most}"
+        raise ValueError(f"{name} must be at least 1{upper}, got {name}={value}")
+
+
+def check_inner_rule(name: str, inner_optimizer: Any, update_fn: Any) -> None:
+    """Exactly one of the two ways to say what an inner step is."""
+    if inner_optimizer is None and update_fn is None:
+        raise ValueError(
+            f"{name} needs an inner update: pass inner_optimizer=optax.sgd(0.1) (or a function "
+            "hyperparams -> optax transformation), or update_fn=(params, hyperparams, batch) "
+            "-> params"
+        )
+    if inner_optimizer is not None and update_fn is not None:
+        raise ValueError(
+            f"{name} got both inner_optimizer and update_fn; pass only one of them, since "
+            "either alone says what an inner step is"
+        )
+    is_optax = isinstance(inner_optimizer, optax.GradientTransformation)
+    if not (inner_optimizer is None or is_optax or callable(inner_optimizer)):
+        raise TypeError(
+            f"{name}(inner_optimizer=...) must be an optax.GradientTransformation or a function "
+            f"hyperparams -> optax.GradientTransformation, got {inner_optimizer!r}"
+        )
+    if not (update_fn is None or callable(update_fn)):
+        raise TypeError(
+            f"{name}(update_fn=...) must be a function (params, hyperparams, batch) -> params, "
+            f"got {update_fn!r}"
+        )
+
+
+def check_outer_optimizer(name: str, outer_optimizer: Any) -> None:
+    if not (outer_optimizer is None or isinstance(outer_optimizer, optax.GradientTransformation)):
+        raise TypeError(
+            f"{name}(outer_optimizer=...) must be an optax.GradientTransformation such as "
+            f"optax.adam(1e-2), or None with lr_hyper given to step; got {outer_optimizer!r}"
+        )
+
+
+def check_outer_rate(has_outer_optimizer: bool, lr_hyper: Any) -> None:
+    if has_outer_optimizer and lr_hyper is not None:
+        raise ValueError(
+            f"got lr_hyper={lr_hyper!r} although the optimizer has an outer_optimizer, which "
+            "sets its own step size: leave lr_hyper out, or construct with outer_optimizer=None"
+        )
+    if not has_outer_optimizer and lr_hyper is None:
+        raise ValueError(
+            "the optimizer has outer_optimizer=None, so step needs a step size: pass "
+            "lr_hyper=0.1, or construct with outer_optimizer=optax.adam(1e-2)"
+        )
+
+
+def outer_rate(value: Any) -> Array | None:
+    """`lr_hyper` as an array: `filter_jit` would take a Python float as static."""
+    if value is None:
+        return value
+    if callable(value):
+        raise TypeError(
+            "lr_hyper must be a number here; a schedule step -> rate goes to gradhpo.run"
+        )
+    if isinstance(value, (bool, complex)) or not eqx.is_array_like(value) or np.ndim(value):
+        raise TypeError(f"lr_hyper must be one real number, got {value!r}")
+    if isinstance(value, (int, float)) and value < 0:
+        raise ValueError(f"lr_hyper must not be negative, got {value}: the step is -lr_hyper * g")
+    return jnp.asarray(value, jnp.result_type(float))
+
+
+def check_episodes(
+    num_steps: int, steps_per_episode: int | None, reptile_rate: Any, step: int
+) -> None:
+    """A run is so many whole episodes, and begins where one begins."""
+    rate = np.asarray(reptile_rate)
+    check_setting("reptile_rate", jnp.asarray(rate), _is_share, "in [0, 1]")
+    if steps_per_episode is None:
+        if rate != 1:
+            raise ValueError(
+                f"reptile_rate={rate} says how an episode starts from the last one, but there "
+                "are no episodes: pass steps_per_episode as well"
+            )
+        return
+    check_count("steps_per_episode", steps_per_episode)
+    if num_steps % steps_per_episode:
+        raise ValueError(
+            f"num_steps={num_steps} must be a multiple of steps_per_episode={steps_per_episode}: "
+            f"write num_steps={max(1, num_steps // steps_per_episode)} * {steps_per_episode}"
+        )
+    if step % steps_per_episode:
+        raise ValueError(
+            f"the state has taken {step} steps, which is not a whole number of episodes of "
+            f"steps_per_episode={steps_per_episode}, and where its episode started is not known; "
+            "to begin one here: optimizer.restart(state).update(step=jnp.zeros((), jnp.int32))"
+        )
+
+
+def check_restart(start: PyTree, reptile_rate: Any) -> None:
+    """What `restart` needs besides the state."""
+    check_setting("reptile_rate", jnp.asarray(reptile_rate), _is_share, "in [0, 1]")
+    if start is None and not isinstance(reptile_rate, Tracer) and np.any(reptile_rate != 1):
+        raise ValueError(
+            f"reptile_rate={reptile_rate} goes part of the way from where the episode started; "
+            "pass its parameters as well: restart(state, start_of_episode.params, reptile_rate)"
+        )
+
+
+def _is_share(x: np.ndarray) -> Any:
+    return (x >= 0) & (x <= 1)
