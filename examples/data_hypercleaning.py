@@ -195,7 +195,7 @@ OPTIMIZERS = {
         INNER_OPTIMIZER, optax.adam(0.05), unroll_steps=10
     ),
     "tuned, HyperDistill": gradhpo.OnlineHypergradientOptimizer(
-        INNER_OPTIMIZER, optax.adam(0.02), estimation_period=5
+        INNER_OPTIMIZER, optax.adam(0.02), estimation_period=20
     ),
     "tuned, exact over 20 steps": gradhpo.UnrolledOptimizer(
         INNER_OPTIMIZER, optax.adam(0.05), unroll_steps=20

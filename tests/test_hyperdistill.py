@@ -5,6 +5,7 @@ batch i on a flat z = (w, s), and A, B and alpha are dense matrices. It shares n
 library.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import equinox as eqx
@@ -393,6 +394,7 @@ def test_estimating_traces_once(getkey):
     )
     first = len(traces)
     for i in range(5):
+        optimizer = dataclasses.replace(optimizer, gamma=0.9 - 0.1 * i)
         batches = gradhpo.BatchStack((1.0 + i) * jnp.ones((5, 2)))
         state = optimizer.estimate_theta(state, batches, float(i), train_loss, val_loss)
     assert len(traces) == first
