@@ -88,9 +88,11 @@ def along_a_line(
     phi: InnerUpdate, z: Carry, hyperparams: PyTree, num_steps: int
 ) -> tuple[Carry, Carry, Array, Line, PyTree]:
     """Steps from 0 on: `(z_{T-1}, z_T, last loss, line, kept)`, the last for `line.at`."""
-    last = num_steps - 1
-    before, _, kept = phi.rollout(z, hyperparams, 0, last, keep=not_interpolated, loss_at=-1)
-    end, loss = phi.step(before, hyperparams, last)
-    of_last = jax.tree.map(lambda x: x[None], not_interpolated(before))
-    kept = of_last if last == 0 else jax.tree.map(lambda *x: jnp.concatenate(x), kept, of_last)
-    return before, end, loss, Line(z, end, num_steps), kept
+
+    def body(carry, t):
+        z, _ = carry
+        new_z, loss = phi.step(z, hyperparams, t, want_loss=t == num_steps - 1)
+        return (new_z, z), (loss, not_interpolated(z))
+
+    (end, before), (losses, kept) = jax.lax.scan(body, (z, z), jnp.arange(num_steps))
+    return before, end, losses[-1], Line(z, end, num_steps), kept
