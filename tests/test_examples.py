@@ -27,7 +27,7 @@ def python(*arguments):
 
 
 def test_learned_learning_rates_beat_a_fixed_one(tmp_path):
-    """One seed, 60 episodes of 20 steps; how HyperDistill fares is in the table of README."""
+    """One seed, 60 episodes of 20 steps; how HyperDistill fares is in examples/README.md."""
     program = f"""
 import json, learned_learning_rates
 [rows] = learned_learning_rates.main(["--seeds=1", "--output", {str(tmp_path / "picture.png")!r}])
