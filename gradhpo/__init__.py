@@ -1,7 +1,9 @@
 """Hypergradients in JAX: tune thousands of hyperparameters by gradient, during training."""
 
 from gradhpo.algorithms.baselines import FOOptimizer, OneStepOptimizer
+from gradhpo.algorithms.forward import ForwardModeOptimizer
 from gradhpo.algorithms.greedy import GreedyOptimizer
+from gradhpo.algorithms.implicit_diff import ImplicitOptimizer
 from gradhpo.algorithms.online import OnlineHypergradientOptimizer
 from gradhpo.algorithms.t1_t2 import T1T2Optimizer
 from gradhpo.algorithms.tasks import TaskBatched
@@ -20,9 +22,12 @@ from gradhpo.core.types import (
     UpdateFn,
 )
 from gradhpo.diagnostics.finite_difference import finite_difference_hypergradient
+from gradhpo.solvers.neumann import Neumann
+from gradhpo.solvers.nystrom import Nystrom
 from gradhpo.training.data import ArrayData, iterate
 from gradhpo.training.history import History
 from gradhpo.training.loop import run
+from gradhpo.training.sign_descent import sign_descent
 from gradhpo.utils.gradients import (
     tree_dot,
     tree_l2_norm,
@@ -45,12 +50,16 @@ __all__ = [
     "DataBatch",
     "DrMADOptimizer",
     "FOOptimizer",
+    "ForwardModeOptimizer",
     "GreedyOptimizer",
     "History",
+    "ImplicitOptimizer",
     "InnerOptimizer",
     "LossFn",
     "LossFunctions",
     "MetricDict",
+    "Neumann",
+    "Nystrom",
     "OneStepOptimizer",
     "OnlineHypergradientOptimizer",
     "RealScalarLike",
@@ -63,6 +72,7 @@ __all__ = [
     "model_loss",
     "partition",
     "run",
+    "sign_descent",
     "tree_dot",
     "tree_l2_norm",
     "tree_lerp",

@@ -1,7 +1,14 @@
 """Strict numerics for every test: float64, no silent promotion of dtypes or ranks."""
 
+import os
+
 import jax
 import pytest
+
+
+# Most of the suite is compilation of small programs: let LLVM be quick about it. What XLA itself
+# does to a program (its flops, its memory) is as always.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
 
 jax.config.update("jax_enable_x64", True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
 import optax
 import pytest
@@ -54,7 +55,7 @@ def test_docstring_example_runs(name):
     for code in codes:
         namespace = {
             "gradhpo": gradhpo, "jax": jax, "jnp": jnp, "np": np, "optax": optax, "eqx": eqx,
-            "Array": Array,
+            "lx": lx, "Array": Array,
         }  # fmt: skip
         exec(compile(code, name, "exec"), namespace)
 
@@ -74,7 +75,8 @@ def test_imports_point_down():
     below = {
         "utils": [],
         "core": ["utils"],
-        "algorithms": ["core", "utils"],
+        "solvers": ["utils"],
+        "algorithms": ["core", "solvers", "utils"],
         "training": ["algorithms", "core", "utils"],
         "diagnostics": ["algorithms", "core", "utils"],
     }

@@ -14,7 +14,8 @@ ALL = sorted(file.stem for file in EXAMPLES.glob("*.py"))
 
 
 def python(*arguments):
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")}
+    as_set = os.environ.items()
+    environment = {key: value for key, value in as_set if not key.startswith(("JAX_", "XLA_"))}
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=EXAMPLES,

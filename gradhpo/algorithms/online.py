@@ -112,7 +112,8 @@ class OnlineHypergradientOptimizer(Algorithm):
     def _reads_ahead(self) -> bool:
         return self.estimation_period is not None and not self.normalize
 
-    def _init_memory(self, w, batch, key) -> Memory:
+    def _init_memory(self, z, hyperparams, batch, key) -> Memory:
+        w, _ = z
         dtype = accumulation_dtype(w)
         memory = {
             "t": jnp.zeros((), jnp.int32),
@@ -148,6 +149,10 @@ class OnlineHypergradientOptimizer(Algorithm):
         memory, examples = _as_memory(distilled)
         memory |= {"t": t, "theta": theta}
         return Estimate(z, memory, hypergradient, train_loss, val_loss, examples)
+
+    def _remarks(self, metrics) -> str:
+        refused = metrics["theta_rejected"][-1]
+        return f"Refused as non-finite: {refused:.0f} estimates of theta." if refused else ""
 
     def estimate_theta(
         self,

@@ -13,14 +13,10 @@ from gradhpo.core.outer import Estimate
 from gradhpo.core.problem import Problem, Sees
 from gradhpo.core.state import Memory
 from gradhpo.core.types import InnerOptimizer, UpdateFn
+from gradhpo.utils.coordinates import map_in_blocks
 from gradhpo.utils.gradients import tree_dot, tree_l2_norm
 from gradhpo.utils.settings import check_count, check_setting, setting
 from gradhpo.utils.typecheck import checked
-
-
-# Coordinates of the hyperparameters that are perturbed side by side: enough to fill the
-# vector units, few enough that this many copies of the parameters fit.
-_COORDINATES_AT_ONCE = 16
 
 
 @checked
@@ -162,9 +158,6 @@ class T1T2Optimizer(Memoryless):
             if leaf.size == 0:
                 return leaf
 
-            products = jax.lax.map(
-                product, jnp.arange(leaf.size), batch_size=min(leaf.size, _COORDINATES_AT_ONCE)
-            )
-            return products.reshape(leaf.shape)
+            return map_in_blocks(product, jnp.arange(leaf.size)).reshape(leaf.shape)
 
         return jax.tree.unflatten(treedef, [of_leaf(i) for i in range(len(leaves))])

@@ -138,6 +138,7 @@ class TaskBatched(BilevelOptimizer):
             z=every.z,
             memory=every.memory,
             examples=every.examples,
+            metrics=every.metrics,
             hypergradient=_mean(every.hypergradient),
             train_loss=_mean(every.train_loss),
             val_loss=_mean(every.val_loss),
@@ -173,6 +174,9 @@ class TaskBatched(BilevelOptimizer):
     def _scalars(self, memory) -> MetricDict:
         memory = self._of_tasks(memory)
         return _mean(jax.vmap(self.optimizer._scalars)(memory)) if memory else {}
+
+    def _remarks(self, metrics) -> str:
+        return self.optimizer._remarks(metrics)
 
     def _over_tasks(
         self, function: Callable, state: BilevelState, train_batch: PyTree, val_batch: PyTree

@@ -8,6 +8,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from gradhpo.core.base import BilevelOptimizer
+from gradhpo.core.inner import Carry
 from gradhpo.core.inner_optimizer import init_inner_state
 from gradhpo.core.outer import Estimate
 from gradhpo.core.problem import Problem, Sees, bind, init_outer_state
@@ -38,7 +39,9 @@ class Algorithm(BilevelOptimizer):
         """Where this method finds the hyperparameters."""
 
     @abc.abstractmethod
-    def _init_memory(self, w: PyTree, batch: PyTree, key: Array | None) -> Memory:
+    def _init_memory(
+        self, z: Carry, hyperparams: PyTree, batch: PyTree, key: Array | None
+    ) -> Memory:
         """The memory at step 0."""
 
     @abc.abstractmethod
@@ -55,13 +58,14 @@ class Algorithm(BilevelOptimizer):
 
     def _start(self, params, hyperparams, batch, key) -> BilevelState:
         w = eqx.filter(params, eqx.is_inexact_array)
+        s = init_inner_state(self.inner_optimizer, w, hyperparams)
         state = BilevelState.create(
             params=params,
             hyperparams=hyperparams,
-            inner_opt_state=init_inner_state(self.inner_optimizer, w, hyperparams),
+            inner_opt_state=s,
             outer_opt_state=init_outer_state(self.outer_optimizer, hyperparams),
         )
-        return state.update(metadata=self._init_memory(w, batch, key))
+        return state.update(metadata=self._init_memory((w, s), hyperparams, batch, key))
 
     def _solve(self, state, train_batch, val_batch, train_loss_fn, val_loss_fn) -> Estimate:
         problem = bind(self, state, train_batch, val_batch, train_loss_fn, val_loss_fn)
@@ -108,18 +112,25 @@ class Algorithm(BilevelOptimizer):
         return {name: value for name, value in memory.items() if is_metric(value)}
 
 
-class Memoryless(Algorithm):
-    """An algorithm that carries nothing of its own from step to step."""
+class StepByStep(Algorithm):
+    """An algorithm that learns nothing from an episode before it is run."""
 
     @property
     def _reads_ahead(self) -> bool:
         return False
 
-    def _init_memory(self, w, batch, key) -> Memory:
+    def _prepare(self, problem, memory, step, num_steps) -> Memory:
+        return {}
+
+
+class Memoryless(StepByStep):
+    """An algorithm that carries nothing of its own from step to step."""
+
+    def _init_memory(self, z, hyperparams, batch, key) -> Memory:
         return {}
 
     def _restart_memory(self, memory, w) -> Memory:
         return {}
 
-    def _prepare(self, problem, memory, step, num_steps) -> Memory:
-        return {}
+    def _remarks(self, metrics) -> str:
+        return ""

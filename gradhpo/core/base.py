@@ -6,6 +6,7 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree, Real
 
@@ -113,6 +114,10 @@ class BilevelOptimizer(eqx.Module):
     @abc.abstractmethod
     def _scalars(self, memory: Memory) -> MetricDict:
         """What of an algorithm's memory is a metric: the scalars in it."""
+
+    @abc.abstractmethod
+    def _remarks(self, metrics: dict[str, np.ndarray]) -> str:
+        """What the report of a run with these metrics should say about the algorithm; or ""."""
 
     @checked
     def init(

@@ -133,6 +133,27 @@ class InnerUpdate(eqx.Module):
         _, pull = jax.vjp(lambda g, h: self._updated_by_optax(g, s, w, h)[0], gradient, hyperparams)
         return pull(w_bar)
 
+    def optimality(
+        self, w: PyTree, hyperparams: PyTree, t: ArrayLike
+    ) -> tuple[PyTree, Callable[[PyTree], tuple[PyTree, PyTree]]]:
+        r"""What vanishes at the inner optimum, and the products with its derivatives.
+
+        $F = \nabla_w L_{train}$, or $F = w - \Phi(w, \lambda)$ beside an `update_fn`; with it
+        $v \mapsto (v^\top \partial F/\partial w,\; v^\top \partial F/\partial\lambda)$.
+        """
+        if self.update_fn is None:
+            _, gradient, products = linearize_gradient(
+                lambda w, h: self.train_loss(w, h, t), w, hyperparams, symmetric=self.symmetric
+            )
+            return gradient, products
+        (new_w, _), _, pull = self.vjp((w, ()), hyperparams, t)
+
+        def minus_pulled(v):
+            by_w, _, by_hyperparams = pull(v)
+            return jax.tree.map(jnp.subtract, v, by_w), jax.tree.map(jnp.negative, by_hyperparams)
+
+        return jax.tree.map(jnp.subtract, w, new_w), minus_pulled
+
     def rollout(
         self,
         z: Carry,

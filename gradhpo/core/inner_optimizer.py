@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 
 from gradhpo.core.types import InnerOptimizer
 from gradhpo.utils.keys import is_key
+from gradhpo.utils.tracing import visible_leaves
 from gradhpo.utils.validation import strong
 
 
@@ -20,17 +21,30 @@ def init_inner_state(
     if inner_optimizer is None:
         return ()
     state = resolve(inner_optimizer, hyperparams).init(w)
-    frozen_by = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
-    is_injected = lambda x: isinstance(x, frozen_by)
-    if not isinstance(inner_optimizer, optax.GradientTransformation) and any(
-        map(is_injected, jax.tree.leaves(state, is_leaf=is_injected))
-    ):
-        raise ValueError(
-            "inner_optimizer(hyperparams) uses optax.inject_hyperparams, which keeps the values "
-            "from init in its state, so later hyperparameters would have no effect. Pass them "
-            "straight to the optimizer: lambda h: optax.sgd(jnp.exp(h['log_rate']))"
-        )
+    if not isinstance(inner_optimizer, optax.GradientTransformation) and _injected(state):
+        kept = lambda h: _injected(resolve(inner_optimizer, h).init(w))
+        if any(jax.tree.leaves(visible_leaves(kept, hyperparams, by_derivative=False))):
+            raise ValueError(
+                "inner_optimizer(hyperparams) uses optax.inject_hyperparams, which keeps the "
+                "values from init in its state, so later hyperparameters would have no effect. "
+                "Pass them straight to the optimizer, lambda h: optax.sgd(jnp.exp(h['log_rate'])), "
+                "or as schedules, which are evaluated at every step: lambda h: "
+                "optax.inject_hyperparams(optax.sgd)(lambda count: h['rates'][count // 100])"
+            )
     return jax.tree.map(strong, state)
+
+
+def _injected(state: PyTree) -> list[PyTree]:
+    """Values that `optax.inject_hyperparams` keeps; those of schedules it makes anew."""
+    kinds = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
+    is_injected = lambda x: isinstance(x, kinds)
+    nodes = filter(is_injected, jax.tree.leaves(state, is_leaf=is_injected))
+    return [
+        value
+        for node in nodes
+        for name, value in node.hyperparams.items()
+        if name not in getattr(node, "hyperparams_states", {})
+    ]
 
 
 def resolve(inner_optimizer: InnerOptimizer, hyperparams: PyTree) -> optax.GradientTransformation:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from gradhpo.core.inner import Carry
 from gradhpo.core.inner_optimizer import cast_like, explained
 from gradhpo.core.state import BilevelState, Memory
+from gradhpo.core.types import MetricDict
 from gradhpo.utils.gradients import accumulation_dtype, tree_l2_norm
 
 
@@ -24,6 +25,8 @@ class Estimate(eqx.Module):
     val_loss: Array
     # Memory made of the user's examples: a missing value or a mask in them is no failure.
     examples: Memory = eqx.field(default_factory=dict)
+    # The algorithm's own metrics: scalars that tell of a refused step as well.
+    metrics: MetricDict = eqx.field(default_factory=dict)
 
 
 def accept(
@@ -64,7 +67,9 @@ def accept(
         inner_opt_state=inner_opt_state,
         outer_opt_state=outer_opt_state,
         step=state.step + 1,
-        metadata=memory | {name: value.astype(dtype) for name, value in metrics.items()},
+        metadata=memory
+        | estimate.metrics
+        | {name: value.astype(dtype) for name, value in metrics.items()},
     )
 
 

@@ -26,10 +26,11 @@ from gradhpo.utils.validation import (
 )
 
 
-# Where a method finds the hyperparameters: in the validation loss alone; also in how the last
-# inner update changes the parameters; also in what earlier updates leave in the optimizer's
-# state; or (by evaluating updates instead of differentiating them) in whatever has an effect.
-Sees: TypeAlias = Literal["validation", "last update", "updates", "everything"]
+# Where a method finds the hyperparameters: in the validation loss alone; also in the condition
+# for the inner optimum; or in how the last inner update changes the parameters; also in what
+# earlier updates leave in the optimizer's state; or (by evaluating updates instead of
+# differentiating them) in whatever has an effect.
+Sees: TypeAlias = Literal["validation", "optimum", "last update", "updates", "everything"]
 
 
 class Validation(eqx.Module):
@@ -103,7 +104,7 @@ def bind(
         "state.outer_opt_state",
         made_here,
     )
-    memory = eqx.filter_eval_shape(optimizer._init_memory, w, None, None)
+    memory = eqx.filter_eval_shape(optimizer._init_memory, (w, s), hyperparams, None, None)
     check_same_structure(
         {name: state.metadata.get(name) for name in memory}, memory, "state.metadata", made_here
     )
@@ -153,29 +154,61 @@ def _trace_loss(
 
 def _check_visible(name: str, sees: Sees, problem: Problem) -> None:
     """Names the hyperparameters whose hypergradient by this method is identically 0."""
+    seen = _visible(sees, problem)
+    if all(seen):
+        return
+    names = leaf_names(problem.hyperparams)
+    # What each unseen leaf acts through, found only now: most programs never get here.
+    through = {kind: _visible(kind, problem) for kind in _SEEN_BY}
+    groups: dict[str, list[str]] = {}
+    for leaf, here, *elsewhere in zip(names, seen, *through.values(), strict=True):
+        if not here:
+            kinds = [kind for kind, there in zip(through, elsewhere, strict=True) if there]
+            groups.setdefault(_why(sees, kinds), []).append(leaf)
+    if not any(seen):
+        whys = (f"{why} ({', '.join(leaves)})" for why, leaves in groups.items())
+        raise ValueError(f"{name} sees none of the hyperparameters: {'; '.join(whys)}")
+    for why, leaves in groups.items():
+        warn_once(f"{name} gives a hypergradient of 0 for hyperparams {', '.join(leaves)}: {why}")
+
+
+# The methods that see what acts so; the widest last.
+_SEEN_BY: dict[Sees, str] = {
+    "optimum": "implicit differentiation",
+    "last update": "one step, T1-T2, greedy, HyperDistill",
+    "updates": "unrolling, DrMAD and forward mode",
+}
+
+
+def _why(sees: Sees, acts_through: list[Sees]) -> str:
+    """Why a leaf is not seen, and what would see it."""
+    why = {
+        "validation": "the validation loss does not depend on them, and this method looks nowhere "
+        "else",
+        "optimum": "the optimum of the training loss does not depend on them (a learning rate "
+        "only changes the way to it)",
+        "last update": "they act on later updates alone, through the optimizer's state",
+    }
+    if not acts_through or sees not in why:
+        return "neither the validation loss nor the inner update depends on them"
+    return f"{why[sees]}; {', '.join(_SEEN_BY[kind] for kind in acts_through)} see them"
+
+
+def _visible(sees: Sees, problem: Problem) -> list[bool]:
+    """For each leaf of the hyperparameters whether a method that looks there can see it."""
     phi, validation, z, hyperparams = problem
     w, _ = z
     by_derivative = sees != "everything"
     found = lambda function, tree: jax.tree.leaves(
         visible_leaves(function, tree, by_derivative=by_derivative)
     )
-    seen = found(lambda h: validation.loss(w, h), hyperparams)
+    directly = found(lambda h: validation.loss(w, h), hyperparams)
     by_weights = found(lambda w: validation.loss(w, hyperparams), w)
-    if sees != "validation" and any(by_weights):
+    if sees == "validation" or not any(by_weights):
+        return directly
+    if sees == "optimum":
+        inner = lambda h: phi.optimality(w, h, 0)[0]
+    else:
         result = (lambda z: z[0]) if sees == "last update" else (lambda z: z)
-        update = lambda h: result(phi.step(z, h, 0, want_loss=False)[0])
-        seen = [a or b for a, b in zip(seen, found(update, hyperparams), strict=True)]
-    if all(seen):
-        return
-    unseen = [leaf for leaf, ok in zip(leaf_names(hyperparams), seen, strict=True) if not ok]
-    why = (
-        "the validation loss does not depend on them, and this method looks nowhere else; one "
-        "step, T1-T2 and unrolling also see what acts through the inner update"
-        if sees == "validation"
-        else "the validation loss depends on neither the parameters nor on them"
-        if not any(by_weights)
-        else "neither the validation loss nor the inner update depends on them"
-    )
-    if not any(seen):
-        raise ValueError(f"{name} sees none of the hyperparameters: {why}")
-    warn_once(f"{name} gives a hypergradient of 0 for hyperparams {', '.join(unseen)}: {why}")
+        inner = lambda h: result(phi.step(z, h, 0, want_loss=False)[0])
+    return [a or b for a, b in zip(directly, found(inner, hyperparams), strict=True)]

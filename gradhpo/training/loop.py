@@ -168,8 +168,8 @@ def run(
     metrics = {name: np.concatenate([m[name] for m in recorded]) for name in recorded[0]}
     seconds = time.perf_counter() - started
     report = _report(stop_reason, taken, num_steps, seconds, rejections, data_error)
-    if "theta_rejected" in metrics and metrics["theta_rejected"][-1] > 0:
-        report += f" Refused as non-finite: {metrics['theta_rejected'][-1]:.0f} estimates of theta."
+    remarks = optimizer._remarks(metrics)
+    report += f" {remarks}" if remarks else ""
     if reptile_rate != 1 and taken % (steps_per_episode or 1) == 0:
         report += " The parameters are those that the next episode starts from."
     if stop_reason in ("rejected", "data exhausted", "data error"):

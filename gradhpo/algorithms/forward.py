@@ -1,0 +1,121 @@
+r"""Forward mode: exact hypergradients at every step, in memory independent of the horizon."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+
+from gradhpo.core.algorithm import StepByStep
+from gradhpo.core.outer import Estimate
+from gradhpo.core.problem import Problem, Sees
+from gradhpo.core.state import Memory
+from gradhpo.core.types import InnerOptimizer, UpdateFn
+from gradhpo.utils.coordinates import map_in_blocks, num_coordinates, ravel, unit_vector, unravel
+from gradhpo.utils.gradients import accumulation_dtype
+from gradhpo.utils.settings import check_count
+from gradhpo.utils.typecheck import checked
+
+
+@checked
+class ForwardModeOptimizer(StepByStep):
+    r"""The exact hypergradient of the whole episode so far, by forward mode.
+
+    The derivative $Z_t = \mathrm{d} z_t/\mathrm{d}\lambda$ of parameters and optimizer state is
+    carried along with them,
+    $$Z_t = A_t Z_{t-1} + B_t,\qquad
+    g = \frac{\partial L_{val}}{\partial\lambda} + \alpha_T Z_T,$$
+    from `step` to `step`: with `unroll_steps=1` every inner step gives the hypergradient of all
+    steps since `init` (or since the episode began), real-time hyperparameter optimization. The
+    steps before were taken with the hyperparameters of their time, and so were their derivatives.
+
+    Memory is $O(P \cdot H)$ for $P$ parameters and $H$ hyperparameters, for ten inner steps and
+    for ten thousand; time is one training gradient and at most two more per hyperparameter. So
+    it is for a few hyperparameters and long horizons: learning rates, momenta, schedules of them.
+    Updates need a forward derivative only (an `update_fn` may contain a `while_loop`).
+
+    **Arguments:**
+
+    - `inner_optimizer`, `outer_optimizer`, `update_fn`: as for
+        [`FOOptimizer`][gradhpo.FOOptimizer].
+    - `unroll_steps`: inner steps per `step`, at least 1.
+
+    The memory: `Z`, a tree like the parameters and the optimizer state (its floating-point
+    part), each leaf with a leading axis of length $H$ over the hyperparameters in the order of
+    their leaves; 0 at `init` and where an episode begins.
+
+    **Raises:** `ValueError` for `unroll_steps < 1`.
+
+    ```python
+    loss = lambda w, h, batch: jnp.sum(w**2 * jnp.arange(1.0, 4.0))
+    optimizer = gradhpo.ForwardModeOptimizer(
+        lambda h: optax.sgd(jnp.exp(h["log_rate"]), momentum=h["momentum"]),
+        optax.sgd(0.01),
+        unroll_steps=100,
+    )
+    rates = {"log_rate": jnp.array(-3.0), "momentum": jnp.array(0.5)}
+    state = optimizer.init(jnp.ones(3), rates)
+    state = optimizer.step(state, None, None, loss, loss)
+    ```
+
+    ??? cite "Reference"
+
+        Franceschi et al., *Forward and Reverse Gradient-Based Hyperparameter Optimization*,
+        ICML 2017, arXiv:1703.01785; schedules with shared values: Micaelli, Storkey,
+        *Gradient-based Hyperparameter Optimization Over Long Horizons*, NeurIPS 2021,
+        arXiv:2007.07869.
+    """
+
+    inner_optimizer: InnerOptimizer | None = None
+    outer_optimizer: optax.GradientTransformation | None = None
+    unroll_steps: int = eqx.field(static=True, default=1)
+    update_fn: UpdateFn | None = None
+
+    def __check_init__(self):
+        check_count("unroll_steps", self.unroll_steps)
+
+    @property
+    def num_inner_steps(self) -> int:
+        return self.unroll_steps
+
+    @property
+    def _sees(self) -> Sees:
+        return "updates"
+
+    def _init_memory(self, z, hyperparams, batch, key) -> Memory:
+        count = num_coordinates(hyperparams)
+        inexact = eqx.filter(z, eqx.is_inexact_array)
+        return {"Z": jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), inexact)}
+
+    def _restart_memory(self, memory, w) -> Memory:
+        return {"Z": jax.tree.map(jnp.zeros_like, memory["Z"])}
+
+    def _estimate(self, problem: Problem, memory: Memory) -> Estimate:
+        phi, validation, z, hyperparams = problem
+        coordinates = jnp.arange(num_coordinates(hyperparams))
+
+        def body(carry, t):
+            z, tangents = carry
+            inexact, rest = eqx.partition(z, eqx.is_inexact_array)
+
+            def step(inexact, hyperparams):
+                last = t == self.unroll_steps - 1
+                new, loss = phi.step(eqx.combine(inexact, rest), hyperparams, t, want_loss=last)
+                new_inexact, new_rest = eqx.partition(new, eqx.is_inexact_array)
+                return new_inexact, (new_rest, loss)
+
+            # Linearized once, so that the blocks of tangents share the primal.
+            inexact, push, (rest, loss) = jax.linearize(step, inexact, hyperparams, has_aux=True)
+            along = lambda row: push(row[0], unit_vector(row[1], hyperparams))
+            tangents = map_in_blocks(along, (tangents, coordinates))
+            return (eqx.combine(inexact, rest), tangents), loss
+
+        (z, tangents), losses = jax.lax.scan(body, (z, memory["Z"]), jnp.arange(self.unroll_steps))
+        val_loss, alpha, direct = validation.value_and_grads(z[0], hyperparams)
+        wide = accumulation_dtype(z[0])
+        alpha = ravel(alpha, wide)
+        through_updates = map_in_blocks(lambda of_w: ravel(of_w, wide) @ alpha, tangents[0])
+        hypergradient = jax.tree.map(jnp.add, direct, unravel(through_updates, hyperparams))
+        return Estimate(z, {"Z": tangents}, hypergradient, losses[-1], val_loss)
+
+    def _remarks(self, metrics) -> str:
+        return ""

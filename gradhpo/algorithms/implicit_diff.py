@@ -1,0 +1,205 @@
+r"""Implicit differentiation: the hypergradient of the inner optimum, not of the way to it."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import optax
+from jaxtyping import Array, Float
+
+from gradhpo.core.algorithm import StepByStep
+from gradhpo.core.inner_optimizer import cast_like
+from gradhpo.core.outer import Estimate
+from gradhpo.core.problem import Problem, Sees
+from gradhpo.core.state import Memory
+from gradhpo.core.types import InnerOptimizer, UpdateFn
+from gradhpo.utils.gradients import accumulation_dtype, tree_l2_norm
+from gradhpo.utils.settings import check_count, check_setting, setting
+from gradhpo.utils.typecheck import checked
+
+
+# Iterations of the default solvers, each of which costs two training gradients.
+_MOST_ITERATIONS = 100
+
+
+@checked
+class ImplicitOptimizer(StepByStep):
+    r"""Implicit differentiation at the parameters that `inner_steps` inner steps reach.
+
+    Where training has converged, $\nabla_w L_{train} = 0$ defines $w$ as a function of
+    $\lambda$, and
+    $$g = \frac{\partial L_{val}}{\partial\lambda} -
+    q^\top \frac{\partial^2 L_{train}}{\partial w\,\partial\lambda},\qquad
+    (H + \rho I)\, q = \nabla_w L_{val},\qquad H = \nabla_w^2 L_{train},$$
+    with $\rho$ = `damping`. No path is differentiated: memory $O(P)$ whatever the number of
+    steps, two training gradients per iteration of the linear solver, and only products with
+    $H$ (unless the solver asks for the matrix). Beside an `update_fn` (a proximal step, a Split
+    Bregman sweep, any contraction $w = \Phi(w, \lambda)$) the transposed fixed-point equation
+    $(I + \rho I - \partial\Phi/\partial w)^\top q = \nabla_w L_{val}$ is solved and
+    $g = \partial L_{val}/\partial\lambda + q^\top \partial\Phi/\partial\lambda$.
+
+    It does not see what only changes the way to the optimum: learning rates and other settings
+    of the inner optimizer. A starting point written as $w = w_0 + \delta$ gets a hypergradient
+    of 0, since the optimum does not depend on it. Far from the optimum the hypergradient is
+    biased: look at `inner_residual`. With minibatches, $H$ is that of the last one.
+
+    **Arguments:**
+
+    - `inner_optimizer`, `outer_optimizer`, `update_fn`: as for
+        [`FOOptimizer`][gradhpo.FOOptimizer].
+    - `linear_solver`: any `lineax` solver (`lineax.CG`, `lineax.GMRES`, `lineax.BiCGStab`,
+        `lineax.LU`, `lineax.Cholesky`, ...), [`Neumann`][gradhpo.Neumann] or
+        [`Nystrom`][gradhpo.Nystrom]. The system is scaled to a right-hand side of length 1, so
+        that tolerances are relative. `None`: `lineax.CG` for a loss, `lineax.GMRES` for an
+        `update_fn` (or a loss with a `custom_vjp`, whose $H$ need not be symmetric), at most
+        100 iterations and tolerances of about 2e-5 in float32, 4e-11 in float64.
+    - `inner_steps`: inner steps per `step`, at least 1.
+    - `damping`: $\rho \ge 0$, shape `()`, for an $H$ that is singular or not positive.
+
+    The memory: `adjoint`, the last $q$, from which iterative solvers start. The metrics beside
+    those of every optimizer: `inner_residual`, $\|\nabla_w L_{train}\|$ (or
+    $\|w - \Phi(w)\|$) at the end of the inner steps; `linear_residual`, what is left of the linear
+    system relative to its right-hand side; `linear_iterations` (0 for direct solvers); and
+    `linear_failures`, how many solves so far the solver itself gave up (singular, diverged).
+    Reaching `max_steps` is no failure. Nothing is raised.
+
+    **Raises:** `ValueError` for `inner_steps < 1` or a negative `damping`; while tracing, for a
+    solver that does not fit the operator.
+
+    ```python
+    train_loss = lambda w, h, batch: jnp.sum((w - 1.0) ** 2 + jnp.exp(h) * w**2)
+    val_loss = lambda w, h, batch: jnp.sum((w - 0.5) ** 2)
+    optimizer = gradhpo.ImplicitOptimizer(
+        optax.sgd(0.1), optax.sgd(0.1), linear_solver=lx.CG(rtol=1e-5, atol=1e-5), inner_steps=20
+    )
+    state = optimizer.init(jnp.zeros(3), jnp.zeros(3))
+    state = optimizer.step(state, None, None, train_loss, val_loss)
+    print(state.get_metric("inner_residual"), state.get_metric("linear_residual"))
+    ```
+
+    ??? cite "Reference"
+
+        Pedregosa, *Hyperparameter Optimization with Approximate Gradient*, ICML 2016,
+        arXiv:1602.02355; Lorraine et al., AISTATS 2020, arXiv:1911.02590; fixed points:
+        Bertrand et al., *Implicit Differentiation of Lasso-type Models*, ICML 2020,
+        arXiv:2002.08943.
+    """
+
+    inner_optimizer: InnerOptimizer | None = None
+    outer_optimizer: optax.GradientTransformation | None = None
+    linear_solver: lx.AbstractLinearSolver | None = None
+    inner_steps: int = eqx.field(static=True, default=1)
+    damping: Float[Array, ""] = eqx.field(converter=setting, default=0.0)
+    update_fn: UpdateFn | None = None
+
+    def __check_init__(self):
+        check_count("inner_steps", self.inner_steps)
+        check_setting("damping", self.damping, lambda x: x >= 0, "at least 0")
+
+    @property
+    def num_inner_steps(self) -> int:
+        return self.inner_steps
+
+    @property
+    def _sees(self) -> Sees:
+        return "optimum"
+
+    def _init_memory(self, z, hyperparams, batch, key) -> Memory:
+        w, _ = z
+        dtype = accumulation_dtype(w)
+        unknown = jnp.full((), jnp.nan, dtype)
+        return {
+            "adjoint": jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), w),
+            "inner_residual": unknown,
+            "linear_residual": unknown,
+            "linear_iterations": unknown,
+            "linear_failures": jnp.zeros((), dtype),
+        }
+
+    def _restart_memory(self, memory, w) -> Memory:
+        # The optimum is where it was, and so is the adjoint of the last solve near the next.
+        return {}
+
+    def _estimate(self, problem: Problem, memory: Memory) -> Estimate:
+        phi, validation, z, hyperparams = problem
+        last = self.inner_steps - 1
+        z, train_loss, _ = phi.rollout(z, hyperparams, 0, self.inner_steps)
+        w, _ = z
+        val_loss, alpha, direct = validation.value_and_grads(w, hyperparams)
+        residual, products = phi.optimality(w, hyperparams, last)
+
+        # Solved in float32 at least, and for a right-hand side of length 1.
+        wide = accumulation_dtype(w)
+        damping = self.damping.astype(wide)
+        norm = tree_l2_norm(alpha).astype(wide)
+        norm = jnp.where(norm > 0, norm, 1)
+        scaled = lambda factor, tree: jax.tree.map(lambda x: factor * x.astype(wide), tree)
+        unit = scaled(1 / norm, alpha)
+
+        def product(v):
+            by_w, by_hyperparams = products(cast_like(v, w))
+            return jax.tree.map(lambda x, y: x.astype(wide) + damping * y, by_w, v), by_hyperparams
+
+        symmetric = phi.update_fn is None and phi.symmetric
+        operator = lx.FunctionLinearOperator(
+            lambda v: product(v)[0],
+            jax.eval_shape(lambda: unit),
+            lx.positive_semidefinite_tag if symmetric else (),
+        )
+        solution = lx.linear_solve(
+            operator,
+            unit,
+            _solver(self.linear_solver, symmetric, wide),
+            options={"y0": scaled(1 / norm, memory["adjoint"]), "shift": damping},
+            throw=False,
+        )
+        result = solution.result
+        failed = (result != lx.RESULTS.successful) & (result != lx.RESULTS.max_steps_reached)
+        reached, mixed = product(solution.value)
+        hypergradient = jax.tree.map(
+            lambda x, y: x - (norm * y.astype(wide)).astype(x.dtype), direct, mixed
+        )
+        # What a solve that failed has left is nothing to start from.
+        adjoint = jax.tree.map(lambda q: jnp.where(failed, 0, norm * q), solution.value)
+        metrics = {
+            "inner_residual": tree_l2_norm(residual),
+            "linear_residual": tree_l2_norm(jax.tree.map(jnp.subtract, unit, reached)),
+            "linear_iterations": jnp.asarray(solution.stats.get("num_steps", 0)),
+            "linear_failures": memory["linear_failures"] + failed.astype(wide),
+        }
+        return Estimate(
+            z,
+            {"adjoint": adjoint},
+            hypergradient,
+            train_loss,
+            val_loss,
+            metrics={name: value.astype(wide) for name, value in metrics.items()},
+        )
+
+    def _remarks(self, metrics) -> str:
+        failures = metrics["linear_failures"][-1]
+        if not failures:
+            return ""
+        return (
+            f"The linear solver failed {failures:.0f} times (its system is singular or indefinite, "
+            "or its series diverges): the hypergradients of those steps are not to be trusted. "
+            "Pass damping=1e-3 or more, lineax.GMRES for a system that is not positive, or "
+            "gradhpo.Nystrom; with gradhpo.Neumann a smaller step_size."
+        )
+
+
+def _solver(
+    solver: lx.AbstractLinearSolver | None, symmetric: bool, dtype: jnp.dtype
+) -> lx.AbstractLinearSolver:
+    """The user's solver, if it fits the system, or the default."""
+    if isinstance(solver, lx.CG | lx.Cholesky) and not symmetric:
+        raise ValueError(
+            f"ImplicitOptimizer(linear_solver=lineax.{type(solver).__name__}(...)) solves symmetric "
+            "systems; that of an update_fn, or of a loss with a custom_vjp, is none: use "
+            "lineax.GMRES, lineax.BiCGStab, lineax.LU, gradhpo.Neumann, or None for the default"
+        )
+    if solver is not None:
+        return solver
+    tolerance = float(jnp.finfo(dtype).eps) ** (2 / 3)
+    default = lx.CG if symmetric else lx.GMRES
+    return default(rtol=tolerance, atol=tolerance, max_steps=_MOST_ITERATIONS)

@@ -1,0 +1,91 @@
+r"""The truncated Neumann series as a linear solver."""
+
+from typing import Any, TypeAlias
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jaxtyping import Array, Float, PyTree
+
+from gradhpo.utils.gradients import tree_l2_norm
+from gradhpo.utils.settings import check_count, check_setting, setting
+from gradhpo.utils.typecheck import checked
+
+
+_State: TypeAlias = lx.AbstractLinearOperator
+
+
+@checked
+class Neumann(lx.AbstractLinearSolver[_State]):
+    r"""The first terms of the Neumann series of an inverse, a solver for `lineax`.
+
+    $$A^{-1} v \approx \eta \sum_{k=0}^{K} (I - \eta A)^k\, v =
+    A^{-1}\bigl(I - (I - \eta A)^{K+1}\bigr) v,\qquad K = \mathtt{terms} - 1,$$
+    which is what so many steps of gradient descent with rate $\eta$ = `step_size` make of the
+    linear system; $K$ products with $A$ and no more. It converges where all eigenvalues of $A$
+    lie between 0 and $2/\eta$. Short series are meant: they forget directions in which $A$ is
+    flat, as training for a few steps would.
+
+    **Arguments:**
+
+    - `terms`: how many terms, at least 1. One gives $\eta v$.
+    - `step_size`: $\eta$, positive, shape `()`. The learning rate of the inner problem is a
+        good choice; too large a one makes the series diverge, which the result of the solve
+        tells (`lineax.RESULTS.breakdown`).
+
+    **Raises:** `ValueError` for `terms < 1` or `step_size <= 0`.
+
+    ```python
+    optimizer = gradhpo.ImplicitOptimizer(
+        optax.sgd(0.1), optax.adam(0.01), linear_solver=gradhpo.Neumann(20, 0.1)
+    )
+    ```
+
+    ??? cite "Reference"
+
+        Lorraine, Vicol, Duvenaud, *Optimizing Millions of Hyperparameters by Implicit
+        Differentiation*, AISTATS 2020, arXiv:1911.02590.
+    """
+
+    terms: int = eqx.field(static=True)
+    step_size: Float[Array, ""] = eqx.field(converter=setting)
+
+    def __check_init__(self):
+        check_count("terms", self.terms)
+        check_setting("step_size", self.step_size, lambda x: x > 0, "positive")
+
+    def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]) -> _State:
+        """The operator, its part that does not depend on the vector done once."""
+        return lx.linearise(operator)
+
+    def compute(
+        self, state: _State, vector: PyTree, options: dict[str, Any]
+    ) -> tuple[PyTree, lx.RESULTS, dict[str, Any]]:
+        """The sum; `breakdown` if its terms grow."""
+        scaled = lambda x: self.step_size.astype(x.dtype) * x
+
+        def body(carry: tuple[PyTree, PyTree], _: None):
+            term, total = carry
+            product = state.mv(term)
+            term = jax.tree.map(lambda x, y: x - scaled(y), term, product)
+            return (term, jax.tree.map(jnp.add, total, term)), None
+
+        products = self.terms - 1
+        (last, total), _ = jax.lax.scan(body, (vector, vector), None, length=products)
+        grows = tree_l2_norm(last) > tree_l2_norm(vector)
+        result = lx.RESULTS.where(grows, lx.RESULTS.breakdown, lx.RESULTS.successful)
+        statistics = {"num_steps": products, "max_steps": products}
+        return jax.tree.map(scaled, total), result, statistics
+
+    def transpose(self, state: _State, options: dict[str, Any]) -> tuple[_State, dict[str, Any]]:
+        """The same series of the transposed operator."""
+        return state.transpose(), {}
+
+    def conj(self, state: _State, options: dict[str, Any]) -> tuple[_State, dict[str, Any]]:
+        """The same series of the conjugated operator."""
+        return lx.conj(state), {}
+
+    def assume_full_rank(self) -> bool:
+        """A Neumann series has a limit only where the operator is invertible."""
+        return True

@@ -1,0 +1,131 @@
+r"""The Nyström approximation of a symmetric operator as a linear solver."""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jaxtyping import Array, Float, Key, PyTree
+
+from gradhpo.utils.coordinates import (
+    map_in_blocks,
+    num_coordinates,
+    ravel,
+    unit_vector,
+    unravel,
+)
+from gradhpo.utils.gradients import accumulation_dtype
+from gradhpo.utils.settings import check_count, check_setting, setting
+from gradhpo.utils.typecheck import checked
+
+
+class _LowRank(NamedTuple):
+    r"""$A_r = B^\top \operatorname{diag}(\mathtt{signs})\, B$, and what is added to it."""
+
+    b: Array  # [rank, n]
+    signs: Array  # [rank]
+    shift: Array  # []
+
+
+@checked
+class Nystrom(lx.AbstractLinearSolver[_LowRank]):
+    r"""Solves with a low-rank picture of a symmetric operator, a solver for `lineax`.
+
+    From `rank` columns of $A$, drawn at random, with rows $C = A_{K\cdot}$ and their own block
+    $M = A_{KK}$,
+    $$(C^\top M^{-1} C + \rho I)^{-1} v = \frac{v}{\rho} - \frac{1}{\rho^2}\,
+    C^\top \Bigl(M + \frac{1}{\rho}\, C C^\top\Bigr)^{-1} C v,\qquad \rho = \mathtt{damping}.$$
+    It costs `rank` products with $A$ and no iteration, so nothing can diverge. With full rank
+    it is $(A + \rho I)^{-1}$. Where $M$ is singular (dead units) its null space is left out.
+
+    **Arguments:**
+
+    - `rank`: how many columns; 5 to 10 are usual. At least 1, at most the size of $A$.
+    - `damping`: $\rho$, positive, shape `()`; 0.01 to 0.1 are usual. Directions that the columns
+        do not show are divided by it. The `damping` of
+        [`ImplicitOptimizer`][gradhpo.ImplicitOptimizer] adds to it.
+    - `key`: a PRNG key for the columns, the same ones in every solve; one is drawn from each of
+        `rank` equal pieces of the parameters.
+
+    **Raises:** `ValueError` for `rank < 1`, `damping <= 0`, or a rank larger than the operator.
+
+    ```python
+    solver = gradhpo.Nystrom(rank=5, damping=0.01, key=jax.random.key(0))
+    optimizer = gradhpo.ImplicitOptimizer(
+        optax.sgd(0.1), optax.adam(0.01), linear_solver=solver
+    )
+    ```
+
+    ??? cite "Reference"
+
+        Hataya, Yamada, *Nyström Method for Accurate and Scalable Implicit Differentiation*,
+        AISTATS 2023, arXiv:2302.09726.
+    """
+
+    rank: int = eqx.field(static=True)
+    damping: Float[Array, ""] = eqx.field(converter=setting)
+    key: Key[Array, ""]
+
+    def __check_init__(self):
+        check_count("rank", self.rank)
+        check_setting("damping", self.damping, lambda x: x > 0, "positive")
+
+    def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]) -> _LowRank:
+        """Draws the columns. `options["shift"]`: how much of a multiple of I is in the operator."""
+        if not lx.is_symmetric(operator):
+            raise ValueError(
+                "Nystrom needs a symmetric operator, which the Hessian of a training loss is; with "
+                "an update_fn, or a custom_vjp in the loss, use lineax.GMRES or gradhpo.Neumann"
+            )
+        like = operator.in_structure()
+        size = num_coordinates(like)
+        if self.rank > size:
+            raise ValueError(
+                f"Nystrom(rank={self.rank}) of an operator of size {size}: the rank can be no "
+                f"larger; write rank={size} for the exact inverse"
+            )
+        dtype = accumulation_dtype(jax.tree.map(lambda x: jnp.zeros((), x.dtype), like))
+        shift = jnp.asarray(options.get("shift", 0.0), dtype)
+        # One coordinate from each of equal pieces: different ones without sorting all of them.
+        edges = jnp.asarray([i * size // self.rank for i in range(self.rank + 1)])
+        chosen = jax.random.randint(self.key, (self.rank,), edges[:-1], edges[1:])
+
+        def row(coordinate: Array) -> Array:
+            unit = unit_vector(coordinate, like)
+            return ravel(operator.mv(unit), dtype) - shift * ravel(unit, dtype)
+
+        rows = map_in_blocks(row, chosen)
+        values, vectors = jnp.linalg.eigh(rows[:, chosen])
+        # What has no curvature among the columns has none to invert.
+        magnitudes = jnp.abs(values)
+        kept = magnitudes > self.rank * jnp.finfo(dtype).eps * jnp.max(magnitudes)
+        scale = jnp.where(kept, 1 / jnp.sqrt(jnp.where(kept, magnitudes, 1)), 0)
+        signs = jnp.where(values < 0, -jnp.ones_like(values), jnp.ones_like(values))
+        return _LowRank(
+            scale[:, None] * (vectors.T @ rows), signs, self.damping.astype(dtype) + shift
+        )
+
+    def compute(
+        self, state: _LowRank, vector: PyTree, options: dict[str, Any]
+    ) -> tuple[PyTree, lx.RESULTS, dict[str, Any]]:
+        """Woodbury's formula with the well-conditioned `rank` by `rank` matrix."""
+        b, signs, rho = state
+        v = ravel(vector, b.dtype)
+        small = rho * jnp.diag(signs) + b @ b.T
+        solution = (v - b.T @ jnp.linalg.solve(small, b @ v)) / rho
+        return unravel(solution, vector), lx.RESULTS.successful, {}
+
+    def transpose(
+        self, state: _LowRank, options: dict[str, Any]
+    ) -> tuple[_LowRank, dict[str, Any]]:
+        """The operator is symmetric."""
+        return state, {}
+
+    def conj(self, state: _LowRank, options: dict[str, Any]) -> tuple[_LowRank, dict[str, Any]]:
+        """The operator is real."""
+        return state, {}
+
+    def assume_full_rank(self) -> bool:
+        """What it inverts is a damped operator."""
+        return True

@@ -1,0 +1,85 @@
+"""Sign descent: an outer update for hypergradients whose scale means nothing."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import PyTree
+
+from gradhpo.utils.settings import check_setting, setting
+from gradhpo.utils.typecheck import checked
+
+
+class SignDescentState(NamedTuple):
+    """The step size of every coordinate, and the sign of its last hypergradient."""
+
+    step_sizes: PyTree
+    signs: PyTree
+
+
+@checked
+def sign_descent(
+    step_size: PyTree, decay: float = 0.5, tolerance: float = 0.05
+) -> optax.GradientTransformation:
+    r"""Steps of given length against the sign of the hypergradient, halved where it flips.
+
+    Every coordinate for itself: $\lambda_i \leftarrow \lambda_i - \delta_i\,
+    \operatorname{sign}(g_i)$; where the sign is another one than before, first
+    $\delta_i \leftarrow \mathtt{decay}\cdot\delta_i$. A coordinate rests for good once
+    $\delta_i < \mathtt{tolerance}\cdot|\lambda_i|$. For long horizons, whose hypergradients are
+    of very different lengths early and late: about ten outer steps find each value to within
+    `tolerance`.
+
+    **Arguments:**
+
+    - `step_size`: the first $\delta$, positive: one number, or a tree of numbers that is a prefix
+        of the hyperparameters, such as `{"rates": 0.1, "weight_decay": 3e-4}`.
+    - `decay`: in (0, 1), default 0.5.
+    - `tolerance`: at least 0, default 0.05; 0 never rests.
+
+    **Returns:** an `optax.GradientTransformation`, for `outer_optimizer`.
+
+    ```python
+    outer = gradhpo.sign_descent({"rates": 0.1, "momentum": 0.1})
+    hyperparams = {"rates": jnp.zeros(5), "momentum": jnp.zeros(5)}
+    optimizer = gradhpo.ForwardModeOptimizer(lambda h: optax.sgd(h["rates"][0]), outer)
+    state = outer.init(hyperparams)
+    ```
+
+    ??? cite "Reference"
+
+        Micaelli, Storkey, *Gradient-based Hyperparameter Optimization Over Long Horizons*,
+        NeurIPS 2021, arXiv:2007.07869.
+    """
+    for size in jax.tree.leaves(step_size):
+        check_setting("step_size", setting(size), lambda x: x > 0, "positive")
+    check_setting("decay", setting(decay), lambda x: (x > 0) & (x < 1), "in (0, 1)")
+    check_setting("tolerance", setting(tolerance), lambda x: x >= 0, "at least 0")
+
+    def init(params: PyTree) -> SignDescentState:
+        of_subtree = lambda size, tree: jax.tree.map(lambda x: jnp.full_like(x, size), tree)
+        step_sizes = jax.tree.map(of_subtree, step_size, params)
+        return SignDescentState(step_sizes, jax.tree.map(jnp.zeros_like, params))
+
+    def update(
+        updates: PyTree, state: SignDescentState, params: PyTree = None
+    ) -> tuple[PyTree, SignDescentState]:
+        if params is None:
+            raise ValueError(
+                "sign_descent needs the hyperparameters: update(updates, state, params)"
+            )
+        signs = jax.tree.map(jnp.sign, updates)
+        shorter = lambda size, old, new: jnp.where(old * new < 0, decay * size, size)
+        step_sizes = jax.tree.map(shorter, state.step_sizes, state.signs, signs)
+        # A hypergradient of exactly 0 says nothing of the side on which the optimum lies.
+        remembered = jax.tree.map(
+            lambda old, new: jnp.where(new == 0, old, new), state.signs, signs
+        )
+        moved = lambda size, sign, x: jnp.where(
+            size < tolerance * jnp.abs(x), jnp.zeros_like(x), -size * sign
+        )
+        moves = jax.tree.map(moved, step_sizes, signs, params)
+        return moves, SignDescentState(step_sizes, remembered)
+
+    return optax.GradientTransformation(init, update)

@@ -1,0 +1,54 @@
+"""A pytree as one row of numbers: its length, unit vectors, and work on them in blocks."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, PyTree
+
+
+# Coordinates that are worked on side by side: enough to fill the vector units, few enough that
+# this many copies of what belongs to one (parameters, activations) fit.
+_AT_ONCE = 16
+
+
+def num_coordinates(tree: PyTree) -> int:
+    """How many numbers the arrays of a tree hold."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def ravel(tree: PyTree, dtype: jnp.dtype) -> Array:
+    """All numbers of a tree in the order of its leaves, shape `[num_coordinates]`."""
+    return jnp.concatenate([leaf.reshape(-1).astype(dtype) for leaf in jax.tree.leaves(tree)])
+
+
+def unravel(row: Array, like: PyTree) -> PyTree:
+    """The tree of `like`'s shapes and dtypes whose `ravel` is `row`."""
+    leaves, treedef = jax.tree.flatten(like)
+    parts = [
+        row[first : first + leaf.size].reshape(leaf.shape).astype(leaf.dtype)
+        for first, leaf in zip(_offsets(leaves), leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, parts)
+
+
+def unit_vector(coordinate: ArrayLike, like: PyTree) -> PyTree:
+    """The tree of `like`'s shapes and dtypes with a 1 at one coordinate, else 0."""
+    leaves, treedef = jax.tree.flatten(like)
+    parts = [
+        (first + jnp.arange(leaf.size) == coordinate).reshape(leaf.shape).astype(leaf.dtype)
+        for first, leaf in zip(_offsets(leaves), leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, parts)
+
+
+def map_in_blocks(function: Callable[[Any], PyTree], over: PyTree) -> PyTree:
+    """`function` of every row of `over` (leading axes alike), a block of them at a time."""
+    count = len(jax.tree.leaves(over)[0])
+    return jax.lax.map(function, over, batch_size=min(count, _AT_ONCE))
+
+
+def _offsets(leaves: list[Any]) -> list[int]:
+    return list(itertools.accumulate((leaf.size for leaf in leaves[:-1]), initial=0))

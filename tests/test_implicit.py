@@ -1,0 +1,334 @@
+"""Implicit differentiation against the closed forms of the inner optimum."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import optax
+import pytest
+
+import gradhpo
+
+
+class Closed(NamedTuple):
+    """A problem at its inner optimum, and the derivative of the outer loss there."""
+
+    w: np.ndarray
+    hyperparams: dict
+    train_loss: object
+    val_loss: object
+    expected: dict
+    rate: float  # of a convergent Neumann series, 1 / largest curvature
+
+
+def data(seed=0, features=5):
+    random = np.random.default_rng(seed)
+    x, v = random.normal(size=(30, features)), random.normal(size=(20, features))
+    truth = random.normal(size=features)
+    y, u = x @ truth + random.normal(size=30), v @ truth + random.normal(size=20)
+    return x, y, v, u, random
+
+
+def half_mse(x, y):
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    return lambda w, h, batch: jnp.mean((x @ w - y) ** 2) / 2
+
+
+def ridge():
+    """Section 8.1: one penalty per feature."""
+    x, y, v, u, random = data()
+    penalty = np.exp(random.normal(size=5) - 1)
+    a = x.T @ x / 30 + np.diag(penalty)
+    w = np.linalg.solve(a, x.T @ y / 30)
+    q = np.linalg.solve(a, v.T @ (v @ w - u) / 20)
+    fit = half_mse(x, y)
+    train_loss = lambda w, h, batch: fit(w, h, batch) + jnp.sum(jnp.exp(h["log"]) * w**2) / 2
+    return Closed(
+        w,
+        {"log": np.log(penalty)},
+        train_loss,
+        half_mse(v, u),
+        {"log": -penalty * q * w},
+        1 / np.linalg.eigvalsh(a)[-1],
+    )
+
+
+def quadratic():
+    """Section 8.2, with a direct term."""
+    random = np.random.default_rng(1)
+    root, j, c = random.normal(size=(4, 4)), random.normal(size=(4, 3)), random.normal(size=4)
+    h, q_matrix = root @ root.T / 4 + 0.3 * np.eye(4), np.diag([1.0, 2.0, 3.0, 4.0])
+    a, target, rho = random.normal(size=3), random.normal(size=4), 0.7
+    w = np.linalg.solve(h, j @ a + c)
+    expected = rho * a + j.T @ np.linalg.solve(h, q_matrix @ (w - target))
+    hj, jj, cj, qj, tj = map(jnp.asarray, (h, j, c, q_matrix, target))
+    train_loss = lambda w, a, batch: w @ hj @ w / 2 - w @ (jj @ a["a"] + cj)
+    val_loss = lambda w, a, batch: (w - tj) @ qj @ (w - tj) / 2 + rho * jnp.sum(a["a"] ** 2) / 2
+    rate = 1 / np.linalg.eigvalsh(h)[-1]
+    return Closed(w, {"a": a}, train_loss, val_loss, {"a": expected}, rate)
+
+
+def logistic():
+    """Section 8.5: Newton's method to the optimum."""
+    x, y, v, u, random = data(2)
+    y, u, penalty = (y > 0) * 1.0, (u > 0) * 1.0, np.exp(random.normal(size=5) - 1)
+    w = np.zeros(5)
+    for _ in range(50):
+        p = 1 / (1 + np.exp(-x @ w))
+        hessian = x.T @ ((p * (1 - p))[:, None] * x) / 30 + np.diag(penalty)
+        w = w - np.linalg.solve(hessian, x.T @ (p - y) / 30 + penalty * w)
+    q = np.linalg.solve(hessian, v.T @ (1 / (1 + np.exp(-v @ w)) - u) / 20)
+
+    def cross_entropy(x, y):
+        x, y = jnp.asarray(x), jnp.asarray(y)
+        return lambda w, h, batch: jnp.mean(optax.sigmoid_binary_cross_entropy(x @ w, y))
+
+    fit = cross_entropy(x, y)
+    train_loss = lambda w, h, batch: fit(w, h, batch) + jnp.sum(h["l2"] * w**2) / 2
+    rate = 1 / np.linalg.eigvalsh(hessian)[-1]
+    return Closed(w, {"l2": penalty}, train_loss, cross_entropy(v, u), {"l2": -q * w}, rate)
+
+
+def cleaning():
+    """Section 8.6: one weight per training example."""
+    x, y, v, u, random = data(3)
+    a, c = random.normal(size=30), 0.1
+    s = 1 / (1 + np.exp(-a))
+    hessian = x.T @ (s[:, None] * x) / 30 + c * np.eye(5)
+    w = np.linalg.solve(hessian, x.T @ (s * y) / 30)
+    q = np.linalg.solve(hessian, v.T @ (v @ w - u) / 20)
+    xj, yj = jnp.asarray(x), jnp.asarray(y)
+
+    def train_loss(w, h, batch):
+        weighted = jax.nn.sigmoid(h["a"]) * (xj @ w - yj) ** 2
+        return jnp.mean(weighted) / 2 + c * jnp.sum(w**2) / 2
+
+    expected = {"a": -s * (1 - s) * (x @ w - y) * (x @ q) / 30}
+    rate = 1 / np.linalg.eigvalsh(hessian)[-1]
+    return Closed(w, {"a": a}, train_loss, half_mse(v, u), expected, rate)
+
+
+def at(problem, optimizer):
+    as_arrays = jax.tree.map(jnp.asarray, problem.hyperparams)
+    state = optimizer.init(jnp.asarray(problem.w), as_arrays)
+    return state, None, None, problem.train_loss, problem.val_loss
+
+
+SGD = optax.sgd(1e-3)
+TIGHT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+@pytest.mark.parametrize("make", [ridge, quadratic, logistic, cleaning])
+def test_closed_forms_with_every_kind_of_solver(make):
+    problem = make()
+    solvers = [
+        lx.CG(**TIGHT),
+        lx.GMRES(**TIGHT),
+        lx.LU(),
+        lx.Cholesky(),
+        gradhpo.Neumann(3_000, problem.rate),
+        None,
+    ]
+    [(name, expected)] = problem.expected.items()
+    for solver in solvers:
+        optimizer = gradhpo.ImplicitOptimizer(SGD, optax.sgd(0.1), linear_solver=solver)
+        found = optimizer.compute_hypergradient(*at(problem, optimizer))[name]
+        np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-10, err_msg=str(solver))
+    # Damping, and a full-rank Nystrom approximation which is nothing but damping.
+    damped = gradhpo.ImplicitOptimizer(SGD, optax.sgd(0.1), lx.LU(), damping=0.03)
+    nystrom = gradhpo.Nystrom(len(problem.w), 0.01, jax.random.key(0))
+    both = gradhpo.ImplicitOptimizer(SGD, optax.sgd(0.1), nystrom, damping=0.02)
+    expected, found = (o.compute_hypergradient(*at(problem, o))[name] for o in (damped, both))
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-11)
+
+
+def elastic_net(l1, l2):
+    """Section 8.4 with penalties for each feature: ISTA to the optimum, in NumPy."""
+    x, y, v, u, _ = data(4, features=8)
+    a, b = x.T @ x / 30, x.T @ y / 30
+    rate, w = 1 / (np.linalg.eigvalsh(a)[-1] + np.max(l2)), np.zeros(8)
+    for _ in range(5_000):
+        moved = w - rate * (a @ w - b + l2 * w)
+        w = np.sign(moved) * np.maximum(np.abs(moved) - rate * l1, 0)
+    s = w != 0
+    q = np.zeros(8)
+    q[s] = np.linalg.solve((a + np.diag(l2))[np.ix_(s, s)], (v.T @ (v @ w - u) / 20)[s])
+    aj, bj = jnp.asarray(a), jnp.asarray(b)
+
+    def proximal_step(w, h, batch):
+        moved = w - rate * (aj @ w - bj + h["l2"] * w)
+        return jnp.sign(moved) * jax.nn.relu(jnp.abs(moved) - rate * h["l1"])
+
+    loss = half_mse(x, y)
+    problem = Closed(
+        w, {"l1": l1, "l2": l2}, loss, half_mse(v, u), {"l1": -q * np.sign(w), "l2": -q * w}, rate
+    )
+    return problem, proximal_step, s
+
+
+@pytest.mark.parametrize("l2", [0.0, 0.1])
+def test_lasso_and_elastic_net_through_a_proximal_step(l2):
+    problem, step, support = elastic_net(np.full(8, 0.25), np.full(8, l2))
+    assert 0 < support.sum() < 8
+    for solver in (None, lx.GMRES(**TIGHT), lx.LU(), gradhpo.Neumann(3_000, 1.0)):
+        optimizer = gradhpo.ImplicitOptimizer(
+            None, optax.sgd(0.1), linear_solver=solver, update_fn=step
+        )
+        found = optimizer.compute_hypergradient(*at(problem, optimizer))
+        for name, expected in problem.expected.items():
+            np.testing.assert_allclose(found[name], expected, rtol=1e-8, atol=1e-10)
+            assert np.all(np.asarray(found[name])[~support] == 0)
+
+
+def test_one_neumann_term_is_one_step_with_the_mixed_derivative_at_the_end():
+    problem = cleaning()
+    w, eta = jnp.asarray(problem.w) + 0.3, 0.05
+    optimizer = gradhpo.ImplicitOptimizer(
+        optax.sgd(eta), optax.sgd(0.1), gradhpo.Neumann(1, eta), inner_steps=3
+    )
+    state, *rest = at(problem._replace(w=np.asarray(w)), optimizer)
+    found = optimizer.compute_hypergradient(state, *rest)["a"]
+    for _ in range(3):
+        w = w - eta * jax.grad(problem.train_loss)(w, state.hyperparams, None)
+    alpha = jax.grad(problem.val_loss)(w, state.hyperparams, None)
+    along = lambda h: jnp.vdot(alpha, jax.grad(problem.train_loss)(w, h, None))
+    np.testing.assert_allclose(found, -eta * jax.grad(along)(state.hyperparams)["a"], rtol=1e-10)
+
+
+def test_metrics_tell_how_far_from_the_optimum_and_how_well_the_system_was_solved():
+    problem = ridge()
+    start = problem._replace(w=problem.w + 1.0)
+    residuals = []
+    for steps in (1, 10, 300):
+        optimizer = gradhpo.ImplicitOptimizer(
+            optax.sgd(0.3),
+            optax.sgd(0.0),
+            lx.CG(rtol=1e-9, atol=1e-9, max_steps=3),
+            inner_steps=steps,
+        )
+        state = optimizer.step(*at(start, optimizer))
+        gradient = jax.grad(problem.train_loss)(state.params, state.hyperparams, None)
+        metrics = state.metadata
+        np.testing.assert_allclose(metrics["inner_residual"], jnp.linalg.norm(gradient), rtol=1e-9)
+        residuals.append(float(metrics["inner_residual"]))
+        # Three iterations in five dimensions: cut short, which is no failure.
+        assert metrics["linear_iterations"] == 3
+        assert metrics["linear_failures"] == 0
+        hessian = jax.hessian(problem.train_loss)(state.params, state.hyperparams, None)
+        alpha = jax.grad(problem.val_loss)(state.params, state.hyperparams, None)
+        left = jnp.linalg.norm(alpha - hessian @ metrics["adjoint"]) / jnp.linalg.norm(alpha)
+        np.testing.assert_allclose(metrics["linear_residual"], left, rtol=1e-9)
+        assert left > 1e-6
+    assert residuals[0] > 10 * residuals[1] > 100 * residuals[2]
+
+
+def iterations(warm: bool) -> float:
+    """Of CG over 30 outer steps on a least-squares problem in 60 dimensions."""
+    x, y, v, u, random = data(5, features=60)
+    fit, val_loss = half_mse(x, y), half_mse(v, u)
+    train_loss = lambda w, h, batch: fit(w, h, batch) + jnp.sum(jnp.exp(h) * w**2) / 2
+    optimizer = gradhpo.ImplicitOptimizer(
+        optax.sgd(0.1), optax.sgd(0.1), lx.CG(rtol=1e-6, atol=1e-6), inner_steps=5
+    )
+    state = optimizer.init(jnp.zeros(60), jnp.full(60, -2.0))
+    total = 0.0
+    for _ in range(30):
+        state = optimizer.step(state, None, None, train_loss, val_loss)
+        total += float(state.metadata["linear_iterations"])
+        if not warm:
+            nothing = jnp.zeros_like(state.metadata["adjoint"])
+            state = state.update(metadata={"adjoint": nothing})
+    return total
+
+
+def test_the_last_adjoint_is_a_good_place_to_start():
+    assert iterations(warm=True) < 0.8 * iterations(warm=False)
+
+
+@pytest.mark.parametrize("solver", [None, lx.LU(), gradhpo.Neumann(300, 10.0)])
+def test_a_singular_or_diverging_system_ends_in_a_report(solver):
+    """The validation loss wants what no training example ever sees."""
+    x = jnp.asarray([[1.0, 0.0], [2.0, 0.0]])
+    train_loss = lambda w, h, batch: jnp.mean((x @ w - h) ** 2)
+    val_loss = lambda w, h, batch: jnp.sum((w - 3.0) ** 2)
+    optimizer = gradhpo.ImplicitOptimizer(optax.sgd(0.1), optax.sgd(1e-3), linear_solver=solver)
+    state = optimizer.init(jnp.zeros(2), jnp.zeros(()))
+    losses = gradhpo.LossFunctions(train_loss, val_loss)
+    with pytest.warns(RuntimeWarning, match=r"linear solver failed.*damping"):
+        _, history = gradhpo.run(optimizer, state, losses, None, None, num_steps=20, progress=False)
+    assert history["linear_failures"][-1] > 0
+    assert "linear solver failed" in history.report
+    # What the report advises.
+    optimizer = gradhpo.ImplicitOptimizer(optax.sgd(0.1), optax.sgd(1e-3), damping=0.1)
+    _, history = gradhpo.run(optimizer, state, losses, None, None, num_steps=20, progress=False)
+    assert history["linear_failures"][-1] == history["rejected"][-1] == 0
+
+
+def test_what_only_changes_the_way_is_not_seen_and_the_start_counts_for_nothing():
+    problem = ridge()
+    train_loss = lambda w, h, batch: problem.train_loss(w + h["start"], h, batch)
+    val_loss = lambda w, h, batch: problem.val_loss(w + h["start"], h, batch)
+    hyperparams = {k: jnp.asarray(x) for k, x in problem.hyperparams.items()}
+    hyperparams |= {"start": jnp.ones(5), "rate": jnp.asarray(0.1)}
+    optimizer = gradhpo.ImplicitOptimizer(lambda h: optax.sgd(h["rate"]), optax.sgd(0.1), lx.LU())
+    state = optimizer.init(jnp.asarray(problem.w) - 1.0, hyperparams)
+    with pytest.warns(UserWarning, match=r"of 0 for hyperparams \['rate'\].*unrolling"):
+        found = optimizer.compute_hypergradient(state, None, None, train_loss, val_loss)
+    np.testing.assert_allclose(found["start"], np.zeros(5), atol=1e-12)
+    np.testing.assert_allclose(found["log"], problem.expected["log"], rtol=1e-9)
+    assert found["rate"] == 0
+
+
+def test_a_custom_vjp_in_the_loss_makes_the_system_unsymmetric():
+    """Gradient reversal: the field whose zero training finds is not a gradient."""
+
+    @jax.custom_vjp
+    def reverse(x):
+        return x
+
+    reverse.defvjp(lambda x: (x, None), lambda _, g: (-g,))
+    train_loss = lambda w, h, batch: jnp.sum(w**2) + 0.3 * w[0] * reverse(w[1]) - jnp.sum(h * w)
+    val_loss = lambda w, h, batch: jnp.sum((w - 1.0) ** 2)
+    field = lambda w, h: jax.grad(train_loss)(w, h, None)
+    h = jnp.asarray([0.5, -0.2])
+    jacobian = jax.jacobian(field)(jnp.zeros(2), h)
+    assert not np.allclose(jacobian, jacobian.T)
+    w = jnp.linalg.solve(jacobian, h)
+    np.testing.assert_allclose(field(w, h), 0, atol=1e-12)
+    expected = 2 * (w - 1) @ jnp.linalg.inv(jacobian)
+    optimizer = gradhpo.ImplicitOptimizer(optax.sgd(0.1), optax.sgd(0.1))
+    found = optimizer.compute_hypergradient(optimizer.init(w, h), None, None, train_loss, val_loss)
+    np.testing.assert_allclose(found, expected, rtol=1e-8)
+    by_cg = dataclasses.replace(optimizer, linear_solver=lx.CG(**TIGHT))
+    with pytest.raises(ValueError, match=r"lineax.CG.*symmetric.*lineax.GMRES"):
+        by_cg.compute_hypergradient(by_cg.init(w, h), None, None, train_loss, val_loss)
+
+
+def test_imaml_is_a_proximal_inner_problem_for_each_task():
+    """Meta-gradient (I + H/c)^-1 grad L_test, the mean over tasks; H of the data alone."""
+    random = np.random.default_rng(6)
+    x, y = random.normal(size=(3, 10, 4)), random.normal(size=(3, 10))
+    v, u = random.normal(size=(3, 6, 4)), random.normal(size=(3, 6))
+    theta, c = random.normal(size=4), 0.5
+    expected = np.zeros(4)
+    for i in range(3):
+        h = x[i].T @ x[i] / 10
+        w = np.linalg.solve(h + c * np.eye(4), x[i].T @ y[i] / 10 + c * theta)
+        alpha = v[i].T @ (v[i] @ w - u[i]) / 6
+        expected += np.linalg.solve(np.eye(4) + h / c, alpha) / 3
+
+    error = lambda w, batch: jnp.mean((batch[0] @ w - batch[1]) ** 2) / 2
+    train_loss = lambda w, theta, batch: error(w, batch) + c / 2 * jnp.sum((w - theta) ** 2)
+    val_loss = lambda w, theta, batch: error(w, batch)
+    cg = lx.CG(rtol=1e-12, atol=1e-12, max_steps=5)
+    one = gradhpo.ImplicitOptimizer(optax.sgd(0.3), optax.sgd(0.1), cg, inner_steps=300)
+    optimizer = gradhpo.TaskBatched(one, num_tasks=3)
+    state = optimizer.init(jnp.zeros(4), jnp.asarray(theta))
+    train, val = ((jnp.asarray(a), jnp.asarray(b)) for a, b in ((x, y), (v, u)))
+    found = optimizer.compute_hypergradient(state, train, val, train_loss, val_loss)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    after = optimizer.step(state, train, val, train_loss, val_loss)
+    assert after.metadata["adjoint"].shape == (3, 4)

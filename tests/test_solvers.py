@@ -1,0 +1,131 @@
+"""Neumann and Nystrom against dense linear algebra."""
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import pytest
+
+import gradhpo
+from gradhpo.utils.coordinates import num_coordinates, ravel, unit_vector, unravel
+
+
+def positive(size, seed=0):
+    random = np.random.default_rng(seed)
+    root = random.normal(size=(size, size))
+    return root @ root.T / size + 0.3 * np.eye(size), random.normal(size=size)
+
+
+def operator_of(matrix, *tags):
+    return lx.MatrixLinearOperator(jnp.asarray(matrix), tags or lx.positive_semidefinite_tag)
+
+
+def solve(matrix, vector, solver, **options):
+    return lx.linear_solve(
+        operator_of(matrix), jnp.asarray(vector), solver, options=options, throw=False
+    )
+
+
+@pytest.mark.parametrize("terms", [1, 2, 7, 400])
+def test_neumann_is_its_partial_sum(terms):
+    h, v = positive(5)
+    eta, eye = 0.4, np.eye(5)
+    expected = np.linalg.solve(h, (eye - np.linalg.matrix_power(eye - eta * h, terms)) @ v)
+    found = solve(h, v, gradhpo.Neumann(terms, eta))
+    np.testing.assert_allclose(found.value, expected, rtol=1e-10)
+    assert found.stats["num_steps"] == terms - 1
+    assert found.result == lx.RESULTS.successful
+
+
+def test_neumann_that_diverges_says_so():
+    h, v = positive(5)
+    assert solve(h, v, gradhpo.Neumann(50, 100.0)).result == lx.RESULTS.breakdown
+
+
+def test_neumann_of_a_transposed_operator_and_a_tree():
+    random = np.random.default_rng(1)
+    a, v = np.eye(4) - 0.3 * random.normal(size=(4, 4)) / 2, random.normal(size=4)
+    operator = lx.MatrixLinearOperator(jnp.asarray(a))
+    found = lx.linear_solve(operator.T, jnp.asarray(v), gradhpo.Neumann(300, 1.0))
+    np.testing.assert_allclose(found.value, np.linalg.solve(a.T, v), rtol=1e-10)
+    mv = lambda tree: {"x": 2 * tree["x"], "y": 0.5 * tree["y"]}
+    tree = {"x": jnp.ones(2), "y": jnp.ones((1, 3))}
+    operator = lx.FunctionLinearOperator(mv, jax.eval_shape(lambda: tree))
+    found = lx.linear_solve(operator, tree, gradhpo.Neumann(200, 0.5))
+    np.testing.assert_allclose(found.value["x"], 0.5)
+    np.testing.assert_allclose(found.value["y"], 2.0)
+
+
+def test_nystrom_of_full_rank_is_the_damped_inverse(getkey):
+    h, v = positive(12)
+    expected = np.linalg.solve(h + 0.01 * np.eye(12), v)
+    found = solve(h, v, gradhpo.Nystrom(12, 0.01, getkey()))
+    np.testing.assert_allclose(found.value, expected, rtol=1e-10)
+    # The part of the operator that is a multiple of I is known, and adds to the damping.
+    shifted = solve(h + 0.2 * np.eye(12), v, gradhpo.Nystrom(12, 0.01, getkey()), shift=0.2)
+    expected = np.linalg.solve(h + 0.21 * np.eye(12), v)
+    np.testing.assert_allclose(shifted.value, expected, rtol=1e-10)
+
+
+def test_nystrom_is_its_own_formula_written_out(getkey):
+    h, v = positive(12)
+    rank, rho = 4, 0.05
+    solver = gradhpo.Nystrom(rank, rho, getkey())
+    # The columns: found by what a row of the low-rank operator must be.
+    state = solver.init(operator_of(h), {})
+    low_rank = np.asarray(state.b.T @ (state.signs[:, None] * state.b))
+    chosen = [i for i in range(12) if np.allclose(low_rank[i], h[i], atol=1e-9)]
+    assert len(chosen) == rank
+    c, m = h[chosen], h[np.ix_(chosen, chosen)]
+    expected = v / rho - c.T @ np.linalg.solve(m + c @ c.T / rho, c @ v) / rho**2
+    np.testing.assert_allclose(solve(h, v, solver).value, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_nystrom_of_dead_units_and_negative_curvature(sign, getkey):
+    h, v = positive(6)
+    h = sign * h
+    h[[1, 4]] = 0
+    h[:, [1, 4]] = 0
+    expected = np.linalg.solve(h + 0.01 * np.eye(6), v)
+    found = solve(h, v, gradhpo.Nystrom(6, 0.01, getkey())).value
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+def test_nystrom_draws_different_columns(getkey):
+    size = 1_000
+    seen = set()
+    for _ in range(3):
+        solver = gradhpo.Nystrom(10, 0.1, getkey())
+        diagonal = lx.DiagonalLinearOperator(jnp.arange(1.0, size + 1))
+        rows = np.asarray(solver.init(diagonal, {}).b)
+        columns = set(np.flatnonzero(np.abs(rows).sum(axis=0)))
+        assert len(columns) == 10
+        seen |= columns
+    assert len(seen) > 20
+
+
+def test_solvers_refuse_what_they_cannot_do(getkey):
+    h, v = positive(3)
+    with pytest.raises(ValueError, match="rank can be no larger; write rank=3"):
+        solve(h, v, gradhpo.Nystrom(4, 0.1, getkey()))
+    plain = lx.MatrixLinearOperator(jnp.asarray(h))
+    with pytest.raises(ValueError, match=r"needs a symmetric operator.*lineax.GMRES"):
+        lx.linear_solve(plain, jnp.asarray(v), gradhpo.Nystrom(2, 0.1, getkey()))
+    for arguments, message in (((0, 0.1), "terms"), ((2, 0.0), "step_size")):
+        with pytest.raises(ValueError, match=message):
+            gradhpo.Neumann(*arguments)
+    for arguments, message in (((0, 0.1), "rank"), ((2, 0.0), "damping")):
+        with pytest.raises(ValueError, match=message):
+            gradhpo.Nystrom(*arguments, getkey())
+
+
+def test_coordinates_are_those_of_the_row():
+    tree = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.asarray(7.0), "c": jnp.arange(2.0)}
+    wide = jnp.dtype(jnp.float64)
+    row = ravel(tree, wide)
+    assert row.shape == (num_coordinates(tree),) == (9,)
+    for x, y in zip(jax.tree.leaves(unravel(row, tree)), jax.tree.leaves(tree), strict=True):
+        np.testing.assert_array_equal(x, y)
+    for i in range(9):
+        np.testing.assert_array_equal(ravel(unit_vector(i, tree), wide), np.eye(9)[i])
