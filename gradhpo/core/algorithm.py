@@ -16,6 +16,7 @@ from gradhpo.core.state import BilevelState, Memory
 from gradhpo.core.types import InnerOptimizer, MetricDict, UpdateFn
 from gradhpo.utils.gradients import tree_l2_norm, tree_lerp
 from gradhpo.utils.settings import check_inner_rule
+from gradhpo.utils.tracing import differentiation_explained
 
 
 class Algorithm(BilevelOptimizer):
@@ -69,7 +70,8 @@ class Algorithm(BilevelOptimizer):
 
     def _solve(self, state, train_batch, val_batch, train_loss_fn, val_loss_fn) -> Estimate:
         problem = bind(self, state, train_batch, val_batch, train_loss_fn, val_loss_fn)
-        return self._estimate(problem, state.memory)
+        with differentiation_explained(type(self).__name__):
+            return self._estimate(problem, state.memory)
 
     def _outer_loss(self, state, train_batch, val_batch, train_loss_fn, val_loss_fn) -> Array:
         phi, validation, z, hyperparams = bind(

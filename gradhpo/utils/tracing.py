@@ -1,7 +1,7 @@
 """What the traced program tells: which leaves it can see, and why it was traced again."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import equinox as eqx
@@ -10,6 +10,33 @@ from jax.extend.core import Jaxpr, jaxprs_in_params
 from jaxtyping import PyTree
 
 from gradhpo.utils.typecheck import forget_warnings, warn_once
+
+
+# What JAX and Equinox raise where a rule of differentiation is missing.
+_NOT_DIFFERENTIABLE = (TypeError, ValueError, NotImplementedError, RuntimeError)
+_MISSING_RULES = (
+    "Reverse-mode differentiation does not work",
+    "can't apply forward-mode",
+    "Unexpected tangent",
+    "callbacks do not support",
+)
+
+
+@contextlib.contextmanager
+def differentiation_explained(name: str) -> Iterator[None]:
+    """Says what to write where the derivatives that a method takes do not exist."""
+    try:
+        yield
+    except _NOT_DIFFERENTIABLE as error:
+        if not any(rule in str(error) for rule in _MISSING_RULES):
+            raise
+        raise ValueError(
+            f"{name} takes second derivatives of the training loss, or derivatives of the inner "
+            f"update, and JAX cannot: {str(error).splitlines()[0]} An ODE solve needs adjoint="
+            "diffrax.DirectAdjoint(), the only one that can be differentiated twice; in place of "
+            "a while_loop use lax.scan, or ForwardModeOptimizer with an update_fn; for an opaque "
+            "function T1T2Optimizer(update_fn=..., perturb='hyperparams')"
+        ) from error
 
 
 def visible_leaves(
@@ -34,7 +61,7 @@ def visible_leaves(
         used |= set(map(id, program.outvars))
         seen[:] = [id(v) in used for v in program.invars]
 
-    with contextlib.suppress(TypeError, ValueError, NotImplementedError):
+    with contextlib.suppress(*_NOT_DIFFERENTIABLE):
         # A trace of its own, so that nothing of this reaches the program around it.
         jax.eval_shape(probe, *leaves)
     return jax.tree.unflatten(treedef, seen)
