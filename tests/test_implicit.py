@@ -227,7 +227,7 @@ def test_metrics_tell_how_far_from_the_optimum_and_how_well_the_system_was_solve
 
 def iterations(warm: bool) -> float:
     """Of CG over 30 outer steps on a least-squares problem in 60 dimensions."""
-    x, y, v, u, random = data(5, features=60)
+    x, y, v, u, _ = data(5, features=60)
     fit, val_loss = half_mse(x, y), half_mse(v, u)
     train_loss = lambda w, h, batch: fit(w, h, batch) + jnp.sum(jnp.exp(h) * w**2) / 2
     optimizer = gradhpo.ImplicitOptimizer(

@@ -194,8 +194,8 @@ def _solver(
     """The user's solver, if it fits the system, or the default."""
     if isinstance(solver, lx.CG | lx.Cholesky) and not symmetric:
         raise ValueError(
-            f"ImplicitOptimizer(linear_solver=lineax.{type(solver).__name__}(...)) solves symmetric "
-            "systems; that of an update_fn, or of a loss with a custom_vjp, is none: use "
+            f"ImplicitOptimizer(linear_solver=lineax.{type(solver).__name__}(...)) solves "
+            "symmetric systems; that of an update_fn, or of a loss with a custom_vjp, is none: use "
             "lineax.GMRES, lineax.BiCGStab, lineax.LU, gradhpo.Neumann, or None for the default"
         )
     if solver is not None:

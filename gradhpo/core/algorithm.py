@@ -3,6 +3,7 @@
 import abc
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
@@ -85,10 +86,10 @@ class Algorithm(BilevelOptimizer):
     ) -> BilevelState:
         begins = state.step % num_steps == 0
         # Also here, and not only where the last episode ended: there may have been steps between.
-        old, new = state.memory, self._restart_memory(state.memory, state.params)
-        state = state.update(
-            metadata={name: jnp.where(begins, value, old[name]) for name, value in new.items()}
-        )
+        new = self._restart_memory(state.memory, state.params)
+        old = {name: state.metadata[name] for name in new}
+        begun = jax.tree.map(lambda x, y: jnp.where(begins, x, y), new, old)
+        state = state.update(metadata=begun)
         if not self._reads_ahead:
             return state
         problem = bind(
