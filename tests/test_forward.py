@@ -52,7 +52,7 @@ def test_every_step_has_the_hypergradient_of_all_steps_so_far(getkey):
 
 
 def test_real_time_is_its_own_recursion_written_out():
-    """The hyperparameters move while Z is carried: each step's A and B at the values of its time."""
+    """The hyperparameters move while Z is carried: each A and B at the values of its time."""
     random = np.random.default_rng(0)
     root = random.normal(size=(4, 4))
     hessian, b, target = root @ root.T / 4 + np.eye(4), random.normal(size=4), random.normal(size=4)

@@ -23,7 +23,7 @@ def init_inner_state(
     state = resolve(inner_optimizer, hyperparams).init(w)
     if not isinstance(inner_optimizer, optax.GradientTransformation) and _injected(state):
         kept = lambda h: _injected(resolve(inner_optimizer, h).init(w))
-        if any(jax.tree.leaves(visible_leaves(kept, hyperparams, by_derivative=False))):
+        if any(jax.tree.leaves(visible_leaves(kept, hyperparams))):
             raise ValueError(
                 "inner_optimizer(hyperparams) uses optax.inject_hyperparams, which keeps the "
                 "values from init in its state, so later hyperparameters would have no effect. "

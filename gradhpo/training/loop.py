@@ -14,6 +14,7 @@ from gradhpo.core.state import BilevelState
 from gradhpo.core.types import LossFunctions, RealScalarLike
 from gradhpo.training.chunk import Chunk, chunk_shapes
 from gradhpo.training.history import History
+from gradhpo.training.report import Rejections, report
 from gradhpo.training.sources import Fetched, Host, as_source
 from gradhpo.utils.logging import progress_bar
 from gradhpo.utils.settings import check_count, check_episodes, check_outer_rate, outer_rate
@@ -117,7 +118,7 @@ def run(
     shapes = chunk_shapes(num_steps, chunk_size, steps_per_episode, whole)
 
     recorded: list[dict[str, np.ndarray]] = []
-    rejections = _Rejections(float(state.metadata["rejected"]), max_rejections)
+    rejections = Rejections(float(state.metadata["rejected"]), max_rejections)
     stop_reason, data_error, taken, started = "num_steps", "", 0, time.perf_counter()
     start = eqx.filter(state.params, eqx.is_inexact_array)
     reptile = jnp.asarray(reptile_rate, jnp.result_type(float))
@@ -149,7 +150,7 @@ def run(
                 recorded.append(metrics)
                 taken += episodes * length
                 bar.advance(episodes * length, metrics)
-                rejections.count(metrics["rejected"])
+                rejections.count(metrics)
                 # All are called: a logger after the one that stops must not miss a chunk.
                 if any([_is_true(callback(state, metrics)) for callback in callbacks]):
                     stop_reason = "callback"
@@ -167,14 +168,15 @@ def run(
         )
     metrics = {name: np.concatenate([m[name] for m in recorded]) for name in recorded[0]}
     seconds = time.perf_counter() - started
-    report = _report(stop_reason, taken, num_steps, seconds, rejections, data_error)
-    remarks = optimizer._remarks(metrics)
-    report += f" {remarks}" if remarks else ""
-    if reptile_rate != 1 and taken % (steps_per_episode or 1) == 0:
-        report += " The parameters are those that the next episode starts from."
-    if stop_reason in ("rejected", "data exhausted", "data error"):
-        warn(report, RuntimeWarning)
-    return state, History(metrics, stop_reason, report)
+    restarted = reptile_rate != 1 and taken % (steps_per_episode or 1) == 0
+    remark = optimizer._remarks(metrics)
+    said = report(
+        stop_reason, taken, num_steps, seconds, rejections, data_error, remark,
+        "The parameters are those that the next episode starts from." if restarted else "",
+    )  # fmt: skip
+    if stop_reason in ("rejected", "data exhausted", "data error") or remark:
+        warn(said, RuntimeWarning)
+    return state, History(metrics, stop_reason, said)
 
 
 def _is_true(answer: Any) -> bool:
@@ -191,51 +193,3 @@ def _fetch(train: Any, val: Any, length: int) -> tuple[Any, Any, int]:
         jax.tree.map(lambda x: x[:available], source) if isinstance(source, Fetched) else source
     )
     return cut(train), cut(val), available
-
-
-class _Rejections:
-    """Counts rejected steps, and those in a row."""
-
-    def __init__(self, before: float, most_in_a_row: int):
-        self._last, self._most = before, most_in_a_row
-        self.total, self.in_a_row, self.longest = 0, 0, 0
-
-    @property
-    def too_many(self) -> bool:
-        return self.longest >= self._most
-
-    def count(self, cumulative: np.ndarray) -> None:
-        for value in cumulative:
-            rejected = value > self._last
-            self._last = value
-            self.total += int(rejected)
-            self.in_a_row = self.in_a_row + 1 if rejected else 0
-            self.longest = max(self.longest, self.in_a_row)
-
-
-def _report(
-    stop_reason: str,
-    taken: int,
-    num_steps: int,
-    seconds: float,
-    rejections: _Rejections,
-    data_error: str,
-) -> str:
-    why = {
-        "num_steps": "All steps were taken.",
-        "callback": "A callback stopped the run.",
-        "data error": f"A data source failed: {data_error}",
-        "data exhausted": (
-            "An iterator ended; gradhpo.iterate(loader) starts a loader again at its end."
-        ),
-        "rejected": (
-            f"{rejections.longest} steps in a row came out non-finite and were rejected: they left "
-            "no trace in the state. Usual causes: a learning rate too high (inner or "
-            "outer), NaN in the data, or Adam's square root at a gradient of exactly 0 (use "
-            "optax.adam(..., eps_root=1e-16))."
-        ),
-    }[stop_reason]
-    return (
-        f"{taken} of {num_steps} steps in {seconds:.1f} s, {rejections.total} rejected as "
-        f"non-finite. {why}"
-    )
