@@ -9,7 +9,7 @@ import jax
 import optax
 
 import gradhpo
-from benchmarks import accuracy, compiled, distilled, timed
+from benchmarks import accuracy, compiled, distilled, roads, timed
 
 
 TABLES = {
@@ -18,6 +18,7 @@ TABLES = {
     "memory": compiled.print_memory,
     "compile": compiled.print_compile_times,
     "distilled": distilled.print_distilled,
+    "roads": roads.print_roads,
     "accuracy": accuracy.print_accuracy,
     "loop": timed.print_loops,
     "exact": timed.print_exact,

@@ -10,6 +10,11 @@ from benchmarks.compiled import (
     step_programs,
 )
 from benchmarks.distilled import flops_ratio
+from benchmarks.roads import (
+    forward_program,
+    gradients_per_hyperparameter,
+    gradients_per_iteration,
+)
 
 
 pytestmark = pytest.mark.usefixtures("as_a_user_has_it")
@@ -57,3 +62,15 @@ def test_exact_hypergradient_needs_a_fraction_of_the_memory(optimizer_name, batc
 def test_memory_with_checkpoints_grows_with_the_root_of_the_steps():
     small, large = (checkpointed_program(steps, "sqrt").temporary_bytes for steps in (100, 10_000))
     assert large <= 12 * small
+
+
+def test_forward_mode_costs_two_gradients_per_hyperparameter_and_no_memory_per_step():
+    assert gradients_per_hyperparameter(depth=3) <= 2
+    small, large = (
+        forward_program(4, steps, batch_size=32).temporary_bytes for steps in (10, 10_000)
+    )
+    assert large <= small + 2**10
+
+
+def test_an_iteration_of_an_implicit_solve_costs_two_gradients():
+    assert gradients_per_iteration(depth=3) <= 2

@@ -11,8 +11,7 @@ import gradhpo
 
 
 # math: L_val(w_T) before the 1001st outer update, the paper's Figure 2. The column "IFT" is the
-# implicit gradient with K + 1 Neumann terms; on a quadratic training loss, where A and B are the
-# same at every point, that is exactly the exact sum truncated to its last K + 1 terms.
+# implicit gradient with K + 1 Neumann terms and the inner rate.
 TOY = {
     ("exact", 5): 4.089, ("IFT, K = 2", 5): 6.790, ("T1-T2", 5): 12.237,
     ("gamma .9", 5): 3.585, ("gamma .5", 5): 8.720, ("gamma .3", 5): 10.573,
@@ -28,7 +27,8 @@ def test_toy_table(method, steps):
         optimizer = gradhpo.UnrolledOptimizer(inner, unroll_steps=steps)
     elif method.startswith("IFT"):
         terms = int(method[-1]) + 1
-        optimizer = gradhpo.UnrolledOptimizer(inner, unroll_steps=steps, truncation=terms)
+        solver = gradhpo.Neumann(terms, 0.1)
+        optimizer = gradhpo.ImplicitOptimizer(inner, None, solver, inner_steps=steps)
     elif method == "T1-T2":
         optimizer = gradhpo.T1T2Optimizer(inner, inner_steps=steps)
     else:
