@@ -43,6 +43,13 @@ def test_readme_runs_as_shown(capsys):
     assert namespace["state"].metadata["rejected"] == 0
 
 
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_pages_run_as_shown(page):
+    namespace: dict = {}
+    for code in blocks((ROOT / "docs" / page).read_text()):
+        exec(compile(code, page, "exec"), namespace)
+
+
 def test_readme_example_is_short():
     first = blocks((ROOT / "README.md").read_text())[0]
     assert len([line for line in first.splitlines() if line.strip()]) <= 25

@@ -5,6 +5,7 @@ import warnings
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
 import optax
 import pytest
@@ -73,6 +74,31 @@ def swapped():
     return init(hyperparams, params)
 
 
+def implicit(**changes):
+    return gradhpo.ImplicitOptimizer(**({"inner_optimizer": SGD, "outer_optimizer": SGD} | changes))
+
+
+def contraction(w, h, batch):
+    return w - 0.1 * (w - h)
+
+
+def by_cg_through_an_update_fn():
+    cg = lx.CG(rtol=1e-5, atol=1e-5)
+    return step(implicit(inner_optimizer=None, update_fn=contraction, linear_solver=cg))
+
+
+def by_nystrom_through_an_update_fn():
+    nystrom = gradhpo.Nystrom(2, 0.1, jax.random.key(0))
+    return step(implicit(inner_optimizer=None, update_fn=contraction, linear_solver=nystrom))
+
+
+def with_a_while_loop_in_the_loss():
+    def loop(w):
+        return jax.lax.while_loop(lambda c: c[1] < 3, lambda c: (c[0] * 2, c[1] + 1), (w, 0))[0]
+
+    return step(tl=lambda w, h, batch: jnp.sum(loop(w) * h))
+
+
 def online(**changes):
     return gradhpo.OnlineHypergradientOptimizer(SGD, **changes)
 
@@ -113,6 +139,24 @@ class Loader:
 
 # (what is done, the error, what its message must say)
 MISUSES = {
+    "CG for an update_fn": (by_cg_through_an_update_fn, ValueError, "lineax.CG.*use lineax.GMRES"),
+    "Nystrom for an update_fn": (
+        by_nystrom_through_an_update_fn, ValueError, "symmetric operator.*lineax.GMRES",
+    ),
+    "solver is a string": (
+        lambda: implicit(linear_solver="cg"), TypeError, "linear_solver.*lineax.CG",
+    ),
+    "negative damping": (lambda: implicit(damping=-1.0), ValueError, "damping must be at least 0"),
+    "no inner steps": (lambda: implicit(inner_steps=0), ValueError, "inner_steps must be at least"),
+    "no forward steps": (
+        lambda: gradhpo.ForwardModeOptimizer(SGD, unroll_steps=0), ValueError, "unroll_steps",
+    ),
+    "a key that is a number": (
+        lambda: gradhpo.Nystrom(2, 0.1, 0), TypeError, r"key.*jax.random.key\(0\)",
+    ),
+    "a while_loop in the loss": (
+        with_a_while_loop_in_the_loss, ValueError, "Reverse-mode.*DirectAdjoint.*lax.scan",
+    ),
     "loss is not scalar": (
         lambda: step(tl=lambda w, h, b: jnp.square(w - h)), ValueError,
         r"train_loss_fn must return a real scalar, got shape \(3,\).*\.mean\(\)",
@@ -272,7 +316,7 @@ MISUSES = {
     ),
     "first order on a blind validation loss": (
         lambda: step(gradhpo.FOOptimizer(SGD, SGD)), ValueError,
-        "FOOptimizer sees none of the hyperparameters.*one step, T1-T2 and unrolling",
+        "FOOptimizer sees none of the hyperparameters.*one step, T1-T2, greedy",
     ),
     "hyperparameters that nothing uses": (
         lambda: step(tl=lambda w, h, b: jnp.sum(jnp.square(w))), ValueError,

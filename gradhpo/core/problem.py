@@ -1,7 +1,7 @@
 """The problem of one outer step: Φ and the validation loss on their data, checked."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import equinox as eqx
@@ -160,14 +160,17 @@ def _check_visible(name: str, sees: Sees, problem: Problem) -> None:
     names = leaf_names(problem.hyperparams)
     # What each unseen leaf acts through, found only now: most programs never get here.
     through = {kind: _visible(kind, problem) for kind in _SEEN_BY}
+    w, _ = problem.z
+    of_weights = lambda w: problem.validation.loss(w, problem.hyperparams)
+    blind = not any(jax.tree.leaves(visible_leaves(of_weights, w)))
     groups: dict[str, list[str]] = {}
     for leaf, here, *elsewhere in zip(names, seen, *through.values(), strict=True):
         if not here:
-            kinds = [kind for kind, there in zip(through, elsewhere, strict=True) if there]
-            groups.setdefault(_why(sees, kinds), []).append(leaf)
+            kinds = [k for k, there in zip(_SEEN_BY, elsewhere, strict=True) if there]
+            groups.setdefault(_why(sees, kinds, blind), []).append(leaf)
     if not any(seen):
-        whys = (f"{why} ({', '.join(leaves)})" for why, leaves in groups.items())
-        raise ValueError(f"{name} sees none of the hyperparameters: {'; '.join(whys)}")
+        whys = (f"{', '.join(leaves)}: {why}" for why, leaves in groups.items())
+        raise ValueError(f"{name} sees none of the hyperparameters. {'; '.join(whys)}")
     for why, leaves in groups.items():
         warn_once(f"{name} gives a hypergradient of 0 for hyperparams {', '.join(leaves)}: {why}")
 
@@ -180,8 +183,10 @@ _SEEN_BY: dict[Sees, str] = {
 }
 
 
-def _why(sees: Sees, acts_through: list[Sees]) -> str:
-    """Why a leaf is not seen, and what would see it."""
+def _why(sees: Sees, acts_through: Sequence[Sees], blind: bool) -> str:
+    """Why a leaf is not seen, and what would see it; `blind` validation sees no parameter."""
+    if blind:
+        return "the validation loss depends on neither the parameters nor on them"
     why = {
         "validation": "the validation loss does not depend on them, and this method looks nowhere "
         "else",

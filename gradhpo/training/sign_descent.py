@@ -1,6 +1,6 @@
 """Sign descent: an outer update for hypergradients whose scale means nothing."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ def sign_descent(
         return SignDescentState(step_sizes, jax.tree.map(jnp.zeros_like, params))
 
     def update(
-        updates: PyTree, state: SignDescentState, params: PyTree = None
+        updates: PyTree, state: Any, params: PyTree = None
     ) -> tuple[PyTree, SignDescentState]:
         if params is None:
             raise ValueError(

@@ -36,6 +36,9 @@ _REMEDIES = {
     "outer_optimizer": "an optax transformation such as optax.adam(0.01), or None",
     "update_fn": "a function (params, hyperparams, batch) -> params",
     "coordinates": "whole numbers, e.g. [0, 1, 2]",
+    "linear_solver": "a lineax solver such as lineax.CG(rtol=1e-5, atol=1e-5), gradhpo.Neumann(20, "
+    "0.1), or None",
+    "key": "jax.random.key(0)",
 }
 
 
