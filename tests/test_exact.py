@@ -43,7 +43,11 @@ def test_unrolled_equals_finite_differences(problem_name, optimizer_name, getkey
     assert relative_error(found, exact) < 1e-6
 
 
-@pytest.mark.parametrize(("problem_name", "optimizer_name"), COMBINATIONS)
+# Every problem and every optimizer, not each with each.
+@pytest.mark.parametrize(
+    ("problem_name", "optimizer_name"),
+    [("loss", "sgd"), ("optimizer", "adam"), ("layers", "adamw"), ("dicts", "momentum")],
+)
 def test_t1_t2_is_near_the_exact_one_step_value_in_every_component(
     problem_name, optimizer_name, getkey
 ):
