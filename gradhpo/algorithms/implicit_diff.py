@@ -18,8 +18,9 @@ from gradhpo.utils.settings import check_count, check_setting, setting
 from gradhpo.utils.typecheck import checked
 
 
-# Iterations of the default solvers, each of which costs two training gradients.
-_MOST_ITERATIONS = 100
+# Products of the default solvers, each of which costs two training gradients. GMRES counts
+# cycles of so many.
+_MOST_PRODUCTS, _CYCLE = 100, 20
 
 
 @checked
@@ -51,15 +52,16 @@ class ImplicitOptimizer(StepByStep):
         `lineax.LU`, `lineax.Cholesky`, ...), [`Neumann`][gradhpo.Neumann] or
         [`Nystrom`][gradhpo.Nystrom]. The system is scaled to a right-hand side of length 1, so
         that tolerances are relative. `None`: `lineax.CG` for a loss, `lineax.GMRES` for an
-        `update_fn` (or a loss with a `custom_vjp`, whose $H$ need not be symmetric), at most
-        100 iterations and tolerances of about 2e-5 in float32, 4e-11 in float64.
+        `update_fn` (or a loss with a `custom_vjp`, whose $H$ need not be symmetric), about 100
+        products at most and tolerances of about 2e-5 in float32, 4e-11 in float64.
     - `inner_steps`: inner steps per `step`, at least 1.
     - `damping`: $\rho \ge 0$, shape `()`, for an $H$ that is singular or not positive.
 
     The memory: `adjoint`, the last $q$, from which iterative solvers start. The metrics beside
     those of every optimizer: `inner_residual`, $\|\nabla_w L_{train}\|$ (or
     $\|w - \Phi(w)\|$) at the end of the inner steps; `linear_residual`, what is left of the linear
-    system relative to its right-hand side; `linear_iterations` (0 for direct solvers); and
+    system relative to its right-hand side; `linear_iterations` as the solver counts them (0 for
+    direct solvers, cycles of 20 products for `lineax.GMRES`); and
     `linear_failures`, how many solves so far the solver itself gave up (singular, diverged).
     Reaching `max_steps` is no failure. Nothing is raised.
 
@@ -201,5 +203,7 @@ def _solver(
     if solver is not None:
         return solver
     tolerance = float(jnp.finfo(dtype).eps) ** (2 / 3)
-    default = lx.CG if symmetric else lx.GMRES
-    return default(rtol=tolerance, atol=tolerance, max_steps=_MOST_ITERATIONS)
+    if symmetric:
+        return lx.CG(rtol=tolerance, atol=tolerance, max_steps=_MOST_PRODUCTS)
+    cycles = _MOST_PRODUCTS // _CYCLE
+    return lx.GMRES(rtol=tolerance, atol=tolerance, max_steps=cycles, restart=_CYCLE)

@@ -36,7 +36,8 @@ def sign_descent(
     - `step_size`: the first $\delta$, positive: one number, or a tree of numbers that is a prefix
         of the hyperparameters, such as `{"rates": 0.1, "weight_decay": 3e-4}`.
     - `decay`: in (0, 1), default 0.5.
-    - `tolerance`: at least 0, default 0.05; 0 never rests.
+    - `tolerance`: at least 0, default 0.05, relative to $|\lambda_i|$, as suits rates and momenta
+        themselves. 0 never rests: right for hyperparameters that are stored as logarithms.
 
     **Returns:** an `optax.GradientTransformation`, for `outer_optimizer`.
 
