@@ -165,6 +165,28 @@ def test_sign_descent_halves_where_the_sign_flips_and_rests_in_the_end():
     assert all(np.all(np.asarray(m) == 0) for m in jax.tree.leaves(moves))
 
 
+def test_sign_descent_moves_what_starts_far_from_zero():
+    """A logarithm of -3 with first steps of 0.1: it may rest only after a flip."""
+    outer = gradhpo.sign_descent(0.1)
+    x = jnp.asarray(-3.0)
+    state = outer.init(x)
+    for _ in range(25):
+        moves, state = outer.update(2 * (x + 1.0), state, x)
+        x = optax.apply_updates(x, moves)
+    np.testing.assert_allclose(x, -1.0, atol=0.05)
+    assert moves == 0
+
+
+def test_parameters_of_no_size_and_a_wrong_tree_of_steps():
+    optimizer = gradhpo.ForwardModeOptimizer(lambda h: optax.sgd(h), optax.sgd(0.1))
+    loss = lambda w, h, batch: jnp.sum(w["a"] ** 2) + jnp.sum(w["e"])
+    state = optimizer.init({"a": jnp.ones(2), "e": jnp.zeros((0, 3))}, jnp.asarray(0.1))
+    found = optimizer.compute_hypergradient(state, None, None, loss, loss)
+    np.testing.assert_allclose(found, -2 * 2 * 0.8 * 2)
+    with pytest.raises(ValueError, match=r"sign_descent\(step_size=.*structure of the hyperparam"):
+        gradhpo.sign_descent({"rate": 0.1}).init({"rates": jnp.ones(2)})
+
+
 def test_sign_descent_refuses_what_makes_no_sense():
     for arguments, name in (
         ((0.0,), "step_size"),

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import gradhpo
+from benchmarks.problem import job
 from benchmarks.roads import iterations
 
 
@@ -315,3 +316,79 @@ def test_imaml_is_a_proximal_inner_problem_for_each_task():
     np.testing.assert_allclose(found, expected, rtol=1e-9)
     after = optimizer.step(state, train, val, train_loss, val_loss)
     assert after.metadata["adjoint"].shape == (3, 4)
+
+
+def test_the_default_solver_in_float32_with_thousands_of_parameters(as_a_user_has_it):
+    """lineax.CG by itself calls a curvature of 0.2 singular for 10,000 parameters."""
+    size, curvature = 10_000, 0.2
+    train_loss = lambda w, h, batch: curvature * jnp.sum((w - h) ** 2) / 2
+    val_loss = lambda w, h, batch: jnp.sum((w - 2.0) ** 2) / 2
+    for solver in (None, lx.CG(rtol=1e-5, atol=1e-5, norm=gradhpo.tree_l2_norm)):
+        optimizer = gradhpo.ImplicitOptimizer(optax.sgd(0.1), optax.sgd(0.1), solver)
+        state = optimizer.init(jnp.ones(size), jnp.ones(size))
+        state = optimizer.step(state, None, None, train_loss, val_loss)
+        assert state.metadata["rejected"] == state.metadata["linear_failures"] == 0
+        assert state.metadata["linear_residual"] < 1e-4
+        np.testing.assert_allclose(state.hyperparams, 1.1, rtol=1e-4)  # g = alpha = -1
+
+
+def test_the_default_solver_on_a_network_in_float32(as_a_user_has_it):
+    """The MLP of the benchmarks, 9,610 parameters, with damping against negative curvature."""
+    the_job = job(100)
+    penalised = lambda w, h, batch: (
+        the_job.train_loss(w, h, batch) + (1e-2 * gradhpo.tree_l2_norm(w.net) ** 2)
+    )
+    optimizer = gradhpo.ImplicitOptimizer(
+        optax.sgd(0.3), optax.sgd(1e-3), inner_steps=200, damping=0.1
+    )
+    state = optimizer.init(the_job.params, the_job.hyperparams)
+    batches = (the_job.train_data(0), the_job.val_batch)
+    state = optimizer.step(state, *batches, penalised, the_job.val_loss)
+    assert state.metadata["rejected"] == state.metadata["linear_failures"] == 0
+    assert state.metadata["linear_residual"] < 1e-2
+
+
+def shrinking(factor, solver):
+    """The hypergradient with a validation gradient `factor` times that of the step before."""
+    random = np.random.default_rng(7)
+    root = random.normal(size=(30, 30))
+    hessian = jnp.asarray(root @ root.T / 30 + 0.1 * np.eye(30))
+    target = jnp.asarray(random.normal(size=(2, 30)))
+    train_loss = lambda w, h, batch: w @ hessian @ w / 2 - h @ w
+    val_loss = lambda w, h, batch: batch[0] * jnp.vdot(batch[1], w)
+    optimizer = gradhpo.ImplicitOptimizer(optax.sgd(0.1), optax.sgd(0.0), solver)
+    state = optimizer.init(jnp.zeros(30), jnp.zeros(30))
+    first, second = (jnp.asarray(1.0), target[0]), (jnp.asarray(factor), target[1])
+    state = optimizer.step(state, None, first, train_loss, val_loss)
+    found = optimizer.compute_hypergradient(state, None, second, train_loss, val_loss)
+    return found, jnp.linalg.solve(hessian, factor * target[1])
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-3, -1e-3])
+def test_a_warm_start_does_no_harm_where_the_validation_gradient_changes(factor):
+    """Five iterations of CG: cut short, and no worse for what it started from."""
+    found, exact = shrinking(factor, lx.CG(rtol=1e-9, atol=1e-9, max_steps=5))
+    assert jnp.linalg.norm(found - exact) < 0.9 * jnp.linalg.norm(exact)
+
+
+def test_no_validation_gradient_no_hypergradient():
+    for solver in (None, lx.CG(rtol=1e-6, atol=1e-6, max_steps=5), lx.GMRES(**TIGHT)):
+        found, _ = shrinking(0.0, solver)
+        np.testing.assert_array_equal(found, np.zeros(30))
+
+
+def test_failures_are_those_of_this_run_and_counted_over_tasks():
+    """One task of four is singular; afterwards a run without failures has nothing to say."""
+    train_loss = lambda w, h, batch: jnp.sum(batch * (w - h) ** 2) / 2
+    val_loss = lambda w, h, batch: jnp.sum((w - 2.0) ** 2) / 2
+    # A series that diverges for the task with the large curvature, and stays finite.
+    one = gradhpo.ImplicitOptimizer(optax.sgd(1e-3), optax.sgd(1e-9), gradhpo.Neumann(4, 1.0))
+    optimizer = gradhpo.TaskBatched(one, num_tasks=4)
+    curvatures = jnp.asarray([[1.0], [0.5], [4.0], [1.0]])
+    state = optimizer.init(jnp.ones(1), jnp.zeros(1))
+    losses = gradhpo.LossFunctions(train_loss, val_loss)
+    settings = {"num_steps": 3, "progress": False}
+    with pytest.warns(RuntimeWarning, match="linear solver failed 3 times"):
+        state, _ = gradhpo.run(optimizer, state, losses, curvatures, None, **settings)
+    _, history = gradhpo.run(optimizer, state, losses, curvatures / 4, None, **settings)
+    assert "linear solver" not in history.report

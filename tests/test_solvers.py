@@ -37,6 +37,13 @@ def test_neumann_is_its_partial_sum(terms):
     assert found.result == lx.RESULTS.successful
 
 
+def test_neumann_of_terms_that_grow_before_they_fall():
+    a = np.asarray([[0.5, -100.0], [0.0, 0.5]])
+    operator, v = lx.MatrixLinearOperator(jnp.asarray(a)), jnp.ones(2)
+    found = lx.linear_solve(operator, v, gradhpo.Neumann(12, 1.0), throw=False)
+    assert found.result == lx.RESULTS.successful
+
+
 def test_neumann_that_diverges_says_so():
     h, v = positive(5)
     assert solve(h, v, gradhpo.Neumann(50, 100.0)).result == lx.RESULTS.breakdown

@@ -31,7 +31,8 @@ class ForwardModeOptimizer(StepByStep):
     Memory is $O(P \cdot H)$ for $P$ parameters and $H$ hyperparameters, for ten inner steps and
     for ten thousand; time is one training gradient and at most two more per hyperparameter. So
     it is for a few hyperparameters and long horizons: learning rates, momenta, schedules of them.
-    Updates need a forward derivative only (an `update_fn` may contain a `while_loop`).
+    `Z` has the dtype of the parameters: in bfloat16 what a step adds is lost after some hundreds
+    of them. Updates need a forward derivative only (an `update_fn` may contain a `while_loop`).
 
     **Arguments:**
 
@@ -117,5 +118,5 @@ class ForwardModeOptimizer(StepByStep):
         hypergradient = jax.tree.map(jnp.add, direct, unravel(through_updates, hyperparams))
         return Estimate(z, {"Z": tangents}, hypergradient, losses[-1], val_loss)
 
-    def _remarks(self, metrics) -> str:
+    def _remarks(self, before, metrics) -> str:
         return ""

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from gradhpo.core.algorithm import StepByStep
 from gradhpo.core.inner_optimizer import cast_like
@@ -13,7 +13,8 @@ from gradhpo.core.outer import Estimate
 from gradhpo.core.problem import Problem, Sees
 from gradhpo.core.state import Memory
 from gradhpo.core.types import InnerOptimizer, UpdateFn
-from gradhpo.utils.gradients import accumulation_dtype, tree_l2_norm
+from gradhpo.utils.coordinates import num_coordinates
+from gradhpo.utils.gradients import accumulation_dtype, tree_dot, tree_l2_norm
 from gradhpo.utils.settings import check_count, check_setting, setting
 from gradhpo.utils.typecheck import checked
 
@@ -32,17 +33,21 @@ class ImplicitOptimizer(StepByStep):
     $$g = \frac{\partial L_{val}}{\partial\lambda} -
     q^\top \frac{\partial^2 L_{train}}{\partial w\,\partial\lambda},\qquad
     (H + \rho I)\, q = \nabla_w L_{val},\qquad H = \nabla_w^2 L_{train},$$
-    with $\rho$ = `damping`. No path is differentiated: memory $O(P)$ whatever the number of
-    steps, two training gradients per iteration of the linear solver, and only products with
-    $H$ (unless the solver asks for the matrix). Beside an `update_fn` (a proximal step, a Split
-    Bregman sweep, any contraction $w = \Phi(w, \lambda)$) the transposed fixed-point equation
+    with $\rho$ = `damping`. No path is differentiated: memory $O(P)$, and the activations of one
+    training gradient, whatever the number of steps; two training gradients per product of the
+    linear solver, and only products with $H$ (unless the solver asks for the matrix). Beside an
+    `update_fn` (a proximal step, a Split Bregman sweep, any contraction $w = \Phi(w, \lambda)$) the
+    transposed fixed-point equation
     $(I + \rho I - \partial\Phi/\partial w)^\top q = \nabla_w L_{val}$ is solved and
     $g = \partial L_{val}/\partial\lambda + q^\top \partial\Phi/\partial\lambda$.
 
     It does not see what only changes the way to the optimum: learning rates and other settings
-    of the inner optimizer. A starting point written as $w = w_0 + \delta$ gets a hypergradient
-    of 0, since the optimum does not depend on it. Far from the optimum the hypergradient is
-    biased: look at `inner_residual`. With minibatches, $H$ is that of the last one.
+    of the inner optimizer. It takes the minimum of the training loss for the place where training
+    ends: decay that the inner optimizer adds by itself (`optax.adamw`) moves that place, and
+    belongs into the loss here, or into an `update_fn`. A starting point written as
+    $w = w_0 + \delta$ gets a hypergradient of 0, since the optimum does not depend on it. Far from
+    the optimum the hypergradient is biased: look at `inner_residual`. With minibatches, $H$ is
+    that of the last one.
 
     **Arguments:**
 
@@ -50,20 +55,23 @@ class ImplicitOptimizer(StepByStep):
         [`FOOptimizer`][gradhpo.FOOptimizer].
     - `linear_solver`: any `lineax` solver (`lineax.CG`, `lineax.GMRES`, `lineax.BiCGStab`,
         `lineax.LU`, `lineax.Cholesky`, ...), [`Neumann`][gradhpo.Neumann] or
-        [`Nystrom`][gradhpo.Nystrom]. The system is scaled to a right-hand side of length 1, so
-        that tolerances are relative. `None`: `lineax.CG` for a loss, `lineax.GMRES` for an
+        [`Nystrom`][gradhpo.Nystrom]. The system is scaled to a right-hand side of length 1;
+        with `norm=gradhpo.tree_l2_norm` tolerances are relative to it, with lineax's default every
+        component must meet them. `None`: `lineax.CG` for a loss, `lineax.GMRES` for an
         `update_fn` (or a loss with a `custom_vjp`, whose $H$ need not be symmetric), about 100
         products at most and tolerances of about 2e-5 in float32, 4e-11 in float64.
     - `inner_steps`: inner steps per `step`, at least 1.
     - `damping`: $\rho \ge 0$, shape `()`, for an $H$ that is singular or not positive.
 
-    The memory: `adjoint`, the last $q$, from which iterative solvers start. The metrics beside
+    The memory: `adjoint`, the last $q$, from whose best multiple iterative solvers start. The
+    metrics beside
     those of every optimizer: `inner_residual`, $\|\nabla_w L_{train}\|$ (or
     $\|w - \Phi(w)\|$) at the end of the inner steps; `linear_residual`, what is left of the linear
     system relative to its right-hand side; `linear_iterations` as the solver counts them (0 for
     direct solvers, cycles of 20 products for `lineax.GMRES`); and
     `linear_failures`, how many solves so far the solver itself gave up (singular, diverged).
-    Reaching `max_steps` is no failure. Nothing is raised.
+    Reaching `max_steps` is no failure. Nothing is raised; a finite hypergradient of a failed
+    solve is followed like any other.
 
     **Raises:** `ValueError` for `inner_steps < 1` or a negative `damping`; while tracing, for a
     solver that does not fit the operator.
@@ -132,6 +140,12 @@ class ImplicitOptimizer(StepByStep):
 
         # Solved in float32 at least, and for a right-hand side of length 1.
         wide = accumulation_dtype(w)
+        symmetric = phi.update_fn is None and phi.symmetric
+        solver = _default_solver(symmetric, w) if self.linear_solver is None else self.linear_solver
+        _check_fits(solver, symmetric)
+        # lineax.CG takes a curvature below 200 eps n for a singularity, whatever the scale of the
+        # system: in float32 that is 0.24 for 10,000 parameters. So it gets a larger system.
+        size = 200.0 * num_coordinates(w) if isinstance(solver, lx.CG) else 1.0
         damping = self.damping.astype(wide)
         norm = tree_l2_norm(alpha).astype(wide)
         norm = jnp.where(norm > 0, norm, 1)
@@ -142,27 +156,23 @@ class ImplicitOptimizer(StepByStep):
             by_w, by_hyperparams = products(cast_like(v, w))
             return jax.tree.map(lambda x, y: x.astype(wide) + damping * y, by_w, v), by_hyperparams
 
-        symmetric = phi.update_fn is None and phi.symmetric
         operator = lx.FunctionLinearOperator(
-            lambda v: product(v)[0],
+            lambda v: scaled(size, product(v)[0]),
             jax.eval_shape(lambda: unit),
             lx.positive_semidefinite_tag if symmetric else (),
         )
-        solution = lx.linear_solve(
-            operator,
-            unit,
-            _solver(self.linear_solver, symmetric, wide),
-            options={"y0": scaled(1 / norm, memory["adjoint"]), "shift": damping},
-            throw=False,
-        )
+        start = _best_multiple(memory["adjoint"], operator.mv(memory["adjoint"]), unit)
+        options = {"y0": start, "shift": damping}
+        solution = lx.linear_solve(operator, unit, solver, options=options, throw=False)
         result = solution.result
         failed = (result != lx.RESULTS.successful) & (result != lx.RESULTS.max_steps_reached)
-        reached, mixed = product(solution.value)
+        q = scaled(size, solution.value)
+        reached, mixed = product(q)
         hypergradient = jax.tree.map(
             lambda x, y: x - (norm * y.astype(wide)).astype(x.dtype), direct, mixed
         )
         # What a solve that failed has left is nothing to start from.
-        adjoint = jax.tree.map(lambda q: jnp.where(failed, 0, norm * q), solution.value)
+        adjoint = jax.tree.map(lambda q: jnp.where(failed, 0, norm * q), q)
         metrics = {
             "inner_residual": tree_l2_norm(residual),
             "linear_residual": tree_l2_norm(jax.tree.map(jnp.subtract, unit, reached)),
@@ -178,32 +188,40 @@ class ImplicitOptimizer(StepByStep):
             metrics={name: value.astype(wide) for name, value in metrics.items()},
         )
 
-    def _remarks(self, metrics) -> str:
-        failures = metrics["linear_failures"][-1]
+    def _remarks(self, before, metrics) -> str:
+        failures = metrics["linear_failures"][-1] - before["linear_failures"]
         if not failures:
             return ""
         return (
-            f"The linear solver failed {failures:.0f} times (its system is singular or indefinite, "
-            "or its series diverges): the hypergradients of those steps are not to be trusted. "
-            "Pass damping=1e-3 or more, lineax.GMRES for a system that is not positive, or "
-            "gradhpo.Nystrom; with gradhpo.Neumann a smaller step_size."
+            f"The linear solver failed {failures:.0f} times (its system is singular, or its series "
+            "diverges): the hypergradients of those steps are not to be trusted. Pass damping=1e-3 "
+            "or more, lineax.GMRES for a system that is not positive, or gradhpo.Nystrom; with "
+            "gradhpo.Neumann a smaller step_size."
         )
 
 
-def _solver(
-    solver: lx.AbstractLinearSolver | None, symmetric: bool, dtype: jnp.dtype
-) -> lx.AbstractLinearSolver:
-    """The user's solver, if it fits the system, or the default."""
+def _best_multiple(y: PyTree, product: PyTree, target: PyTree) -> PyTree:
+    """The multiple of `y` whose product is nearest to the target: never worse than 0."""
+    square = tree_dot(product, product)
+    share = tree_dot(product, target) / jnp.where(square > 0, square, 1)
+    return jax.tree.map(lambda x: share.astype(x.dtype) * x, y)
+
+
+def _check_fits(solver: lx.AbstractLinearSolver, symmetric: bool) -> None:
     if isinstance(solver, lx.CG | lx.Cholesky) and not symmetric:
         raise ValueError(
             f"ImplicitOptimizer(linear_solver=lineax.{type(solver).__name__}(...)) solves "
-            "symmetric systems; that of an update_fn, or of a loss with a custom_vjp, is none: use "
-            "lineax.GMRES, lineax.BiCGStab, lineax.LU, gradhpo.Neumann, or None for the default"
+            "symmetric systems; that of an update_fn, or of a loss with a custom_vjp, need not be "
+            "one: use lineax.GMRES, lineax.BiCGStab, lineax.LU, gradhpo.Neumann, or None for the "
+            "default; a rule that is the true derivative can be written as custom_jvp"
         )
-    if solver is not None:
-        return solver
-    tolerance = float(jnp.finfo(dtype).eps) ** (2 / 3)
+
+
+def _default_solver(symmetric: bool, w: PyTree) -> lx.AbstractLinearSolver:
+    tolerance = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(w)) ** (2 / 3)
+    # The Euclidean norm: lineax's own holds every component to the tolerance.
+    settings = {"rtol": tolerance, "atol": tolerance, "norm": tree_l2_norm}
     if symmetric:
-        return lx.CG(rtol=tolerance, atol=tolerance, max_steps=_MOST_PRODUCTS)
-    cycles = _MOST_PRODUCTS // _CYCLE
-    return lx.GMRES(rtol=tolerance, atol=tolerance, max_steps=cycles, restart=_CYCLE)
+        return lx.CG(**settings, max_steps=_MOST_PRODUCTS)
+    # The first cycle that is counted only looks at the start.
+    return lx.GMRES(**settings, max_steps=_MOST_PRODUCTS // _CYCLE + 1, restart=_CYCLE)

@@ -116,7 +116,7 @@ class BilevelOptimizer(eqx.Module):
         """What of an algorithm's memory is a metric: the scalars in it."""
 
     @abc.abstractmethod
-    def _remarks(self, metrics: dict[str, np.ndarray]) -> str:
+    def _remarks(self, before: MetricDict, metrics: dict[str, np.ndarray]) -> str:
         """What the report of a run with these metrics should say about the algorithm; or ""."""
 
     @checked

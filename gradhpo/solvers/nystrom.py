@@ -36,8 +36,9 @@ class Nystrom(lx.AbstractLinearSolver[_LowRank]):
     $M = A_{KK}$,
     $$(C^\top M^{-1} C + \rho I)^{-1} v = \frac{v}{\rho} - \frac{1}{\rho^2}\,
     C^\top \Bigl(M + \frac{1}{\rho}\, C C^\top\Bigr)^{-1} C v,\qquad \rho = \mathtt{damping}.$$
-    It costs `rank` products with $A$ and no iteration, so nothing can diverge. With full rank
-    it is $(A + \rho I)^{-1}$. Where $M$ is singular (dead units) its null space is left out.
+    It costs `rank` products with $A$ and no iteration: for a positive semidefinite $A$ nothing can
+    diverge. (With negative curvature among few columns it can be far off.) With full rank it is
+    $(A + \rho I)^{-1}$. Where $M$ is singular (dead units) its null space is left out.
 
     **Arguments:**
 

@@ -120,6 +120,7 @@ def run(
     recorded: list[dict[str, np.ndarray]] = []
     rejections = Rejections(float(state.metadata["rejected"]), max_rejections)
     stop_reason, data_error, taken, started = "num_steps", "", 0, time.perf_counter()
+    before = optimizer._scalars(state.memory)
     start = eqx.filter(state.params, eqx.is_inexact_array)
     reptile = jnp.asarray(reptile_rate, jnp.result_type(float))
     with progress_bar(num_steps, shown=progress) as bar:
@@ -169,11 +170,10 @@ def run(
     metrics = {name: np.concatenate([m[name] for m in recorded]) for name in recorded[0]}
     seconds = time.perf_counter() - started
     restarted = reptile_rate != 1 and taken % (steps_per_episode or 1) == 0
-    remark = optimizer._remarks(metrics)
-    said = report(
-        stop_reason, taken, num_steps, seconds, rejections, data_error, remark,
-        "The parameters are those that the next episode starts from." if restarted else "",
-    )  # fmt: skip
+    remark = optimizer._remarks(before, metrics)
+    said = report(stop_reason, taken, num_steps, seconds, rejections, data_error, remark)
+    if restarted:
+        said += " The parameters are those that the next episode starts from."
     if stop_reason in ("rejected", "data exhausted", "data error") or remark:
         warn(said, RuntimeWarning)
     return state, History(metrics, stop_reason, said)

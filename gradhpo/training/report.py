@@ -35,9 +35,9 @@ def report(
     seconds: float,
     rejections: Rejections,
     data_error: str,
-    *remarks: str,
+    remark: str,
 ) -> str:
-    """The sentences, in the order in which they matter."""
+    """The sentences, in the order in which they matter; `remark` is what the algorithm says."""
     why = {
         "num_steps": "All steps were taken.",
         "callback": "A callback stopped the run.",
@@ -54,16 +54,18 @@ def report(
         f"{taken} of {num_steps} steps in {seconds:.1f} s, {rejections.total} rejected as "
         f"non-finite. {why}"
     ]
-    if rejections.of_derivatives:
+    if remark:
+        sentences.append(remark)
+    elif rejections.of_derivatives:
         sentences.append(
             f"In {rejections.of_derivatives} of the rejected steps both losses were finite and "
             "only the hypergradient was not: something that is differentiated has no finite "
             "derivative. With Adam and its relatives that is the square root at a gradient of "
             "exactly 0 (a dead unit, an input that is always 0): use optax.adam(..., "
-            "eps_root=1e-16)."
+            "eps_root=1e-16). Over many steps at too high a rate a derivative may also overflow."
         )
     elif stop_reason == "rejected":
         sentences.append(
             "Usual causes: a learning rate too high (inner or outer), or NaN in the data."
         )
-    return " ".join([*sentences, *filter(None, remarks)])
+    return " ".join(sentences)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from gradhpo.utils.settings import check_setting, setting
 from gradhpo.utils.typecheck import checked
@@ -26,10 +26,10 @@ def sign_descent(
 
     Every coordinate for itself: $\lambda_i \leftarrow \lambda_i - \delta_i\,
     \operatorname{sign}(g_i)$; where the sign is another one than before, first
-    $\delta_i \leftarrow \mathtt{decay}\cdot\delta_i$. A coordinate rests for good once
-    $\delta_i < \mathtt{tolerance}\cdot|\lambda_i|$. For long horizons, whose hypergradients are
-    of very different lengths early and late: about ten outer steps find each value to within
-    `tolerance`.
+    $\delta_i \leftarrow \mathtt{decay}\cdot\delta_i$. A coordinate whose sign has flipped rests for
+    good once $\delta_i < \mathtt{tolerance}\cdot|\lambda_i|$. For long horizons, whose
+    hypergradients are of very different lengths early and late: about ten outer steps find each
+    value to within `tolerance`.
 
     **Arguments:**
 
@@ -58,10 +58,23 @@ def sign_descent(
     check_setting("decay", setting(decay), lambda x: (x > 0) & (x < 1), "in (0, 1)")
     check_setting("tolerance", setting(tolerance), lambda x: x >= 0, "at least 0")
 
-    def init(params: PyTree) -> SignDescentState:
+    def first_sizes(params: PyTree) -> PyTree:
         of_subtree = lambda size, tree: jax.tree.map(lambda x: jnp.full_like(x, size), tree)
-        step_sizes = jax.tree.map(of_subtree, step_size, params)
-        return SignDescentState(step_sizes, jax.tree.map(jnp.zeros_like, params))
+        try:
+            return jax.tree.map(of_subtree, step_size, params)
+        except ValueError as error:
+            raise ValueError(
+                f"sign_descent(step_size={step_size}) must be one number, or a tree of numbers "
+                f"with the structure of the hyperparameters, or of their upper part: {error}"
+            ) from error
+
+    def init(params: PyTree) -> SignDescentState:
+        return SignDescentState(first_sizes(params), jax.tree.map(jnp.zeros_like, params))
+
+    def moved(first: Array, size: Array, sign: Array, x: Array) -> Array:
+        # Only a sign that has flipped tells that the value is near.
+        rests = (size < first) & (size < tolerance * jnp.abs(x))
+        return jnp.where(rests, jnp.zeros_like(x), -size * sign)
 
     def update(
         updates: PyTree, state: Any, params: PyTree = None
@@ -77,10 +90,7 @@ def sign_descent(
         remembered = jax.tree.map(
             lambda old, new: jnp.where(new == 0, old, new), state.signs, signs
         )
-        moved = lambda size, sign, x: jnp.where(
-            size < tolerance * jnp.abs(x), jnp.zeros_like(x), -size * sign
-        )
-        moves = jax.tree.map(moved, step_sizes, signs, params)
+        moves = jax.tree.map(moved, first_sizes(params), step_sizes, signs, params)
         return moves, SignDescentState(step_sizes, remembered)
 
     return optax.GradientTransformation(init, update)

@@ -46,7 +46,10 @@ def unit_vector(coordinate: ArrayLike, like: PyTree) -> PyTree:
 
 def map_in_blocks(function: Callable[[Any], PyTree], over: PyTree) -> PyTree:
     """`function` of every row of `over` (leading axes alike), a block of them at a time."""
-    count = len(jax.tree.leaves(over)[0])
+    leaves = jax.tree.leaves(over)
+    if any(leaf.size == 0 for leaf in leaves):
+        return jax.vmap(function)(over)  # jax.lax.map cannot cut an empty array into blocks
+    count = len(leaves[0])
     return jax.lax.map(function, over, batch_size=min(count, _AT_ONCE))
 
 

@@ -14,12 +14,19 @@ from gradhpo.utils.typecheck import forget_warnings, warn_once
 
 # What JAX and Equinox raise where a rule of differentiation is missing.
 _NOT_DIFFERENTIABLE = (TypeError, ValueError, NotImplementedError, RuntimeError)
-_MISSING_RULES = (
-    "Reverse-mode differentiation does not work",
-    "can't apply forward-mode",
-    "Unexpected tangent",
-    "callbacks do not support",
+_ODE = (
+    "around an ODE solve pass adjoint=diffrax.DirectAdjoint() and a small max_steps: the gradients "
+    "of diffrax's other adjoints cannot be differentiated again"
 )
+_MISSING_RULES = {
+    "Reverse-mode differentiation does not work": f"{_ODE}; in place of a while_loop use lax.scan, "
+    "or ForwardModeOptimizer with an update_fn",
+    "can't apply forward-mode": f"{_ODE}; in place of a custom_vjp write a custom_jvp, or use "
+    "UnrolledOptimizer",
+    "Unexpected tangent": _ODE,
+    "callbacks do not support": "for an opaque function use T1T2Optimizer(update_fn=..., "
+    "perturb='hyperparams')",
+}
 
 
 @contextlib.contextmanager
@@ -28,14 +35,13 @@ def differentiation_explained(name: str) -> Iterator[None]:
     try:
         yield
     except _NOT_DIFFERENTIABLE as error:
-        if not any(rule in str(error) for rule in _MISSING_RULES):
+        advice = [advice for rule, advice in _MISSING_RULES.items() if rule in str(error)]
+        if not advice:
             raise
         raise ValueError(
             f"{name} takes second derivatives of the training loss, or derivatives of the inner "
-            f"update, and JAX cannot: {str(error).splitlines()[0]} An ODE solve needs adjoint="
-            "diffrax.DirectAdjoint(), the only one that can be differentiated twice; in place of "
-            "a while_loop use lax.scan, or ForwardModeOptimizer with an update_fn; for an opaque "
-            "function T1T2Optimizer(update_fn=..., perturb='hyperparams')"
+            f"update, and JAX has none here: {advice[0]}. What JAX says: "
+            f"{str(error).splitlines()[0]}"
         ) from error
 
 
