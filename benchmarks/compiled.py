@@ -5,6 +5,7 @@ is the sum of its loop bodies and of what is outside them. Nothing is timed here
 compilation.
 """
 
+import functools
 import statistics
 import time
 
@@ -65,6 +66,7 @@ def batches_for(the_job: Job, inner_steps: int):
     return stack, jax.tree.map(lambda x: x[0], stack.batches)
 
 
+@functools.cache
 def step_programs(name: str, batch_size: int, *, depth: int = 1) -> tuple[Program, Program]:
     """Compiled step of the library and of the hand-written program, on the same batches."""
     optimizer, write = ALGORITHMS[name]
@@ -82,6 +84,7 @@ def step_programs(name: str, batch_size: int, *, depth: int = 1) -> tuple[Progra
     return ours, Program(by_hand, init_by_hand(name, the_job), batch, the_job.val_batch)
 
 
+@functools.cache
 def gradient_programs(batch_size: int, *, depth: int = 1) -> tuple[Program, Program]:
     """One training and one validation gradient, by parameters and hyperparameters."""
     the_job = job(batch_size, depth=depth)

@@ -1,5 +1,6 @@
 """What HyperDistill and greedy cost: against one step, over the horizon, and theta's share."""
 
+import functools
 import statistics
 import time
 
@@ -19,6 +20,7 @@ INNER = {
 }
 
 
+@functools.cache
 def step_flops(cls, optimizer_name: str, batch_size: int, depth: int = 1) -> float:
     forget_traces()  # one program for each shape is what is wanted here
     the_job = job(batch_size, depth=depth)

@@ -13,20 +13,34 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 ALL = sorted(file.stem for file in EXAMPLES.glob("*.py"))
 
 
-def python(*arguments):
-    as_set = os.environ.items()
-    environment = {key: value for key, value in as_set if not key.startswith(("JAX_", "XLA_"))}
+def python(*arguments, quickly_compiled=False, check=True):
+    """Runs a program as a user does; a short one is mostly compilation, as the suite is."""
+    without = ("JAX_",) if quickly_compiled else ("JAX_", "XLA_")
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=EXAMPLES,
-        env=environment,
+        env={key: value for key, value in os.environ.items() if not key.startswith(without)},
         capture_output=True,
         text=True,
         timeout=300,
-        check=True,
+        check=check,
     )
 
 
+def means(name, fields, *arguments):
+    """What `main` of an example returns: row to the means of these fields over its runs."""
+    program = f"""
+import json, {name}
+runs = {name}.main({list(arguments)!r})
+fields = {fields!r}
+mean = lambda row, field: sum(float(getattr(run[row], field)) for run in runs) / len(runs)
+rows = [row for row in runs[0] if not isinstance(runs[0][row], str)]
+print("RESULT" + json.dumps({{row: [mean(row, field) for field in fields] for row in rows}}))
+"""
+    return json.loads(python("-c", program).stdout.split("RESULT")[1])
+
+
+@pytest.mark.slow
 def test_learned_learning_rates_beat_a_fixed_one(tmp_path):
     """One seed, 60 episodes of 20 steps; how HyperDistill fares is in examples/README.md."""
     program = f"""
@@ -50,12 +64,10 @@ def test_says_what_it_does(name):
 
 
 # The others are run in full below.
-@pytest.mark.parametrize(
-    "name", sorted(set(ALL) - {"data_hypercleaning", "learned_learning_rates"})
-)
+@pytest.mark.parametrize("name", sorted(set(ALL) - {"data_hypercleaning", "regularisation"}))
 def test_quick_form_prints_a_table_and_saves_a_picture(name, tmp_path):
     picture = tmp_path / "sub" / "picture.png"
-    done = python(f"{name}.py", "--quick", "--output", str(picture))
+    done = python(f"{name}.py", "--quick", "--output", str(picture), quickly_compiled=True)
     assert picture.stat().st_size > 10_000
     assert "tuned" in done.stdout
     assert "±" in done.stdout
@@ -88,3 +100,107 @@ print("RESULT" + json.dumps(rows))
         assert accuracy >= alone + 0.02, name
         assert auroc >= 0.91, name
     assert rows["tuned, exact over 20 steps"][0] > rows["tuned, one step"][0]
+
+
+def test_many_penalties_validate_better_than_a_grid_of_ten_times_the_fits(tmp_path):
+    """Ridge and elastic net by implicit differentiation, means over 3 splits."""
+    rows = means(
+        "regularisation",
+        ("val_loss", "fits", "inner_residual"),
+        "--splits=3", "--output", str(tmp_path / "picture.png"),
+    )  # fmt: skip
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    for model, name in (
+        ("ridge", "ridge, 10 penalties"),
+        ("elastic net", "elastic net, 20 penalties"),
+    ):
+        val_loss, fits, residual = rows[f"tuned: {name}, implicit"]
+        best_of_grid, fits_of_grid, _ = rows[f"{model}, grid"]
+        assert val_loss <= best_of_grid
+        assert 10 * fits <= fits_of_grid
+        assert residual < 1e-4
+    unrolled = rows["tuned: ridge, 10 penalties, unrolled"][0]
+    assert abs(rows["tuned: ridge, 10 penalties, implicit"][0] - unrolled) < 1e-5
+
+
+def test_an_ode_solve_that_cannot_be_differentiated_twice_ends_in_advice():
+    done = python(
+        "ode_calibration.py", "--quick", "--adjoint=backsolve", quickly_compiled=True, check=False
+    )
+    assert done.returncode == 1
+    assert "DirectAdjoint" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_an_ode_is_calibrated_by_either_road(tmp_path):
+    rows = means(
+        "ode_calibration",
+        ("q_error", "test_loss", "hypergradient_error", "q"),
+        "--output", str(tmp_path / "picture.png"),
+    )  # fmt: skip
+    for name, most in (("tuned, implicit", 1e-5), ("tuned, unrolled", 1e-3)):
+        q_error, test_loss, difference, _ = rows[name]
+        assert q_error < 0.15
+        assert test_loss < rows["untuned, q fitted to training"][1]
+        assert test_loss < 0.3 * rows["untuned, q = 0"][1]
+        assert difference < most
+    assert abs(rows["tuned, implicit"][3] - rows["tuned, unrolled"][3]) < 1e-3
+
+
+@pytest.mark.slow
+def test_a_learned_schedule_beats_constant_and_cosine(tmp_path):
+    rows = means(
+        "learned_schedule", ("val_loss", "test_loss"), "--output", str(tmp_path / "picture.png")
+    )
+    tuned = rows["tuned by forward mode"]
+    for name in ("best constant of a grid", "best cosine decay of a grid"):
+        assert tuned[0] < rows[name][0]
+        assert tuned[1] < rows[name][1]
+
+
+@pytest.mark.slow
+def test_optimizer_hyperparameters(tmp_path):
+    """Higher momentum where it is flat; Adam's betas that beat its defaults."""
+    program = f"""
+import json, numpy as np, optimizer_hyperparameters
+runs = optimizer_hyperparameters.main(["--output", {str(tmp_path / "picture.png")!r}])
+bowl = runs[0].bowl
+order = np.argsort(bowl.curvatures)
+print("RESULT" + json.dumps({{
+    "flat": float(np.mean(np.asarray(bowl.momenta)[order[:10]])),
+    "steep": float(np.mean(np.asarray(bowl.momenta)[order[-10:]])),
+    "far": float(np.max(np.abs(np.asarray(bowl.momenta) - np.asarray(bowl.asymptotic)))),
+    "later": {{name: float(value) for name, value in bowl.later.items()}},
+    "adam": {{name: sum(float(run.adam[name].test_loss) for run in runs) / len(runs)
+              for name in runs[0].adam}},
+}}))
+"""
+    found = json.loads(python("-c", program).stdout.split("RESULT")[1])
+    assert found["flat"] > found["steep"] + 0.3
+    assert found["far"] < 0.15
+    assert found["later"]["tuned, one of each"] < found["later"]["best common momentum of 99"]
+    assert found["adam"]["tuned, rate, b1 and b2"] < 0.25 < 1 < found["adam"]["defaults"]
+
+
+@pytest.mark.slow
+def test_three_ways_around_a_kink(tmp_path):
+    program = f"""
+import json, compressed_sensing
+runs, sharpened = compressed_sensing.main(["--output", {str(tmp_path / "picture.png")!r}])
+mean = lambda row, field: sum(float(getattr(run[row], field)) for run in runs) / len(runs)
+fields = ("penalty", "val_loss", "nonzeros")
+print("RESULT" + json.dumps([
+    {{row: [mean(row, field) for field in fields] for row in runs[0]}},
+    [[one[eps].difference for eps in one] for one in sharpened],
+]))
+"""
+    rows, differences = json.loads(python("-c", program).stdout.split("RESULT")[1])
+    proximal, bregman = rows["tuned, proximal step"], rows["tuned, Split Bregman sweep"]
+    assert abs(proximal[0] - bregman[0]) < 1e-4 * proximal[0]
+    assert proximal[1] <= rows["grid"][1] + 1e-5
+    assert proximal[2] < 80
+    for difference in differences:
+        sharp = difference[2:]  # eps = 0.01 and less
+        assert sharp == sorted(sharp, reverse=True)
+        assert sharp[-1] < 2e-3
