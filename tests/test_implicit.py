@@ -241,7 +241,7 @@ def test_a_singular_or_diverging_system_ends_in_a_report(solver):
     optimizer = gradhpo.ImplicitOptimizer(optax.sgd(0.1), optax.sgd(1e-3), linear_solver=solver)
     state = optimizer.init(jnp.zeros(2), jnp.zeros(()))
     losses = gradhpo.LossFunctions(train_loss, val_loss)
-    with pytest.warns(RuntimeWarning, match=r"linear solver failed.*damping"):
+    with pytest.warns(RuntimeWarning, match=r"linear solver failed.*(damping|step_size)"):
         _, history = gradhpo.run(optimizer, state, losses, None, None, num_steps=20, progress=False)
     assert history["linear_failures"][-1] > 0
     assert "linear solver failed" in history.report
@@ -392,3 +392,32 @@ def test_failures_are_those_of_this_run_and_counted_over_tasks():
         state, _ = gradhpo.run(optimizer, state, losses, curvatures, None, **settings)
     _, history = gradhpo.run(optimizer, state, losses, curvatures / 4, None, **settings)
     assert "linear solver" not in history.report
+
+
+def test_a_system_that_only_rounding_keeps_from_being_singular_is_reported(as_a_user_has_it):
+    """Two copies of one feature, and a validation loss that tells them apart."""
+    random = np.random.default_rng(8)
+    x = random.normal(size=(40, 4))
+    x = jnp.asarray(np.hstack([x, x[:, :1]]), jnp.float32)
+    y = jnp.asarray(random.normal(size=40), jnp.float32)
+    train_loss = lambda w, h, batch: jnp.mean((x @ w - y) ** 2) + jnp.exp(h) * w[1] ** 2
+    val_loss = lambda w, h, batch: jnp.sum((w - jnp.arange(5.0)) ** 2)
+    losses = gradhpo.LossFunctions(train_loss, val_loss)
+    settings = {"num_steps": 5, "progress": False}
+    optimizer = gradhpo.ImplicitOptimizer(optax.sgd(0.1), optax.adam(1e-3), inner_steps=50)
+    state = optimizer.init(jnp.zeros(5), jnp.zeros(()))
+    with pytest.warns(RuntimeWarning, match="linear s.*damping=1e-3"):
+        gradhpo.run(optimizer, state, losses, None, None, **settings)
+    damped = dataclasses.replace(optimizer, damping=0.1)
+    _, history = gradhpo.run(damped, state, losses, None, None, **settings)
+    assert "linear" not in history.report
+
+
+def test_an_inner_training_that_diverges_is_not_the_solvers_fault():
+    problem = ridge()
+    optimizer = gradhpo.ImplicitOptimizer(optax.sgd(30.0), optax.sgd(0.1), inner_steps=500)
+    state, *_ = at(problem, optimizer)
+    losses = gradhpo.LossFunctions(problem.train_loss, problem.val_loss)
+    with pytest.warns(RuntimeWarning, match="learning rate too high"):
+        _, history = gradhpo.run(optimizer, state, losses, None, None, num_steps=3, progress=False)
+    assert "linear" not in history.report

@@ -118,5 +118,5 @@ class ForwardModeOptimizer(StepByStep):
         hypergradient = jax.tree.map(jnp.add, direct, unravel(through_updates, hyperparams))
         return Estimate(z, {"Z": tangents}, hypergradient, losses[-1], val_loss)
 
-    def _remarks(self, before, metrics) -> str:
+    def _remarks(self, before, metrics, num_tasks=1) -> str:
         return ""

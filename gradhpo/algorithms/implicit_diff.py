@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
+import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
@@ -13,6 +14,8 @@ from gradhpo.core.outer import Estimate
 from gradhpo.core.problem import Problem, Sees
 from gradhpo.core.state import Memory
 from gradhpo.core.types import InnerOptimizer, UpdateFn
+from gradhpo.solvers.neumann import Neumann
+from gradhpo.solvers.nystrom import Nystrom
 from gradhpo.utils.coordinates import num_coordinates
 from gradhpo.utils.gradients import accumulation_dtype, tree_dot, tree_l2_norm
 from gradhpo.utils.settings import check_count, check_setting, setting
@@ -70,8 +73,9 @@ class ImplicitOptimizer(StepByStep):
     system relative to its right-hand side; `linear_iterations` as the solver counts them (0 for
     direct solvers, cycles of 20 products for `lineax.GMRES`); and
     `linear_failures`, how many solves so far the solver itself gave up (singular, diverged).
-    Reaching `max_steps` is no failure. Nothing is raised; a finite hypergradient of a failed
-    solve is followed like any other.
+    Reaching `max_steps` is no failure, but a `linear_residual` above 1 is worse than no solve.
+    Nothing is raised; a finite hypergradient of a failed solve is followed like any other, and
+    the report of `run` tells.
 
     **Raises:** `ValueError` for `inner_steps < 1` or a negative `damping`; while tracing, for a
     solver that does not fit the operator.
@@ -163,9 +167,16 @@ class ImplicitOptimizer(StepByStep):
         )
         start = _best_multiple(memory["adjoint"], operator.mv(memory["adjoint"]), unit)
         options = {"y0": start, "shift": damping}
-        solution = lx.linear_solve(operator, unit, solver, options=options, throw=False)
+        try:
+            solution = lx.linear_solve(operator, unit, solver, options=options, throw=False)
+        except ValueError as error:
+            kind = f"ImplicitOptimizer(linear_solver={type(solver).__name__}(...))"
+            raise ValueError(f"{kind} does not fit this system: {error}") from error
         result = solution.result
         failed = (result != lx.RESULTS.successful) & (result != lx.RESULTS.max_steps_reached)
+        inner_residual = tree_l2_norm(residual)
+        # Where the inner training has blown up, the solver is not to blame.
+        failed &= jnp.isfinite(norm) & jnp.isfinite(inner_residual)
         q = scaled(size, solution.value)
         reached, mixed = product(q)
         hypergradient = jax.tree.map(
@@ -174,7 +185,7 @@ class ImplicitOptimizer(StepByStep):
         # What a solve that failed has left is nothing to start from.
         adjoint = jax.tree.map(lambda q: jnp.where(failed, 0, norm * q), q)
         metrics = {
-            "inner_residual": tree_l2_norm(residual),
+            "inner_residual": inner_residual,
             "linear_residual": tree_l2_norm(jax.tree.map(jnp.subtract, unit, reached)),
             "linear_iterations": jnp.asarray(solution.stats.get("num_steps", 0)),
             "linear_failures": memory["linear_failures"] + failed.astype(wide),
@@ -188,16 +199,27 @@ class ImplicitOptimizer(StepByStep):
             metrics={name: value.astype(wide) for name, value in metrics.items()},
         )
 
-    def _remarks(self, before, metrics) -> str:
-        failures = metrics["linear_failures"][-1] - before["linear_failures"]
-        if not failures:
-            return ""
-        return (
-            f"The linear solver failed {failures:.0f} times (its system is singular, or its series "
-            "diverges): the hypergradients of those steps are not to be trusted. Pass damping=1e-3 "
-            "or more, lineax.GMRES for a system that is not positive, or gradhpo.Nystrom; with "
-            "gradhpo.Neumann a smaller step_size."
-        )
+    def _remarks(self, before, metrics, num_tasks=1) -> str:
+        failures = num_tasks * (metrics["linear_failures"][-1] - before["linear_failures"])
+        residuals = metrics["linear_residual"]
+        if isinstance(self.linear_solver, Neumann):
+            why = "the series diverges: pass a smaller step_size, below 2 / (largest curvature)"
+        elif isinstance(self.linear_solver, Nystrom):
+            why = "its length cannot be trusted: use an outer Adam, a larger damping or rank"
+        else:
+            why = "the system is probably singular or not positive: pass damping=1e-3 or more"
+        if failures:
+            return (
+                f"The linear solver failed {failures:.0f} times; the hypergradients of those steps "
+                f"are not to be trusted. In general {why}."
+            )
+        if np.mean(residuals > 1) > 0.5:
+            return (
+                f"In {np.sum(residuals > 1)} of {len(residuals)} steps the linear system was left "
+                "with a residual larger than its right-hand side (linear_residual, median "
+                f"{np.median(residuals):.0e}), so that the adjoint is worse than none; {why}."
+            )
+        return ""
 
 
 def _best_multiple(y: PyTree, product: PyTree, target: PyTree) -> PyTree:

@@ -150,8 +150,8 @@ class OnlineHypergradientOptimizer(Algorithm):
         memory |= {"t": t, "theta": theta}
         return Estimate(z, memory, hypergradient, train_loss, val_loss, examples)
 
-    def _remarks(self, before, metrics) -> str:
-        refused = metrics["theta_rejected"][-1] - before["theta_rejected"]
+    def _remarks(self, before, metrics, num_tasks=1) -> str:
+        refused = num_tasks * (metrics["theta_rejected"][-1] - before["theta_rejected"])
         return f"Refused as non-finite: {refused:.0f} estimates of theta." if refused else ""
 
     def estimate_theta(

@@ -175,10 +175,8 @@ class TaskBatched(BilevelOptimizer):
         memory = self._of_tasks(memory)
         return _mean(jax.vmap(self.optimizer._scalars)(memory)) if memory else {}
 
-    def _remarks(self, before, metrics) -> str:
-        # What is counted is the mean over the tasks; said is how often it happened.
-        times = lambda counts: {name: self.num_tasks * x for name, x in counts.items()}
-        return self.optimizer._remarks(times(before), times(metrics))
+    def _remarks(self, before, metrics, num_tasks=1) -> str:
+        return self.optimizer._remarks(before, metrics, self.num_tasks)
 
     def _over_tasks(
         self, function: Callable, state: BilevelState, train_batch: PyTree, val_batch: PyTree

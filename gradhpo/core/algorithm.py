@@ -135,5 +135,5 @@ class Memoryless(StepByStep):
     def _restart_memory(self, memory, w) -> Memory:
         return {}
 
-    def _remarks(self, before, metrics) -> str:
+    def _remarks(self, before, metrics, num_tasks=1) -> str:
         return ""

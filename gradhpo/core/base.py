@@ -116,8 +116,13 @@ class BilevelOptimizer(eqx.Module):
         """What of an algorithm's memory is a metric: the scalars in it."""
 
     @abc.abstractmethod
-    def _remarks(self, before: MetricDict, metrics: dict[str, np.ndarray]) -> str:
-        """What the report of a run with these metrics should say about the algorithm; or ""."""
+    def _remarks(
+        self, before: MetricDict, metrics: dict[str, np.ndarray], num_tasks: int = 1
+    ) -> str:
+        """What the report of a run should say about the algorithm; or "".
+
+        `metrics` are those of the run, means over `num_tasks`; `before` the last ones before it.
+        """
 
     @checked
     def init(

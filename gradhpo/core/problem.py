@@ -190,8 +190,8 @@ def _why(sees: Sees, acts_through: Sequence[Sees], blind: bool) -> str:
     why = {
         "validation": "the validation loss does not depend on them, and this method looks nowhere "
         "else",
-        "optimum": "the optimum of the training loss does not depend on them (a learning rate "
-        "only changes the way to it)",
+        "optimum": "the optimum of the training loss does not depend on them (settings of the "
+        "inner optimizer change the way to it; a weight decay belongs into the loss)",
         "last update": "they act on later updates alone, through the optimizer's state",
     }
     if not acts_through or sees not in why:

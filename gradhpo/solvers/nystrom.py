@@ -44,7 +44,9 @@ class Nystrom(lx.AbstractLinearSolver[_LowRank]):
 
     - `rank`: how many columns; 5 to 10 are usual. At least 1, at most the size of $A$.
     - `damping`: $\rho$, positive, shape `()`; 0.01 to 0.1 are usual. Directions that the columns
-        do not show are divided by it. The `damping` of
+        do not show are divided by it, so that the result can be too long by their curvature over
+        $\rho$ (`linear_residual` above 1 says so): use an outer optimizer such as Adam, which
+        does not mind, or a larger one. The `damping` of
         [`ImplicitOptimizer`][gradhpo.ImplicitOptimizer] adds to it.
     - `key`: a PRNG key for the columns, the same ones in every solve; one is drawn from each of
         `rank` equal pieces of the parameters.

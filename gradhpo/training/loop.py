@@ -14,7 +14,7 @@ from gradhpo.core.state import BilevelState
 from gradhpo.core.types import LossFunctions, RealScalarLike
 from gradhpo.training.chunk import Chunk, chunk_shapes
 from gradhpo.training.history import History
-from gradhpo.training.report import Rejections, report
+from gradhpo.training.report import Rejections, keeps_second_moments, report
 from gradhpo.training.sources import Fetched, Host, as_source
 from gradhpo.utils.logging import progress_bar
 from gradhpo.utils.settings import check_count, check_episodes, check_outer_rate, outer_rate
@@ -171,10 +171,13 @@ def run(
     seconds = time.perf_counter() - started
     restarted = reptile_rate != 1 and taken % (steps_per_episode or 1) == 0
     remark = optimizer._remarks(before, metrics)
-    said = report(stop_reason, taken, num_steps, seconds, rejections, data_error, remark)
+    like_adam = keeps_second_moments(state.inner_opt_state)
+    said = report(stop_reason, taken, num_steps, seconds, rejections, data_error, remark, like_adam)
     if restarted:
         said += " The parameters are those that the next episode starts from."
-    if stop_reason in ("rejected", "data exhausted", "data error") or remark:
+    # A run that ends in refused steps has stopped moving: with fixed data, for good.
+    stuck = rejections.in_a_row > 0
+    if stop_reason in ("rejected", "data exhausted", "data error") or remark or stuck:
         warn(said, RuntimeWarning)
     return state, History(metrics, stop_reason, said)
 

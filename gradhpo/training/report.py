@@ -1,6 +1,8 @@
 """What a run says at its end: how many steps, how many refused, and why it stopped."""
 
+import jax
 import numpy as np
+from jaxtyping import PyTree
 
 
 class Rejections:
@@ -28,6 +30,12 @@ class Rejections:
             self.longest = max(self.longest, self.in_a_row)
 
 
+def keeps_second_moments(inner_opt_state: PyTree) -> bool:
+    """Whether an optax state has the field `nu`, as those of Adam and its relatives."""
+    paths = jax.tree_util.tree_flatten_with_path(inner_opt_state)[0]
+    return any(getattr(key, "name", None) == "nu" for path, _ in paths for key in path)
+
+
 def report(
     stop_reason: str,
     taken: int,
@@ -36,10 +44,14 @@ def report(
     rejections: Rejections,
     data_error: str,
     remark: str,
+    second_moments: bool,
 ) -> str:
-    """The sentences, in the order in which they matter; `remark` is what the algorithm says."""
+    """The sentences, in the order in which they matter.
+
+    `remark` is what the algorithm says; `second_moments` tells of an optimizer like Adam.
+    """
     why = {
-        "num_steps": "All steps were taken.",
+        "num_steps": "The run is complete.",
         "callback": "A callback stopped the run.",
         "data error": f"A data source failed: {data_error}",
         "data exhausted": (
@@ -57,15 +69,22 @@ def report(
     if remark:
         sentences.append(remark)
     elif rejections.of_derivatives:
+        adam = (
+            "With Adam and its relatives that is the square root at a gradient of exactly 0 (a "
+            "dead unit, an input that is always 0): use optax.adam(..., eps_root=1e-16)."
+        )
+        overflow = (
+            "Over many steps a derivative may overflow: a learning rate too high, a momentum or "
+            "beta of 1 or more."
+        )
         sentences.append(
             f"In {rejections.of_derivatives} of the rejected steps both losses were finite and "
             "only the hypergradient was not: something that is differentiated has no finite "
-            "derivative. With Adam and its relatives that is the square root at a gradient of "
-            "exactly 0 (a dead unit, an input that is always 0): use optax.adam(..., "
-            "eps_root=1e-16). Over many steps at too high a rate a derivative may also overflow."
+            f"derivative. {adam if second_moments else overflow}"
         )
-    elif stop_reason == "rejected":
+    elif rejections.in_a_row:  # it ended so
         sentences.append(
-            "Usual causes: a learning rate too high (inner or outer), or NaN in the data."
+            "Usual causes: a learning rate too high (inner or outer), a momentum of 1 or more, or "
+            "NaN in the data."
         )
     return " ".join(sentences)

@@ -29,7 +29,7 @@ def sign_descent(
     $\delta_i \leftarrow \mathtt{decay}\cdot\delta_i$. A coordinate whose sign has flipped rests for
     good once $\delta_i < \mathtt{tolerance}\cdot|\lambda_i|$. For long horizons, whose
     hypergradients are of very different lengths early and late: about ten outer steps find each
-    value to within `tolerance`.
+    value to within `tolerance`. From 0, a step and its half back may land on 0 once more.
 
     **Arguments:**
 
@@ -42,10 +42,17 @@ def sign_descent(
     **Returns:** an `optax.GradientTransformation`, for `outer_optimizer`.
 
     ```python
-    outer = gradhpo.sign_descent({"rates": 0.1, "momentum": 0.1})
-    hyperparams = {"rates": jnp.zeros(5), "momentum": jnp.zeros(5)}
-    optimizer = gradhpo.ForwardModeOptimizer(lambda h: optax.sgd(h["rates"][0]), outer)
-    state = outer.init(hyperparams)
+    loss = lambda w, rates, batch: jnp.sum(w**2 * jnp.arange(1.0, 4.0))
+    inner = lambda rates: optax.sgd(lambda count: rates[count // 20])  # five windows of 20 steps
+    outer = gradhpo.sign_descent(0.1)
+    optimizer = gradhpo.ForwardModeOptimizer(inner, outer, unroll_steps=100)
+    state = optimizer.init(jnp.ones(3), jnp.zeros(5))
+    losses = gradhpo.LossFunctions(loss, loss)
+    # Ten trainings of 100 steps, each from the same start.
+    state, history = gradhpo.run(
+        optimizer, state, losses, None, None,
+        num_steps=10, steps_per_episode=1, reptile_rate=0.0, progress=False,
+    )
     ```
 
     ??? cite "Reference"

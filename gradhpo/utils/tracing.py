@@ -21,8 +21,8 @@ _ODE = (
 _MISSING_RULES = {
     "Reverse-mode differentiation does not work": f"{_ODE}; in place of a while_loop use lax.scan, "
     "or ForwardModeOptimizer with an update_fn",
-    "can't apply forward-mode": f"{_ODE}; in place of a custom_vjp write a custom_jvp, or use "
-    "UnrolledOptimizer",
+    "can't apply forward-mode": f"{_ODE}; in place of a custom_vjp of your own write a custom_jvp, "
+    "or use UnrolledOptimizer",
     "Unexpected tangent": _ODE,
     "callbacks do not support": "for an opaque function use T1T2Optimizer(update_fn=..., "
     "perturb='hyperparams')",
