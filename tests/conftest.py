@@ -18,6 +18,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 from gradhpo.utils.tracing import forget_traces  # noqa: E402
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _free_compiled_programs():
+    """A process has room for so many memory maps: thousands of programs would use them up."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def _fresh_trace_counts():
     forget_traces()
