@@ -119,10 +119,7 @@ class BilevelOptimizer(eqx.Module):
     def _remarks(
         self, before: MetricDict, metrics: dict[str, np.ndarray], num_tasks: int = 1
     ) -> str:
-        """What the report of a run should say about the algorithm; or "".
-
-        `metrics` are those of the run, means over `num_tasks`; `before` the last ones before it.
-        """
+        """What the report of a run should add; metrics are means over `num_tasks`."""
 
     @checked
     def init(
