@@ -40,7 +40,6 @@ print("RESULT" + json.dumps({{row: [mean(row, field) for field in fields] for ro
     return json.loads(python("-c", program).stdout.split("RESULT")[1])
 
 
-@pytest.mark.slow
 def test_learned_learning_rates_beat_a_fixed_one(tmp_path):
     """One seed, 60 episodes of 20 steps; how HyperDistill fares is in examples/README.md."""
     program = f"""
@@ -69,7 +68,9 @@ for name in {ALL!r}:
 
 
 # The others are run in full below.
-@pytest.mark.parametrize("name", sorted(set(ALL) - {"data_hypercleaning", "regularisation"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(ALL) - {"data_hypercleaning", "learned_learning_rates", "regularisation"})
+)
 def test_quick_form_prints_a_table_and_saves_a_picture(name, tmp_path):
     picture = tmp_path / "sub" / "picture.png"
     done = python(f"{name}.py", "--quick", "--output", str(picture), quickly_compiled=True)
