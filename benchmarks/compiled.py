@@ -16,6 +16,7 @@ import optax
 import gradhpo
 from benchmarks import handwritten
 from benchmarks.problem import MOMENTUM, OUTER_RATE, RATE, Job, job
+from gradhpo.diagnostics.cost import Program
 
 
 SGD = optax.sgd(RATE, momentum=MOMENTUM)
@@ -36,29 +37,6 @@ ALGORITHMS = {
 def init_by_hand(name: str, the_job: Job):
     distilled = name == "HyperDistill"
     return (handwritten.init_distilled if distilled else handwritten.init)(the_job)
-
-
-class Program:
-    """A compiled function of pytrees together with the arrays that it was compiled for."""
-
-    def __init__(self, function, *arguments):
-        self._arrays, static = eqx.partition(arguments, eqx.is_array)
-
-        def on_arrays(arrays):
-            return eqx.filter(function(*eqx.combine(arrays, static)), eqx.is_array)
-
-        self._program = jax.jit(on_arrays).lower(self._arrays).compile()
-
-    @property
-    def flops(self) -> float:
-        return self._program.cost_analysis()["flops"]
-
-    @property
-    def temporary_bytes(self) -> int:
-        return self._program.memory_analysis().temp_size_in_bytes
-
-    def __call__(self):
-        return jax.block_until_ready(self._program(self._arrays))
 
 
 def batches_for(the_job: Job, inner_steps: int):
@@ -133,7 +111,7 @@ def print_flops() -> None:
     print("\nFlops of a compiled step, library / hand-written (loop bodies counted once)")
     for batch_size in (32, 128, 1_000):
         for name in ALGORITHMS:
-            ours, theirs = (p.flops for p in step_programs(name, batch_size))
+            ours, theirs = (p.flops_with_loops_once for p in step_programs(name, batch_size))
             ratio = ours / theirs
             print(f"  batch {batch_size:5}  {name:22} {ours:10.4g} {theirs:10.4g}  {ratio:6.3f}")
 
@@ -143,8 +121,8 @@ def gradients_per_step(name: str, batch_size: int, depth: int) -> float:
     train, val = gradient_programs(batch_size, depth=depth)
     # Greedy's program has its last step apart from the loop over the others.
     bodies = 2 if name.startswith("Greedy") else 1
-    flops = step_programs(name, batch_size, depth=depth)[0].flops / bodies
-    return (flops - val.flops) / train.flops
+    flops = step_programs(name, batch_size, depth=depth)[0].flops_with_loops_once / bodies
+    return (flops - val.flops_with_loops_once) / train.flops_with_loops_once
 
 
 def print_units() -> None:

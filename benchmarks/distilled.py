@@ -9,8 +9,8 @@ import jax
 import optax
 
 import gradhpo
-from benchmarks.compiled import Program
 from benchmarks.problem import MOMENTUM, OUTER_RATE, RATE, job
+from gradhpo.diagnostics.cost import Program
 from gradhpo.utils.tracing import forget_traces
 
 
@@ -29,7 +29,7 @@ def step_flops(cls, optimizer_name: str, batch_size: int, depth: int = 1) -> flo
         state, batch, val_batch, the_job.train_loss, the_job.val_loss, lr_hyper=OUTER_RATE
     )
     state = optimizer.init(the_job.params, the_job.hyperparams)
-    return Program(step, state, the_job.train_data(0), the_job.val_batch).flops
+    return Program(step, state, the_job.train_data(0), the_job.val_batch).flops_with_loops_once
 
 
 def flops_ratio(optimizer_name: str, batch_size: int, depth: int = 1) -> float:

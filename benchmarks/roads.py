@@ -9,8 +9,9 @@ import numpy as np
 import optax
 
 import gradhpo
-from benchmarks.compiled import Program, gradient_programs
+from benchmarks.compiled import gradient_programs
 from benchmarks.problem import MOMENTUM, OUTER_RATE, RATE, job
+from gradhpo.diagnostics.cost import Program
 from gradhpo.utils.tracing import forget_traces
 
 
@@ -36,9 +37,9 @@ def forward_program(count: int, steps: int, *, batch_size: int = 128, depth: int
 
 def gradients_per_hyperparameter(depth: int = 1) -> float:
     """Flops that one more hyperparameter adds to an inner step, in training gradients."""
-    few, many = (forward_program(count, 10, depth=depth).flops for count in (2, 10))
+    few, many = (forward_program(count, 10, depth=depth).flops_with_loops_once for count in (2, 10))
     train, _ = gradient_programs(128, depth=depth)
-    return (many - few) / 8 / train.flops
+    return (many - few) / 8 / train.flops_with_loops_once
 
 
 def implicit_flops(terms: int, depth: int) -> float:
@@ -54,14 +55,14 @@ def implicit_flops(terms: int, depth: int) -> float:
         optimizer.init(the_job.params, the_job.hyperparams),
         the_job.train_data(0),
         the_job.val_batch,
-    ).flops
+    ).flops_with_loops_once
 
 
 def gradients_per_iteration(depth: int = 1) -> float:
     """Flops of one more term of a Neumann series, in training gradients."""
     train, _ = gradient_programs(128, depth=depth)
     # The body of a loop is counted once, however often it runs.
-    return (implicit_flops(3, depth) - implicit_flops(1, depth)) / train.flops
+    return (implicit_flops(3, depth) - implicit_flops(1, depth)) / train.flops_with_loops_once
 
 
 def iterations(outer_rate: float, *, warm: bool, tolerance: float = 1e-3) -> float:

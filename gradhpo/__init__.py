@@ -21,7 +21,13 @@ from gradhpo.core.types import (
     RealScalarLike,
     UpdateFn,
 )
+from gradhpo.diagnostics.compare import compare_hypergradients
 from gradhpo.diagnostics.finite_difference import finite_difference_hypergradient
+from gradhpo.diagnostics.health import check_hypergradient
+from gradhpo.diagnostics.horizon import explain_horizon
+from gradhpo.diagnostics.metasmooth import metasmoothness
+from gradhpo.diagnostics.over_batches import compare_over_batches
+from gradhpo.diagnostics.planning import plan
 from gradhpo.solvers.neumann import Neumann
 from gradhpo.solvers.nystrom import Nystrom
 from gradhpo.training.data import ArrayData, iterate
@@ -67,10 +73,16 @@ __all__ = [
     "TaskBatched",
     "UnrolledOptimizer",
     "UpdateFn",
+    "check_hypergradient",
+    "compare_hypergradients",
+    "compare_over_batches",
+    "explain_horizon",
     "finite_difference_hypergradient",
     "iterate",
+    "metasmoothness",
     "model_loss",
     "partition",
+    "plan",
     "run",
     "sign_descent",
     "tree_dot",

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PyTree
 import gradhpo
 from gradhpo.core.inner import InnerUpdate
 from gradhpo.core.inner_optimizer import init_inner_state
+from gradhpo.diagnostics.cost import Program
 
 
 class Problem(NamedTuple):
@@ -226,9 +227,5 @@ def compiled_bytes(name: str, steps: int) -> int:
         optimizer = classes[name](inner, OUTER, unroll_steps=steps)
         function = optimizer.compute_hypergradient
     state = optimizer.init(params, hyperparams)
-    arrays, static = eqx.partition((state, stack, val_batch), eqx.is_array)
-    on_arrays = lambda arrays: eqx.filter(
-        function(*eqx.combine(arrays, static), loss, loss), eqx.is_array
-    )
-    compiled = jax.jit(on_arrays).lower(arrays).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    on_batches = lambda *arguments: function(*arguments, loss, loss)
+    return Program(on_batches, state, stack, val_batch).temporary_bytes

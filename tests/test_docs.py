@@ -78,14 +78,14 @@ def test_public_methods_are_documented():
 
 
 def test_imports_point_down():
-    """training, diagnostics -> algorithms -> core -> utils; nothing in core knows an algorithm."""
+    """diagnostics -> training -> algorithms -> core -> utils; core knows no algorithm."""
     below = {
         "utils": [],
         "core": ["utils"],
         "solvers": ["utils"],
         "algorithms": ["core", "solvers", "utils"],
         "training": ["algorithms", "core", "utils"],
-        "diagnostics": ["algorithms", "core", "utils"],
+        "diagnostics": ["algorithms", "core", "training", "utils"],
     }
     for room, allowed in below.items():
         for file in (ROOT / "gradhpo" / room).glob("*.py"):

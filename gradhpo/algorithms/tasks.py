@@ -144,6 +144,16 @@ class TaskBatched(BilevelOptimizer):
             val_loss=_mean(every.val_loss),
         )
 
+    def _seen(self, state, train_batch, val_batch, train_loss_fn, val_loss_fn) -> list[bool]:
+        losses, seen = (train_loss_fn, val_loss_fn), []
+
+        def look(state, train, val):
+            seen[:] = self.optimizer._seen(state, train, val, *losses)
+            return ()
+
+        self._over_tasks(look, state, train_batch, val_batch)  # traced once for all tasks
+        return seen
+
     def _outer_loss(self, state, train_batch, val_batch, train_loss_fn, val_loss_fn) -> Array:
         losses = (train_loss_fn, val_loss_fn)
         loss = lambda state, train, val: self.optimizer._outer_loss(state, train, val, *losses)

@@ -12,7 +12,7 @@ from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.inner import Carry
 from gradhpo.core.inner_optimizer import init_inner_state
 from gradhpo.core.outer import Estimate
-from gradhpo.core.problem import Problem, Sees, bind, init_outer_state
+from gradhpo.core.problem import Problem, Sees, bind, init_outer_state, seen_by
 from gradhpo.core.state import BilevelState, Memory
 from gradhpo.core.types import InnerOptimizer, MetricDict, UpdateFn
 from gradhpo.utils.gradients import tree_l2_norm, tree_lerp
@@ -73,6 +73,10 @@ class Algorithm(BilevelOptimizer):
         problem = bind(self, state, train_batch, val_batch, train_loss_fn, val_loss_fn)
         with differentiation_explained(type(self).__name__):
             return self._estimate(problem, state.memory)
+
+    def _seen(self, state, train_batch, val_batch, train_loss_fn, val_loss_fn) -> list[bool]:
+        arguments = (state, train_batch, val_batch, train_loss_fn, val_loss_fn)
+        return seen_by(self._sees, bind(self, *arguments, differentiated=False))
 
     def _outer_loss(self, state, train_batch, val_batch, train_loss_fn, val_loss_fn) -> Array:
         phi, validation, z, hyperparams = bind(

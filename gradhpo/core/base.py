@@ -79,6 +79,17 @@ class BilevelOptimizer(eqx.Module):
         """Advances the inner problem by `num_inner_steps`; the hypergradient at its end."""
 
     @abc.abstractmethod
+    def _seen(
+        self,
+        state: BilevelState,
+        train_batch: PyTree,
+        val_batch: PyTree,
+        train_loss_fn: LossFn,
+        val_loss_fn: LossFn,
+    ) -> list[bool]:
+        """For each leaf of the hyperparameters whether this method can see it."""
+
+    @abc.abstractmethod
     def _outer_loss(
         self,
         state: BilevelState,

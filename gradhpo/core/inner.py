@@ -15,9 +15,8 @@ import optax
 from jaxtyping import Array, ArrayLike, PyTree
 
 from gradhpo.core.inner_optimizer import cast_like, explained, resolve
-from gradhpo.core.types import BatchStack, DrawnStack, InnerOptimizer, LossFn, UpdateFn
+from gradhpo.core.types import InnerOptimizer, LossFn, UpdateFn, batch_of_step
 from gradhpo.utils.gradients import linearize_gradient, tree_zeros_like
-from gradhpo.utils.keys import fold_keys
 
 
 Carry: TypeAlias = tuple[PyTree, PyTree]  # (w, s)
@@ -38,10 +37,8 @@ class InnerUpdate(eqx.Module):
     symmetric: bool = eqx.field(static=True)
 
     def batch(self, t: ArrayLike) -> PyTree:
-        """$D_t$: the t-th of a stack, or the one batch with its PRNG keys folded with t."""
-        if isinstance(self.train_batch, BatchStack | DrawnStack):
-            return self.train_batch.at(t)
-        return fold_keys(self.train_batch, t)
+        """$D_t$."""
+        return batch_of_step(self.train_batch, t)
 
     def train_loss(self, w: PyTree, hyperparams: PyTree, t: ArrayLike) -> Any:
         """What the user's loss returns, which `bind` checks to be a scalar."""

@@ -73,6 +73,16 @@ def accept(
     )
 
 
+def follow(state: BilevelState, estimate: Estimate) -> BilevelState:
+    """The inner problem advanced; hyperparameters and metrics stay, and nothing is refused."""
+    w, inner_opt_state = estimate.z
+    return state.update(
+        params=eqx.combine(w, state.params),
+        inner_opt_state=inner_opt_state,
+        metadata=estimate.memory | estimate.examples | estimate.metrics,
+    )
+
+
 def _outer_update(
     outer_optimizer: optax.GradientTransformation | None,
     state: BilevelState,

@@ -154,12 +154,12 @@ def _trace_loss(
 
 def _check_visible(name: str, sees: Sees, problem: Problem) -> None:
     """Names the hyperparameters whose hypergradient by this method is identically 0."""
-    seen = _visible(sees, problem)
+    seen = seen_by(sees, problem)
     if all(seen):
         return
     names = leaf_names(problem.hyperparams)
     # What each unseen leaf acts through, found only now: most programs never get here.
-    through = {kind: _visible(kind, problem) for kind in _SEEN_BY}
+    through = {kind: seen_by(kind, problem) for kind in _SEEN_BY}
     w, _ = problem.z
     of_weights = lambda w: problem.validation.loss(w, problem.hyperparams)
     blind = not any(jax.tree.leaves(visible_leaves(of_weights, w)))
@@ -199,7 +199,7 @@ def _why(sees: Sees, acts_through: Sequence[Sees], blind: bool) -> str:
     return f"{why[sees]}; {', '.join(_SEEN_BY[kind] for kind in acts_through)} see them"
 
 
-def _visible(sees: Sees, problem: Problem) -> list[bool]:
+def seen_by(sees: Sees, problem: Problem) -> list[bool]:
     """For each leaf of the hyperparameters whether a method that looks there can see it."""
     phi, validation, z, hyperparams = problem
     w, _ = z

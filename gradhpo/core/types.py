@@ -151,3 +151,10 @@ class DrawnStack(eqx.Module):
         t = jnp.asarray(t, jnp.int32)
         batch = self.draw(t)
         return batch if self.shared_by is None else fold_keys(batch, t % self.shared_by)
+
+
+def batch_of_step(train_batch: PyTree, t: ArrayLike) -> PyTree:
+    """The t-th of a stack, or the one batch of all inner steps with its PRNG keys folded with t."""
+    if isinstance(train_batch, BatchStack | DrawnStack):
+        return train_batch.at(t)
+    return fold_keys(train_batch, t)

@@ -1,11 +1,12 @@
 """beartype checks with messages for people, and warnings that point at the user's line."""
 
+import contextlib
 import functools
 import inspect
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from beartype import beartype
@@ -100,6 +101,17 @@ def warn_once(message: str) -> None:
     if message not in _said:
         _said.add(message)
         warn(message)
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Keeps quiet what a report says instead, and lets it be said later."""
+    said = set(_said)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    _said.clear()
+    _said.update(said)
 
 
 def forget_warnings() -> None:

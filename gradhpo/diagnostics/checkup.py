@@ -1,0 +1,149 @@
+"""The report of `check_hypergradient`: what was measured, and what to think of it."""
+
+import dataclasses
+from typing import NamedTuple
+
+from gradhpo.diagnostics.agreement import Agreement
+from gradhpo.diagnostics.nonfinite import NonFinite
+from gradhpo.diagnostics.tables import aligned, number
+
+
+# Above these (below, for smoothness) a measurement becomes a finding.
+MOST_ROUNDING, MOST_STEP_ERROR, MOST_UPHILL, LEAST_SMOOTHNESS = 0.05, 0.01, 0.5, 0.5
+
+
+class FiniteDifference(NamedTuple):
+    """The derivative along a random direction of one leaf, in float64.
+
+    `derivative` by the exact hypergradient, `difference` by trainings on both sides, known up to
+    `uncertainty`.
+    """
+
+    derivative: float
+    difference: float
+    uncertainty: float
+
+    @property
+    def contradicts(self) -> bool:
+        size = max(abs(self.derivative), abs(self.difference))
+        return abs(self.derivative - self.difference) > 1e-3 * size + self.uncertainty
+
+
+class StepError(NamedTuple):
+    """How much an estimate by finite differences changes with its own step.
+
+    Relative changes: `halved` from `epsilon` to half of it, `doubled` to twice.
+    """
+
+    halved: float
+    doubled: float
+
+
+@dataclasses.dataclass(frozen=True)
+class HypergradientCheck:
+    """What [`check_hypergradient`][gradhpo.check_hypergradient] found.
+
+    **Fields:**
+
+    - `findings`: what is wrong, in words, with the remedy; `healthy` if there is nothing.
+    - `nonfinite`: where the first NaN or infinity comes from, or `None`.
+    - `precision`, `precision_by_leaf`: agreement of the estimate in the parameters' own precision
+        (`narrow`, float32 if that is float64) with the estimate in float64; `None` if the losses
+        draw random numbers, which are others in another precision.
+    - `finite_differences`: leaf to the derivative of the whole training along a random direction,
+        by the exact hypergradient and by differences.
+    - `detached`: leaves that change training but have no derivative.
+    - `unseen`: leaves that this optimizer does not see, though others might.
+    - `uphill_share`: of the inner steps, those that go up their own training loss.
+    - `step_error`: of an estimate that itself takes finite differences (`T1T2Optimizer`).
+    - `metasmoothness`: see [`metasmoothness`][gradhpo.metasmoothness], at `step_size`.
+    - `notes`: what could not be measured, and why.
+    """
+
+    name: str
+    num_steps: int
+    narrow: str
+    own_precision_is_narrow: bool
+    nonfinite: NonFinite | None
+    precision: Agreement | None
+    precision_by_leaf: dict[str, Agreement]
+    finite_differences: dict[str, FiniteDifference]
+    detached: tuple[str, ...]
+    unseen: tuple[str, ...]
+    uphill_share: float
+    step_error: StepError | None
+    metasmoothness: float
+    step_size: float
+    notes: tuple[str, ...]
+
+    @property
+    def healthy(self) -> bool:
+        return not self.findings
+
+    @property
+    def rounding(self) -> float:
+        """Relative error of the estimate in the narrow precision; `nan` if not measured."""
+        return float("nan") if self.precision is None else self.precision.relative_error["narrow"]
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        found = [] if self.nonfinite is None else [str(self.nonfinite)]
+        if self.detached:
+            found.append(
+                f"{', '.join(self.detached)} change training but have no derivative: a "
+                "stop_gradient, a rounding or an integer cast on the way to them"
+            )
+        for leaf, check in self.finite_differences.items():
+            if check.contradicts and leaf not in self.detached:
+                found.append(
+                    f"{leaf}: the derivative along a random direction is {check.derivative:.4g}, "
+                    f"but trainings on both sides differ by {check.difference:.4g}: part of its "
+                    "effect is detached (stop_gradient), or a custom derivative rule is wrong"
+                )
+        if self.uphill_share > MOST_UPHILL:
+            found.append(
+                f"{self.uphill_share:.0%} of the inner steps go uphill on their own training loss: "
+                "a sign error in the update? (w - rate * gradient goes down)"
+            )
+        if self.step_error is not None and self.step_error.halved > MOST_STEP_ERROR:
+            # The error of a central difference falls fourfold with the step, rounding grows.
+            too_large = self.step_error.doubled > 2 * self.step_error.halved
+            found.append(
+                f"epsilon is too {'large' if too_large else 'small (rounding)'}: half of it "
+                f"changes the estimate by {self.step_error.halved:.1%}"
+            )
+        if self.own_precision_is_narrow and self.rounding > MOST_ROUNDING:
+            found.append(
+                f"rounding: in {self.narrow} the hypergradient is {self.rounding:.1%} away from "
+                "that in float64 (cosine "
+                f"{self.precision.cosine['narrow']:.3f}): use float64 "  # pyright: ignore
+                '(jax.config.update("jax_enable_x64", True)), or a shorter horizon'
+            )
+        if self.metasmoothness < LEAST_SMOOTHNESS:
+            found.append(
+                f"training is not smooth in the hyperparameters at steps of {self.step_size:g} "
+                f"(metasmoothness {self.metasmoothness:.2f}): smaller outer steps, larger batches, "
+                "smooth activations or a smaller inner learning rate"
+            )
+        return tuple(found)
+
+    def __str__(self) -> str:
+        rows = [
+            [f"{self.narrow} against float64: relative error", number(self.rounding)],
+            ["inner steps that go uphill", f"{self.uphill_share:.0%}"],
+            [f"metasmoothness at steps of {self.step_size:g}", number(self.metasmoothness, 2)],
+        ]
+        if self.step_error is not None:
+            rows.append(["change with half of epsilon", number(self.step_error.halved)])
+        parts = [f"{self.name} after {self.num_steps} inner steps", aligned(rows)]
+        if self.finite_differences:
+            table = [["exact, along a random direction", "derivative", "differences", "±"]]
+            for leaf, check in self.finite_differences.items():
+                table.append([leaf, *(f"{x:.6g}" for x in check[:2]), f"{check[2]:.0e}"])
+            parts.append(aligned(table))
+        notes = list(self.notes)
+        if self.unseen:
+            notes.append(f"not seen by {self.name}: {', '.join(self.unseen)}")
+        found = [f"{i}. {text}" for i, text in enumerate(self.findings, 1)]
+        parts.append("\n".join(["Found:", *found] if found else ["Found: nothing wrong"]))
+        return "\n\n".join(parts + (["\n".join(notes)] if notes else []))

@@ -1,0 +1,162 @@
+"""How good, and how dear, each estimate of the hypergradient is on a problem of your own."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from gradhpo.core.base import BilevelOptimizer
+from gradhpo.core.state import BilevelState
+from gradhpo.core.types import LossFunctions
+from gradhpo.diagnostics.agreement import agreement, agreement_by_leaf
+from gradhpo.diagnostics.case import FAILURES, Case, check_optimizers
+from gradhpo.diagnostics.comparison import HypergradientComparison
+from gradhpo.diagnostics.cost import Cost
+from gradhpo.utils.typecheck import checked, without_warnings
+from gradhpo.utils.validation import check_same_structure, leaf_names
+
+
+# Validation losses further apart than this (relatively) do not come of rounding.
+_SAME_LOSS = 1e-3
+
+
+@checked
+def compare_hypergradients(
+    optimizers: Mapping[str, BilevelOptimizer],
+    state: BilevelState,
+    train_batch: PyTree,
+    val_batch: PyTree,
+    losses: LossFunctions,
+    *,
+    reference: BilevelOptimizer | PyTree | None = None,
+) -> HypergradientComparison:
+    r"""Runs every estimator from one state on the same data, and compares what they return.
+
+    All train through one horizon of inner steps with the hyperparameters held still, and all
+    hypergradients are those at its end. An optimizer that takes fewer inner steps per `step`
+    (one step, HyperDistill) takes as many `step`s as fit, as it would in a run that starts here:
+    memory is that of a new episode, and HyperDistill fits $\theta$ first (not with
+    `estimation_period=None`). The state is left as it is.
+
+    **Arguments:**
+
+    - `optimizers`: name to optimizer. All with the inner optimizer (or `update_fn`) that the
+        state was made with; outer optimizers do not matter.
+    - `state`: where to start, from `init` of any of them, or from the middle of a run.
+    - `train_batch`: a [`BatchStack`][gradhpo.BatchStack], whose length is the horizon; or one
+        batch for all steps, the horizon being that of the longest optimizer.
+    - `val_batch`, `losses`: as for [`run`][gradhpo.run].
+    - `reference`: what to compare with: an optimizer, or a tree like the hyperparameters (a
+        closed form, finite differences). `None`: the exact hypergradient of the whole horizon,
+        by [`UnrolledOptimizer`][gradhpo.UnrolledOptimizer].
+
+    **Returns:** a report. `report.cosine[name]`, `.norm_ratio[name]`, `.relative_error[name]`
+    and `.sign_agreement[name]` compare over all coordinates, `report.per_leaf[leaf].cosine[name]`
+    and so on leaf by leaf; `report.flops[name]`, `.temporary_bytes[name]`, `.seconds[name]` are
+    the costs of the whole horizon. `str(report)` is a table, `report.plot()` a figure.
+    Hyperparameters that a method cannot see are in `report.unseen[name]`, methods that do not
+    work on this problem in `report.failed[name]`, with the reason.
+
+    **Raises:** `ValueError` for a horizon that an optimizer does not divide, and what
+    [`step`][gradhpo.BilevelOptimizer.step] raises for losses and batches.
+
+    ```python
+    train_loss = lambda w, h, batch: jnp.sum(jnp.arange(1.0, 4.0) * (w - h) ** 2)
+    val_loss = lambda w, h, batch: jnp.sum((w - 1.0) ** 2)
+    inner = optax.sgd(0.1)
+    optimizers = {
+        "one step": gradhpo.OneStepOptimizer(inner),
+        "greedy": gradhpo.GreedyOptimizer(inner, unroll_steps=10),
+    }
+    state = optimizers["greedy"].init(jnp.zeros(3), jnp.zeros(3))
+    losses = gradhpo.LossFunctions(train_loss, val_loss)
+    report = gradhpo.compare_hypergradients(optimizers, state, None, None, losses)
+    print(report)
+    assert report.sign_agreement["greedy"] == 1.0
+    ```
+    """
+    first = check_optimizers(optimizers)
+    given = {"reference": reference} if isinstance(reference, BilevelOptimizer) else {}
+    case = Case.create(state, train_batch, val_batch, losses, {**optimizers, **given})
+    exact = case.exact(first)
+    training = case.train(exact)
+    trained_loss, seconds = training.timed()
+    costs = {"training alone": dataclasses.replace(training.cost, seconds=seconds)}
+    if reference is None or isinstance(reference, BilevelOptimizer):
+        made = _estimated(case, exact if reference is None else reference)
+        expected, costs["reference"] = made.hypergradient, made.cost
+    else:
+        check_same_structure(
+            reference, state.hyperparams, "reference", "Pass a tree like state.hyperparams."
+        )
+        expected = jax.tree.map(np.asarray, reference)
+
+    found, unseen, failed, remarks = {}, {}, {}, {}
+    names = leaf_names(state.hyperparams)
+    for name, optimizer in optimizers.items():
+        try:
+            with without_warnings():
+                seen = case.seen(optimizer)
+            unseen[name] = tuple(leaf for leaf, s in zip(names, seen, strict=True) if not s)
+            if not any(seen):  # a `step` of it would raise and say so
+                found[name] = jax.tree.map(np.zeros_like, expected)
+                continue
+            made = _estimated(case, optimizer)
+        except FAILURES as error:
+            failed[name] = str(error)
+            continue
+        found[name], costs[name] = made.hypergradient, made.cost
+        remarks |= _remark(name, made, float(trained_loss))
+    return HypergradientComparison(
+        num_steps=case.num_steps,
+        reference_name=_described(reference, case.num_steps),
+        reference=expected,
+        hypergradients=found,
+        overall=agreement(found, expected),
+        per_leaf=agreement_by_leaf(found, expected),
+        costs=costs,
+        unseen={name: leaves for name, leaves in unseen.items() if leaves},
+        failed=failed,
+        remarks=remarks,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Estimated:
+    hypergradient: PyTree
+    val_loss: float
+    cost: Cost
+
+
+def _estimated(case: Case, optimizer: BilevelOptimizer) -> _Estimated:
+    with without_warnings():  # what a method does not see is in the report
+        program = case.estimate(optimizer)
+        (hypergradient, val_loss), seconds = program.timed()
+    cost = dataclasses.replace(program.cost, seconds=seconds)
+    return _Estimated(jax.tree.map(np.asarray, hypergradient), float(val_loss), cost)
+
+
+def _remark(name: str, made: _Estimated, trained_loss: float) -> dict[str, str]:
+    """What the numbers alone would not tell about an estimate."""
+    leaves = jax.tree.leaves(made.hypergradient)
+    if not all(np.all(np.isfinite(leaf)) for leaf in leaves):
+        return {name: "not finite; gradhpo.check_hypergradient says where that comes from"}
+    apart = abs(made.val_loss - trained_loss)
+    if not math.isfinite(trained_loss) or apart > _SAME_LOSS * max(abs(trained_loss), 1e-30):
+        return {
+            name: f"trains to another validation loss ({made.val_loss:.4g}) than the first "
+            f"optimizer ({trained_loss:.4g}): do they have the same inner update?"
+        }
+    return {}
+
+
+def _described(reference: Any, num_steps: int) -> str:
+    if reference is None:
+        return f"the exact hypergradient of {num_steps} inner steps"
+    if isinstance(reference, BilevelOptimizer):
+        return type(reference).__name__
+    return "the reference that was given"

@@ -1,0 +1,140 @@
+"""The report of `compare_hypergradients`."""
+
+import dataclasses
+from typing import Any
+
+from jaxtyping import PyTree
+
+from gradhpo.diagnostics.agreement import Agreement
+from gradhpo.diagnostics.cost import Cost
+from gradhpo.diagnostics.drawing import draw_comparison
+from gradhpo.diagnostics.tables import OPEN_LOOPS, aligned, bytes_of, flops_of, number, seconds_of
+
+
+# More leaves than this are in the report, but not in its text.
+_MOST_LEAVES = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class HypergradientComparison:
+    """What [`compare_hypergradients`][gradhpo.compare_hypergradients] found.
+
+    **Fields** (dicts by the name of the optimizer, unless said otherwise):
+
+    - `cosine`, `norm_ratio`, `relative_error`, `sign_agreement`: over all coordinates.
+    - `per_leaf`: leaf of the hyperparameters to the same four.
+    - `flops`, `temporary_bytes`, `seconds`: of the whole horizon. `costs` has more, and also
+        those of `"training alone"` and of the `"reference"`.
+    - `unseen`: leaves that an optimizer cannot see, where there are any.
+    - `failed`: why an optimizer does not work on this problem. It is in no other dict.
+    - `remarks`: what else is to be known of an estimate.
+    - `hypergradients`, and `reference`, one tree: what was compared.
+    - `num_steps`: inner steps of the horizon.
+    """
+
+    num_steps: int
+    reference_name: str
+    reference: PyTree
+    hypergradients: dict[str, PyTree]
+    overall: Agreement
+    per_leaf: dict[str, Agreement]
+    costs: dict[str, Cost]
+    unseen: dict[str, tuple[str, ...]]
+    failed: dict[str, str]
+    remarks: dict[str, str]
+
+    @property
+    def cosine(self) -> dict[str, float]:
+        return self.overall.cosine
+
+    @property
+    def norm_ratio(self) -> dict[str, float]:
+        return self.overall.norm_ratio
+
+    @property
+    def relative_error(self) -> dict[str, float]:
+        return self.overall.relative_error
+
+    @property
+    def sign_agreement(self) -> dict[str, float]:
+        return self.overall.sign_agreement
+
+    @property
+    def flops(self) -> dict[str, float]:
+        return {name: cost.flops for name, cost in self.costs.items()}
+
+    @property
+    def temporary_bytes(self) -> dict[str, int]:
+        return {name: cost.temporary_bytes for name, cost in self.costs.items()}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return {name: cost.seconds for name, cost in self.costs.items()}
+
+    def sees_none(self, name: str) -> bool:
+        """Whether an optimizer sees none of the hyperparameters."""
+        return len(self.unseen.get(name, ())) == len(self.per_leaf)
+
+    def __str__(self) -> str:
+        parts = [
+            f"Hypergradients after {self.num_steps} inner steps, compared with "
+            f"{self.reference_name}; costs are those of the whole horizon",
+            aligned([_HEADER, *map(self._row, self._names())]),
+        ]
+        if len(self.per_leaf) > 1:
+            parts += self._by_leaf()
+        notes = [
+            f"{name} does not see {', '.join(leaves)}"
+            for name, leaves in self.unseen.items()
+            if not self.sees_none(name)
+        ]
+        notes += [f"{name}: {why}" for name, why in (self.failed | self.remarks).items()]
+        if any(self.costs[name].at_least for name in self.costs):
+            notes.append(OPEN_LOOPS)
+        return "\n\n".join(parts + (["\n".join(notes)] if notes else []))
+
+    def plot(self) -> Any:
+        """A `matplotlib` figure: agreement, length and costs, one row for each optimizer."""
+        return draw_comparison(self)
+
+    def _names(self) -> list[str]:
+        extra = [name for name in ("training alone", "reference") if name in self.costs]
+        return [*extra, *self.hypergradients, *self.failed]
+
+    def _row(self, name: str) -> list[str]:
+        if name in self.failed:
+            return [name, "does not work here", *[""] * 6]
+        if name in self.hypergradients and self.sees_none(name):
+            return [name, "sees none", *[""] * 6]
+        measures = (self.cosine, self.norm_ratio, self.relative_error, self.sign_agreement)
+        measured = [number(x[name]) if name in x else "" for x in measures]
+        cost, training = self.costs[name], self.costs["training alone"]
+        return [
+            name,
+            *measured,
+            flops_of(cost.flops, at_least=cost.at_least),
+            bytes_of(cost.temporary_bytes),
+            f"{seconds_of(cost.seconds)} ({cost.seconds / training.seconds:.1f} x)",
+        ]
+
+    def _by_leaf(self) -> list[str]:
+        names = [name for name in self.hypergradients if not self.sees_none(name)]
+        shown = list(self.per_leaf)[:_MOST_LEAVES]
+
+        def table(title: str, measure: str) -> str:
+            def cell(leaf: str, name: str) -> str:
+                if leaf in self.unseen.get(name, ()):
+                    return "unseen"
+                return number(getattr(self.per_leaf[leaf], measure)[name])
+
+            rows = [[leaf, *(cell(leaf, name) for name in names)] for leaf in shown]
+            return aligned([[title, *names], *rows])
+
+        tables = [table("cosine", "cosine"), table("norm ratio", "norm_ratio")]
+        hidden = len(self.per_leaf) - len(shown)
+        return tables + ([f"and {hidden} more leaves in report.per_leaf"] if hidden else [])
+
+
+_HEADER = [
+    "", "cosine", "norm ratio", "rel. error", "same signs", "flops", "memory", "time"
+]  # fmt: skip

@@ -1,0 +1,114 @@
+"""The reports as figures."""
+
+from typing import Any
+
+import numpy as np
+
+
+BLUE, ORANGE, GREEN, GREY = "#2b6cb0", "#dd6b20", "#2f855a", "#a0aec0"
+
+
+def figure(columns: int, *, height: float, width: float, sharey: bool = False) -> tuple[Any, Any]:
+    """A matplotlib figure with its axes side by side; matplotlib is imported only here."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError(
+            "plot() needs matplotlib: pip install matplotlib; str(report) needs nothing"
+        ) from error
+    made, axes = plt.subplots(
+        1, columns, figsize=(width, height), sharey=sharey, layout="constrained", squeeze=False
+    )
+    for ax in axes[0]:
+        ax.spines[["top", "right"]].set_visible(False)
+    return made, axes[0]
+
+
+def _log_scale(axis: Any) -> None:
+    """Plain numbers at 1, 2 and 5; matplotlib's own minor labels run into one another."""
+    from matplotlib import ticker
+
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=8))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
+
+
+def draw_comparison(report: Any) -> Any:
+    """Of a `HypergradientComparison`: cosine, length, time and memory, a row for each."""
+    names = [name for name in report.hypergradients if not report.sees_none(name)]
+    rows = np.arange(len(names))
+    made, (cosine, norm, seconds, memory) = figure(
+        4, height=1.6 + 0.42 * len(names), width=12, sharey=True
+    )
+    cosine.axvline(1, color=GREY, lw=0.8)
+    cosine.axvline(0, color=GREY, lw=0.8)
+    if len(report.per_leaf) > 1:
+        first = True
+        for leaf, of_leaf in report.per_leaf.items():
+            seen = [leaf not in report.unseen.get(name, ()) for name in names]
+            values = [of_leaf.cosine[name] for name in names]
+            x, y = np.asarray(values)[seen], rows[seen]
+            label = "of one leaf" if first else None
+            cosine.plot(x, y, "|", color=ORANGE, ms=11, mew=1.6, label=label)
+            first = False
+    cosine.plot([report.cosine[n] for n in names], rows, "o", color=BLUE, label="of all together")
+    if len(report.per_leaf) > 1:
+        cosine.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.22), frameon=False)
+    cosine.set(xlim=(-1.08, 1.08), xlabel="cosine", yticks=rows, yticklabels=names)
+    cosine.invert_yaxis()
+    norm.axvline(1, color=GREY, lw=0.8)
+    norm.plot([report.norm_ratio[n] for n in names], rows, "o", color=BLUE)
+    norm.set(xscale="log", xlabel="norm, in that of the reference")
+    _log_scale(norm.xaxis)
+    training = report.costs["training alone"].seconds
+    seconds.barh(rows, [report.seconds[n] / training for n in names], color=BLUE, height=0.55)
+    seconds.set(xlabel="time, in that of training alone")
+    seconds.axvline(1, color=GREY, lw=0.8)
+    memory.barh(rows, [report.temporary_bytes[n] / 2**20 for n in names], color=BLUE, height=0.55)
+    memory.set(xlabel="temporary memory, MiB")
+    for ax in (norm, seconds, memory):
+        ax.tick_params(axis="y", length=0)
+    title = f"{report.num_steps} inner steps, compared with {report.reference_name}"
+    made.suptitle(title, fontsize=11)
+    return made
+
+
+def draw_noise(report: Any) -> Any:
+    """Of a `HypergradientNoise`: mean squared error, split into bias and variance."""
+    names = list(report.overall)
+    rows = np.arange(len(names))
+    bias = np.square([report.overall[name].bias for name in names])
+    variance = np.square([report.overall[name].noise for name in names])
+    made, (error, ratio) = figure(2, height=1.6 + 0.42 * len(names), width=9, sharey=True)
+    error.barh(rows, bias, color=ORANGE, height=0.55, label="bias, squared")
+    error.barh(rows, variance, left=bias, color=BLUE, height=0.55, label="variance of a draw")
+    error.set(xlabel="squared error, in squares of the exact mean's length")
+    error.set(yticks=rows, yticklabels=names)
+    error.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+    error.invert_yaxis()
+    ratio.plot([report.signal_to_noise[name] for name in names], rows, "o", color=BLUE)
+    ratio.axvline(1, color=GREY, lw=0.8)
+    ratio.set(xscale="log", xlabel="signal / noise of a draw")
+    _log_scale(ratio.xaxis)
+    ratio.tick_params(axis="y", length=0)
+    made.suptitle(f"{report.num_draws} draws, {report.num_steps} inner steps", fontsize=11)
+    return made
+
+
+def draw_horizon(report: Any) -> Any:
+    """Of a `Horizon`: the share of every inner step, and the cosine of every truncation."""
+    steps = np.arange(1, report.num_steps + 1)
+    made, (share, cosine) = figure(2, height=3.8, width=11)
+    share.axhline(0, color=GREY, lw=0.8)
+    share.bar(steps, report.share["exact"], color=GREY, width=1.0, label="exact")
+    styles = {"one step": ("s", GREEN), "greedy": ("-", ORANGE), "HyperDistill": ("--", BLUE)}
+    for name, (style, color) in styles.items():
+        shown = steps == report.num_steps if name == "one step" else steps > 0
+        share.plot(steps[shown], report.share[name][shown], style, color=color, label=name)
+    share.set(xlabel="inner step", ylabel="share of the exact hypergradient")
+    share.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False)
+    cosine.axhline(1, color=GREY, lw=0.8)
+    cosine.plot(steps, report.cosine_of_last, color=BLUE)
+    cosine.set(xlabel="last inner steps kept (truncation)", ylabel="cosine with the exact one")
+    cosine.set(ylim=(min(-0.02, float(np.nanmin(report.cosine_of_last))), 1.04))
+    return made

@@ -1,0 +1,225 @@
+"""Where the hypergradient comes from: what every inner step contributes, and what is kept of it."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from gradhpo.algorithms.greedy import GreedyOptimizer
+from gradhpo.algorithms.online import OnlineHypergradientOptimizer
+from gradhpo.core.base import BilevelOptimizer
+from gradhpo.core.problem import Problem
+from gradhpo.core.reverse import cotangent_at_end, pull_through
+from gradhpo.core.state import BilevelState
+from gradhpo.core.types import LossFunctions, RealScalarLike
+from gradhpo.diagnostics.case import Case, check_one_problem
+from gradhpo.diagnostics.drawing import draw_horizon
+from gradhpo.diagnostics.tables import aligned, number
+from gradhpo.utils.gradients import tree_dot
+from gradhpo.utils.typecheck import checked, without_warnings
+from gradhpo.utils.validation import leaf_names
+
+
+# Rows of the table in the report's text.
+_MOST_ROWS = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Horizon:
+    r"""What [`explain_horizon`][gradhpo.explain_horizon] found.
+
+    With $c_t = \alpha_T A_T \cdots A_{t+1} B_t$, what inner step $t$ contributes to the exact
+    hypergradient $g = \partial L_{val}/\partial\lambda + \sum_t c_t$:
+
+    - `share[name]`, shape `[steps]`: $x_t \cdot g/\|g\|^2$, for what is kept of step $t$ by
+        `"exact"` ($x_t = c_t$), `"one step"` ($c_T$ at the end, else 0), `"greedy"`
+        ($\gamma^{T-t}\alpha_t B_t$) and `"HyperDistill"` ($\theta\gamma^{T-t} v_T$). Those of
+        `"exact"` and `direct_share` add up to 1; a negative one pulls the other way.
+    - `share_of_leaf[leaf][name]`: the same within one leaf of the hyperparameters.
+    - `norm`, shape `[steps]`: $\|c_t\|$.
+    - `cosine_of_last`, shape `[steps]`: at `[K - 1]` the cosine of $g$ with the hypergradient of
+        the last K steps alone (`truncation=K`).
+    - `hypergradient`: $g$.
+    """
+
+    share: dict[str, np.ndarray]
+    share_of_leaf: dict[str, dict[str, np.ndarray]]
+    direct_share: float
+    norm: np.ndarray
+    cosine_of_last: np.ndarray
+    hypergradient: PyTree
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.norm)
+
+    def steps_needed(self, cosine: float = 0.99) -> int:
+        """The smallest truncation from which on the cosine stays at least so high."""
+        below = np.flatnonzero(~(self.cosine_of_last >= cosine))
+        return min(self.num_steps, int(below[-1]) + 2 if len(below) else 1)
+
+    def __str__(self) -> str:
+        names = list(self.share)
+        windows = np.array_split(np.arange(self.num_steps), min(_MOST_ROWS, self.num_steps))
+        rows = []
+        for window in windows:
+            first, last = int(window[0]) + 1, int(window[-1]) + 1
+            label = f"{first}" if first == last else f"{first} to {last}"
+            sums = [number(float(np.sum(self.share[name][window]))) for name in names]
+            rows.append([label, *sums])
+        total = [number(float(np.sum(self.share[name]))) for name in names]
+        return (
+            f"Shares of {self.num_steps} inner steps in the exact hypergradient, and what is kept "
+            "of them (1 in all, with the direct term)\n\n"
+            + aligned([["inner steps", *names], *rows, ["all", *total]])
+            + f"\n\ndirect term {number(self.direct_share)}; the last {self.steps_needed(0.9)} "
+            f"steps have a cosine of 0.9 with all of them, the last {self.steps_needed()} one of "
+            "0.99"
+        )
+
+    def plot(self) -> Any:
+        """A `matplotlib` figure: shares by inner step, and cosine by truncation."""
+        return draw_horizon(self)
+
+
+@checked
+def explain_horizon(
+    optimizer: BilevelOptimizer,
+    state: BilevelState,
+    train_batch: PyTree,
+    val_batch: PyTree,
+    losses: LossFunctions,
+    *,
+    greedy_gamma: RealScalarLike = 0.9,
+    distill_gamma: RealScalarLike = 0.99,
+) -> Horizon:
+    r"""What each inner step contributes to the exact hypergradient, and what others keep of it.
+
+    A method of short horizon keeps the last bars of this diagram. Where the early ones matter, or
+    point the other way, its hypergradient is biased: short-horizon bias, which makes learning
+    rates too small.
+
+    **Arguments:**
+
+    - `optimizer`: any; it only says what an inner step is, and how many there are if
+        `train_batch` is one batch. Not a `TaskBatched`.
+    - `state`, `train_batch`, `val_batch`, `losses`: as for
+        [`compare_hypergradients`][gradhpo.compare_hypergradients].
+    - `greedy_gamma`, `distill_gamma`: the discounts of greedy and of HyperDistill.
+
+    **Returns:** a report, [`Horizon`][gradhpo.diagnostics.horizon.Horizon]. `str(report)` is a
+    table, `report.plot()` a figure. Memory is that of the exact hypergradient, time about twice.
+
+    **Raises:** what [`step`][gradhpo.BilevelOptimizer.step] raises; `TypeError` for `TaskBatched`.
+
+    ```python
+    train_loss = lambda w, h, batch: jnp.sum(jnp.arange(1.0, 4.0) * (w - h) ** 2)
+    val_loss = lambda w, h, batch: jnp.sum((w - 1.0) ** 2)
+    optimizer = gradhpo.UnrolledOptimizer(optax.sgd(0.1), unroll_steps=20)
+    state = optimizer.init(jnp.zeros(3), jnp.zeros(3))
+    losses = gradhpo.LossFunctions(train_loss, val_loss)
+    report = gradhpo.explain_horizon(optimizer, state, None, None, losses)
+    print(report, report.share["exact"][-5:], report.steps_needed(0.99))
+    ```
+
+    ??? cite "Reference"
+
+        Wu et al., *Understanding Short-Horizon Bias in Stochastic Meta-Optimization*,
+        ICLR 2018, arXiv:1803.02021.
+    """
+    check_one_problem("explain_horizon", optimizer)
+    case = Case.create(state, train_batch, val_batch, losses, {"optimizer": optimizer})
+    inner: Any = optimizer
+    # Made for their checks as well.
+    greedy = GreedyOptimizer(inner.inner_optimizer, gamma=greedy_gamma, update_fn=inner.update_fn)
+    online = OnlineHypergradientOptimizer(
+        inner.inner_optimizer, gamma=distill_gamma, update_fn=inner.update_fn
+    )
+    looked_at = lambda *arguments: _contributions(case.problem(*arguments), case.num_steps)
+    with without_warnings():
+        g, direct, numbers = case.compile(looked_at, inner)()
+        distilled = case.estimate(online)()[0] if any(case.seen(online)) else direct
+    return _report(g, direct, distilled, numbers, float(greedy.gamma), float(online.gamma))
+
+
+def _contributions(problem: Problem, num_steps: int) -> tuple[PyTree, PyTree, dict[str, Array]]:
+    """The exact hypergradient, its direct term, and numbers about what every step adds.
+
+    Twice through the kept states: products with the whole hypergradient need it first.
+    """
+    phi, validation, z, hyperparams = problem
+    end, _, kept = phi.rollout(z, hyperparams, 0, num_steps, keep=lambda z: z)
+    _, alpha, direct = validation.value_and_grads(end[0], hyperparams)
+    bar = cotangent_at_end(alpha, end[1], direct)
+    *_, g = pull_through(phi, lambda z, _: z, kept, 0, num_steps, hyperparams, bar)
+
+    def body(bar, at):
+        z, t = at
+        w_bar, s_bar, total = bar
+        (new_w, _), _, pull = phi.vjp(z, hyperparams, t)
+        # Greedy's alpha is the validation gradient right after the step.
+        _, _, greedy = pull(jax.grad(validation.loss)(new_w, hyperparams))
+        w_bar, s_bar, term = pull(w_bar, s_bar)
+        total = jax.tree.map(lambda x, y: x + y.astype(x.dtype), total, term)
+        numbers = {
+            "exact": _dots(term, g),
+            "greedy": _dots(greedy, g),
+            "square": _dots(term, term),
+            "last": _dots(total, g),
+            "last square": _dots(total, total),
+        }
+        return (w_bar, s_bar, total), numbers
+
+    _, numbers = jax.lax.scan(body, bar, (kept, jnp.arange(num_steps)), reverse=True)
+    return g, direct, numbers
+
+
+def _dots(x: PyTree, y: PyTree) -> Array:
+    """Inner products leaf by leaf, shape `[leaves]`."""
+    return jnp.stack([tree_dot(a, b) for a, b in _pairs(x, y)])
+
+
+def _pairs(x: PyTree, y: PyTree) -> Iterator[tuple[Any, Any]]:
+    return zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
+
+
+def _report(
+    g: PyTree,
+    direct: PyTree,
+    distilled: PyTree,
+    numbers: dict[str, Array],
+    greedy_gamma: float,
+    distill_gamma: float,
+) -> Horizon:
+    g, direct, distilled, by_step = jax.tree.map(
+        lambda x: np.asarray(x).astype(np.float64), (g, direct, distilled, numbers)
+    )
+    dots = lambda x: np.array([np.vdot(a, b) for a, b in _pairs(x, g)])  # [leaves]
+    squares, directs = dots(g), dots(direct)
+    age = np.arange(len(by_step["exact"]))[::-1, None]  # T - t
+    ages = distill_gamma**age
+    kept = {
+        "exact": by_step["exact"],
+        "one step": np.where(age == 0, by_step["exact"], 0),
+        "greedy": greedy_gamma**age * by_step["greedy"],
+        "HyperDistill": (dots(distilled) - directs) * ages / np.sum(ages),
+    }
+    with np.errstate(divide="ignore", invalid="ignore"):
+        last = by_step["last"].sum(axis=1) / np.sqrt(
+            by_step["last square"].sum(axis=1) * squares.sum()
+        )
+        return Horizon(
+            share={name: x.sum(axis=1) / squares.sum() for name, x in kept.items()},
+            share_of_leaf={
+                leaf: {name: x[:, i] / squares[i] for name, x in kept.items()}
+                for i, leaf in enumerate(leaf_names(g))
+            },
+            direct_share=float(directs.sum() / squares.sum()),
+            norm=np.sqrt(by_step["square"].sum(axis=1)),
+            cosine_of_last=last[::-1],
+            hypergradient=g,
+        )

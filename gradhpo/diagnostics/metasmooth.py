@@ -1,0 +1,107 @@
+"""Whether training is smooth enough in the hyperparameters for a hypergradient to mean much."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from gradhpo.core.base import BilevelOptimizer
+from gradhpo.core.problem import Problem
+from gradhpo.core.state import BilevelState
+from gradhpo.core.types import LossFunctions, RealScalarLike
+from gradhpo.diagnostics.case import Case, check_one_problem, estimate_along
+from gradhpo.utils.settings import check_setting
+from gradhpo.utils.typecheck import checked, without_warnings
+from gradhpo.utils.validation import check_same_structure
+
+
+@checked
+def metasmoothness(
+    optimizer: BilevelOptimizer,
+    state: BilevelState,
+    train_batch: PyTree,
+    val_batch: PyTree,
+    losses: LossFunctions,
+    *,
+    direction: PyTree = None,
+    step_size: RealScalarLike = 0.1,
+) -> float:
+    r"""How far a derivative predicts what training does, in three trainings: in [-1, 1].
+
+    With the parameters $w(\lambda)$ that training ends with, $\Delta_1 = w(\lambda + hv) -
+    w(\lambda)$, $\Delta_2 = w(\lambda + 2hv) - w(\lambda + hv)$ and $d = |\Delta_1 + \Delta_2|$,
+    $$S = \operatorname{sign}(\Delta_1)^\top \operatorname{diag}(d/\|d\|_1)
+    \operatorname{sign}(\Delta_2):$$
+    1 where every parameter moves on in the direction in which it began, near 0 where the second
+    step has nothing to do with the first, so that following a derivative by a step of that size is
+    of no use. Larger batches, smooth activations, normalisation and smaller inner learning rates
+    raise it; so does a smaller `step_size`.
+
+    **Arguments:**
+
+    - `optimizer`, `state`, `train_batch`, `val_batch`, `losses`: as for
+        [`compare_hypergradients`][gradhpo.compare_hypergradients]; not a `TaskBatched`.
+    - `direction`: $v$, a tree like the hyperparameters. `None`: minus the signs of the
+        optimizer's hypergradient, the way in which an outer Adam sets out.
+    - `step_size`: $h > 0$, the size of an outer step.
+
+    **Returns:** $S$; `nan` where no parameter moves.
+
+    ```python
+    loss = lambda w, h, batch: jnp.sum((w - jnp.sin(h)) ** 2)
+    val_loss = lambda w, h, batch: jnp.sum((w - 1.0) ** 2)
+    optimizer = gradhpo.UnrolledOptimizer(optax.sgd(0.1), unroll_steps=10)
+    state = optimizer.init(jnp.zeros(3), jnp.zeros(3))
+    losses = gradhpo.LossFunctions(loss, val_loss)
+    assert gradhpo.metasmoothness(optimizer, state, None, None, losses) > 0.99
+    ```
+
+    ??? cite "Reference"
+
+        Engstrom et al., *Optimizing ML Training with Metagradient Descent*, 2025,
+        arXiv:2503.13751, definition 2.
+    """
+    check_one_problem("metasmoothness", optimizer)
+    check_setting("step_size", jnp.asarray(step_size), lambda x: x > 0, "positive")
+    case = Case.create(state, train_batch, val_batch, losses, {"optimizer": optimizer})
+    if direction is not None:
+        check_same_structure(
+            direction, state.hyperparams, "direction", "Pass a tree like state.hyperparams."
+        )
+
+    def smoothness(optimizer, start, train_batch, val_batch, direction, step_size):
+        arguments = (optimizer, start, train_batch, val_batch)
+        if direction is None:
+            pair = (case.train_loss, case.val_loss)
+            direction = downhill(estimate_along(*arguments, *pair, case.num_steps)[0])
+        return smoothness_along(case.problem(*arguments), case.num_steps, direction, step_size)
+
+    size = jnp.asarray(step_size, jnp.result_type(float))
+    with without_warnings():
+        return float(case.compile(smoothness, optimizer, direction, size)())
+
+
+def downhill(hypergradient: PyTree) -> PyTree:
+    """The way in which an outer Adam sets out."""
+    return jax.tree.map(lambda g: -jnp.sign(g), hypergradient)
+
+
+def smoothness_along(
+    problem: Problem, num_steps: int, direction: PyTree, step_size: Float[Array, ""]
+) -> Float[Array, ""]:
+    """Metasmoothness, inside a compiled program."""
+    phi, _, z, hyperparams = problem
+
+    def trained(count):
+        move = lambda h, v: h + (count * step_size).astype(h.dtype) * v
+        (w, _), _, _ = phi.rollout(z, jax.tree.map(move, hyperparams, direction), 0, num_steps)
+        return w
+
+    first, second, third = (
+        [x[i] for x in jax.tree.leaves(jax.lax.map(trained, jnp.arange(3)))] for i in range(3)
+    )
+    agreeing = total = jnp.zeros(())
+    for a, b, c in zip(first, second, third, strict=True):
+        moved = jnp.abs(c - a)
+        agreeing += jnp.sum(jnp.sign(b - a) * jnp.sign(c - b) * moved)
+        total += jnp.sum(moved)
+    return agreeing / total

@@ -1,0 +1,163 @@
+"""Where a NaN comes from: which leaf, which inner step, and the usual suspect."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from gradhpo.core.problem import Problem
+from gradhpo.core.reverse import cotangent_at_end
+from gradhpo.utils.gradients import tree_dot
+
+
+_INNER_OPTIMIZER = (
+    "the derivative of the inner optimizer: a square root of exactly 0, as in Adam where a "
+    "gradient is 0; give it eps_root=1e-16 (with T1T2Optimizer in float32: 1e-8)"
+)
+_SAFE = "jnp.where around a NaN branch (put a safe value inside the branch)"
+_FIRST = f"a sqrt, a norm or a division at exactly 0 in that loss, or {_SAFE}"
+_SECOND = (
+    f"the second derivative of the training loss (or that of update_fn): a sqrt, a norm or a power "
+    f"below 2 at exactly 0, or {_SAFE}"
+)
+_DATA = "the data: missing values, or a division by a standard deviation of 0"
+_RANGE = "a log, an exp or a division that has left its range"
+_DIVERGED = "training that diverges: a smaller learning rate, or clipped gradients"
+
+# What can be non-finite in one inner step, in the order in which it is computed, and on the way
+# back. Of each: how it is called, and the usual suspect.
+_FORWARD = {
+    "batch": ("the training batch", _DATA),
+    "train_loss": ("the training loss", _RANGE),
+    "gradient": ("the training gradient", _FIRST),
+    "params": ("the updated parameters", _DIVERGED),
+    "inner_opt_state": ("the inner optimizer's state", _DIVERGED),
+}
+_VALIDATION = {
+    "val_batch": ("the validation batch", _DATA),
+    "val_loss": ("the validation loss", _RANGE),
+    "alpha": ("the validation gradient", _FIRST),
+    "direct": ("the derivative of the validation loss by the hyperparameters", _FIRST),
+}
+_BACKWARD = {
+    "through_optimizer": ("the cotangent of the training gradient", _INNER_OPTIMIZER),
+    "state": ("the cotangent of the inner optimizer's state", _INNER_OPTIMIZER),
+    "cotangent": ("the cotangent of the parameters", _SECOND),
+    "term": ("what the step adds to the hypergradient", _SECOND),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class NonFinite:
+    """The first non-finite number on the way through training, validation, and back.
+
+    - `what`: a training gradient, a cotangent, ...
+    - `leaf`: the leaf of it; empty for a scalar.
+    - `inner_step`: at which inner step, from 0; `None` at validation.
+    - `suspect`: what usually causes that, with the remedy.
+    """
+
+    what: str
+    leaf: str
+    inner_step: int | None
+    suspect: str
+
+    def __str__(self) -> str:
+        leaf = f" in {self.leaf}" if self.leaf else ""
+        step = "" if self.inner_step is None else f" at inner step {self.inner_step}"
+        return f"not finite: {self.what}{leaf}{step}. The usual suspect is {self.suspect}"
+
+
+def watch(problem: Problem, num_steps: int) -> dict[str, Any]:
+    """The exact `hypergradient`, and for everything on the way to it whether it is finite.
+
+    Leaf by leaf; steps come first. `uphill`: whether a step raises its own training loss, to
+    first order.
+    """
+    phi, validation, z, hyperparams = problem
+
+    def forward(z, t):
+        new, loss = phi.step(z, hyperparams, t)
+        gradient = jax.grad(phi.train_loss)(z[0], hyperparams, t)
+        found = {
+            "batch": _finite(phi.batch(t)),
+            "train_loss": _finite(loss),
+            "gradient": _finite(gradient),
+            "params": _finite(new[0], unless_as_in=z[0]),
+            "inner_opt_state": _finite(new[1], unless_as_in=z[1]),
+            "uphill": tree_dot(jax.tree.map(jnp.subtract, new[0], z[0]), gradient) > 0,
+        }
+        return new, (z, found)
+
+    end, (kept, forward_found) = jax.lax.scan(forward, z, jnp.arange(num_steps))
+    val_loss, alpha, direct = validation.value_and_grads(end[0], hyperparams)
+    validation_found = {
+        "val_batch": _finite(validation.val_batch),
+        "val_loss": _finite(val_loss),
+        "alpha": _finite(alpha),
+        "direct": _finite(direct),
+    }
+
+    def backward(bar, at):
+        z, t = at
+        found = {}
+        if phi.update_fn is None:
+            gradient = jax.grad(phi.train_loss)(z[0], hyperparams, t)
+            found["through_optimizer"] = _finite(
+                phi.optimizer_vjp(gradient, z, hyperparams, bar[0])[0]
+            )
+        _, _, pull = phi.vjp(z, hyperparams, t)
+        w_bar, s_bar, term = pull(*bar[:2])
+        total = jax.tree.map(lambda x, y: x + y.astype(x.dtype), bar[2], term)
+        found |= {"state": _finite(s_bar), "cotangent": _finite(w_bar), "term": _finite(term)}
+        return (w_bar, s_bar, total), found
+
+    bar = cotangent_at_end(alpha, end[1], direct)
+    (_, _, hypergradient), backward_found = jax.lax.scan(
+        backward, bar, (kept, jnp.arange(num_steps)), reverse=True
+    )
+    return {
+        "hypergradient": hypergradient,
+        "forward": forward_found,
+        "validation": validation_found,
+        "backward": backward_found,
+    }
+
+
+def first_nonfinite(watched: Mapping[str, Any]) -> NonFinite | None:
+    """What `watch` saw first, in the order of the computation."""
+    if not watched:
+        return None
+    num_steps = len(np.asarray(watched["forward"]["train_loss"]))
+    onwards, back = range(num_steps), range(num_steps)[::-1]
+    return (
+        _first(watched["forward"], _FORWARD, onwards)
+        or _first(watched["validation"], _VALIDATION, [None])
+        or _first(watched["backward"], _BACKWARD, back)
+    )
+
+
+def _first(found: Mapping[str, PyTree], kinds: Mapping[str, tuple], steps: Any) -> NonFinite | None:
+    for step in steps:
+        for name, (what, suspect) in kinds.items():
+            for path, finite in jax.tree_util.tree_leaves_with_path(found.get(name)):
+                finite = np.asarray(finite)
+                if not (finite if step is None else finite[step]):
+                    return NonFinite(what, jax.tree_util.keystr(path), step, suspect)
+    return None
+
+
+def _finite(tree: PyTree, unless_as_in: PyTree | None = None) -> PyTree:
+    """Leaf by leaf; an infinity that was there before (a mask) is no failure."""
+    tree = eqx.filter(tree, eqx.is_inexact_array)
+    before = tree if unless_as_in is None else eqx.filter(unless_as_in, eqx.is_inexact_array)
+
+    def of_leaf(x: Array, y: Array) -> Array:
+        return jnp.all(jnp.isfinite(x) | ((x == y) & (unless_as_in is not None)))
+
+    return jax.tree.map(of_leaf, tree, before)

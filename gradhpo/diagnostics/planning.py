@@ -1,0 +1,214 @@
+"""What will fit: flops and memory of a step, by compiling it and nothing else."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from gradhpo.algorithms.tasks import TaskBatched
+from gradhpo.algorithms.unrolled import UnrolledOptimizer
+from gradhpo.core.base import BilevelOptimizer, advance
+from gradhpo.core.state import BilevelState
+from gradhpo.core.types import BatchStack, LossFunctions
+from gradhpo.diagnostics.case import FAILURES, check_optimizers, start_of_episode
+from gradhpo.diagnostics.cost import Cost, Program
+from gradhpo.diagnostics.tables import OPEN_LOOPS, aligned, bytes_of, flops_of
+from gradhpo.utils.settings import check_count
+from gradhpo.utils.typecheck import checked, without_warnings
+from gradhpo.utils.validation import numbers_as_arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """One optimizer at one horizon: `cost` of a `step`, or why it does not work (`failed`).
+
+    `optimizer` is ready for use, with the `checkpoints` that were chosen; `fits` is `None`
+    where no limit was given.
+    """
+
+    name: str
+    optimizer: BilevelOptimizer
+    cost: Cost | None
+    fits: bool | None
+    failed: str = ""
+
+    @property
+    def num_steps(self) -> int:
+        return self.optimizer.num_inner_steps
+
+    @property
+    def checkpoints(self) -> Any:
+        """Of an `UnrolledOptimizer`."""
+        return getattr(_inside(self.optimizer), "checkpoints", None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What [`plan`][gradhpo.plan] found: `rows`, and `plan[name, steps]` for one of them."""
+
+    rows: tuple[Planned, ...]
+    max_bytes: int | None
+
+    def __getitem__(self, key: tuple[str, int]) -> Planned:
+        name, num_steps = key
+        for row in self.rows:
+            if (row.name, row.num_steps) == (name, num_steps):
+                return row
+        raise KeyError(f"{key}: there are {[(row.name, row.num_steps) for row in self.rows]}")
+
+    def __str__(self) -> str:
+        head = ["", "inner steps", "flops", "per inner step", "temporary", "in all", ""]
+        rows, notes = [], []
+        for row in self.rows:
+            if row.cost is None:
+                rows.append([row.name, str(row.num_steps), *[""] * 4, "does not work here"])
+                notes.append(f"{row.name}: {row.failed}")
+                continue
+            sign = {"at_least": row.cost.at_least}
+            remark = {None: "", True: "fits", False: "does not fit"}[row.fits]
+            if row.checkpoints is not None:
+                remark += f"{', ' if remark else ''}checkpoints={row.checkpoints!r}"
+            rows.append([
+                row.name,
+                str(row.num_steps),
+                flops_of(row.cost.flops, **sign),
+                flops_of(row.cost.flops / row.num_steps, **sign),
+                bytes_of(row.cost.temporary_bytes),
+                bytes_of(row.cost.total_bytes),
+                remark,
+            ])  # fmt: skip
+        limit = "" if self.max_bytes is None else f"; {bytes_of(self.max_bytes)} are there"
+        if any(row.cost is not None and row.cost.at_least for row in self.rows):
+            notes.append(OPEN_LOOPS)
+        head_line = f"One step of each, compiled but not run{limit}"
+        return "\n\n".join([head_line, aligned([head, *rows]), *dict.fromkeys(notes)])
+
+
+@checked
+def plan(
+    optimizers: Mapping[str, BilevelOptimizer],
+    state: BilevelState,
+    train_batch: PyTree,
+    val_batch: PyTree,
+    losses: LossFunctions,
+    *,
+    horizons: Sequence[int] = (),
+    max_bytes: int | None = None,
+) -> Plan:
+    """What a step of each optimizer costs at each horizon, found without running anything.
+
+    Every step is compiled for the shapes that are passed; flops and memory are the compiler's
+    own figures for the program that a `step` then runs.
+
+    **Arguments:**
+
+    - `optimizers`: name to optimizer.
+    - `state`, `train_batch`, `val_batch`, `losses`: as for
+        [`step`][gradhpo.BilevelOptimizer.step]. Of a [`BatchStack`][gradhpo.BatchStack] the
+        length does not matter: it is taken as long as each horizon needs it.
+    - `horizons`: inner steps per `step` to try, in `unroll_steps` or `inner_steps`; optimizers
+        that have no such setting appear once. Empty: every optimizer as it is.
+    - `max_bytes`: the memory that there is, for arguments, results and temporaries together. An
+        `UnrolledOptimizer` that keeps every inner state (`checkpoints=None`) and does not fit
+        is tried with `checkpoints="sqrt"`: every number of segments costs the same one more
+        forward pass, and that one has the least memory.
+
+    **Returns:** a [`Plan`][gradhpo.diagnostics.planning.Plan]: `plan[name, steps].cost.flops`,
+    `.cost.temporary_bytes`, `.fits`, `.checkpoints`, and `.optimizer`, ready for use.
+    `str(plan)` is a table.
+
+    **Raises:** `ValueError` for horizons or `max_bytes` below 1.
+
+    ```python
+    loss = lambda w, h, batch: jnp.sum(jnp.cosh(w - h))
+    val_loss = lambda w, h, batch: jnp.sum((w - 1.0) ** 2)
+    inner = optax.sgd(0.1)
+    optimizers = {
+        "exact": gradhpo.UnrolledOptimizer(inner),
+        "greedy": gradhpo.GreedyOptimizer(inner),
+    }
+    state = optimizers["exact"].init(jnp.zeros(1000), jnp.zeros(1000))
+    losses = gradhpo.LossFunctions(loss, val_loss)
+    plan = gradhpo.plan(
+        optimizers, state, None, None, losses, horizons=[10, 1_000], max_bytes=2**20
+    )
+    print(plan)
+    assert plan["exact", 10].checkpoints is None and plan["exact", 1_000].checkpoints == "sqrt"
+    ```
+    """
+    check_optimizers(optimizers)
+    for horizon in horizons:
+        check_count("horizons", horizon)
+    if max_bytes is not None:
+        check_count("max_bytes", max_bytes)
+    batches = numbers_as_arrays(train_batch), numbers_as_arrays(val_batch)
+    rows = []
+    for name, optimizer in optimizers.items():
+        for at_horizon in _at_horizons(optimizer, horizons):
+            row = _planned(name, at_horizon, state, *batches, losses, max_bytes)
+            if row.fits is False:
+                for fewer in _with_checkpoints(at_horizon):
+                    row = _planned(name, fewer, state, *batches, losses, max_bytes)
+            rows.append(row)
+    return Plan(tuple(rows), max_bytes)
+
+
+def _planned(name, optimizer, state, train_batch, val_batch, losses, max_bytes) -> Planned:
+    rate = jnp.zeros(()) if optimizer.outer_optimizer is None else None
+    try:
+        with without_warnings():
+            program = Program(
+                lambda optimizer, state, train, val, rate: advance(
+                    optimizer, state, train, val, losses.train_loss, losses.val_loss, rate
+                ),
+                optimizer,
+                start_of_episode(optimizer, state),
+                _stack_of(train_batch, optimizer.num_inner_steps),
+                val_batch,
+                rate,
+            )
+    except FAILURES as error:
+        return Planned(name, optimizer, None, None, str(error))
+    cost = program.cost
+    return Planned(
+        name, optimizer, cost, None if max_bytes is None else cost.total_bytes <= max_bytes
+    )
+
+
+def _inside(optimizer: BilevelOptimizer) -> BilevelOptimizer:
+    return optimizer.optimizer if isinstance(optimizer, TaskBatched) else optimizer
+
+
+def _replaced(optimizer: BilevelOptimizer, **settings: Any) -> BilevelOptimizer:
+    if isinstance(optimizer, TaskBatched):
+        return dataclasses.replace(optimizer, optimizer=_replaced(optimizer.optimizer, **settings))
+    return dataclasses.replace(optimizer, **settings)
+
+
+def _at_horizons(
+    optimizer: BilevelOptimizer, horizons: Sequence[int]
+) -> Iterator[BilevelOptimizer]:
+    fields = {field.name for field in dataclasses.fields(_inside(optimizer))}
+    settings = fields & {"unroll_steps", "inner_steps"}
+    if not settings or not horizons:
+        yield optimizer
+        return
+    for horizon in horizons:
+        yield _replaced(optimizer, **dict.fromkeys(settings, horizon))
+
+
+def _with_checkpoints(optimizer: BilevelOptimizer) -> Iterator[BilevelOptimizer]:
+    inside = _inside(optimizer)
+    if isinstance(inside, UnrolledOptimizer) and inside.checkpoints is None:
+        yield _replaced(optimizer, checkpoints="sqrt")
+
+
+def _stack_of(train_batch: PyTree, count: int) -> PyTree:
+    """A stack of `count` batches, of which there are only the shapes."""
+    if not isinstance(train_batch, BatchStack):
+        return train_batch
+    shape = lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype)
+    return BatchStack(jax.tree.map(shape, train_batch.batches))
