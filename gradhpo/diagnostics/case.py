@@ -155,7 +155,7 @@ def estimate_along(
         return (arrays, estimate.hypergradient), estimate.val_loss
 
     (_, hypergradient), val_losses = jax.lax.scan(
-        body, (arrays, start.hyperparams), jnp.arange(count)
+        body, (arrays, start.hyperparams), jnp.arange(count, dtype=jnp.int32)
     )
     return hypergradient, val_losses[-1]
 

@@ -56,7 +56,8 @@ class HypergradientCheck:
     - `unseen`: leaves that this optimizer does not see, though others might.
     - `uphill_share`: of the inner steps, those that go up their own training loss.
     - `step_error`: of an estimate that itself takes finite differences (`T1T2Optimizer`).
-    - `metasmoothness`: see [`metasmoothness`][gradhpo.metasmoothness], at `step_size`.
+    - `metasmoothness`: see [`metasmoothness`][gradhpo.metasmoothness], at `step_size`; `diverges`
+        if a training on that way ends with a NaN or an infinity.
     - `notes`: what could not be measured, and why.
     """
 
@@ -73,6 +74,7 @@ class HypergradientCheck:
     uphill_share: float
     step_error: StepError | None
     metasmoothness: float
+    diverges: bool
     step_size: float
     notes: tuple[str, ...]
 
@@ -118,6 +120,11 @@ class HypergradientCheck:
                 "that in float64 (cosine "
                 f"{self.precision.cosine['narrow']:.3f}): use float64 "  # pyright: ignore
                 '(jax.config.update("jax_enable_x64", True)), or a shorter horizon'
+            )
+        if self.diverges:
+            found.append(
+                f"training diverges within two outer steps of {self.step_size:g} down the "
+                "hypergradient: smaller outer steps, or bounds (a sigmoid) on what drives it"
             )
         if self.metasmoothness < LEAST_SMOOTHNESS:
             found.append(

@@ -38,7 +38,7 @@ def draw_comparison(report: Any) -> Any:
     names = [name for name in report.hypergradients if not report.sees_none(name)]
     rows = np.arange(len(names))
     made, (cosine, norm, seconds, memory) = figure(
-        4, height=1.6 + 0.42 * len(names), width=12, sharey=True
+        4, height=1.6 + 0.42 * len(names), width=12.0, sharey=True
     )
     cosine.axvline(1, color=GREY, lw=0.8)
     cosine.axvline(0, color=GREY, lw=0.8)
@@ -79,7 +79,7 @@ def draw_noise(report: Any) -> Any:
     rows = np.arange(len(names))
     bias = np.square([report.overall[name].bias for name in names])
     variance = np.square([report.overall[name].noise for name in names])
-    made, (error, ratio) = figure(2, height=1.6 + 0.42 * len(names), width=9, sharey=True)
+    made, (error, ratio) = figure(2, height=1.6 + 0.42 * len(names), width=9.0, sharey=True)
     error.barh(rows, bias, color=ORANGE, height=0.55, label="bias, squared")
     error.barh(rows, variance, left=bias, color=BLUE, height=0.55, label="variance of a draw")
     error.set(xlabel="squared error, in squares of the exact mean's length")
@@ -98,7 +98,7 @@ def draw_noise(report: Any) -> Any:
 def draw_horizon(report: Any) -> Any:
     """Of a `Horizon`: the share of every inner step, and the cosine of every truncation."""
     steps = np.arange(1, report.num_steps + 1)
-    made, (share, cosine) = figure(2, height=3.8, width=11)
+    made, (share, cosine) = figure(2, height=3.8, width=11.0)
     share.axhline(0, color=GREY, lw=0.8)
     share.bar(steps, report.share["exact"], color=GREY, width=1.0, label="exact")
     styles = {"one step": ("s", GREEN), "greedy": ("-", ORANGE), "HyperDistill": ("--", BLUE)}

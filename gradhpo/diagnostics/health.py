@@ -100,7 +100,7 @@ def _checked_up(case: Case, optimizer: Any, step_size: float) -> HypergradientCh
     else:
         narrow, wide = own.cast(jnp.float32), own
     with jax.enable_x64(True):
-        differences, smoothness = _trainings(wide, step_size)
+        trainings = _trainings(wide, step_size)
         watched = {}
         try:
             watched = wide.watched()
@@ -121,12 +121,13 @@ def _checked_up(case: Case, optimizer: Any, step_size: float) -> HypergradientCh
         nonfinite=nonfinite,
         precision=precision,
         precision_by_leaf=by_leaf,
-        finite_differences=_compared(differences, watched, names),
+        finite_differences=_compared(trainings, watched, names),
         detached=marked([a and not d for a, d in zip(acting, derived, strict=True)]),
         unseen=marked([d and not s for d, s in zip(derived, seen, strict=True)]),
         uphill_share=float(np.mean(watched["forward"]["uphill"])) if watched else float("nan"),
         step_error=own.step_error(),
-        metasmoothness=smoothness,
+        metasmoothness=float(trainings["smoothness"]),
+        diverges=bool(np.isfinite(trainings["loss"]) and not np.isfinite(trainings["moved"])),
         step_size=step_size,
         notes=tuple(notes),
     )
@@ -187,7 +188,7 @@ def _where(estimates: _Estimates, watched: dict[str, Any]) -> Any:
     return found
 
 
-def _trainings(wide: _Estimates, step_size: float) -> tuple[dict[str, np.ndarray], float]:
+def _trainings(wide: _Estimates, step_size: float) -> dict[str, Any]:
     """Differences of the loss after training, for every leaf and epsilon; the metasmoothness."""
     case = wide.case
 
@@ -219,16 +220,17 @@ def _trainings(wide: _Estimates, step_size: float) -> tuple[dict[str, np.ndarray
         grid = jnp.meshgrid(jnp.arange(len(leaves)), epsilons, indexing="ij")
         found = jax.lax.map(difference, tuple(x.reshape(-1) for x in grid))
         towards = downhill(hypergradient)
-        smoothness = smoothness_along(problem, case.num_steps, towards, step_size)
+        smoothness, moved = smoothness_along(problem, case.num_steps, towards, step_size)
         return {
+            "smoothness": smoothness,
+            "moved": moved,
             "differences": found.reshape(len(leaves), len(epsilons)),
             "directions": jax.tree.unflatten(treedef, directions),
             "loss": loss(leaves),
-        }, smoothness
+        }
 
     more = wide.hypergradient, jnp.asarray(_EPSILONS), jnp.asarray(step_size)
-    found, smoothness = case.compile(function, wide.optimizer, *more)()
-    return jax.tree.map(np.asarray, found), float(smoothness)
+    return jax.tree.map(np.asarray, case.compile(function, wide.optimizer, *more)())
 
 
 def _compared(

@@ -44,7 +44,7 @@ def metasmoothness(
         optimizer's hypergradient, the way in which an outer Adam sets out.
     - `step_size`: $h > 0$, the size of an outer step.
 
-    **Returns:** $S$; `nan` where no parameter moves.
+    **Returns:** $S$; `nan` where no parameter moves, or where one of the trainings diverges.
 
     ```python
     loss = lambda w, h, batch: jnp.sum((w - jnp.sin(h)) ** 2)
@@ -73,7 +73,8 @@ def metasmoothness(
         if direction is None:
             pair = (case.train_loss, case.val_loss)
             direction = downhill(estimate_along(*arguments, *pair, case.num_steps)[0])
-        return smoothness_along(case.problem(*arguments), case.num_steps, direction, step_size)
+        problem = case.problem(*arguments)
+        return smoothness_along(problem, case.num_steps, direction, step_size)[0]
 
     size = jnp.asarray(step_size, jnp.result_type(float))
     with without_warnings():
@@ -87,8 +88,8 @@ def downhill(hypergradient: PyTree) -> PyTree:
 
 def smoothness_along(
     problem: Problem, num_steps: int, direction: PyTree, step_size: Float[Array, ""]
-) -> Float[Array, ""]:
-    """Metasmoothness, inside a compiled program."""
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Metasmoothness, inside a compiled program; and how far the parameters move in all."""
     phi, _, z, hyperparams = problem
 
     def trained(count):
@@ -97,11 +98,12 @@ def smoothness_along(
         return w
 
     first, second, third = (
-        [x[i] for x in jax.tree.leaves(jax.lax.map(trained, jnp.arange(3)))] for i in range(3)
+        [x[i] for x in jax.tree.leaves(jax.lax.map(trained, jnp.arange(3, dtype=step_size.dtype)))]
+        for i in range(3)
     )
     agreeing = total = jnp.zeros(())
     for a, b, c in zip(first, second, third, strict=True):
         moved = jnp.abs(c - a)
         agreeing += jnp.sum(jnp.sign(b - a) * jnp.sign(c - b) * moved)
         total += jnp.sum(moved)
-    return agreeing / total
+    return agreeing / total, total

@@ -1,0 +1,319 @@
+"""Noise over batches, contributions along the horizon, and plans."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import OUTER, make, relaxed, stack_of
+from test_compare import (
+    GAMMA,
+    HYPERPARAMS,
+    LOSSES,
+    RATE,
+    SGD,
+    START,
+    STEPS,
+    TARGET,
+    B,
+    H,
+    Q,
+    closed_forms,
+)
+
+import gradhpo
+from gradhpo.core.base import _step
+
+
+# -- over batches ------------------------------------------------------------------------
+
+
+DATA = jnp.asarray(np.random.default_rng(1).normal(size=(40, 3)) + np.array([1.0, 0.1, 0.0]))
+
+
+def noisy_train_loss(w, h, batch):
+    return jnp.sum((w - h["a"] - h["b"] * jnp.mean(batch, axis=0)) ** 2) / 2
+
+
+def noisy_val_loss(w, h, batch):
+    return jnp.mean(batch, axis=0) @ w
+
+
+NOISY = gradhpo.LossFunctions(noisy_train_loss, noisy_val_loss)
+NOISY_HYPERPARAMS = {"a": jnp.zeros(3), "b": jnp.asarray(2.0)}
+
+
+def noisy_hypergradient(batches, val_batch):
+    """w <- w - rate (w - a - b mean): dw_T/da = rate sum (1 - rate)^k, alpha = mean of val."""
+    age = np.arange(len(batches))[::-1]
+    weights, alpha = RATE * (1 - RATE) ** age, val_batch.mean(axis=0)
+    along = [weight * batch.mean(axis=0) for weight, batch in zip(weights, batches, strict=True)]
+    return np.append(alpha * weights.sum(), alpha @ sum(along))
+
+
+@pytest.mark.parametrize("kind", ["function", "iterator"])
+def test_moments_over_draws(kind):
+    train = gradhpo.ArrayData(DATA, batch_size=4, key=jax.random.key(0))
+    val = gradhpo.ArrayData(DATA, batch_size=10, key=jax.random.key(1))
+    draws, steps = 6, 4
+    batches = np.stack([train(jnp.asarray(i, jnp.int32)) for i in range(draws * steps)])
+    batches = batches.reshape(draws, steps, 4, 3)
+    val_batches = np.stack([val(jnp.asarray(i, jnp.int32)) for i in range(draws)])
+    exact = np.stack([noisy_hypergradient(x, y) for x, y in zip(batches, val_batches, strict=True)])
+    last = np.stack(
+        [noisy_hypergradient(x[-1:], y) for x, y in zip(batches, val_batches, strict=True)]
+    )
+    optimizers = {"one step": gradhpo.OneStepOptimizer(SGD)}
+    state = optimizers["one step"].init(jnp.zeros(3), NOISY_HYPERPARAMS)
+    if kind == "iterator":
+        train, val = iter(batches.reshape(-1, 4, 3)), iter(val_batches)
+    report = gradhpo.compare_over_batches(
+        optimizers, state, train, val, NOISY, num_draws=draws, num_steps=steps
+    )
+    mean = exact.mean(axis=0)
+    for name, g in {"reference": exact, "one step": last}.items():
+        found, center, spread = report.overall[name], g.mean(axis=0), g.std(axis=0, ddof=1)
+        total = np.sum(spread**2)
+        row = np.append(found.mean["a"], found.mean["b"])
+        errors = np.append(found.standard_error["a"], found.standard_error["b"])
+        np.testing.assert_allclose(row, center, rtol=1e-9)
+        np.testing.assert_allclose(errors, spread / np.sqrt(draws), rtol=1e-9)
+        signal = max(center @ center - total / draws, 0)
+        expected = {
+            "signal_to_noise": np.sqrt(signal / total),
+            "draws_needed": total / signal,
+            "bias": np.linalg.norm(center - mean) / np.linalg.norm(mean),
+            "bias_error": np.sqrt(np.sum((g - exact).var(axis=0, ddof=1)) / draws)
+            / np.linalg.norm(mean),
+            "noise": np.sqrt(total) / np.linalg.norm(mean),
+            "cosine": center @ mean / np.linalg.norm(center) / np.linalg.norm(mean),
+        }
+        for field, value in expected.items():
+            np.testing.assert_allclose(getattr(found, field), value, rtol=1e-7, atol=1e-12)
+        # A leaf alone.
+        alone, variance = report.per_leaf["['b']"][name], g[:, 3].var(ddof=1)
+        signal = max(center[3] ** 2 - variance / draws, 0)
+        np.testing.assert_allclose(alone.signal_to_noise, np.sqrt(signal / variance), rtol=1e-7)
+    assert "draws needed" in str(report)
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    assert len(report.plot().axes) == 2
+
+
+def test_fixed_data_have_no_noise():
+    optimizers = {
+        "exact": gradhpo.UnrolledOptimizer(SGD, unroll_steps=4),
+        "first order": gradhpo.FOOptimizer(SGD),
+    }
+    state = optimizers["exact"].init(jnp.zeros(3), NOISY_HYPERPARAMS)
+    report = gradhpo.compare_over_batches(optimizers, state, DATA, DATA, NOISY, num_draws=3)
+    assert report.overall["exact"].noise < 1e-12
+    assert report.bias["exact"] == 0
+    assert "sees none" in report.failed["first order"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_draws": 1}, "at least 2"),
+        ({"train_data": iter([DATA])}, "ended after the batches of 0 draws"),
+        ({"val_data": iter([DATA])}, "ended after the batches of 1 draws"),
+        ({"num_steps": 3}, "do not divide the horizon of 3"),
+        ({"train_data": [DATA]}, "train_data is a list"),
+        ({"optimizers": {}}, "optimizers is empty"),
+    ],
+)
+def test_bad_draws(change, message):
+    optimizer = gradhpo.UnrolledOptimizer(SGD, unroll_steps=2)
+    arguments = {
+        "optimizers": {"exact": optimizer},
+        "state": optimizer.init(jnp.zeros(3), NOISY_HYPERPARAMS),
+        "train_data": DATA,
+        "val_data": DATA,
+        "losses": NOISY,
+    }
+    with pytest.raises((TypeError, ValueError), match=message):
+        gradhpo.compare_over_batches(**(arguments | change))
+
+
+# -- along the horizon -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def horizon():
+    optimizer = gradhpo.UnrolledOptimizer(SGD, unroll_steps=STEPS)
+    state = optimizer.init(jnp.asarray(START), HYPERPARAMS)
+    return gradhpo.explain_horizon(optimizer, state, None, None, LOSSES, greedy_gamma=GAMMA)
+
+
+def test_shares_equal_closed_forms(horizon):
+    P, optimum = np.eye(5) - RATE * H, np.linalg.solve(H, B)
+    power = np.linalg.matrix_power
+    alpha = [Q @ (optimum + power(P, t) @ (START - optimum) - TARGET) for t in range(STEPS + 1)]
+    ages = np.arange(STEPS)[::-1]
+    exact = np.stack([RATE * power(P, age) @ alpha[STEPS] for age in ages])
+    greedy = np.stack([GAMMA**age * RATE * alpha[STEPS - age] for age in ages])
+    g = exact.sum(axis=0)
+    np.testing.assert_allclose(horizon.share["exact"], exact @ g / (g @ g), atol=1e-8)
+    np.testing.assert_allclose(horizon.share["greedy"], greedy @ g / (g @ g), atol=1e-8)
+    only_last = np.where(ages == 0, exact @ g / (g @ g), 0)
+    np.testing.assert_allclose(horizon.share["one step"], only_last, atol=1e-8)
+    np.testing.assert_allclose(horizon.norm, np.linalg.norm(exact, axis=1), atol=1e-8)
+    first = horizon.share_of_leaf["['first']"]["exact"]
+    np.testing.assert_allclose(first, exact[:, :2] @ g[:2] / (g[:2] @ g[:2]), atol=1e-8)
+    tails = np.cumsum(exact[::-1], axis=0)
+    cosines = tails @ g / np.linalg.norm(tails, axis=1) / np.linalg.norm(g)
+    np.testing.assert_allclose(horizon.cosine_of_last, cosines, atol=1e-8)
+    assert horizon.direct_share == 0
+    needed = horizon.steps_needed(0.97)
+    assert cosines[needed - 1] >= 0.97 > cosines[needed - 2]
+
+
+def test_hyperdistill_is_spread_over_the_horizon(horizon):
+    optimizer = gradhpo.OnlineHypergradientOptimizer(SGD, OUTER)
+    state = optimizer.init(jnp.asarray(START), HYPERPARAMS)
+    report = gradhpo.compare_hypergradients(
+        {"online": optimizer}, state, gradhpo.BatchStack(jnp.zeros(STEPS)), None, LOSSES
+    )
+    flat = lambda tree: np.concatenate(jax.tree.leaves(tree))
+    g, distilled = closed_forms()["exact"], flat(report.hypergradients["online"])
+    shares = horizon.share["HyperDistill"]
+    np.testing.assert_allclose(shares.sum(), distilled @ g / (g @ g), rtol=1e-8)
+    np.testing.assert_allclose(shares[1:] / shares[:-1], 1 / 0.99, rtol=1e-8)
+
+
+def test_shares_add_up_through_optimizer_state(getkey):
+    """With momentum, minibatches and a direct term; the truncations are those of unrolling."""
+    problem, inner = make("optimizer", "momentum", getkey())
+    optimizer = gradhpo.UnrolledOptimizer(inner, unroll_steps=5, truncation=2)
+    state = optimizer.init(problem.params, problem.hyperparams)
+    stack = stack_of(problem, 5, getkey())
+    losses = gradhpo.LossFunctions(problem.train_loss, problem.val_loss)
+    arguments = (state, stack, problem.val_batch)
+    report = gradhpo.explain_horizon(optimizer, *arguments, losses)
+    assert report.share["exact"].sum() + report.direct_share == pytest.approx(1, abs=1e-10)
+    assert report.direct_share != 0
+    comparison = gradhpo.compare_hypergradients({"last 2": optimizer}, *arguments, losses)
+    assert report.cosine_of_last[1] == pytest.approx(comparison.cosine["last 2"], abs=1e-10)
+    assert "inner steps" in str(report)
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    assert len(report.plot().axes) == 2
+
+
+def test_bad_horizons():
+    optimizer = gradhpo.TaskBatched(gradhpo.UnrolledOptimizer(SGD, unroll_steps=2), 2)
+    state = optimizer.init(jnp.zeros(5), HYPERPARAMS)
+    with pytest.raises(TypeError, match="the optimizer that it wraps"):
+        gradhpo.explain_horizon(optimizer, state, None, None, LOSSES)
+    single = optimizer.optimizer
+    state = single.init(jnp.zeros(5), HYPERPARAMS)
+    with pytest.raises(ValueError, match="gamma must be in"):
+        gradhpo.explain_horizon(single, state, None, None, LOSSES, greedy_gamma=1.5)
+
+
+# -- plans -------------------------------------------------------------------------------
+
+
+def bent_train_loss(w, h, batch):
+    return jnp.sum(jnp.cosh(w - h)) + 0 * jnp.sum(batch)
+
+
+BENT = gradhpo.LossFunctions(bent_train_loss, lambda w, h, batch: jnp.sum((w - 1) ** 2))
+
+
+@pytest.fixture(scope="module")
+def planned():
+    """A parameter takes 8 bytes: an inner state of 1,000 of them 8 kB."""
+    optimizers = {
+        "exact": gradhpo.UnrolledOptimizer(SGD),
+        "greedy": gradhpo.GreedyOptimizer(SGD),
+        "one step": gradhpo.OneStepOptimizer(SGD),
+        "first order": gradhpo.FOOptimizer(SGD),
+    }
+    state = optimizers["exact"].init(jnp.zeros(1_000), jnp.zeros(1_000))
+    stack = gradhpo.BatchStack(jnp.zeros((1, 2)))
+    limit = 2**20
+    plan = gradhpo.plan(
+        optimizers, state, stack, None, BENT, horizons=[10, 400, 100_000], max_bytes=limit
+    )
+    return plan, limit
+
+
+def test_plan_agrees_with_the_program_that_runs(planned):
+    plan, limit = planned
+    for steps, checkpoints in {10: None, 400: "sqrt"}.items():
+        row = plan["exact", steps]
+        assert row.fits
+        assert row.checkpoints == checkpoints
+        assert row.cost.total_bytes <= limit
+        state = row.optimizer.init(jnp.zeros(1_000), jnp.zeros(1_000))
+        stack = gradhpo.BatchStack(jnp.zeros((steps, 2)))
+        losses = (BENT.train_loss, BENT.val_loss)
+        arguments = (row.optimizer, state, stack, None, *losses, jnp.zeros(()))
+        # The program that `step` has just run, from the cache.
+        row.optimizer.step(state, stack, None, *losses, lr_hyper=0.0)
+        memory = _step.lower(*arguments).compile().compiled.memory_analysis()
+        assert row.cost.temporary_bytes == memory.temp_size_in_bytes
+        held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+        # All but a few scalars.
+        assert abs(row.cost.total_bytes - row.cost.temporary_bytes - held) <= 64
+
+
+def test_plan_says_what_does_not_fit(planned):
+    plan, _ = planned
+    far = plan["exact", 100_000]
+    assert far.fits is False
+    assert far.checkpoints == "sqrt"
+    assert plan["greedy", 100_000].fits is False  # its batches alone are too many
+    assert plan["greedy", 400].fits
+    assert [row.num_steps for row in plan.rows if row.name == "one step"] == [1]
+    assert "sees none" in plan["first order", 1].failed
+    text = str(plan)
+    assert "does not fit, checkpoints='sqrt'" in text
+    assert "sees none" in text
+    with pytest.raises(KeyError, match="exact"):
+        plan["exact", 11]
+
+
+def test_planned_flops_grow_with_the_horizon(planned):
+    plan, _ = planned
+    short, long = (plan["greedy", steps].cost.flops for steps in (10, 400))
+    assert 34 < long / short <= 40  # something is done once a step
+    # One more forward pass with checkpoints.
+    per_step = [plan["exact", steps].cost.flops / steps for steps in (10, 400)]
+    assert 1.1 < per_step[1] / per_step[0] < 1.6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"horizons": [0]}, "horizons must be at least 1"),
+        ({"max_bytes": 0}, "max_bytes must be at least 1"),
+        ({"optimizers": {}}, "optimizers is empty"),
+    ],
+)
+def test_bad_plans(change, message):
+    optimizer = gradhpo.UnrolledOptimizer(SGD)
+    state = optimizer.init(jnp.zeros(3), jnp.zeros(3))
+    arguments = {
+        "optimizers": {"exact": optimizer},
+        "state": state,
+        "train_batch": jnp.zeros(2),
+        "val_batch": None,
+        "losses": BENT,
+    }
+    with pytest.raises(ValueError, match=message):
+        gradhpo.plan(**(arguments | change))
+
+
+def test_plan_of_tasks_with_an_outer_optimizer():
+    inner = gradhpo.UnrolledOptimizer(SGD, relaxed(optax.adam(0.1)))
+    optimizer = gradhpo.TaskBatched(inner, num_tasks=2)
+    state = optimizer.init(jnp.zeros(3), jnp.zeros(3))
+    batch = jnp.zeros((2, 4))
+    plan = gradhpo.plan({"tasks": optimizer}, state, batch, None, BENT, horizons=[3])
+    assert plan["tasks", 3].optimizer.optimizer.unroll_steps == 3
+    assert plan["tasks", 3].fits is None
