@@ -113,6 +113,23 @@ def test_fixed_data_have_no_noise():
     assert "sees none" in report.failed["first order"]
 
 
+def test_draws_that_are_not_finite_are_left_out():
+    spoilt = DATA.at[7, 0].set(jnp.nan)
+    val = lambda i: spoilt[i][None]
+    inner = lambda h: relaxed(optax.sgd(jnp.exp(h["rate"])))
+    optimizer = gradhpo.ImplicitOptimizer(inner, None, gradhpo.Neumann(3, 0.1))
+    state = optimizer.init(jnp.zeros(3), NOISY_HYPERPARAMS | {"rate": jnp.asarray(-2.0)})
+    report = gradhpo.compare_over_batches(
+        {"implicit": optimizer}, state, DATA[:4], val, NOISY, num_draws=len(DATA)
+    )
+    assert report.nonfinite == {"reference": 1, "implicit": 1}
+    assert np.isfinite(report.bias["implicit"])
+    assert report.unseen == {"implicit": ("['rate']",)}
+    text = str(report)
+    assert "1 of 40 draws are not finite" in text
+    assert "does not see ['rate'], which counts as bias" in text
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -276,6 +293,15 @@ def test_plan_says_what_does_not_fit(planned):
     assert "sees none" in text
     with pytest.raises(KeyError, match="exact"):
         plan["exact", 11]
+
+
+def test_a_horizon_that_an_optimizer_cannot_have():
+    optimizer = gradhpo.UnrolledOptimizer(SGD, unroll_steps=5, truncation=5)
+    state = optimizer.init(jnp.zeros(3), jnp.zeros(3))
+    arguments = ({"last 5": optimizer}, state, jnp.zeros(2), None, BENT)
+    plan = gradhpo.plan(*arguments, horizons=[2, 10])
+    assert "truncation must be at least 1 and at most 2" in plan["last 5", 2].failed
+    assert plan["last 5", 10].cost.flops > 0
 
 
 def test_planned_flops_grow_with_the_horizon(planned):

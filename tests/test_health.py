@@ -32,10 +32,33 @@ def val_loss(w, h, batch):
 LOSSES = gradhpo.LossFunctions(train_loss, val_loss)
 
 
-def check(optimizer, train_batch=TRAIN, val_batch=VAL, losses=LOSSES, dtype=jnp.float64):
+def check_and_take(
+    optimizer,
+    train_batch=TRAIN,
+    val_batch=VAL,
+    losses=LOSSES,
+    hyperparams=HYPERPARAMS,
+    dtype=jnp.float64,
+):
+    """The report, and the hypergradient that it is about (of the first `step`)."""
     cast = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)
-    state = optimizer.init(cast(jnp.ones(4)), cast(HYPERPARAMS))
-    return gradhpo.check_hypergradient(optimizer, state, cast(train_batch), cast(val_batch), losses)
+    state = optimizer.init(cast(jnp.ones(4)), cast(hyperparams))
+    arguments = (state, cast(train_batch), cast(val_batch))
+    report = gradhpo.check_hypergradient(optimizer, *arguments, losses)
+    if optimizer.num_inner_steps == 1:
+        return report, None
+    pair = (losses.train_loss, losses.val_loss)
+    return report, optimizer.compute_hypergradient(*arguments, *pair)
+
+
+def check(optimizer, **case):
+    case = {"train_batch": TRAIN, "val_batch": VAL, "losses": LOSSES} | case
+    state = optimizer.init(jnp.ones(4), HYPERPARAMS)
+    return gradhpo.check_hypergradient(optimizer, state, **case)
+
+
+def is_finite(tree):
+    return all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(tree))
 
 
 def unrolled(inner=SGD, steps=6):
@@ -106,48 +129,143 @@ def test_wrong_custom_rule():
     one_finding(check(unrolled(), losses=losses), "['shift']", "custom derivative rule is wrong")
 
 
+def squares(w, h, batch):
+    return jnp.sum((w - h["shift"]) ** 2)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
 def test_nan_of_adam(dtype):
     """The last feature is 0 in every example, and so is its gradient."""
-    without_last = lambda w, batch: jnp.mean((batch[0][:, :3] @ w[:3] - batch[1]) ** 2)
-    losses = gradhpo.LossFunctions(
-        lambda w, h, batch: without_last(w - h["shift"], batch) * jnp.exp(h["decay"]), val_loss
-    )
-    report = check(unrolled(relaxed(optax.adam(0.1))), losses=losses, dtype=dtype)
-    assert report.nonfinite.inner_step == 5
-    one_finding(report, "inner step 5", "eps_root=1e-16")
-    assert check(unrolled(relaxed(optax.adam(0.1, eps_root=1e-16))), losses=losses).healthy
+    x, y = TRAIN
+    case = {"train_batch": (x.at[:, 3].set(0), y), "hyperparams": {"shift": jnp.zeros(4)}}
+    loss = lambda w, h, batch: error(w - h["shift"], batch)
+    case |= {"losses": gradhpo.LossFunctions(loss, val_loss), "dtype": dtype}
+    for eps_root, healthy in {0.0: False, 1e-16: True}.items():
+        optimizer = unrolled(relaxed(optax.adam(0.1, eps_root=eps_root)))
+        report, g = check_and_take(optimizer, **case)
+        assert is_finite(g) == healthy == report.healthy, report
+        if not healthy:
+            assert report.nonfinite.inner_step == 5
+            one_finding(report, "inner step 5", "eps_root=1e-16", "training gradient")
 
 
 def test_nan_in_the_data():
     x, y = TRAIN
     stack = gradhpo.BatchStack((jnp.stack([x] * 6), jnp.stack([y] * 6).at[3, 2].set(jnp.nan)))
     report = check(unrolled(), train_batch=stack)
-    assert (report.nonfinite.inner_step, report.nonfinite.leaf) == (3, ".batches[1]"[8:])
-    one_finding(report, "the training batch", "inner step 3", "missing values")
+    assert report.nonfinite.inner_step == 3
+    one_finding(report, "the training loss at inner step 3", "its leaf [1]")
     report = check(unrolled(), val_batch=(VAL[0].at[0, 0].set(jnp.inf), VAL[1]))
     assert report.nonfinite.inner_step is None
-    one_finding(report, "the validation batch", "[0]")
+    one_finding(report, "the validation loss", "its leaf [0]")
 
 
 def test_nan_of_a_second_derivative():
     """A power of 1.5 has one derivative at 0, where the first parameter starts, and no second."""
-    losses = gradhpo.LossFunctions(
-        lambda w, h, batch: train_loss(w, h, batch) + jnp.abs(w[0] - 1) ** 1.5, val_loss
-    )
-    report = check(unrolled(), losses=losses)
+    power = lambda w, h, batch: jnp.abs(w[0] - 1 - h["shift"][0]) ** 1.5
+    losses = gradhpo.LossFunctions(lambda *a: train_loss(*a) + power(*a), val_loss)
+    report, g = check_and_take(unrolled(), losses=losses)
+    assert not is_finite(g)
     assert report.nonfinite.inner_step == 0
     one_finding(report, "the second derivative of the training loss", "inner step 0")
 
 
+def test_nan_of_the_method_alone():
+    """Greedy takes validation gradients on the way: here of a norm that is 0 after one step."""
+    straight = relaxed(optax.sgd(0.5))  # to h in one step
+    norm = lambda w, h, batch: jnp.sqrt(jnp.sum((w - jnp.arange(4.0)) ** 2))
+    loss = lambda w, h, batch: jnp.sum((w - batch * h["shift"]) ** 2)
+    losses = gradhpo.LossFunctions(loss, norm)
+    hyperparams = {"shift": jnp.arange(4.0)}
+    batches = gradhpo.BatchStack(jnp.array([1.0, 2.0]))
+    for make, healthy in ((gradhpo.GreedyOptimizer, False), (gradhpo.UnrolledOptimizer, True)):
+        optimizer = make(straight, unroll_steps=2)
+        report, g = check_and_take(
+            optimizer, losses=losses, hyperparams=hyperparams, train_batch=batches
+        )
+        assert is_finite(g) == healthy == (report.nonfinite is None)
+    report = check(gradhpo.T1T2Optimizer(SGD, perturb="hyperparams", epsilon=1e-18))
+    assert "epsilon=1e-18 is too small" in report.nonfinite.suspect
+    assert report.nonfinite.leaf == "['decay']"
+
+
+def test_no_false_alarm_of_nan():
+    """What is not finite on the way, and comes to nothing, is no fault."""
+    x, y = TRAIN
+    masked = lambda w, h, batch: (
+        jnp.mean(jnp.where(jnp.isnan(batch[1]), 0, batch[0] @ w - jnp.nan_to_num(batch[1])) ** 2)
+        + jnp.exp(h["decay"]) * jnp.sum(jnp.cosh(w - h["shift"]))
+    )
+    losses = gradhpo.LossFunctions(masked, val_loss)
+    assert check(unrolled(), train_batch=(x, y.at[2].set(jnp.nan)), losses=losses).healthy
+    # First order never goes the way on which Adam's derivative is not finite.
+    direct = lambda w, h, batch: error(w, batch) + jnp.sum(h["shift"] ** 2)
+    losses = gradhpo.LossFunctions(squares, direct)
+    hyperparams = {"shift": jnp.array([1.0, 0.0, 1.0, 0.0])}
+    first_order = gradhpo.FOOptimizer(relaxed(optax.adam(0.1)))
+    report, _ = check_and_take(first_order, losses=losses, hyperparams=hyperparams)
+    assert report.healthy, report
+    assert "though not this estimate" in str(report)
+
+
+def test_masks_of_infinities_in_the_parameters():
+    """They stay what they are, and hide nothing."""
+    masked = lambda w, h, batch: train_loss(w["w"], h, batch) + 0 * jnp.sum(jnp.exp(w["mask"]))
+    losses = gradhpo.LossFunctions(masked, lambda w, h, batch: val_loss(w["w"], h, batch))
+    params = {"w": jnp.ones(4), "mask": jnp.array([0.0, -jnp.inf])}
+    uphill = lambda w, h, batch: w | {"w": w["w"] + 0.05 * jax.grad(masked)(w, h, batch)["w"]}
+    for optimizer, healthy in (
+        (unrolled(), True),
+        (gradhpo.UnrolledOptimizer(update_fn=uphill, unroll_steps=4), False),
+    ):
+        state = optimizer.init(params, HYPERPARAMS)
+        report = gradhpo.check_hypergradient(optimizer, state, TRAIN, VAL, losses)
+        assert report.healthy == healthy, report
+        assert report.uphill_share == (not healthy)
+        assert report.metasmoothness > 0.9
+
+
+def test_momentum_may_go_uphill_for_a_while():
+    """The rule is not to blame, only its memory: heavy balls overshoot."""
+    optimizer = unrolled(relaxed(optax.sgd(0.05, momentum=0.95)), steps=4)
+    loss = lambda w, h, batch: jnp.sum((w - h["shift"]) ** 2) + 0 * h["decay"]
+    losses = gradhpo.LossFunctions(loss, val_loss)
+    state = optimizer.init(jnp.ones(4), HYPERPARAMS)
+    state = state.update(params=jnp.full(4, -0.1), inner_opt_state=jax.tree.map(
+        lambda x: x + 5 if x.shape else x, state.inner_opt_state
+    ))  # fmt: skip
+    report = gradhpo.check_hypergradient(optimizer, state, TRAIN, VAL, losses)
+    assert report.uphill_share == 0
+
+
+def test_differences_near_the_edge_of_a_domain():
+    """Larger steps than the hyperparameter itself end in NaN; smaller ones still tell."""
+    frozen = jax.lax.stop_gradient
+    loss = lambda w, h, batch: jnp.sum((w - jnp.sqrt(frozen(h))) ** 2) + h * jnp.sum(w)
+    losses = gradhpo.LossFunctions(loss, val_loss)
+    optimizer = unrolled()
+    state = optimizer.init(jnp.ones(4), jnp.asarray(5e-4))
+    report = gradhpo.check_hypergradient(optimizer, state, TRAIN, VAL, losses, step_size=1e-5)
+    one_finding(report, "detached")
+
+
+def test_a_loss_in_float32_is_no_contradiction():
+    rounded = lambda w, h, batch: val_loss(w, h, batch).astype(jnp.float32)
+    tiny = lambda w, h, batch: (
+        error(w, batch) + jnp.exp(h["decay"] - 7) * jnp.sum(jnp.cos(w - 1e-3 * h["shift"]))
+    )
+    report = check(unrolled(), losses=gradhpo.LossFunctions(tiny, rounded))
+    assert not any("detached" in text for text in report.findings), report
+
+
 def test_divergence():
     report = check(unrolled(relaxed(optax.sgd(1e9)), steps=40))
-    assert "not finite" in report.findings[0]
-    assert report.nonfinite.inner_step is not None
+    assert 0 < report.nonfinite.inner_step < 40
+    assert "training that diverges" in report.findings[0] or "left its range" in report.findings[0]
 
 
 @pytest.mark.parametrize(
-    ("epsilon", "word"), [(1.0, "epsilon is too large"), (1e-15, "too small (rounding)")]
+    ("epsilon", "word"), [(1.0, "epsilon is too large"), (1e-15, "epsilon is too small (rounding)")]
 )
 def test_step_of_finite_differences(epsilon, word):
     t1t2 = gradhpo.T1T2Optimizer(SGD, inner_steps=2, epsilon=epsilon)
@@ -159,8 +277,17 @@ def test_step_of_finite_differences(epsilon, word):
 def test_good_step_of_finite_differences():
     report = check(gradhpo.T1T2Optimizer(SGD, inner_steps=2))
     assert report.healthy, report
-    # Its error is that of its formula, and falls fourfold with half of the step.
-    assert 3 < report.step_error.doubled / report.step_error.halved < 5
+    # Central differences: the error falls by 10^4 with a hundredth of the step.
+    ratio = report.step_error.halved / report.step_error.much_smaller
+    np.testing.assert_allclose(ratio, 1e4, rtol=0.1)
+
+
+def test_a_saturated_step_is_too_large():
+    """Far beyond a sigmoid the differences fall with 1 / epsilon, as rounding grows."""
+    weighted = lambda w, h, batch: jax.nn.sigmoid(h["decay"]) * error(w - h["shift"], batch)
+    t1t2 = gradhpo.T1T2Optimizer(SGD, perturb="hyperparams", epsilon=50.0)
+    report = check(t1t2, losses=gradhpo.LossFunctions(weighted, val_loss))
+    assert any("epsilon is too large" in text for text in report.findings)
 
 
 @pytest.mark.parametrize("steps", [2, 60])
@@ -185,18 +312,52 @@ def test_what_the_optimizer_does_not_see_is_noted():
     assert "not seen by FOOptimizer" in str(report)
 
 
-def test_random_numbers_are_not_compared():
-    def loss(w, h, batch):
-        keep = jax.random.bernoulli(batch[1], 0.5, (4,))
-        return train_loss(w * keep.astype(w.dtype), h, batch[0])
+def dropped(w, h, batch):
+    keep = jax.random.bernoulli(batch[1], 0.5, (4,))
+    return train_loss(w * keep.astype(w.dtype), h, batch[0])
 
-    optimizer = unrolled(steps=2)
+
+@pytest.mark.parametrize("place", ["loss", "inner optimizer"])
+def test_random_numbers_are_not_compared(place):
+    if place == "loss":
+        optimizer, batch = unrolled(steps=2), (TRAIN, jax.random.key(0))
+        losses = gradhpo.LossFunctions(dropped, val_loss)
+    else:
+        optimizer, batch, losses = (
+            unrolled(relaxed(optax.noisy_sgd(0.05, key=0)), steps=2),
+            TRAIN,
+            LOSSES,
+        )
     state = optimizer.init(jnp.ones(4), HYPERPARAMS)
-    losses = gradhpo.LossFunctions(loss, val_loss)
-    batch = (TRAIN, jax.random.key(0))
     report = gradhpo.check_hypergradient(optimizer, state, batch, VAL, losses)
     assert report.precision is None
     assert "random numbers" in str(report)
+
+
+def test_what_cannot_be_measured_is_noted(as_a_user_has_it):
+    """A loss that is float32 whatever comes in; an update without derivatives."""
+
+    def rigid(w, h, batch):
+        total, _ = jax.lax.scan(lambda s, x: (s + x, None), jnp.zeros((), jnp.float32), w - h)
+        return total**2
+
+    losses = gradhpo.LossFunctions(rigid, lambda w, h, batch: jnp.sum(w**2))
+    optimizer = gradhpo.UnrolledOptimizer(optax.sgd(0.05), unroll_steps=3)
+    state = optimizer.init(jnp.ones(4), jnp.zeros(4))
+    report = gradhpo.check_hypergradient(optimizer, state, None, None, losses)
+    assert report.precision is None
+    assert "the other precision does not run" in report.notes[0]
+    assert report.finite_differences["(the whole tree)"].difference != 0
+
+    def opaque(w, h, batch):
+        shape = jax.ShapeDtypeStruct(w.shape, w.dtype)
+        halve = lambda w, h: np.asarray(0.5 * w + h, w.dtype)
+        return jax.pure_callback(halve, shape, w, h, vmap_method="sequential")
+
+    optimizer = gradhpo.T1T2Optimizer(update_fn=opaque, perturb="hyperparams")
+    state = optimizer.init(jnp.ones(4), jnp.zeros(4))
+    report = gradhpo.check_hypergradient(optimizer, state, None, None, losses)
+    assert "the exact hypergradient cannot be had here" in str(report)
 
 
 def test_bad_input():

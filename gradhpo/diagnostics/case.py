@@ -1,7 +1,8 @@
 """Estimators followed along a horizon of inner steps, the hyperparameters held still."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -16,8 +17,7 @@ from gradhpo.core.outer import follow
 from gradhpo.core.problem import Problem, bind
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import BatchStack, DrawnStack, LossFn, LossFunctions, batch_of_step
-from gradhpo.diagnostics.cost import Program
-from gradhpo.utils.coordinates import num_coordinates
+from gradhpo.diagnostics.cost import Program, on_device
 from gradhpo.utils.validation import numbers_as_arrays
 
 
@@ -57,12 +57,30 @@ class Case:
         else:
             num_steps = max(optimizer.num_inner_steps for optimizer in optimizers.values())
         check_horizon(optimizers, num_steps)
-        batches = numbers_as_arrays(train_batch), numbers_as_arrays(val_batch)
+        batches = on_device(numbers_as_arrays((train_batch, val_batch)))
         return cls(state, *batches, losses.train_loss, losses.val_loss, num_steps)
 
-    def compile(self, function: Callable, optimizer: BilevelOptimizer, *more: PyTree) -> Program:
-        start = start_of_episode(optimizer, self.state)
+    def compile(
+        self, function: Callable, optimizer: BilevelOptimizer, *more: PyTree, start: Any = None
+    ) -> Program:
+        start = start_of_episode(optimizer, self.state) if start is None else start
         return Program(function, optimizer, start, self.train_batch, self.val_batch, *more)
+
+    def begun(self, optimizer: BilevelOptimizer) -> BilevelState:
+        """As `run` would begin the episode: theta is fitted, in a program of its own."""
+        losses = (self.train_loss, self.val_loss)
+        begin = lambda optimizer, start, train_batch, val_batch: begin_episode(
+            optimizer, start, train_batch, val_batch, *losses, self.num_steps
+        )
+        arguments = (
+            optimizer,
+            start_of_episode(optimizer, self.state),
+            self.train_batch,
+            self.val_batch,
+        )
+        if not optimizer._reads_ahead:  # nothing worth a compilation
+            return begin(*arguments)
+        return eqx.combine(Program(begin, *arguments)(), arguments[1])
 
     def estimate(self, optimizer: BilevelOptimizer) -> Program:
         """The hypergradient at the end of the horizon, and the validation loss there."""
@@ -70,7 +88,7 @@ class Case:
         along = lambda optimizer, start, train_batch, val_batch: estimate_along(
             optimizer, start, train_batch, val_batch, *losses, self.num_steps
         )
-        return self.compile(along, optimizer)
+        return self.compile(along, optimizer, start=self.begun(optimizer))
 
     def train(self, optimizer: BilevelOptimizer) -> Program:
         """The validation loss after the inner steps of one `step`."""
@@ -95,7 +113,8 @@ class Case:
         """The exact hypergradient of the horizon, with the inner update of an optimizer."""
         if isinstance(like, TaskBatched):
             return dataclasses.replace(like, optimizer=self.exact(like.optimizer))
-        size = 4 * num_coordinates(eqx.filter(self.state.params, eqx.is_inexact_array))
+        kept = eqx.filter((self.state.params, self.state.inner_opt_state), eqx.is_inexact_array)
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(kept))
         return UnrolledOptimizer(
             like.inner_optimizer,
             update_fn=like.update_fn,
@@ -130,6 +149,21 @@ def start_of_episode(optimizer: BilevelOptimizer, state: BilevelState) -> Bileve
     )
 
 
+def begin_episode(
+    optimizer: BilevelOptimizer,
+    start: BilevelState,
+    train_batch: PyTree,
+    val_batch: PyTree,
+    train_loss_fn: LossFn,
+    val_loss_fn: LossFn,
+    num_steps: int,
+) -> BilevelState:
+    """What `run` does where an episode of `num_steps` inner steps begins."""
+    count = num_steps // optimizer.num_inner_steps
+    losses = (train_loss_fn, val_loss_fn)
+    return optimizer._begin_episode(start, drawn(train_batch), val_batch, *losses, count)
+
+
 def estimate_along(
     optimizer: BilevelOptimizer,
     start: BilevelState,
@@ -139,13 +173,9 @@ def estimate_along(
     val_loss_fn: LossFn,
     num_steps: int,
 ) -> tuple[PyTree, Array]:
-    """The hypergradient that the optimizer has after `num_steps` inner steps; the loss there.
-
-    The episode begins as it would in a `run` (theta is fitted).
-    """
+    """The hypergradient that the optimizer has after `num_steps` inner steps; the loss there."""
     per_step = optimizer.num_inner_steps
     count, losses = num_steps // per_step, (train_loss_fn, val_loss_fn)
-    start = optimizer._begin_episode(start, drawn(train_batch), val_batch, *losses, count)
     arrays, static = eqx.partition(start, eqx.is_array)
 
     def body(carry: PyTree, k: Array):
@@ -160,10 +190,28 @@ def estimate_along(
     return hypergradient, val_losses[-1]
 
 
+@contextlib.contextmanager
+def reference_explained(given: bool) -> Iterator[None]:
+    """Says what to pass where the default reference does not exist."""
+    try:
+        yield
+    except FAILURES as error:
+        if given:
+            raise
+        raise ValueError(
+            "the default reference, the exact hypergradient, cannot be had here; pass "
+            "reference=an optimizer (compare_hypergradients also takes an array: "
+            f"gradhpo.finite_difference_hypergradient(...)). {type(error).__name__}: {error}"
+        ) from error
+
+
 def check_optimizers(optimizers: Mapping[str, BilevelOptimizer]) -> BilevelOptimizer:
     """The first of them, if they can be compared."""
     if not optimizers:
         raise ValueError("optimizers is empty; pass a dict of name to optimizer")
+    taken = {"reference", "training alone"} & set(optimizers)
+    if taken:
+        raise ValueError(f"optimizers has the name {taken.pop()!r}, which a report needs itself")
     tasks = {
         name: optimizer.num_tasks if isinstance(optimizer, TaskBatched) else None
         for name, optimizer in optimizers.items()

@@ -1,6 +1,7 @@
 """The report of `check_hypergradient`: what was measured, and what to think of it."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 from gradhpo.diagnostics.agreement import Agreement
@@ -16,7 +17,7 @@ class FiniteDifference(NamedTuple):
     """The derivative along a random direction of one leaf, in float64.
 
     `derivative` by the exact hypergradient, `difference` by trainings on both sides, known up to
-    `uncertainty`.
+    `uncertainty` (`inf` where they say nothing).
     """
 
     derivative: float
@@ -30,13 +31,22 @@ class FiniteDifference(NamedTuple):
 
 
 class StepError(NamedTuple):
-    """How much an estimate by finite differences changes with its own step.
+    """How much an estimate by finite differences changes with its own step, relatively.
 
-    Relative changes: `halved` from `epsilon` to half of it, `doubled` to twice.
+    `halved`: from `epsilon` to half of it; `much_smaller`: the same at a hundredth of `epsilon`.
     """
 
     halved: float
-    doubled: float
+    much_smaller: float
+
+    @property
+    def finding(self) -> str:
+        if self.halved <= MOST_STEP_ERROR:
+            return ""
+        # Truncation falls with the step, rounding grows.
+        kind = "large" if self.much_smaller < self.halved else "small (rounding)"
+        changed = "leaves NaN" if math.isnan(self.halved) else f"is {self.halved:.1%} away"
+        return f"epsilon is too {kind}: the estimate with half of it {changed}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +56,17 @@ class HypergradientCheck:
     **Fields:**
 
     - `findings`: what is wrong, in words, with the remedy; `healthy` if there is nothing.
-    - `nonfinite`: where the first NaN or infinity comes from, or `None`.
+    - `nonfinite`: where the NaN or infinity of the estimate or of the validation loss comes from,
+        or `None`.
     - `precision`, `precision_by_leaf`: agreement of the estimate in the parameters' own precision
-        (`narrow`, float32 if that is float64) with the estimate in float64; `None` if the losses
-        draw random numbers, which are others in another precision.
+        (`narrow`, float32 if that is float64) with the estimate in float64; `None` where random
+        numbers are drawn, which are others in another precision.
     - `finite_differences`: leaf to the derivative of the whole training along a random direction,
         by the exact hypergradient and by differences.
     - `detached`: leaves that change training but have no derivative.
     - `unseen`: leaves that this optimizer does not see, though others might.
-    - `uphill_share`: of the inner steps, those that go up their own training loss.
+    - `uphill_share`: of the inner steps, those whose rule (with a new optimizer state) goes up its
+        own training loss.
     - `step_error`: of an estimate that itself takes finite differences (`T1T2Optimizer`).
     - `metasmoothness`: see [`metasmoothness`][gradhpo.metasmoothness], at `step_size`; `diverges`
         if a training on that way ends with a NaN or an infinity.
@@ -100,20 +112,16 @@ class HypergradientCheck:
                 found.append(
                     f"{leaf}: the derivative along a random direction is {check.derivative:.4g}, "
                     f"but trainings on both sides differ by {check.difference:.4g}: part of its "
-                    "effect is detached (stop_gradient), or a custom derivative rule is wrong"
+                    "effect is detached (stop_gradient), a custom derivative rule is wrong, or "
+                    "there is a kink (relu, abs) right here"
                 )
         if self.uphill_share > MOST_UPHILL:
             found.append(
                 f"{self.uphill_share:.0%} of the inner steps go uphill on their own training loss: "
                 "a sign error in the update? (w - rate * gradient goes down)"
             )
-        if self.step_error is not None and self.step_error.halved > MOST_STEP_ERROR:
-            # The error of a central difference falls fourfold with the step, rounding grows.
-            too_large = self.step_error.doubled > 2 * self.step_error.halved
-            found.append(
-                f"epsilon is too {'large' if too_large else 'small (rounding)'}: half of it "
-                f"changes the estimate by {self.step_error.halved:.1%}"
-            )
+        if self.step_error is not None and self.step_error.finding:
+            found.append(self.step_error.finding)
         if self.own_precision_is_narrow and self.rounding > MOST_ROUNDING:
             found.append(
                 f"rounding: in {self.narrow} the hypergradient is {self.rounding:.1%} away from "

@@ -13,11 +13,11 @@ from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import LossFunctions
 from gradhpo.diagnostics.agreement import agreement, agreement_by_leaf
-from gradhpo.diagnostics.case import FAILURES, Case, check_optimizers
+from gradhpo.diagnostics.case import FAILURES, Case, check_optimizers, reference_explained
 from gradhpo.diagnostics.comparison import HypergradientComparison
 from gradhpo.diagnostics.cost import Cost
 from gradhpo.utils.typecheck import checked, without_warnings
-from gradhpo.utils.validation import check_same_structure, leaf_names
+from gradhpo.utils.validation import leaf_names
 
 
 # Validation losses further apart than this (relatively) do not come of rounding.
@@ -40,7 +40,8 @@ def compare_hypergradients(
     hypergradients are those at its end. An optimizer that takes fewer inner steps per `step`
     (one step, HyperDistill) takes as many `step`s as fit, as it would in a run that starts here:
     memory is that of a new episode, and HyperDistill fits $\theta$ first (not with
-    `estimation_period=None`). The state is left as it is.
+    `estimation_period=None`; the fit, due once in so many episodes, is not in its costs). The
+    state is left as it is.
 
     **Arguments:**
 
@@ -87,13 +88,11 @@ def compare_hypergradients(
     trained_loss, seconds = training.timed()
     costs = {"training alone": dataclasses.replace(training.cost, seconds=seconds)}
     if reference is None or isinstance(reference, BilevelOptimizer):
-        made = _estimated(case, exact if reference is None else reference)
+        with reference_explained(given=reference is not None):
+            made = _estimated(case, exact if reference is None else reference)
         expected, costs["reference"] = made.hypergradient, made.cost
     else:
-        check_same_structure(
-            reference, state.hyperparams, "reference", "Pass a tree like state.hyperparams."
-        )
-        expected = jax.tree.map(np.asarray, reference)
+        expected = _like(state.hyperparams, reference)
 
     found, unseen, failed, remarks = {}, {}, {}, {}
     names = leaf_names(state.hyperparams)
@@ -130,6 +129,18 @@ class _Estimated:
     hypergradient: PyTree
     val_loss: float
     cost: Cost
+
+
+def _like(hyperparams: PyTree, reference: Any) -> PyTree:
+    """The reference that was given, which may have another precision."""
+    given = jax.tree.map(np.asarray, reference)
+    shapes = [jax.tree.map(np.shape, tree) for tree in (given, hyperparams)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"reference must be an optimizer, or a tree like state.hyperparams with shapes "
+            f"{shapes[1]}; its shapes are {shapes[0]}"
+        )
+    return given
 
 
 def _estimated(case: Case, optimizer: BilevelOptimizer) -> _Estimated:

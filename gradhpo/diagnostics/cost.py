@@ -2,25 +2,29 @@
 
 import dataclasses
 import functools
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun, jaxprs_in_params
 from jaxtyping import PyTree
 
 
-# Loops whose length only the run finds, and lineax's solvers, which hide theirs.
-_OPEN = ("while", "linear_solve")
+# Loops whose length only the run finds, and lineax's solvers, which hide theirs (also mapped).
+_OPEN = ("while", "linear_solve", "vprim")
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
     """Of one program.
 
-    - `flops`: floating-point operations, loops counted as often as they run. A loop whose length
+    - `flops`: floating-point operations, loops counted as often as they run, and of branches the
+        dearest, taken or not. A loop whose length
         is found only while it runs, or inside a linear solver, counts once: then `at_least`.
     - `temporary_bytes`: memory that the program needs besides its arguments and results.
     - `total_bytes`: with them.
@@ -42,7 +46,7 @@ class Program:
     """
 
     def __init__(self, function: Callable, *arguments: PyTree):
-        self._arrays, static = eqx.partition(arguments, _is_array)
+        self._arrays, static = eqx.partition(on_device(arguments), _is_array)
 
         def on_arrays(arrays):
             return eqx.filter(function(*eqx.combine(arrays, static)), eqx.is_array)
@@ -53,7 +57,7 @@ class Program:
 
     def __call__(self, *arguments: PyTree) -> Any:
         """The result, for other arguments of the same kind if some are given."""
-        arrays = eqx.filter(arguments, _is_array) if arguments else self._arrays
+        arrays = eqx.filter(on_device(arguments), _is_array) if arguments else self._arrays
         return jax.block_until_ready(self._compiled(arrays))
 
     def timed(self) -> tuple[Any, float]:
@@ -81,16 +85,25 @@ class Program:
             raise NotImplementedError(f"the compiler for {jax.default_backend()} counts no memory")
         return found
 
+    def has(self, operations: Container[str]) -> bool:
+        """Whether one of these operations (names of JAX primitives) is in the program."""
+        return any(name in operations for name in _primitives(self._jaxpr.jaxpr))
+
     @functools.cached_property
     def cost(self) -> Cost:
         memory = self._memory
         held = memory.argument_size_in_bytes + memory.output_size_in_bytes
         return Cost(
-            flops=_with_loops(self._jaxpr, _flops(self._lowered)),
-            at_least=_has_open_loop(self._jaxpr.jaxpr),
+            flops=_flops(self._lowered) + _beyond_once(self._jaxpr.jaxpr),
+            at_least=self.has(_OPEN),
             temporary_bytes=memory.temp_size_in_bytes,
             total_bytes=memory.temp_size_in_bytes + held - memory.alias_size_in_bytes,
         )
+
+
+def on_device(tree: PyTree) -> PyTree:
+    """NumPy arrays as arguments of a program: as constants of it they would be compiled in."""
+    return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, tree)
 
 
 def _is_array(x: Any) -> bool:
@@ -102,27 +115,37 @@ def _flops(program: Any) -> float:
     return float((analysis or {}).get("flops", 0.0))
 
 
-def _with_loops(program: ClosedJaxpr, counted: float) -> float:
-    """What was `counted` with the bodies of loops once, made right for their lengths."""
-    for length, body in _scans(program.jaxpr):
-        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in body.in_avals]
-        once = _flops(jax.jit(jaxpr_as_fun(body)).lower(*shapes))
-        counted += length * _with_loops(body, once) - once
-    return counted
+def _beyond_once(program: Jaxpr) -> float:
+    """What to add to a count that has the body of a loop once."""
+    return math.fsum(_of_operation(eqn) for eqn in program.eqns)
 
 
-def _scans(program: Jaxpr) -> Iterator[tuple[int, ClosedJaxpr]]:
-    """The outermost loops of known length, with their bodies."""
+def _of_operation(eqn: Any) -> float:
+    if eqn.primitive.name == "scan":
+        length, unroll, body = (eqn.params[name] for name in ("length", "unroll", "jaxpr"))
+        # Of an unrolled loop the compiler sees some copies of the body, and those left over.
+        copies = length if unroll >= length else unroll + length % unroll
+        once = _once(body)
+        return length * (once + _beyond_once(body.jaxpr)) - copies * once
+    if eqn.primitive.name == "cond":
+        # The compiler counts the dearest branch; which one that is, loops may change.
+        branches = eqn.params["branches"]
+        beyond = [_beyond_once(branch.jaxpr) for branch in branches]
+        if not any(beyond):
+            return 0.0
+        once = [_once(branch) for branch in branches]
+        return max(map(sum, zip(once, beyond, strict=True))) - max(once)
+    return math.fsum(map(_beyond_once, jaxprs_in_params(eqn.params)))
+
+
+def _once(program: ClosedJaxpr) -> float:
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in program.in_avals]
+    return _flops(jax.jit(jaxpr_as_fun(program)).lower(*shapes))
+
+
+def _primitives(program: Jaxpr) -> Iterator[str]:
+    """The names of all operations, those within others included."""
     for eqn in program.eqns:
-        if eqn.primitive.name == "scan":
-            yield eqn.params["length"], eqn.params["jaxpr"]
-        else:
-            for inner in jaxprs_in_params(eqn.params):
-                yield from _scans(inner)
-
-
-def _has_open_loop(program: Jaxpr) -> bool:
-    return any(
-        eqn.primitive.name in _OPEN or any(map(_has_open_loop, jaxprs_in_params(eqn.params)))
-        for eqn in program.eqns
-    )
+        yield eqn.primitive.name
+        for inner in jaxprs_in_params(eqn.params):
+            yield from _primitives(inner)

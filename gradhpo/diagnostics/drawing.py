@@ -110,5 +110,6 @@ def draw_horizon(report: Any) -> Any:
     cosine.axhline(1, color=GREY, lw=0.8)
     cosine.plot(steps, report.cosine_of_last, color=BLUE)
     cosine.set(xlabel="last inner steps kept (truncation)", ylabel="cosine with the exact one")
-    cosine.set(ylim=(min(-0.02, float(np.nanmin(report.cosine_of_last))), 1.04))
+    lowest = np.min(report.cosine_of_last, where=np.isfinite(report.cosine_of_last), initial=0)
+    cosine.set(ylim=(lowest - 0.02, 1.04))
     return made

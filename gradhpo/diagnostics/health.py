@@ -7,26 +7,25 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Jaxpr, jaxprs_in_params
 from jaxtyping import PyTree
 
 from gradhpo.core.base import BilevelOptimizer
-from gradhpo.core.problem import Problem, seen_by
+from gradhpo.core.problem import seen_by
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import LossFunctions, RealScalarLike
 from gradhpo.diagnostics.agreement import agreement, agreement_by_leaf
 from gradhpo.diagnostics.case import FAILURES, Case, check_one_problem, start_of_episode
-from gradhpo.diagnostics.checkup import FiniteDifference, HypergradientCheck, StepError
-from gradhpo.diagnostics.metasmooth import downhill, smoothness_along
-from gradhpo.diagnostics.nonfinite import first_nonfinite, watch
+from gradhpo.diagnostics.checkup import HypergradientCheck, StepError
+from gradhpo.diagnostics.directional import compared, train_around
+from gradhpo.diagnostics.nonfinite import NonFinite, first_nonfinite, in_the_estimate, watch
 from gradhpo.utils.settings import check_setting
+from gradhpo.utils.tracing import differentiation_explained
 from gradhpo.utils.typecheck import checked, without_warnings
 from gradhpo.utils.validation import leaf_names
 
 
-# Steps of the differences, relative to the largest number of a leaf (1 at least). Of two next to
-# one another the pair that agrees best is believed, up to ten times what it disagrees by.
-_EPSILONS = np.array([1e-3, 1e-4, 1e-5, 1e-6])
+# Operations whose results depend on the precision.
+_RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "random_gamma")
 
 
 @checked
@@ -93,24 +92,27 @@ def _checked_up(case: Case, optimizer: Any, step_size: float) -> HypergradientCh
 
     own_dtype = _widest(case.state.params)
     is_narrow = own_dtype != jnp.float64
-    own = _Estimates(case, optimizer, any(seen))
-    if is_narrow:
-        with jax.enable_x64(True):
-            narrow, wide = own, own.cast(jnp.float64)
-    else:
-        narrow, wide = own.cast(jnp.float32), own
+    own = _Run(case, optimizer, any(seen))
+    other = None
     with jax.enable_x64(True):
-        trainings = _trainings(wide, step_size)
-        watched = {}
         try:
-            watched = wide.watched()
+            other = own.cast(jnp.float64 if is_narrow else jnp.float32)
         except FAILURES as error:
-            notes.append(f"the exact hypergradient cannot be had here: {error}")
-    nonfinite = _where(own, {} if is_narrow else watched) or _where(wide, watched)
+            notes.append(f"the other precision does not run: {_first_line(error)}")
+        narrow, wide = (own, other) if is_narrow else (other, own)
+        best = own if wide is None else wide
+        around = train_around(best.case, best.optimizer, best.hypergradient, step_size)
+        watched = best.watched(notes)
+    nonfinite = _where(own, watched if best is own else None, notes)
+    if nonfinite is None and best is not own:
+        nonfinite = _where(best, watched, notes)
+    if nonfinite is None and watched and not _is_finite(watched["hypergradient"]):
+        exact = first_nonfinite(watched)
+        notes.append(f"the exact hypergradient, though not this estimate, is {exact}")
     precision, by_leaf = None, {}
-    if _draws_random_numbers(problem):
-        notes.append("the losses draw random numbers, others in another precision: not compared")
-    elif any(seen):
+    if own.draws_random_numbers:
+        notes.append("random numbers are drawn, others in another precision: not compared")
+    elif any(seen) and narrow is not None and wide is not None:
         pair = {"narrow": narrow.hypergradient}, wide.hypergradient
         precision, by_leaf = agreement(*pair), agreement_by_leaf(*pair)
     return HypergradientCheck(
@@ -121,31 +123,30 @@ def _checked_up(case: Case, optimizer: Any, step_size: float) -> HypergradientCh
         nonfinite=nonfinite,
         precision=precision,
         precision_by_leaf=by_leaf,
-        finite_differences=_compared(trainings, watched, names),
+        finite_differences=compared(around, watched["hypergradient"]) if watched else {},
         detached=marked([a and not d for a, d in zip(acting, derived, strict=True)]),
         unseen=marked([d and not s for d, s in zip(derived, seen, strict=True)]),
         uphill_share=float(np.mean(watched["forward"]["uphill"])) if watched else float("nan"),
         step_error=own.step_error(),
-        metasmoothness=float(trainings["smoothness"]),
-        diverges=bool(np.isfinite(trainings["loss"]) and not np.isfinite(trainings["moved"])),
+        metasmoothness=float(around["smoothness"]),
+        diverges=bool(np.isfinite(around["loss"]) and not np.isfinite(around["moved"])),
         step_size=step_size,
         notes=tuple(notes),
     )
 
 
-class _Estimates:
+class _Run:
     """An optimizer along a case in one precision: its estimate, and the exact way with eyes on."""
 
     def __init__(self, case: Case, optimizer: Any, sees_any: bool):
         self.case, self.optimizer, self._sees_any = case, optimizer, sees_any
         self._program = case.estimate(optimizer) if sees_any else None
-        self.hypergradient = case.state.hyperparams
         if self._program is None:  # a `step` would raise, and say that it sees nothing
             self.hypergradient = jax.tree.map(jnp.zeros_like, case.state.hyperparams)
         else:
-            self.hypergradient, _ = self._program()
+            self.hypergradient, self.val_loss = self._program()
 
-    def cast(self, dtype: Any) -> "_Estimates":
+    def cast(self, dtype: Any) -> "_Run":
         """With all floating-point arrays in one precision."""
         is_floating = lambda x: eqx.is_inexact_array(x) or _is_floats(x)
         cast = lambda x: jnp.asarray(x, dtype) if is_floating(x) else x
@@ -154,16 +155,24 @@ class _Estimates:
         case = dataclasses.replace(
             self.case, state=state, train_batch=train_batch, val_batch=val_batch
         )
-        return _Estimates(case, optimizer, self._sees_any)
+        return _Run(case, optimizer, self._sees_any)
 
     @property
-    def is_finite(self) -> bool:
-        return all(np.all(np.isfinite(x)) for x in jax.tree.leaves(self.hypergradient))
+    def draws_random_numbers(self) -> bool:
+        return self._program is not None and self._program.has(_RANDOM)
 
-    def watched(self) -> dict[str, Any]:
+    def watched(self, notes: list[str]) -> dict[str, Any] | None:
+        """What `watch` returns, or `None` and a note where derivatives do not exist."""
         case = self.case
         looking = lambda *arguments: watch(case.problem(*arguments), case.num_steps)
-        return case.compile(looking, self.optimizer)()
+        try:
+            with differentiation_explained("the exact hypergradient"):
+                return case.compile(looking, self.optimizer)()
+        except FAILURES as error:
+            note = f"the exact hypergradient cannot be had here: {_first_line(error)}"
+            if note not in notes:
+                notes.append(note)
+            return None
 
     def step_error(self) -> StepError | None:
         """Of an optimizer with an `epsilon`, which is traced: no other program is compiled."""
@@ -171,91 +180,32 @@ class _Estimates:
         if program is None or not hasattr(optimizer, "epsilon"):
             return None
 
-        def changed(factor: float) -> float:
+        def estimate(factor: float) -> PyTree:
             other = dataclasses.replace(optimizer, epsilon=factor * optimizer.epsilon)
             start = start_of_episode(other, case.state)
-            found, _ = program(other, start, case.train_batch, case.val_batch)
-            return agreement({"": found}, self.hypergradient).relative_error[""]
+            return program(other, start, case.train_batch, case.val_batch)[0]
 
-        return StepError(halved=changed(0.5), doubled=changed(2.0))
+        def change_at(factor: float) -> float:
+            found = {"": estimate(factor / 2)}
+            return agreement(found, estimate(factor)).relative_error[""]
+
+        return StepError(halved=change_at(1.0), much_smaller=change_at(0.01))
 
 
-def _where(estimates: _Estimates, watched: dict[str, Any]) -> Any:
+def _where(run: _Run, watched: dict[str, Any] | None, notes: list[str]) -> NonFinite | None:
     """Where a non-finite estimate comes from; first on the exact way, and if not there, in it."""
-    found = first_nonfinite(watched or (estimates.watched() if not estimates.is_finite else {}))
-    if found is None and not estimates.is_finite:
-        return "not finite: the estimate itself, though the exact hypergradient is finite"
-    return found
+    if _is_finite(run.hypergradient):
+        return None
+    watched = run.watched(notes) if watched is None else watched
+    on_the_way = None if watched is None else first_nonfinite(watched)
+    exact_is_finite = watched is not None and _is_finite(watched["hypergradient"])
+    if on_the_way is None or exact_is_finite:
+        return in_the_estimate(watched or {}, run.hypergradient, run.optimizer)
+    return on_the_way
 
 
-def _trainings(wide: _Estimates, step_size: float) -> dict[str, Any]:
-    """Differences of the loss after training, for every leaf and epsilon; the metasmoothness."""
-    case = wide.case
-
-    def function(optimizer, start, train_batch, val_batch, hypergradient, epsilons, step_size):
-        problem = case.problem(optimizer, start, train_batch, val_batch)
-        phi, validation, z, hyperparams = problem
-        leaves, treedef = jax.tree.flatten(hyperparams)
-        keys = jax.random.split(jax.random.key(0), len(leaves))
-        directions = [
-            jax.random.rademacher(key, x.shape, x.dtype) * jnp.max(jnp.abs(x), initial=1.0)
-            for key, x in zip(keys, leaves, strict=True)
-        ]
-
-        def loss(leaves):
-            moved = jax.tree.unflatten(treedef, leaves)
-            (w, _), _, _ = phi.rollout(z, moved, 0, case.num_steps)
-            return validation.loss(w, moved)
-
-        def difference(at):
-            chosen, epsilon = at
-            ways = [
-                jnp.where(chosen == i, epsilon, 0).astype(x.dtype) * x
-                for i, x in enumerate(directions)
-            ]
-            plus = loss([x + d for x, d in zip(leaves, ways, strict=True)])
-            minus = loss([x - d for x, d in zip(leaves, ways, strict=True)])
-            return (plus - minus) / (2 * epsilon)
-
-        grid = jnp.meshgrid(jnp.arange(len(leaves)), epsilons, indexing="ij")
-        found = jax.lax.map(difference, tuple(x.reshape(-1) for x in grid))
-        towards = downhill(hypergradient)
-        smoothness, moved = smoothness_along(problem, case.num_steps, towards, step_size)
-        return {
-            "smoothness": smoothness,
-            "moved": moved,
-            "differences": found.reshape(len(leaves), len(epsilons)),
-            "directions": jax.tree.unflatten(treedef, directions),
-            "loss": loss(leaves),
-        }
-
-    more = wide.hypergradient, jnp.asarray(_EPSILONS), jnp.asarray(step_size)
-    return jax.tree.map(np.asarray, case.compile(function, wide.optimizer, *more)())
-
-
-def _compared(
-    found: dict[str, Any], watched: dict[str, Any], names: list[str]
-) -> dict[str, FiniteDifference]:
-    """The exact derivative along each direction beside its differences."""
-    if not watched:
-        return {}
-    rows = zip(
-        names,
-        jax.tree.leaves(watched["hypergradient"]),
-        jax.tree.leaves(found["directions"]),
-        found["differences"],
-        strict=True,
-    )
-    compared = {}
-    for name, g, direction, differences in rows:
-        gaps = np.abs(np.diff(differences))
-        best = int(np.argmin(gaps)) if np.all(np.isfinite(gaps)) else 0
-        compared[name] = FiniteDifference(
-            derivative=float(np.vdot(g, direction)),
-            difference=float(differences[best + 1]),
-            uncertainty=float(10 * gaps[best] + 1e-9 * abs(found["loss"])),
-        )
-    return compared
+def _is_finite(tree: PyTree) -> bool:
+    return all(np.all(np.isfinite(x)) for x in jax.tree.leaves(tree))
 
 
 def _widest(tree: PyTree) -> np.dtype:
@@ -268,15 +218,5 @@ def _is_floats(x: Any) -> bool:
     return isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.floating)
 
 
-def _draws_random_numbers(problem: Problem) -> bool:
-    phi, validation, (w, _), hyperparams = problem
-    losses = lambda w, h: (phi.train_loss(w, h, 0), validation.loss(w, h))
-    return _has_random(jax.make_jaxpr(losses)(w, hyperparams).jaxpr)
-
-
-def _has_random(program: Jaxpr) -> bool:
-    return any(
-        eqn.primitive.name.startswith(("random_", "threefry", "rng_"))
-        or any(map(_has_random, jaxprs_in_params(eqn.params)))
-        for eqn in program.eqns
-    )
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

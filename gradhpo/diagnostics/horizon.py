@@ -20,6 +20,7 @@ from gradhpo.diagnostics.case import Case, check_one_problem
 from gradhpo.diagnostics.drawing import draw_horizon
 from gradhpo.diagnostics.tables import aligned, number
 from gradhpo.utils.gradients import tree_dot
+from gradhpo.utils.tracing import differentiation_explained
 from gradhpo.utils.typecheck import checked, without_warnings
 from gradhpo.utils.validation import leaf_names
 
@@ -72,6 +73,8 @@ class Horizon:
             sums = [number(float(np.sum(self.share[name][window]))) for name in names]
             rows.append([label, *sums])
         total = [number(float(np.sum(self.share[name]))) for name in names]
+        if not np.any(self.share["exact"]) and not self.direct_share:
+            return f"The exact hypergradient of {self.num_steps} inner steps is 0"
         return (
             f"Shares of {self.num_steps} inner steps in the exact hypergradient, and what is kept "
             "of them (1 in all, with the direct term)\n\n"
@@ -112,7 +115,8 @@ def explain_horizon(
     - `greedy_gamma`, `distill_gamma`: the discounts of greedy and of HyperDistill.
 
     **Returns:** a report, [`Horizon`][gradhpo.diagnostics.horizon.Horizon]. `str(report)` is a
-    table, `report.plot()` a figure. Memory is that of the exact hypergradient, time about twice.
+    table, `report.plot()` a figure. Memory is that of the exact hypergradient without
+    checkpoints, time about twice.
 
     **Raises:** what [`step`][gradhpo.BilevelOptimizer.step] raises; `TypeError` for `TaskBatched`.
 
@@ -140,7 +144,7 @@ def explain_horizon(
         inner.inner_optimizer, gamma=distill_gamma, update_fn=inner.update_fn
     )
     looked_at = lambda *arguments: _contributions(case.problem(*arguments), case.num_steps)
-    with without_warnings():
+    with without_warnings(), differentiation_explained("explain_horizon"):
         g, direct, numbers = case.compile(looked_at, inner)()
         distilled = case.estimate(online)()[0] if any(case.seen(online)) else direct
     return _report(g, direct, distilled, numbers, float(greedy.gamma), float(online.gamma))
@@ -208,17 +212,17 @@ def _report(
         "greedy": greedy_gamma**age * by_step["greedy"],
         "HyperDistill": (dots(distilled) - directs) * ages / np.sum(ages),
     }
+    total = squares.sum() or 1.0
+    squares = np.where(squares == 0, 1.0, squares)
     with np.errstate(divide="ignore", invalid="ignore"):
-        last = by_step["last"].sum(axis=1) / np.sqrt(
-            by_step["last square"].sum(axis=1) * squares.sum()
-        )
+        last = by_step["last"].sum(axis=1) / np.sqrt(by_step["last square"].sum(axis=1) * total)
         return Horizon(
-            share={name: x.sum(axis=1) / squares.sum() for name, x in kept.items()},
+            share={name: x.sum(axis=1) / total for name, x in kept.items()},
             share_of_leaf={
                 leaf: {name: x[:, i] / squares[i] for name, x in kept.items()}
                 for i, leaf in enumerate(leaf_names(g))
             },
-            direct_share=float(directs.sum() / squares.sum()),
+            direct_share=float(directs.sum() / total),
             norm=np.sqrt(by_step["square"].sum(axis=1)),
             cosine_of_last=last[::-1],
             hypergradient=g,

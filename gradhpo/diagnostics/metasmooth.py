@@ -42,7 +42,8 @@ def metasmoothness(
         [`compare_hypergradients`][gradhpo.compare_hypergradients]; not a `TaskBatched`.
     - `direction`: $v$, a tree like the hyperparameters. `None`: minus the signs of the
         optimizer's hypergradient, the way in which an outer Adam sets out.
-    - `step_size`: $h > 0$, the size of an outer step.
+    - `step_size`: $h > 0$, the size of an outer step; give your own: 0.1 is usual for the logarithm
+        of a learning rate, and large for the rate itself.
 
     **Returns:** $S$; `nan` where no parameter moves, or where one of the trainings diverges.
 
@@ -82,8 +83,13 @@ def metasmoothness(
 
 
 def downhill(hypergradient: PyTree) -> PyTree:
-    """The way in which an outer Adam sets out."""
-    return jax.tree.map(lambda g: -jnp.sign(g), hypergradient)
+    """The way in which an outer Adam sets out; not along what is not finite."""
+    return jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), -jnp.sign(g), 0), hypergradient)
+
+
+def difference(x: Array, y: Array) -> Array:
+    """`x - y`, and 0 where an infinity (a mask) stays what it is."""
+    return jnp.where(x == y, 0, x - y)
 
 
 def smoothness_along(
@@ -103,7 +109,7 @@ def smoothness_along(
     )
     agreeing = total = jnp.zeros(())
     for a, b, c in zip(first, second, third, strict=True):
-        moved = jnp.abs(c - a)
-        agreeing += jnp.sum(jnp.sign(b - a) * jnp.sign(c - b) * moved)
+        moved = jnp.abs(difference(c, a))
+        agreeing += jnp.sum(jnp.sign(difference(b, a)) * jnp.sign(difference(c, b)) * moved)
         total += jnp.sum(moved)
     return agreeing / total, total

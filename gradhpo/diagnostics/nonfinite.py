@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from gradhpo.core.inner_optimizer import init_inner_state
 from gradhpo.core.problem import Problem
 from gradhpo.core.reverse import cotangent_at_end
+from gradhpo.diagnostics.metasmooth import difference
 from gradhpo.utils.gradients import tree_dot
 
 
@@ -25,25 +27,24 @@ _SECOND = (
     f"the second derivative of the training loss (or that of update_fn): a sqrt, a norm or a power "
     f"below 2 at exactly 0, or {_SAFE}"
 )
-_DATA = "the data: missing values, or a division by a standard deviation of 0"
+_DATA = "the data: the batch holds a NaN or an infinity in its leaf {}"
 _RANGE = "a log, an exp or a division that has left its range"
 _DIVERGED = "training that diverges: a smaller learning rate, or clipped gradients"
 
 # What can be non-finite in one inner step, in the order in which it is computed, and on the way
 # back. Of each: how it is called, and the usual suspect.
 _FORWARD = {
-    "batch": ("the training batch", _DATA),
     "train_loss": ("the training loss", _RANGE),
     "gradient": ("the training gradient", _FIRST),
     "params": ("the updated parameters", _DIVERGED),
     "inner_opt_state": ("the inner optimizer's state", _DIVERGED),
 }
 _VALIDATION = {
-    "val_batch": ("the validation batch", _DATA),
     "val_loss": ("the validation loss", _RANGE),
     "alpha": ("the validation gradient", _FIRST),
     "direct": ("the derivative of the validation loss by the hyperparameters", _FIRST),
 }
+_ON_THE_WAY = {"alpha": ("the validation gradient right after the step", _FIRST)}
 _BACKWARD = {
     "through_optimizer": ("the cotangent of the training gradient", _INNER_OPTIMIZER),
     "state": ("the cotangent of the inner optimizer's state", _INNER_OPTIMIZER),
@@ -76,21 +77,25 @@ class NonFinite:
 def watch(problem: Problem, num_steps: int) -> dict[str, Any]:
     """The exact `hypergradient`, and for everything on the way to it whether it is finite.
 
-    Leaf by leaf; steps come first. `uphill`: whether a step raises its own training loss, to
-    first order.
+    Leaf by leaf; steps come first. `uphill`: whether one step from there, with a new optimizer
+    state, raises its own training loss, to first order.
     """
     phi, validation, z, hyperparams = problem
 
     def forward(z, t):
+        (w, s), gradient = z, jax.grad(phi.train_loss)(z[0], hyperparams, t)
         new, loss = phi.step(z, hyperparams, t)
-        gradient = jax.grad(phi.train_loss)(z[0], hyperparams, t)
+        # The rule itself, without the momentum that may carry a good one uphill for a while.
+        fresh = init_inner_state(phi.inner_optimizer, w, hyperparams)
+        (ruled, _), _ = phi.step((w, fresh), hyperparams, t, want_loss=False)
         found = {
             "batch": _finite(phi.batch(t)),
             "train_loss": _finite(loss),
             "gradient": _finite(gradient),
-            "params": _finite(new[0], unless_as_in=z[0]),
-            "inner_opt_state": _finite(new[1], unless_as_in=z[1]),
-            "uphill": tree_dot(jax.tree.map(jnp.subtract, new[0], z[0]), gradient) > 0,
+            "params": _finite(new[0], unless_as_in=w),
+            "inner_opt_state": _finite(new[1], unless_as_in=s),
+            "alpha": _finite(jax.grad(validation.loss)(new[0], hyperparams)),
+            "uphill": tree_dot(jax.tree.map(difference, ruled, w), gradient) > 0,
         }
         return new, (z, found)
 
@@ -130,16 +135,43 @@ def watch(problem: Problem, num_steps: int) -> dict[str, Any]:
 
 
 def first_nonfinite(watched: Mapping[str, Any]) -> NonFinite | None:
-    """What `watch` saw first, in the order of the computation."""
-    if not watched:
-        return None
+    """What `watch` saw first, in the order of the exact computation."""
     num_steps = len(np.asarray(watched["forward"]["train_loss"]))
     onwards, back = range(num_steps), range(num_steps)[::-1]
-    return (
-        _first(watched["forward"], _FORWARD, onwards)
-        or _first(watched["validation"], _VALIDATION, [None])
-        or _first(watched["backward"], _BACKWARD, back)
-    )
+    found = _first(watched["forward"], _FORWARD, onwards)
+    if found is not None:
+        return _blaming_data(found, watched["forward"]["batch"])
+    found = _first(watched["validation"], _VALIDATION, [None])
+    if found is not None:
+        return _blaming_data(found, watched["validation"]["val_batch"])
+    return _first(watched["backward"], _BACKWARD, back)
+
+
+def in_the_estimate(watched: Mapping[str, Any], hypergradient: PyTree, method: Any) -> NonFinite:
+    """Of an estimate that is not finite although the exact hypergradient is."""
+    if watched:
+        steps = range(len(np.asarray(watched["forward"]["train_loss"])))
+        found = _first(watched["forward"], _ON_THE_WAY, steps)
+        if found is not None:
+            return found
+    paths = jax.tree_util.tree_leaves_with_path(hypergradient)
+    bad = [path for path, leaf in paths if not np.all(np.isfinite(leaf))]
+    suspect = "a product that only this method takes"
+    if hasattr(method, "epsilon"):
+        suspect = f"a step lost in rounding: epsilon={float(method.epsilon):g} is too small"
+    elif hasattr(method, "linear_solver"):
+        suspect = "a singular linear system: pass damping=1e-3 or more"
+    return NonFinite("the estimate itself", jax.tree_util.keystr(bad[0]), None, suspect)
+
+
+def _blaming_data(found: NonFinite, batch: PyTree) -> NonFinite:
+    """Data that are not finite are the suspect, but no failure where nothing comes of them."""
+    for path, finite in jax.tree_util.tree_leaves_with_path(batch):
+        finite = np.asarray(finite)
+        if not (finite if found.inner_step is None else finite[found.inner_step]):
+            suspect = _DATA.format(jax.tree_util.keystr(path) or "(an array)")
+            return dataclasses.replace(found, suspect=suspect)
+    return found
 
 
 def _first(found: Mapping[str, PyTree], kinds: Mapping[str, tuple], steps: Any) -> NonFinite | None:

@@ -1,7 +1,7 @@
 """What will fit: flops and memory of a step, by compiling it and nothing else."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,14 +30,11 @@ class Planned:
     """
 
     name: str
+    num_steps: int
     optimizer: BilevelOptimizer
     cost: Cost | None
     fits: bool | None
     failed: str = ""
-
-    @property
-    def num_steps(self) -> int:
-        return self.optimizer.num_inner_steps
 
     @property
     def checkpoints(self) -> Any:
@@ -100,8 +97,9 @@ def plan(
 ) -> Plan:
     """What a step of each optimizer costs at each horizon, found without running anything.
 
-    Every step is compiled for the shapes that are passed; flops and memory are the compiler's
-    own figures for the program that a `step` then runs.
+    Every step is compiled for the shapes that are passed. Memory is the compiler's own figure for
+    the program that a `step` then runs; flops are its count for that program before it is
+    optimised, made right for loops (of branches, the dearest).
 
     **Arguments:**
 
@@ -117,8 +115,8 @@ def plan(
         forward pass, and that one has the least memory.
 
     **Returns:** a [`Plan`][gradhpo.diagnostics.planning.Plan]: `plan[name, steps].cost.flops`,
-    `.cost.temporary_bytes`, `.fits`, `.checkpoints`, and `.optimizer`, ready for use.
-    `str(plan)` is a table.
+    `.cost.temporary_bytes`, `.fits`, `.checkpoints`, and `.optimizer`, ready for use; `.failed`
+    where an optimizer does not work, at all or at this horizon. `str(plan)` is a table.
 
     **Raises:** `ValueError` for horizons or `max_bytes` below 1.
 
@@ -145,37 +143,62 @@ def plan(
     if max_bytes is not None:
         check_count("max_bytes", max_bytes)
     batches = numbers_as_arrays(train_batch), numbers_as_arrays(val_batch)
-    rows = []
-    for name, optimizer in optimizers.items():
-        for at_horizon in _at_horizons(optimizer, horizons):
-            row = _planned(name, at_horizon, state, *batches, losses, max_bytes)
-            if row.fits is False:
-                for fewer in _with_checkpoints(at_horizon):
-                    row = _planned(name, fewer, state, *batches, losses, max_bytes)
-            rows.append(row)
+    problem = (state, *batches, losses, max_bytes)
+    rows = [
+        _planned(name, optimizer, horizon, *problem)
+        for name, optimizer in optimizers.items()
+        for horizon in (horizons if _settings(optimizer) and horizons else [None])
+    ]
     return Plan(tuple(rows), max_bytes)
 
 
-def _planned(name, optimizer, state, train_batch, val_batch, losses, max_bytes) -> Planned:
-    rate = jnp.zeros(()) if optimizer.outer_optimizer is None else None
+def _planned(
+    name: str,
+    optimizer: BilevelOptimizer,
+    horizon: int | None,
+    state: BilevelState,
+    train_batch: PyTree,
+    val_batch: PyTree,
+    losses: LossFunctions,
+    max_bytes: int | None,
+) -> Planned:
+    """At one horizon, with checkpoints if it does not fit without."""
+    num_steps = optimizer.num_inner_steps if horizon is None else horizon
     try:
-        with without_warnings():
-            program = Program(
-                lambda optimizer, state, train, val, rate: advance(
-                    optimizer, state, train, val, losses.train_loss, losses.val_loss, rate
-                ),
-                optimizer,
-                start_of_episode(optimizer, state),
-                _stack_of(train_batch, optimizer.num_inner_steps),
-                val_batch,
-                rate,
-            )
+        chosen = optimizer
+        if horizon is not None:
+            chosen = _replaced(optimizer, **dict.fromkeys(_settings(optimizer), horizon))
+        cost = _cost_of_step(chosen, state, train_batch, val_batch, losses)
+        inside = _inside(chosen)
+        if max_bytes is not None and cost.total_bytes > max_bytes:
+            if isinstance(inside, UnrolledOptimizer) and inside.checkpoints is None:
+                chosen = _replaced(chosen, checkpoints="sqrt")
+                cost = _cost_of_step(chosen, state, train_batch, val_batch, losses)
     except FAILURES as error:
-        return Planned(name, optimizer, None, None, str(error))
-    cost = program.cost
-    return Planned(
-        name, optimizer, cost, None if max_bytes is None else cost.total_bytes <= max_bytes
-    )
+        return Planned(name, num_steps, optimizer, None, None, str(error))
+    fits = None if max_bytes is None else cost.total_bytes <= max_bytes
+    return Planned(name, num_steps, chosen, cost, fits)
+
+
+def _cost_of_step(
+    optimizer: BilevelOptimizer,
+    state: BilevelState,
+    train_batch: PyTree,
+    val_batch: PyTree,
+    losses: LossFunctions,
+) -> Cost:
+    rate = jnp.zeros(()) if optimizer.outer_optimizer is None else None
+    with without_warnings():
+        return Program(
+            lambda optimizer, state, train, val, rate: advance(
+                optimizer, state, train, val, losses.train_loss, losses.val_loss, rate
+            ),
+            optimizer,
+            start_of_episode(optimizer, state),
+            _stack_of(train_batch, optimizer.num_inner_steps),
+            val_batch,
+            rate,
+        ).cost
 
 
 def _inside(optimizer: BilevelOptimizer) -> BilevelOptimizer:
@@ -188,22 +211,10 @@ def _replaced(optimizer: BilevelOptimizer, **settings: Any) -> BilevelOptimizer:
     return dataclasses.replace(optimizer, **settings)
 
 
-def _at_horizons(
-    optimizer: BilevelOptimizer, horizons: Sequence[int]
-) -> Iterator[BilevelOptimizer]:
+def _settings(optimizer: BilevelOptimizer) -> set[str]:
+    """Which of its fields say how many inner steps a `step` takes."""
     fields = {field.name for field in dataclasses.fields(_inside(optimizer))}
-    settings = fields & {"unroll_steps", "inner_steps"}
-    if not settings or not horizons:
-        yield optimizer
-        return
-    for horizon in horizons:
-        yield _replaced(optimizer, **dict.fromkeys(settings, horizon))
-
-
-def _with_checkpoints(optimizer: BilevelOptimizer) -> Iterator[BilevelOptimizer]:
-    inside = _inside(optimizer)
-    if isinstance(inside, UnrolledOptimizer) and inside.checkpoints is None:
-        yield _replaced(optimizer, checkpoints="sqrt")
+    return fields & {"unroll_steps", "inner_steps"}
 
 
 def _stack_of(train_batch: PyTree, count: int) -> PyTree:

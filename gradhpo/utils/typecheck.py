@@ -107,11 +107,13 @@ def warn_once(message: str) -> None:
 def without_warnings() -> Iterator[None]:
     """Keeps quiet what a report says instead, and lets it be said later."""
     said = set(_said)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    _said.clear()
-    _said.update(said)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        _said.clear()
+        _said.update(said)
 
 
 def forget_warnings() -> None:

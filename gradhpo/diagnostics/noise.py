@@ -1,0 +1,151 @@
+"""What many draws of an estimate say of it, and the report of `compare_over_batches`."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from gradhpo.diagnostics.drawing import draw_noise
+from gradhpo.diagnostics.tables import aligned, number
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    r"""Of one estimate over draws of the data; lengths are relative to $\|\bar r\|$.
+
+    With $\bar g$ the mean, $\Sigma$ the covariance between draws, and $\bar r$ the mean of the
+    reference:
+
+    - `mean`, `standard_error`: trees like the hyperparameters; the error is that of the mean.
+    - `cosine`: of $\bar g$ with $\bar r$.
+    - `bias`: $\|\bar g - \bar r\|/\|\bar r\|$, and `bias_error`, the length of its standard
+        error: a bias below it is none that these draws can show.
+    - `noise`: $\sqrt{\operatorname{tr}\Sigma}/\|\bar r\|$, of a single draw.
+    - `signal_to_noise`: $\|\mathrm{E}\,g\|/\sqrt{\operatorname{tr}\Sigma}$ of a single draw,
+        $\|\mathrm{E}\,g\|^2$ estimated by
+        $\|\bar g\|^2 - \operatorname{tr}\Sigma/n$ (0 if that is negative).
+    - `draws_needed`: the square of its inverse, so many draws averaged (or batches so many times
+        as large) have as much signal as noise; `inf` where no signal was found.
+    """
+
+    mean: PyTree
+    standard_error: PyTree
+    cosine: float
+    bias: float
+    bias_error: float
+    noise: float
+    signal_to_noise: float
+    draws_needed: float
+
+
+@dataclasses.dataclass(frozen=True)
+class HypergradientNoise:
+    """What [`compare_over_batches`][gradhpo.compare_over_batches] found.
+
+    **Fields:** `overall`, name of the optimizer (and `"reference"`) to its
+    [moments][gradhpo.diagnostics.noise.Moments]; `per_leaf`, leaf of the hyperparameters
+    to the same; `unseen`, leaves that an optimizer cannot see, where there are any; `nonfinite`,
+    how many draws were left out because an optimizer's hypergradient or the reference was not
+    finite there; `failed`, why an optimizer does not work on this problem; `num_draws`,
+    `num_steps`. `mean`, `standard_error`, `signal_to_noise`, `bias`, `draws_needed` are those of
+    `overall` by name.
+    """
+
+    num_draws: int
+    num_steps: int
+    overall: dict[str, Moments]
+    per_leaf: dict[str, dict[str, Moments]]
+    unseen: dict[str, tuple[str, ...]]
+    nonfinite: dict[str, int]
+    failed: dict[str, str]
+
+    @property
+    def mean(self) -> dict[str, PyTree]:
+        return {name: x.mean for name, x in self.overall.items()}
+
+    @property
+    def standard_error(self) -> dict[str, PyTree]:
+        return {name: x.standard_error for name, x in self.overall.items()}
+
+    @property
+    def signal_to_noise(self) -> dict[str, float]:
+        return {name: x.signal_to_noise for name, x in self.overall.items()}
+
+    @property
+    def bias(self) -> dict[str, float]:
+        return {name: x.bias for name, x in self.overall.items()}
+
+    @property
+    def draws_needed(self) -> dict[str, float]:
+        return {name: x.draws_needed for name, x in self.overall.items()}
+
+    def __str__(self) -> str:
+        head = ["", "cosine", "bias", "noise", "signal/noise", "draws needed"]
+        rows = [
+            [
+                name,
+                number(x.cosine),
+                f"{number(x.bias)} ± {number(x.bias_error)}",
+                number(x.noise),
+                number(x.signal_to_noise),
+                number(x.draws_needed, 1),
+            ]
+            for name, x in self.overall.items()
+        ]
+        text = (
+            f"Hypergradients after {self.num_steps} inner steps over {self.num_draws} draws of the "
+            "data; bias and noise in lengths of the reference's mean; draws needed: averaged, or "
+            "in batches so many times as large, they have as much signal as noise\n\n"
+        )
+        notes = [
+            f"{name} does not see {', '.join(leaves)}, which counts as bias"
+            for name, leaves in self.unseen.items()
+        ]
+        notes += [
+            f"{name}: {count} of {self.num_draws} draws are not finite and left out"
+            for name, count in self.nonfinite.items()
+        ]
+        notes += [f"{name}: {why}" for name, why in self.failed.items()]
+        return "\n\n".join([text + aligned([head, *rows]), *notes])
+
+    def plot(self) -> Any:
+        """A `matplotlib` figure: squared error split into bias and variance."""
+        return draw_noise(self)
+
+
+def finite_draws(draws: PyTree) -> np.ndarray:
+    return np.all(np.isfinite(_rows(draws)), axis=1)
+
+
+def moments_of(draws: PyTree, reference: PyTree) -> Moments:
+    """Of trees whose leaves have one more leading axis, the draws."""
+    g, r = _rows(draws), _rows(reference)
+    count = len(g)
+    if count < 2:
+        nothing = jax.tree.map(lambda x: np.full(x.shape[1:], np.nan), draws)
+        return Moments(nothing, nothing, *[math.nan] * 6)
+    mean, expected = g.mean(axis=0), r.mean(axis=0)
+    length, expected_length = np.linalg.norm(mean), np.linalg.norm(expected)
+    variance = np.sum(g.var(axis=0, ddof=1))
+    signal = max(mean @ mean - variance / count, 0.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return Moments(
+            mean=jax.tree.map(lambda x: x.mean(axis=0), draws),
+            standard_error=jax.tree.map(lambda x: x.std(axis=0, ddof=1) / np.sqrt(count), draws),
+            cosine=float(np.float64(mean @ expected) / (length * expected_length)),
+            bias=float(np.linalg.norm(mean - expected) / expected_length),
+            bias_error=float(
+                np.sqrt(np.sum((g - r).var(axis=0, ddof=1)) / count) / expected_length
+            ),
+            noise=float(np.sqrt(variance) / expected_length),
+            signal_to_noise=float(np.sqrt(signal / variance)),
+            draws_needed=float(variance / np.float64(signal)),
+        )
+
+
+def _rows(draws: PyTree) -> np.ndarray:
+    leaves = jax.tree.leaves(draws)
+    return np.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)
