@@ -21,7 +21,7 @@ from gradhpo.diagnostics.case import (
     reference_explained,
     start_of_episode,
 )
-from gradhpo.diagnostics.cost import Program
+from gradhpo.diagnostics.cost import Program, on_device
 from gradhpo.diagnostics.noise import HypergradientNoise, Moments, finite_draws, moments_of
 from gradhpo.training.sources import Host, as_source
 from gradhpo.utils.settings import check_count
@@ -97,7 +97,9 @@ def compare_over_batches(
     val = as_source(val_data, "val_data", None)
     train, val = (_all_of(source, num_draws) for source in (train, val))
     here = jnp.zeros((), jnp.int32)
-    case = Case(state, train.stack(here, here, num_steps), val.batch(here, here), *pair, num_steps)
+    train, val = on_device((train, val))
+    batches = train.stack(here, here, num_steps), val.batch(here, here)
+    case = Case(state, *batches, *pair, num_steps)
 
     def draws_of(optimizer: BilevelOptimizer) -> PyTree:
         def over_draws(optimizer, start, train, val):
