@@ -57,8 +57,8 @@ class Case:
         else:
             num_steps = max(optimizer.num_inner_steps for optimizer in optimizers.values())
         check_horizon(optimizers, num_steps)
-        batches = on_device(numbers_as_arrays((train_batch, val_batch)))
-        return cls(state, *batches, losses.train_loss, losses.val_loss, num_steps)
+        train_batch, val_batch = on_device(numbers_as_arrays((train_batch, val_batch)))
+        return cls(state, train_batch, val_batch, losses.train_loss, losses.val_loss, num_steps)
 
     def compile(
         self, function: Callable, optimizer: BilevelOptimizer, *more: PyTree, start: Any = None
