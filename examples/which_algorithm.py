@@ -11,7 +11,7 @@ tables of what fails where. What is tuned:
 
 All data ship with scikit-learn. The text of docs/which_algorithm.md is about these tables.
 
-    python examples/which_algorithm.py            # about 6 minutes on 2 slow cores
+    python examples/which_algorithm.py            # about 7 minutes on 2 slow cores
     python examples/which_algorithm.py --seed 1 --only "mixing weights"
     python examples/which_algorithm.py --help
 """
@@ -601,7 +601,7 @@ def pictures(session: Session, path: Path) -> None:
     for suffix, figure in figures.items():
         figure.savefig(path.with_stem(path.stem + suffix), dpi=110)
         plt.close(figure)
-    print(f"\n{len(figures)} pictures beside {path}")
+    print(f"\nPictures: {', '.join(path.stem + suffix for suffix in figures) or 'none'}")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Rows]:
