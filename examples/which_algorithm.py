@@ -1,0 +1,626 @@
+"""Which algorithm? Every estimator on four problems, compared by gradhpo's own diagnostics.
+
+Cosine, length and signs of each estimated hypergradient beside the exact one of the same inner
+steps, with what it costs; then bias against noise, the horizon inner step by inner step, and small
+tables of what fails where. What is tuned:
+
+- 1,000 example weights, 30 % of the labels wrong (digits);
+- one learning rate for each of 4,810 parameters (digits);
+- 30 penalties of a logistic regression, with its learning rate and momentum (breast cancer);
+- 8 mixing weights of activations in two hidden layers, as in DARTS (digits).
+
+All data ship with scikit-learn. The text of docs/which_algorithm.md is about these tables.
+
+    python examples/which_algorithm.py            # about 7 minutes on 2 slow cores
+    python examples/which_algorithm.py --seed 1 --only "mixing weights"
+    python examples/which_algorithm.py --help
+"""
+
+import argparse
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+from jaxtyping import Array
+from sklearn.datasets import load_breast_cancer, load_digits
+
+import gradhpo
+
+
+STEPS = 20  # inner steps of the horizon, unless said otherwise
+BATCH_SIZE = 50
+MOMENTUM = optax.sgd(0.05, momentum=0.9)
+Rows = dict[str, dict[str, Any]]  # a table: row to column to cell
+
+
+class Problem(NamedTuple):
+    """Where to start, on what data; `source` draws batches by their number, or is one for all."""
+
+    inner: Any
+    state: gradhpo.BilevelState
+    source: Any
+    val: Any
+    losses: gradhpo.LossFunctions
+
+    def batches(self, steps: int, first: int = 0) -> Any:
+        if not callable(self.source):
+            return self.source
+        return gradhpo.BatchStack(jax.lax.map(self.source, first + jnp.arange(steps)))
+
+
+def estimators(inner: Any, steps: int, implicit: Any, *, forward: bool = False) -> dict[str, Any]:
+    """All of them over one horizon; forward mode where hyperparameters are few."""
+    found = {
+        "first order": gradhpo.FOOptimizer(inner),
+        "one step": gradhpo.OneStepOptimizer(inner),
+        "T1-T2": gradhpo.T1T2Optimizer(inner),
+        "greedy": gradhpo.GreedyOptimizer(inner, unroll_steps=steps),
+        "HyperDistill": gradhpo.OnlineHypergradientOptimizer(inner),
+        "truncated, last 5": gradhpo.UnrolledOptimizer(inner, unroll_steps=steps, truncation=5),
+        "DrMAD": gradhpo.DrMADOptimizer(inner, unroll_steps=steps),
+        "implicit": gradhpo.ImplicitOptimizer(inner, linear_solver=implicit, inner_steps=steps),
+    }
+    if forward:
+        found["forward mode"] = gradhpo.ForwardModeOptimizer(inner, unroll_steps=steps)
+    return found
+
+
+def new_state(inner: Any, params: Any, hyperparams: Any, source: Any) -> gradhpo.BilevelState:
+    """The batch and the key let HyperDistill keep a distilled batch; the others ignore them."""
+    maker = gradhpo.OnlineHypergradientOptimizer(inner)
+    batch = source(0) if callable(source) else source
+    return maker.init(params, hyperparams, batch=batch, key=jax.random.key(0))
+
+
+def trained(problem: Problem, steps: int) -> Problem:
+    """The same problem later: plain inner steps, the hyperparameters held still."""
+    plain = gradhpo.UnrolledOptimizer(problem.inner, unroll_steps=steps, truncation=1)
+    data = (problem.batches(steps, first=10_000), problem.val)
+    pair = (problem.losses.train_loss, problem.losses.val_loss)
+    return problem._replace(state=plain.step(problem.state, *data, *pair, lr_hyper=0.0))
+
+
+# ---------------------------------------------------------------------------- the four problems
+
+
+def digits(seed: int, train: int, val: int) -> tuple[tuple, tuple]:
+    x, y = load_digits(return_X_y=True)
+    order = np.random.default_rng(seed).permutation(len(x))[: train + val]
+    x, y = jnp.asarray(x[order] / 16, jnp.float32), jnp.asarray(y[order])
+    return (x[:train], y[:train]), (x[train:], y[train:])
+
+
+def cross_entropy(net: Any, x: Array, y: Array) -> Array:
+    return optax.softmax_cross_entropy_with_integer_labels(jax.vmap(net)(x), y)
+
+
+@gradhpo.model_loss
+def weighted_loss(model: Any, batch: tuple[Array, Array, Array]) -> Array:
+    x, y, index = batch
+    return jnp.mean(jax.nn.sigmoid(model["weights"][index]) * cross_entropy(model["net"], x, y))
+
+
+@gradhpo.model_loss
+def unweighted_loss(model: Any, batch: tuple[Array, Array]) -> Array:
+    return jnp.mean(cross_entropy(model["net"], *batch))
+
+
+def example_weights(seed: int, inner: Any = MOMENTUM) -> Problem:
+    """Hyper-cleaning: the validation loss does not contain what is tuned."""
+    (x, y), val = digits(seed, 1_000, 100)
+    random = np.random.default_rng(seed)
+    wrong = random.random(len(y)) < 0.3
+    y = jnp.where(wrong, (y + random.integers(1, 10, len(y))) % 10, y)
+    model = {"net": eqx.nn.MLP(64, 10, 64, 1, key=jax.random.key(seed)), "weights": jnp.zeros(1000)}
+    params, hyperparams = gradhpo.partition(model, lambda m: m["weights"])
+    source = gradhpo.ArrayData((x, y, jnp.arange(len(y))), BATCH_SIZE, jax.random.key(seed))
+    losses = gradhpo.LossFunctions(weighted_loss, unweighted_loss)
+    return Problem(inner, new_state(inner, params, hyperparams, source), source, val, losses)
+
+
+def by_parameter(raw: Any) -> optax.GradientTransformation:
+    """Gradient descent with a rate of its own for every number in the parameters."""
+    scale = lambda r, g: -jax.nn.softplus(r) * g
+    return optax.stateless(lambda gradients, _: jax.tree.map(scale, raw, gradients))
+
+
+def plain_loss(net: Any, raw: Any, batch: tuple[Array, Array]) -> Array:
+    return jnp.mean(cross_entropy(net, *batch))
+
+
+def learning_rates(seed: int) -> Problem:
+    """The hyperparameters act in the inner optimizer alone."""
+    train, val = digits(seed, 1_000, 500)
+    net = eqx.nn.MLP(64, 10, 64, 1, key=jax.random.key(seed))
+    raw = jax.tree.map(lambda x: jnp.full_like(x, -2.0), eqx.filter(net, eqx.is_inexact_array))
+    source = gradhpo.ArrayData(train, BATCH_SIZE, jax.random.key(seed))
+    losses = gradhpo.LossFunctions(plain_loss, plain_loss)
+    state = new_state(by_parameter, net, raw, source)
+    return Problem(by_parameter, state, source, val, losses)
+
+
+def tuned_momentum(h: dict[str, Array]) -> optax.GradientTransformation:
+    return optax.sgd(jnp.exp(h["log_rate"]), momentum=jax.nn.sigmoid(h["logit_momentum"]))
+
+
+def logistic(w: Array, batch: tuple[Array, Array]) -> Array:
+    x, y = batch
+    return jnp.mean(jax.nn.softplus(-y * (x @ w[:-1] + w[-1])))
+
+
+def penalised(w: Array, h: dict[str, Array], batch: tuple[Array, Array]) -> Array:
+    return logistic(w, batch) + jnp.sum(jnp.exp(h["log_penalty"]) * w[:-1] ** 2) / 2
+
+
+def unpenalised(w: Array, h: dict[str, Array], batch: tuple[Array, Array]) -> Array:
+    return logistic(w, batch)
+
+
+def penalties(seed: int) -> Problem:
+    """A convex problem, full batches: one penalty for each feature, a rate, a momentum."""
+    x, y = load_breast_cancer(return_X_y=True)
+    x = (x - x.mean(axis=0)) / x.std(axis=0)
+    order = np.random.default_rng(seed).permutation(len(x))
+    x, y = jnp.asarray(x[order], jnp.float32), jnp.asarray(2.0 * y[order] - 1, jnp.float32)
+    train, val = (x[:200], y[:200]), (x[200:], y[200:])
+    h = {
+        "log_penalty": jnp.full(30, -4.0),
+        "log_rate": jnp.log(0.1),
+        "logit_momentum": jnp.log(9.0),
+    }
+    losses = gradhpo.LossFunctions(penalised, unpenalised)
+    state = new_state(tuned_momentum, jnp.zeros(31), h, train)
+    return Problem(tuned_momentum, state, train, val, losses)
+
+
+OPERATIONS = (lambda x: x, jnp.tanh, lambda x: jnp.maximum(x, 0), jnp.sin)
+
+
+class Mixed(eqx.Module):
+    """A network whose activations are mixtures: softmax of logits, one for each operation."""
+
+    layers: list[eqx.nn.Linear]
+    logits: list[Array]
+
+    def __init__(self, sizes: tuple[int, ...], key: Array):
+        keys = jax.random.split(key, len(sizes) - 1)
+        pairs = zip(sizes[:-1], sizes[1:], keys, strict=True)
+        self.layers = [eqx.nn.Linear(m, n, key=k) for m, n, k in pairs]
+        self.logits = [jnp.zeros(len(OPERATIONS)) for _ in sizes[2:]]
+
+    def __call__(self, x: Array) -> Array:
+        for layer, logits in zip(self.layers[:-1], self.logits, strict=True):
+            h = layer(x)
+            x = sum(p * f(h) for p, f in zip(jax.nn.softmax(logits), OPERATIONS, strict=True))
+        return self.layers[-1](x)
+
+
+@gradhpo.model_loss
+def mixed_loss(model: Mixed, batch: tuple[Array, Array]) -> Array:
+    return jnp.mean(cross_entropy(model, *batch))
+
+
+def mixing_weights(seed: int) -> Problem:
+    """Differentiable architecture search: both losses contain what is tuned."""
+    train, val = digits(seed, 800, 400)
+    model = Mixed((64, 32, 32, 10), jax.random.key(seed))
+    params, hyperparams = gradhpo.partition(model, lambda m: m.logits)
+    source = gradhpo.ArrayData(train, BATCH_SIZE, jax.random.key(seed))
+    losses = gradhpo.LossFunctions(mixed_loss, mixed_loss)
+    state = new_state(MOMENTUM, params, hyperparams, source)
+    return Problem(MOMENTUM, state, source, val, losses)
+
+
+# ------------------------------------------------------------------------------------- tables
+
+
+def shown(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.3g}"
+
+
+def table(rows: Rows) -> str:
+    """Markdown; a row may lack columns."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    lines = [["", *columns], ["---"] * (1 + len(columns))]
+    lines += [[name, *(shown(row.get(c, "")) for c in columns)] for name, row in rows.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def rows_of(report: Any) -> Rows:
+    """What `compare_hypergradients` found; costs in those of training alone."""
+    training, rows = report.costs["training alone"], {}
+    for name in ("reference", *report.hypergradients):
+        if name in report.hypergradients and report.sees_none(name):
+            rows[name] = {"cosine": "sees none"}
+            continue
+        measures = (report.cosine, report.norm_ratio, report.sign_agreement)
+        agreed = [measure.get(name, 1.0) for measure in measures]
+        cost = report.costs[name]
+        rows["exact" if name == "reference" else name] = {
+            **dict(zip(("cosine", "length", "same signs"), agreed, strict=True)),
+            "flops": f"{'> ' * cost.at_least}{cost.flops / training.flops:.1f} x",
+            "time": f"{cost.seconds / training.seconds:.1f} x",
+            "memory": f"{cost.temporary_bytes / training.temporary_bytes:.1f} x",
+        }
+    return rows | {name: {"cosine": "does not work"} for name in report.failed}
+
+
+def leaves_of(report: Any) -> Rows:
+    """Cosine and length of every leaf; of the exact one the length itself."""
+    leaves = [leaf.strip("[]'") for leaf in report.per_leaf]
+    norms = [float(jnp.linalg.norm(x)) for x in jax.tree.leaves(report.reference)]
+    rows: Rows = {"exact": {leaf: f"{n:.1e}" for leaf, n in zip(leaves, norms, strict=True)}}
+    for name in report.hypergradients:
+        if report.sees_none(name):
+            continue
+        rows[name] = {
+            leaf.strip("[]'"): "unseen"
+            if leaf in report.unseen.get(name, ())
+            else f"{found.cosine[name]:.3f}, {found.norm_ratio[name]:.3g} x"
+            for leaf, found in report.per_leaf.items()
+        }
+    return rows
+
+
+class Session:
+    """What a run of this script has found: tables by title, reports for the figures."""
+
+    def __init__(self, quick: bool):
+        self.quick, self.tables, self.reports, self.seconds = quick, {}, {}, {}
+
+    def tell(self, title: str, rows: Rows, seconds: float) -> None:
+        self.tables[title], self.seconds[title] = rows, seconds
+        print(f"\n{title} ({seconds:.0f} s)\n\n{table(rows)}", flush=True)
+
+    def some(self, found: dict[str, Any], *without: str) -> dict[str, Any]:
+        """A quick run has no time to compile all of them."""
+        if self.quick:
+            without = (*without, *(n for n in found if n not in ("one step", "greedy", "implicit")))
+        return {name: x for name, x in found.items() if name not in without}
+
+    def compare(
+        self, title: str, problem: Problem, optimizers: dict, steps: int = STEPS, **more: Callable
+    ) -> Any:
+        """`more` columns are functions of a hypergradient and of the exact one."""
+        started = time.perf_counter()
+        batches = problem.batches(steps)
+        report = gradhpo.compare_hypergradients(
+            self.some(optimizers), problem.state, batches, problem.val, problem.losses
+        )
+        self.reports[title], rows = report, rows_of(report)
+        for column, measure in more.items():
+            for name, g in {"exact": report.reference, **report.hypergradients}.items():
+                if name == "exact" or not report.sees_none(name):
+                    rows[name][column] = measure(g, report.reference)
+        self.tell(title, rows, time.perf_counter() - started)
+        return report
+
+    def noise(self, title: str, problem: Problem, optimizers: dict, val: Any) -> None:
+        """Bias and noise over draws of the batches."""
+        started = time.perf_counter()
+        report = gradhpo.compare_over_batches(
+            self.some(optimizers), problem.state, problem.source, val, problem.losses,
+            num_draws=4 if self.quick else 32, num_steps=STEPS,
+        )  # fmt: skip
+        rows = {
+            "exact" if name == "reference" else name: {
+                "cosine of the mean": x.cosine,
+                "bias": f"{x.bias:.2f} ± {x.bias_error:.2f}",
+                "noise": x.noise,
+                "signal / noise": x.signal_to_noise,
+                "draws needed": f"{x.draws_needed:.1f}",
+            }
+            for name, x in report.overall.items()
+        }
+        self.reports[title] = report
+        self.tell(title, rows, time.perf_counter() - started)
+
+
+# ------------------------------------------------------------------------ what each part prints
+
+SHORT_SERIES = gradhpo.Neumann(terms=20, step_size=0.05)
+
+
+def tell_example_weights(session: Session, seed: int) -> None:
+    problem = example_weights(seed)
+    everyone = estimators(problem.inner, STEPS, SHORT_SERIES)
+    if not session.quick:
+        session.compare("tuned: example weights, at the start", problem, everyone)
+        later = trained(problem, 300)
+        session.compare("tuned: example weights, 300 steps later", later, everyone)
+    noise = "tuned: example weights, at the start, over draws of the training batches"
+    without = ("first order", "T1-T2") + ("implicit",) * session.quick
+    session.noise(noise, problem, session.some(everyone, *without), problem.val)
+
+
+def tell_learning_rates(session: Session, seed: int) -> None:
+    problem = learning_rates(seed)
+    everyone = estimators(problem.inner, STEPS, SHORT_SERIES)
+    total = lambda g: float(sum(jnp.sum(x) for x in jax.tree.leaves(g)))
+    # Of all rates together: 1 raises them as the exact one does, below 0 lowers what it raises.
+    pull = lambda g, exact: total(g) / total(exact)
+    session.compare("tuned: learning rates, at the start", problem, everyone, pull=pull)
+    later = trained(problem, 300)
+    report = session.compare("tuned: learning rates, 300 steps later", later, everyone, pull=pull)
+    print(f"\nThe exact one {'lowers' if total(report.reference) > 0 else 'raises'} the rates.")
+    started = time.perf_counter()
+    exact = gradhpo.UnrolledOptimizer(problem.inner)
+    horizon = gradhpo.explain_horizon(
+        exact, later.state, later.batches(100), later.val, later.losses
+    )
+    session.reports["horizon"] = horizon
+    fifths = np.split(np.arange(100), 5)
+    rows = {
+        f"{f[0] + 1} to {f[-1] + 1}": {n: float(x[f].sum()) for n, x in horizon.share.items()}
+        for f in fifths
+    }
+    rows["all"] = {name: float(x.sum()) for name, x in horizon.share.items()}
+    title = "tuned: learning rates, 300 steps later, shares of 100 inner steps"
+    session.tell(title, rows, time.perf_counter() - started)
+    needed = {c: horizon.steps_needed(c) for c in (0.9, 0.99)}
+    print(
+        "\nThe last steps needed for a cosine of: "
+        + ", ".join(f"{c}: {n}" for c, n in needed.items())
+    )
+
+
+def tell_penalties(session: Session, seed: int) -> None:
+    problem = penalties(seed)
+    places = {"at the start, 20 steps": (problem, 20)}
+    if not session.quick:
+        places["at the optimum, 500 steps"] = (trained(problem, 3_000), 500)
+    for when, (at, steps) in places.items():
+        title = f"tuned: penalties, rate and momentum, {when}"
+        everyone = estimators(at.inner, steps, None, forward=True)
+        report = session.compare(title, at, everyone, steps)
+        session.tell(f"{title}: leaf by leaf", leaves_of(report), 0.0)
+
+
+def tell_mixing_weights(session: Session, seed: int) -> None:
+    problem = mixing_weights(seed)
+    later = trained(problem, 300)
+    everyone = estimators(problem.inner, STEPS, SHORT_SERIES, forward=True)
+    session.compare("tuned: mixing weights, at the start", problem, everyone)
+    everyone = session.some(everyone, "forward mode")
+    title = "tuned: mixing weights, 300 steps later"
+    session.compare(title, later, everyone)
+    few = session.some(everyone, "T1-T2", "HyperDistill", "truncated, last 5", "implicit")
+    val = gradhpo.ArrayData(problem.val, BATCH_SIZE, jax.random.key(seed))
+    session.noise(f"{title}, over draws of batches of {BATCH_SIZE}", later, few, val)
+
+
+# -------------------------------------------------------------------------- where each one fails
+
+
+def cosine(a: Any, b: Any) -> float:
+    return float(gradhpo.tree_dot(a, b) / (gradhpo.tree_l2_norm(a) * gradhpo.tree_l2_norm(b)))
+
+
+def greedy_on_cold_restarts(outer_steps: list[int]) -> Rows:
+    """A bowl with waves; greedy tunes it, and the exact hypergradient is computed beside it."""
+    train = lambda w, a, batch: (w[0] - a[0]) ** 2 + (w[1] - a[1]) ** 2 / 2
+    val = lambda w, a, batch: jnp.sum(w**2) + 10 * jnp.sum(jnp.sin(w) ** 2)
+    inner, outer = optax.sgd(0.1), optax.sgd(1e-4)
+    greedy = gradhpo.GreedyOptimizer(inner, outer, unroll_steps=5)
+    exact = gradhpo.UnrolledOptimizer(inner, outer, unroll_steps=5)
+    losses = gradhpo.LossFunctions(train, val)
+    rows: Rows = {f"{k}": {} for k in outer_steps}
+    for name, restart in (("restarted", {"steps_per_episode": 1, "reptile_rate": 0.0}),
+                          ("carried on", {})):  # fmt: skip
+        state, done = greedy.init(jnp.full(2, 2.0), jnp.ones(2)), 0
+        for k in outer_steps:
+            if k > done + 1:
+                state, _ = gradhpo.run(
+                    greedy, state, losses, None, None, num_steps=k - 1 - done, progress=False,
+                    **restart,
+                )  # fmt: skip
+                done = k - 1
+            g, r = (o.compute_hypergradient(state, None, None, train, val) for o in (greedy, exact))
+            after = exact.step(state, None, None, train, val)
+            rows[f"{k}"] |= {
+                f"{name}: cosine": cosine(g, r),
+                f"{name}: loss": float(after.get_metric("val_loss")),
+            }
+    return rows
+
+
+def implicit_before_convergence(seed: int, counts: list[int]) -> Rows:
+    """Penalties alone; forward mode has the exact hypergradient at every step on the way."""
+    problem = penalties(seed)
+    h, pair = problem.state.hyperparams, (problem.losses.train_loss, problem.losses.val_loss)
+    arguments = (problem.source, problem.val, *pair)
+    makers = (gradhpo.ForwardModeOptimizer(problem.inner), gradhpo.ImplicitOptimizer(problem.inner))
+    states, rows = [o.init(problem.state.params, h) for o in makers], {}
+    warnings.filterwarnings("ignore", "ImplicitOptimizer gives a hypergradient of 0")  # of rates
+    for n in range(1, max(counts) + 1):
+        pairs = list(zip(makers, states, strict=True))
+        if n in counts:
+            r, g = (o.compute_hypergradient(s, *arguments)["log_penalty"] for o, s in pairs)
+        states = [o.step(s, *arguments, lr_hyper=0.0) for o, s in pairs]
+        if n in counts:
+            residuals = {"inner residual": "inner_residual", "linear residual": "linear_residual"}
+            rows[f"{n}"] = {
+                **{k: f"{float(states[1].get_metric(m)):.1e}" for k, m in residuals.items()},
+                "relative error": float(jnp.linalg.norm(g - r) / jnp.linalg.norm(r)),
+                "cosine": cosine(g, r),
+                "length": float(jnp.linalg.norm(g) / jnp.linalg.norm(r)),
+            }
+    return rows
+
+
+def descend(params: Any, h: Any, batch: Any) -> Any:
+    """Gradient descent whose rate is data: another rate is no other program."""
+    data, rate = batch
+    gradients = eqx.filter_grad(lambda params: weighted_loss(params, h, data))(params)
+    return eqx.apply_updates(params, jax.tree.map(lambda g: -rate * g, gradients))
+
+
+@eqx.filter_jit
+def largest_curvature(params: Any, h: Any, data: Any) -> Array:
+    """By power iteration on the Hessian of the training loss."""
+    w, static = eqx.partition(params, eqx.is_inexact_array)
+    gradient = jax.grad(lambda w: weighted_loss(eqx.combine(w, static), h, data))
+
+    def body(v: Any, _: None) -> tuple[Any, Array]:
+        product = jax.jvp(gradient, (w,), (v,))[1]
+        norm = gradhpo.tree_l2_norm(product)
+        return jax.tree.map(lambda x: x / norm, product), norm
+
+    return jax.lax.scan(body, jax.tree.map(jnp.ones_like, w), length=50)[1][-1]
+
+
+def off_the_straight_line(seed: int, rates: list[float]) -> Rows:
+    """Example weights of 200 digits, full batches, plain gradient descent of 20 steps."""
+    problem = example_weights(seed)
+    data = jax.tree.map(lambda x: x[:200], problem.source.arrays)
+    train = lambda params, h, batch: weighted_loss(params, h, batch[0])
+    settings = {"update_fn": descend, "unroll_steps": STEPS}
+    exact = gradhpo.UnrolledOptimizer(**settings)
+    others = {
+        "DrMAD": gradhpo.DrMADOptimizer(**settings),
+        "greedy": gradhpo.GreedyOptimizer(**settings),
+        "last step": gradhpo.UnrolledOptimizer(**settings, truncation=1),
+        "last 5": gradhpo.UnrolledOptimizer(**settings, truncation=5),
+    }
+    state, rows = exact.init(problem.state.params, problem.state.hyperparams), {}
+    for rate in rates:
+        arguments = (state, (data, jnp.asarray(rate)), problem.val, train, unweighted_loss)
+        r = exact.compute_hypergradient(*arguments)
+        end = exact.step(*arguments, lr_hyper=0.0)
+        curvature = rate * float(largest_curvature(end.params, end.hyperparams, data))
+        found = {n: cosine(o.compute_hypergradient(*arguments), r) for n, o in others.items()}
+        rows[f"{rate:g}"] = {
+            "rate x curvature": curvature,
+            "training loss": float(end.get_metric("train_loss")),
+            **found,
+        }
+    return rows
+
+
+def fresh_adam(seed: int, counts: list[int]) -> Rows:
+    """One step's hypergradient beside itself with another eps_root, along one training."""
+    small, large = (optax.adam(3e-3, eps_root=eps) for eps in (1e-16, 1e-8))
+    problem, rows = example_weights(seed, small), {}
+    makers = [gradhpo.OneStepOptimizer(inner) for inner in (small, large)]
+    pair, state = (problem.losses.train_loss, problem.losses.val_loss), problem.state
+    for n in range(1, max(counts) + 1):
+        arguments = (state, problem.source(n), problem.val, *pair)
+        if n in counts:
+            first, second = (o.compute_hypergradient(*arguments) for o in makers)
+            lengths = [f"{float(gradhpo.tree_l2_norm(g)):.1e}" for g in (first, second)]
+            row = dict(zip(("length, 1e-16", "length, 1e-8"), lengths, strict=True))
+            rows[f"{n}"] = {**row, "cosine": cosine(first, second)}
+        state = makers[0].step(*arguments, lr_hyper=0.0)
+    return rows
+
+
+def tell_failures(session: Session, seed: int) -> None:
+    quick = session.quick
+
+    def tell(title: str, make: Callable, *arguments: Any) -> None:
+        started = time.perf_counter()
+        session.tell(title, make(*arguments), time.perf_counter() - started)
+
+    outer_steps = [1, 51] if quick else [1, 1_001, 2_001, 3_001, 3_501, 4_001, 4_501]
+    tell("fails: greedy, by outer step", greedy_on_cold_restarts, outer_steps)
+    if quick:
+        return
+    counts = [5, 20, 50, 100, 200, 500]
+    tell("fails: implicit, by inner step", implicit_before_convergence, seed, counts)
+    rates = [0.1, 0.3, 1.0, 1.5, 2.0, 3.0]
+    tell("fails: DrMAD, by inner learning rate", off_the_straight_line, seed, rates)
+    adam = "fails: one step in a fresh Adam, for two eps_root, by inner step"
+    tell(adam, fresh_adam, seed, [1, 2, 5, 20, 100])
+
+
+PARTS: dict[str, Callable[[Session, int], None]] = {
+    "penalties": tell_penalties,
+    "example weights": tell_example_weights,
+    "learning rates": tell_learning_rates,
+    "mixing weights": tell_mixing_weights,
+    "failures": tell_failures,
+}
+
+
+# ------------------------------------------------------------------------------------ pictures
+
+
+def overview(session: Session) -> Any:
+    """Cosines of all estimators in all comparisons."""
+    import matplotlib.pyplot as plt
+
+    compared = {
+        title.removeprefix("tuned: "): report
+        for title, report in session.reports.items()
+        if hasattr(report, "hypergradients")
+    }
+    names = list(dict.fromkeys(n for r in compared.values() for n in r.hypergradients))
+    cosines = np.full((len(names), len(compared)), np.nan)
+    for j, report in enumerate(compared.values()):
+        for name, value in report.cosine.items():
+            if not report.sees_none(name):
+                cosines[names.index(name), j] = value
+    figure, ax = plt.subplots(figsize=(3 + 1.05 * len(compared), 4.6), layout="constrained")
+    image = ax.imshow(cosines, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
+    for (i, j), value in np.ndenumerate(cosines):
+        report = list(compared.values())[j]
+        text = f"{value:.2f}"
+        if np.isnan(value):
+            text = "sees\nnone" if names[i] in report.hypergradients else ""
+        ax.text(j, i, text, ha="center", va="center", fontsize=8,
+                color="white" if abs(value) > 0.7 else "black")  # fmt: skip
+    labels = [title.replace(" rate and momentum,", "").replace(", ", "\n") for title in compared]
+    ax.set_xticks(range(len(compared)), labels, fontsize=8)
+    ax.set_yticks(range(len(names)), names)
+    ax.spines[:].set_visible(False)
+    figure.colorbar(image, label="cosine with the exact hypergradient")
+    return figure
+
+
+def pictures(session: Session, path: Path) -> None:
+    """The overview in `path`; beside it one of the library's own figures of each kind."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    of = lambda kind: [r for r in session.reports.values() if hasattr(r, kind)]
+    kinds = {"compared": of("hypergradients"), "noise": of("draws_needed"), "horizon": of("share")}
+    figures = {f"_{kind}": found[0].plot() for kind, found in kinds.items() if found}
+    if kinds["compared"]:
+        figures[""] = overview(session)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for suffix, figure in figures.items():
+        figure.savefig(path.with_stem(path.stem + suffix), dpi=110)
+        plt.close(figure)
+    print(f"\nPictures: {', '.join(path.stem + suffix for suffix in figures) or 'none'}")
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Rows]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", choices=PARTS, help="one part of it")
+    parser.add_argument("--seed", type=int, default=0, help="of data and networks (default 0)")
+    parser.add_argument("--quick", action="store_true", help="three estimators, two problems")
+    parser.add_argument("--output", type=Path, default=Path("out/which_algorithm.png"))
+    options = parser.parse_args(arguments)
+    started, session = time.perf_counter(), Session(options.quick)
+    parts = ("penalties", "example weights", "failures") if options.quick else tuple(PARTS)
+    for name in parts if options.only is None else (options.only,):
+        PARTS[name](session, options.seed)
+    pictures(session, options.output)
+    print(f"{time.perf_counter() - started:.0f} s in all")
+    return session.tables
+
+
+if __name__ == "__main__":
+    main()
