@@ -9,7 +9,8 @@ tables of what fails where. What is tuned:
 - 30 penalties of a logistic regression, with its learning rate and momentum (breast cancer);
 - 8 mixing weights of activations in two hidden layers, as in DARTS (digits).
 
-All data ship with scikit-learn. The text of docs/which_algorithm.md is about these tables.
+All data ship with scikit-learn. The text of docs/which_algorithm.md is about these tables and those
+of where_algorithms_fail.py.
 
     python examples/which_algorithm.py            # about 7 minutes on 2 slow cores
     python examples/which_algorithm.py --seed 1 --only "mixing weights"
@@ -18,7 +19,6 @@ All data ship with scikit-learn. The text of docs/which_algorithm.md is about th
 
 import argparse
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -399,156 +399,11 @@ def tell_mixing_weights(session: Session, seed: int) -> None:
     session.noise(f"{title}, over draws of batches of {BATCH_SIZE}", later, few, val)
 
 
-# -------------------------------------------------------------------------- where each one fails
-
-
-def cosine(a: Any, b: Any) -> float:
-    return float(gradhpo.tree_dot(a, b) / (gradhpo.tree_l2_norm(a) * gradhpo.tree_l2_norm(b)))
-
-
-def greedy_on_cold_restarts(outer_steps: list[int]) -> Rows:
-    """A bowl with waves; greedy tunes it, and the exact hypergradient is computed beside it."""
-    train = lambda w, a, batch: (w[0] - a[0]) ** 2 + (w[1] - a[1]) ** 2 / 2
-    val = lambda w, a, batch: jnp.sum(w**2) + 10 * jnp.sum(jnp.sin(w) ** 2)
-    inner, outer = optax.sgd(0.1), optax.sgd(1e-4)
-    greedy = gradhpo.GreedyOptimizer(inner, outer, unroll_steps=5)
-    exact = gradhpo.UnrolledOptimizer(inner, outer, unroll_steps=5)
-    losses = gradhpo.LossFunctions(train, val)
-    rows: Rows = {f"{k}": {} for k in outer_steps}
-    for name, restart in (("restarted", {"steps_per_episode": 1, "reptile_rate": 0.0}),
-                          ("carried on", {})):  # fmt: skip
-        state, done = greedy.init(jnp.full(2, 2.0), jnp.ones(2)), 0
-        for k in outer_steps:
-            if k > done + 1:
-                state, _ = gradhpo.run(
-                    greedy, state, losses, None, None, num_steps=k - 1 - done, progress=False,
-                    **restart,
-                )  # fmt: skip
-                done = k - 1
-            g, r = (o.compute_hypergradient(state, None, None, train, val) for o in (greedy, exact))
-            after = exact.step(state, None, None, train, val)
-            rows[f"{k}"] |= {
-                f"{name}: cosine": cosine(g, r),
-                f"{name}: loss": float(after.get_metric("val_loss")),
-            }
-    return rows
-
-
-def implicit_before_convergence(seed: int, counts: list[int]) -> Rows:
-    """Penalties alone; forward mode has the exact hypergradient at every step on the way."""
-    problem = penalties(seed)
-    h, pair = problem.state.hyperparams, (problem.losses.train_loss, problem.losses.val_loss)
-    arguments = (problem.source, problem.val, *pair)
-    makers = (gradhpo.ForwardModeOptimizer(problem.inner), gradhpo.ImplicitOptimizer(problem.inner))
-    states, rows = [o.init(problem.state.params, h) for o in makers], {}
-    warnings.filterwarnings("ignore", "ImplicitOptimizer gives a hypergradient of 0")  # of rates
-    for n in range(1, max(counts) + 1):
-        pairs = list(zip(makers, states, strict=True))
-        if n in counts:
-            r, g = (o.compute_hypergradient(s, *arguments)["log_penalty"] for o, s in pairs)
-        states = [o.step(s, *arguments, lr_hyper=0.0) for o, s in pairs]
-        if n in counts:
-            residuals = {"inner residual": "inner_residual", "linear residual": "linear_residual"}
-            rows[f"{n}"] = {
-                **{k: f"{float(states[1].get_metric(m)):.1e}" for k, m in residuals.items()},
-                "relative error": float(jnp.linalg.norm(g - r) / jnp.linalg.norm(r)),
-                "cosine": cosine(g, r),
-                "length": float(jnp.linalg.norm(g) / jnp.linalg.norm(r)),
-            }
-    return rows
-
-
-def descend(params: Any, h: Any, batch: Any) -> Any:
-    """Gradient descent whose rate is data: another rate is no other program."""
-    data, rate = batch
-    gradients = eqx.filter_grad(lambda params: weighted_loss(params, h, data))(params)
-    return eqx.apply_updates(params, jax.tree.map(lambda g: -rate * g, gradients))
-
-
-@eqx.filter_jit
-def largest_curvature(params: Any, h: Any, data: Any) -> Array:
-    """By power iteration on the Hessian of the training loss."""
-    w, static = eqx.partition(params, eqx.is_inexact_array)
-    gradient = jax.grad(lambda w: weighted_loss(eqx.combine(w, static), h, data))
-
-    def body(v: Any, _: None) -> tuple[Any, Array]:
-        product = jax.jvp(gradient, (w,), (v,))[1]
-        norm = gradhpo.tree_l2_norm(product)
-        return jax.tree.map(lambda x: x / norm, product), norm
-
-    return jax.lax.scan(body, jax.tree.map(jnp.ones_like, w), length=50)[1][-1]
-
-
-def off_the_straight_line(seed: int, rates: list[float]) -> Rows:
-    """Example weights of 200 digits, full batches, plain gradient descent of 20 steps."""
-    problem = example_weights(seed)
-    data = jax.tree.map(lambda x: x[:200], problem.source.arrays)
-    train = lambda params, h, batch: weighted_loss(params, h, batch[0])
-    settings = {"update_fn": descend, "unroll_steps": STEPS}
-    exact = gradhpo.UnrolledOptimizer(**settings)
-    others = {
-        "DrMAD": gradhpo.DrMADOptimizer(**settings),
-        "greedy": gradhpo.GreedyOptimizer(**settings),
-        "last step": gradhpo.UnrolledOptimizer(**settings, truncation=1),
-        "last 5": gradhpo.UnrolledOptimizer(**settings, truncation=5),
-    }
-    state, rows = exact.init(problem.state.params, problem.state.hyperparams), {}
-    for rate in rates:
-        arguments = (state, (data, jnp.asarray(rate)), problem.val, train, unweighted_loss)
-        r = exact.compute_hypergradient(*arguments)
-        end = exact.step(*arguments, lr_hyper=0.0)
-        curvature = rate * float(largest_curvature(end.params, end.hyperparams, data))
-        found = {n: cosine(o.compute_hypergradient(*arguments), r) for n, o in others.items()}
-        rows[f"{rate:g}"] = {
-            "rate x curvature": curvature,
-            "training loss": float(end.get_metric("train_loss")),
-            **found,
-        }
-    return rows
-
-
-def fresh_adam(seed: int, counts: list[int]) -> Rows:
-    """One step's hypergradient beside itself with another eps_root, along one training."""
-    small, large = (optax.adam(3e-3, eps_root=eps) for eps in (1e-16, 1e-8))
-    problem, rows = example_weights(seed, small), {}
-    makers = [gradhpo.OneStepOptimizer(inner) for inner in (small, large)]
-    pair, state = (problem.losses.train_loss, problem.losses.val_loss), problem.state
-    for n in range(1, max(counts) + 1):
-        arguments = (state, problem.source(n), problem.val, *pair)
-        if n in counts:
-            first, second = (o.compute_hypergradient(*arguments) for o in makers)
-            lengths = [f"{float(gradhpo.tree_l2_norm(g)):.1e}" for g in (first, second)]
-            row = dict(zip(("length, 1e-16", "length, 1e-8"), lengths, strict=True))
-            rows[f"{n}"] = {**row, "cosine": cosine(first, second)}
-        state = makers[0].step(*arguments, lr_hyper=0.0)
-    return rows
-
-
-def tell_failures(session: Session, seed: int) -> None:
-    quick = session.quick
-
-    def tell(title: str, make: Callable, *arguments: Any) -> None:
-        started = time.perf_counter()
-        session.tell(title, make(*arguments), time.perf_counter() - started)
-
-    outer_steps = [1, 51] if quick else [1, 1_001, 2_001, 3_001, 3_501, 4_001, 4_501]
-    tell("fails: greedy, by outer step", greedy_on_cold_restarts, outer_steps)
-    if quick:
-        return
-    counts = [5, 20, 50, 100, 200, 500]
-    tell("fails: implicit, by inner step", implicit_before_convergence, seed, counts)
-    rates = [0.1, 0.3, 1.0, 1.5, 2.0, 3.0]
-    tell("fails: DrMAD, by inner learning rate", off_the_straight_line, seed, rates)
-    adam = "fails: one step in a fresh Adam, for two eps_root, by inner step"
-    tell(adam, fresh_adam, seed, [1, 2, 5, 20, 100])
-
-
 PARTS: dict[str, Callable[[Session, int], None]] = {
     "penalties": tell_penalties,
     "example weights": tell_example_weights,
     "learning rates": tell_learning_rates,
     "mixing weights": tell_mixing_weights,
-    "failures": tell_failures,
 }
 
 
@@ -610,11 +465,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Rows]:
     )
     parser.add_argument("--only", choices=PARTS, help="one part of it")
     parser.add_argument("--seed", type=int, default=0, help="of data and networks (default 0)")
-    parser.add_argument("--quick", action="store_true", help="three estimators, two problems")
+    parser.add_argument("--quick", action="store_true", help="three estimators, one problem")
     parser.add_argument("--output", type=Path, default=Path("out/which_algorithm.png"))
     options = parser.parse_args(arguments)
     started, session = time.perf_counter(), Session(options.quick)
-    parts = ("penalties", "example weights", "failures") if options.quick else tuple(PARTS)
+    parts = ("penalties",) if options.quick else tuple(PARTS)
     for name in parts if options.only is None else (options.only,):
         PARTS[name](session, options.seed)
     pictures(session, options.output)

@@ -9,10 +9,12 @@ import pytest
 
 # Most of the suite is compilation of small programs: let the CPU's code generator be quick about
 # it. What XLA itself does to a program (its flops, its memory) is as always. XLA stops at a flag
-# that it does not know, and the second is younger than the first.
+# that it does not know, and the others are younger than the first.
 flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
 if version("jaxlib").startswith("0.10."):
     flags.append("--xla_cpu_use_fusion_emitters=false")
+    # The workers fill the cores already.
+    flags.append("--xla_cpu_parallel_codegen_split_count=1")
 os.environ["XLA_FLAGS"] = " ".join(flags)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import OUTER, make, relaxed, stack_of
+from problems import OUTER, relaxed
 from test_compare import (
     GAMMA,
     HYPERPARAMS,
@@ -51,8 +51,7 @@ def noisy_hypergradient(batches, val_batch):
     return np.append(alpha * weights.sum(), alpha @ sum(along))
 
 
-@pytest.mark.parametrize("kind", ["function", "iterator"])
-def test_moments_over_draws(kind):
+def test_moments_over_draws():
     train = gradhpo.ArrayData(DATA, batch_size=4, key=jax.random.key(0))
     val = gradhpo.ArrayData(DATA, batch_size=10, key=jax.random.key(1))
     draws, steps = 6, 4
@@ -65,8 +64,8 @@ def test_moments_over_draws(kind):
     )
     optimizers = {"one step": gradhpo.OneStepOptimizer(SGD)}
     state = optimizers["one step"].init(jnp.zeros(3), NOISY_HYPERPARAMS)
-    if kind == "iterator":
-        train, val = iter(batches.reshape(-1, 4, 3)), iter(val_batches)
+    # The training batches from an iterator, the validation batches from a function.
+    train = iter(batches.reshape(-1, 4, 3))
     report = gradhpo.compare_over_batches(
         optimizers, state, train, val, NOISY, num_draws=draws, num_steps=steps
     )
@@ -98,7 +97,7 @@ def test_moments_over_draws(kind):
     import matplotlib as mpl
 
     mpl.use("agg")
-    assert len(report.plot().axes) == 2
+    assert len(report.plot().axes) == 3
 
 
 def test_fixed_data_have_no_noise():
@@ -200,24 +199,34 @@ def test_hyperdistill_is_spread_over_the_horizon(horizon):
     np.testing.assert_allclose(shares[1:] / shares[:-1], 1 / 0.99, rtol=1e-8)
 
 
-def test_shares_add_up_through_optimizer_state(getkey):
+def test_shares_add_up_through_optimizer_state():
     """With momentum, minibatches and a direct term; the truncations are those of unrolling."""
-    problem, inner = make("optimizer", "momentum", getkey())
+    inner = relaxed(lambda h: optax.sgd(jnp.exp(h["rate"]), momentum=0.9))
+    train_loss = lambda w, h, batch: jnp.sum(jnp.cosh(w - h["a"] * batch))
+    val_loss = lambda w, h, batch: jnp.sum((w - 1) ** 2) + 0.1 * jnp.sum((w - h["a"]) ** 2)
     optimizer = gradhpo.UnrolledOptimizer(inner, unroll_steps=5, truncation=2)
-    state = optimizer.init(problem.params, problem.hyperparams)
-    stack = stack_of(problem, 5, getkey())
-    losses = gradhpo.LossFunctions(problem.train_loss, problem.val_loss)
-    arguments = (state, stack, problem.val_batch)
-    report = gradhpo.explain_horizon(optimizer, *arguments, losses)
+    state = optimizer.init(jnp.zeros(3), {"a": jnp.arange(3.0), "rate": jnp.asarray(-2.0)})
+    stack = gradhpo.BatchStack(jnp.linspace(0.5, 1.5, 5))
+    losses = gradhpo.LossFunctions(train_loss, val_loss)
+    report = gradhpo.explain_horizon(optimizer, state, stack, None, losses)
     assert report.share["exact"].sum() + report.direct_share == pytest.approx(1, abs=1e-10)
     assert report.direct_share != 0
-    comparison = gradhpo.compare_hypergradients({"last 2": optimizer}, *arguments, losses)
+    comparison = gradhpo.compare_hypergradients({"last 2": optimizer}, state, stack, None, losses)
     assert report.cosine_of_last[1] == pytest.approx(comparison.cosine["last 2"], abs=1e-10)
     assert "inner steps" in str(report)
     import matplotlib as mpl
 
     mpl.use("agg")
     assert len(report.plot().axes) == 2
+
+
+def test_a_hypergradient_of_zero_is_said_to_be_one():
+    optimizer = gradhpo.UnrolledOptimizer(SGD, unroll_steps=3)
+    state = optimizer.init(jnp.asarray(START), HYPERPARAMS)
+    flat = gradhpo.LossFunctions(LOSSES.train_loss, lambda w, h, batch: 0 * jnp.sum(w))
+    report = gradhpo.explain_horizon(optimizer, state, None, None, flat)
+    assert "is 0" in str(report)
+    report.plot()
 
 
 def test_bad_horizons():

@@ -16,7 +16,14 @@ from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.outer import follow
 from gradhpo.core.problem import Problem, bind
 from gradhpo.core.state import BilevelState
-from gradhpo.core.types import BatchStack, DrawnStack, LossFn, LossFunctions, batch_of_step
+from gradhpo.core.types import (
+    BatchStack,
+    DrawnStack,
+    LossFn,
+    LossFunctions,
+    MetricDict,
+    batch_of_step,
+)
 from gradhpo.diagnostics.cost import Program, on_device
 from gradhpo.utils.validation import numbers_as_arrays
 
@@ -83,7 +90,7 @@ class Case:
         return eqx.combine(Program(begin, *arguments)(), arguments[1])
 
     def estimate(self, optimizer: BilevelOptimizer) -> Program:
-        """The hypergradient at the end of the horizon, and the validation loss there."""
+        """Hypergradient, validation loss and the optimizer's metrics at the end of the horizon."""
         losses = (self.train_loss, self.val_loss)
         along = lambda optimizer, start, train_batch, val_batch: estimate_along(
             optimizer, start, train_batch, val_batch, *losses, self.num_steps
@@ -172,8 +179,11 @@ def estimate_along(
     train_loss_fn: LossFn,
     val_loss_fn: LossFn,
     num_steps: int,
-) -> tuple[PyTree, Array]:
-    """The hypergradient that the optimizer has after `num_steps` inner steps; the loss there."""
+) -> tuple[PyTree, Array, MetricDict]:
+    """What the optimizer has after `num_steps` inner steps.
+
+    Its hypergradient, the validation loss, and its own metrics (residuals of a solver, theta).
+    """
     per_step = optimizer.num_inner_steps
     count, losses = num_steps // per_step, (train_loss_fn, val_loss_fn)
     arrays, static = eqx.partition(start, eqx.is_array)
@@ -184,10 +194,11 @@ def estimate_along(
         arrays = eqx.filter(follow(state, estimate), eqx.is_array)
         return (arrays, estimate.hypergradient), estimate.val_loss
 
-    (_, hypergradient), val_losses = jax.lax.scan(
+    (arrays, hypergradient), val_losses = jax.lax.scan(
         body, (arrays, start.hyperparams), jnp.arange(count, dtype=jnp.int32)
     )
-    return hypergradient, val_losses[-1]
+    end = eqx.combine(arrays, static)
+    return hypergradient, val_losses[-1], optimizer._scalars(end.memory)
 
 
 @contextlib.contextmanager

@@ -58,7 +58,9 @@ def compare_hypergradients(
     **Returns:** a report. `report.cosine[name]`, `.norm_ratio[name]`, `.relative_error[name]`
     and `.sign_agreement[name]` compare over all coordinates, `report.per_leaf[leaf].cosine[name]`
     and so on leaf by leaf; `report.flops[name]`, `.temporary_bytes[name]`, `.seconds[name]` are
-    the costs of the whole horizon. `str(report)` is a table, `report.plot()` a figure.
+    the costs of the whole horizon, with an estimate at each `step` of the optimizer.
+    `report.metrics[name]` has what a method says of itself at the end (residuals of a linear
+    solver, theta). `str(report)` is a table, `report.plot()` a figure.
     Hyperparameters that a method cannot see are in `report.unseen[name]`, methods that do not
     work on this problem in `report.failed[name]`, with the reason.
 
@@ -94,7 +96,7 @@ def compare_hypergradients(
     else:
         expected = _like(state.hyperparams, reference)
 
-    found, unseen, failed, remarks = {}, {}, {}, {}
+    found, metrics, unseen, failed, remarks = {}, {}, {}, {}, {}
     names = leaf_names(state.hyperparams)
     for name, optimizer in optimizers.items():
         try:
@@ -108,7 +110,7 @@ def compare_hypergradients(
         except FAILURES as error:
             failed[name] = str(error)
             continue
-        found[name], costs[name] = made.hypergradient, made.cost
+        found[name], costs[name], metrics[name] = made.hypergradient, made.cost, made.metrics
         remarks |= _remark(name, made, float(trained_loss))
     return HypergradientComparison(
         num_steps=case.num_steps,
@@ -118,6 +120,7 @@ def compare_hypergradients(
         overall=agreement(found, expected),
         per_leaf=agreement_by_leaf(found, expected),
         costs=costs,
+        metrics={name: of_method for name, of_method in metrics.items() if of_method},
         unseen={name: leaves for name, leaves in unseen.items() if leaves},
         failed=failed,
         remarks=remarks,
@@ -128,6 +131,7 @@ def compare_hypergradients(
 class _Estimated:
     hypergradient: PyTree
     val_loss: float
+    metrics: dict[str, float]
     cost: Cost
 
 
@@ -146,9 +150,10 @@ def _like(hyperparams: PyTree, reference: Any) -> PyTree:
 def _estimated(case: Case, optimizer: BilevelOptimizer) -> _Estimated:
     with without_warnings():  # what a method does not see is in the report
         program = case.estimate(optimizer)
-        (hypergradient, val_loss), seconds = program.timed()
+        (hypergradient, val_loss, metrics), seconds = program.timed()
     cost = dataclasses.replace(program.cost, seconds=seconds)
-    return _Estimated(jax.tree.map(np.asarray, hypergradient), float(val_loss), cost)
+    metrics = {name: float(value) for name, value in metrics.items()}
+    return _Estimated(jax.tree.map(np.asarray, hypergradient), float(val_loss), metrics, cost)
 
 
 def _remark(name: str, made: _Estimated, trained_loss: float) -> dict[str, str]:

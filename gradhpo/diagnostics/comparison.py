@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+import jax
+import numpy as np
 from jaxtyping import PyTree
 
 from gradhpo.diagnostics.agreement import Agreement
@@ -25,6 +27,7 @@ class HypergradientComparison:
     - `per_leaf`: leaf of the hyperparameters to the same four.
     - `flops`, `temporary_bytes`, `seconds`: of the whole horizon. `costs` has more, and also
         those of `"training alone"` and of the `"reference"`.
+    - `metrics`: of the optimizers that have some of their own, at the end of the horizon.
     - `unseen`: leaves that an optimizer cannot see, where there are any.
     - `failed`: why an optimizer does not work on this problem. It is in no other dict.
     - `remarks`: what else is to be known of an estimate.
@@ -39,6 +42,7 @@ class HypergradientComparison:
     overall: Agreement
     per_leaf: dict[str, Agreement]
     costs: dict[str, Cost]
+    metrics: dict[str, dict[str, float]]
     unseen: dict[str, tuple[str, ...]]
     failed: dict[str, str]
     remarks: dict[str, str]
@@ -78,7 +82,8 @@ class HypergradientComparison:
     def __str__(self) -> str:
         parts = [
             f"Hypergradients after {self.num_steps} inner steps, compared with "
-            f"{self.reference_name}; costs are those of the whole horizon",
+            f"{self.reference_name}; costs are those of the whole horizon, with an estimate at "
+            "every step of an optimizer",
             aligned([_HEADER, *map(self._row, self._names())]),
         ]
         if len(self.per_leaf) > 1:
@@ -88,6 +93,9 @@ class HypergradientComparison:
             for name, leaves in self.unseen.items()
             if not self.sees_none(name)
         ]
+        for name, own in self.metrics.items():
+            told = ", ".join(f"{metric} {number(value)}" for metric, value in own.items())
+            notes.append(f"{name} ends with {told}")
         notes += [f"{name}: {why}" for name, why in (self.failed | self.remarks).items()]
         if any(self.costs[name].at_least for name in self.costs):
             notes.append(OPEN_LOOPS)
@@ -121,16 +129,22 @@ class HypergradientComparison:
         names = [name for name in self.hypergradients if not self.sees_none(name)]
         shown = list(self.per_leaf)[:_MOST_LEAVES]
 
-        def table(title: str, measure: str) -> str:
+        lengths = dict(zip(self.per_leaf, jax.tree.leaves(self.reference), strict=True))
+
+        def table(title: str, measure: str, **first: dict[str, str]) -> str:
             def cell(leaf: str, name: str) -> str:
                 if leaf in self.unseen.get(name, ()):
                     return "unseen"
                 return number(getattr(self.per_leaf[leaf], measure)[name])
 
-            rows = [[leaf, *(cell(leaf, name) for name in names)] for leaf in shown]
-            return aligned([[title, *names], *rows])
+            rows = [
+                [leaf, *(x[leaf] for x in first.values()), *(cell(leaf, name) for name in names)]
+                for leaf in shown
+            ]
+            return aligned([[title, *first, *names], *rows])
 
-        tables = [table("cosine", "cosine"), table("norm ratio", "norm_ratio")]
+        norms = {leaf: f"{np.linalg.norm(x):.2g}" for leaf, x in lengths.items()}
+        tables = [table("cosine", "cosine"), table("norm ratio", "norm_ratio", reference=norms)]
         hidden = len(self.per_leaf) - len(shown)
         return tables + ([f"and {hidden} more leaves in report.per_leaf"] if hidden else [])
 

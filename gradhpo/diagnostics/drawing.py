@@ -24,11 +24,14 @@ def figure(columns: int, *, height: float, width: float, sharey: bool = False) -
     return made, axes[0]
 
 
-def _log_scale(axis: Any) -> None:
-    """Plain numbers at 1, 2 and 5; matplotlib's own minor labels run into one another."""
+def _log_scale(axis: Any, values: Any) -> None:
+    """Plain numbers at few places; matplotlib's own minor labels run into one another."""
     from matplotlib import ticker
 
-    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=8))
+    values = np.asarray([x for x in values if np.isfinite(x) and x > 0])
+    decades = np.log10(values.max() / values.min()) if len(values) else 0
+    subs = (1, 2, 5) if decades < 1 else (1, 3) if decades < 2 else (1,)
+    axis.set_major_locator(ticker.LogLocator(subs=subs, numticks=6))
     axis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
     axis.set_minor_formatter(ticker.NullFormatter())
 
@@ -53,19 +56,23 @@ def draw_comparison(report: Any) -> Any:
             first = False
     cosine.plot([report.cosine[n] for n in names], rows, "o", color=BLUE, label="of all together")
     if len(report.per_leaf) > 1:
-        cosine.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.22), frameon=False)
+        made.legend(*cosine.get_legend_handles_labels(), fontsize=8, loc="outside lower left",
+                    ncols=2, frameon=False)  # fmt: skip
     cosine.set(xlim=(-1.08, 1.08), xlabel="cosine", yticks=rows, yticklabels=names)
     cosine.invert_yaxis()
     norm.axvline(1, color=GREY, lw=0.8)
-    norm.plot([report.norm_ratio[n] for n in names], rows, "o", color=BLUE)
+    lengths = [report.norm_ratio[n] for n in names]
+    norm.plot(lengths, rows, "o", color=BLUE)
     norm.set(xscale="log", xlabel="norm, in that of the reference")
-    _log_scale(norm.xaxis)
+    _log_scale(norm.xaxis, [*lengths, 1])
     training = report.costs["training alone"].seconds
     seconds.barh(rows, [report.seconds[n] / training for n in names], color=BLUE, height=0.55)
     seconds.set(xlabel="time, in that of training alone")
     seconds.axvline(1, color=GREY, lw=0.8)
-    memory.barh(rows, [report.temporary_bytes[n] / 2**20 for n in names], color=BLUE, height=0.55)
-    memory.set(xlabel="temporary memory, MiB")
+    needed = np.array([report.temporary_bytes[n] for n in names])
+    size, unit = (2**20, "MiB") if needed.max(initial=0) >= 2**20 else (2**10, "KiB")
+    memory.barh(rows, needed / size, color=BLUE, height=0.55)
+    memory.set(xlabel=f"temporary memory, {unit}")
     for ax in (norm, seconds, memory):
         ax.tick_params(axis="y", length=0)
     title = f"{report.num_steps} inner steps, compared with {report.reference_name}"
@@ -79,18 +86,26 @@ def draw_noise(report: Any) -> Any:
     rows = np.arange(len(names))
     bias = np.square([report.overall[name].bias for name in names])
     variance = np.square([report.overall[name].noise for name in names])
-    made, (error, ratio) = figure(2, height=1.6 + 0.42 * len(names), width=9.0, sharey=True)
+    made, (cosine, error, ratio) = figure(
+        3, height=1.6 + 0.42 * len(names), width=12.0, sharey=True
+    )
+    cosine.plot([x.cosine for x in report.overall.values()], rows, "o", color=BLUE)
+    cosine.axvline(0, color=GREY, lw=0.8)
+    cosine.axvline(1, color=GREY, lw=0.8)
+    cosine.set(xlim=(-1.08, 1.08), xlabel="cosine of the means")
+    cosine.set(yticks=rows, yticklabels=names)
+    cosine.invert_yaxis()
     error.barh(rows, bias, color=ORANGE, height=0.55, label="bias, squared")
     error.barh(rows, variance, left=bias, color=BLUE, height=0.55, label="variance of a draw")
     error.set(xlabel="squared error, in squares of the exact mean's length")
-    error.set(yticks=rows, yticklabels=names)
     error.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
-    error.invert_yaxis()
-    ratio.plot([report.signal_to_noise[name] for name in names], rows, "o", color=BLUE)
+    ratios = list(report.signal_to_noise.values())
+    ratio.plot(ratios, rows, "o", color=BLUE)
     ratio.axvline(1, color=GREY, lw=0.8)
     ratio.set(xscale="log", xlabel="signal / noise of a draw")
-    _log_scale(ratio.xaxis)
-    ratio.tick_params(axis="y", length=0)
+    _log_scale(ratio.xaxis, [*ratios, 1])
+    for ax in (error, ratio):
+        ax.tick_params(axis="y", length=0)
     made.suptitle(f"{report.num_draws} draws, {report.num_steps} inner steps", fontsize=11)
     return made
 
@@ -105,6 +120,9 @@ def draw_horizon(report: Any) -> Any:
     for name, (style, color) in styles.items():
         shown = steps == report.num_steps if name == "one step" else steps > 0
         share.plot(steps[shown], report.share[name][shown], style, color=color, label=name)
+    made.suptitle(
+        f"Where the hypergradient of {report.num_steps} inner steps comes from", fontsize=11
+    )
     share.set(xlabel="inner step", ylabel="share of the exact hypergradient")
     share.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False)
     cosine.axhline(1, color=GREY, lw=0.8)

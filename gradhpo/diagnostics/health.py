@@ -144,7 +144,7 @@ class _Run:
         if self._program is None:  # a `step` would raise, and say that it sees nothing
             self.hypergradient = jax.tree.map(jnp.zeros_like, case.state.hyperparams)
         else:
-            self.hypergradient, self.val_loss = self._program()
+            self.hypergradient = self._program()[0]
 
     def cast(self, dtype: Any) -> "_Run":
         """With all floating-point arrays in one precision."""

@@ -79,9 +79,9 @@ class Horizon:
             f"Shares of {self.num_steps} inner steps in the exact hypergradient, and what is kept "
             "of them (1 in all, with the direct term)\n\n"
             + aligned([["inner steps", *names], *rows, ["all", *total]])
-            + f"\n\ndirect term {number(self.direct_share)}; the last {self.steps_needed(0.9)} "
-            f"steps have a cosine of 0.9 with all of them, the last {self.steps_needed()} one of "
-            "0.99"
+            + f"\n\ndirect term {number(self.direct_share)}; steps that must be kept for a cosine "
+            f"of 0.9 with all of them: {self.steps_needed(0.9)}, for one of 0.99: "
+            f"{self.steps_needed()}"
         )
 
     def plot(self) -> Any:

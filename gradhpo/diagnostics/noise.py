@@ -91,7 +91,7 @@ class HypergradientNoise:
                 f"{number(x.bias)} ± {number(x.bias_error)}",
                 number(x.noise),
                 number(x.signal_to_noise),
-                number(x.draws_needed, 1),
+                "< 1" if x.draws_needed < 1 else number(x.draws_needed, 1),
             ]
             for name, x in self.overall.items()
         ]
