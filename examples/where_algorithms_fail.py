@@ -8,7 +8,7 @@
 The text of docs/which_algorithm.md is about these tables; the problems are those of
 which_algorithm.py.
 
-    python examples/where_algorithms_fail.py            # about a minute on 2 slow cores
+    python examples/where_algorithms_fail.py            # half a minute on 2 slow cores
     python examples/where_algorithms_fail.py --help
 """
 

@@ -12,7 +12,7 @@ tables of what fails where. What is tuned:
 All data ship with scikit-learn. The text of docs/which_algorithm.md is about these tables and those
 of where_algorithms_fail.py.
 
-    python examples/which_algorithm.py            # about 7 minutes on 2 slow cores
+    python examples/which_algorithm.py            # about 5 minutes on 2 slow cores
     python examples/which_algorithm.py --seed 1 --only "mixing weights"
     python examples/which_algorithm.py --help
 """

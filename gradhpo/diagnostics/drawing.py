@@ -97,7 +97,7 @@ def draw_noise(report: Any) -> Any:
     cosine.invert_yaxis()
     error.barh(rows, bias, color=ORANGE, height=0.55, label="bias, squared")
     error.barh(rows, variance, left=bias, color=BLUE, height=0.55, label="variance of a draw")
-    error.set(xlabel="squared error, in squares of the exact mean's length")
+    error.set(xlabel="squared error, relative to the exact mean")
     error.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     ratios = list(report.signal_to_noise.values())
     ratio.plot(ratios, rows, "o", color=BLUE)
