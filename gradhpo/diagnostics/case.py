@@ -73,29 +73,53 @@ class Case:
         start = start_of_episode(optimizer, self.state) if start is None else start
         return Program(function, optimizer, start, self.train_batch, self.val_batch, *more)
 
-    def begun(self, optimizer: BilevelOptimizer) -> BilevelState:
-        """As `run` would begin the episode: theta is fitted, in a program of its own."""
-        losses = (self.train_loss, self.val_loss)
-        begin = lambda optimizer, start, train_batch, val_batch: begin_episode(
-            optimizer, start, train_batch, val_batch, *losses, self.num_steps
-        )
-        arguments = (
-            optimizer,
-            start_of_episode(optimizer, self.state),
-            self.train_batch,
-            self.val_batch,
-        )
-        if not optimizer._reads_ahead:  # nothing worth a compilation
-            return begin(*arguments)
-        return eqx.combine(Program(begin, *arguments)(), arguments[1])
-
     def estimate(self, optimizer: BilevelOptimizer) -> Program:
-        """Hypergradient, validation loss and the optimizer's metrics at the end of the horizon."""
-        losses = (self.train_loss, self.val_loss)
-        along = lambda optimizer, start, train_batch, val_batch: estimate_along(
-            optimizer, start, train_batch, val_batch, *losses, self.num_steps
+        """`follow`, from where `run` would begin the episode (theta fitted beforehand)."""
+        start = start_of_episode(optimizer, self.state)
+        if optimizer._reads_ahead:  # else nothing worth a compilation
+            start = eqx.combine(self.compile(self.begin, optimizer, start=start)(), start)
+        else:
+            start = self.begin(optimizer, start, self.train_batch, self.val_batch)
+        return self.compile(self.follow, optimizer, start=start)
+
+    def begin(
+        self,
+        optimizer: BilevelOptimizer,
+        start: BilevelState,
+        train_batch: PyTree,
+        val_batch: PyTree,
+    ) -> BilevelState:
+        """What `run` does where an episode of so many inner steps begins."""
+        count = self.num_steps // optimizer.num_inner_steps
+        return optimizer._begin_episode(
+            start, drawn(train_batch), val_batch, self.train_loss, self.val_loss, count
         )
-        return self.compile(along, optimizer, start=self.begun(optimizer))
+
+    def follow(
+        self,
+        optimizer: BilevelOptimizer,
+        start: BilevelState,
+        train_batch: PyTree,
+        val_batch: PyTree,
+    ) -> tuple[PyTree, Array, MetricDict]:
+        """What the optimizer has at the end of the horizon.
+
+        Its hypergradient, the validation loss, and its own metrics (residuals of a solver, theta).
+        """
+        per_step, losses = optimizer.num_inner_steps, (self.train_loss, self.val_loss)
+        arrays, static = eqx.partition(start, eqx.is_array)
+
+        def body(carry: PyTree, k: Array):
+            state = eqx.combine(carry[0], static)
+            batches = drawn(train_batch, k * per_step), val_batch
+            estimate = optimizer._solve(state, *batches, *losses)
+            arrays = eqx.filter(follow(state, estimate), eqx.is_array)
+            return (arrays, estimate.hypergradient), estimate.val_loss
+
+        steps = jnp.arange(self.num_steps // per_step, dtype=jnp.int32)
+        (arrays, hypergradient), val_losses = jax.lax.scan(body, (arrays, start.hyperparams), steps)
+        end = eqx.combine(arrays, static)
+        return hypergradient, val_losses[-1], optimizer._scalars(end.memory)
 
     def train(self, optimizer: BilevelOptimizer) -> Program:
         """The validation loss after the inner steps of one `step`."""
@@ -154,51 +178,6 @@ def start_of_episode(optimizer: BilevelOptimizer, state: BilevelState) -> Bileve
         inner_opt_state=state.inner_opt_state,
         metadata=state.metadata | fresh.metadata | kept,
     )
-
-
-def begin_episode(
-    optimizer: BilevelOptimizer,
-    start: BilevelState,
-    train_batch: PyTree,
-    val_batch: PyTree,
-    train_loss_fn: LossFn,
-    val_loss_fn: LossFn,
-    num_steps: int,
-) -> BilevelState:
-    """What `run` does where an episode of `num_steps` inner steps begins."""
-    count = num_steps // optimizer.num_inner_steps
-    losses = (train_loss_fn, val_loss_fn)
-    return optimizer._begin_episode(start, drawn(train_batch), val_batch, *losses, count)
-
-
-def estimate_along(
-    optimizer: BilevelOptimizer,
-    start: BilevelState,
-    train_batch: PyTree,
-    val_batch: PyTree,
-    train_loss_fn: LossFn,
-    val_loss_fn: LossFn,
-    num_steps: int,
-) -> tuple[PyTree, Array, MetricDict]:
-    """What the optimizer has after `num_steps` inner steps.
-
-    Its hypergradient, the validation loss, and its own metrics (residuals of a solver, theta).
-    """
-    per_step = optimizer.num_inner_steps
-    count, losses = num_steps // per_step, (train_loss_fn, val_loss_fn)
-    arrays, static = eqx.partition(start, eqx.is_array)
-
-    def body(carry: PyTree, k: Array):
-        state = eqx.combine(carry[0], static)
-        estimate = optimizer._solve(state, drawn(train_batch, k * per_step), val_batch, *losses)
-        arrays = eqx.filter(follow(state, estimate), eqx.is_array)
-        return (arrays, estimate.hypergradient), estimate.val_loss
-
-    (arrays, hypergradient), val_losses = jax.lax.scan(
-        body, (arrays, start.hyperparams), jnp.arange(count, dtype=jnp.int32)
-    )
-    end = eqx.combine(arrays, static)
-    return hypergradient, val_losses[-1], optimizer._scalars(end.memory)
 
 
 @contextlib.contextmanager

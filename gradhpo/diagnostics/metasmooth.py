@@ -8,7 +8,7 @@ from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.problem import Problem
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import LossFunctions, RealScalarLike
-from gradhpo.diagnostics.case import Case, check_one_problem, estimate_along
+from gradhpo.diagnostics.case import Case, check_one_problem
 from gradhpo.utils.settings import check_setting
 from gradhpo.utils.typecheck import checked, without_warnings
 from gradhpo.utils.validation import check_same_structure
@@ -72,8 +72,8 @@ def metasmoothness(
     def smoothness(optimizer, start, train_batch, val_batch, direction, step_size):
         arguments = (optimizer, start, train_batch, val_batch)
         if direction is None:
-            pair = (case.train_loss, case.val_loss)
-            direction = downhill(estimate_along(*arguments, *pair, case.num_steps)[0])
+            begun = case.begin(*arguments)
+            direction = downhill(case.follow(optimizer, begun, train_batch, val_batch)[0])
         problem = case.problem(*arguments)
         return smoothness_along(problem, case.num_steps, direction, step_size)[0]
 

@@ -14,10 +14,8 @@ from gradhpo.core.types import LossFunctions
 from gradhpo.diagnostics.case import (
     FAILURES,
     Case,
-    begin_episode,
     check_horizon,
     check_optimizers,
-    estimate_along,
     reference_explained,
     start_of_episode,
 )
@@ -105,8 +103,8 @@ def compare_over_batches(
         def over_draws(optimizer, start, train, val):
             def one(i):
                 batches = train.stack(i, i, num_steps), val.batch(i, i)
-                begun = begin_episode(optimizer, start, *batches, *pair, num_steps)
-                return estimate_along(optimizer, begun, *batches, *pair, num_steps)[0]
+                begun = case.begin(optimizer, start, *batches)
+                return case.follow(optimizer, begun, *batches)[0]
 
             return jax.lax.map(one, jnp.arange(num_draws, dtype=jnp.int32))
 
