@@ -264,6 +264,17 @@ def test_another_inner_update_and_nan_are_remarked():
     del optimizers["rate .2"]
     report = gradhpo.compare_hypergradients(optimizers, state, batches, None, nan)
     assert "check_hypergradient" in report.remarks["rate .1"]
+    assert "the reference is not finite in ['first'], ['rest']" in str(report)
+
+
+def test_what_is_cut_off_is_0_in_the_reference_as_well():
+    frozen = lambda h: h | {"rest": jax.lax.stop_gradient(h["rest"])}
+    losses = gradhpo.LossFunctions(lambda w, h, batch: train_loss(w, frozen(h), batch), val_loss)
+    state = ONE.init(jnp.asarray(START), HYPERPARAMS)
+    report = gradhpo.compare_hypergradients({"one step": ONE}, state, None, None, losses)
+    assert report.unseen == {"one step": ("['rest']",)}
+    assert "the reference is 0 in ['rest']: gradhpo.check_hypergradient says why" in str(report)
+    assert "one and the same batch" not in str(report)  # of one step there is but one
 
 
 ONE = OPTIMIZERS["one step"]
@@ -274,7 +285,10 @@ ONE = OPTIMIZERS["one step"]
     [
         ({"optimizers": {}}, "optimizers is empty"),
         ({"train_batch": gradhpo.BatchStack(jnp.zeros(9))}, "do not divide the horizon of 9"),
-        ({"optimizers": {"no": 3}}, "optimizers"),
+        ({"optimizers": {"no": 3}}, "pass a dict of name to optimizer"),
+        ({"optimizers": [ONE]}, "pass a dict of name to optimizer"),
+        ({"train_batch": [jnp.zeros(3)] * 4}, "train_batch is a list of 4"),
+        ({"train_batch": lambda t: t}, "train_batch is a function or a data source"),
         ({"losses": (train_loss, val_loss)}, "losses must not be"),
         ({"reference": jnp.zeros(5)}, "reference must be an optimizer, or a tree like"),
         ({"optimizers": {"reference": ONE}}, "which a report needs itself"),

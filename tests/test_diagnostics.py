@@ -122,6 +122,11 @@ def test_draws_that_are_not_finite_are_left_out():
         {"implicit": optimizer}, state, DATA[:4], val, NOISY, num_draws=len(DATA)
     )
     assert report.nonfinite == {"reference": 1, "implicit": 1}
+    all_spoilt = gradhpo.compare_over_batches(
+        {"implicit": optimizer}, state, DATA[:4], DATA * jnp.nan, NOISY, num_draws=2
+    )
+    assert all_spoilt.nonfinite["reference"] == 2
+    assert np.isnan(all_spoilt.bias["implicit"])
     assert np.isfinite(report.bias["implicit"])
     assert report.unseen == {"implicit": ("['rate']",)}
     text = str(report)
@@ -181,6 +186,8 @@ def test_shares_equal_closed_forms(horizon):
     tails = np.cumsum(exact[::-1], axis=0)
     cosines = tails @ g / np.linalg.norm(tails, axis=1) / np.linalg.norm(g)
     np.testing.assert_allclose(horizon.cosine_of_last, cosines, atol=1e-8)
+    lengths = np.linalg.norm(tails, axis=1) / np.linalg.norm(g)
+    np.testing.assert_allclose(horizon.length_of_last, lengths, atol=1e-8)
     assert horizon.direct_share == 0
     needed = horizon.steps_needed(0.97)
     assert cosines[needed - 1] >= 0.97 > cosines[needed - 2]
@@ -218,6 +225,29 @@ def test_shares_add_up_through_optimizer_state():
 
     mpl.use("agg")
     assert len(report.plot().axes) == 2
+
+
+def test_a_hypergradient_that_is_not_finite_is_said_to_be_none():
+    optimizer = gradhpo.UnrolledOptimizer(SGD, unroll_steps=3)
+    state = optimizer.init(jnp.asarray(START), HYPERPARAMS)
+    nan = gradhpo.LossFunctions(LOSSES.train_loss, lambda w, h, batch: jnp.nan * jnp.sum(w))
+    report = gradhpo.explain_horizon(optimizer, state, None, None, nan)
+    assert "not finite; gradhpo.check_hypergradient" in str(report)
+    with pytest.raises(ValueError, match="not finite"):
+        report.steps_needed()
+
+
+def test_other_inner_updates_are_remarked_over_batches():
+    optimizers = {
+        "one step": gradhpo.OneStepOptimizer(SGD),
+        "faster": gradhpo.OneStepOptimizer(relaxed(optax.sgd(0.5))),
+    }
+    state = optimizers["one step"].init(jnp.zeros(3), NOISY_HYPERPARAMS)
+    report = gradhpo.compare_over_batches(
+        optimizers, state, DATA, DATA, NOISY, num_draws=2, num_steps=3
+    )
+    assert list(report.remarks) == ["faster"]
+    assert "same inner update" in str(report)
 
 
 def test_a_hypergradient_of_zero_is_said_to_be_one():
@@ -302,6 +332,8 @@ def test_plan_says_what_does_not_fit(planned):
     assert "sees none" in text
     with pytest.raises(KeyError, match="exact"):
         plan["exact", 11]
+    with pytest.raises(KeyError, match="name, inner steps"):
+        plan["exact"]
 
 
 def test_a_horizon_that_an_optimizer_cannot_have():

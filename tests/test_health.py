@@ -249,6 +249,19 @@ def test_differences_near_the_edge_of_a_domain():
     one_finding(report, "detached")
 
 
+def test_differences_that_contradict_one_another_vouch_for_nothing():
+    """Training that jumps at every scale: a fast sine that is detached, beside a smooth part."""
+    loss = lambda w, h, batch: (
+        train_loss(w, h, batch)
+        + 0.1 * jax.lax.stop_gradient(jnp.sin(1.2345e7 * h["decay"])) * jnp.sum(w)
+    )
+    report = check(unrolled(), losses=gradhpo.LossFunctions(loss, val_loss))
+    assert report.finite_differences["['decay']"].erratic
+    assert not report.finite_differences["['shift']"].erratic
+    assert "nothing vouches for its derivative" in report.findings[0]
+    assert not report.healthy
+
+
 def test_a_loss_in_float32_is_no_contradiction():
     rounded = lambda w, h, batch: val_loss(w, h, batch).astype(jnp.float32)
     tiny = lambda w, h, batch: (
@@ -399,6 +412,10 @@ def test_metasmoothness_is_its_formula():
         smoothness(loss, size), smoothness(loss, size, -jnp.ones(3)), rtol=1e-12
     )
     assert smoothness(loss, 0.01) == pytest.approx(1)
+    # Without a finite hypergradient there is no way down.
+    start = jnp.ones(3)
+    root = lambda w, h, batch: jnp.sum(jnp.sqrt((w - 1) ** 2 + h**2)) + jnp.sum(w**2)
+    assert np.isnan(smoothness(root, 0.1, start=start))
 
 
 def test_metasmoothness_at_its_ends():

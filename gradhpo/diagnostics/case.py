@@ -25,7 +25,7 @@ from gradhpo.core.types import (
     batch_of_step,
 )
 from gradhpo.diagnostics.cost import Program, on_device
-from gradhpo.utils.validation import numbers_as_arrays
+from gradhpo.utils.validation import check_single_batch, numbers_as_arrays
 
 
 # What a method that does not work on a problem raises while it is traced, compiled or run.
@@ -59,6 +59,12 @@ class Case:
         optimizers: Mapping[str, BilevelOptimizer],
     ) -> "Case":
         """The horizon is the length of a stack, or the inner steps of the longest optimizer."""
+        if isinstance(train_batch, list):
+            raise TypeError(
+                f"train_batch is a list of {len(train_batch)} batches: write BatchStack.of(batches)"
+            )
+        check_single_batch(train_batch, "train_batch")
+        check_single_batch(val_batch, "val_batch")
         if isinstance(train_batch, BatchStack):
             num_steps = train_batch.num_steps
         else:

@@ -17,12 +17,14 @@ class FiniteDifference(NamedTuple):
     """The derivative along a random direction of one leaf, in float64.
 
     `derivative` by the exact hypergradient, `difference` by trainings on both sides, known up to
-    `uncertainty` (`inf` where they say nothing).
+    `uncertainty` (`inf` where they say nothing). `erratic` if differences over several steps
+    contradict one another, so that nothing was checked.
     """
 
     derivative: float
     difference: float
     uncertainty: float
+    erratic: bool
 
     @property
     def contradicts(self) -> bool:
@@ -115,6 +117,14 @@ class HypergradientCheck:
                     "effect is detached (stop_gradient), a custom derivative rule is wrong, or "
                     "there is a kink (relu, abs) right here"
                 )
+            elif check.erratic and leaf not in self.detached:
+                found.append(
+                    f"{leaf}: nothing vouches for its derivative of {check.derivative:.4g}, since "
+                    "trainings beside it contradict one another (differences of "
+                    f"{check.difference:.4g} ± {check.uncertainty:.0e} at steps of 1e-3 to 1e-6): "
+                    "training jumps there; look again with a shorter horizon, with "
+                    "eps_root=1e-8 (Adam), or with smooth activations"
+                )
         if self.uphill_share > MOST_UPHILL:
             found.append(
                 f"{self.uphill_share:.0%} of the inner steps go uphill on their own training loss: "
@@ -137,8 +147,8 @@ class HypergradientCheck:
         if self.metasmoothness < LEAST_SMOOTHNESS:
             found.append(
                 f"training is not smooth in the hyperparameters at steps of {self.step_size:g} "
-                f"(metasmoothness {self.metasmoothness:.2f}): smaller outer steps, larger batches, "
-                "smooth activations or a smaller inner learning rate"
+                f"(metasmoothness {self.metasmoothness:.2f}; pass your own step_size=): smaller "
+                "outer steps, larger batches, smooth activations or a smaller inner learning rate"
             )
         return tuple(found)
 

@@ -37,6 +37,7 @@ class HypergradientComparison:
 
     num_steps: int
     reference_name: str
+    on_one_batch: bool
     reference: PyTree
     hypergradients: dict[str, PyTree]
     overall: Agreement
@@ -81,7 +82,8 @@ class HypergradientComparison:
 
     def __str__(self) -> str:
         parts = [
-            f"Hypergradients after {self.num_steps} inner steps, compared with "
+            f"Hypergradients after {self.num_steps} inner steps"
+            f"{' on one and the same batch' * self.on_one_batch}, compared with "
             f"{self.reference_name}; costs are those of the whole horizon, with an estimate at "
             "every step of an optimizer",
             aligned([_HEADER, *map(self._row, self._names())]),
@@ -96,6 +98,7 @@ class HypergradientComparison:
         for name, own in self.metrics.items():
             told = ", ".join(f"{metric} {number(value)}" for metric, value in own.items())
             notes.append(f"{name} ends with {told}")
+        notes += self._about_the_reference()
         notes += [f"{name}: {why}" for name, why in (self.failed | self.remarks).items()]
         if any(self.costs[name].at_least for name in self.costs):
             notes.append(OPEN_LOOPS)
@@ -104,6 +107,16 @@ class HypergradientComparison:
     def plot(self) -> Any:
         """A `matplotlib` figure: agreement, length and costs, one row for each optimizer."""
         return draw_comparison(self)
+
+    def _about_the_reference(self) -> list[str]:
+        leaves = dict(zip(self.per_leaf, jax.tree.leaves(self.reference), strict=True))
+        says = "gradhpo.check_hypergradient says why"
+        bad = [leaf for leaf, x in leaves.items() if not np.all(np.isfinite(x))]
+        zero = [leaf for leaf, x in leaves.items() if not np.any(x)]
+        return [
+            *([f"the reference is not finite in {', '.join(bad)}: {says}"] if bad else []),
+            *([f"the reference is 0 in {', '.join(zero)}: {says}"] if zero else []),
+        ]
 
     def _names(self) -> list[str]:
         extra = [name for name in ("training alone", "reference") if name in self.costs]
@@ -144,7 +157,10 @@ class HypergradientComparison:
             return aligned([[title, *first, *names], *rows])
 
         norms = {leaf: f"{np.linalg.norm(x):.2g}" for leaf, x in lengths.items()}
-        tables = [table("cosine", "cosine"), table("norm ratio", "norm_ratio", reference=norms)]
+        tables = [
+            table("cosine", "cosine"),
+            table("norm ratio", "norm_ratio", **{"length of reference": norms}),
+        ]
         hidden = len(self.per_leaf) - len(shown)
         return tables + ([f"and {hidden} more leaves in report.per_leaf"] if hidden else [])
 

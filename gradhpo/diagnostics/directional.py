@@ -76,17 +76,24 @@ def compared(around: Any, hypergradient: PyTree) -> dict[str, FiniteDifference]:
     # A loss that is returned in float32 is known to that, whatever it was computed in.
     rounding = 4 * np.finfo(loss.dtype).eps * abs(float(loss)) / _EPSILONS
     return {
-        leaf: _compared(float(np.vdot(g, direction)), differences, rounding)
+        leaf: _compared(float(np.vdot(g, direction)), differences, rounding, abs(float(loss)))
         for leaf, g, direction, differences in rows
     }
 
 
-def _compared(derivative: float, differences: np.ndarray, rounding: np.ndarray) -> FiniteDifference:
-    uncertainty = 10 * np.abs(np.diff(differences)) + rounding[1:]
+def _compared(
+    derivative: float, differences: np.ndarray, rounding: np.ndarray, loss: float
+) -> FiniteDifference:
+    gaps = 10 * np.abs(np.diff(differences))
+    uncertainty = gaps + rounding[1:]
     usable = np.isfinite(uncertainty)
     # No difference at all, over a small step, is what a loss rounded inside would show as well.
     usable &= (differences[1:] != 0) | (differences[0] == 0) & (derivative == 0)
     if not np.any(usable):
-        return FiniteDifference(derivative, float(differences[1]), float("inf"))
+        erratic = not np.all(np.isfinite(differences[1:])) and bool(np.isfinite(loss))
+        return FiniteDifference(derivative, float(differences[1]), float("inf"), erratic)
     best = int(np.argmin(np.where(usable, uncertainty, np.inf)))
-    return FiniteDifference(derivative, float(differences[best + 1]), float(uncertainty[best]))
+    difference = float(differences[best + 1])
+    size = max(abs(derivative), abs(difference))
+    erratic = bool(gaps[best] > max(0.1 * size, rounding[best + 1], 1e-6 * loss))
+    return FiniteDifference(derivative, difference, float(uncertainty[best]), erratic)

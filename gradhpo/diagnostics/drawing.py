@@ -63,7 +63,7 @@ def draw_comparison(report: Any) -> Any:
     norm.axvline(1, color=GREY, lw=0.8)
     lengths = [report.norm_ratio[n] for n in names]
     norm.plot(lengths, rows, "o", color=BLUE)
-    norm.set(xscale="log", xlabel="norm, in that of the reference")
+    norm.set(xscale="log", xlabel="norm, in that of the reference (log)")
     _log_scale(norm.xaxis, [*lengths, 1])
     training = report.costs["training alone"].seconds
     seconds.barh(rows, [report.seconds[n] / training for n in names], color=BLUE, height=0.55)
@@ -76,6 +76,8 @@ def draw_comparison(report: Any) -> Any:
     for ax in (norm, seconds, memory):
         ax.tick_params(axis="y", length=0)
     title = f"{report.num_steps} inner steps, compared with {report.reference_name}"
+    blind = [name for name in report.hypergradients if report.sees_none(name)]
+    title += f"; seeing none: {', '.join(blind)}" if blind else ""
     made.suptitle(title, fontsize=11)
     return made
 
@@ -102,7 +104,7 @@ def draw_noise(report: Any) -> Any:
     ratios = list(report.signal_to_noise.values())
     ratio.plot(ratios, rows, "o", color=BLUE)
     ratio.axvline(1, color=GREY, lw=0.8)
-    ratio.set(xscale="log", xlabel="signal / noise of a draw")
+    ratio.set(xscale="log", xlabel="signal / noise of a draw (log)")
     _log_scale(ratio.xaxis, [*ratios, 1])
     for ax in (error, ratio):
         ax.tick_params(axis="y", length=0)
@@ -126,8 +128,13 @@ def draw_horizon(report: Any) -> Any:
     share.set(xlabel="inner step", ylabel="share of the exact hypergradient")
     share.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False)
     cosine.axhline(1, color=GREY, lw=0.8)
-    cosine.plot(steps, report.cosine_of_last, color=BLUE)
-    cosine.set(xlabel="last inner steps kept (truncation)", ylabel="cosine with the exact one")
+    cosine.plot(steps, report.cosine_of_last, color=BLUE, label="cosine with the exact one")
+    cosine.plot(steps, report.length_of_last, "--", color=ORANGE, label="length, in that of it")
+    cosine.set(xlabel="last inner steps kept (truncation)")
+    cosine.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+    for ax in (share, cosine):
+        ax.xaxis.get_major_locator().set_params(integer=True)
     lowest = np.min(report.cosine_of_last, where=np.isfinite(report.cosine_of_last), initial=0)
-    cosine.set(ylim=(lowest - 0.02, 1.04))
+    longest = np.max(report.length_of_last, where=np.isfinite(report.length_of_last), initial=1)
+    cosine.set(ylim=(lowest - 0.02, 1.04 * longest))
     return made

@@ -77,7 +77,7 @@ def check_hypergradient(
     """
     check_one_problem("check_hypergradient", optimizer)
     check_setting("step_size", jnp.asarray(step_size), lambda x: x > 0, "positive")
-    case = Case.create(state, train_batch, val_batch, losses, {"optimizer": optimizer})
+    case = Case.create(state, train_batch, val_batch, losses, {type(optimizer).__name__: optimizer})
     with without_warnings():  # the report says it all
         return _checked_up(case, optimizer, float(np.asarray(step_size)))
 

@@ -15,7 +15,7 @@ from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.problem import Problem
 from gradhpo.core.reverse import cotangent_at_end, pull_through
 from gradhpo.core.state import BilevelState
-from gradhpo.core.types import LossFunctions, RealScalarLike
+from gradhpo.core.types import BatchStack, LossFunctions, RealScalarLike
 from gradhpo.diagnostics.case import Case, check_one_problem
 from gradhpo.diagnostics.drawing import draw_horizon
 from gradhpo.diagnostics.tables import aligned, number
@@ -25,6 +25,7 @@ from gradhpo.utils.typecheck import checked, without_warnings
 from gradhpo.utils.validation import leaf_names
 
 
+_LOOK_AT = "gradhpo.check_hypergradient says where that comes from"
 # Rows of the table in the report's text.
 _MOST_ROWS = 12
 
@@ -44,6 +45,7 @@ class Horizon:
     - `norm`, shape `[steps]`: $\|c_t\|$.
     - `cosine_of_last`, shape `[steps]`: at `[K - 1]` the cosine of $g$ with the hypergradient of
         the last K steps alone (`truncation=K`).
+    - `length_of_last`, shape `[steps]`: the length of that truncated one, relative to $\|g\|$.
     - `hypergradient`: $g$.
     """
 
@@ -52,6 +54,7 @@ class Horizon:
     direct_share: float
     norm: np.ndarray
     cosine_of_last: np.ndarray
+    length_of_last: np.ndarray
     hypergradient: PyTree
 
     @property
@@ -59,11 +62,18 @@ class Horizon:
         return len(self.norm)
 
     def steps_needed(self, cosine: float = 0.99) -> int:
-        """The smallest truncation from which on the cosine stays at least so high."""
+        """The smallest truncation from which on the cosine stays at least so high.
+
+        It has the direction, not the length: see `length_of_last`.
+        """
+        if not np.all(np.isfinite(self.norm)):
+            raise ValueError(f"the hypergradient is not finite; {_LOOK_AT}")
         below = np.flatnonzero(~(self.cosine_of_last >= cosine))
         return min(self.num_steps, int(below[-1]) + 2 if len(below) else 1)
 
     def __str__(self) -> str:
+        if not np.all(np.isfinite(self.norm)):
+            return f"The hypergradient of {self.num_steps} inner steps is not finite; {_LOOK_AT}"
         names = list(self.share)
         windows = np.array_split(np.arange(self.num_steps), min(_MOST_ROWS, self.num_steps))
         rows = []
@@ -79,10 +89,14 @@ class Horizon:
             f"Shares of {self.num_steps} inner steps in the exact hypergradient, and what is kept "
             "of them (1 in all, with the direct term)\n\n"
             + aligned([["inner steps", *names], *rows, ["all", *total]])
-            + f"\n\ndirect term {number(self.direct_share)}; steps that must be kept for a cosine "
-            f"of 0.9 with all of them: {self.steps_needed(0.9)}, for one of 0.99: "
-            f"{self.steps_needed()}"
+            + f"\n\ndirect term {number(self.direct_share)}\nkept for a cosine of 0.9 with all of "
+            f"them: {self._kept(0.9)}; of 0.99: {self._kept(0.99)}"
         )
+
+    def _kept(self, cosine: float) -> str:
+        steps = self.steps_needed(cosine)
+        share = self.length_of_last[steps - 1]
+        return f"the last {steps} of {self.num_steps} (with {number(share, 2)} of the length)"
 
     def plot(self) -> Any:
         """A `matplotlib` figure: shares by inner step, and cosine by truncation."""
@@ -136,7 +150,9 @@ def explain_horizon(
         ICLR 2018, arXiv:1803.02021.
     """
     check_one_problem("explain_horizon", optimizer)
-    case = Case.create(state, train_batch, val_batch, losses, {"optimizer": optimizer})
+    # A stack has a length of its own, whatever the optimizer takes in a step.
+    longest = {} if isinstance(train_batch, BatchStack) else {type(optimizer).__name__: optimizer}
+    case = Case.create(state, train_batch, val_batch, losses, longest)
     inner: Any = optimizer
     # Made for their checks as well.
     greedy = GreedyOptimizer(inner.inner_optimizer, gamma=greedy_gamma, update_fn=inner.update_fn)
@@ -225,5 +241,6 @@ def _report(
             direct_share=float(directs.sum() / total),
             norm=np.sqrt(by_step["square"].sum(axis=1)),
             cosine_of_last=last[::-1],
+            length_of_last=np.sqrt(by_step["last square"].sum(axis=1) / total)[::-1],
             hypergradient=g,
         )

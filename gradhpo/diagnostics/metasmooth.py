@@ -45,7 +45,8 @@ def metasmoothness(
     - `step_size`: $h > 0$, the size of an outer step; give your own: 0.1 is usual for the logarithm
         of a learning rate, and large for the rate itself.
 
-    **Returns:** $S$; `nan` where no parameter moves, or where one of the trainings diverges.
+    **Returns:** $S$; `nan` where no parameter moves, where one of the trainings diverges, or where
+    the hypergradient that is to be followed is not finite.
 
     ```python
     loss = lambda w, h, batch: jnp.sum((w - jnp.sin(h)) ** 2)
@@ -63,7 +64,7 @@ def metasmoothness(
     """
     check_one_problem("metasmoothness", optimizer)
     check_setting("step_size", jnp.asarray(step_size), lambda x: x > 0, "positive")
-    case = Case.create(state, train_batch, val_batch, losses, {"optimizer": optimizer})
+    case = Case.create(state, train_batch, val_batch, losses, {type(optimizer).__name__: optimizer})
     if direction is not None:
         check_same_structure(
             direction, state.hyperparams, "direction", "Pass a tree like state.hyperparams."
@@ -71,11 +72,15 @@ def metasmoothness(
 
     def smoothness(optimizer, start, train_batch, val_batch, direction, step_size):
         arguments = (optimizer, start, train_batch, val_batch)
+        usable = jnp.asarray(True)
         if direction is None:
             begun = case.begin(*arguments)
-            direction = downhill(case.follow(optimizer, begun, train_batch, val_batch)[0])
+            g, _, _ = case.follow(optimizer, begun, train_batch, val_batch)
+            usable = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(g)]))
+            direction = downhill(g)
         problem = case.problem(*arguments)
-        return smoothness_along(problem, case.num_steps, direction, step_size)[0]
+        found, _ = smoothness_along(problem, case.num_steps, direction, step_size)
+        return jnp.where(usable, found, jnp.nan)
 
     size = jnp.asarray(step_size, jnp.result_type(float))
     with without_warnings():

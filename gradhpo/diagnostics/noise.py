@@ -45,13 +45,17 @@ class Moments:
 class HypergradientNoise:
     """What [`compare_over_batches`][gradhpo.compare_over_batches] found.
 
-    **Fields:** `overall`, name of the optimizer (and `"reference"`) to its
-    [moments][gradhpo.diagnostics.noise.Moments]; `per_leaf`, leaf of the hyperparameters
-    to the same; `unseen`, leaves that an optimizer cannot see, where there are any; `nonfinite`,
-    how many draws were left out because an optimizer's hypergradient or the reference was not
-    finite there; `failed`, why an optimizer does not work on this problem; `num_draws`,
-    `num_steps`. `mean`, `standard_error`, `signal_to_noise`, `bias`, `draws_needed` are those of
-    `overall` by name.
+    **Fields:**
+
+    - `overall`: name of the optimizer (and `"reference"`) to its
+        [moments][gradhpo.diagnostics.noise.Moments]; `mean`, `standard_error`, `signal_to_noise`,
+        `bias` and `draws_needed` are those of `overall` by name.
+    - `per_leaf`: leaf of the hyperparameters to the same.
+    - `unseen`: leaves that an optimizer cannot see, where there are any.
+    - `nonfinite`: how many draws were left out because an optimizer's hypergradient or the
+        reference was not finite there.
+    - `failed`: why an optimizer does not work on this problem. `remarks`: what else is to be known.
+    - `num_draws`, `num_steps`.
     """
 
     num_draws: int
@@ -61,6 +65,7 @@ class HypergradientNoise:
     unseen: dict[str, tuple[str, ...]]
     nonfinite: dict[str, int]
     failed: dict[str, str]
+    remarks: dict[str, str]
 
     @property
     def mean(self) -> dict[str, PyTree]:
@@ -108,7 +113,7 @@ class HypergradientNoise:
             f"{name}: {count} of {self.num_draws} draws are not finite and left out"
             for name, count in self.nonfinite.items()
         ]
-        notes += [f"{name}: {why}" for name, why in self.failed.items()]
+        notes += [f"{name}: {why}" for name, why in (self.failed | self.remarks).items()]
         return "\n\n".join([text + aligned([head, *rows]), *notes])
 
     def plot(self) -> Any:
@@ -148,4 +153,6 @@ def moments_of(draws: PyTree, reference: PyTree) -> Moments:
 
 def _rows(draws: PyTree) -> np.ndarray:
     leaves = jax.tree.leaves(draws)
-    return np.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)
+    return np.concatenate(
+        [leaf.reshape(len(leaf), math.prod(leaf.shape[1:])) for leaf in leaves], axis=1
+    )

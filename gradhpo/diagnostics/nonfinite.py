@@ -70,7 +70,7 @@ class NonFinite:
 
     def __str__(self) -> str:
         leaf = f" in {self.leaf}" if self.leaf else ""
-        step = "" if self.inner_step is None else f" at inner step {self.inner_step}"
+        step = "" if self.inner_step is None else f" at inner step {self.inner_step} (from 0)"
         return f"not finite: {self.what}{leaf}{step}. The usual suspect is {self.suspect}"
 
 

@@ -1,5 +1,6 @@
 """Bias against noise: estimates of the hypergradient over many draws of the data."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from gradhpo.diagnostics.case import (
     reference_explained,
     start_of_episode,
 )
+from gradhpo.diagnostics.compare import another_training, trains_otherwise
 from gradhpo.diagnostics.cost import Program, on_device
 from gradhpo.diagnostics.noise import HypergradientNoise, Moments, finite_draws, moments_of
 from gradhpo.training.sources import Host, as_source
@@ -99,27 +101,30 @@ def compare_over_batches(
     batches = train.stack(here, here, num_steps), val.batch(here, here)
     case = Case(state, *batches, *pair, num_steps)
 
-    def draws_of(optimizer: BilevelOptimizer) -> PyTree:
+    def draws_of(optimizer: BilevelOptimizer) -> tuple[PyTree, float]:
         def over_draws(optimizer, start, train, val):
             def one(i):
                 batches = train.stack(i, i, num_steps), val.batch(i, i)
                 begun = case.begin(optimizer, start, *batches)
-                return case.follow(optimizer, begun, *batches)[0]
+                return case.follow(optimizer, begun, *batches)[:2]
 
             return jax.lax.map(one, jnp.arange(num_draws, dtype=jnp.int32))
 
         with without_warnings():
             found = Program(over_draws, optimizer, start_of_episode(optimizer, state), train, val)()
-        return jax.tree.map(lambda x: np.asarray(x).astype(np.float64), found)
+        found, val_losses = jax.tree.map(lambda x: np.asarray(x).astype(np.float64), found)
+        return found, float(np.nanmean(val_losses)) if np.any(np.isfinite(val_losses)) else np.nan
 
     with reference_explained(given=reference is not None):
-        draws = {"reference": draws_of(reference or case.exact(first))}
+        draws, trained = {}, {}
+        made = draws_of(reference or case.exact(first))
+        draws["reference"], trained["reference"] = made
     names, unseen, failed = leaf_names(state.hyperparams), {}, {}
     for name, optimizer in optimizers.items():
         try:
             with without_warnings():
                 seen = case.seen(optimizer)
-            draws[name] = draws_of(optimizer)
+            draws[name], trained[name] = draws_of(optimizer)
         except FAILURES as error:
             failed[name] = str(error)
             continue
@@ -146,6 +151,11 @@ def compare_over_batches(
         unseen={name: leaves for name, leaves in unseen.items() if leaves},
         nonfinite={name: int(np.sum(~x)) for name, x in kept.items() if not np.all(x)},
         failed=failed,
+        remarks={
+            name: another_training(loss, trained["reference"])
+            for name, loss in trained.items()
+            if math.isfinite(loss) and trains_otherwise(loss, trained["reference"])
+        },
     )
 
 

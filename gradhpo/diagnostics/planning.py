@@ -49,7 +49,9 @@ class Plan:
     rows: tuple[Planned, ...]
     max_bytes: int | None
 
-    def __getitem__(self, key: tuple[str, int]) -> Planned:
+    def __getitem__(self, key: Any) -> Planned:
+        if not isinstance(key, tuple) or len(key) != 2:
+            raise KeyError(f"{key!r}: write plan[name, inner steps]")
         name, num_steps = key
         for row in self.rows:
             if (row.name, row.num_steps) == (name, num_steps):
@@ -57,11 +59,20 @@ class Plan:
         raise KeyError(f"{key}: there are {[(row.name, row.num_steps) for row in self.rows]}")
 
     def __str__(self) -> str:
-        head = ["", "inner steps", "flops", "per inner step", "temporary", "in all", ""]
+        head = [
+            "",
+            "inner steps",
+            "flops",
+            "per inner step",
+            "temporary",
+            "batches and state",
+            "in all",
+            "",
+        ]
         rows, notes = [], []
         for row in self.rows:
             if row.cost is None:
-                rows.append([row.name, str(row.num_steps), *[""] * 4, "does not work here"])
+                rows.append([row.name, str(row.num_steps), *[""] * 5, "does not work here"])
                 notes.append(f"{row.name}: {row.failed}")
                 continue
             sign = {"at_least": row.cost.at_least}
@@ -74,6 +85,7 @@ class Plan:
                 flops_of(row.cost.flops, **sign),
                 flops_of(row.cost.flops / row.num_steps, **sign),
                 bytes_of(row.cost.temporary_bytes),
+                bytes_of(row.cost.total_bytes - row.cost.temporary_bytes),
                 bytes_of(row.cost.total_bytes),
                 remark,
             ])  # fmt: skip

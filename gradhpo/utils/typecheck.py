@@ -23,6 +23,7 @@ _COMPLAINT = re.compile(
 # What to write instead, by the name of the argument.
 _REMEDIES = {
     "optimizer": "an optimizer such as gradhpo.OneStepOptimizer(optax.sgd(0.1), optax.adam(0.01))",
+    "optimizers": "a dict of name to optimizer: {'one step': gradhpo.OneStepOptimizer(inner)}",
     "state": "what optimizer.init(params, hyperparams) or optimizer.step(...) returned",
     "losses": "gradhpo.LossFunctions(train_loss, val_loss)",
     "train_loss_fn": "a function (params, hyperparams, batch) -> scalar; the order of arguments is "
