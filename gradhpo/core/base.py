@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree, Real
 
-from gradhpo.core.outer import Estimate, accept
+from gradhpo.core.outer import Estimate, advance
 from gradhpo.core.partition import check_disjoint
 from gradhpo.core.state import BilevelState, Memory
 from gradhpo.core.types import BatchStack, LossFn, MetricDict, RealScalarLike
@@ -294,17 +294,3 @@ def _restart(
     optimizer: BilevelOptimizer, state: BilevelState, start: PyTree, reptile_rate: Array
 ) -> BilevelState:
     return optimizer._restart(state, start, reptile_rate)
-
-
-def advance(
-    optimizer: BilevelOptimizer,
-    state: BilevelState,
-    train_batch: PyTree,
-    val_batch: PyTree,
-    train_loss_fn: LossFn,
-    val_loss_fn: LossFn,
-    lr_hyper: Float[Array, ""] | None,
-) -> BilevelState:
-    """The outer step as a pure function, for use inside a larger compiled program."""
-    estimate = optimizer._solve(state, train_batch, val_batch, train_loss_fn, val_loss_fn)
-    return accept(state, estimate, optimizer.outer_optimizer, lr_hyper, optimizer._param_norm)

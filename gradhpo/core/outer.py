@@ -1,6 +1,7 @@
 """The one outer update: the hyperparameters follow, and non-finite results are refused."""
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -11,7 +12,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from gradhpo.core.inner import Carry
 from gradhpo.core.inner_optimizer import cast_like, explained
 from gradhpo.core.state import BilevelState, Memory
-from gradhpo.core.types import MetricDict
+from gradhpo.core.types import LossFn, MetricDict
 from gradhpo.utils.gradients import accumulation_dtype, tree_l2_norm
 
 
@@ -27,6 +28,20 @@ class Estimate(eqx.Module):
     examples: Memory = eqx.field(default_factory=dict)
     # The algorithm's own metrics: scalars that tell of a refused step as well.
     metrics: MetricDict = eqx.field(default_factory=dict)
+
+
+def advance(
+    optimizer: Any,
+    state: BilevelState,
+    train_batch: PyTree,
+    val_batch: PyTree,
+    train_loss_fn: LossFn,
+    val_loss_fn: LossFn,
+    lr_hyper: Float[Array, ""] | None,
+) -> BilevelState:
+    """The outer step of a `BilevelOptimizer`, for use inside a larger compiled program."""
+    estimate = optimizer._solve(state, train_batch, val_batch, train_loss_fn, val_loss_fn)
+    return accept(state, estimate, optimizer.outer_optimizer, lr_hyper, optimizer._param_norm)
 
 
 def accept(

@@ -10,7 +10,8 @@ from jaxtyping import PyTree
 
 from gradhpo.algorithms.tasks import TaskBatched
 from gradhpo.algorithms.unrolled import UnrolledOptimizer
-from gradhpo.core.base import BilevelOptimizer, advance
+from gradhpo.core.base import BilevelOptimizer
+from gradhpo.core.outer import advance
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import BatchStack, LossFunctions
 from gradhpo.diagnostics.case import FAILURES, check_optimizers, start_of_episode

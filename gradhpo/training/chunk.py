@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from gradhpo.core.base import BilevelOptimizer, advance
+from gradhpo.core.base import BilevelOptimizer
+from gradhpo.core.outer import advance
 from gradhpo.core.state import METRICS, BilevelState
 from gradhpo.core.types import LossFunctions
 from gradhpo.utils.settings import outer_rate
