@@ -44,6 +44,7 @@ OPTIMIZERS = {
     "forward mode": gradhpo.ForwardModeOptimizer(SGD, OUTER),
     "implicit": gradhpo.ImplicitOptimizer(SGD, None, lx.LU(), inner_steps=STEPS),
 }
+ONE = OPTIMIZERS["one step"]
 
 
 def closed_forms():
@@ -136,6 +137,18 @@ def test_pictures(report):
     figure = report.plot()
     labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
     assert labels == [name for name in OPTIMIZERS if name != "first order"]
+
+
+def test_a_comparison_of_nothing_that_is_seen_can_be_shown():
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    first_order = {"first order": OPTIMIZERS["first order"]}
+    state = ONE.init(jnp.asarray(START), HYPERPARAMS)
+    batches = gradhpo.BatchStack(jnp.zeros(2))
+    report = gradhpo.compare_hypergradients(first_order, state, batches, None, LOSSES)
+    assert "sees none" in str(report)
+    assert "seeing none: first order" in report.plot().get_suptitle()
 
 
 def test_given_reference_and_its_horizon():
@@ -275,9 +288,6 @@ def test_what_is_cut_off_is_0_in_the_reference_as_well():
     assert report.unseen == {"one step": ("['rest']",)}
     assert "the reference is 0 in ['rest']: gradhpo.check_hypergradient says why" in str(report)
     assert "one and the same batch" not in str(report)  # of one step there is but one
-
-
-ONE = OPTIMIZERS["one step"]
 
 
 @pytest.mark.parametrize(

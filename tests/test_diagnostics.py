@@ -218,6 +218,15 @@ def test_shares_add_up_through_optimizer_state():
     report = gradhpo.explain_horizon(optimizer, state, stack, None, losses)
     assert report.share["exact"].sum() + report.direct_share == pytest.approx(1, abs=1e-10)
     assert report.direct_share != 0
+    # What greedy keeps is what GreedyOptimizer returns, through the same momentum and batches.
+    greedy = gradhpo.GreedyOptimizer(inner, unroll_steps=5)
+    pair = (losses.train_loss, losses.val_loss)
+    kept = greedy.compute_hypergradient(state, stack, None, *pair)
+    along = gradhpo.tree_dot(kept, report.hypergradient) / gradhpo.tree_dot(
+        report.hypergradient, report.hypergradient
+    )
+    total = report.share["greedy"].sum() + report.direct_share
+    assert total == pytest.approx(float(along), abs=1e-10)
     comparison = gradhpo.compare_hypergradients({"last 2": optimizer}, state, stack, None, losses)
     assert report.cosine_of_last[1] == pytest.approx(comparison.cosine["last 2"], abs=1e-10)
     assert "inner steps" in str(report)

@@ -87,7 +87,7 @@ def _checked_up(case: Case, optimizer: Any, step_size: float) -> HypergradientCh
     problem = case.problem(optimizer, start, case.train_batch, case.val_batch)
     names, notes = leaf_names(problem.hyperparams), []
     marked = lambda marks: tuple(n for n, mark in zip(names, marks, strict=True) if mark)
-    seen = case.seen(optimizer)
+    seen = seen_by(optimizer._sees, problem)
     acting, derived = seen_by("everything", problem), seen_by("updates", problem)
 
     own_dtype = _widest(case.state.params)

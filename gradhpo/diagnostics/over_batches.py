@@ -117,7 +117,7 @@ def compare_over_batches(
 
     with reference_explained(given=reference is not None):
         draws, trained = {}, {}
-        made = draws_of(reference or case.exact(first))
+        made = draws_of(case.exact(first) if reference is None else reference)
         draws["reference"], trained["reference"] = made
     names, unseen, failed = leaf_names(state.hyperparams), {}, {}
     for name, optimizer in optimizers.items():
