@@ -30,10 +30,14 @@ from gradhpo.diagnostics.over_batches import compare_over_batches
 from gradhpo.diagnostics.planning import plan
 from gradhpo.solvers.neumann import Neumann
 from gradhpo.solvers.nystrom import Nystrom
-from gradhpo.training.data import ArrayData, iterate
+from gradhpo.training.checkpoint import Checkpoint, load_checkpoint
+from gradhpo.training.controls import BestState, EarlyStopping, TimeLimit
+from gradhpo.training.data import ArrayData
 from gradhpo.training.history import History
+from gradhpo.training.loaders import iterate
 from gradhpo.training.loop import run
 from gradhpo.training.sign_descent import sign_descent
+from gradhpo.training.smoothing import moving_average
 from gradhpo.utils.gradients import (
     tree_dot,
     tree_l2_norm,
@@ -44,6 +48,7 @@ from gradhpo.utils.gradients import (
     vjp_wrt_both,
     vjp_wrt_lambda,
 )
+from gradhpo.utils.logging import CSVLogger, JSONLinesLogger
 
 
 __version__ = "1.0.0.dev0"
@@ -51,16 +56,21 @@ __version__ = "1.0.0.dev0"
 __all__ = [
     "ArrayData",
     "BatchStack",
+    "BestState",
     "BilevelOptimizer",
     "BilevelState",
+    "CSVLogger",
+    "Checkpoint",
     "DataBatch",
     "DrMADOptimizer",
+    "EarlyStopping",
     "FOOptimizer",
     "ForwardModeOptimizer",
     "GreedyOptimizer",
     "History",
     "ImplicitOptimizer",
     "InnerOptimizer",
+    "JSONLinesLogger",
     "LossFn",
     "LossFunctions",
     "MetricDict",
@@ -71,6 +81,7 @@ __all__ = [
     "RealScalarLike",
     "T1T2Optimizer",
     "TaskBatched",
+    "TimeLimit",
     "UnrolledOptimizer",
     "UpdateFn",
     "check_hypergradient",
@@ -79,8 +90,10 @@ __all__ = [
     "explain_horizon",
     "finite_difference_hypergradient",
     "iterate",
+    "load_checkpoint",
     "metasmoothness",
     "model_loss",
+    "moving_average",
     "partition",
     "plan",
     "run",

@@ -162,10 +162,11 @@ def compare_over_batches(
 def _all_of(source: Any, num_draws: int) -> Any:
     if not isinstance(source, Host):
         return source
-    fetched, available = source.fetch(num_draws)
-    if fetched is None or available < num_draws:
+    source.prepare(num_draws)
+    available = source.ready(num_draws)
+    if available < num_draws:
         raise ValueError(
             f"{source.name} ended after the batches of {available} draws; num_draws={num_draws} "
             "were asked for: pass gradhpo.iterate(loader), or fewer draws"
         )
-    return fetched
+    return source.fetch(num_draws)

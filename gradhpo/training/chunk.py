@@ -128,15 +128,26 @@ def _without(state: BilevelState, names: Iterable[str]) -> BilevelState:
 
 
 def chunk_shapes(
-    num_steps: int, chunk_size: int, steps_per_episode: int | None, whole_episodes: bool
+    num_steps: int,
+    chunk_size: int,
+    steps_per_episode: int | None,
+    whole_episodes: bool,
+    taken: int = 0,
 ) -> list[tuple[int, int]]:
     """`(episodes, steps of each)` of every chunk: at most two different ones in a run.
 
-    Whole episodes where one fits a chunk (or where it must), else parts of one.
+    Whole episodes where one fits a chunk (or where it must), else parts of one. A run that has
+    `taken` some steps goes on with the chunks that it would have had.
     """
     if steps_per_episode is None:
-        return [(1, length) for length in _pieces(num_steps, chunk_size)]
-    episodes = num_steps // steps_per_episode
+        return [(1, length) for length in _pieces(num_steps - taken, chunk_size)]
+    if taken % steps_per_episode:
+        rest = steps_per_episode - taken % steps_per_episode
+        this = [(1, length) for length in _pieces(rest, chunk_size)]
+        return this + chunk_shapes(
+            num_steps, chunk_size, steps_per_episode, whole_episodes, taken + rest
+        )
+    episodes = (num_steps - taken) // steps_per_episode
     if steps_per_episode <= chunk_size or whole_episodes:
         most = max(1, chunk_size // steps_per_episode)
         return [(count, steps_per_episode) for count in _pieces(episodes, most)]

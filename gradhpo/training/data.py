@@ -1,13 +1,14 @@
-"""Batches of arrays that fit on the device, and of any loader."""
+"""Batches of arrays that fit on the device."""
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+import math
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Int, PyTree, UInt32
 
+from gradhpo.core.types import BatchStack
+from gradhpo.utils.keys import is_key
 from gradhpo.utils.settings import check_count
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import check_leading_axis
@@ -25,8 +26,16 @@ class ArrayData(eqx.Module):
     **Arguments:**
 
     - `arrays`: pytree of arrays `[examples, ...]` that agree on the first axis.
-    - `batch_size`: examples per batch, at most the number of examples.
-    - `key`: PRNG key of the shuffling.
+    - `batch_size`: examples per batch, at most the number of examples (unless with
+        `replacement`).
+    - `key`: PRNG key of the draws. Two sources with one key and as many examples draw the same
+        examples: the training and the validation part of the same tasks, say.
+    - `replacement`: draw every example of every batch independently. There are no epochs then.
+    - `with_indices`: batches are `(batch, indices)`, to look up what lives per example: a weight,
+        a label, a margin that is a hyperparameter.
+    - `hold`: serve every batch for so many indices in a row. `run` draws
+        `optimizer.num_inner_steps` training batches for each validation batch: with that number
+        here, both parts of a pair stay together.
 
     **Raises:** `ValueError` when leading axes differ or `batch_size` does not fit.
 
@@ -34,17 +43,33 @@ class ArrayData(eqx.Module):
     x, y = jnp.ones((1000, 64)), jnp.zeros(1000)
     data = gradhpo.ArrayData((x, y), batch_size=128, key=jax.random.key(0))
     batch_x, batch_y = data(0)
+    assert data.num_batches(epochs=10) == 79
+
+    numbered = gradhpo.ArrayData((x, y), 128, jax.random.key(0), with_indices=True)
+    (batch_x, batch_y), indices = numbered(0)
     ```
     """
 
     arrays: PyTree = eqx.field(converter=lambda tree: jax.tree.map(jnp.asarray, tree))
     batch_size: int = eqx.field(static=True)
     key: Array
+    replacement: bool = eqx.field(static=True, default=False)
+    with_indices: bool = eqx.field(static=True, default=False)
+    hold: int = eqx.field(static=True, default=1)
 
     def __check_init__(self):
         check_leading_axis(self.arrays, "ArrayData(arrays)")
-        check_count("batch_size", self.batch_size, most=self.num_examples)
-        if self.num_examples * self.batch_size >= 2**32:
+        if self.num_examples == 0:
+            raise ValueError("ArrayData(arrays) holds no example: its leading axis has length 0")
+        most = None if self.replacement else self.num_examples
+        check_count("batch_size", self.batch_size, most=most)
+        check_count("hold", self.hold)
+        if jnp.ndim(self.key) != (0 if is_key(self.key) else 1):
+            raise ValueError(
+                f"ArrayData(key) must be one key such as jax.random.key(0), got shape "
+                f"{jnp.shape(self.key)}"
+            )
+        if not self.replacement and self.num_examples * self.batch_size >= 2**32:
             raise ValueError(
                 f"batch_size={self.batch_size} times {self.num_examples} examples exceeds 2**32, "
                 "up to which positions are counted: use a smaller batch_size"
@@ -52,7 +77,17 @@ class ArrayData(eqx.Module):
 
     @property
     def num_examples(self) -> int:
+        """Length of the leading axis."""
         return jax.tree.leaves(self.arrays)[0].shape[0]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every batch is the data set itself."""
+        return self.batch_size == self.num_examples and not self.replacement
+
+    def num_batches(self, epochs: float | int = 1) -> int:
+        """How many batches draw so many epochs, rounded up."""
+        return self.hold * math.ceil(round(epochs * self.num_examples / self.batch_size, 6))
 
     def __call__(self, index: Int[ArrayLike, ""]) -> PyTree:
         """Batch number `index`, from 0."""
@@ -62,20 +97,32 @@ class ArrayData(eqx.Module):
         """Which examples batch number `index` holds, shape `[batch_size]`."""
         return _indices(self, jnp.asarray(index))
 
+    def stack(self, first: Int[ArrayLike, ""], count: int) -> BatchStack:
+        """Batches number `first` to `first + count - 1`, one for each inner step of a `step`."""
+        return _stack(self, jnp.asarray(first, jnp.int32), count)
+
+
+@eqx.filter_jit
+def _stack(data: ArrayData, first: Array, count: int) -> BatchStack:
+    return BatchStack(jax.vmap(data)(first + jnp.arange(count, dtype=first.dtype)))
+
 
 @eqx.filter_jit
 def _draw(data: ArrayData, index: Array) -> PyTree:
-    if data.batch_size == data.num_examples:
-        return data.arrays
     chosen = _indices(data, index)
-    return jax.tree.map(lambda x: x[chosen], data.arrays)
+    batch = data.arrays if data.is_whole else jax.tree.map(lambda x: x[chosen], data.arrays)
+    return (batch, chosen) if data.with_indices else batch
 
 
 @eqx.filter_jit
 def _indices(data: ArrayData, index: Array) -> Array:
     n, size = data.num_examples, data.batch_size
-    if size == n:
-        return jnp.arange(n)
+    if data.is_whole:
+        return jnp.arange(n, dtype=jnp.int32)
+    index = index // data.hold
+    if data.replacement:
+        key = jax.random.fold_in(data.key, index)
+        return jax.random.randint(key, (size,), 0, n, jnp.int32)
     # index * size counts the examples drawn so far, without leaving 32 bits.
     rounds, rest = jnp.divmod(index.astype(jnp.uint32), jnp.uint32(n))
     drawn = rest * jnp.uint32(size) + jnp.arange(size, dtype=jnp.uint32)
@@ -119,26 +166,3 @@ def _scramble(x: UInt32[Array, " batch"]) -> UInt32[Array, " batch"]:
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
-
-
-@checked
-def iterate(loader: Iterable[Any]) -> Iterator[Any]:
-    """An endless iterator over the batches of any loader, from its start again at its end.
-
-    **Arguments:**
-
-    - `loader`: anything that `iter` accepts: a list of batches, a data loader. A generator
-        can be passed through only once; `run` stops where it ends.
-
-    ```python
-    batches = gradhpo.iterate([jnp.zeros(3), jnp.ones(3)])
-    first, second, first_again = next(batches), next(batches), next(batches)
-    ```
-    """
-    while True:
-        empty = True
-        for batch in loader:
-            empty = False
-            yield batch
-        if empty:
-            return

@@ -13,9 +13,11 @@ if TYPE_CHECKING:
 class History(Mapping[str, np.ndarray]):
     """Metrics of a run: a mapping from a metric's name to an array `[steps]`.
 
-    - `stop_reason`: `"num_steps"`, `"callback"`, `"rejected"`, `"data exhausted"`
-        or `"data error"`.
+    - `stop_reason`: `"num_steps"`; a callback's `stop_reason` (`"early stopping"`, `"time limit"`)
+        or `"callback"`; `"interrupted"`; `"rejected"`; `"data exhausted"`; or what failed: `"data
+        error"`, `"callback error"`, `"device error"`, `"out of memory"`.
     - `report`: a few sentences on how the run went.
+    - `error`: the exception that ended the run, or `None`.
 
     ```python
     history = gradhpo.History({"val_loss": np.array([2.0, 1.0])}, "num_steps", "")
@@ -23,10 +25,17 @@ class History(Mapping[str, np.ndarray]):
     ```
     """
 
-    def __init__(self, metrics: Mapping[str, np.ndarray], stop_reason: str, report: str):
+    def __init__(
+        self,
+        metrics: Mapping[str, np.ndarray],
+        stop_reason: str,
+        report: str,
+        error: Exception | None = None,
+    ):
         self._metrics = dict(metrics)
         self.stop_reason = stop_reason
         self.report = report
+        self.error = error
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._metrics[name]

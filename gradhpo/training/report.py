@@ -4,71 +4,76 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-
-class Rejections:
-    """Counts steps that were refused as non-finite, those in a row, and the likely cause."""
-
-    def __init__(self, before: float, most_in_a_row: int):
-        self._last, self._most = before, most_in_a_row
-        self.total, self.in_a_row, self.longest = 0, 0, 0
-        self.of_derivatives = 0  # refused though both losses were finite
-
-    @property
-    def too_many(self) -> bool:
-        return self.longest >= self._most
-
-    def count(self, metrics: dict[str, np.ndarray]) -> None:
-        """The steps of one more chunk."""
-        losses = np.isfinite(metrics["train_loss"]) & np.isfinite(metrics["val_loss"])
-        only_derivative = losses & ~np.isfinite(metrics["hypergrad_norm"])
-        for value, derivative in zip(metrics["rejected"], only_derivative, strict=True):
-            rejected = value > self._last
-            self._last = value
-            self.total += int(rejected)
-            self.of_derivatives += int(rejected and derivative)
-            self.in_a_row = self.in_a_row + 1 if rejected else 0
-            self.longest = max(self.longest, self.in_a_row)
+from gradhpo.training.record import Record
+from gradhpo.training.stopping import Stopped
 
 
-def keeps_second_moments(inner_opt_state: PyTree) -> bool:
-    """Whether an optax state has the field `nu`, as those of Adam and its relatives."""
-    paths = jax.tree_util.tree_flatten_with_path(inner_opt_state)[0]
-    return any(getattr(key, "name", None) == "nu" for path, _ in paths for key in path)
+_GROWN = 100.0  # times the first loss: no noise does that
 
 
 def report(
-    stop_reason: str,
-    taken: int,
+    ending: Stopped,
+    record: Record,
     num_steps: int,
     seconds: float,
-    rejections: Rejections,
-    data_error: str,
     remark: str,
-    second_moments: bool,
+    inner_opt_state: PyTree,
+    unwritten: list[str],
 ) -> str:
     """The sentences, in the order in which they matter.
 
-    `remark` is what the algorithm says; `second_moments` tells of an optimizer like Adam.
+    `remark` is what the algorithm says; `unwritten` are the checkpoints that failed.
     """
-    why = {
+    earlier = f" ({record.resumed_at} of them before it was resumed)" if record.resumed_at else ""
+    sentences = [
+        f"{record.taken} of {num_steps} steps{earlier} in {seconds:.1f} s, {len(record.rejected)} "
+        f"rejected as non-finite{_where(record.rejected)}. {_why(ending, record)}"
+    ]
+    if remark:
+        sentences.append(remark)
+    else:
+        sentences += _on_rejections(record, inner_opt_state) + _on_divergence(record)
+    if unwritten:
+        sentences.append(
+            f"{len(unwritten)} checkpoints could not be written; the last time: {unwritten[-1]}."
+        )
+    return " ".join(sentences)
+
+
+def _where(rejected: list[int]) -> str:
+    if not rejected:
+        return ""
+    shown = ", ".join(map(str, rejected[:5])) + (", ..." if len(rejected) > 5 else "")
+    return f" (step{'s' if len(rejected) > 1 else ''} {shown})"
+
+
+def _why(ending: Stopped, record: Record) -> str:
+    error = ending.error
+    said = "" if error is None else f"{type(error).__name__}: {error}"
+    reasons = {
         "num_steps": "The run is complete.",
         "callback": "A callback stopped the run.",
-        "data error": f"A data source failed: {data_error}",
+        "interrupted": "It was interrupted.",
+        "early stopping": "The validation loss has not fallen for as long as patience allows.",
+        "time limit": "Its time was over.",
+        "data error": f"A data source failed: {said}",
+        "callback error": f"A callback failed: {said}",
+        "device error": f"The device failed: {said}",
+        "out of memory": f"The device is out of memory: {said}. "
+        + " ".join(getattr(error, "__notes__", [])),
         "data exhausted": (
             "An iterator ended; gradhpo.iterate(loader) starts a loader again at its end."
         ),
         "rejected": (
-            f"{rejections.longest} steps in a row came out non-finite and were rejected: they left "
+            f"{record.longest} steps in a row came out non-finite and were rejected: they left "
             "no trace in the state."
         ),
-    }[stop_reason]
-    sentences = [
-        f"{taken} of {num_steps} steps in {seconds:.1f} s, {rejections.total} rejected as "
-        f"non-finite. {why}"
-    ]
-    if remark:
-        sentences.append(remark)
-    elif rejections.of_derivatives:
+    }
+    return reasons.get(ending.reason, f"A callback stopped the run: {ending.reason}.")
+
+
+def _on_rejections(record: Record, inner_opt_state: PyTree) -> list[str]:
+    if record.of_derivatives:
         adam = (
             "With Adam and its relatives that is the square root at a gradient of exactly 0 (a "
             "dead unit, an input that is always 0): use optax.adam(..., eps_root=1e-16)."
@@ -77,14 +82,32 @@ def report(
             "Over many steps a derivative may overflow: a learning rate too high, a momentum or "
             "beta of 1 or more."
         )
-        sentences.append(
-            f"In {rejections.of_derivatives} of the rejected steps both losses were finite and "
+        return [
+            f"In {record.of_derivatives} of the rejected steps both losses were finite and "
             "only the hypergradient was not: something that is differentiated has no finite "
-            f"derivative. {adam if second_moments else overflow}"
-        )
-    elif rejections.in_a_row:  # it ended so
-        sentences.append(
+            f"derivative. {adam if _keeps_second_moments(inner_opt_state) else overflow}"
+        ]
+    if record.in_a_row:  # it ended so
+        return [
             "Usual causes: a learning rate too high (inner or outer), a momentum of 1 or more, or "
             "NaN in the data."
-        )
-    return " ".join(sentences)
+        ]
+    return []
+
+
+def _on_divergence(record: Record) -> list[str]:
+    """A loss that has blown up without becoming infinite is refused by nobody."""
+    losses = record.metrics()["train_loss"]
+    finite = losses[np.isfinite(losses)]
+    if len(finite) < 2 or not finite[-1] > _GROWN * abs(finite[0]) > 0:
+        return []
+    return [
+        f"The training loss grew from {finite[0]:.3g} to {finite[-1]:.3g}: a learning rate too "
+        "high (inner or outer). gradhpo.BestState keeps the state from before."
+    ]
+
+
+def _keeps_second_moments(inner_opt_state: PyTree) -> bool:
+    """Whether an optax state has the field `nu`, as those of Adam and its relatives."""
+    paths = jax.tree_util.tree_flatten_with_path(inner_opt_state)[0]
+    return any(getattr(key, "name", None) == "nu" for path, _ in paths for key in path)

@@ -1,27 +1,109 @@
-"""Progress on the terminal."""
+"""Metrics of a run as files: JSON Lines and CSV. Callbacks for `run`."""
 
-import contextlib
+import abc
+import csv
+import io
+import json
+import math
+import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
+
+from gradhpo.utils.settings import check_count
+from gradhpo.utils.typecheck import checked, warn
 
 
-class ProgressBar:
-    """A `tqdm` bar that counts steps and shows the last losses."""
+class _FileLogger(abc.ABC):
+    """A line for every so many steps.
 
-    def __init__(self, bar: tqdm):
-        self._bar = bar
+    The memory is the length of the file: a run that is resumed cuts off what was written after its
+    checkpoint, and the file comes out as if nothing had happened.
+    """
 
-    def advance(self, steps: int, metrics: Mapping[str, np.ndarray]) -> None:
-        """Moves on by a chunk of steps with these metrics."""
-        shown = ("train_loss", "val_loss", "hypergrad_norm")
-        self._bar.set_postfix({name: f"{metrics[name][-1]:.4g}" for name in shown}, refresh=False)
-        self._bar.update(steps)
+    @checked
+    def __init__(self, path: str | Path, every: int = 1, append: bool = False):
+        check_count("every", every)
+        self._path, self._every, self._append = Path(path), every, append
+        if self._path.is_dir():
+            raise ValueError(f"path={str(path)!r} is a directory; pass a file, path/log.jsonl")
+        self.memory = np.asarray(0)
+        self._began = False
+
+    @abc.abstractmethod
+    def _text(self, rows: Iterator[list], names: list[str], first: bool) -> str:
+        """The lines of these rows, whose first entry is the step."""
+
+    def start(self, state: Any, resumed: bool) -> np.ndarray:
+        """The memory before the first step; a file that is another run's is not added to."""
+        size = self._path.stat().st_size if self._path.exists() else 0
+        if size and not (resumed or self._append or self._began):
+            raise ValueError(
+                f"{self._path} already holds something: pass another path, or append=True to add "
+                "to it"
+            )
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._began = True
+        return np.asarray(size)
+
+    def __call__(self, state: Any, metrics: Mapping[str, np.ndarray]) -> None:
+        values = {name: x.tolist() for name, x in metrics.items()}
+        last = int(state.step)
+        first = last + 1 - len(next(iter(values.values())))
+        # Steps count from 1; the first one due in this chunk.
+        due = range(first + -first % self._every, last + 1, self._every)
+        rows = ([step, *(x[step - first] for x in values.values())] for step in due)
+        place = int(self.memory)
+        text = self._text(rows, ["step", *values], first=place == 0).encode()
+        with open(self._path, "r+b" if self._path.exists() else "w+b") as file:
+            found = os.fstat(file.fileno()).st_size
+            if found < place:
+                warn(f"{self._path} is shorter than this run had left it: it goes on at its end")
+                place = found
+            file.truncate(place)
+            file.seek(place)
+            file.write(text)
+        self.memory = np.asarray(place + len(text))
 
 
-@contextlib.contextmanager
-def progress_bar(total: int, *, shown: bool = True) -> Iterator[ProgressBar]:
-    """A bar over `total` steps, closed at the end also when the loop raises."""
-    with tqdm(total=total, disable=not shown, unit="step", dynamic_ncols=True) as bar:
-        yield ProgressBar(bar)
+class JSONLinesLogger(_FileLogger):
+    """Writes metrics as JSON Lines, `{"step": 1, "train_loss": 0.5, ...}`: a callback for `run`.
+
+    Numbers that JSON does not have (`nan`, `inf`) are `null`. Written at the end of every chunk.
+
+    **Arguments:**
+
+    - `path`: the file; its directory is made if it is not there.
+    - `every`: a line for every so many steps, default 1.
+    - `append`: whether a file that is there is added to, default `False`: an error. A run that is
+        resumed from a checkpoint goes on with its own file.
+
+    ```python
+    logger = gradhpo.JSONLinesLogger("runs/digits/log.jsonl", every=10)
+    ```
+    """
+
+    def _text(self, rows: Iterator[list], names: list[str], first: bool) -> str:
+        finite = lambda x: x if math.isfinite(x) else None
+        lines = [json.dumps(dict(zip(names, map(finite, row), strict=True))) for row in rows]
+        return "".join(line + "\n" for line in lines)
+
+
+class CSVLogger(_FileLogger):
+    """Writes metrics as CSV with a line of names: a callback for `run`.
+
+    **Arguments:** as for [`JSONLinesLogger`][gradhpo.JSONLinesLogger].
+
+    ```python
+    logger = gradhpo.CSVLogger("runs/digits/log.csv", every=10)
+    ```
+    """
+
+    def _text(self, rows: Iterator[list], names: list[str], first: bool) -> str:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerows([names] if first else [])
+        writer.writerows(rows)
+        return text.getvalue()

@@ -1,0 +1,72 @@
+"""The callbacks of a run together: started, called, asked whether to stop, and remembered."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from gradhpo.core.state import BilevelState
+from gradhpo.utils.validation import check_arity
+
+
+class Callbacks:
+    """Functions `(state, metrics) -> bool | None`.
+
+    One with a memory also has `start(state, resumed) -> memory` and the attribute `memory`, a
+    pytree of arrays whose structure stays; it may have `stopped`, whether it has stopped the run
+    for good, and `stop_reason`.
+    """
+
+    def __init__(self, callbacks: Sequence[Callable]):
+        for number, callback in enumerate(callbacks):
+            if not callable(callback) or isinstance(callback, type):
+                hint = "; make one of it: callbacks=[gradhpo.BestState()]"
+                raise TypeError(
+                    f"callbacks[{number}] must be a function (state, metrics) -> bool | None, got "
+                    f"{callback!r}{hint if isinstance(callback, type) else ''}"
+                )
+            check_arity(callback, f"callbacks[{number}]", "state, metrics")
+        self._all = list(callbacks)
+        self._remembering: list[Any] = [
+            callback for callback in callbacks if hasattr(callback, "memory")
+        ]
+
+    @property
+    def names(self) -> list[str]:
+        """Those with a memory, by their classes."""
+        return [type(callback).__name__ for callback in self._remembering]
+
+    def start(self, state: BilevelState, resumed: bool) -> None:
+        """Before the first step, or before those that an earlier session has left."""
+        for callback in self._remembering:
+            callback.memory = callback.start(state, resumed)
+
+    @property
+    def memory(self) -> list[PyTree]:
+        return [callback.memory for callback in self._remembering]
+
+    @memory.setter
+    def memory(self, memories: list[PyTree]) -> None:
+        for callback, memory in zip(self._remembering, memories, strict=True):
+            callback.memory = memory
+
+    def stopped(self) -> str | None:
+        """Why a resumed run has nothing left to do."""
+        return next((_reason(c) for c in self._all if getattr(c, "stopped", False)), None)
+
+    def __call__(self, state: BilevelState, metrics: Mapping[str, np.ndarray]) -> str | None:
+        """Calls all, since a logger after the one that stops must not miss a chunk."""
+        answers = [_is_true(callback(state, metrics)) for callback in self._all]
+        stopping = [c for c, stops in zip(self._all, answers, strict=True) if stops]
+        return _reason(stopping[0]) if stopping else None
+
+
+def _reason(callback: Any) -> str:
+    return getattr(callback, "stop_reason", "callback")
+
+
+def _is_true(answer: Any) -> bool:
+    """Whether a callback said `True`; comparisons of metrics say it as a NumPy boolean."""
+    return isinstance(answer, (bool, np.bool_, jax.Array)) and bool(np.all(answer))

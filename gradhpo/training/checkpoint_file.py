@@ -1,0 +1,110 @@
+"""One checkpoint in one file: whole or not there, and checked before anything of it is used."""
+
+import io
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from gradhpo.utils.keys import is_key
+from gradhpo.utils.validation import leaf_names
+
+
+_MAGIC = b"gradhpo-checkpoint"
+_FORMAT = 1
+
+
+def write_file(path: Path, header: dict[str, Any], tree: PyTree) -> None:
+    """Writes beside the place and renames: whoever reads finds all of it or nothing."""
+    body = io.BytesIO()
+    body.write(json.dumps(header).encode() + b"\n")
+    eqx.tree_serialise_leaves(body, tree, filter_spec=_write_leaf)
+    content = body.getbuffer()
+    beside = path.with_name(f".{path.name}.tmp")
+    with open(beside, "wb") as file:
+        file.write(b"%s %d %d %d\n" % (_MAGIC, _FORMAT, len(content), zlib.crc32(content)))
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+    _sync_directory(path.parent)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file is one of ours, whole or not."""
+    with open(path, "rb") as file:
+        return file.read(len(_MAGIC)) == _MAGIC
+
+
+def read_file(path: Path) -> tuple[dict[str, Any], BinaryIO]:
+    """The header, and the leaves as a file for `read_tree`; `ValueError` for what is not whole."""
+    with open(path, "rb") as file:
+        first, content = file.readline(200).split(), file.read()
+    if not first or first[0] != _MAGIC:
+        raise ValueError(f"{path} is not a checkpoint of gradhpo: it is left as it is")
+    try:
+        version, length, checksum = map(int, first[1:])
+    except ValueError:
+        raise ValueError(_damaged(path, "its first line is broken")) from None
+    if version != _FORMAT:
+        raise ValueError(
+            f"{path} has format {version}, and this gradhpo reads {_FORMAT}: use the version of "
+            "gradhpo that wrote it"
+        )
+    if len(content) != length:
+        raise ValueError(_damaged(path, f"it has {len(content)} of {length} bytes"))
+    if zlib.crc32(content) != checksum:
+        raise ValueError(_damaged(path, "its checksum does not fit"))
+    body = io.BytesIO(content)
+    return json.loads(body.readline()), body
+
+
+def read_tree(body: BinaryIO, like: PyTree) -> PyTree:
+    """The leaves of a tree like this one, which was checked against the header."""
+    return eqx.tree_deserialise_leaves(body, like, filter_spec=_read_leaf)
+
+
+def leaves_of(tree: PyTree) -> list[list[Any]]:
+    """Name, shape and dtype of each leaf that is written."""
+    return [
+        [name, list(np.shape(x)), str(x.dtype) if hasattr(x, "dtype") else type(x).__name__]
+        for name, x in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True)
+        if eqx.is_array_like(x) or is_key(x)
+    ]
+
+
+def _damaged(path: Path, why: str) -> str:
+    return (
+        f"{path} is damaged ({why}); nothing of it was used. Move it away to go on from the "
+        "checkpoint before it, if there is one"
+    )
+
+
+def _write_leaf(file: BinaryIO, x: Any) -> None:
+    eqx.default_serialise_filter_spec(file, jax.random.key_data(x) if is_key(x) else x)
+
+
+def _read_leaf(file: BinaryIO, like: Any) -> Any:
+    if is_key(like):
+        return jax.random.wrap_key_data(jnp.load(file), impl=jax.random.key_impl(like))
+    found = eqx.default_deserialise_filter_spec(file, like)
+    if isinstance(like, jax.Array) and like.committed:
+        return jax.device_put(found, like.sharding)
+    return found
+
+
+def _sync_directory(directory: Path) -> None:
+    """The renaming itself survives a loss of power (where a directory can be opened at all)."""
+    if os.name == "posix":
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

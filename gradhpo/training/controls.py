@@ -1,0 +1,196 @@
+"""Callbacks that watch a run: the best state, when to stop early, how long to go on.
+
+A callback with a memory has `start(state, resumed) -> memory`, called before the first step, and
+the attribute `memory`, a pytree of arrays of fixed structure: `run` sets it, checkpoints keep it.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import equinox as eqx
+import numpy as np
+from jaxtyping import PyTree
+
+from gradhpo.core.state import BilevelState
+from gradhpo.utils.settings import check_count
+from gradhpo.utils.typecheck import checked
+
+
+class Best(eqx.Module):
+    """The lowest value so far, the step that it was found at, and the state after that step."""
+
+    value: np.ndarray
+    step: np.ndarray
+    rejected: np.ndarray  # the metric, at the end of the last chunk
+    state: BilevelState
+
+
+class BestState:
+    """Keeps the state with the lowest validation loss: a callback for `run`.
+
+    Looks where a chunk ends, since there the state is known whose loss the last metric is (its
+    parameters; the hyperparameters are one outer update ahead). Values that are not finite and
+    steps that were rejected do not count.
+
+    **Arguments:**
+
+    - `metric`: the name of a metric, default `"val_loss"`, or a function `state -> number` for
+        what should be small: a loss on all validation data where batches are noisy, an error rate.
+
+    **Afterwards:** `.state`, `.value` and `.step` (`None`, `inf` and 0 if nothing counted).
+
+    ```python
+    loss = lambda w, h, batch: jnp.sum((w - h) ** 2 * batch)
+    optimizer = gradhpo.OneStepOptimizer(optax.sgd(0.1), optax.adam(0.1))
+    losses, best = gradhpo.LossFunctions(loss, loss), gradhpo.BestState()
+    state, history = gradhpo.run(
+        optimizer, optimizer.init(jnp.zeros(3), jnp.ones(3)), losses, jnp.ones(3), jnp.ones(3),
+        num_steps=20, chunk_size=5, callbacks=[best], progress=False,
+    )
+    assert best.value == history["val_loss"][best.step - 1]
+    ```
+    """
+
+    @checked
+    def __init__(self, metric: str | Callable[[BilevelState], Any] = "val_loss"):
+        self._metric = metric
+        self.memory: Best | None = None
+
+    def start(self, state: BilevelState, resumed: bool) -> Best:
+        """The memory before the first step."""
+        rejected = np.asarray(state.metadata["rejected"], np.float64)
+        return Best(np.asarray(np.inf), np.asarray(0), rejected, state)
+
+    def __call__(self, state: BilevelState, metrics: Mapping[str, np.ndarray]) -> None:
+        assert self.memory is not None  # `run` starts a callback first
+        value, best = self._value(state, metrics), self.memory
+        rejected = np.append(best.rejected, metrics["rejected"])
+        if value < float(best.value) and rejected[-1] == rejected[-2]:
+            best = Best(np.asarray(value), np.asarray(int(state.step)), best.rejected, state)
+        self.memory = dataclasses.replace(best, rejected=np.asarray(rejected[-1]))
+
+    def _value(self, state: BilevelState, metrics: Mapping[str, np.ndarray]) -> float:
+        if callable(self._metric):
+            return float(self._metric(state))
+        if self._metric not in metrics:
+            raise ValueError(
+                f"metric={self._metric!r} is no metric of this run; there are {', '.join(metrics)}"
+            )
+        return float(metrics[self._metric][-1])
+
+    @property
+    def state(self) -> BilevelState | None:
+        """The state at the end of that chunk; `None` if nothing counted."""
+        return None if self.memory is None or self.step == 0 else self.memory.state
+
+    @property
+    def value(self) -> float:
+        """The lowest value, or `inf`."""
+        return np.inf if self.memory is None else float(self.memory.value)
+
+    @property
+    def step(self) -> int:
+        """The step that it was found at, or 0."""
+        return 0 if self.memory is None else int(self.memory.step)
+
+
+class EarlyStopping:
+    """Stops a run whose validation loss has not fallen for a while: a callback for `run`.
+
+    **Arguments:**
+
+    - `patience`: steps without a new lowest value after which the run stops (where a chunk ends).
+    - `metric`: as for [`BestState`][gradhpo.BestState].
+    - `min_delta`: by how much a value must be below the lowest one to count, default 0.
+
+    **Afterwards:** `.best`, a [`BestState`][gradhpo.BestState].
+
+    ```python
+    loss = lambda w, h, batch: jnp.sum((w - h) ** 2 * batch)
+    optimizer = gradhpo.OneStepOptimizer(optax.sgd(0.1), optax.adam(0.1))
+    stopping = gradhpo.EarlyStopping(patience=20)
+    state, history = gradhpo.run(
+        optimizer, optimizer.init(jnp.ones(3), jnp.ones(3)), gradhpo.LossFunctions(loss, loss),
+        jnp.ones(3), jnp.ones(3), num_steps=1_000, chunk_size=5, callbacks=[stopping],
+        progress=False,
+    )
+    assert history.stop_reason == "early stopping" and stopping.best.step == 5
+    ```
+    """
+
+    stop_reason = "early stopping"
+
+    @checked
+    def __init__(
+        self,
+        patience: int,
+        metric: str | Callable[[BilevelState], Any] = "val_loss",
+        min_delta: float | int = 0.0,
+    ):
+        check_count("patience", patience)
+        if not min_delta >= 0:
+            raise ValueError(f"min_delta must be at least 0, got {min_delta}")
+        self._patience, self._min_delta = patience, min_delta
+        self.best = BestState(metric)
+        self._seen = np.asarray([np.inf, 0.0, 0.0])
+
+    # The value and step that patience counts from, the last step seen, and the best state.
+
+    @property
+    def memory(self) -> PyTree:
+        return self._seen, self.best.memory
+
+    @memory.setter
+    def memory(self, memory: PyTree) -> None:
+        self._seen, self.best.memory = memory
+
+    def start(self, state: BilevelState, resumed: bool) -> PyTree:
+        """The memory before the first step."""
+        step = float(state.step)
+        return np.asarray([np.inf, step, step]), self.best.start(state, resumed)
+
+    def __call__(self, state: BilevelState, metrics: Mapping[str, np.ndarray]) -> bool:
+        self.best(state, metrics)
+        value, since, _ = self._seen
+        step = float(state.step)
+        if self.best.value < value - self._min_delta:
+            value, since = self.best.value, step
+        self._seen = np.asarray([value, since, step])
+        return self.stopped
+
+    @property
+    def stopped(self) -> bool:
+        """Whether patience is at its end: a run that is resumed there does not go on."""
+        _, since, step = self._seen
+        return bool(step - since >= self._patience)
+
+
+class TimeLimit:
+    """Stops a run at the end of the first chunk after so many seconds: a callback for `run`.
+
+    Counts from the start of each call of `run`, compilation included. A run with a checkpoint goes
+    on when it is called once more, with the full time again.
+
+    ```python
+    limit = gradhpo.TimeLimit(seconds=8 * 3600)
+    ```
+    """
+
+    stop_reason = "time limit"
+
+    @checked
+    def __init__(self, seconds: float | int):
+        if not seconds > 0:
+            raise ValueError(f"seconds must be positive, got {seconds}")
+        self._seconds, self._started = seconds, time.monotonic()
+        self.memory: PyTree = ()
+
+    def start(self, state: BilevelState, resumed: bool) -> PyTree:
+        """The memory before the first step."""
+        self._started = time.monotonic()
+        return ()
+
+    def __call__(self, state: BilevelState, metrics: Mapping[str, np.ndarray]) -> bool:
+        return time.monotonic() - self._started >= self._seconds

@@ -1,0 +1,64 @@
+"""What identifies a run, so that a checkpoint of another one is not taken for it."""
+
+import dataclasses
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from gradhpo.utils.keys import is_key
+
+
+def described(value: Any) -> Any:
+    """A setting, a module or a tree of arrays as JSON; `None` for functions, which cannot be told.
+
+    Of a module its settings by name. Of arrays their norm and a weighted sum: two numbers that
+    differ between data sets, seeds and starting points, and not between machines.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, eqx.Module):
+        fields = {
+            field.name: described(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
+        return {"kind": type(value).__name__} | {k: v for k, v in fields.items() if v is not None}
+    leaves = [x for x in jax.tree.leaves(value) if eqx.is_array_like(x) or is_key(x)]
+    if not leaves:
+        return None
+    if len(leaves) == 1 and not is_key(leaves[0]) and np.ndim(leaves[0]) == 0:
+        return np.asarray(leaves[0]).item()
+    return {"values": _two_numbers(leaves)}
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """Where two descriptions differ, each in a line."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        if "values" in old and "values" in new:
+            (norm, total), (norm_now, total_now) = old["values"], new["values"]
+            far = max(abs(norm - norm_now), abs(total - total_now)) > 1e-4 * max(norm, 1e-30)
+            return [f"{name} holds other values"] if far else []
+        names = [*old, *(key for key in new if key not in old)]
+        inner = lambda key: f"{name}.{key}" if name else key
+        return [
+            line for key in names for line in differences(old.get(key), new.get(key), inner(key))
+        ]
+    return [] if old == new else [f"{name} was {_shown(old)}, and is {_shown(new)}"]
+
+
+def _shown(x: Any) -> Any:
+    return x.get("kind", "an array") if isinstance(x, dict) else x
+
+
+def _two_numbers(leaves: PyTree) -> list[float]:
+    square, total = 0.0, 0.0
+    for number, leaf in enumerate(leaves):
+        x = np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf).reshape(-1)
+        # A million entries tell two data sets apart as well as all of them would.
+        x = np.nan_to_num(x[:: max(1, x.size // 10**6)].astype(np.float64), posinf=0, neginf=0)
+        # The golden ratio spreads the weights evenly; another start for every leaf.
+        weights = (np.arange(1, x.size + 1) * 0.6180339887498949 + 0.7548776662466927 * number) % 1
+        square += float(x @ x)
+        total += float(x @ (weights - 0.5))
+    return [square**0.5, total]

@@ -1,0 +1,189 @@
+"""What `run` does, chunk by chunk, once its arguments are checked."""
+
+import collections
+import dataclasses
+import math
+from typing import Any
+
+import equinox as eqx
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from gradhpo.core.base import BilevelOptimizer
+from gradhpo.core.state import BilevelState
+from gradhpo.core.types import LossFunctions
+from gradhpo.training.callbacks import Callbacks
+from gradhpo.training.checkpoint import Keeper
+from gradhpo.training.chunk import Chunk
+from gradhpo.training.feed import Feed
+from gradhpo.training.record import Record
+from gradhpo.training.stopping import Interrupts, Stopped, failing
+from gradhpo.utils.progress import ProgressBar
+
+
+@dataclasses.dataclass
+class Driver:
+    """How far a run has come. `state`, `start` and `record` change at the end of a chunk only."""
+
+    optimizer: BilevelOptimizer
+    losses: LossFunctions
+    rate: Any
+    steps_per_episode: int | None
+    reptile_rate: Float[Array, ""]
+    max_rejections: int
+    feed: Feed
+    callbacks: Callbacks
+    keeper: Keeper | None
+    state: BilevelState
+
+    def __post_init__(self):
+        self.start: PyTree = eqx.filter(self.state.params, eqx.is_inexact_array)  # of the episode
+        self.before = self.optimizer._scalars(self.state.memory)
+        self.record = Record(float(self.state.metadata["rejected"]))
+        self.positions = self.feed.positions()
+        self._settled = True  # whether the callbacks have seen all that the record holds
+
+    def begin(self, num_steps: int) -> None:
+        """A new run, or the one that the checkpoints hold."""
+        if self.keeper is None or not self.keeper.holds_a_run:
+            if self.keeper is not None:
+                self.feed.check_can_resume()
+            self.callbacks.start(self.state, resumed=False)
+            self.save("")
+            return
+        self.keeper.check_resumable(num_steps, self.callbacks.names)
+        self.callbacks.start(self.state, resumed=True)
+        tree, metrics, positions = self.keeper.resume(self._tree())
+        self.feed.resume(positions)
+        self.positions = positions
+        self.state, self.start, self.before, self.callbacks.memory = tree
+        self.record.resume(metrics)
+
+    def go(
+        self, shapes: list[tuple[int, int]], bar: ProgressBar, interrupts: Interrupts
+    ) -> Stopped:
+        """Takes the steps, and says why it stopped."""
+        waiting = collections.deque(shapes)
+        try:
+            self._stop_if_over()
+            flight = self._launch(waiting)
+            while flight is not None:
+                flight = self._land(flight, waiting, bar, interrupts)
+        except Stopped as stopped:
+            return stopped
+        except KeyboardInterrupt:
+            if interrupts.asked:  # the second one
+                raise
+            return Stopped("interrupted")
+        return Stopped("num_steps")
+
+    def finish(self, ending: Stopped) -> None:
+        """Gives back what was not used, and keeps the end."""
+        self.feed.close()
+        # What a failing callback has missed is repeated from the checkpoint before.
+        if self._settled and self.record.may_return:
+            self.save(ending.reason)
+
+    def save(self, stop_reason: str) -> None:
+        if self.keeper is not None:
+            about = {
+                "stop_reason": stop_reason,
+                "callbacks": self.callbacks.names,
+                "positions": self.positions,
+            }
+            self.keeper.save(self.record.taken, self._tree(), about)
+
+    def _tree(self) -> PyTree:
+        return self.state, self.start, self.before, self.callbacks.memory
+
+    def _launch(self, waiting: collections.deque[tuple[int, int]]) -> "Flight | None":
+        """Hands the next chunk to the device, which does not wait for the host meanwhile."""
+        if not waiting:
+            return None
+        episodes, length = waiting.popleft()
+        wanted, may_return = episodes * length, self.record.may_return
+        by_episodes = self.steps_per_episode is not None
+        with failing("data error", may_return=may_return):
+            train, val, taken = self.feed.take(wanted, length if by_episodes else 1)
+            if taken == 0 and not may_return:
+                raise ValueError(
+                    "the data iterators end before the first step (with an algorithm that looks "
+                    "ahead, the first episode) has all its batches"
+                )
+        if taken == 0:
+            raise Stopped("data exhausted")
+        positions = self.feed.positions()
+        with failing("device error", may_return=may_return):
+            chunk = Chunk(self.optimizer, self.losses, train, val, self.rate)
+            if self.steps_per_episode is None:
+                (state, stacked), start = chunk.run_steps(self.state, taken), self.start
+            else:
+                state, start, stacked = chunk.run_episodes(
+                    self.state, self.start, self.reptile_rate, taken // length, length,
+                    self.steps_per_episode,
+                )  # fmt: skip
+        self.feed.prepare(math.prod(waiting[0]) if waiting else 0)
+        return Flight(state, start, stacked, positions, may_return, taken < wanted)
+
+    def _land(
+        self,
+        flight: "Flight",
+        waiting: collections.deque[tuple[int, int]],
+        bar: ProgressBar,
+        interrupts: Interrupts,
+    ) -> "Flight | None":
+        """Waits for a chunk, launches the one after it, and shows this one to the callbacks.
+
+        So the device works while the host logs and saves. Where that stops the run, what was
+        launched is forgotten: the state is the one that the callbacks have seen.
+        """
+        with failing("device error", may_return=flight.may_return):
+            metrics = {name: np.asarray(values) for name, values in flight.metrics.items()}
+        self._settled = False
+        self.state, self.start, self.positions = flight.state, flight.start, flight.positions
+        self.record.add(metrics)
+        self.feed.settle()
+        ending, following = None, None
+        try:
+            if interrupts.asked:
+                raise Stopped("interrupted")
+            if self.record.longest >= self.max_rejections:
+                raise Stopped("rejected")
+            if flight.was_last:
+                raise Stopped("data exhausted")
+            following = self._launch(waiting)
+        except Stopped as stopped:
+            ending = stopped
+        bar.advance(len(metrics["rejected"]), metrics)
+        with failing("callback error", may_return=flight.may_return):
+            reason = self.callbacks(self.state, metrics)
+        self._settled = True
+        if self.keeper is not None:
+            self.keeper.add(metrics)
+            if self.keeper.is_due(self.record.taken):
+                self.save("")
+        if reason is not None:
+            raise Stopped(reason)
+        if ending is not None:
+            raise ending
+        return following
+
+    def _stop_if_over(self) -> None:
+        """What ends a run also keeps one that is resumed at its end from going on."""
+        reason = self.callbacks.stopped()
+        if reason is not None:
+            raise Stopped(reason)
+        if self.record.longest >= self.max_rejections:
+            raise Stopped("rejected")
+
+
+@dataclasses.dataclass
+class Flight:
+    """A chunk at work on the device: what it will have made, and where its data end."""
+
+    state: BilevelState
+    start: PyTree
+    metrics: dict[str, Array]
+    positions: dict[str, Any]
+    may_return: bool  # whether the run has steps to return should this one fail
+    was_last: bool  # for lack of data

@@ -1,0 +1,78 @@
+"""Both sources of a run together: what each chunk gets, and where they stand."""
+
+from typing import Any
+
+from gradhpo.training.description import described
+from gradhpo.training.host import Host
+from gradhpo.training.sources import Source
+
+
+# Batches of an iterator wait for one chunk; more than this would only cost memory.
+_MOST_BYTES_FETCHED = 64 * 2**20
+
+
+class Feed:
+    """The training and the validation source of a run."""
+
+    def __init__(self, train: Source, val: Source):
+        self._sources = {"train_data": train, "val_data": val}
+        self._hosts = {
+            name: source for name, source in self._sources.items() if isinstance(source, Host)
+        }
+
+    @property
+    def from_host(self) -> bool:
+        """Whether any of the two is an iterator."""
+        return bool(self._hosts)
+
+    def affordable(self, chunk_size: int) -> int:
+        """The size of a chunk whose batches do not take too much memory."""
+        needed = sum(host.bytes_per_step() for host in self._hosts.values())
+        return max(1, min(chunk_size, _MOST_BYTES_FETCHED // max(needed, 1)))
+
+    def take(self, steps: int, multiple: int) -> tuple[Any, Any, int]:
+        """What a chunk of up to `steps` steps sees of each, and how many steps that are."""
+        self.prepare(steps)
+        taken = min([steps, *(host.ready(steps) for host in self._hosts.values())])
+        taken -= taken % multiple
+        if taken == 0:
+            return None, None, 0
+        train, val = (
+            source.fetch(taken) if isinstance(source, Host) else source
+            for source in self._sources.values()
+        )
+        return train, val, taken
+
+    def prepare(self, steps: int) -> None:
+        """Draws the batches of `steps` steps, while the device works on those before."""
+        for host in self._hosts.values():
+            host.prepare(steps)
+
+    def settle(self) -> None:
+        """The chunk that was taken is done."""
+        for host in self._hosts.values():
+            host.settle()
+
+    def close(self) -> None:
+        """What was drawn and not used goes back, where that is possible."""
+        for host in self._hosts.values():
+            host.close()
+
+    def described(self) -> dict[str, Any]:
+        """What tells the data of a run from other data, as far as that can be told."""
+        return {
+            name: "an iterator" if isinstance(source, Host) else described(source)
+            for name, source in self._sources.items()
+        }
+
+    def positions(self) -> dict[str, Any]:
+        """Where the iterators are, for a checkpoint."""
+        return {name: host.position() for name, host in self._hosts.items()}
+
+    def check_can_resume(self) -> None:
+        for host in self._hosts.values():
+            host.check_can_resume()
+
+    def resume(self, positions: dict[str, Any]) -> None:
+        for name, host in self._hosts.items():
+            host.resume(positions[name])

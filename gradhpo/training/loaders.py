@@ -1,0 +1,134 @@
+"""Iterators over any loader, and how to bring one back to where a run left it."""
+
+import base64
+import inspect
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from gradhpo.utils.typecheck import checked
+
+
+# What libraries call the pair: grain's iterators the first, PyTorch's stateful loaders the second.
+_SEEKING = (("get_state", "set_state"), ("state_dict", "load_state_dict"))
+
+
+@checked
+def iterate(loader: Iterable[Any]) -> Iterator[Any]:
+    """An endless iterator over the batches of any loader, from its start again at its end.
+
+    **Arguments:**
+
+    - `loader`: anything that `iter` accepts: a list of batches, a `torch.utils.data.DataLoader`,
+        a `grain` data set. A generator can be passed through only once; `run` stops where it
+        ends.
+
+    A run that is resumed seeks to its place where the loader (or the iterator that it makes) has
+    `get_state` and `set_state`, or `state_dict` and `load_state_dict`, whose state can be
+    written as JSON. Otherwise it draws all earlier batches once more: pass a loader that shuffles
+    the same way each time that it is made, and a new one to the run that resumes.
+
+    ```python
+    batches = gradhpo.iterate([jnp.zeros(3), jnp.ones(3)])
+    first, second, first_again = next(batches), next(batches), next(batches)
+    ```
+    """
+    return Repeated(loader)
+
+
+class Repeated(Iterator[Any]):
+    """The iterator that `iterate` returns."""
+
+    def __init__(self, loader: Iterable[Any]):
+        self._loader = loader
+        self._pass: Iterator[Any] | None = None
+        self._returned: list[Any] = []
+        self.drawn = 0
+
+    def __next__(self) -> Any:
+        batch = self._returned.pop(0) if self._returned else self._draw()
+        self.drawn += 1
+        return batch
+
+    def _draw(self) -> Any:
+        for _ in range(2):  # the rest of this pass, or the first of another
+            if self._pass is None:
+                self._pass = iter(self._loader)
+            try:
+                return next(self._pass)
+            except StopIteration:
+                self._pass = None
+        raise StopIteration
+
+    def give_back(self, batches: list[Any]) -> None:
+        """Batches that were drawn last and not used come next once more."""
+        self._returned = batches + self._returned
+        self.drawn -= len(batches)
+
+    def get_state(self) -> Any:
+        """Where the loader is; `None` if it cannot tell."""
+        if self._returned:
+            return None
+        if _seeking(self._loader):
+            return state_of(self._loader)
+        return None if self._pass is None else state_of(self._pass)
+
+    def set_state(self, state: Any) -> None:
+        if _seeking(self._loader):
+            seek(self._loader, state)
+        else:
+            self._pass = iter(self._loader)
+            seek(self._pass, state)
+
+
+def state_of(iterator: Any) -> Any:
+    """The position of an iterator that can seek, as JSON can hold it; else `None`."""
+    names = _seeking(iterator)
+    if names is None:
+        return None
+    try:
+        state = _written(getattr(iterator, names[0])())
+        return state if json.loads(json.dumps(state)) == state else None
+    except (TypeError, ValueError):
+        return None
+
+
+def seek(iterator: Any, state: Any) -> None:
+    """Brings an iterator to where `state_of` was taken."""
+    names = _seeking(iterator)
+    if names is None:
+        raise ValueError(f"a {type(iterator).__name__} cannot seek")
+    getattr(iterator, names[1])(_read(state))
+
+
+def is_untouched(iterator: Any) -> bool:
+    """Whether nothing was drawn yet, as far as one can tell."""
+    if isinstance(iterator, Repeated):
+        return iterator.drawn == 0
+    if inspect.isgenerator(iterator):
+        return inspect.getgeneratorstate(iterator) == inspect.GEN_CREATED
+    return True
+
+
+def _seeking(thing: Any) -> tuple[str, str] | None:
+    for names in _SEEKING:
+        if all(callable(getattr(thing, name, None)) for name in names):
+            return names
+    return None
+
+
+def _written(state: Any) -> Any:
+    """JSON has no bytes."""
+    if isinstance(state, bytes):
+        return {"base64": base64.b64encode(state).decode()}
+    if isinstance(state, dict):
+        return {key: _written(value) for key, value in state.items()}
+    return [_written(x) for x in state] if isinstance(state, list) else state
+
+
+def _read(state: Any) -> Any:
+    if isinstance(state, dict) and set(state) == {"base64"}:
+        return base64.b64decode(state["base64"])
+    if isinstance(state, dict):
+        return {key: _read(value) for key, value in state.items()}
+    return [_read(x) for x in state] if isinstance(state, list) else state

@@ -1,0 +1,87 @@
+"""The metrics of a run on disk: rows that are only ever added."""
+
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class MetricsFile:
+    """Rows of float64, one for each step, in which every metric's dtype is exact.
+
+    A checkpoint says how many of the rows belong to it. Rows beyond that come from steps that the
+    run has lost, and are written over.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._dtypes: dict[str, str] = {}
+        self._rows, self._checksum = 0, 0
+        self._torn = True  # whether what lies beyond our rows is ours to cut
+
+    def add(self, metrics: dict[str, np.ndarray]) -> None:
+        """The metrics of more steps, on disk when this returns."""
+        if not metrics:
+            return
+        self._dtypes = {name: str(x.dtype) for name, x in metrics.items()}
+        rows = np.stack([x.astype("<f8") for x in metrics.values()], axis=1).tobytes()
+        end = self._bytes()
+        with open(self.path, "r+b" if self.path.exists() else "w+b") as file:
+            found = os.fstat(file.fileno()).st_size
+            if found < end or (found > end and not self._torn):
+                raise OSError(
+                    f"{self.path} has {found} bytes where this run had written {end}: does "
+                    "another run write to the same directory?"
+                )
+            self._torn = True
+            file.truncate(end)
+            file.seek(end)
+            file.write(rows)
+            file.flush()
+            os.fsync(file.fileno())
+        self._torn = False
+        self._rows += len(rows) // self._row_bytes()
+        self._checksum = zlib.crc32(rows, self._checksum)
+
+    def check_absent(self) -> None:
+        """A run that begins writes over nothing."""
+        if self.path.exists() and self.path.stat().st_size:
+            raise ValueError(
+                f"{self.path} is there, without a checkpoint beside it: move it away, or pass "
+                "another directory"
+            )
+
+    def header(self) -> dict[str, Any]:
+        """What a checkpoint keeps, for `read`."""
+        return {"rows": self._rows, "dtypes": self._dtypes, "checksum": self._checksum}
+
+    def read(self, header: dict[str, Any]) -> dict[str, np.ndarray]:
+        """The metrics of a checkpoint with this header, after which `add` goes on."""
+        self._rows, self._checksum = header["rows"], header["checksum"]
+        self._dtypes = header["dtypes"]
+        if self._rows == 0:
+            return {}
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size < self._bytes():
+            raise ValueError(
+                f"{self.path} has {size} bytes, and the checkpoint needs {self._bytes()}: the "
+                "history of the run is lost; nothing was used or changed"
+            )
+        with open(self.path, "rb") as file:
+            rows = file.read(self._bytes())
+        if zlib.crc32(rows) != self._checksum:
+            raise ValueError(
+                f"{self.path} is damaged (its checksum does not fit); nothing was used or changed"
+            )
+        table = np.frombuffer(rows, "<f8").reshape(self._rows, len(self._dtypes))
+        return {
+            name: table[:, i].astype(dtype) for i, (name, dtype) in enumerate(self._dtypes.items())
+        }
+
+    def _row_bytes(self) -> int:
+        return 8 * len(self._dtypes)
+
+    def _bytes(self) -> int:
+        return self._rows * self._row_bytes()

@@ -1,0 +1,72 @@
+"""How a run comes to its end before its last step."""
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+
+class Stopped(Exception):
+    """The run ends here, with what was done so far."""
+
+    def __init__(self, reason: str, error: Exception | None = None):
+        self.reason, self.error = reason, error
+
+
+@contextlib.contextmanager
+def failing(reason: str, *, may_return: bool) -> Iterator[None]:
+    """What fails inside ends the run; raised as it is while there is nothing to return."""
+    try:
+        yield
+    except Stopped:
+        raise
+    except Exception as error:
+        if _out_of_memory(error):
+            reason = "out of memory"
+            error.add_note(_MEMORY)
+        if not may_return:
+            raise
+        raise Stopped(reason, error) from error
+
+
+_MEMORY = (
+    "gradhpo.plan(optimizer, ...) says beforehand what memory a step needs. UnrolledOptimizer with "
+    "checkpoints='sqrt' or a truncation, smaller batches, or (with an iterator, whose batches wait "
+    "on the device) a smaller chunk_size need less."
+)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+class Interrupts:
+    """Within it Ctrl-C asks the run to stop after the chunk at work; a second one raises.
+
+    A handler that the user has set is left alone, and outside the main thread there are none.
+    """
+
+    asked = False
+
+    def __enter__(self) -> "Interrupts":
+        self._ours = (
+            threading.current_thread() is threading.main_thread()
+            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        )
+        if self._ours:
+            signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.stderr.write(
+            "\ngradhpo.run: stopping after the chunk at work, with what was done so far; "
+            "interrupt again to raise KeyboardInterrupt at once\n"
+        )

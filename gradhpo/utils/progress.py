@@ -1,0 +1,72 @@
+"""Progress of a run: a bar where one can be drawn, lines in a log."""
+
+import sys
+import time
+from collections.abc import Mapping
+
+import numpy as np
+from tqdm.auto import tqdm
+
+
+_SHOWN = ("train_loss", "val_loss", "hypergrad_norm")
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class ProgressBar:
+    """Counts steps and shows the last losses, with an estimate of the time that is left.
+
+    The first chunk includes compilation and says nothing of those to come: the clock of the
+    estimate starts after it. Without a terminal or a notebook a line is printed every ten seconds,
+    and one at the end.
+    """
+
+    def __init__(self, total: int, *, done: int = 0, shown: bool = True):
+        self._lines = shown and not (_in_notebook() or sys.stderr.isatty())
+        self._bar = tqdm(
+            total=total, initial=done, disable=not shown or self._lines, unit="step",
+            dynamic_ncols=True,
+        )  # fmt: skip
+        self._total, self._done, self._counted_from = total, done, done
+        self._started = self._printed = time.monotonic()
+        self._warm, self._last = False, ""
+
+    def __enter__(self) -> "ProgressBar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lines and self._last:
+            self._print()
+        self._bar.close()
+
+    def advance(self, steps: int, metrics: Mapping[str, np.ndarray]) -> None:
+        """Moves on by a chunk of steps with these metrics."""
+        self._done += steps
+        self._last = ", ".join(f"{name}={metrics[name][-1]:.4g}" for name in _SHOWN)
+        self._bar.set_postfix_str(self._last, refresh=False)
+        if self._warm:
+            self._bar.update(steps)
+        else:
+            self._start_the_clock()
+        if self._lines and time.monotonic() - self._printed >= _SECONDS_BETWEEN_LINES:
+            self._print()
+            self._last = ""
+
+    def _start_the_clock(self) -> None:
+        self._warm, self._counted_from, self._started = True, self._done, time.monotonic()
+        if not self._bar.disable:
+            self._bar.n = self._bar.initial = self._bar.last_print_n = self._done
+            self._bar.start_t = self._bar.last_print_t = time.time()
+            self._bar.refresh()
+
+    def _print(self) -> None:
+        now = time.monotonic()
+        line = tqdm.format_meter(
+            self._done, self._total, now - self._started, ncols=0, unit="step",
+            initial=self._counted_from, postfix=self._last,
+        )  # fmt: skip
+        print(line, file=sys.stderr, flush=True)
+        self._printed = now
+
+
+def _in_notebook() -> bool:
+    return "ipykernel" in sys.modules
