@@ -5,7 +5,7 @@ import json
 import os
 import zlib
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -43,7 +43,7 @@ def is_checkpoint(path: Path) -> bool:
         return file.read(len(_MAGIC)) == _MAGIC
 
 
-def read_file(path: Path) -> tuple[dict[str, Any], BinaryIO]:
+def read_file(path: Path) -> tuple[dict[str, Any], io.BytesIO]:
     """The header, and the leaves as a file for `read_tree`; `ValueError` for what is not whole."""
     with open(path, "rb") as file:
         first, content = file.readline(200).split(), file.read()
@@ -66,7 +66,7 @@ def read_file(path: Path) -> tuple[dict[str, Any], BinaryIO]:
     return json.loads(body.readline()), body
 
 
-def read_tree(body: BinaryIO, like: PyTree) -> PyTree:
+def read_tree(body: io.BytesIO, like: PyTree) -> PyTree:
     """The leaves of a tree like this one, which was checked against the header."""
     return eqx.tree_deserialise_leaves(body, like, filter_spec=_read_leaf)
 
@@ -87,11 +87,11 @@ def _damaged(path: Path, why: str) -> str:
     )
 
 
-def _write_leaf(file: BinaryIO, x: Any) -> None:
+def _write_leaf(file: io.BytesIO, x: Any) -> None:
     eqx.default_serialise_filter_spec(file, jax.random.key_data(x) if is_key(x) else x)
 
 
-def _read_leaf(file: BinaryIO, like: Any) -> Any:
+def _read_leaf(file: io.BytesIO, like: Any) -> Any:
     if is_key(like):
         return jax.random.wrap_key_data(jnp.load(file), impl=jax.random.key_impl(like))
     found = eqx.default_deserialise_filter_spec(file, like)

@@ -1,0 +1,92 @@
+"""A run that can be killed: in a process of its own, at any moment or within a write."""
+
+import os
+import signal
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import gradhpo
+
+
+X = np.random.default_rng(0).normal(size=(40, 3))
+Y = X[:, 0]
+CHUNK, EPISODE = 5, 10
+
+
+def train_loss(w, h, batch):
+    x, y = batch
+    return jnp.mean(jnp.square(x @ w - y)) + jnp.sum(jnp.exp(h) * jnp.square(w))
+
+
+def val_loss(w, h, batch):
+    x, y = batch
+    return jnp.mean(jnp.square(x @ w - y))
+
+
+def shuffled(seed):
+    """A loader that cannot seek: it is replayed."""
+    random = np.random.default_rng(seed)
+    while True:
+        chosen = random.choice(len(X), 8)
+        yield X[chosen], Y[chosen]
+
+
+def optimizer():
+    outer = optax.chain(gradhpo.moving_average(3), optax.adam(0.05))
+    return gradhpo.OneStepOptimizer(optax.adam(0.05, eps_root=1e-16), outer)
+
+
+def start(optimizer):
+    return optimizer.init(jnp.zeros(3), jnp.full(3, -2.0))
+
+
+def train(directory, num_steps):
+    """Episodes, Adam, a shuffling loader, loggers, the best state: all that has a memory."""
+    ours = optimizer()
+    directory = Path(directory)
+    best = gradhpo.BestState()
+    loggers = [
+        gradhpo.JSONLinesLogger(directory / "log.jsonl"),
+        gradhpo.CSVLogger(directory / "log.csv", every=3),
+    ]
+    state, history = gradhpo.run(
+        ours,
+        start(ours),
+        gradhpo.LossFunctions(train_loss, val_loss),
+        shuffled(0),
+        gradhpo.ArrayData((X, Y), 16, jax.random.key(1)),
+        num_steps=num_steps,
+        steps_per_episode=EPISODE,
+        reptile_rate=0.5,
+        chunk_size=CHUNK,
+        callbacks=[best, *loggers],
+        checkpoint=gradhpo.Checkpoint(directory, every_steps=CHUNK),
+        progress=False,
+    )
+    return state, history, best
+
+
+def killed_within_a_write(call, directory, num_steps):
+    """Runs, and kills this process just before or after its `call`-th change of the disk."""
+    left = [call]
+
+    def counted(function):
+        def wrapper(*args, **kwargs):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = function(*args, **kwargs)
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return wrapper
+
+    for name in ("fsync", "replace", "unlink"):
+        setattr(os, name, counted(getattr(os, name)))
+    train(directory, num_steps)
