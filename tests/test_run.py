@@ -12,7 +12,6 @@ from problems import OUTER, relaxed
 
 import gradhpo
 from gradhpo.core.state import METRICS
-from gradhpo.training.data import _permute
 
 
 SGD = relaxed(optax.sgd(0.1))
@@ -251,73 +250,6 @@ def test_history_plots(tmp_path):
     np.testing.assert_array_equal(axes.lines[1].get_ydata(), history["val_loss"])
     assert history.plot("hypergrad_norm", ax=axes) is axes
     assert "7 steps" in repr(history)
-
-
-# -- ArrayData ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("n", "size"), [(10, 4), (10, 10), (7, 3), (2, 1), (1, 1), (33, 32)])
-def test_every_example_once_per_epoch(n, size):
-    data = gradhpo.ArrayData(jnp.arange(n), size, jax.random.key(0))
-    stream = np.concatenate([np.asarray(data(i)) for i in range(n)])  # `size` whole epochs
-    for epoch in stream.reshape(size, n):
-        assert sorted(epoch.tolist()) == list(range(n))
-
-
-def test_batches_are_pure_functions_of_key_and_index():
-    data = gradhpo.ArrayData(jnp.arange(100), 10, jax.random.key(0))
-    together = jax.vmap(data)(jnp.arange(30))
-    for i in (0, 7, 29):
-        np.testing.assert_array_equal(together[i], data(i))
-    other = gradhpo.ArrayData(jnp.arange(100), 10, jax.random.key(1))
-    assert not np.array_equal(data(0), other(0))
-    assert not np.array_equal(data(0), data(10))  # the next epoch has another order
-
-
-def test_indices_far_out_do_not_overflow():
-    data = gradhpo.ArrayData(jnp.arange(60_000), 500, jax.random.key(0))
-    late = data(jnp.asarray(2**31 - 1, jnp.int32))
-    assert len(set(late.tolist())) == 500
-    # Position in the epoch by exact integers, against the same by 32-bit arithmetic.
-    epoch = (2**31 - 1) * 500 // 60_000
-    keys = [jax.random.fold_in(data.key, e) for e in (epoch, epoch + 1)]
-    start = (2**31 - 1) * 500 % 60_000
-    expected = []
-    for j in range(500):
-        key = keys[(start + j) // 60_000]
-        position = jnp.asarray([(start + j) % 60_000], jnp.uint32)
-        expected.append(_permute(position, jax.random.bits(key, (1, 8), jnp.uint32), 60_000)[0])
-        if j == 3:
-            break
-    np.testing.assert_array_equal(late[:4], np.asarray(expected))
-
-
-def test_full_batch_keeps_the_order_of_the_data():
-    data = gradhpo.ArrayData((X, Y), 10, jax.random.key(0))
-    assert_same(data(3), (X, Y))
-
-
-def test_shuffling_looks_uniform():
-    """Over many epochs every example comes at every position equally often (chi-squared)."""
-    n, epochs = 11, 4_000
-    data = gradhpo.ArrayData(jnp.arange(n), 1, jax.random.key(0))
-    stream = np.asarray(jax.vmap(data.indices)(jnp.arange(n * epochs))).reshape(epochs, n)
-    counts = np.zeros((n, n))
-    for position in range(n):
-        counts[position] = np.bincount(stream[:, position], minlength=n)
-    chi_squared = np.sum((counts - epochs / n) ** 2 / (epochs / n))
-    # (n - 1)^2 = 100 degrees of freedom: mean 100, standard deviation 14.
-    assert 50 < chi_squared < 170
-    # Neighbours in one epoch are no more often neighbours than chance has it.
-    together = np.mean(np.abs(np.diff(stream, axis=1)) == 1)
-    assert abs(together - 2 / n) < 0.01
-
-
-def test_iterate_cycles_and_ends_with_a_generator():
-    batches = gradhpo.iterate([1, 2])
-    assert [next(batches) for _ in range(5)] == [1, 2, 1, 2, 1]
-    assert list(gradhpo.iterate(x for x in (1, 2))) == [1, 2]
-    assert list(gradhpo.iterate([])) == []
 
 
 def test_no_warning_in_a_plain_run():

@@ -85,21 +85,36 @@ class ArrayData(eqx.Module):
         """Whether every batch is the data set itself."""
         return self.batch_size == self.num_examples and not self.replacement
 
+    @checked
     def num_batches(self, epochs: float | int = 1) -> int:
         """How many batches draw so many epochs, rounded up."""
+        if not 0 < epochs < math.inf:
+            raise ValueError(f"epochs must be positive, got epochs={epochs}")
         return self.hold * math.ceil(round(epochs * self.num_examples / self.batch_size, 6))
 
+    @checked
     def __call__(self, index: Int[ArrayLike, ""]) -> PyTree:
         """Batch number `index`, from 0."""
+        _check_index("index", index)
         return _draw(self, jnp.asarray(index))
 
+    @checked
     def indices(self, index: Int[ArrayLike, ""]) -> Int[Array, " batch"]:
         """Which examples batch number `index` holds, shape `[batch_size]`."""
+        _check_index("index", index)
         return _indices(self, jnp.asarray(index))
 
+    @checked
     def stack(self, first: Int[ArrayLike, ""], count: int) -> BatchStack:
         """Batches number `first` to `first + count - 1`, one for each inner step of a `step`."""
+        _check_index("first", first)
+        check_count("count", count)
         return _stack(self, jnp.asarray(first, jnp.int32), count)
+
+
+def _check_index(name: str, index: ArrayLike) -> None:
+    if isinstance(index, int) and index < 0:
+        raise ValueError(f"{name} must be at least 0, got {name}={index}")
 
 
 @eqx.filter_jit

@@ -13,6 +13,7 @@ from gradhpo.core.types import BatchStack, DataBatch, DrawnStack
 from gradhpo.training.data import ArrayData
 from gradhpo.training.host import Host
 from gradhpo.utils.keys import fold_keys, is_key
+from gradhpo.utils.validation import check_arity
 
 
 class Generated(eqx.Module):
@@ -69,6 +70,7 @@ def as_source(data: Any, name: str, per_step: int | None) -> Source:
     if isinstance(data, ArrayData) and data.is_whole:
         return Fixed(data(0))  # the same at every step: no stack of copies
     if callable(data):
+        check_arity(data, name, "index")
         return Generated(data)
     leaves = jax.tree.leaves(data)
     foreign = [x for x in leaves if not (eqx.is_array(x) or isinstance(x, (bool, int, float)))]

@@ -1,0 +1,368 @@
+"""What people pass by mistake to `run`, to loaders and to controls: each with its own message."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import OUTER, relaxed
+
+import gradhpo
+
+
+SGD = relaxed(optax.sgd(0.1))
+X, Y = jnp.linspace(-1, 1, 30).reshape(10, 3), jnp.linspace(0, 1, 10)
+BATCH = (np.asarray(X[:4]), np.asarray(Y[:4]))
+KEY = jax.random.key(0)
+
+
+def train_loss(w, h, batch):
+    x, y = batch
+    return jnp.mean(jnp.square(x @ w - y)) + jnp.sum(jnp.exp(h) * jnp.square(w))
+
+
+def val_loss(w, h, batch):
+    x, y = batch
+    return jnp.mean(jnp.square(x @ w - y))
+
+
+LOSSES = gradhpo.LossFunctions(train_loss, val_loss)
+OPTIMIZER = gradhpo.OneStepOptimizer(SGD, OUTER)
+WITHOUT_OUTER = gradhpo.OneStepOptimizer(SGD)
+UNROLLED = gradhpo.UnrolledOptimizer(SGD, OUTER, unroll_steps=3)
+STATE = OPTIMIZER.init(jnp.zeros(3), jnp.full(3, -2.0))
+STATE_WITHOUT_OUTER = WITHOUT_OUTER.init(jnp.zeros(3), jnp.full(3, -2.0))
+
+
+def run(**settings):
+    """A run of three chunks, with something wrong."""
+    arguments = {
+        "optimizer": OPTIMIZER, "state": STATE, "losses": LOSSES, "train_data": (X, Y),
+        "val_data": (X, Y), "num_steps": 9, "chunk_size": 3, "progress": False,
+    } | settings  # fmt: skip
+    return gradhpo.run(**arguments)
+
+
+def without_outer(lr_hyper):
+    return run(optimizer=WITHOUT_OUTER, state=STATE_WITHOUT_OUTER, lr_hyper=lr_hyper)
+
+
+class Loader:
+    def __iter__(self):
+        return iter([BATCH])
+
+
+def batches(*last, good=0):
+    return iter([BATCH] * good + list(last))
+
+
+RUN = {
+    "num_steps=0": (lambda: run(num_steps=0), ValueError, "num_steps must be at least 1"),
+    "num_steps=2.5": (lambda: run(num_steps=2.5), TypeError, "argument num_steps must not be 2.5"),
+    "num_steps='9'": (lambda: run(num_steps="9"), TypeError, "argument num_steps must not be '9'"),
+    "chunk_size=0": (lambda: run(chunk_size=0), ValueError, "chunk_size must be at least 1"),
+    "max_rejections=0": (lambda: run(max_rejections=0), ValueError, "max_rejections must be at"),
+    "a callback, not a list": (
+        lambda: run(callbacks=lambda state, metrics: None),
+        TypeError,
+        r"argument callbacks must not be .*callbacks=\[callback\]",
+    ),
+    "no function": (lambda: run(callbacks=[None]), TypeError, "argument callbacks must not be"),
+    "a class": (
+        lambda: run(callbacks=[gradhpo.BestState]),
+        TypeError,
+        r"make one of it: callbacks=\[gradhpo.BestState\(\)\]",
+    ),
+    "another signature": (
+        lambda: run(callbacks=[lambda state: None]),
+        TypeError,
+        r"callbacks\[0\] is called as callbacks\[0\]\(state, metrics\), but its signature",
+    ),
+    "optimizer class": (
+        lambda: run(optimizer=gradhpo.OneStepOptimizer),
+        TypeError,
+        "argument optimizer must not be .*; pass an optimizer such as",
+    ),
+    "an optax optimizer": (
+        lambda: run(optimizer=optax.sgd(0.1)),
+        TypeError,
+        "argument optimizer must not be .*; pass an optimizer such as",
+    ),
+    "params as state": (
+        lambda: run(state=jnp.zeros(3)),
+        TypeError,
+        r"argument state must not be .*; pass what optimizer.init\(params, hyperparams\)",
+    ),
+    "a pair of losses": (
+        lambda: run(losses=(train_loss, val_loss)),
+        TypeError,
+        r"argument losses must not be .*; pass gradhpo.LossFunctions\(train_loss, val_loss\)",
+    ),
+    "state of another optimizer": (
+        lambda: run(optimizer=gradhpo.OneStepOptimizer(optax.adam(0.1), OUTER)),
+        ValueError,
+        "inner_opt_state",
+    ),
+    "lr_hyper is missing": (lambda: without_outer(None), ValueError, "so step needs a step size"),
+    "lr_hyper < 0": (lambda: without_outer(-0.1), ValueError, "lr_hyper must not be negative"),
+    "lr_hyper='0.1'": (lambda: without_outer("0.1"), TypeError, "argument lr_hyper must not be"),
+    "lr_hyper and an outer optimizer": (
+        lambda: run(lr_hyper=0.1),
+        ValueError,
+        "leave lr_hyper out, or construct with outer_optimizer=None",
+    ),
+    "episodes that do not divide": (
+        lambda: run(steps_per_episode=4),
+        ValueError,
+        r"must be a multiple of steps_per_episode=4: write num_steps=2 \* 4",
+    ),
+    "steps_per_episode=0": (lambda: run(steps_per_episode=0), ValueError, "steps_per_episode must"),
+    "reptile_rate=2": (
+        lambda: run(steps_per_episode=3, reptile_rate=2.0),
+        ValueError,
+        r"reptile_rate must be in \[0, 1\]",
+    ),
+    "a rate without episodes": (
+        lambda: run(reptile_rate=0.5),
+        ValueError,
+        "there are no episodes: pass steps_per_episode as well",
+    ),
+    "within an episode": (
+        lambda: run(state=STATE.update(step=jnp.asarray(1, jnp.int32)), steps_per_episode=3),
+        ValueError,
+        "is not a whole number of episodes",
+    ),
+    "checkpoint=5": (lambda: run(checkpoint=5), TypeError, "argument checkpoint must not be 5"),
+    "checkpoint=''": (lambda: run(checkpoint=""), ValueError, "must be the path of a directory"),
+}
+
+DATA = {
+    "a list of batches": (
+        lambda: run(train_data=[BATCH] * 9),
+        TypeError,
+        r"train_data is a list of 9 items: pass gradhpo.iterate\(train_data\)",
+    ),
+    "a tuple of dicts": (
+        lambda: run(val_data=({"x": X}, {"x": X})),
+        TypeError,
+        r"val_data is a tuple of 2 items: pass gradhpo.iterate\(val_data\)",
+    ),
+    "a generator function": (
+        lambda: run(train_data=batches_forever),
+        TypeError,
+        r"is a generator function; call it: train_data=batches_forever\(\)",
+    ),
+    "a BatchStack": (
+        lambda: run(train_data=gradhpo.BatchStack.of([(X, Y)] * 3)),
+        TypeError,
+        "train_data is a BatchStack, which serves one step; pass gradhpo.ArrayData",
+    ),
+    "a loader": (
+        lambda: run(train_data=Loader()),
+        TypeError,
+        r"is a Loader, which is no source of batches; wrap it: gradhpo.iterate\(train_data\)",
+    ),
+    "a path": (
+        lambda: run(train_data="digits.npz"),
+        TypeError,
+        "train_data is a str, which is no source of batches",
+    ),
+    "a function of nothing": (
+        lambda: run(train_data=lambda: (X, Y)),
+        TypeError,
+        r"train_data is called as train_data\(index\), but its signature",
+    ),
+    "an empty iterator": (
+        lambda: run(train_data=iter([])),
+        ValueError,
+        "train_data is an iterator without a single batch",
+    ),
+    "an empty loader": (
+        lambda: run(val_data=gradhpo.iterate([])),
+        ValueError,
+        "val_data is an iterator without a single batch",
+    ),
+    "fewer batches than a step takes": (
+        lambda: run(optimizer=UNROLLED, train_data=batches(good=2)),
+        ValueError,
+        "the data iterators end before the first step",
+    ),
+    "a ragged batch": (
+        lambda: run(train_data=batches((X[:2], Y[:2]), good=1)),
+        ValueError,
+        r"train_data \(batch 1\) has another shapes? than the first: .*drop_last=True",
+    ),
+    "another structure": (
+        lambda: run(train_data=batches({"x": X, "y": Y}, good=1)),
+        ValueError,
+        "has another structure than the first.*the same pytree every time",
+    ),
+    "another dtype": (
+        lambda: run(train_data=batches((BATCH[0].astype(np.float32), BATCH[1]), good=1)),
+        ValueError,
+        "has another dtypes? than the first.*convert all batches to the same",
+    ),
+    "text in a batch": (
+        lambda: run(train_data=batches((X, np.asarray(["a"] * 10)))),
+        TypeError,
+        r"train_data \(batch 0\) holds a ndarray with dtype <U1: .*leave text and objects out",
+    ),
+    "a string in a batch": (
+        lambda: run(train_data=batches((X, "label"))),
+        TypeError,
+        r"train_data \(batch 0\) holds a str",
+    ),
+    "objects in a batch": (
+        lambda: run(train_data=batches((X, object()))),
+        TypeError,
+        r"train_data \(batch 0\) holds a object with dtype object",
+    ),
+    "no example in a batch": (
+        lambda: run(train_data=batches((X[:0], Y[:0]))),
+        ValueError,
+        r"train_data \(batch 0\) is empty: it holds no example",
+    ),
+    "nothing in a batch": (
+        lambda: run(val_data=batches(None, None)),
+        ValueError,
+        r"val_data \(batch 0\) holds no array: None",
+    ),
+    "iterate(5)": (lambda: gradhpo.iterate(5), TypeError, "argument loader must not be 5"),
+}
+
+ARRAYS = {
+    "lengths differ": (
+        lambda: gradhpo.ArrayData((X, Y[:5]), 2, KEY),
+        ValueError,
+        "leading axes differ; shapes are",
+    ),
+    "a scalar": (
+        lambda: gradhpo.ArrayData((X, jnp.zeros(())), 2, KEY),
+        ValueError,
+        r"\[1\] has no leading axis",
+    ),
+    "no array": (lambda: gradhpo.ArrayData((), 2, KEY), ValueError, "holds no array"),
+    "no example": (lambda: gradhpo.ArrayData(X[:0], 2, KEY), ValueError, "holds no example"),
+    "batch_size=0": (lambda: gradhpo.ArrayData(X, 0, KEY), ValueError, "batch_size must be at le"),
+    "batch_size=11": (
+        lambda: gradhpo.ArrayData(X, 11, KEY),
+        ValueError,
+        "batch_size must be at least 1 and at most 10, got batch_size=11",
+    ),
+    "batch_size=2.0": (
+        lambda: gradhpo.ArrayData(X, 2.0, KEY),
+        TypeError,
+        "argument batch_size must not be 2.0",
+    ),
+    "a seed for a key": (
+        lambda: gradhpo.ArrayData(X, 2, 0),
+        TypeError,
+        r"argument key must not be 0; pass jax.random.key\(0\)",
+    ),
+    "many keys": (
+        lambda: gradhpo.ArrayData(X, 2, jax.random.split(KEY)),
+        ValueError,
+        r"ArrayData\(key\) must be one key such as jax.random.key\(0\), got shape \(2,\)",
+    ),
+    "hold=0": (lambda: gradhpo.ArrayData(X, 2, KEY, hold=0), ValueError, "hold must be at least"),
+    "too many": (
+        lambda: gradhpo.ArrayData(np.zeros(2**17, np.int8), 2**16, KEY),
+        ValueError,
+        r"exceeds 2\*\*32",
+    ),
+    "index=1.5": (
+        lambda: gradhpo.ArrayData(X, 2, KEY)(1.5),
+        TypeError,
+        "argument index must not be 1.5",
+    ),
+    "index=-1": (lambda: gradhpo.ArrayData(X, 2, KEY)(-1), ValueError, "index must be at least 0"),
+    "a stack of none": (
+        lambda: gradhpo.ArrayData(X, 2, KEY).stack(0, 0),
+        ValueError,
+        "count must be at least 1",
+    ),
+    "epochs=0": (
+        lambda: gradhpo.ArrayData(X, 2, KEY).num_batches(0),
+        ValueError,
+        "epochs must be positive",
+    ),
+}
+
+CONTROLS = {
+    "patience=0": (lambda: gradhpo.EarlyStopping(0), ValueError, "patience must be at least 1"),
+    "patience=1.5": (lambda: gradhpo.EarlyStopping(1.5), TypeError, "patience must not be 1.5"),
+    "min_delta": (lambda: gradhpo.EarlyStopping(1, min_delta=-1.0), ValueError, "min_delta must"),
+    "metric=5": (lambda: gradhpo.BestState(5), TypeError, "argument metric must not be 5"),
+    "a metric that is not there": (
+        lambda: run(callbacks=[gradhpo.BestState("accuracy")]),
+        ValueError,
+        "metric='accuracy' is no metric of this run; there are .*val_loss",
+    ),
+    "seconds=0": (lambda: gradhpo.TimeLimit(0), ValueError, "seconds must be positive"),
+    "every=0": (lambda: gradhpo.CSVLogger("x", every=0), ValueError, "every must be at least 1"),
+    "path=None": (lambda: gradhpo.CSVLogger(None), TypeError, "argument path must not be None"),
+    "path is a directory": (
+        lambda: gradhpo.JSONLinesLogger("/tmp"),
+        ValueError,
+        "is a directory; pass a file",
+    ),
+    "window=0": (lambda: gradhpo.moving_average(0), ValueError, "window must be at least 1"),
+    "directory=None": (lambda: gradhpo.Checkpoint(None), TypeError, "argument directory must not"),
+    "every_steps=0": (lambda: gradhpo.Checkpoint("x", 0), ValueError, "every_steps must be at lea"),
+    "every_seconds=-1": (
+        lambda: gradhpo.Checkpoint("x", every_seconds=-1.0),
+        ValueError,
+        "every_seconds must be at least 0",
+    ),
+    "keep=0": (lambda: gradhpo.Checkpoint("x", keep=0), ValueError, "keep must be at least 1"),
+    "load_checkpoint of params": (
+        lambda: gradhpo.load_checkpoint("x", jnp.zeros(3)),
+        TypeError,
+        "argument state must not be",
+    ),
+}
+
+TABLE = RUN | DATA | ARRAYS | CONTROLS
+
+
+def batches_forever():
+    while True:
+        yield BATCH
+
+
+def test_the_table_is_long():
+    assert len(RUN | DATA) >= 40
+    assert len(TABLE) == len(RUN) + len(DATA) + len(ARRAYS) + len(CONTROLS)
+
+
+@pytest.mark.parametrize("what", TABLE)
+def test_says_what_is_wrong(what):
+    call, error, message = TABLE[what]
+    before = jax.tree.map(np.array, eqx.filter(STATE, eqx.is_array))
+    with pytest.raises(error, match=message):
+        call()
+    jax.tree.map(np.testing.assert_array_equal, eqx.filter(STATE, eqx.is_array), before)
+
+
+LATER = {
+    "ragged": (
+        lambda: batches((X[:2], Y[:2]), good=4),
+        "data error",
+        r"\(batch 4\) has another sha",
+    ),
+    "structure": (lambda: batches(X, good=4), "data error", "has another structure"),
+    "text": (lambda: batches("end", good=4), "data error", r"\(batch 4\) holds a str"),
+    "ends": (lambda: batches(good=4), "data exhausted", r"gradhpo.iterate\(loader\) starts a load"),
+}
+
+
+@pytest.mark.parametrize("name", ["train_data", "val_data"])
+@pytest.mark.parametrize("what", LATER)
+def test_what_comes_later_costs_no_state(what, name):
+    data, reason, message = LATER[what]
+    with pytest.warns(RuntimeWarning, match=message):
+        state, history = run(**{name: data()})
+    assert history.stop_reason == reason
+    assert state.step == len(history["val_loss"]) == (4 if what == "ends" else 3)
+    assert np.all(np.isfinite(state.params))

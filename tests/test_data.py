@@ -1,0 +1,194 @@
+"""Batches: of arrays on the device, and of any loader."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import OUTER, relaxed
+
+import gradhpo
+from gradhpo.training.data import _permute
+
+
+X, Y = jnp.linspace(-1, 1, 30).reshape(10, 3), jnp.linspace(0, 1, 10)
+KEY = jax.random.key(0)
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize(("n", "size"), [(10, 4), (10, 10), (7, 3), (2, 1), (1, 1), (33, 32)])
+def test_every_example_once_per_epoch(n, size):
+    data = gradhpo.ArrayData(jnp.arange(n), size, jax.random.key(0))
+    stream = np.concatenate([np.asarray(data(i)) for i in range(n)])  # `size` whole epochs
+    for epoch in stream.reshape(size, n):
+        assert sorted(epoch.tolist()) == list(range(n))
+
+
+def test_batches_are_pure_functions_of_key_and_index():
+    data = gradhpo.ArrayData(jnp.arange(100), 10, jax.random.key(0))
+    together = jax.vmap(data)(jnp.arange(30))
+    for i in (0, 7, 29):
+        np.testing.assert_array_equal(together[i], data(i))
+    other = gradhpo.ArrayData(jnp.arange(100), 10, jax.random.key(1))
+    assert not np.array_equal(data(0), other(0))
+    assert not np.array_equal(data(0), data(10))  # the next epoch has another order
+
+
+def test_indices_far_out_do_not_overflow():
+    data = gradhpo.ArrayData(jnp.arange(60_000), 500, jax.random.key(0))
+    late = data(jnp.asarray(2**31 - 1, jnp.int32))
+    assert len(set(late.tolist())) == 500
+    # Position in the epoch by exact integers, against the same by 32-bit arithmetic.
+    epoch = (2**31 - 1) * 500 // 60_000
+    keys = [jax.random.fold_in(data.key, e) for e in (epoch, epoch + 1)]
+    start = (2**31 - 1) * 500 % 60_000
+    expected = []
+    for j in range(500):
+        key = keys[(start + j) // 60_000]
+        position = jnp.asarray([(start + j) % 60_000], jnp.uint32)
+        expected.append(_permute(position, jax.random.bits(key, (1, 8), jnp.uint32), 60_000)[0])
+        if j == 3:
+            break
+    np.testing.assert_array_equal(late[:4], np.asarray(expected))
+
+
+def test_full_batch_keeps_the_order_of_the_data():
+    data = gradhpo.ArrayData((X, Y), 10, jax.random.key(0))
+    assert_same(data(3), (X, Y))
+
+
+def test_shuffling_looks_uniform():
+    """Over many epochs every example comes at every position equally often (chi-squared)."""
+    n, epochs = 11, 4_000
+    data = gradhpo.ArrayData(jnp.arange(n), 1, jax.random.key(0))
+    stream = np.asarray(jax.vmap(data.indices)(jnp.arange(n * epochs))).reshape(epochs, n)
+    counts = np.zeros((n, n))
+    for position in range(n):
+        counts[position] = np.bincount(stream[:, position], minlength=n)
+    chi_squared = np.sum((counts - epochs / n) ** 2 / (epochs / n))
+    # (n - 1)^2 = 100 degrees of freedom: mean 100, standard deviation 14.
+    assert 50 < chi_squared < 170
+    # Neighbours in one epoch are no more often neighbours than chance has it.
+    together = np.mean(np.abs(np.diff(stream, axis=1)) == 1)
+    assert abs(together - 2 / n) < 0.01
+
+
+def test_iterate_cycles_and_ends_with_a_generator():
+    batches = gradhpo.iterate([1, 2])
+    assert [next(batches) for _ in range(5)] == [1, 2, 1, 2, 1]
+    assert list(gradhpo.iterate(x for x in (1, 2))) == [1, 2]
+    assert list(gradhpo.iterate([])) == []
+
+
+def test_with_replacement_draws_are_independent():
+    data = gradhpo.ArrayData(jnp.arange(7), 14, KEY, replacement=True)
+    drawn = np.asarray(jax.vmap(data)(jnp.arange(3_000)))
+    counts = np.bincount(drawn.reshape(-1), minlength=7)
+    expected = drawn.size / 7
+    # 6 degrees of freedom: mean 6, standard deviation 3.5.
+    assert np.sum((counts - expected) ** 2 / expected) < 20
+    # Pairs within a batch agree as often as chance has it.
+    assert abs(np.mean(drawn[:, 0] == drawn[:, 1]) - 1 / 7) < 0.03
+    np.testing.assert_array_equal(data(5), drawn[5])
+
+
+def test_with_replacement_the_whole_is_no_batch():
+    """As many draws as examples are not the data set in its own order."""
+    data = gradhpo.ArrayData(jnp.arange(50), 50, KEY, replacement=True)
+    assert len(set(data(0).tolist())) < 50
+
+
+def test_indices_come_with_the_batch():
+    for size in (4, 10):
+        data = gradhpo.ArrayData((X, Y), size, KEY, with_indices=True)
+        (x, y), indices = data(3)
+        assert_same((x, y), (X[indices], Y[indices]))
+        np.testing.assert_array_equal(indices, data.indices(3))
+
+
+def test_pairs_stay_together_over_a_step():
+    """Two sources with one key: the tasks that a step trains on are those it validates on."""
+    train = gradhpo.ArrayData(jnp.arange(10), 4, KEY, hold=3)
+    val = gradhpo.ArrayData(100 + jnp.arange(10), 4, KEY)
+    for step in range(6):
+        for t in range(3):
+            np.testing.assert_array_equal(train(3 * step + t) + 100, val(step))
+    assert not np.array_equal(val(0), val(1))
+
+
+def test_stack_is_the_batches_of_a_step():
+    data = gradhpo.ArrayData((X, Y), 4, KEY)
+    stack = data.stack(6, 3)
+    assert isinstance(stack, gradhpo.BatchStack)
+    for t in range(3):
+        assert_same(stack.at(t), data(6 + t))
+
+
+def test_number_of_batches_of_some_epochs():
+    count = lambda n, size, epochs, **more: gradhpo.ArrayData(
+        jnp.arange(n), size, KEY, **more
+    ).num_batches(epochs)
+    assert count(10, 4, 1) == 3
+    assert count(10, 4, 2) == 5
+    assert count(10, 5, 3) == 6
+    assert count(10, 3, 0.3) == 1
+    assert count(1_000, 1, 0.3) == 300  # 300.00000000000006 in floating point
+    assert count(10, 5, 1, hold=4) == 8
+
+
+LOSS = lambda w, h, batch: jnp.mean(jnp.square(batch[0] @ w - batch[1])) * jnp.exp(h)
+OPTIMIZER = gradhpo.OneStepOptimizer(relaxed(optax.sgd(0.1)), OUTER)
+
+
+def run(data):
+    state = OPTIMIZER.init(jnp.zeros(3), jnp.asarray(-2.0))
+    losses = gradhpo.LossFunctions(LOSS, LOSS)
+    return gradhpo.run(
+        OPTIMIZER, state, losses, data, (X, Y), num_steps=6, chunk_size=3, progress=False
+    )[0]
+
+
+def test_loaders_of_other_libraries():
+    """NumPy, grain and, where it is installed, PyTorch: the same batches, the same run."""
+    x, y = np.asarray(X), np.asarray(Y)
+    batches = [(x[:5], y[:5]), (x[5:], y[5:])]
+    expected = run(iter(batches * 3))
+
+    def generator():
+        while True:
+            yield from batches
+
+    found = [run(generator()), run(gradhpo.iterate(batches))]
+    if grain := _imported("grain"):
+        source = grain.MapDataset.source(list(zip(x, y, strict=True)))
+        found.append(run(gradhpo.iterate(source.batch(5).to_iter_dataset())))
+        workers = grain.MapDataset.source(batches).to_iter_dataset()
+        found.append(run(gradhpo.iterate(workers)))
+    if torch := _imported("torch"):
+        dataset = torch.utils.data.TensorDataset(torch.from_numpy(x), torch.from_numpy(y))
+        loader = torch.utils.data.DataLoader(dataset, batch_size=5)
+        found.append(run(tuple(batch) for batch in gradhpo.iterate(loader)))
+    for state in found:
+        assert_same(state.params, expected.params)
+        assert_same(state.hyperparams, expected.hyperparams)
+
+
+def _imported(name):
+    try:
+        return __import__(name)
+    except ImportError:
+        return None
+
+
+def test_numbers_and_nested_batches_of_an_iterator():
+    batches = iter([{"x": np.ones(3), "scale": 2.0, "more": [np.int32(1), None]}] * 6)
+    loss = lambda w, h, batch: jnp.sum(jnp.square(w - batch["x"])) * h * batch["scale"]
+    state = OPTIMIZER.init(jnp.zeros(3), jnp.asarray(1.0))
+    state, history = gradhpo.run(
+        OPTIMIZER, state, gradhpo.LossFunctions(loss, lambda w, h, batch: jnp.sum(w**2.0)),
+        batches, None, num_steps=6, chunk_size=3, progress=False,
+    )  # fmt: skip
+    assert history["rejected"][-1] == 0
