@@ -9,7 +9,7 @@ import jax
 import optax
 
 import gradhpo
-from benchmarks import accuracy, compiled, distilled, roads, timed
+from benchmarks import accuracy, compiled, distilled, host, roads, timed
 
 
 TABLES = {
@@ -22,6 +22,8 @@ TABLES = {
     "accuracy": accuracy.print_accuracy,
     "loop": timed.print_loops,
     "exact": timed.print_exact,
+    "host": host.print_host,
+    "night": host.print_night,
 }
 
 

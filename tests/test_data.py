@@ -153,7 +153,7 @@ def run(data):
 
 def test_loaders_of_other_libraries():
     """NumPy, grain and, where it is installed, PyTorch: the same batches, the same run."""
-    x, y = np.asarray(X), np.asarray(Y)
+    x, y = np.array(X), np.array(Y)
     batches = [(x[:5], y[:5]), (x[5:], y[5:])]
     expected = run(iter(batches * 3))
 
@@ -170,7 +170,7 @@ def test_loaders_of_other_libraries():
     if torch := _imported("torch"):
         dataset = torch.utils.data.TensorDataset(torch.from_numpy(x), torch.from_numpy(y))
         loader = torch.utils.data.DataLoader(dataset, batch_size=5)
-        found.append(run(tuple(batch) for batch in gradhpo.iterate(loader)))
+        found.append(run(gradhpo.iterate(loader)))
     for state in found:
         assert_same(state.params, expected.params)
         assert_same(state.hyperparams, expected.hyperparams)

@@ -1,0 +1,111 @@
+"""What the host adds to a run: batches of an iterator, logs, checkpoints; and a long run."""
+
+import tempfile
+import time
+from collections.abc import Iterator
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from sklearn.datasets import load_digits
+
+import gradhpo
+from benchmarks.compiled import ALGORITHMS
+from benchmarks.problem import OUTER_RATE, Model, job, train_loss, val_loss
+from benchmarks.timed import alternating, loop_pair
+
+
+NUM_STEPS, EVERY = 1_000, 100
+BATCH_SIZE = 400  # about a millisecond a step
+
+
+def recorders(directory: str) -> dict:
+    """Everything that writes: two logs and checkpoints."""
+    return {
+        "callbacks": [
+            gradhpo.JSONLinesLogger(f"{directory}/log.jsonl"),
+            gradhpo.CSVLogger(f"{directory}/log.csv"),
+            gradhpo.BestState(),
+        ],
+        "checkpoint": gradhpo.Checkpoint(directory, every_steps=EVERY),
+    }
+
+
+def print_host() -> None:
+    print(f"\nWhat the host adds, {NUM_STEPS} steps in chunks of {EVERY}, batches of {BATCH_SIZE}")
+    the_job = job(BATCH_SIZE)
+    optimizer, _ = ALGORITHMS["OneStepOptimizer"]
+    losses = gradhpo.LossFunctions(the_job.train_loss, the_job.val_loss)
+    state = optimizer.init(the_job.params, the_job.hyperparams)
+    x, y, index = map(np.asarray, the_job.train_data.arrays)
+
+    def batches() -> Iterator[tuple[np.ndarray, ...]]:
+        random = np.random.default_rng(0)
+        while True:
+            chosen = random.integers(len(x), size=BATCH_SIZE)
+            yield x[chosen], y[chosen], index[chosen]
+
+    def go(data, **settings) -> None:
+        gradhpo.run(
+            optimizer, state, losses, data, the_job.val_batch, num_steps=NUM_STEPS,
+            chunk_size=EVERY, lr_hyper=OUTER_RATE, progress=False, **settings,
+        )  # fmt: skip
+
+    def recorded() -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            go(the_job.train_data, **recorders(directory))
+
+    plain = lambda: go(the_job.train_data)
+    scan = loop_pair("OneStepOptimizer", BATCH_SIZE, NUM_STEPS)[1]
+    pairs = {
+        "ArrayData / hand-written lax.scan": (plain, scan),
+        "NumPy iterator / hand-written lax.scan": (lambda: go(batches()), scan),
+        f"two logs and checkpoints every {EVERY} steps / without": (recorded, plain),
+    }
+    for name, pair in pairs.items():
+        a, b, ratio = alternating(*pair, repeats=11)
+        print(
+            f"  {name:55} {1e6 * a / NUM_STEPS:6.0f} us a step {1e6 * b / NUM_STEPS:6.0f} us"
+            f"  ratio {ratio:.3f}"
+        )
+
+
+def print_night(num_steps: int = 10_000) -> None:
+    """Example weights of the digits, with logs and checkpoints: how often is it traced?"""
+    traces = []
+
+    def counted(params, hyperparams, batch) -> jax.Array:
+        traces.append(1)
+        return train_loss(params, hyperparams, batch)
+
+    x, y = load_digits(return_X_y=True)
+    x, y = (x / 16).astype(np.float32), y.astype(np.int32)
+    net = eqx.nn.MLP(64, 10, 128, 1, key=jax.random.key(0))
+    model = Model(net, jnp.zeros(1_000))
+    params, hyperparams = gradhpo.partition(model, lambda m: m.weights)
+    optimizer = gradhpo.OneStepOptimizer(optax.sgd(0.05, momentum=0.9), optax.adam(0.01))
+    data = gradhpo.ArrayData((x[:1_000], y[:1_000], np.arange(1_000)), 100, jax.random.key(1))
+    state = optimizer.init(params, hyperparams)
+    losses = gradhpo.LossFunctions(counted, val_loss)
+
+    def go(steps: int) -> tuple[gradhpo.History, float, int]:
+        traces.clear()
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory() as directory:
+            _, history = gradhpo.run(
+                optimizer, state, losses, data, (x[1_000:1_200], y[1_000:1_200]),
+                num_steps=steps, chunk_size=EVERY, progress=False, **recorders(directory),
+            )  # fmt: skip
+        return history, time.perf_counter() - started, len(traces)
+
+    _, first, of_one_chunk = go(EVERY)
+    history, seconds, again = go(num_steps)
+    val = history["val_loss"]
+    print(f"\nDigits, 1,000 example weights, two logs and checkpoints every {EVERY} steps")
+    print(f"  {EVERY:6} steps {first:5.1f} s, the training loss was traced {of_one_chunk} times")
+    print(f"  {num_steps:6} steps {seconds:5.1f} s, {again} times")
+    print(
+        f"  validation loss {val[0]:.2f} -> {val[-1]:.3f}, {history['rejected'][-1]:.0f} rejected"
+    )
