@@ -162,6 +162,9 @@ def test_loaders_of_other_libraries():
             yield from batches
 
     found = [run(generator()), run(gradhpo.iterate(batches))]
+    found.append(run(gradhpo.iterate([list(batch) for batch in batches])))
+    stacked = [jnp.stack([batches[0][i], batches[1][i]]) for i in range(2)]
+    found.append(run(lambda index: [x[index % 2] for x in stacked]))
     if grain := _imported("grain"):
         source = grain.MapDataset.source(list(zip(x, y, strict=True)))
         found.append(run(gradhpo.iterate(source.batch(5).to_iter_dataset())))

@@ -100,6 +100,8 @@ class Host:
     def _checked(self, batch: PyTree) -> PyTree:
         """The batch as arrays, alike in structure, shapes and dtypes to those before it."""
         which = f"{self.name} (batch {self._drawn - 1})"
+        # PyTorch's loader yields lists; a list of arrays is a list of batches elsewhere.
+        batch = tuple(batch) if type(batch) is list else batch
         batch = jax.tree.map(lambda x: _as_array(x, which), batch)
         leaves, treedef = jax.tree.flatten(batch)
         kind = treedef, [x.shape for x in leaves], [x.dtype for x in leaves]

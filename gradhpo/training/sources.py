@@ -21,16 +21,18 @@ class Generated(eqx.Module):
 
     function: Callable
 
+    def __call__(self, index: Array) -> PyTree:
+        batch = self.function(index)
+        return tuple(batch) if type(batch) is list else batch
+
     def batch(self, step: Array, position: Array) -> PyTree:
-        return self.function(step)
+        return self(step)
 
     def stack(self, step: Array, position: Array, count: int) -> PyTree:
-        return BatchStack(
-            jax.vmap(self.function)(step * count + jnp.arange(count, dtype=step.dtype))
-        )
+        return BatchStack(jax.vmap(self)(step * count + jnp.arange(count, dtype=step.dtype)))
 
     def drawn(self, step: Array, position: Array, count: int) -> DrawnStack:
-        return DrawnStack(lambda t: self.function(step * count + t))
+        return DrawnStack(lambda t: self(step * count + t))
 
 
 class Fixed(eqx.Module):
