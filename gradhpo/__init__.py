@@ -21,6 +21,8 @@ from gradhpo.core.types import (
     RealScalarLike,
     UpdateFn,
 )
+from gradhpo.data.arrays import ArrayData
+from gradhpo.data.loaders import iterate
 from gradhpo.diagnostics.compare import compare_hypergradients
 from gradhpo.diagnostics.finite_difference import finite_difference_hypergradient
 from gradhpo.diagnostics.health import check_hypergradient
@@ -32,9 +34,7 @@ from gradhpo.solvers.neumann import Neumann
 from gradhpo.solvers.nystrom import Nystrom
 from gradhpo.training.checkpoint import Checkpoint, load_checkpoint
 from gradhpo.training.controls import BestState, EarlyStopping, TimeLimit
-from gradhpo.training.data import ArrayData
 from gradhpo.training.history import History
-from gradhpo.training.loaders import iterate
 from gradhpo.training.loop import run
 from gradhpo.training.sign_descent import sign_descent
 from gradhpo.training.smoothing import moving_average

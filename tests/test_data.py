@@ -8,7 +8,7 @@ import pytest
 from problems import OUTER, relaxed
 
 import gradhpo
-from gradhpo.training.data import _permute
+from gradhpo.data.arrays import _permute
 
 
 X, Y = jnp.linspace(-1, 1, 30).reshape(10, 3), jnp.linspace(0, 1, 10)

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import LossFunctions
+from gradhpo.data.sources import Host, as_source
 from gradhpo.diagnostics.case import (
     FAILURES,
     Case,
@@ -23,7 +24,6 @@ from gradhpo.diagnostics.case import (
 from gradhpo.diagnostics.compare import another_training, trains_otherwise
 from gradhpo.diagnostics.cost import Program, on_device
 from gradhpo.diagnostics.noise import HypergradientNoise, Moments, finite_draws, moments_of
-from gradhpo.training.sources import Host, as_source
 from gradhpo.utils.settings import check_count
 from gradhpo.utils.typecheck import checked, without_warnings
 from gradhpo.utils.validation import leaf_names

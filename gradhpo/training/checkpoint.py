@@ -17,9 +17,9 @@ from gradhpo.training.checkpoint_file import (
     read_tree,
     write_file,
 )
-from gradhpo.training.description import differences
 from gradhpo.training.history import History
 from gradhpo.training.metrics_file import MetricsFile
+from gradhpo.utils.description import differences
 from gradhpo.utils.settings import check_count
 from gradhpo.utils.typecheck import checked
 

@@ -11,16 +11,16 @@ import jax.numpy as jnp
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import LossFunctions, RealScalarLike
+from gradhpo.data.feed import Feed
+from gradhpo.data.sources import as_source
 from gradhpo.training.callbacks import Callbacks
 from gradhpo.training.checkpoint import Checkpoint, Keeper
 from gradhpo.training.chunk import chunk_shapes
-from gradhpo.training.description import described
 from gradhpo.training.driver import Driver
-from gradhpo.training.feed import Feed
 from gradhpo.training.history import History
-from gradhpo.training.report import report
-from gradhpo.training.sources import as_source
-from gradhpo.training.stopping import Interrupts
+from gradhpo.training.report import keeps_second_moments, report
+from gradhpo.training.stopping import Interrupts, Stopped
+from gradhpo.utils.description import described
 from gradhpo.utils.progress import ProgressBar
 from gradhpo.utils.settings import check_count, check_episodes, check_outer_rate, outer_rate
 from gradhpo.utils.typecheck import checked, warn, warn_once
@@ -121,18 +121,10 @@ def run(
             "which happens where an episode begins: pass steps_per_episode, or estimation_period="
             "None to the optimizer if distillation_weight (or your own estimate_theta) is meant"
         )
-    keeper = None
-    if checkpoint is not None:
-        about = {
-            "optimizer": described(optimizer),
-            "lr_hyper": described(rate),
-            "steps_per_episode": steps_per_episode,
-            "reptile_rate": described(reptile_rate),
-            "state.step": int(state.step),
-            "state.params": described(eqx.filter(state.params, eqx.is_inexact_array)),
-            "state.hyperparams": described(state.hyperparams),
-        }
-        keeper = Keeper(Checkpoint.of(checkpoint), about | feed.described())
+    keeper = _keeper(
+        checkpoint, optimizer, state, feed,
+        lr_hyper=rate, steps_per_episode=steps_per_episode, reptile_rate=reptile_rate,
+    )  # fmt: skip
     driver = Driver(
         optimizer=optimizer,
         losses=losses,
@@ -157,20 +149,41 @@ def run(
     with Interrupts() as interrupts, bar:
         ending = driver.go(shapes, bar, interrupts)
         driver.finish(ending)
-    state, metrics = driver.state, record.metrics()
-    remark = optimizer._remarks(driver.before, metrics) if record.taken else ""
-    unwritten = [] if keeper is None else keeper.failures
-    said = report(
-        ending, record, num_steps, time.perf_counter() - started, remark, state.inner_opt_state,
-        unwritten,
-    )  # fmt: skip
-    if reptile_rate != 1 and record.taken % (steps_per_episode or 1) == 0:
+    return driver.state, _history(driver, ending, num_steps, time.perf_counter() - started)
+
+
+def _keeper(
+    checkpoint: str | Path | Checkpoint | None,
+    optimizer: BilevelOptimizer,
+    state: BilevelState,
+    feed: Feed,
+    **settings: Any,
+) -> Keeper | None:
+    """What writes the checkpoints, with all that tells this run from another."""
+    if checkpoint is None:
+        return None
+    identity = {
+        "optimizer": described(optimizer),
+        **{name: described(value) for name, value in settings.items()},
+        "state.step": int(state.step),
+        "state.params": described(eqx.filter(state.params, eqx.is_inexact_array)),
+        "state.hyperparams": described(state.hyperparams),
+        **feed.described(),
+    }
+    return Keeper(Checkpoint.of(checkpoint), identity)
+
+
+def _history(driver: Driver, ending: Stopped, num_steps: int, seconds: float) -> History:
+    """What the run has to tell, with a warning where it did not end as it was meant to."""
+    record, metrics = driver.record, driver.record.metrics()
+    remark = driver.optimizer._remarks(driver.before, metrics) if record.taken else ""
+    unwritten = [] if driver.keeper is None else driver.keeper.failures
+    like_adam = keeps_second_moments(driver.state.inner_opt_state)
+    said = report(ending, record, num_steps, seconds, remark, like_adam, unwritten)
+    if driver.reptile_rate != 1 and record.taken % (driver.steps_per_episode or 1) == 0:
         said += " The parameters are those that the next episode starts from."
     # A run that ends in refused steps has stopped moving: with fixed data, for good.
-    stuck = record.in_a_row > 0
-    if ending.reason in _UNMEANT or ending.error or remark or stuck or unwritten:
+    stuck, unmeant = record.in_a_row > 0, ending.reason in ("rejected", "data exhausted")
+    if stuck or unmeant or ending.error or remark or unwritten:
         warn(said, RuntimeWarning)
-    return state, History(metrics, ending.reason, said, ending.error)
-
-
-_UNMEANT = ("rejected", "data exhausted")
+    return History(metrics, ending.reason, said, ending.error)

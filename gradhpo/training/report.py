@@ -17,12 +17,13 @@ def report(
     num_steps: int,
     seconds: float,
     remark: str,
-    inner_opt_state: PyTree,
+    second_moments: bool,
     unwritten: list[str],
 ) -> str:
     """The sentences, in the order in which they matter.
 
-    `remark` is what the algorithm says; `unwritten` are the checkpoints that failed.
+    `remark` is what the algorithm says; `second_moments` tells of an inner optimizer like Adam;
+    `unwritten` are the checkpoints that failed.
     """
     earlier = f" ({record.resumed_at} of them before it was resumed)" if record.resumed_at else ""
     sentences = [
@@ -32,7 +33,7 @@ def report(
     if remark:
         sentences.append(remark)
     else:
-        sentences += _on_rejections(record, inner_opt_state) + _on_divergence(record)
+        sentences += _on_rejections(record, second_moments) + _on_divergence(record)
     if unwritten:
         sentences.append(
             f"{len(unwritten)} checkpoints could not be written; the last time: {unwritten[-1]}."
@@ -72,7 +73,7 @@ def _why(ending: Stopped, record: Record) -> str:
     return reasons.get(ending.reason, f"A callback stopped the run: {ending.reason}.")
 
 
-def _on_rejections(record: Record, inner_opt_state: PyTree) -> list[str]:
+def _on_rejections(record: Record, second_moments: bool) -> list[str]:
     if record.of_derivatives:
         adam = (
             "With Adam and its relatives that is the square root at a gradient of exactly 0 (a "
@@ -85,7 +86,7 @@ def _on_rejections(record: Record, inner_opt_state: PyTree) -> list[str]:
         return [
             f"In {record.of_derivatives} of the rejected steps both losses were finite and "
             "only the hypergradient was not: something that is differentiated has no finite "
-            f"derivative. {adam if _keeps_second_moments(inner_opt_state) else overflow}"
+            f"derivative. {adam if second_moments else overflow}"
         ]
     if record.in_a_row:  # it ended so
         return [
@@ -107,7 +108,7 @@ def _on_divergence(record: Record) -> list[str]:
     ]
 
 
-def _keeps_second_moments(inner_opt_state: PyTree) -> bool:
+def keeps_second_moments(inner_opt_state: PyTree) -> bool:
     """Whether an optax state has the field `nu`, as those of Adam and its relatives."""
     paths = jax.tree_util.tree_flatten_with_path(inner_opt_state)[0]
     return any(getattr(key, "name", None) == "nu" for path, _ in paths for key in path)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from gradhpo.core.types import BatchStack, DrawnStack
-from gradhpo.training.loaders import Repeated, is_untouched, seek, state_of
+from gradhpo.data.loaders import Repeated, is_untouched, seek, state_of
 from gradhpo.utils.keys import is_key
 from gradhpo.utils.validation import strong
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from gradhpo.core.types import BatchStack, DataBatch, DrawnStack
-from gradhpo.training.data import ArrayData
-from gradhpo.training.host import Host
+from gradhpo.data.arrays import ArrayData
+from gradhpo.data.host import Host
 from gradhpo.utils.keys import fold_keys, is_key
 from gradhpo.utils.validation import check_arity
 

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from gradhpo.training.description import described
-from gradhpo.training.host import Host
-from gradhpo.training.sources import Source
+from gradhpo.data.host import Host
+from gradhpo.data.sources import Source
+from gradhpo.utils.description import described
 
 
 # Batches of an iterator wait for one chunk; more than this would only cost memory.
