@@ -34,7 +34,7 @@ def blocks(text):
 def test_readme_runs_as_shown(capsys):
     readme = (ROOT / "README.md").read_text()
     codes = blocks(readme)
-    assert len(codes) == 5
+    assert len(codes) == 6
     namespace: dict = {}
     for code in codes:
         exec(compile(code, "README.md", "exec"), namespace)
