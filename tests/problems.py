@@ -28,7 +28,8 @@ class Problem(NamedTuple):
 
 def mse(model, batch):
     x, y = batch
-    return jnp.mean(jnp.square(jax.vmap(model)(x) - y))
+    # A lambda, because vmap prints a module that it is given, which takes as long as tracing it.
+    return jnp.mean(jnp.square(jax.vmap(lambda x: model(x))(x) - y))
 
 
 class Regularised(eqx.Module):
