@@ -1,5 +1,6 @@
 """Strict numerics for every test: float64, no silent promotion of dtypes or ranks."""
 
+import gc
 import os
 from importlib.metadata import version
 
@@ -14,7 +15,7 @@ flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
 if version("jaxlib").startswith("0.10."):
     flags.append("--xla_cpu_use_fusion_emitters=false")
     # The workers fill the cores already.
-    flags.append("--xla_cpu_parallel_codegen_split_count=1")
+    flags += ["--xla_cpu_parallel_codegen_split_count=1", "--xla_cpu_multi_thread_eigen=false"]
 os.environ["XLA_FLAGS"] = " ".join(flags)
 
 
@@ -23,6 +24,12 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from gradhpo.utils.tracing import forget_traces  # noqa: E402
+
+
+# Tracing makes many objects that last until it ends: look less often for those that do not, and
+# never among what was imported.
+gc.freeze()
+gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -28,7 +28,8 @@ class Problem(NamedTuple):
 
 def mse(model, batch):
     x, y = batch
-    return jnp.mean(jnp.square(jax.vmap(model)(x) - y))
+    # A lambda, because vmap prints a module that it is given, which takes as long as tracing it.
+    return jnp.mean(jnp.square(jax.vmap(lambda x: model(x))(x) - y))
 
 
 class Regularised(eqx.Module):
@@ -53,6 +54,8 @@ def regularised_val_loss(model, batch):
     return mse(model.net, batch) + 0.01 * jnp.sum(jnp.square(model.log_weight_decay))
 
 
+# Compiled, as `network` is: one program each, where every random array would be several.
+@eqx.filter_jit
 def batches(key, dtype=jnp.float64):
     k1, k2, k3 = jax.random.split(key, 3)
     x_train, x_val = jax.random.normal(k1, (20, 3), dtype), jax.random.normal(k2, (10, 3), dtype)
@@ -60,6 +63,7 @@ def batches(key, dtype=jnp.float64):
     return (x_train, target(x_train)), (x_val, target(x_val))
 
 
+@eqx.filter_jit
 def network(key, dtype=jnp.float64):
     net = eqx.nn.MLP(3, 2, 5, 1, activation=jnp.tanh, key=key, dtype=dtype)
     return Regularised(
@@ -98,25 +102,26 @@ def in_the_layers(key, dtype=jnp.float64) -> Problem:
     )
 
 
+def linear(params, x):
+    return x @ params["w"] + params["b"][None, :]
+
+
+def weighted_train_loss(params, hyperparams, batch):
+    x, y, weights = *batch, jax.nn.sigmoid(hyperparams["weights"])
+    return jnp.mean(weights * jnp.mean(jnp.square(linear(params, x) - y), axis=1))
+
+
+def linear_val_loss(params, hyperparams, batch):
+    x, y = batch
+    return jnp.mean(jnp.square(linear(params, x) - y))
+
+
 def dicts(key, dtype=jnp.float64) -> Problem:
     """Plain dict pytrees and hand-written losses; one weight per training example."""
-    (x, y), val = batches(key, dtype)
-
-    def predict(params, x):
-        return x @ params["w"] + params["b"][None, :]
-
-    def train_loss(params, hyperparams, batch):
-        x, y, weights = *batch, jax.nn.sigmoid(hyperparams["weights"])
-        return jnp.mean(weights * jnp.mean(jnp.square(predict(params, x) - y), axis=1))
-
-    def val_loss(params, hyperparams, batch):
-        x, y = batch
-        return jnp.mean(jnp.square(predict(params, x) - y))
-
+    train, val = batches(key, dtype)
     params = {"w": jnp.full((3, 2), 0.1, dtype), "b": jnp.zeros(2, dtype)}
-    return Problem(
-        params, {"weights": jnp.linspace(-1, 1, 20, dtype=dtype)}, (x, y), val, train_loss, val_loss
-    )
+    hyperparams = {"weights": jnp.linspace(-1, 1, 20, dtype=dtype)}
+    return Problem(params, hyperparams, train, val, weighted_train_loss, linear_val_loss)
 
 
 PROBLEMS = {

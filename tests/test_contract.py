@@ -173,11 +173,12 @@ def test_traces_once(name):
     state = optimizer.step(state, jnp.zeros(2), 0.0, counted, val_loss, lr_hyper=0.1)
     first = len(traces)
     _, _, setting = OPTIMIZERS[name]
+    rates = (0.1, np.float32(0.2), jnp.asarray(0.3), 1)
     for i in range(1_000):
         if setting and i == 500:
             optimizer = dataclasses.replace(optimizer, **{setting[0]: setting[1]})
-        rate = [0.1, np.float32(0.2), jnp.asarray(0.3), 1][i % 4]
-        state = optimizer.step(state, jnp.ones(2) * i, float(i), counted, val_loss, lr_hyper=rate)
+        batch, rate = jnp.asarray(np.full(2, float(i))), rates[i % 4]
+        state = optimizer.step(state, batch, float(i), counted, val_loss, lr_hyper=rate)
     assert state.step == 1_001
     assert len(traces) == first
 

@@ -126,6 +126,7 @@ def test_darts_toy_goes_to_its_fixed_point(rate, fixed_point):
     val_loss = lambda w, a, batch: a * w - 2 * a + 1
 
     # As in DARTS: the look-ahead with rate xi gives the hypergradient, another rate moves w.
+    @jax.jit
     def advance(w, a, batch):
         return w - 0.5 * jax.grad(train_loss)(w, a, batch)
 

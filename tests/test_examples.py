@@ -11,15 +11,19 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ALL = sorted(file.stem for file in EXAMPLES.glob("*.py"))
+# A short program is mostly compilation, as the suite is. One that runs for half a minute wants some
+# optimization, but takes longer to optimize fully than it then runs.
+QUICKLY = os.environ["XLA_FLAGS"]
+LIGHTLY = f"{QUICKLY} --xla_backend_optimization_level=1"
 
 
-def python(*arguments, quickly_compiled=False, check=True):
-    """Runs a program as a user does; a short one is mostly compilation, as the suite is."""
-    without = ("JAX_",) if quickly_compiled else ("JAX_", "XLA_")
+def python(*arguments, compiled="", check=True):
+    """Runs a program as a user does; `compiled` are the flags of XLA that it is compiled with."""
+    own = {key: x for key, x in os.environ.items() if not key.startswith(("JAX_", "XLA_"))}
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=EXAMPLES,
-        env={key: value for key, value in os.environ.items() if not key.startswith(without)},
+        env=own | {"XLA_FLAGS": compiled},
         capture_output=True,
         text=True,
         timeout=300,
@@ -27,7 +31,7 @@ def python(*arguments, quickly_compiled=False, check=True):
     )
 
 
-def means(name, fields, *arguments):
+def means(name, fields, *arguments, compiled=""):
     """What `main` of an example returns: row to the means of these fields over its runs."""
     program = f"""
 import json, {name}
@@ -37,7 +41,7 @@ mean = lambda row, field: sum(float(getattr(run[row], field)) for run in runs) /
 rows = [row for row in runs[0] if not isinstance(runs[0][row], str)]
 print("RESULT" + json.dumps({{row: [mean(row, field) for field in fields] for row in rows}}))
 """
-    return json.loads(python("-c", program).stdout.split("RESULT")[1])
+    return json.loads(python("-c", program, compiled=compiled).stdout.split("RESULT")[1])
 
 
 def test_learned_learning_rates_beat_a_fixed_one(tmp_path):
@@ -48,7 +52,7 @@ import json, learned_learning_rates
 loss = {{name: row if isinstance(row, str) else row.test_loss for name, row in rows.items()}}
 print("RESULT" + json.dumps(loss))
 """
-    loss = json.loads(python("-c", program).stdout.split("RESULT")[1])
+    loss = json.loads(python("-c", program, compiled=QUICKLY).stdout.split("RESULT")[1])
     assert (tmp_path / "picture.png").stat().st_size > 10_000
     assert "cannot see" in loss["first order"]
     for name in ("one step", "T1-T2 (DARTS)", "greedy", "exact"):
@@ -73,7 +77,7 @@ for name in {ALL!r}:
 )
 def test_quick_form_prints_a_table_and_saves_a_picture(name, tmp_path):
     picture = tmp_path / "sub" / "picture.png"
-    done = python(f"{name}.py", "--quick", "--output", str(picture), quickly_compiled=True)
+    done = python(f"{name}.py", "--quick", "--output", str(picture), compiled=QUICKLY)
     assert picture.stat().st_size > 10_000
     words = ["cosine |", " s)\n\n| "] if "algorithm" in name else ["tuned", "±"]
     assert all(word in done.stdout for word in words)
@@ -93,7 +97,7 @@ for name, first in runs[0].items():
         rows[name] = [mean("accuracy"), mean("auroc")]
 print("RESULT" + json.dumps(rows))
 """
-    rows = json.loads(python("-c", program).stdout.split("RESULT")[1])
+    rows = json.loads(python("-c", program, compiled=LIGHTLY).stdout.split("RESULT")[1])
     assert (tmp_path / "picture.png").stat().st_size > 10_000
     assert "cannot see" in rows["tuned, first order"]
     untuned, alone = rows["untuned, training set"][0], rows["untuned, validation set alone"][0]
@@ -113,7 +117,7 @@ def test_many_penalties_validate_better_than_a_grid_of_ten_times_the_fits(tmp_pa
     rows = means(
         "regularisation",
         ("val_loss", "fits", "inner_residual"),
-        "--splits=3", "--output", str(tmp_path / "picture.png"),
+        "--splits=3", "--output", str(tmp_path / "picture.png"), compiled=QUICKLY,
     )  # fmt: skip
     assert (tmp_path / "picture.png").stat().st_size > 10_000
     for model, name in (
@@ -131,7 +135,7 @@ def test_many_penalties_validate_better_than_a_grid_of_ten_times_the_fits(tmp_pa
 
 def test_an_ode_solve_that_cannot_be_differentiated_twice_ends_in_advice():
     done = python(
-        "ode_calibration.py", "--quick", "--adjoint=backsolve", quickly_compiled=True, check=False
+        "ode_calibration.py", "--quick", "--adjoint=backsolve", compiled=QUICKLY, check=False
     )
     assert done.returncode == 1
     assert "DirectAdjoint" in done.stderr

@@ -208,8 +208,10 @@ def seen_by(sees: Sees, problem: Problem) -> list[bool]:
         visible_leaves(function, tree, by_derivative=by_derivative)
     )
     directly = found(lambda h: validation.loss(w, h), hyperparams)
+    if sees == "validation" or all(directly):
+        return directly
     by_weights = found(lambda w: validation.loss(w, hyperparams), w)
-    if sees == "validation" or not any(by_weights):
+    if not any(by_weights):
         return directly
     if sees == "optimum":
         inner = lambda h: phi.optimality(w, h, 0)[0]

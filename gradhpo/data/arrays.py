@@ -171,9 +171,14 @@ def _permute(
             right ^= _scramble(left ^ secrets[:, r + 1]) & low
         return (left << (bits // 2)) | right
 
-    outside = lambda x: x >= jnp.uint32(n)
-    again = lambda x: jnp.where(outside(x), network(x), x)
-    return jax.lax.while_loop(lambda x: jnp.any(outside(x)), again, network(position))
+    def again(carry):
+        x, outside = carry
+        x = jnp.where(outside, network(x), x)
+        return x, x >= jnp.uint32(n)
+
+    # All count as outside at first: so the network is traced and compiled once.
+    start = (position, jnp.ones_like(position, bool))
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[1]), again, start)[0]
 
 
 def _scramble(x: UInt32[Array, " batch"]) -> UInt32[Array, " batch"]:

@@ -96,7 +96,11 @@ def outer_rate(value: Any) -> Array | None:
         raise TypeError(f"lr_hyper must be one real number, got {value!r}")
     if isinstance(value, (int, float)) and value < 0:
         raise ValueError(f"lr_hyper must not be negative, got {value}: the step is -lr_hyper * g")
-    return jnp.asarray(value, jnp.result_type(float))
+    dtype = jnp.result_type(float)
+    # By way of NumPy a Python number needs no program that converts it, at every step.
+    return jnp.asarray(
+        np.asarray(value, dtype) if isinstance(value, (int, float)) else value, dtype
+    )
 
 
 def check_episodes(

@@ -146,7 +146,8 @@ def _refuse_nan(tree: PyTree, what: str) -> None:
 
 def numbers_as_arrays(batch: PyTree) -> PyTree:
     """Python numbers in a batch become arrays, so that a new value is no new program."""
-    return jax.tree.map(lambda x: np.asarray(strong(x)) if _is_python_number(x) else x, batch)
+    as_array = lambda x: np.asarray(x, jnp.result_type(x)) if _is_python_number(x) else x
+    return jax.tree.map(as_array, batch)
 
 
 def check_same_structure(found: PyTree, expected: PyTree, what: str, remedy: str) -> None:
