@@ -113,7 +113,7 @@ def survive(tmp_path, process_of, kills, num_steps):
             process = process_of(target=killed_run.train, args=(directory, num_steps))
             process.start()
             while process.is_alive() and steps_saved(directory) <= before:
-                time.sleep(0.002)
+                time.sleep(0.01)
             time.sleep(random.uniform(0, 0.1))
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
@@ -155,6 +155,7 @@ def test_a_finished_run_comes_back_at_once(tmp_path):
     found = run(tmp_path, callbacks=[lambda state, metrics: chunks.append(1)])
     assert_same_run(found, expected)
     assert chunks == []
+    assert "Nothing was left to do" in found[1].report
     assert found[1].stop_reason == "num_steps"
     assert "before it was resumed" in found[1].report
 
@@ -324,6 +325,13 @@ def test_iterators_that_can_seek_do(tmp_path, loader, wrapped):
     again = loader()
     assert_same_run(run(tmp_path, data=wrap(again)), expected)
     assert again.drawn == 6
+
+
+def test_the_same_seekable_loader_goes_on(tmp_path):
+    """What an early stop gave back does not come twice."""
+    data = gradhpo.iterate(Seekable())
+    run(tmp_path, data=data, callbacks=[stop_at(6)])
+    assert_same_run(run(tmp_path, data=data), run(None, data=iter(BATCHES * 2)))
 
 
 @pytest.mark.parametrize(
@@ -551,6 +559,25 @@ def test_a_disk_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
     full.append(1)
     with pytest.raises(OSError, match="No space left"):
         run(tmp_path / "other")
+    assert not list((tmp_path / "other").iterdir())
+
+
+def test_callbacks_start_from_the_state_that_goes_on(tmp_path):
+    started = []
+
+    class Watching:
+        memory = None
+
+        def start(self, state, resumed):
+            started.append((int(state.step), resumed))
+            return np.zeros(1)
+
+        def __call__(self, state, metrics):
+            return state.step == 6
+
+    run(tmp_path, callbacks=[Watching()])
+    run(tmp_path, callbacks=[Watching()])
+    assert started == [(0, False), (6, True)]
 
 
 def test_two_runs_in_one_directory_do_not_mix(tmp_path):

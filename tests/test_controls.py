@@ -341,8 +341,8 @@ def test_a_failing_loader_ends_the_run_with_its_state():
         state, history = run(30, data=fails_at(10, OSError("no such disk")))
     assert history.stop_reason == "data error"
     assert isinstance(history.error, OSError)
-    assert state.step == len(history["val_loss"]) == 9
-    assert_same(state, run(9, data=iter(BATCHES * 2))[0])
+    assert state.step == len(history["val_loss"]) == 10
+    assert_same(state, run(10, data=iter(BATCHES * 2))[0])
     assert seen[0].filename == __file__
 
 

@@ -30,10 +30,14 @@ class Feed:
         needed = sum(host.bytes_per_step() for host in self._hosts.values())
         return max(1, min(chunk_size, _MOST_BYTES_FETCHED // max(needed, 1)))
 
-    def take(self, steps: int, multiple: int) -> tuple[Any, Any, int]:
-        """What a chunk of up to `steps` steps sees of each, and how many steps that are."""
+    def take(self, steps: int, multiple: int, *, in_part: bool) -> tuple[Any, Any, int]:
+        """What a chunk of up to `steps` steps sees of each, and how many steps that are.
+
+        Fewer where an iterator has ended, or (`in_part`) before one that has failed.
+        """
         self.prepare(steps)
-        taken = min([steps, *(host.ready(steps) for host in self._hosts.values())])
+        found = [host.ready(steps, in_part=in_part) for host in self._hosts.values()]
+        taken = min([steps, *found])
         taken -= taken % multiple
         if taken == 0:
             return None, None, 0
@@ -47,6 +51,11 @@ class Feed:
         """Draws the batches of `steps` steps, while the device works on those before."""
         for host in self._hosts.values():
             host.prepare(steps)
+
+    def check(self) -> None:
+        """Raises what has failed."""
+        for host in self._hosts.values():
+            host.check()
 
     def settle(self) -> None:
         """The chunk that was taken is done."""

@@ -60,12 +60,20 @@ class Host:
         """Draws what `steps` steps need; what goes wrong is kept for `ready`."""
         self._draw(steps * (self._per_step or 1))
 
-    def ready(self, steps: int) -> int:
-        """For how many of `steps` steps batches are there, after `prepare`."""
+    def ready(self, steps: int, *, in_part: bool) -> int:
+        """For how many of `steps` steps batches are there, after `prepare`.
+
+        What went wrong is raised once there are none, or with `in_part=False` if one is missing.
+        """
         found = min(steps, len(self._ahead) // (self._per_step or 1))
-        if found < steps and self._failed is not None:
-            raise self._failed
+        if found < (1 if in_part else steps):
+            self.check()
         return found
+
+    def check(self) -> None:
+        """Raises what went wrong."""
+        if self._failed is not None:
+            raise self._failed
 
     def fetch(self, steps: int) -> Fetched:
         """The batches of the next `steps` steps, which are `ready`."""
@@ -114,8 +122,8 @@ class Host:
         for what, expected, found in zip(_ALIKE, self._kind, kind, strict=True):
             if found != expected:
                 raise ValueError(
-                    f"{which} has another {what} than the first: {found}, not {expected}. A "
-                    f"compiled step needs one {what}: {_ALIKE[what]}"
+                    f"{which} differs from the first in its {what}: {found}, not {expected}. All "
+                    f"batches of a compiled step are alike: {_ALIKE[what]}"
                 )
         return batch
 

@@ -74,6 +74,7 @@ class Repeated(Iterator[Any]):
         return None if self._pass is None else state_of(self._pass)
 
     def set_state(self, state: Any) -> None:
+        self._returned = []
         if _seeking(self._loader):
             seek(self._loader, state)
         else:

@@ -163,7 +163,7 @@ def _all_of(source: Any, num_draws: int) -> Any:
     if not isinstance(source, Host):
         return source
     source.prepare(num_draws)
-    available = source.ready(num_draws)
+    available = source.ready(num_draws, in_part=False)
     if available < num_draws:
         raise ValueError(
             f"{source.name} ended after the batches of {available} draws; num_draws={num_draws} "

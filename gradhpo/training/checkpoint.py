@@ -134,7 +134,7 @@ class Keeper:
         self._metrics = MetricsFile(self._directory / "metrics.bin")
         self._unsaved: list[dict[str, np.ndarray]] = []
         self._saved_step, self._saved_at = 0, time.monotonic()
-        self._leaves: list = []
+        self._leaves: dict[str, list] = {}
         self.failures: list[str] = []
         self._found = next(iter(checkpoints_in(self._directory)[::-1]), None)
         if self._found is None:
@@ -166,13 +166,22 @@ class Keeper:
                 "asks for fewer: gradhpo.load_checkpoint(directory, state) returns what it has"
             )
 
-    def resume(self, like: PyTree) -> tuple[PyTree, dict[str, np.ndarray], dict[str, Any]]:
-        """Tree, metrics and positions of the data in the checkpoint: all of it, or an error."""
+    def read(self, like: PyTree) -> PyTree:
+        """The tree in the checkpoint, all of it or an error."""
         assert self._found is not None
         _check_leaves(self._found, self._header["leaves"], leaves_of(like))
-        metrics = self._metrics.read(self._header["metrics"])
+        return read_tree(self._body, like)
+
+    def read_memories(self, like: PyTree) -> PyTree:
+        """What the callbacks remembered, which comes after the tree."""
+        assert self._found is not None
+        _check_leaves(self._found, self._header["memories"], leaves_of(like))
+        return read_tree(self._body, like)
+
+    def read_past(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """The metrics so far, and the positions of the data."""
         self._saved_step = self._header["taken"]
-        return read_tree(self._body, like), metrics, self._header["positions"]
+        return self._metrics.read(self._header["metrics"]), self._header["positions"]
 
     def add(self, metrics: dict[str, np.ndarray]) -> None:
         """The metrics of one more chunk, for the next checkpoint."""
@@ -184,20 +193,20 @@ class Keeper:
         by_steps = every is not None and taken - self._saved_step >= every
         return by_steps or time.monotonic() - self._saved_at >= self._settings.every_seconds
 
-    def save(self, taken: int, tree: PyTree, header: dict[str, Any]) -> None:
+    def save(self, taken: int, tree: PyTree, memories: PyTree, header: dict[str, Any]) -> None:
         """Writes a checkpoint. A full disk must not end a run: it is noted, and tried again."""
         path = self._directory / f"step-{taken:010d}.ckpt"
-        self._leaves = self._leaves or leaves_of(tree)  # the same all along
+        if not self._leaves:  # the same all along
+            self._leaves = {"leaves": leaves_of(tree), "memories": leaves_of(memories)}
         try:
             self._metrics.add(_joined(self._unsaved))
             self._unsaved = []
             about = {
                 "taken": taken,
                 "description": self._description,
-                "leaves": self._leaves,
                 "metrics": self._metrics.header(),
             }
-            write_file(path, header | about, tree)
+            write_file(path, header | about | self._leaves, (tree, memories))
             for old in checkpoints_in(self._directory)[: -self._settings.keep]:
                 if is_checkpoint(old):
                     old.unlink()

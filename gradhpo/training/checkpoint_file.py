@@ -28,12 +28,15 @@ def write_file(path: Path, header: dict[str, Any], tree: PyTree) -> None:
     eqx.tree_serialise_leaves(body, tree, filter_spec=_write_leaf)
     content = body.getbuffer()
     beside = path.with_name(f".{path.name}.tmp")
-    with open(beside, "wb") as file:
-        file.write(b"%s %d %d %d\n" % (_MAGIC, _FORMAT, len(content), zlib.crc32(content)))
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        with open(beside, "wb") as file:
+            file.write(b"%s %d %d %d\n" % (_MAGIC, _FORMAT, len(content), zlib.crc32(content)))
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
     _sync_directory(path.parent)
 
 

@@ -52,11 +52,11 @@ class Driver:
             self.save("")
             return
         self.keeper.check_resumable(num_steps, self.callbacks.names)
+        self.state, self.start, self.before = self.keeper.read(self._tree())
         self.callbacks.start(self.state, resumed=True)
-        tree, metrics, positions = self.keeper.resume(self._tree())
-        self.feed.resume(positions)
-        self.positions = positions
-        self.state, self.start, self.before, self.callbacks.memory = tree
+        self.callbacks.memory = self.keeper.read_memories(self.callbacks.memory)
+        metrics, self.positions = self.keeper.read_past()
+        self.feed.resume(self.positions)
         self.record.resume(metrics)
 
     def go(
@@ -91,10 +91,10 @@ class Driver:
                 "callbacks": self.callbacks.names,
                 "positions": self.positions,
             }
-            self.keeper.save(self.record.taken, self._tree(), about)
+            self.keeper.save(self.record.taken, self._tree(), self.callbacks.memory, about)
 
     def _tree(self) -> PyTree:
-        return self.state, self.start, self.before, self.callbacks.memory
+        return self.state, self.start, self.before
 
     def _launch(self, waiting: collections.deque[tuple[int, int]]) -> "Flight | None":
         """Hands the next chunk to the device, which does not wait for the host meanwhile."""
@@ -104,7 +104,9 @@ class Driver:
         wanted, may_return = episodes * length, self.record.may_return
         by_episodes = self.steps_per_episode is not None
         with failing("data error", may_return=may_return):
-            train, val, taken = self.feed.take(wanted, length if by_episodes else 1)
+            train, val, taken = self.feed.take(
+                wanted, length if by_episodes else 1, in_part=may_return
+            )
             if taken == 0 and not may_return:
                 raise ValueError(
                     "the data iterators end before the first step (with an algorithm that looks "
@@ -150,6 +152,8 @@ class Driver:
             if self.record.longest >= self.max_rejections:
                 raise Stopped("rejected")
             if flight.was_last:
+                with failing("data error", may_return=True):
+                    self.feed.check()
                 raise Stopped("data exhausted")
             following = self._launch(waiting)
         except Stopped as stopped:

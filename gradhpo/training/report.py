@@ -52,7 +52,8 @@ def _why(ending: Stopped, record: Record) -> str:
     error = ending.error
     said = "" if error is None else f"{type(error).__name__}: {error}"
     reasons = {
-        "num_steps": "The run is complete.",
+        "num_steps": "The run is complete."
+        + " Nothing was left to do." * (record.resumed_at == record.taken),
         "callback": "A callback stopped the run.",
         "interrupted": "It was interrupted.",
         "early stopping": "The validation loss has not fallen for as long as patience allows.",

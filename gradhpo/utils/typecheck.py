@@ -35,7 +35,8 @@ _REMEDIES = {
     "where": "a function of the model: lambda m: m.log_weight_decay",
     "inner_optimizer": "an optax transformation such as optax.sgd(0.1), or a function of the "
     "hyperparameters that returns one",
-    "outer_optimizer": "an optax transformation such as optax.adam(0.01), or None",
+    "outer_optimizer": "an optax transformation such as optax.adam(0.01) (of an optax.MultiSteps "
+    "its .gradient_transformation()), or None",
     "update_fn": "a function (params, hyperparams, batch) -> params",
     "coordinates": "whole numbers, e.g. [0, 1, 2]",
     "linear_solver": "a lineax solver such as lineax.CG(rtol=1e-5, atol=1e-5), gradhpo.Neumann(20, "
