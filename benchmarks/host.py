@@ -65,7 +65,7 @@ def print_host() -> None:
         f"two logs and checkpoints every {EVERY} steps / without": (recorded, plain),
     }
     for name, pair in pairs.items():
-        a, b, ratio = alternating(*pair, repeats=11)
+        a, b, ratio = alternating(*pair, repeats=21)
         print(
             f"  {name:55} {1e6 * a / NUM_STEPS:6.0f} us a step {1e6 * b / NUM_STEPS:6.0f} us"
             f"  ratio {ratio:.3f}"

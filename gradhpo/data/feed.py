@@ -35,8 +35,7 @@ class Feed:
 
         Fewer where an iterator has ended, or (`in_part`) before one that has failed.
         """
-        self.prepare(steps)
-        found = [host.ready(steps, in_part=in_part) for host in self._hosts.values()]
+        found = [host.draw(steps, in_part=in_part) for host in self._hosts.values()]
         taken = min([steps, *found])
         taken -= taken % multiple
         if taken == 0:
@@ -47,18 +46,13 @@ class Feed:
         )
         return train, val, taken
 
-    def prepare(self, steps: int) -> None:
-        """Draws the batches of `steps` steps, while the device works on those before."""
-        for host in self._hosts.values():
-            host.prepare(steps)
-
-    def check(self) -> None:
-        """Raises what has failed."""
-        for host in self._hosts.values():
-            host.check()
+    @property
+    def failure(self) -> Exception | None:
+        """What went wrong in drawing."""
+        return next((h.failure for h in self._hosts.values() if h.failure is not None), None)
 
     def settle(self) -> None:
-        """The chunk that was taken is done."""
+        """The chunk that was taken first is done."""
         for host in self._hosts.values():
             host.settle()
 

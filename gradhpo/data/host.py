@@ -1,5 +1,7 @@
 """Iterators: read in pieces of one chunk, checked batch by batch, and found again on resuming."""
 
+import collections
+import itertools
 from typing import Any
 
 import equinox as eqx
@@ -36,8 +38,8 @@ class Host:
     def __init__(self, name: str, iterator: Any, per_step: int | None):
         self.name, self._iterator, self._per_step = name, iterator, per_step
         self._ahead: list[PyTree] = []  # drawn, and not handed out yet
-        self._taken: list[PyTree] = []  # handed out, and not done yet
-        self._failed: Exception | None = None
+        self._taken: collections.deque[list[PyTree]] = collections.deque()  # and not done yet
+        self.failure: Exception | None = None
         self._kind: Any = None
         # A run that resumes can draw the earlier batches again only from an untouched iterator.
         self._untouched = is_untouched(iterator)
@@ -49,53 +51,46 @@ class Host:
     def bytes_per_step(self) -> int:
         """Size of what one step draws, from a first batch that is kept for later."""
         self._draw(1)
-        if not self._ahead and self._failed is not None:
-            raise self._failed
+        if not self._ahead and self.failure is not None:
+            raise self.failure
         if not self._ahead:
             raise ValueError(f"{self.name} is an iterator without a single batch")
         size = sum(x.nbytes for x in jax.tree.leaves(self._ahead[0]))
         return size * (self._per_step or 1)
 
-    def prepare(self, steps: int) -> None:
-        """Draws what `steps` steps need; what goes wrong is kept for `ready`."""
-        self._draw(steps * (self._per_step or 1))
+    def draw(self, steps: int, *, in_part: bool) -> int:
+        """Draws what `steps` steps need, and says for how many there are batches.
 
-    def ready(self, steps: int, *, in_part: bool) -> int:
-        """For how many of `steps` steps batches are there, after `prepare`.
-
-        What went wrong is raised once there are none, or with `in_part=False` if one is missing.
+        What goes wrong is raised once there are none, or with `in_part=False` if one is missing.
         """
+        self._draw(steps * (self._per_step or 1))
         found = min(steps, len(self._ahead) // (self._per_step or 1))
-        if found < (1 if in_part else steps):
-            self.check()
+        if self.failure is not None and found < (1 if in_part else steps):
+            raise self.failure
         return found
 
-    def check(self) -> None:
-        """Raises what went wrong."""
-        if self._failed is not None:
-            raise self._failed
-
     def fetch(self, steps: int) -> Fetched:
-        """The batches of the next `steps` steps, which are `ready`."""
+        """The batches of the next `steps` steps, which were drawn."""
         count = steps * (self._per_step or 1)
-        batches = self._taken = self._ahead[:count]
-        self._ahead = self._ahead[count:]
+        batches, self._ahead = self._ahead[:count], self._ahead[count:]
+        self._taken.append(batches)
         # The state of an iterator from which more was drawn than is used is past its place.
         self._position = self._here() if not self._ahead else self._here() | {"state": None}
         return Fetched(jax.tree.map(lambda *leaves: self._stacked(leaves, steps), *batches))
 
     def settle(self) -> None:
-        """The steps of the last `fetch` are done."""
-        self._taken = []
+        """The steps of the oldest `fetch` are done."""
+        self._taken.popleft()
 
     def close(self) -> None:
         """What was drawn and not used goes back, where that is possible."""
         if isinstance(self._iterator, Repeated):
-            self._iterator.give_back(self._taken + self._ahead)
-        self._taken, self._ahead = [], []
+            self._iterator.give_back([*itertools.chain(*self._taken), *self._ahead])
+        self._taken.clear()
+        self._ahead = []
 
     def _draw(self, count: int) -> None:
-        while len(self._ahead) < count and self._failed is None:
+        while len(self._ahead) < count and self.failure is None:
             try:
                 batch = next(self._iterator)
                 self._drawn += 1
@@ -103,7 +98,7 @@ class Host:
             except StopIteration:
                 return
             except Exception as error:
-                self._failed = error
+                self.failure = error
 
     def _checked(self, batch: PyTree) -> PyTree:
         """The batch as arrays, alike in structure, shapes and dtypes to those before it."""

@@ -162,8 +162,7 @@ def compare_over_batches(
 def _all_of(source: Any, num_draws: int) -> Any:
     if not isinstance(source, Host):
         return source
-    source.prepare(num_draws)
-    available = source.ready(num_draws, in_part=False)
+    available = source.draw(num_draws, in_part=False)
     if available < num_draws:
         raise ValueError(
             f"{source.name} ended after the batches of {available} draws; num_draws={num_draws} "

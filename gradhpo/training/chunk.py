@@ -13,6 +13,7 @@ from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.outer import advance
 from gradhpo.core.state import METRICS, BilevelState
 from gradhpo.core.types import LossFunctions
+from gradhpo.utils.dispatch import without_waiting
 from gradhpo.utils.settings import outer_rate
 from gradhpo.utils.tracing import record_trace
 
@@ -26,13 +27,11 @@ class Chunk(eqx.Module):
     val: Any
     lr_hyper: Callable | Array | None
 
-    @eqx.filter_jit
     def run_steps(self, state: BilevelState, length: int) -> tuple[BilevelState, dict[str, Array]]:
-        """`length` outer steps, and their metrics stacked."""
-        self._record(state, f"run (chunks of {length})")
-        return self._steps(state, jnp.zeros((), jnp.int32), length)
+        """`length` outer steps, and their metrics stacked: all of it may still be at work."""
+        arrays, metrics = _run_steps(self, state, length)
+        return eqx.combine(arrays, state), metrics
 
-    @eqx.filter_jit
     def run_episodes(
         self,
         state: BilevelState,
@@ -47,6 +46,20 @@ class Chunk(eqx.Module):
         `start` is where the parameters of the current episode started. Returned are the state,
         where the next (or still the same) episode starts, and the metrics stacked.
         """
+        arrays, start, metrics = _run_episodes(
+            self, state, start, reptile_rate, episodes, length, steps_per_episode
+        )
+        return eqx.combine(arrays, state), start, metrics
+
+    def _episodes(
+        self,
+        state: BilevelState,
+        start: PyTree,
+        reptile_rate: Float[Array, ""],
+        episodes: int,
+        length: int,
+        steps_per_episode: int,
+    ) -> tuple[PyTree, PyTree, dict[str, Array]]:
         self._record(state, f"run (chunks of {episodes} x {length})")
         arrays, static = eqx.partition(state, eqx.is_array)
 
@@ -74,7 +87,7 @@ class Chunk(eqx.Module):
             body, (arrays, start), jnp.arange(episodes, dtype=jnp.int32)
         )
         metrics = {name: x.reshape(episodes * length) for name, x in metrics.items()}
-        return eqx.combine(arrays, static), start, metrics
+        return arrays, start, metrics
 
     def _record(self, state: BilevelState, what: str) -> None:
         record_trace(
@@ -116,6 +129,16 @@ class Chunk(eqx.Module):
         arrays, metrics = jax.lax.scan(body, arrays, first + jnp.arange(length, dtype=first.dtype))
         last = {name: metrics[name][-1] for name in measured}
         return eqx.combine(arrays, static).update(metadata=last), metrics
+
+
+@without_waiting
+def _run_steps(chunk: Chunk, state: BilevelState, length: int) -> tuple[PyTree, dict[str, Array]]:
+    chunk._record(state, f"run (chunks of {length})")
+    state, metrics = chunk._steps(state, jnp.zeros((), jnp.int32), length)
+    return _arrays(state), metrics
+
+
+_run_episodes = without_waiting(Chunk._episodes)
 
 
 def _arrays(tree: PyTree) -> PyTree:

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import math
 from typing import Any
 
 import equinox as eqx
@@ -62,20 +61,33 @@ class Driver:
     def go(
         self, shapes: list[tuple[int, int]], bar: ProgressBar, interrupts: Interrupts
     ) -> Stopped:
-        """Takes the steps, and says why it stopped."""
+        """Takes the steps, and says why it stopped.
+
+        The device has a chunk to work on while the host draws batches for another one, logs and
+        saves. Where a chunk stops the run, the one after it is forgotten: the state is the one
+        that the callbacks have seen.
+        """
         waiting = collections.deque(shapes)
+        flying: collections.deque[Flight] = collections.deque()
+        ending: Stopped | None = None
         try:
             self._stop_if_over()
-            flight = self._launch(waiting)
-            while flight is not None:
-                flight = self._land(flight, waiting, bar, interrupts)
+            while waiting or flying:
+                while waiting and ending is None and len(flying) < 2:
+                    launched, ending = self._launch(*waiting.popleft(), [*flying])
+                    flying.extend(launched)
+                if not flying:
+                    break
+                self._land(flying.popleft(), bar)
+                if interrupts.asked:
+                    return Stopped("interrupted")
         except Stopped as stopped:
             return stopped
         except KeyboardInterrupt:
             if interrupts.asked:  # the second one
                 raise
             return Stopped("interrupted")
-        return Stopped("num_steps")
+        return ending or Stopped("num_steps")
 
     def finish(self, ending: Stopped) -> None:
         """Gives back what was not used, and keeps the end."""
@@ -96,68 +108,53 @@ class Driver:
     def _tree(self) -> PyTree:
         return self.state, self.start, self.before
 
-    def _launch(self, waiting: collections.deque[tuple[int, int]]) -> "Flight | None":
-        """Hands the next chunk to the device, which does not wait for the host meanwhile."""
-        if not waiting:
-            return None
-        episodes, length = waiting.popleft()
-        wanted, may_return = episodes * length, self.record.may_return
+    def _launch(
+        self, episodes: int, length: int, before: "list[Flight]"
+    ) -> "tuple[list[Flight], Stopped | None]":
+        """Hands a chunk to the device, behind those it works on; and why it is the last, if so."""
+        wanted, may_return = episodes * length, bool(before) or self.record.may_return
+        state, start = (before[-1].state, before[-1].start) if before else (self.state, self.start)
         by_episodes = self.steps_per_episode is not None
-        with failing("data error", may_return=may_return):
-            train, val, taken = self.feed.take(
-                wanted, length if by_episodes else 1, in_part=may_return
-            )
-            if taken == 0 and not may_return:
-                raise ValueError(
-                    "the data iterators end before the first step (with an algorithm that looks "
-                    "ahead, the first episode) has all its batches"
+        try:
+            with failing("data error", may_return=may_return):
+                train, val, taken = self.feed.take(
+                    wanted, length if by_episodes else 1, in_part=may_return
                 )
-        if taken == 0:
-            raise Stopped("data exhausted")
-        positions = self.feed.positions()
-        with failing("device error", may_return=may_return):
-            chunk = Chunk(self.optimizer, self.losses, train, val, self.rate)
-            if self.steps_per_episode is None:
-                (state, stacked), start = chunk.run_steps(self.state, taken), self.start
-            else:
-                state, start, stacked = chunk.run_episodes(
-                    self.state, self.start, self.reptile_rate, taken // length, length,
-                    self.steps_per_episode,
-                )  # fmt: skip
-        self.feed.prepare(math.prod(waiting[0]) if waiting else 0)
-        return Flight(state, start, stacked, positions, may_return, taken < wanted)
+            if taken == 0:
+                return [], self._out_of_data(may_return)
+            positions = self.feed.positions()
+            with failing("device error", may_return=may_return):
+                chunk = Chunk(self.optimizer, self.losses, train, val, self.rate)
+                if self.steps_per_episode is None:
+                    state, stacked = chunk.run_steps(state, taken)
+                else:
+                    state, start, stacked = chunk.run_episodes(
+                        state, start, self.reptile_rate, taken // length, length,
+                        self.steps_per_episode,
+                    )  # fmt: skip
+        except Stopped as stopped:
+            return [], stopped
+        flight = Flight(state, start, stacked, positions, may_return)
+        return [flight], None if taken == wanted else self._out_of_data(may_return=True)
 
-    def _land(
-        self,
-        flight: "Flight",
-        waiting: collections.deque[tuple[int, int]],
-        bar: ProgressBar,
-        interrupts: Interrupts,
-    ) -> "Flight | None":
-        """Waits for a chunk, launches the one after it, and shows this one to the callbacks.
+    def _out_of_data(self, may_return: bool) -> Stopped:
+        if self.feed.failure is not None:
+            return Stopped("data error", self.feed.failure)
+        if not may_return:
+            raise ValueError(
+                "the data iterators end before the first step (with an algorithm that looks "
+                "ahead, the first episode) has all its batches"
+            )
+        return Stopped("data exhausted")
 
-        So the device works while the host logs and saves. Where that stops the run, what was
-        launched is forgotten: the state is the one that the callbacks have seen.
-        """
+    def _land(self, flight: "Flight", bar: ProgressBar) -> None:
+        """Waits for a chunk, and shows it to the callbacks."""
         with failing("device error", may_return=flight.may_return):
             metrics = {name: np.asarray(values) for name, values in flight.metrics.items()}
         self._settled = False
         self.state, self.start, self.positions = flight.state, flight.start, flight.positions
         self.record.add(metrics)
         self.feed.settle()
-        ending, following = None, None
-        try:
-            if interrupts.asked:
-                raise Stopped("interrupted")
-            if self.record.longest >= self.max_rejections:
-                raise Stopped("rejected")
-            if flight.was_last:
-                with failing("data error", may_return=True):
-                    self.feed.check()
-                raise Stopped("data exhausted")
-            following = self._launch(waiting)
-        except Stopped as stopped:
-            ending = stopped
         bar.advance(len(metrics["rejected"]), metrics)
         with failing("callback error", may_return=flight.may_return):
             reason = self.callbacks(self.state, metrics)
@@ -168,9 +165,7 @@ class Driver:
                 self.save("")
         if reason is not None:
             raise Stopped(reason)
-        if ending is not None:
-            raise ending
-        return following
+        self._stop_if_over()
 
     def _stop_if_over(self) -> None:
         """What ends a run also keeps one that is resumed at its end from going on."""
@@ -183,11 +178,10 @@ class Driver:
 
 @dataclasses.dataclass
 class Flight:
-    """A chunk at work on the device: what it will have made, and where its data end."""
+    """A chunk on the device: what it will have made, and where its data end."""
 
     state: BilevelState
     start: PyTree
     metrics: dict[str, Array]
     positions: dict[str, Any]
-    may_return: bool  # whether the run has steps to return should this one fail
-    was_last: bool  # for lack of data
+    may_return: bool  # whether there are steps to return should this one fail
