@@ -228,6 +228,11 @@ DATA = {
         ValueError,
         r"val_data \(batch 0\) holds no array: None",
     ),
+    "one iterator twice": (
+        lambda: (lambda data: run(train_data=data, val_data=data))(batches(good=20)),
+        ValueError,
+        "train_data and val_data are one and the same iterator",
+    ),
     "iterate(5)": (lambda: gradhpo.iterate(5), TypeError, "argument loader must not be 5"),
 }
 
@@ -304,6 +309,11 @@ CONTROLS = {
         ValueError,
         "metric='accuracy' is no metric of this run; there are .*val_loss",
     ),
+    "a memory without a start": (
+        lambda: run(callbacks=[Remembering()]),
+        TypeError,
+        r"callbacks\[0\] has the attribute memory.*no method start\(state, resumed\)",
+    ),
     "seconds=0": (lambda: gradhpo.TimeLimit(0), ValueError, "seconds must be positive"),
     "every=0": (lambda: gradhpo.CSVLogger("x", every=0), ValueError, "every must be at least 1"),
     "path=None": (lambda: gradhpo.CSVLogger(None), TypeError, "argument path must not be None"),
@@ -329,6 +339,13 @@ CONTROLS = {
 }
 
 TABLE = RUN | DATA | ARRAYS | CONTROLS
+
+
+class Remembering:
+    memory = None
+
+    def __call__(self, state, metrics):
+        pass
 
 
 def batches_forever():

@@ -18,6 +18,7 @@ import pytest
 from problems import OUTER, relaxed
 
 import gradhpo
+from gradhpo.training import checkpoint
 from gradhpo.training.checkpoint import checkpoints_in
 
 
@@ -132,7 +133,7 @@ def survive(tmp_path, process_of, kills, num_steps):
     assert_same(found[2].state, expected[2].state)
     for log in ("log.jsonl", "log.csv"):
         assert (directory / log).read_bytes() == (tmp_path / "whole" / log).read_bytes()
-    assert not list(directory.glob(".*"))
+    assert [path.name for path in directory.glob(".*")] == [".lock"]
 
 
 def steps_saved(directory):
@@ -256,7 +257,7 @@ def test_load_checkpoint(tmp_path):
 def test_retention_and_files_of_others(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     run(tmp_path, checkpoint=gradhpo.Checkpoint(tmp_path, every_steps=1, keep=3))
-    names = sorted(path.name for path in tmp_path.iterdir())
+    names = sorted(path.name for path in tmp_path.iterdir() if path.name != ".lock")
     assert names == [
         "metrics.bin", "notes.txt",
         *(f"step-{step:010d}.ckpt" for step in (6, 9, 12)),
@@ -304,6 +305,16 @@ class Seekable:
     def set_state(self, state):
         assert state["bytes"] == b"\x00\xff"
         self.place = state["place"]
+
+
+class Untold:
+    """An iterator that cannot say where it is."""
+
+    def __init__(self, batches):
+        self.batches = itertools.cycle(batches)
+
+    def __next__(self):
+        return next(self.batches)
 
 
 class Stateful(Seekable):
@@ -407,6 +418,10 @@ def test_an_iterator_that_was_used_is_refused(tmp_path):
     next(again)
     with pytest.raises(ValueError, match="train_data has been drawn from already"):
         run(tmp_path, data=again)
+    again = Untold(BATCHES)
+    run(tmp_path / "class", data=again, num_steps=3)
+    with pytest.raises(ValueError, match="train_data has been drawn from already"):
+        run(tmp_path / "class", data=again)
     with pytest.raises(ValueError, match="ended after 2 batches, and the run that is resumed had"):
         run(tmp_path, data=iter(BATCHES[:2]))
     assert steps_saved(tmp_path) == 6
@@ -416,7 +431,8 @@ def test_an_iterator_that_was_used_is_refused(tmp_path):
 
 
 def snapshot(directory):
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
+    files = [path for path in directory.iterdir() if path.name != ".lock"]
+    return {path.name: path.read_bytes() for path in files}
 
 
 def damaged(change):
@@ -559,7 +575,7 @@ def test_a_disk_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
     full.append(1)
     with pytest.raises(OSError, match="No space left"):
         run(tmp_path / "other")
-    assert not list((tmp_path / "other").iterdir())
+    assert [path.name for path in (tmp_path / "other").iterdir()] == [".lock"]
 
 
 def test_callbacks_start_from_the_state_that_goes_on(tmp_path):
@@ -581,7 +597,21 @@ def test_callbacks_start_from_the_state_that_goes_on(tmp_path):
 
 
 def test_two_runs_in_one_directory_do_not_mix(tmp_path):
-    """The one that is resumed later goes on; the other one says that it can save no more."""
+    refused = []
+
+    def another(state, metrics):
+        with pytest.raises(ValueError, match="another run is at work in") as caught:
+            run(tmp_path)
+        refused.append(caught)
+
+    assert_same_run(run(tmp_path, callbacks=[another]), run(None))
+    assert len(refused) == 4
+    run(tmp_path)  # which is free again
+
+
+def test_two_runs_where_there_are_no_locks(tmp_path, monkeypatch):
+    """The one that comes later goes on; the other one says that it can save no more."""
+    monkeypatch.setattr(checkpoint, "fcntl", None)
     inner = []
 
     def another(state, metrics):
@@ -589,7 +619,100 @@ def test_two_runs_in_one_directory_do_not_mix(tmp_path):
             inner.append(1)
             inner.append(run(tmp_path))
 
-    with pytest.warns(RuntimeWarning, match="does another run write to the same directory"):
+    with pytest.warns(RuntimeWarning, match="was written by another run in the same directory"):
         found = run(tmp_path, callbacks=[another])
     assert_same_run(found, inner[1])
     assert_same_run(gradhpo.load_checkpoint(tmp_path, start()), found)
+
+
+def test_a_refused_run_leaves_the_directory_free(copied):
+    with pytest.raises(ValueError, match="asks for fewer"):
+        run(copied, num_steps=3)
+    path = checkpoints_in(copied)[-1]
+    content = path.read_bytes()
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        run(copied)
+    path.write_bytes(content)
+    assert_same_run(run(copied), run(None))
+
+
+@pytest.mark.parametrize("loader", ["ragged", "failing"])
+def test_no_batch_is_lost_where_a_loader_failed(tmp_path, loader):
+    """One that can seek has moved on already, past what the run has used."""
+
+    class Bad(Seekable):
+        def __next__(self):
+            batch = super().__next__()
+            if self.place == 8 and loader == "failing":
+                raise OSError("for a moment")
+            return (batch[0][:2], batch[1][:2]) if self.place == 8 else batch
+
+    with pytest.warns(RuntimeWarning, match="A data source failed"):
+        state, _ = run(tmp_path, data=Bad())
+    assert state.step == 7
+    assert_same_run(run(tmp_path, data=Seekable()), run(None, data=iter(BATCHES * 2)))
+
+
+def test_chunks_stay_where_they_were(tmp_path):
+    """Callbacks look at the same steps, also after a chunk that was cut short."""
+    ends = []
+    note = lambda state, metrics: ends.append(int(state.step))
+    with pytest.warns(RuntimeWarning, match="An iterator ended"):
+        run(tmp_path, data=iter(BATCHES[:5]))
+    run(tmp_path, data=iter(BATCHES * 2), callbacks=[note])
+    assert ends == [6, 9, 12]
+
+
+def test_a_loader_that_shuffles_every_pass_anew_seeks(tmp_path):
+    class Shuffling:
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            order = np.random.default_rng(self.passes).permutation(4)
+            return Finite([BATCHES[i] for i in order])
+
+    class Finite(Seekable):
+        def __next__(self):
+            if self.place == 4:
+                raise StopIteration
+            return super().__next__()
+
+    expected = run(None, data=gradhpo.iterate(Shuffling()))
+    data = gradhpo.iterate(Shuffling())
+    run(tmp_path, data=data, callbacks=[stop_at(6)])
+    with pytest.raises(ValueError, match="pass one of a loader made anew"):
+        run(tmp_path, data=data)
+    assert_same_run(run(tmp_path, data=gradhpo.iterate(Shuffling())), expected)
+
+
+def test_a_loader_asked_for_its_state_acts_at_the_next_pass(tmp_path):
+    """As PyTorch's stateful loaders do."""
+
+    class AtNextPass:
+        def __init__(self):
+            self.start = self.place = 0
+
+        def __iter__(self):
+            self.place, self.start = self.start, 0
+            while True:
+                self.place += 1
+                yield BATCHES[(self.place - 1) % 6]
+
+        def state_dict(self):
+            return {"place": self.place}
+
+        def load_state_dict(self, state):
+            self.start = state["place"]
+
+    data = gradhpo.iterate(AtNextPass())
+    run(tmp_path, data=data, callbacks=[stop_at(6)])
+    assert_same_run(run(tmp_path, data=data), run(None, data=iter(BATCHES * 2)))
+
+
+def test_neighbouring_seeds_are_other_runs(tmp_path):
+    seeded = lambda seed: gradhpo.ArrayData((X, Y), 4, jax.random.key(seed))
+    run(tmp_path, data=seeded(20240), num_steps=3)
+    with pytest.raises(ValueError, match=r"train_data\.function\.key holds other values"):
+        run(tmp_path, data=seeded(20241), num_steps=6)

@@ -77,6 +77,48 @@ def test_best_state_reads_the_metric_of_the_last_step():
     assert best.value == best.state.metadata["train_loss"]
 
 
+def test_callbacks_see_the_end_of_an_episode():
+    """With cold restarts too: the parameters whose loss was measured, not those to start from."""
+    best, seen = gradhpo.BestState(), []
+    state, history = run(
+        9, steps_per_episode=3, reptile_rate=0.0, chunk_size=3,
+        callbacks=[best, lambda state, metrics: seen.append(state)],
+    )  # fmt: skip
+    assert not np.any(state.params)
+    assert all(np.any(state.params) for state in seen)
+    assert best.step in (3, 6, 9)
+    np.testing.assert_allclose(val_loss(best.state.params, None, (X, Y)), best.value, rtol=1e-12)
+    assert best.value == np.min(history["val_loss"][2::3])
+
+
+def test_minus_infinity_is_no_best_value():
+    best = gradhpo.BestState(values(1.0, -np.inf, 0.5))
+    run(9, callbacks=[best])
+    assert (best.value, best.step) == (0.5, 9)
+
+
+def test_callbacks_may_add_to_their_metrics():
+    def add(state, metrics):
+        metrics["step"] = int(state.step)
+
+    _, history = run(6, callbacks=[add, gradhpo.BestState()])
+    assert "step" not in history
+
+
+def test_a_memory_keeps_its_structure():
+    class Growing:
+        def start(self, state, resumed):
+            return [np.zeros(1)]
+
+        def __call__(self, state, metrics):
+            self.memory = [*self.memory, np.zeros(1)]
+
+        memory = None
+
+    with pytest.raises(TypeError, match="the memory of Growing has changed its structure"):
+        run(6, callbacks=[Growing()])
+
+
 def test_rejected_steps_are_no_best_state():
     """The loss of a refused step belongs to parameters that are not in the state."""
     best = gradhpo.BestState(lambda state: 0.0)
@@ -212,10 +254,24 @@ def test_loggers_add_to_their_own_file_only(tmp_path):
 
 def test_a_log_that_was_shortened_goes_on_with_a_warning(tmp_path):
     path = tmp_path / "log.jsonl"
-    shorten = lambda state, metrics: path.write_text("") if int(state.step) == 6 else None
+    run(6, callbacks=[gradhpo.JSONLinesLogger(path)], checkpoint=tmp_path)
+    path.write_text("")
     with pytest.warns(UserWarning, match="is shorter than this run had left it"):
-        run(9, callbacks=[gradhpo.JSONLinesLogger(path), shorten])
+        run(9, callbacks=[gradhpo.JSONLinesLogger(path)], checkpoint=tmp_path)
     assert len(path.read_text().splitlines()) == 3
+
+
+def test_lines_of_others_stay(tmp_path):
+    path = tmp_path / "log.jsonl"
+
+    def note(state, metrics):
+        with open(path, "a") as file:
+            file.write("mine\n")
+
+    run(9, callbacks=[gradhpo.JSONLinesLogger(path), note, gradhpo.JSONLinesLogger(path)])
+    lines = path.read_text().splitlines()
+    assert lines.count("mine") == 3
+    assert len(lines) == 21
 
 
 def test_progress_in_a_log_is_lines(capsys, monkeypatch):
@@ -225,6 +281,17 @@ def test_progress_in_a_log_is_lines(capsys, monkeypatch):
     assert "\r" not in shown
     assert [line.split()[1] for line in shown.splitlines()] == ["3/12", "6/12", "9/12", "12/12"]
     assert all("hypergrad_norm=" in line for line in shown.splitlines())
+
+
+def test_a_terminal_that_closes_does_not_end_the_run(monkeypatch):
+    class Closed(Terminal):
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+
+    for terminal in (True, False):
+        monkeypatch.setattr(Closed, "isatty", lambda self, terminal=terminal: terminal)
+        monkeypatch.setattr(progress.sys, "stderr", Closed())
+        assert run(6, progress=True)[1].stop_reason == "num_steps"
 
 
 class Terminal:
@@ -387,6 +454,29 @@ def test_a_failing_device_ends_the_run_with_its_state(monkeypatch, error, reason
     assert_same(state, run(6)[0])
 
 
+@pytest.mark.parametrize("fails_at", [1, 7])
+def test_a_check_within_a_loss_says_what_it_found(fails_at):
+    data = lambda i: (X, Y, i)
+
+    def checked_loss(w, h, batch):
+        w = eqx.error_if(w, batch[2] == fails_at, "the solver took too many steps")
+        return train_loss(w, h, batch[:2])
+
+    losses = gradhpo.LossFunctions(checked_loss, lambda w, h, batch: val_loss(w, h, batch[:2]))
+    state = OPTIMIZER.init(jnp.zeros(3), jnp.full(3, -2.0))
+    go = lambda: gradhpo.run(
+        OPTIMIZER, state, losses, data, (X, Y), num_steps=9, chunk_size=3, progress=False
+    )
+    if fails_at == 1:
+        with pytest.raises(eqx.EquinoxRuntimeError, match=r"^the solver took too many steps$"):
+            go()
+    else:
+        with pytest.warns(RuntimeWarning, match="A check within a loss failed: .*too many steps$"):
+            found, history = go()
+        assert history.stop_reason == "loss error"
+        assert found.step == 6
+
+
 def test_no_memory_at_the_start_raises_with_advice():
     """For real: batches of 4 TB."""
     huge = lambda i: (jnp.full((10**12 // 6, 3), i, float), jnp.ones(10**12 // 6))
@@ -413,6 +503,23 @@ def test_divergence_that_stays_finite_is_said():
     assert history.stop_reason == "num_steps"
     assert "The training loss grew from 0.35" in history.report
     assert "grew" not in run(6)[1].report
+
+
+def test_a_first_chunk_that_fails_costs_no_batches():
+    data = gradhpo.iterate(BATCHES)
+    with pytest.raises(ZeroDivisionError):
+        run(30, data=data, callbacks=[lambda state, metrics: 1 / 0])
+    assert data.drawn == 3  # those of the chunk that the callback saw
+
+
+def test_a_loader_may_fill_one_buffer():
+    def refilled():
+        x, y = np.empty((4, 3)), np.empty(4)
+        for batch in BATCHES * 2:
+            x[...], y[...] = batch
+            yield x, y
+
+    assert_same(run(data=refilled())[0], run(data=iter(BATCHES * 2))[0])
 
 
 def test_batches_drawn_ahead_are_given_back():

@@ -138,9 +138,9 @@ def test_a_loader_that_fails_late_loses_nothing():
         state, history = gradhpo.run(
             optimizer, state, losses, batches(), None, num_steps=20, chunk_size=2, progress=False
         )
-    assert state.step == 4
+    assert state.step == 5
     assert history.stop_reason == "data error"
-    assert len(history["val_loss"]) == 4
+    assert len(history["val_loss"]) == 5
 
 
 def test_warnings_about_blind_methods_come_once():

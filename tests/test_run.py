@@ -91,6 +91,16 @@ def test_continuing_is_one_long_run():
     np.testing.assert_array_equal(joined, whole_history["val_loss"])
 
 
+def test_the_same_seed_gives_the_same_bits():
+    """Compiled anew; over processes in tests/test_checkpoint.py."""
+    data = gradhpo.ArrayData((X, Y), 4, jax.random.key(1))
+    first, history = run(unrolled(), data)
+    jax.clear_caches()
+    second, again = run(unrolled(), data)
+    assert_same(arrays(first), arrays(second), rtol=0, atol=0)
+    np.testing.assert_array_equal(history["val_loss"], again["val_loss"])
+
+
 def test_the_callers_state_is_left_intact():
     optimizer = unrolled()
     state = start(optimizer)

@@ -7,7 +7,7 @@ from gradhpo.data.sources import Source
 from gradhpo.utils.description import described
 
 
-# Batches of an iterator wait for one chunk; more than this would only cost memory.
+# Batches of an iterator wait, those of two chunks; more than this would only cost memory.
 _MOST_BYTES_FETCHED = 64 * 2**20
 
 
@@ -15,6 +15,11 @@ class Feed:
     """The training and the validation source of a run."""
 
     def __init__(self, train: Source, val: Source):
+        if isinstance(train, Host) and isinstance(val, Host) and train.same_as(val):
+            raise ValueError(
+                "train_data and val_data are one and the same iterator: which batch goes where "
+                "would depend on chunk_size; pass two"
+            )
         self._sources = {"train_data": train, "val_data": val}
         self._hosts = {
             name: source for name, source in self._sources.items() if isinstance(source, Host)

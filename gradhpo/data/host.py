@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from gradhpo.core.types import BatchStack, DrawnStack
-from gradhpo.data.loaders import Repeated, is_untouched, seek, state_of
+from gradhpo.data.loaders import Repeated, seek, state_of, touch
 from gradhpo.utils.keys import is_key
 from gradhpo.utils.validation import strong
 
@@ -42,9 +42,13 @@ class Host:
         self.failure: Exception | None = None
         self._kind: Any = None
         # A run that resumes can draw the earlier batches again only from an untouched iterator.
-        self._untouched = is_untouched(iterator)
+        self._untouched = touch(iterator)
         self._drawn = iterator.drawn if isinstance(iterator, Repeated) else 0
         self._position = self._here()
+
+    def same_as(self, other: "Host") -> bool:
+        """Whether both draw from one iterator."""
+        return self._iterator is other._iterator
 
     # -- drawing -------------------------------------------------------------------------------
 
@@ -73,9 +77,11 @@ class Host:
         """The batches of the next `steps` steps, which were drawn."""
         count = steps * (self._per_step or 1)
         batches, self._ahead = self._ahead[:count], self._ahead[count:]
-        self._taken.append(batches)
-        # The state of an iterator from which more was drawn than is used is past its place.
-        self._position = self._here() if not self._ahead else self._here() | {"state": None}
+        # Only one that takes them back needs them again.
+        self._taken.append(batches if isinstance(self._iterator, Repeated) else [])
+        # The state of an iterator that gave more than is used, or failed, is past its place.
+        past = self._ahead or self.failure is not None
+        self._position = self._here() | ({"state": None} if past else {})
         return Fetched(jax.tree.map(lambda *leaves: self._stacked(leaves, steps), *batches))
 
     def settle(self) -> None:
@@ -92,9 +98,9 @@ class Host:
     def _draw(self, count: int) -> None:
         while len(self._ahead) < count and self.failure is None:
             try:
-                batch = next(self._iterator)
+                batch = self._checked(next(self._iterator))
                 self._drawn += 1
-                self._ahead.append(self._checked(batch))
+                self._ahead.append(batch)
             except StopIteration:
                 return
             except Exception as error:
@@ -102,7 +108,7 @@ class Host:
 
     def _checked(self, batch: PyTree) -> PyTree:
         """The batch as arrays, alike in structure, shapes and dtypes to those before it."""
-        which = f"{self.name} (batch {self._drawn - 1})"
+        which = f"{self.name} (batch {self._drawn})"
         # PyTorch's loader yields lists; a list of arrays is a list of batches elsewhere.
         batch = tuple(batch) if type(batch) is list else batch
         batch = jax.tree.map(lambda x: _as_array(x, which), batch)
@@ -139,7 +145,11 @@ class Host:
 
     def check_can_resume(self) -> None:
         """A run that keeps checkpoints begins with an iterator that can be found again."""
-        if not self._untouched and self._position["state"] is None:
+        if self._position["state"] is None:
+            self._check_untouched()
+
+    def _check_untouched(self) -> None:
+        if not self._untouched:
             raise ValueError(
                 f"{self.name} has been drawn from already, and cannot seek: a run with a "
                 "checkpoint draws the earlier batches again where it is resumed, so give it an "
@@ -154,7 +164,7 @@ class Host:
             if isinstance(self._iterator, Repeated):
                 self._iterator.drawn = position["drawn"]
         else:
-            self.check_can_resume()
+            self._check_untouched()
             while self._drawn < position["drawn"]:
                 try:
                     next(self._iterator)
@@ -180,7 +190,8 @@ def _as_array(x: Any, which: str) -> np.ndarray | Array:
         return x
     try:
         is_number = isinstance(x, (bool, int, float, complex))
-        array = x if isinstance(x, jax.Array) else np.asarray(strong(x) if is_number else x)
+        # A copy: some loaders fill the same buffer again.
+        array = x if isinstance(x, jax.Array) else np.array(strong(x) if is_number else x)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{which} holds a {type(x).__name__} that is no array: {error}") from error
     if not any(jnp.issubdtype(array.dtype, kind) for kind in (np.number, np.bool_)):

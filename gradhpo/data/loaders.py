@@ -3,6 +3,7 @@
 import base64
 import inspect
 import json
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -42,6 +43,7 @@ class Repeated(Iterator[Any]):
     def __init__(self, loader: Iterable[Any]):
         self._loader = loader
         self._pass: Iterator[Any] | None = None
+        self._passes = 0
         self._returned: list[Any] = []
         self.drawn = 0
 
@@ -52,13 +54,17 @@ class Repeated(Iterator[Any]):
 
     def _draw(self) -> Any:
         for _ in range(2):  # the rest of this pass, or the first of another
-            if self._pass is None:
-                self._pass = iter(self._loader)
+            batches = self._begin_pass() if self._pass is None else self._pass
             try:
-                return next(self._pass)
+                return next(batches)
             except StopIteration:
                 self._pass = None
         raise StopIteration
+
+    def _begin_pass(self) -> Iterator[Any]:
+        self._pass = iter(self._loader)
+        self._passes += 1
+        return self._pass
 
     def give_back(self, batches: list[Any]) -> None:
         """Batches that were drawn last and not used come next once more."""
@@ -66,20 +72,28 @@ class Repeated(Iterator[Any]):
         self.drawn -= len(batches)
 
     def get_state(self) -> Any:
-        """Where the loader is; `None` if it cannot tell."""
-        if self._returned:
+        """Which pass it is and where the loader is in it; `None` if it cannot tell."""
+        of_loader = _seeking(self._loader) is not None
+        place = state_of(self._loader if of_loader else self._pass)
+        if self._returned or place is None:
             return None
-        if _seeking(self._loader):
-            return state_of(self._loader)
-        return None if self._pass is None else state_of(self._pass)
+        return {"passes": 0 if of_loader else self._passes, "place": place}
 
     def set_state(self, state: Any) -> None:
-        self._returned = []
+        """Back to where `get_state` was taken, from a loader made anew or from the same one."""
+        self._returned, self._pass = [], None
         if _seeking(self._loader):
-            seek(self._loader, state)
-        else:
-            self._pass = iter(self._loader)
-            seek(self._pass, state)
+            seek(self._loader, state["place"])
+            return
+        # A loader may shuffle anew for every pass: it is asked for as many, and never for more.
+        if self._passes >= state["passes"]:
+            raise ValueError(
+                "gradhpo.iterate(loader) has been drawn from already: to resume a run pass one of "
+                "a loader made anew"
+            )
+        while self._passes < state["passes"]:
+            self._begin_pass()
+        seek(self._pass, state["place"])
 
 
 def state_of(iterator: Any) -> Any:
@@ -102,8 +116,20 @@ def seek(iterator: Any, state: Any) -> None:
     getattr(iterator, names[1])(_read(state))
 
 
-def is_untouched(iterator: Any) -> bool:
-    """Whether nothing was drawn yet, as far as one can tell."""
+_touched: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def touch(iterator: Any) -> bool:
+    """Whether nothing was drawn yet, as far as one can tell; from now on something may be."""
+    try:
+        seen = iterator in _touched
+        _touched.add(iterator)
+    except TypeError:  # it takes no reference, as those of lists
+        seen = False
+    return not seen and _is_untouched(iterator)
+
+
+def _is_untouched(iterator: Any) -> bool:
     if isinstance(iterator, Repeated):
         return iterator.drawn == 0
     if inspect.isgenerator(iterator):

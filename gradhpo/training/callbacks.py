@@ -3,7 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
@@ -28,6 +30,12 @@ class Callbacks:
                     f"{callback!r}{hint if isinstance(callback, type) else ''}"
                 )
             check_arity(callback, f"callbacks[{number}]", "state, metrics")
+            if hasattr(callback, "memory") and not callable(getattr(callback, "start", None)):
+                raise TypeError(
+                    f"callbacks[{number}] has the attribute memory, which run keeps in checkpoints,"
+                    " and no method start(state, resumed) that returns the first one: add it, or "
+                    "rename the attribute"
+                )
         self._all = list(callbacks)
         self._remembering: list[Any] = [
             callback for callback in callbacks if hasattr(callback, "memory")
@@ -42,6 +50,7 @@ class Callbacks:
         """Before the first step, or before those that an earlier session has left."""
         for callback in self._remembering:
             callback.memory = callback.start(state, resumed)
+        self._kinds = [_kind(memory) for memory in self.memory]
 
     @property
     def memory(self) -> list[PyTree]:
@@ -58,9 +67,24 @@ class Callbacks:
 
     def __call__(self, state: BilevelState, metrics: Mapping[str, np.ndarray]) -> str | None:
         """Calls all, since a logger after the one that stops must not miss a chunk."""
-        answers = [_is_true(callback(state, metrics)) for callback in self._all]
+        # Each has a dict of its own to add to.
+        answers = [_is_true(callback(state, dict(metrics))) for callback in self._all]
+        for callback, kind in zip(self._remembering, self._kinds, strict=True):
+            if _kind(callback.memory) != kind:
+                raise TypeError(
+                    f"the memory of {type(callback).__name__} has changed its structure, shapes or "
+                    f"dtypes since start(state, resumed): it was {kind}, and is "
+                    f"{_kind(callback.memory)}; checkpoints need one structure"
+                )
         stopping = [c for c, stops in zip(self._all, answers, strict=True) if stops]
         return _reason(stopping[0]) if stopping else None
+
+
+def _kind(memory: PyTree) -> Any:
+    leaves, treedef = jax.tree.flatten(memory)
+    return treedef, [
+        (np.shape(x), jnp.result_type(x)) if eqx.is_array(x) else type(x) for x in leaves
+    ]
 
 
 def _reason(callback: Any) -> str:

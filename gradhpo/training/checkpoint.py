@@ -1,15 +1,16 @@
 """Checkpoints of a run: how often, how many, and the directory that holds them."""
 
+import contextlib
 import dataclasses
 import re
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from jaxtyping import PyTree
 
-from gradhpo.core.state import BilevelState
+from gradhpo.core.state import METRICS, BilevelState
 from gradhpo.training.checkpoint_file import (
     is_checkpoint,
     leaves_of,
@@ -22,6 +23,12 @@ from gradhpo.training.metrics_file import MetricsFile
 from gradhpo.utils.description import differences
 from gradhpo.utils.settings import check_count
 from gradhpo.utils.typecheck import checked
+
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 
 _NAME = re.compile(r"step-\d{10}\.ckpt")
@@ -111,12 +118,34 @@ def load_checkpoint(path: str | Path, state: BilevelState) -> tuple[BilevelState
     _check_leaves(path, header["leaves"][: len(mine)], mine)
     metrics = MetricsFile(path.parent / "metrics.bin").read(header["metrics"])
     report = f"Read from {path}."
+    metrics = metrics or {name: np.zeros(0) for name in METRICS}
     return read_tree(body, (state,))[0], History(metrics, header["stop_reason"], report)
 
 
 def checkpoints_in(directory: Path) -> list[Path]:
     """From the oldest to the newest."""
     return sorted(path for path in directory.iterdir() if _NAME.fullmatch(path.name))
+
+
+def _newest(directory: Path) -> Path | None:
+    return next(reversed(checkpoints_in(directory)), None)
+
+
+def _locked(path: Path) -> IO[bytes]:
+    """A file that one process holds; the system lets go of it however that process ends."""
+    file = open(path, "ab")
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ValueError(
+                f"another run is at work in {path.parent}: wait for its end, or pass another "
+                "directory"
+            ) from None
+        except OSError:  # some network file systems have no locks
+            pass
+    return file
 
 
 class Keeper:
@@ -136,11 +165,16 @@ class Keeper:
         self._saved_step, self._saved_at = 0, time.monotonic()
         self._leaves: dict[str, list] = {}
         self.failures: list[str] = []
-        self._found = next(iter(checkpoints_in(self._directory)[::-1]), None)
-        if self._found is None:
-            self._metrics.check_absent()
-        else:
-            self._header, self._body = read_file(self._found)
+        self._lock = _locked(self._directory / ".lock")
+        self._found = self._newest = _newest(self._directory)
+        try:
+            if self._found is None:
+                self._metrics.check_absent()
+            else:
+                self._header, self._body = read_file(self._found)
+        except BaseException:
+            self._lock.close()
+            raise
 
     @property
     def holds_a_run(self) -> bool:
@@ -199,6 +233,7 @@ class Keeper:
         if not self._leaves:  # the same all along
             self._leaves = {"leaves": leaves_of(tree), "memories": leaves_of(memories)}
         try:
+            self._check_alone()
             self._metrics.add(_joined(self._unsaved))
             self._unsaved = []
             about = {
@@ -207,16 +242,31 @@ class Keeper:
                 "metrics": self._metrics.header(),
             }
             write_file(path, header | about | self._leaves, (tree, memories))
-            for old in checkpoints_in(self._directory)[: -self._settings.keep]:
-                if is_checkpoint(old):
-                    old.unlink()
-            for torn in self._directory.glob(".step-*.ckpt.tmp"):
-                torn.unlink()
-        except OSError as error:
+            self._newest = path
+        except Exception as error:
             if taken == 0:
                 raise
             self.failures.append(f"{type(error).__name__}: {error}")
         self._saved_step, self._saved_at = taken, time.monotonic()
+        with contextlib.suppress(OSError):  # what is left over is tidied up the next time
+            self._tidy_up()
+
+    def _tidy_up(self) -> None:
+        for old in checkpoints_in(self._directory)[: -self._settings.keep]:
+            if is_checkpoint(old):
+                old.unlink()
+        for torn in self._directory.glob(".step-*.ckpt.tmp"):
+            torn.unlink()
+
+    def _check_alone(self) -> None:
+        """Where there is no lock, another run shows by its checkpoints."""
+        newest = _newest(self._directory)
+        if newest != self._newest:
+            raise OSError(f"{newest} was written by another run in the same directory")
+
+    def close(self) -> None:
+        """Another run may have the directory."""
+        self._lock.close()
 
 
 def _joined(pieces: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -40,16 +40,17 @@ class Chunk(eqx.Module):
         episodes: int,
         length: int,
         steps_per_episode: int,
-    ) -> tuple[BilevelState, PyTree, dict[str, Array]]:
+    ) -> tuple[BilevelState, PyTree, PyTree, dict[str, Array]]:
         """`episodes` times `length` outer steps; either one episode's part, or whole ones.
 
         `start` is where the parameters of the current episode started. Returned are the state,
-        where the next (or still the same) episode starts, and the metrics stacked.
+        where the next (or still the same) episode starts, the parameters that the last step
+        reached, and the metrics stacked.
         """
-        arrays, start, metrics = _run_episodes(
+        arrays, start, reached, metrics = _run_episodes(
             self, state, start, reptile_rate, episodes, length, steps_per_episode
         )
-        return eqx.combine(arrays, state), start, metrics
+        return eqx.combine(arrays, state), start, reached, metrics
 
     def _episodes(
         self,
@@ -59,12 +60,12 @@ class Chunk(eqx.Module):
         episodes: int,
         length: int,
         steps_per_episode: int,
-    ) -> tuple[PyTree, PyTree, dict[str, Array]]:
+    ) -> tuple[PyTree, PyTree, PyTree, dict[str, Array]]:
         self._record(state, f"run (chunks of {episodes} x {length})")
         arrays, static = eqx.partition(state, eqx.is_array)
 
         def body(carry: PyTree, number: Array):
-            arrays, start = carry
+            arrays, start, _ = carry
             state, position = eqx.combine(arrays, static), number * length
             state = self.optimizer._begin_episode(
                 state,
@@ -81,13 +82,14 @@ class Chunk(eqx.Module):
                 return _arrays(new), eqx.filter(new.params, eqx.is_inexact_array)
 
             ended = state.step % steps_per_episode == 0
-            return jax.lax.cond(ended, restarted, lambda: (_arrays(state), start)), metrics
+            arrays, start = jax.lax.cond(ended, restarted, lambda: (_arrays(state), start))
+            return (arrays, start, eqx.filter(state.params, eqx.is_inexact_array)), metrics
 
-        (arrays, start), metrics = jax.lax.scan(
-            body, (arrays, start), jnp.arange(episodes, dtype=jnp.int32)
+        (arrays, start, reached), metrics = jax.lax.scan(
+            body, (arrays, start, start), jnp.arange(episodes, dtype=jnp.int32)
         )
         metrics = {name: x.reshape(episodes * length) for name, x in metrics.items()}
-        return arrays, start, metrics
+        return arrays, start, reached, metrics
 
     def _record(self, state: BilevelState, what: str) -> None:
         record_trace(
@@ -163,20 +165,28 @@ def chunk_shapes(
     `taken` some steps goes on with the chunks that it would have had.
     """
     if steps_per_episode is None:
-        return [(1, length) for length in _pieces(num_steps - taken, chunk_size)]
-    if taken % steps_per_episode:
-        rest = steps_per_episode - taken % steps_per_episode
-        this = [(1, length) for length in _pieces(rest, chunk_size)]
-        return this + chunk_shapes(
-            num_steps, chunk_size, steps_per_episode, whole_episodes, taken + rest
+        return [(1, length) for length in _pieces(taken, num_steps, chunk_size)]
+    done, begun = divmod(taken, steps_per_episode)
+    episodes = num_steps // steps_per_episode
+    parts = lambda begun: [(1, x) for x in _pieces(begun, steps_per_episode, chunk_size)]
+    if begun:
+        return parts(begun) + chunk_shapes(
+            num_steps,
+            chunk_size,
+            steps_per_episode,
+            whole_episodes,
+            taken - begun + steps_per_episode,
         )
-    episodes = (num_steps - taken) // steps_per_episode
     if steps_per_episode <= chunk_size or whole_episodes:
         most = max(1, chunk_size // steps_per_episode)
-        return [(count, steps_per_episode) for count in _pieces(episodes, most)]
-    return [(1, length) for length in _pieces(steps_per_episode, chunk_size)] * episodes
+        return [(count, steps_per_episode) for count in _pieces(done, episodes, most)]
+    return parts(0) * (episodes - done)
 
 
-def _pieces(total: int, most: int) -> list[int]:
-    rest = total % most
-    return [most] * (total // most) + ([rest] if rest else [])
+def _pieces(done: int, total: int, most: int) -> list[int]:
+    """What is left of pieces of `most` once `done` of the total is done."""
+    pieces = []
+    while done < total:
+        pieces.append(min(most - done % most, total - done))
+        done += pieces[-1]
+    return pieces

@@ -67,7 +67,7 @@ class BestState:
         assert self.memory is not None  # `run` starts a callback first
         value, best = self._value(state, metrics), self.memory
         rejected = np.append(best.rejected, metrics["rejected"])
-        if value < float(best.value) and rejected[-1] == rejected[-2]:
+        if np.isfinite(value) and value < float(best.value) and rejected[-1] == rejected[-2]:
             best = Best(np.asarray(value), np.asarray(int(state.step)), best.rejected, state)
         self.memory = dataclasses.replace(best, rejected=np.asarray(rejected[-1]))
 

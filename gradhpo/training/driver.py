@@ -38,7 +38,7 @@ class Driver:
     def __post_init__(self):
         self.start: PyTree = eqx.filter(self.state.params, eqx.is_inexact_array)  # of the episode
         self.before = self.optimizer._scalars(self.state.memory)
-        self.record = Record(float(self.state.metadata["rejected"]))
+        self.record = Record(int(self.state.step), float(self.state.metadata["rejected"]))
         self.positions = self.feed.positions()
         self._settled = True  # whether the callbacks have seen all that the record holds
 
@@ -73,25 +73,25 @@ class Driver:
         try:
             self._stop_if_over()
             while waiting or flying:
-                while waiting and ending is None and len(flying) < 2:
+                while waiting and not (ending or interrupts.asked) and len(flying) < 2:
                     launched, ending = self._launch(*waiting.popleft(), [*flying])
                     flying.extend(launched)
-                if not flying:
-                    break
-                self._land(flying.popleft(), bar)
-                if interrupts.asked:
+                if flying:
+                    self._land(flying.popleft(), bar)
+                if interrupts.asked and (waiting or flying):
                     return Stopped("interrupted")
+                if ending and not flying:
+                    return ending
         except Stopped as stopped:
             return stopped
         except KeyboardInterrupt:
             if interrupts.asked:  # the second one
                 raise
             return Stopped("interrupted")
-        return ending or Stopped("num_steps")
+        return Stopped("num_steps")
 
     def finish(self, ending: Stopped) -> None:
-        """Gives back what was not used, and keeps the end."""
-        self.feed.close()
+        """Keeps the end."""
         # What a failing callback has missed is repeated from the checkpoint before.
         if self._settled and self.record.may_return:
             self.save(ending.reason)
@@ -127,14 +127,15 @@ class Driver:
                 chunk = Chunk(self.optimizer, self.losses, train, val, self.rate)
                 if self.steps_per_episode is None:
                     state, stacked = chunk.run_steps(state, taken)
+                    reached = state.params
                 else:
-                    state, start, stacked = chunk.run_episodes(
+                    state, start, reached, stacked = chunk.run_episodes(
                         state, start, self.reptile_rate, taken // length, length,
                         self.steps_per_episode,
                     )  # fmt: skip
         except Stopped as stopped:
             return [], stopped
-        flight = Flight(state, start, stacked, positions, may_return)
+        flight = Flight(state, start, reached, stacked, positions, may_return)
         return [flight], None if taken == wanted else self._out_of_data(may_return=True)
 
     def _out_of_data(self, may_return: bool) -> Stopped:
@@ -152,12 +153,15 @@ class Driver:
         with failing("device error", may_return=flight.may_return):
             metrics = {name: np.asarray(values) for name, values in flight.metrics.items()}
         self._settled = False
-        self.state, self.start, self.positions = flight.state, flight.start, flight.positions
         self.record.add(metrics)
+        self.state, self.start, self.positions = flight.state, flight.start, flight.positions
         self.feed.settle()
         bar.advance(len(metrics["rejected"]), metrics)
         with failing("callback error", may_return=flight.may_return):
-            reason = self.callbacks(self.state, metrics)
+            # Where an episode has ended the state stands at the start of the next one already;
+            # what was measured are the parameters at its end.
+            params = eqx.combine(flight.reached, self.state.params)
+            reason = self.callbacks(self.state.update(params=params), metrics)
         self._settled = True
         if self.keeper is not None:
             self.keeper.add(metrics)
@@ -182,6 +186,7 @@ class Flight:
 
     state: BilevelState
     start: PyTree
+    reached: PyTree  # the parameters after the last step
     metrics: dict[str, Array]
     positions: dict[str, Any]
     may_return: bool  # whether there are steps to return should this one fail

@@ -15,7 +15,8 @@ class History(Mapping[str, np.ndarray]):
 
     - `stop_reason`: `"num_steps"`; a callback's `stop_reason` (`"early stopping"`, `"time limit"`)
         or `"callback"`; `"interrupted"`; `"rejected"`; `"data exhausted"`; or what failed: `"data
-        error"`, `"callback error"`, `"device error"`, `"out of memory"`.
+        error"`, `"callback error"`, `"loss error"` (`eqx.error_if` in one), `"device error"`,
+        `"out of memory"`.
     - `report`: a few sentences on how the run went.
     - `error`: the exception that ended the run, or `None`.
 

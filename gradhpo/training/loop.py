@@ -1,5 +1,6 @@
 """The loop that owns a run: chunks of many steps, each one compiled scan."""
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -121,6 +122,7 @@ def run(
             "which happens where an episode begins: pass steps_per_episode, or estimation_period="
             "None to the optimizer if distillation_weight (or your own estimate_theta) is meant"
         )
+    watching = Callbacks(callbacks)
     keeper = _keeper(
         checkpoint, optimizer, state, feed,
         lr_hyper=rate, steps_per_episode=steps_per_episode, reptile_rate=reptile_rate,
@@ -133,22 +135,26 @@ def run(
         reptile_rate=jnp.asarray(reptile_rate, jnp.result_type(float)),
         max_rejections=max_rejections,
         feed=feed,
-        callbacks=Callbacks(callbacks),
+        callbacks=watching,
         keeper=keeper,
         state=state,
     )
     started = time.perf_counter()
-    driver.begin(num_steps)
-    record = driver.record
-    # An estimate from the batches of an episode cannot wait for those that are still to come.
-    whole = feed.from_host and optimizer._reads_ahead
-    shapes = chunk_shapes(
-        num_steps, feed.affordable(chunk_size), steps_per_episode, whole, record.taken
-    )
-    bar = ProgressBar(num_steps, done=record.taken, shown=progress)
-    with Interrupts() as interrupts, bar:
-        ending = driver.go(shapes, bar, interrupts)
-        driver.finish(ending)
+    # Whatever happens, batches that were not used go back and the directory is free again.
+    with (
+        contextlib.closing(feed),
+        contextlib.closing(keeper) if keeper else contextlib.nullcontext(),
+    ):
+        driver.begin(num_steps)
+        taken = driver.record.taken
+        # An estimate from the batches of an episode cannot wait for those still to come.
+        whole = feed.from_host and optimizer._reads_ahead
+        size = feed.affordable(chunk_size)
+        shapes = chunk_shapes(num_steps, size, steps_per_episode, whole, taken)
+        bar = ProgressBar(num_steps, done=taken, shown=progress)
+        with Interrupts() as interrupts, bar:
+            ending = driver.go(shapes, bar, interrupts)
+            driver.finish(ending)
     return driver.state, _history(driver, ending, num_steps, time.perf_counter() - started)
 
 

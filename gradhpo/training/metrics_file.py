@@ -19,7 +19,6 @@ class MetricsFile:
         self.path = path
         self._dtypes: dict[str, str] = {}
         self._rows, self._checksum = 0, 0
-        self._torn = True  # whether what lies beyond our rows is ours to cut
 
     def add(self, metrics: dict[str, np.ndarray]) -> None:
         """The metrics of more steps, on disk when this returns."""
@@ -30,18 +29,13 @@ class MetricsFile:
         end = self._bytes()
         with open(self.path, "r+b" if self.path.exists() else "w+b") as file:
             found = os.fstat(file.fileno()).st_size
-            if found < end or (found > end and not self._torn):
-                raise OSError(
-                    f"{self.path} has {found} bytes where this run had written {end}: does "
-                    "another run write to the same directory?"
-                )
-            self._torn = True
+            if found < end:
+                raise OSError(f"{self.path} has {found} bytes, and this run had written {end}")
             file.truncate(end)
             file.seek(end)
             file.write(rows)
             file.flush()
             os.fsync(file.fileno())
-        self._torn = False
         self._rows += len(rows) // self._row_bytes()
         self._checksum = zlib.crc32(rows, self._checksum)
 

@@ -8,11 +8,12 @@ from gradhpo.core.state import METRICS
 class Record:
     """The metrics of all steps, and which of them were rejected as non-finite."""
 
-    def __init__(self, rejected_before: float):
+    def __init__(self, first_step: int, rejected_before: float):
+        self._first = first_step
         self._pieces: list[dict[str, np.ndarray]] = []
         self._last = rejected_before
         self.taken = self.resumed_at = 0
-        self.rejected: list[int] = []  # which steps, from 1
+        self.rejected: list[int] = []  # which steps, as `state.step` counts them
         self.in_a_row = self.longest = 0
         self.of_derivatives = 0  # rejected though both losses were finite
 
@@ -32,7 +33,7 @@ class Record:
             self.in_a_row = self.in_a_row + 1 if rejected else 0
             self.longest = max(self.longest, self.in_a_row)
             if rejected:
-                self.rejected.append(self.taken)
+                self.rejected.append(self._first + self.taken)
                 self.of_derivatives += int(derivative)
 
     def resume(self, metrics: dict[str, np.ndarray]) -> None:

@@ -60,6 +60,7 @@ def _why(ending: Stopped, record: Record) -> str:
         "time limit": "Its time was over.",
         "data error": f"A data source failed: {said}",
         "callback error": f"A callback failed: {said}",
+        "loss error": f"A check within a loss failed: {said}",
         "device error": f"The device failed: {said}",
         "out of memory": f"The device is out of memory: {said}. "
         + " ".join(getattr(error, "__notes__", [])),

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import equinox as eqx
+
 
 class Stopped(Exception):
     """The run ends here, with what was done so far."""
@@ -26,9 +28,14 @@ def failing(reason: str, *, may_return: bool) -> Iterator[None]:
         if _out_of_memory(error):
             reason = "out of memory"
             error.add_note(_MEMORY)
+        checked = _runtime_check(error)
+        if checked is not None and not may_return:
+            raise checked from error
         if not may_return:
             raise
-        raise Stopped(reason, error) from error
+        if checked is not None:
+            reason = "loss error"
+        raise Stopped(reason, checked or error) from error
 
 
 _MEMORY = (
@@ -40,6 +47,12 @@ _MEMORY = (
 
 def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def _runtime_check(error: Exception) -> Exception | None:
+    """What `eqx.error_if` said, in a loss or a solver within it, without all around it."""
+    _, marker, said = str(error).partition("_EquinoxRuntimeError: ")
+    return eqx.EquinoxRuntimeError(said.partition("\n\n\n---")[0].strip()) if marker else None
 
 
 class Interrupts:

@@ -1,12 +1,13 @@
 """What identifies a run, so that a checkpoint of another one is not taken for it."""
 
 import dataclasses
+import zlib
 from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
 
 from gradhpo.utils.keys import is_key
 
@@ -14,8 +15,8 @@ from gradhpo.utils.keys import is_key
 def described(value: Any) -> Any:
     """A setting, a module or a tree of arrays as JSON; `None` for functions, which cannot be told.
 
-    Of a module its settings by name. Of arrays their norm and a weighted sum: two numbers that
-    differ between data sets, seeds and starting points, and not between machines.
+    Of a module its settings by name. Of floating-point arrays their norm and a weighted sum, which
+    differ between data sets and starting points, and not between machines; of others a checksum.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -29,7 +30,11 @@ def described(value: Any) -> Any:
         return None
     if len(leaves) == 1 and not is_key(leaves[0]) and np.ndim(leaves[0]) == 0:
         return np.asarray(leaves[0]).item()
-    return {"values": _two_numbers(leaves)}
+    inexact = [
+        x for x in leaves if not is_key(x) and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+    ]
+    exact = [x for x in leaves if not any(x is y for y in inexact)]
+    return {"values": _two_numbers(inexact), "checksum": _checksum(exact)}
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
@@ -38,7 +43,8 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
         if "values" in old and "values" in new:
             (norm, total), (norm_now, total_now) = old["values"], new["values"]
             far = max(abs(norm - norm_now), abs(total - total_now)) > 1e-4 * max(norm, 1e-30)
-            return [f"{name} holds other values"] if far else []
+            other = far or old["checksum"] != new["checksum"]
+            return [f"{name} holds other values"] if other else []
         names = [*old, *(key for key in new if key not in old)]
         inner = lambda key: f"{name}.{key}" if name else key
         return [
@@ -51,14 +57,26 @@ def _shown(x: Any) -> Any:
     return x.get("kind", "an array") if isinstance(x, dict) else x
 
 
-def _two_numbers(leaves: PyTree) -> list[float]:
+def _two_numbers(leaves: list[Any]) -> list[float]:
     square, total = 0.0, 0.0
     for number, leaf in enumerate(leaves):
-        x = np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf).reshape(-1)
-        # A million entries tell two data sets apart as well as all of them would.
-        x = np.nan_to_num(x[:: max(1, x.size // 10**6)].astype(np.float64), posinf=0, neginf=0)
+        x = np.nan_to_num(_sample(leaf).astype(np.float64), posinf=0, neginf=0)
         # The golden ratio spreads the weights evenly; another start for every leaf.
         weights = (np.arange(1, x.size + 1) * 0.6180339887498949 + 0.7548776662466927 * number) % 1
         square += float(x @ x)
         total += float(x @ (weights - 0.5))
     return [square**0.5, total]
+
+
+def _checksum(leaves: list[Any]) -> int:
+    checksum = 0
+    for leaf in leaves:
+        leaf = jax.random.key_data(leaf) if is_key(leaf) else leaf
+        checksum = zlib.crc32(_sample(leaf).tobytes(), checksum)
+    return checksum
+
+
+def _sample(x: Any) -> np.ndarray:
+    """A million entries tell two data sets apart as well as all of them would."""
+    flat = jnp.ravel(x) if isinstance(x, jax.Array) else np.ravel(x)
+    return np.asarray(flat[:: flat.size // 10**6] if flat.size > 10**6 else flat)

@@ -5,10 +5,9 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -30,7 +29,7 @@ class _FileLogger(abc.ABC):
         if self._path.is_dir():
             raise ValueError(f"path={str(path)!r} is a directory; pass a file, path/log.jsonl")
         self.memory = np.asarray(0)
-        self._began = False
+        self._began = self._resumed = False
 
     @abc.abstractmethod
     def _text(self, rows: Iterator[list], names: list[str], first: bool) -> str:
@@ -45,7 +44,7 @@ class _FileLogger(abc.ABC):
                 "to it"
             )
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._began = True
+        self._began, self._resumed = True, resumed
         return np.asarray(size)
 
     def __call__(self, state: Any, metrics: Mapping[str, np.ndarray]) -> None:
@@ -55,17 +54,21 @@ class _FileLogger(abc.ABC):
         # Steps count from 1; the first one due in this chunk.
         due = range(first + -first % self._every, last + 1, self._every)
         rows = ([step, *(x[step - first] for x in values.values())] for step in due)
-        place = int(self.memory)
-        text = self._text(rows, ["step", *values], first=place == 0).encode()
-        with open(self._path, "r+b" if self._path.exists() else "w+b") as file:
-            found = os.fstat(file.fileno()).st_size
-            if found < place:
-                warn(f"{self._path} is shorter than this run had left it: it goes on at its end")
-                place = found
+        with open(self._path, "ab") as file:
+            if self._resumed:
+                self._cut(file)
+            text = self._text(rows, ["step", *values], first=file.tell() == 0)
+            file.write(text.encode())
+            self.memory = np.asarray(file.tell())
+
+    def _cut(self, file: IO[bytes]) -> None:
+        """What was written after the checkpoint comes again."""
+        self._resumed, place = False, int(self.memory)
+        if file.tell() < place:
+            warn(f"{self._path} is shorter than this run had left it: it goes on at its end")
+        else:
             file.truncate(place)
             file.seek(place)
-            file.write(text)
-        self.memory = np.asarray(place + len(text))
 
 
 class JSONLinesLogger(_FileLogger):

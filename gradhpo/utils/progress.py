@@ -1,8 +1,9 @@
 """Progress of a run: a bar where one can be drawn, lines in a log."""
 
+import contextlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -34,12 +35,25 @@ class ProgressBar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._lines and self._last:
-            self._print()
-        self._bar.close()
+        with self._whatever_the_terminal_does():
+            if self._lines and self._last:
+                self._print()
+            self._bar.close()
+
+    @contextlib.contextmanager
+    def _whatever_the_terminal_does(self) -> Iterator[None]:
+        """One that was closed must not take the run with it."""
+        try:
+            yield
+        except (OSError, ValueError):
+            self._lines, self._bar.disable = False, True
 
     def advance(self, steps: int, metrics: Mapping[str, np.ndarray]) -> None:
         """Moves on by a chunk of steps with these metrics."""
+        with self._whatever_the_terminal_does():
+            self._advance(steps, metrics)
+
+    def _advance(self, steps: int, metrics: Mapping[str, np.ndarray]) -> None:
         self._done += steps
         self._last = ", ".join(f"{name}={metrics[name][-1]:.4g}" for name in _SHOWN)
         self._bar.set_postfix_str(self._last, refresh=False)
