@@ -72,7 +72,7 @@ RUN = {
     "a class": (
         lambda: run(callbacks=[gradhpo.BestState]),
         TypeError,
-        r"make one of it: callbacks=\[gradhpo.BestState\(\)\]",
+        r"make one of it: callbacks=\[gradhpo.BestState\(...\)\]",
     ),
     "another signature": (
         lambda: run(callbacks=[lambda state: None]),
@@ -133,7 +133,11 @@ RUN = {
         ValueError,
         "is not a whole number of episodes",
     ),
-    "checkpoint=5": (lambda: run(checkpoint=5), TypeError, "argument checkpoint must not be 5"),
+    "checkpoint=True": (
+        lambda: run(checkpoint=True),
+        TypeError,
+        "must not be True; pass the path of a",
+    ),
     "checkpoint=''": (lambda: run(checkpoint=""), ValueError, "must be the path of a directory"),
 }
 

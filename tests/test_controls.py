@@ -228,6 +228,24 @@ def test_loggers_write_what_history_holds(tmp_path):
         np.testing.assert_array_equal([float(row[name]) for row in columns], expected[[4, 9]])
 
 
+def test_loggers_write_what_is_no_metric(tmp_path):
+    lines, table = tmp_path / "log.jsonl", tmp_path / "log.csv"
+    extra = lambda state: {"first": state.hyperparams[0], "doubled": 2 * int(state.step)}
+    loggers = [
+        gradhpo.JSONLinesLogger(lines, extra=extra), gradhpo.CSVLogger(table, 2, extra=extra),
+    ]  # fmt: skip
+    state, _ = run(6, callbacks=loggers)
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row.get("doubled") for row in rows] == [None, None, 6.0, None, None, 12.0]
+    assert rows[-1]["first"] == float(state.hyperparams[0])
+    with open(table) as file:
+        columns = list(csv.DictReader(file))
+    assert [(row["step"], row["doubled"]) for row in columns] == [
+        ("2", ""), ("3", "6.0"), ("4", ""), ("6", "12.0"),
+    ]  # fmt: skip
+
+
 def test_json_has_no_nan(tmp_path):
     path = tmp_path / "log.jsonl"
     data = lambda i: (X, jnp.where(i == 1, jnp.nan, Y))
@@ -279,8 +297,10 @@ def test_progress_in_a_log_is_lines(capsys, monkeypatch):
     run(progress=True)
     shown = capsys.readouterr().err
     assert "\r" not in shown
-    assert [line.split()[1] for line in shown.splitlines()] == ["3/12", "6/12", "9/12", "12/12"]
-    assert all("hypergrad_norm=" in line for line in shown.splitlines())
+    first, *lines = shown.splitlines()
+    assert first == "gradhpo.run: 12 steps, compiling"
+    assert [line.split()[1] for line in lines] == ["3/12", "6/12", "9/12", "12/12"]
+    assert all("|hypergrad|=" in line for line in lines)
 
 
 def test_a_terminal_that_closes_does_not_end_the_run(monkeypatch):
@@ -290,12 +310,14 @@ def test_a_terminal_that_closes_does_not_end_the_run(monkeypatch):
 
     for terminal in (True, False):
         monkeypatch.setattr(Closed, "isatty", lambda self, terminal=terminal: terminal)
-        monkeypatch.setattr(progress.sys, "stderr", Closed())
+        a_terminal(monkeypatch, Closed())
         assert run(6, progress=True)[1].stop_reason == "num_steps"
 
 
 class Terminal:
     """A terminal that remembers."""
+
+    columns = 100
 
     def __init__(self):
         self.text = ""
@@ -309,6 +331,24 @@ class Terminal:
     def isatty(self):
         return True
 
+    def fileno(self):
+        return 2
+
+
+def a_terminal(monkeypatch, screen):
+    monkeypatch.setattr(progress.sys, "stderr", screen)
+    size = os.terminal_size((screen.columns, 24))
+    monkeypatch.setattr(progress.os, "get_terminal_size", lambda *_: size)
+
+
+def test_a_terminal_without_a_width_gets_lines(monkeypatch):
+    screen = Terminal()
+    screen.columns = 0
+    a_terminal(monkeypatch, screen)
+    run(6, progress=True)
+    assert "6/6" in screen.text
+    assert "\r" not in screen.text
+
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_the_estimate_leaves_out_the_first_chunk(terminal, monkeypatch, capsys):
@@ -319,7 +359,7 @@ def test_the_estimate_leaves_out_the_first_chunk(terminal, monkeypatch, capsys):
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
     screen = Terminal()
     if terminal:
-        monkeypatch.setattr(progress.sys, "stderr", screen)
+        a_terminal(monkeypatch, screen)
     metrics = {name: np.ones(10) for name in ("train_loss", "val_loss", "hypergrad_norm")}
     with progress.ProgressBar(100) as bar:
         now[0] += 100.0
@@ -417,7 +457,10 @@ def test_a_failing_callback_ends_the_run_with_its_state(tmp_path):
         if int(state.step) == 6:
             raise RuntimeError("a slip of the pen")
 
-    with pytest.warns(RuntimeWarning, match="A callback failed: RuntimeError: a slip of the pen"):
+    message = (
+        "A callback failed: RuntimeError: a slip of the pen.*The last checkpoint is that after 3"
+    )
+    with pytest.warns(RuntimeWarning, match=message):
         state, history = run(30, callbacks=[fails], checkpoint=gradhpo.Checkpoint(tmp_path, 1))
     assert history.stop_reason == "callback error"
     assert_same(state, run(6)[0])
@@ -501,8 +544,16 @@ def test_divergence_that_stays_finite_is_said():
     data = lambda i: (30.0 * X, Y)  # far beyond the edge of stability of a step of 0.1
     _, history = run(6, data=data)
     assert history.stop_reason == "num_steps"
-    assert "The training loss grew from 0.35" in history.report
-    assert "grew" not in run(6)[1].report
+    assert "Does it diverge? The training loss grew from 0.35" in history.report
+    assert "diverge" not in run(6)[1].report
+
+
+def test_divergence_within_the_first_step_is_said():
+    """All of it before the first metric: the norm of the parameters is known from the start."""
+    optimizer = gradhpo.UnrolledOptimizer(relaxed(optax.sgd(30.0)), OUTER, unroll_steps=20)
+    state = optimizer.init(jnp.ones(3), jnp.full(3, -2.0))
+    _, history = gradhpo.run(optimizer, state, LOSSES, (X, Y), (X, Y), num_steps=1, progress=False)
+    assert "norm of the parameters grew from 1.73" in history.report
 
 
 def test_a_first_chunk_that_fails_costs_no_batches():

@@ -247,7 +247,7 @@ def test_progress_bar_shows_losses(capsys):
     run(unrolled(), (X, Y), progress=True)
     shown = capsys.readouterr().err
     assert "7/7" in shown
-    assert "val_loss=" in shown
+    assert "val=" in shown
 
 
 def test_history_plots(tmp_path):
@@ -260,6 +260,8 @@ def test_history_plots(tmp_path):
     np.testing.assert_array_equal(axes.lines[1].get_ydata(), history["val_loss"])
     assert history.plot("hypergrad_norm", ax=axes) is axes
     assert "7 steps" in repr(history)
+    with pytest.raises(KeyError, match=r"no metric 'valloss'; there are .*val_loss"):
+        history.plot("valloss")
 
 
 def test_no_warning_in_a_plain_run():

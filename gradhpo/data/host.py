@@ -12,6 +12,7 @@ from jaxtyping import Array, PyTree
 
 from gradhpo.core.types import BatchStack, DrawnStack
 from gradhpo.data.loaders import Repeated, seek, state_of, touch
+from gradhpo.utils.description import checksum
 from gradhpo.utils.keys import is_key
 from gradhpo.utils.validation import strong
 
@@ -82,6 +83,7 @@ class Host:
         # The state of an iterator that gave more than is used, or failed, is past its place.
         past = self._ahead or self.failure is not None
         self._position = self._here() | ({"state": None} if past else {})
+        self._position["last"] = checksum(jax.tree.leaves(batches[-1]))
         return Fetched(jax.tree.map(lambda *leaves: self._stacked(leaves, steps), *batches))
 
     def settle(self) -> None:
@@ -158,6 +160,7 @@ class Host:
 
     def resume(self, position: dict[str, Any]) -> None:
         """Brings the iterator to a `position`: by seeking, else by drawing what came before."""
+        last = position.get("last")
         if position["state"] is not None:
             seek(self._iterator, position["state"])
             self._drawn = position["drawn"]
@@ -165,15 +168,21 @@ class Host:
                 self._iterator.drawn = position["drawn"]
         else:
             self._check_untouched()
+            batch = None
             while self._drawn < position["drawn"]:
                 try:
-                    next(self._iterator)
+                    batch = next(self._iterator)
                 except StopIteration:
                     raise ValueError(
                         f"{self.name} ended after {self._drawn} batches, and the run that is "
                         f"resumed had drawn {position['drawn']}: pass the same data as before"
                     ) from None
                 self._drawn += 1
+            if batch is not None and checksum(jax.tree.leaves(self._checked(batch))) != last:
+                raise ValueError(
+                    f"batch {self._drawn - 1} of {self.name} is another one than the run that is "
+                    "resumed had drawn: pass an iterator that yields the same batches (its seed)"
+                )
         self._position = position
 
 

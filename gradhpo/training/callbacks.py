@@ -24,7 +24,8 @@ class Callbacks:
     def __init__(self, callbacks: Sequence[Callable]):
         for number, callback in enumerate(callbacks):
             if not callable(callback) or isinstance(callback, type):
-                hint = "; make one of it: callbacks=[gradhpo.BestState()]"
+                name = getattr(callback, "__name__", "")
+                hint = f"; make one of it: callbacks=[gradhpo.{name}(...)]"
                 raise TypeError(
                     f"callbacks[{number}] must be a function (state, metrics) -> bool | None, got "
                     f"{callback!r}{hint if isinstance(callback, type) else ''}"
@@ -36,10 +37,8 @@ class Callbacks:
                     " and no method start(state, resumed) that returns the first one: add it, or "
                     "rename the attribute"
                 )
-        self._all = list(callbacks)
-        self._remembering: list[Any] = [
-            callback for callback in callbacks if hasattr(callback, "memory")
-        ]
+        self._all: list[Any] = list(callbacks)
+        self._remembering = [callback for callback in self._all if hasattr(callback, "memory")]
 
     @property
     def names(self) -> list[str]:
@@ -48,18 +47,22 @@ class Callbacks:
 
     def start(self, state: BilevelState, resumed: bool) -> None:
         """Before the first step, or before those that an earlier session has left."""
-        for callback in self._remembering:
-            callback.memory = callback.start(state, resumed)
+        for callback in self._all:
+            if hasattr(callback, "memory"):
+                callback.memory = callback.start(state, resumed)
+            elif callable(getattr(callback, "start", None)):
+                callback.start(state, resumed)
         self._kinds = [_kind(memory) for memory in self.memory]
 
     @property
-    def memory(self) -> list[PyTree]:
-        return [callback.memory for callback in self._remembering]
+    def remembering(self) -> list[Any]:
+        """Those with a memory."""
+        return list(self._remembering)
 
-    @memory.setter
-    def memory(self, memories: list[PyTree]) -> None:
-        for callback, memory in zip(self._remembering, memories, strict=True):
-            callback.memory = memory
+    @property
+    def memory(self) -> list[PyTree]:
+        """What they remember."""
+        return [callback.memory for callback in self._remembering]
 
     def stopped(self) -> str | None:
         """Why a resumed run has nothing left to do."""

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import io
 import re
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -11,6 +13,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from gradhpo.core.state import METRICS, BilevelState
+from gradhpo.training.callbacks import Callbacks
 from gradhpo.training.checkpoint_file import (
     is_checkpoint,
     leaves_of,
@@ -22,7 +25,7 @@ from gradhpo.training.history import History
 from gradhpo.training.metrics_file import MetricsFile
 from gradhpo.utils.description import differences
 from gradhpo.utils.settings import check_count
-from gradhpo.utils.typecheck import checked
+from gradhpo.utils.typecheck import checked, warn
 
 
 try:
@@ -41,7 +44,8 @@ class Checkpoint:
 
     `run(..., checkpoint="runs/digits")` is short for `checkpoint=Checkpoint("runs/digits")`. A
     checkpoint is written before the first step, then at the end of the first chunk after
-    `every_steps` or `every_seconds`, whichever comes first, and where the run ends. Each is one
+    `every_steps` or `every_seconds`, whichever comes first, and where the run ends (unless a
+    callback failed, which has not seen all of the last chunk). Each is one
     file `step-0000001000.ckpt`, which appears whole or not at all; the history is beside them, in
     `metrics.bin`.
 
@@ -81,7 +85,9 @@ class Checkpoint:
 
 
 @checked
-def load_checkpoint(path: str | Path, state: BilevelState) -> tuple[BilevelState, History]:
+def load_checkpoint(
+    path: str | Path, state: BilevelState, callbacks: Sequence[Callable] = ()
+) -> tuple[BilevelState, History]:
     """State and history of a run from its checkpoints, to look at or to go on from elsewhere.
 
     **Arguments:**
@@ -89,8 +95,11 @@ def load_checkpoint(path: str | Path, state: BilevelState) -> tuple[BilevelState
     - `path`: the directory of the run (its newest checkpoint), or one file in it.
     - `state`: any state of the same optimizer and model, from `optimizer.init`: it gives the
         structure and is not changed.
+    - `callbacks`: those whose memory is wanted: `best = gradhpo.BestState()` in
+        `callbacks=[best]` has `best.state` afterwards.
 
     **Raises:** `ValueError` where there is none, or one that is damaged or of another structure.
+    Where only the history is damaged, a warning says so and the history is empty.
 
     ```python
     import tempfile
@@ -114,12 +123,47 @@ def load_checkpoint(path: str | Path, state: BilevelState) -> tuple[BilevelState
     if not path.is_file():
         raise ValueError(f"there is no checkpoint at {path}")
     header, body = read_file(path)
-    mine = leaves_of((state,))
-    _check_leaves(path, header["leaves"][: len(mine)], mine)
-    metrics = MetricsFile(path.parent / "metrics.bin").read(header["metrics"])
-    report = f"Read from {path}."
+    _check_leaves(path, header["leaves"]["state"], leaves_of(state))
+    state = read_tree(body, state)
+    if callbacks:
+        wanted = Callbacks(callbacks)
+        wanted.start(state, resumed=True)
+        _read_memories(path, header, body, wanted, all_of_them=False)
+    metrics, report = {}, f"Read from {path}."
+    try:
+        metrics = MetricsFile(path.parent / "metrics.bin").read(header["metrics"])
+    except ValueError as error:
+        report += f" The history is empty: {error}"
+        warn(report, RuntimeWarning)
     metrics = metrics or {name: np.zeros(0) for name in METRICS}
-    return read_tree(body, (state,))[0], History(metrics, header["stop_reason"], report)
+    return state, History(metrics, header["stop_reason"], report)
+
+
+def _read_memories(
+    path: Path,
+    header: dict[str, Any],
+    body: io.BytesIO,
+    callbacks: Callbacks,
+    all_of_them: bool = True,
+) -> None:
+    """Gives each callback the memory of one of its class, in their order."""
+    left = callbacks.remembering
+    for name, leaves in zip(header["callbacks"], header["leaves"]["memories"], strict=True):
+        mine = next((x for x in left if type(x).__name__ == name), None)
+        if mine is None:
+            for _ in leaves:
+                np.load(body)
+            if all_of_them:
+                warn(f"{path} has the memory of a {name}, and no callback to take it: it is lost")
+            continue
+        left.remove(mine)
+        _check_leaves(path, leaves, leaves_of(mine.memory))
+        mine.memory = read_tree(body, mine.memory)
+    for callback in left:
+        name = type(callback).__name__
+        if not all_of_them:
+            raise ValueError(f"{path} has no memory of a {name}: it was not among the callbacks")
+        warn(f"{name} was not among the callbacks of {path}: it begins where the run goes on")
 
 
 def checkpoints_in(directory: Path) -> list[Path]:
@@ -162,7 +206,7 @@ class Keeper:
         self._directory.mkdir(parents=True, exist_ok=True)
         self._metrics = MetricsFile(self._directory / "metrics.bin")
         self._unsaved: list[dict[str, np.ndarray]] = []
-        self._saved_step, self._saved_at = 0, time.monotonic()
+        self.saved_step, self._saved_at = 0, time.monotonic()
         self._leaves: dict[str, list] = {}
         self.failures: list[str] = []
         self._lock = _locked(self._directory / ".lock")
@@ -181,13 +225,11 @@ class Keeper:
         """Whether there is something to resume."""
         return self._found is not None
 
-    def check_resumable(self, num_steps: int, callbacks: list[str]) -> None:
+    def check_resumable(self, num_steps: int) -> None:
         """The checkpoint is one of the run that was asked for."""
         assert self._found is not None
         differing = differences(self._header["description"], self._description)
-        before, taken = self._header["callbacks"], self._header["taken"]
-        if before != callbacks:
-            differing.append(f"the callbacks with a memory were {before}, and are {callbacks}")
+        taken = self._header["taken"]
         if differing:
             raise ValueError(
                 f"{self._found} is of another run: " + "; ".join(differing) + ". To resume it, "
@@ -200,21 +242,20 @@ class Keeper:
                 "asks for fewer: gradhpo.load_checkpoint(directory, state) returns what it has"
             )
 
-    def read(self, like: PyTree) -> PyTree:
-        """The tree in the checkpoint, all of it or an error."""
+    def read(self, part: str, like: PyTree) -> PyTree:
+        """The next part of the checkpoint, all of it or an error."""
         assert self._found is not None
-        _check_leaves(self._found, self._header["leaves"], leaves_of(like))
+        _check_leaves(self._found, self._header["leaves"][part], leaves_of(like))
         return read_tree(self._body, like)
 
-    def read_memories(self, like: PyTree) -> PyTree:
-        """What the callbacks remembered, which comes after the tree."""
+    def read_memories(self, callbacks: Callbacks) -> None:
+        """What the callbacks remembered, which is the part after the state."""
         assert self._found is not None
-        _check_leaves(self._found, self._header["memories"], leaves_of(like))
-        return read_tree(self._body, like)
+        _read_memories(self._found, self._header, self._body, callbacks)
 
     def read_past(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """The metrics so far, and the positions of the data."""
-        self._saved_step = self._header["taken"]
+        self.saved_step = self._header["taken"]
         return self._metrics.read(self._header["metrics"]), self._header["positions"]
 
     def add(self, metrics: dict[str, np.ndarray]) -> None:
@@ -224,14 +265,16 @@ class Keeper:
     def is_due(self, taken: int) -> bool:
         """Whether the settings ask for a checkpoint now."""
         every = self._settings.every_steps
-        by_steps = every is not None and taken - self._saved_step >= every
+        by_steps = every is not None and taken - self.saved_step >= every
         return by_steps or time.monotonic() - self._saved_at >= self._settings.every_seconds
 
-    def save(self, taken: int, tree: PyTree, memories: PyTree, header: dict[str, Any]) -> None:
+    def save(self, taken: int, parts: dict[str, PyTree], header: dict[str, Any]) -> None:
         """Writes a checkpoint. A full disk must not end a run: it is noted, and tried again."""
         path = self._directory / f"step-{taken:010d}.ckpt"
         if not self._leaves:  # the same all along
-            self._leaves = {"leaves": leaves_of(tree), "memories": leaves_of(memories)}
+            memories = [leaves_of(memory) for memory in parts["memories"]]
+            self._leaves = {name: leaves_of(part) for name, part in parts.items()}
+            self._leaves["memories"] = memories
         try:
             self._check_alone()
             self._metrics.add(_joined(self._unsaved))
@@ -241,13 +284,13 @@ class Keeper:
                 "description": self._description,
                 "metrics": self._metrics.header(),
             }
-            write_file(path, header | about | self._leaves, (tree, memories))
+            write_file(path, header | about | {"leaves": self._leaves}, list(parts.values()))
             self._newest = path
         except Exception as error:
             if taken == 0:
                 raise
             self.failures.append(f"{type(error).__name__}: {error}")
-        self._saved_step, self._saved_at = taken, time.monotonic()
+        self.saved_step, self._saved_at = taken, time.monotonic()
         with contextlib.suppress(OSError):  # what is left over is tidied up the next time
             self._tidy_up()
 

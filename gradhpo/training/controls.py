@@ -185,12 +185,10 @@ class TimeLimit:
         if not seconds > 0:
             raise ValueError(f"seconds must be positive, got {seconds}")
         self._seconds, self._started = seconds, time.monotonic()
-        self.memory: PyTree = ()
 
-    def start(self, state: BilevelState, resumed: bool) -> PyTree:
-        """The memory before the first step."""
+    def start(self, state: BilevelState, resumed: bool) -> None:
+        """The time begins."""
         self._started = time.monotonic()
-        return ()
 
     def __call__(self, state: BilevelState, metrics: Mapping[str, np.ndarray]) -> bool:
         return time.monotonic() - self._started >= self._seconds

@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any
 
 import equinox as eqx
+import jax
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
@@ -38,7 +39,12 @@ class Driver:
     def __post_init__(self):
         self.start: PyTree = eqx.filter(self.state.params, eqx.is_inexact_array)  # of the episode
         self.before = self.optimizer._scalars(self.state.memory)
-        self.record = Record(int(self.state.step), float(self.state.metadata["rejected"]))
+        squares = [np.sum(np.square(np.asarray(x, float))) for x in jax.tree.leaves(self.start)]
+        self.record = Record(
+            int(self.state.step),
+            float(self.state.metadata["rejected"]),
+            norm_at_start=float(np.sqrt(np.sum(squares))),
+        )
         self.positions = self.feed.positions()
         self._settled = True  # whether the callbacks have seen all that the record holds
 
@@ -50,10 +56,11 @@ class Driver:
             self.callbacks.start(self.state, resumed=False)
             self.save("")
             return
-        self.keeper.check_resumable(num_steps, self.callbacks.names)
-        self.state, self.start, self.before = self.keeper.read(self._tree())
+        self.keeper.check_resumable(num_steps)
+        self.state = self.keeper.read("state", self.state)
         self.callbacks.start(self.state, resumed=True)
-        self.callbacks.memory = self.keeper.read_memories(self.callbacks.memory)
+        self.keeper.read_memories(self.callbacks)
+        self.start, self.before = self.keeper.read("rest", (self.start, self.before))
         metrics, self.positions = self.keeper.read_past()
         self.feed.resume(self.positions)
         self.record.resume(metrics)
@@ -103,10 +110,13 @@ class Driver:
                 "callbacks": self.callbacks.names,
                 "positions": self.positions,
             }
-            self.keeper.save(self.record.taken, self._tree(), self.callbacks.memory, about)
-
-    def _tree(self) -> PyTree:
-        return self.state, self.start, self.before
+            # In this order `load_checkpoint` finds what it can ask for at the beginning.
+            parts = {
+                "state": self.state,
+                "memories": self.callbacks.memory,
+                "rest": (self.start, self.before),
+            }
+            self.keeper.save(self.record.taken, parts, about)
 
     def _launch(
         self, episodes: int, length: int, before: "list[Flight]"

@@ -39,6 +39,8 @@ class History(Mapping[str, np.ndarray]):
         self.error = error
 
     def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._metrics:
+            raise KeyError(f"no metric {name!r}; there are {', '.join(self._metrics)}")
         return self._metrics[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
 import jax.numpy as jnp
 
 from gradhpo.core.base import BilevelOptimizer
@@ -19,9 +18,9 @@ from gradhpo.training.checkpoint import Checkpoint, Keeper
 from gradhpo.training.chunk import chunk_shapes
 from gradhpo.training.driver import Driver
 from gradhpo.training.history import History
+from gradhpo.training.identity import identity
 from gradhpo.training.report import keeps_second_moments, report
 from gradhpo.training.stopping import Interrupts, Stopped
-from gradhpo.utils.description import described
 from gradhpo.utils.progress import ProgressBar
 from gradhpo.utils.settings import check_count, check_episodes, check_outer_rate, outer_rate
 from gradhpo.utils.typecheck import checked, warn, warn_once
@@ -123,10 +122,11 @@ def run(
             "None to the optimizer if distillation_weight (or your own estimate_theta) is meant"
         )
     watching = Callbacks(callbacks)
-    keeper = _keeper(
-        checkpoint, optimizer, state, feed,
-        lr_hyper=rate, steps_per_episode=steps_per_episode, reptile_rate=reptile_rate,
-    )  # fmt: skip
+    keeper = None
+    if checkpoint is not None:
+        settings = {"steps_per_episode": steps_per_episode, "reptile_rate": reptile_rate}
+        about = identity(optimizer, state, feed, lr_hyper=rate, **settings)
+        keeper = Keeper(Checkpoint.of(checkpoint), about)
     driver = Driver(
         optimizer=optimizer,
         losses=losses,
@@ -158,34 +158,15 @@ def run(
     return driver.state, _history(driver, ending, num_steps, time.perf_counter() - started)
 
 
-def _keeper(
-    checkpoint: str | Path | Checkpoint | None,
-    optimizer: BilevelOptimizer,
-    state: BilevelState,
-    feed: Feed,
-    **settings: Any,
-) -> Keeper | None:
-    """What writes the checkpoints, with all that tells this run from another."""
-    if checkpoint is None:
-        return None
-    identity = {
-        "optimizer": described(optimizer),
-        **{name: described(value) for name, value in settings.items()},
-        "state.step": int(state.step),
-        "state.params": described(eqx.filter(state.params, eqx.is_inexact_array)),
-        "state.hyperparams": described(state.hyperparams),
-        **feed.described(),
-    }
-    return Keeper(Checkpoint.of(checkpoint), identity)
-
-
 def _history(driver: Driver, ending: Stopped, num_steps: int, seconds: float) -> History:
     """What the run has to tell, with a warning where it did not end as it was meant to."""
     record, metrics = driver.record, driver.record.metrics()
     remark = driver.optimizer._remarks(driver.before, metrics) if record.taken else ""
     unwritten = [] if driver.keeper is None else driver.keeper.failures
     like_adam = keeps_second_moments(driver.state.inner_opt_state)
-    said = report(ending, record, num_steps, seconds, remark, like_adam, unwritten)
+    saved = None if driver.keeper is None else driver.keeper.saved_step
+    behind = saved if saved != record.taken else None
+    said = report(ending, record, num_steps, seconds, remark, like_adam, unwritten, behind)
     if driver.reptile_rate != 1 and record.taken % (driver.steps_per_episode or 1) == 0:
         said += " The parameters are those that the next episode starts from."
     # A run that ends in refused steps has stopped moving: with fixed data, for good.

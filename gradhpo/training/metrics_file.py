@@ -8,6 +8,11 @@ from typing import Any
 import numpy as np
 
 
+_STATE = (
+    "gradhpo.load_checkpoint(directory, state) still returns the state, to begin a new run from"
+)
+
+
 class MetricsFile:
     """Rows of float64, one for each step, in which every metric's dtype is exact.
 
@@ -61,13 +66,14 @@ class MetricsFile:
         if size < self._bytes():
             raise ValueError(
                 f"{self.path} has {size} bytes, and the checkpoint needs {self._bytes()}: the "
-                "history of the run is lost; nothing was used or changed"
+                f"history of the run is lost; nothing was used or changed. {_STATE}"
             )
         with open(self.path, "rb") as file:
             rows = file.read(self._bytes())
         if zlib.crc32(rows) != self._checksum:
             raise ValueError(
-                f"{self.path} is damaged (its checksum does not fit); nothing was used or changed"
+                f"{self.path} is damaged (its checksum does not fit); nothing was used or changed. "
+                + _STATE
             )
         table = np.frombuffer(rows, "<f8").reshape(self._rows, len(self._dtypes))
         return {

@@ -8,8 +8,8 @@ from gradhpo.core.state import METRICS
 class Record:
     """The metrics of all steps, and which of them were rejected as non-finite."""
 
-    def __init__(self, first_step: int, rejected_before: float):
-        self._first = first_step
+    def __init__(self, first_step: int, rejected_before: float, norm_at_start: float):
+        self._first, self.norm_at_start = first_step, norm_at_start
         self._pieces: list[dict[str, np.ndarray]] = []
         self._last = rejected_before
         self.taken = self.resumed_at = 0

@@ -8,7 +8,7 @@ from gradhpo.training.record import Record
 from gradhpo.training.stopping import Stopped
 
 
-_GROWN = 100.0  # times the first loss: no noise does that
+_GROWN = 100.0  # no noise does that
 
 
 def report(
@@ -19,11 +19,13 @@ def report(
     remark: str,
     second_moments: bool,
     unwritten: list[str],
+    last_checkpoint: int | None,
 ) -> str:
     """The sentences, in the order in which they matter.
 
     `remark` is what the algorithm says; `second_moments` tells of an inner optimizer like Adam;
-    `unwritten` are the checkpoints that failed.
+    `unwritten` are the checkpoints that failed, `last_checkpoint` says after how many steps the
+    last one was written if that is not the end.
     """
     earlier = f" ({record.resumed_at} of them before it was resumed)" if record.resumed_at else ""
     sentences = [
@@ -38,6 +40,8 @@ def report(
         sentences.append(
             f"{len(unwritten)} checkpoints could not be written; the last time: {unwritten[-1]}."
         )
+    if last_checkpoint is not None:
+        sentences.append(f"The last checkpoint is that after {last_checkpoint} steps.")
     return " ".join(sentences)
 
 
@@ -56,7 +60,7 @@ def _why(ending: Stopped, record: Record) -> str:
         + " Nothing was left to do." * (record.resumed_at == record.taken),
         "callback": "A callback stopped the run.",
         "interrupted": "It was interrupted.",
-        "early stopping": "The validation loss has not fallen for as long as patience allows.",
+        "early stopping": "EarlyStopping saw no new lowest value for as long as it is patient.",
         "time limit": "Its time was over.",
         "data error": f"A data source failed: {said}",
         "callback error": f"A callback failed: {said}",
@@ -100,14 +104,27 @@ def _on_rejections(record: Record, second_moments: bool) -> list[str]:
 
 def _on_divergence(record: Record) -> list[str]:
     """A loss that has blown up without becoming infinite is refused by nobody."""
-    losses = record.metrics()["train_loss"]
-    finite = losses[np.isfinite(losses)]
-    if len(finite) < 2 or not finite[-1] > _GROWN * abs(finite[0]) > 0:
+    metrics = record.metrics()
+    paths = {
+        "training loss": metrics["train_loss"],
+        "validation loss": metrics["val_loss"],
+        "norm of the parameters": np.append(record.norm_at_start, metrics["param_norm"]),
+    }
+    grown = []
+    for name, values in paths.items():
+        finite = values[np.isfinite(values)]
+        if len(finite) > 1 and finite[-1] > _GROWN * abs(finite[0]) > 0:
+            grown.append(f"the {name} grew from {finite[0]:.3g} to {finite[-1]:.3g}")
+    if not grown:
         return []
     return [
-        f"The training loss grew from {finite[0]:.3g} to {finite[-1]:.3g}: a learning rate too "
-        "high (inner or outer). gradhpo.BestState keeps the state from before."
+        f"Does it diverge? {_capital(', '.join(grown))}: usually a learning rate too high (inner "
+        "or outer), or a momentum of 1 or more. gradhpo.BestState keeps the state from before."
     ]
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def keeps_second_moments(inner_opt_state: PyTree) -> bool:

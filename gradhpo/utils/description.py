@@ -34,7 +34,7 @@ def described(value: Any) -> Any:
         x for x in leaves if not is_key(x) and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
     ]
     exact = [x for x in leaves if not any(x is y for y in inexact)]
-    return {"values": _two_numbers(inexact), "checksum": _checksum(exact)}
+    return {"values": _two_numbers(inexact), "checksum": checksum(exact)}
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
@@ -68,12 +68,13 @@ def _two_numbers(leaves: list[Any]) -> list[float]:
     return [square**0.5, total]
 
 
-def _checksum(leaves: list[Any]) -> int:
-    checksum = 0
+def checksum(leaves: list[Any]) -> int:
+    """Differs where any array or key differs."""
+    found = 0
     for leaf in leaves:
         leaf = jax.random.key_data(leaf) if is_key(leaf) else leaf
-        checksum = zlib.crc32(_sample(leaf).tobytes(), checksum)
-    return checksum
+        found = zlib.crc32(_sample(leaf).tobytes(), found)
+    return found
 
 
 def _sample(x: Any) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Progress of a run: a bar where one can be drawn, lines in a log."""
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -9,7 +10,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 
-_SHOWN = ("train_loss", "val_loss", "hypergrad_norm")
+_SHOWN = {"train": "train_loss", "val": "val_loss", "|hypergrad|": "hypergrad_norm"}
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -22,7 +23,7 @@ class ProgressBar:
     """
 
     def __init__(self, total: int, *, done: int = 0, shown: bool = True):
-        self._lines = shown and not (_in_notebook() or sys.stderr.isatty())
+        self._lines = shown and not _can_draw()
         self._bar = tqdm(
             total=total, initial=done, disable=not shown or self._lines, unit="step",
             dynamic_ncols=True,
@@ -30,6 +31,10 @@ class ProgressBar:
         self._total, self._done, self._counted_from = total, done, done
         self._started = self._printed = time.monotonic()
         self._warm, self._last = False, ""
+        if self._lines:
+            with self._whatever_the_terminal_does():
+                resumed = f"resumed after {done} of {total} steps" if done else f"{total} steps"
+                print(f"gradhpo.run: {resumed}, compiling", file=sys.stderr, flush=True)
 
     def __enter__(self) -> "ProgressBar":
         return self
@@ -55,7 +60,8 @@ class ProgressBar:
 
     def _advance(self, steps: int, metrics: Mapping[str, np.ndarray]) -> None:
         self._done += steps
-        self._last = ", ".join(f"{name}={metrics[name][-1]:.4g}" for name in _SHOWN)
+        last = {short: float(metrics[name][-1]) for short, name in _SHOWN.items()}
+        self._last = ", ".join(f"{short}={value:.3g}" for short, value in last.items())
         self._bar.set_postfix_str(self._last, refresh=False)
         if self._warm:
             self._bar.update(steps)
@@ -82,5 +88,11 @@ class ProgressBar:
         self._printed = now
 
 
-def _in_notebook() -> bool:
-    return "ipykernel" in sys.modules
+def _can_draw() -> bool:
+    """Whether there is a notebook, or a terminal whose width is known."""
+    if "ipykernel" in sys.modules:
+        return True
+    try:
+        return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):
+        return False

@@ -42,6 +42,10 @@ _REMEDIES = {
     "linear_solver": "a lineax solver such as lineax.CG(rtol=1e-5, atol=1e-5), gradhpo.Neumann(20, "
     "0.1), or None",
     "key": "jax.random.key(0)",
+    "checkpoint": 'the path of a directory, "runs/digits", or gradhpo.Checkpoint("runs/digits")',
+    "loader": "a list of batches or a data loader; call a generator function, and give an "
+    "ArrayData to run as it is",
+    "batch_size": "a whole number, after the arrays as one pytree: ArrayData((x, y), 128, key)",
 }
 
 
