@@ -17,7 +17,7 @@ from benchmarks.problem import OUTER_RATE, Model, job, train_loss, val_loss
 from benchmarks.timed import alternating, loop_pair
 
 
-NUM_STEPS, EVERY = 1_000, 100
+NUM_STEPS, EVERY = 3_000, 100
 BATCH_SIZE = 400  # about a millisecond a step
 
 
@@ -65,7 +65,7 @@ def print_host() -> None:
         f"two logs and checkpoints every {EVERY} steps / without": (recorded, plain),
     }
     for name, pair in pairs.items():
-        a, b, ratio = alternating(*pair, repeats=21)
+        a, b, ratio = alternating(*pair, repeats=9)
         print(
             f"  {name:55} {1e6 * a / NUM_STEPS:6.0f} us a step {1e6 * b / NUM_STEPS:6.0f} us"
             f"  ratio {ratio:.3f}"

@@ -38,8 +38,8 @@ class _FileLogger(abc.ABC):
         self._began = self._resumed = False
 
     @abc.abstractmethod
-    def _text(self, rows: list[list], names: list[str], first: bool) -> str:
-        """The lines of these rows, whose first entry is the step; `None` is not written."""
+    def _text(self, columns: dict[str, list], first: bool) -> str:
+        """A line for each row of these columns; `None` is not written."""
 
     def start(self, state: Any, resumed: bool) -> np.ndarray:
         """The memory before the first step; a file that is another run's is not added to."""
@@ -54,24 +54,22 @@ class _FileLogger(abc.ABC):
         return np.asarray(size)
 
     def __call__(self, state: Any, metrics: Mapping[str, np.ndarray]) -> None:
-        values = {name: x.tolist() for name, x in metrics.items()}
-        last = int(state.step)
-        first = last + 1 - len(next(iter(values.values())))
-        # Steps count from 1; the first one due in this chunk.
-        due = range(first + -first % self._every, last + 1, self._every)
-        rows = [[step, *(x[step - first] for x in values.values())] for step in due]
+        last, length = int(state.step), len(next(iter(metrics.values())))
+        first = last + 1 - length
+        due = slice(-first % self._every, None, self._every)  # steps count from 1
+        columns: dict[str, list] = {"step": list(range(first, last + 1))[due]}
+        columns |= {name: x[due].tolist() for name, x in metrics.items()}
         if self._extra is not None:
-            extra = {name: float(x) for name, x in self._extra(state).items()}
-            if not rows or rows[-1][0] != last:  # it belongs to the last step
-                rows.append([last, *(x[-1] for x in values.values())])
-            rows = [*([*row, *(None for _ in extra)] for row in rows[:-1]), rows[-1]]
-            rows[-1] += extra.values()
-            values |= extra
+            if columns["step"][-1:] != [last]:  # it belongs to the last step
+                columns["step"].append(last)
+                for name, x in metrics.items():
+                    columns[name].append(x[-1].item())
+            others = [None] * (len(columns["step"]) - 1)
+            columns |= {name: [*others, float(x)] for name, x in self._extra(state).items()}
         with open(self._path, "ab") as file:
             if self._resumed:
                 self._cut(file)
-            text = self._text(rows, ["step", *values], first=file.tell() == 0)
-            file.write(text.encode())
+            file.write(self._text(columns, first=file.tell() == 0).encode())
             self.memory = np.asarray(file.tell())
 
     def _cut(self, file: IO[bytes]) -> None:
@@ -104,14 +102,17 @@ class JSONLinesLogger(_FileLogger):
     ```
     """
 
-    def _text(self, rows: list[list], names: list[str], first: bool) -> str:
-        # A number is written as JSON writes it: several times as quick as by way of a dict.
-        quoted = [json.dumps(name) for name in names]
-        number = lambda x: repr(x) if math.isfinite(x) else "null"
-        pairs = lambda row: [
-            f"{name}: {number(x)}" for name, x in zip(quoted, row, strict=True) if x is not None
+    def _text(self, columns: dict[str, list], first: bool) -> str:
+        # Column by column, and numbers as JSON writes them: ten times as quick as row by row.
+        written = [
+            [f"{name}: {_number(x)}, " if x is not None else "" for x in column]
+            for name, column in zip(map(json.dumps, columns), columns.values(), strict=True)
         ]
-        return "".join("{" + ", ".join(pairs(row)) + "}\n" for row in rows)
+        return "".join("{" + "".join(row)[:-2] + "}\n" for row in zip(*written, strict=True))
+
+
+def _number(x: float | int) -> str:
+    return repr(x) if math.isfinite(x) else "null"
 
 
 class CSVLogger(_FileLogger):
@@ -124,9 +125,9 @@ class CSVLogger(_FileLogger):
     ```
     """
 
-    def _text(self, rows: list[list], names: list[str], first: bool) -> str:
+    def _text(self, columns: dict[str, list], first: bool) -> str:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerows([names] if first else [])
-        writer.writerows(rows)
+        writer.writerows([columns] if first else [])
+        writer.writerows(zip(*columns.values(), strict=True))
         return text.getvalue()
