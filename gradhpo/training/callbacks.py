@@ -5,7 +5,6 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
@@ -85,9 +84,7 @@ class Callbacks:
 
 def _kind(memory: PyTree) -> Any:
     leaves, treedef = jax.tree.flatten(memory)
-    return treedef, [
-        (np.shape(x), jnp.result_type(x)) if eqx.is_array(x) else type(x) for x in leaves
-    ]
+    return treedef, [(x.shape, x.dtype) if eqx.is_array(x) else type(x) for x in leaves]
 
 
 def _reason(callback: Any) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import json
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -207,7 +208,7 @@ class Keeper:
         self._metrics = MetricsFile(self._directory / "metrics.bin")
         self._unsaved: list[dict[str, np.ndarray]] = []
         self.saved_step, self._saved_at = 0, time.monotonic()
-        self._leaves: dict[str, list] = {}
+        self._same = ""
         self.failures: list[str] = []
         self._lock = _locked(self._directory / ".lock")
         self._found = self._newest = _newest(self._directory)
@@ -271,20 +272,17 @@ class Keeper:
     def save(self, taken: int, parts: dict[str, PyTree], header: dict[str, Any]) -> None:
         """Writes a checkpoint. A full disk must not end a run: it is noted, and tried again."""
         path = self._directory / f"step-{taken:010d}.ckpt"
-        if not self._leaves:  # the same all along
-            memories = [leaves_of(memory) for memory in parts["memories"]]
-            self._leaves = {name: leaves_of(part) for name, part in parts.items()}
-            self._leaves["memories"] = memories
+        if not self._same:  # for every checkpoint of this session
+            leaves: dict[str, Any] = {name: leaves_of(part) for name, part in parts.items()}
+            leaves["memories"] = [leaves_of(memory) for memory in parts["memories"]]
+            self._same = json.dumps({"description": self._description, "leaves": leaves})
         try:
             self._check_alone()
             self._metrics.add(_joined(self._unsaved))
             self._unsaved = []
-            about = {
-                "taken": taken,
-                "description": self._description,
-                "metrics": self._metrics.header(),
-            }
-            write_file(path, header | about | {"leaves": self._leaves}, list(parts.values()))
+            changing = header | {"taken": taken, "metrics": self._metrics.header()}
+            written = self._same[:-1] + ", " + json.dumps(changing)[1:]
+            write_file(path, written, list(parts.values()))
             self._newest = path
         except Exception as error:
             if taken == 0:

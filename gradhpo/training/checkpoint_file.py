@@ -21,10 +21,13 @@ _MAGIC = b"gradhpo-checkpoint"
 _FORMAT = 1
 
 
-def write_file(path: Path, header: dict[str, Any], tree: PyTree) -> None:
-    """Writes beside the place and renames: whoever reads finds all of it or nothing."""
+def write_file(path: Path, header: str, tree: PyTree) -> None:
+    """Writes beside the place and renames: whoever reads finds all of it or nothing.
+
+    `header` is JSON, in one line.
+    """
     body = io.BytesIO()
-    body.write(json.dumps(header).encode() + b"\n")
+    body.write(header.encode() + b"\n")
     eqx.tree_serialise_leaves(body, tree, filter_spec=_write_leaf)
     content = body.getbuffer()
     beside = path.with_name(f".{path.name}.tmp")
