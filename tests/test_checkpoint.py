@@ -20,7 +20,7 @@ import pytest
 from problems import OUTER, relaxed
 
 import gradhpo
-from gradhpo.training import checkpoint
+from gradhpo.training import keeper
 from gradhpo.training.checkpoint import checkpoints_in
 
 
@@ -625,7 +625,8 @@ def test_a_disk_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
         found = run(tmp_path, callbacks=[fill, free])
     assert found[1].stop_reason == "num_steps"
     assert_same_run(gradhpo.load_checkpoint(tmp_path, start()), run(None))
-    full.append(1)
+    with pytest.warns(RuntimeWarning, match="No space left.*The last checkpoint is that after 3"):
+        run(tmp_path / "full", callbacks=[fill])
     with pytest.raises(OSError, match="No space left"):
         run(tmp_path / "other")
     assert [path.name for path in (tmp_path / "other").iterdir()] == [".lock"]
@@ -664,7 +665,7 @@ def test_two_runs_in_one_directory_do_not_mix(tmp_path):
 
 def test_two_runs_where_there_are_no_locks(tmp_path, monkeypatch):
     """The one that comes later goes on; the other one says that it can save no more."""
-    monkeypatch.setattr(checkpoint, "fcntl", None)
+    monkeypatch.setattr(keeper, "fcntl", None)
     inner = []
 
     def another(state, metrics):

@@ -14,8 +14,8 @@ from gradhpo.core.state import BilevelState
 from gradhpo.core.types import LossFunctions
 from gradhpo.data.feed import Feed
 from gradhpo.training.callbacks import Callbacks
-from gradhpo.training.checkpoint import Keeper
 from gradhpo.training.chunk import Chunk
+from gradhpo.training.keeper import Keeper
 from gradhpo.training.record import Record
 from gradhpo.training.stopping import Interrupts, Stopped, failing
 from gradhpo.utils.progress import ProgressBar

@@ -14,11 +14,12 @@ from gradhpo.core.types import LossFunctions, RealScalarLike
 from gradhpo.data.feed import Feed
 from gradhpo.data.sources import as_source
 from gradhpo.training.callbacks import Callbacks
-from gradhpo.training.checkpoint import Checkpoint, Keeper
+from gradhpo.training.checkpoint import Checkpoint
 from gradhpo.training.chunk import chunk_shapes
 from gradhpo.training.driver import Driver
 from gradhpo.training.history import History
 from gradhpo.training.identity import identity
+from gradhpo.training.keeper import Keeper
 from gradhpo.training.report import keeps_second_moments, report
 from gradhpo.training.stopping import Interrupts, Stopped
 from gradhpo.utils.progress import ProgressBar

@@ -1,0 +1,176 @@
+"""What writes the checkpoints of a run, and finds the last one."""
+
+import contextlib
+import json
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from jaxtyping import PyTree
+
+from gradhpo.training.callbacks import Callbacks
+from gradhpo.training.checkpoint import (
+    Checkpoint,
+    check_leaves,
+    checkpoints_in,
+    read_memories,
+)
+from gradhpo.training.checkpoint_file import (
+    is_checkpoint,
+    leaves_of,
+    read_file,
+    read_tree,
+    write_file,
+)
+from gradhpo.training.metrics_file import MetricsFile
+from gradhpo.utils.description import differences
+
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+
+def _newest(directory: Path) -> Path | None:
+    return next(reversed(checkpoints_in(directory)), None)
+
+
+def _locked(path: Path) -> IO[bytes]:
+    """A file that one process holds; the system lets go of it however that process ends."""
+    file = open(path, "ab")
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ValueError(
+                f"another run is at work in {path.parent}: wait for its end, or pass another "
+                "directory"
+            ) from None
+        except OSError:  # some network file systems have no locks
+            pass
+    return file
+
+
+class Keeper:
+    """Writes the checkpoints of one run, and finds the last one."""
+
+    def __init__(self, settings: Checkpoint, description: dict[str, Any]):
+        self._settings, self._description = settings, description
+        self._directory = Path(settings.directory).absolute()
+        if self._directory.exists() and not self._directory.is_dir():
+            raise ValueError(
+                f"checkpoint={str(settings.directory)!r} is a file; pass a directory, which is "
+                "made if it is not there"
+            )
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._metrics = MetricsFile(self._directory / "metrics.bin")
+        self._unsaved: list[dict[str, np.ndarray]] = []
+        self.saved_step = self._tried_step = 0
+        self._tried_at = time.monotonic()
+        self._same = ""
+        self.failures: list[str] = []
+        self._lock = _locked(self._directory / ".lock")
+        self._found = self._newest = _newest(self._directory)
+        try:
+            if self._found is None:
+                self._metrics.check_absent()
+            else:
+                self._header, self._body = read_file(self._found)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    @property
+    def holds_a_run(self) -> bool:
+        """Whether there is something to resume."""
+        return self._found is not None
+
+    def check_resumable(self, num_steps: int) -> None:
+        """The checkpoint is one of the run that was asked for."""
+        assert self._found is not None
+        differing = differences(self._header["description"], self._description)
+        taken = self._header["taken"]
+        if differing:
+            raise ValueError(
+                f"{self._found} is of another run: " + "; ".join(differing) + ". To resume it, "
+                "call run as before; for another run pass another directory (one that begins from "
+                "this one's state: state, _ = gradhpo.load_checkpoint(directory, state))"
+            )
+        if taken > num_steps:
+            raise ValueError(
+                f"the run in {self._directory} has taken {taken} steps, and num_steps={num_steps} "
+                "asks for fewer: gradhpo.load_checkpoint(directory, state) returns what it has"
+            )
+
+    def read(self, part: str, like: PyTree) -> PyTree:
+        """The next part of the checkpoint, all of it or an error."""
+        assert self._found is not None
+        check_leaves(self._found, self._header["leaves"][part], leaves_of(like))
+        return read_tree(self._body, like)
+
+    def read_memories(self, callbacks: Callbacks) -> None:
+        """What the callbacks remembered, which is the part after the state."""
+        assert self._found is not None
+        read_memories(self._found, self._header, self._body, callbacks)
+
+    def read_past(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """The metrics so far, and the positions of the data."""
+        self.saved_step = self._tried_step = self._header["taken"]
+        return self._metrics.read(self._header["metrics"]), self._header["positions"]
+
+    def add(self, metrics: dict[str, np.ndarray]) -> None:
+        """The metrics of one more chunk, for the next checkpoint."""
+        self._unsaved.append(metrics)
+
+    def is_due(self, taken: int) -> bool:
+        """Whether the settings ask for a checkpoint now."""
+        every = self._settings.every_steps
+        by_steps = every is not None and taken - self._tried_step >= every
+        return by_steps or time.monotonic() - self._tried_at >= self._settings.every_seconds
+
+    def save(self, taken: int, parts: dict[str, PyTree], header: dict[str, Any]) -> None:
+        """Writes a checkpoint. A full disk must not end a run: it is noted, and tried again."""
+        path = self._directory / f"step-{taken:010d}.ckpt"
+        if not self._same:  # for every checkpoint of this session
+            leaves: dict[str, Any] = {name: leaves_of(part) for name, part in parts.items()}
+            leaves["memories"] = [leaves_of(memory) for memory in parts["memories"]]
+            self._same = json.dumps({"description": self._description, "leaves": leaves})
+        try:
+            self._check_alone()
+            self._metrics.add(_joined(self._unsaved))
+            self._unsaved = []
+            changing = header | {"taken": taken, "metrics": self._metrics.header()}
+            written = self._same[:-1] + ", " + json.dumps(changing)[1:]
+            write_file(path, written, list(parts.values()))
+            self._newest, self.saved_step = path, taken
+        except Exception as error:
+            if taken == 0:
+                raise
+            self.failures.append(f"{type(error).__name__}: {error}")
+        self._tried_step, self._tried_at = taken, time.monotonic()
+        with contextlib.suppress(OSError):  # what is left over is tidied up the next time
+            self._tidy_up()
+
+    def _tidy_up(self) -> None:
+        for old in checkpoints_in(self._directory)[: -self._settings.keep]:
+            if is_checkpoint(old):
+                old.unlink()
+        for torn in self._directory.glob(".step-*.ckpt.tmp"):
+            torn.unlink()
+
+    def _check_alone(self) -> None:
+        """Where there is no lock, another run shows by its checkpoints."""
+        newest = _newest(self._directory)
+        if newest != self._newest:
+            raise OSError(f"{newest} was written by another run in the same directory")
+
+    def close(self) -> None:
+        """Another run may have the directory."""
+        self._lock.close()
+
+
+def _joined(pieces: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([p[name] for p in pieces]) for name in (pieces or [{}])[0]}
