@@ -12,7 +12,7 @@ from jaxtyping import Array, PyTree
 
 from gradhpo.core.types import BatchStack, DrawnStack
 from gradhpo.data.loaders import Repeated, seek, state_of, touch
-from gradhpo.utils.description import checksum
+from gradhpo.utils.description import described, differences
 from gradhpo.utils.keys import is_key
 from gradhpo.utils.validation import strong
 
@@ -83,7 +83,7 @@ class Host:
         # The state of an iterator that gave more than is used, or failed, is past its place.
         past = self._ahead or self.failure is not None
         self._position = self._here() | ({"state": None} if past else {})
-        self._position["last"] = checksum(jax.tree.leaves(batches[-1]))
+        self._position["last"] = described(batches[-1])
         return Fetched(jax.tree.map(lambda *leaves: self._stacked(leaves, steps), *batches))
 
     def settle(self) -> None:
@@ -178,7 +178,7 @@ class Host:
                         f"resumed had drawn {position['drawn']}: pass the same data as before"
                     ) from None
                 self._drawn += 1
-            if batch is not None and checksum(jax.tree.leaves(self._checked(batch))) != last:
+            if batch is not None and differences(last, described(self._checked(batch))):
                 raise ValueError(
                     f"batch {self._drawn - 1} of {self.name} is another one than the run that is "
                     "resumed had drawn: pass an iterator that yields the same batches (its seed)"

@@ -34,7 +34,7 @@ def described(value: Any) -> Any:
         x for x in leaves if not is_key(x) and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
     ]
     exact = [x for x in leaves if not any(x is y for y in inexact)]
-    return {"values": _two_numbers(inexact), "checksum": checksum(exact)}
+    return {"values": _two_numbers(inexact), "checksum": _checksum(exact)}
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
@@ -68,8 +68,7 @@ def _two_numbers(leaves: list[Any]) -> list[float]:
     return [square**0.5, total]
 
 
-def checksum(leaves: list[Any]) -> int:
-    """Differs where any array or key differs."""
+def _checksum(leaves: list[Any]) -> int:
     found = 0
     for leaf in leaves:
         leaf = jax.random.key_data(leaf) if is_key(leaf) else leaf
