@@ -6,28 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import OUTER, relaxed
+from problems import OUTER
+from ridge import LOSSES, SGD, X, Y, train_loss, val_loss
 
 import gradhpo
 
 
-SGD = relaxed(optax.sgd(0.1))
-X, Y = jnp.linspace(-1, 1, 30).reshape(10, 3), jnp.linspace(0, 1, 10)
 BATCH = (np.asarray(X[:4]), np.asarray(Y[:4]))
 KEY = jax.random.key(0)
 
 
-def train_loss(w, h, batch):
-    x, y = batch
-    return jnp.mean(jnp.square(x @ w - y)) + jnp.sum(jnp.exp(h) * jnp.square(w))
-
-
-def val_loss(w, h, batch):
-    x, y = batch
-    return jnp.mean(jnp.square(x @ w - y))
-
-
-LOSSES = gradhpo.LossFunctions(train_loss, val_loss)
 OPTIMIZER = gradhpo.OneStepOptimizer(SGD, OUTER)
 WITHOUT_OUTER = gradhpo.OneStepOptimizer(SGD)
 UNROLLED = gradhpo.UnrolledOptimizer(SGD, OUTER, unroll_steps=3)

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 from problems import OUTER, relaxed
+from ridge import LOSSES, SGD, X, Y, train_loss, val_loss
 
 import gradhpo
 from gradhpo.training import driver
@@ -21,22 +22,9 @@ from gradhpo.training.chunk import Chunk
 from gradhpo.utils import progress
 
 
-SGD = relaxed(optax.sgd(0.1))
-X, Y = jnp.linspace(-1, 1, 30).reshape(10, 3), jnp.linspace(0, 1, 10)
 BATCHES = [(np.asarray(X[i : i + 4]), np.asarray(Y[i : i + 4])) for i in range(6)]
 
 
-def train_loss(w, h, batch):
-    x, y = batch
-    return jnp.mean(jnp.square(x @ w - y)) + jnp.sum(jnp.exp(h) * jnp.square(w))
-
-
-def val_loss(w, h, batch):
-    x, y = batch
-    return jnp.mean(jnp.square(x @ w - y))
-
-
-LOSSES = gradhpo.LossFunctions(train_loss, val_loss)
 OPTIMIZER = gradhpo.OneStepOptimizer(SGD, OUTER)
 DATA = gradhpo.ArrayData((X, Y), 4, jax.random.key(1))
 

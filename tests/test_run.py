@@ -6,29 +6,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from problems import OUTER, relaxed
+from problems import OUTER
+from ridge import LOSSES, SGD, X, Y, train_loss, val_loss
 
 import gradhpo
 from gradhpo.core.state import METRICS
-
-
-SGD = relaxed(optax.sgd(0.1))
-X, Y = jnp.linspace(-1, 1, 30).reshape(10, 3), jnp.linspace(0, 1, 10)
-
-
-def train_loss(w, h, batch):
-    x, y = batch
-    return jnp.mean(jnp.square(x @ w - y)) + jnp.sum(jnp.exp(h) * jnp.square(w))
-
-
-def val_loss(w, h, batch):
-    x, y = batch
-    return jnp.mean(jnp.square(x @ w - y))
-
-
-LOSSES = gradhpo.LossFunctions(train_loss, val_loss)
 
 
 def unrolled(outer_optimizer=OUTER, steps=3):

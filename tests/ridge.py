@@ -1,0 +1,24 @@
+"""The smallest problem that a run can be about: ridge regression on ten examples."""
+
+import jax.numpy as jnp
+import optax
+from problems import relaxed
+
+import gradhpo
+
+
+SGD = relaxed(optax.sgd(0.1))
+X, Y = jnp.linspace(-1, 1, 30).reshape(10, 3), jnp.linspace(0, 1, 10)
+
+
+def train_loss(w, h, batch):
+    x, y = batch
+    return jnp.mean(jnp.square(x @ w - y)) + jnp.sum(jnp.exp(h) * jnp.square(w))
+
+
+def val_loss(w, h, batch):
+    x, y = batch
+    return jnp.mean(jnp.square(x @ w - y))
+
+
+LOSSES = gradhpo.LossFunctions(train_loss, val_loss)
