@@ -1,5 +1,6 @@
 """What the host adds to a run: batches of an iterator, logs, checkpoints; and a long run."""
 
+import functools
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from benchmarks.problem import OUTER_RATE, Model, job, train_loss, val_loss
 from benchmarks.timed import alternating, loop_pair
 
 
-NUM_STEPS, EVERY = 2_000, 100
+NUM_STEPS, EVERY = 1_000, 100
 BATCH_SIZE = 400  # about a millisecond a step
 
 
@@ -47,43 +48,47 @@ def print_host() -> None:
             chosen = random.integers(len(x), size=BATCH_SIZE)
             yield x[chosen], y[chosen], index[chosen]
 
-    def go(data, num_steps=NUM_STEPS, **settings) -> None:
+    def go(data, num_steps: int, **settings) -> None:
         gradhpo.run(
             optimizer, state, losses, data, the_job.val_batch, num_steps=num_steps,
             chunk_size=EVERY, lr_hyper=OUTER_RATE, progress=False, **settings,
         )  # fmt: skip
 
-    def recorded() -> None:
+    def recorded(num_steps: int) -> None:
         with tempfile.TemporaryDirectory() as directory:
-            go(the_job.train_data, **recorders(directory))
+            go(the_job.train_data, num_steps, **recorders(directory))
 
-    def logged() -> None:
+    def logged(num_steps: int) -> None:
         with tempfile.TemporaryDirectory() as directory:
             logger = gradhpo.JSONLinesLogger(f"{directory}/log.jsonl")
             checkpoint = gradhpo.Checkpoint(directory, every_steps=EVERY)
-            go(the_job.train_data, callbacks=[logger], checkpoint=checkpoint)
+            go(the_job.train_data, num_steps, callbacks=[logger], checkpoint=checkpoint)
 
-    few = NUM_STEPS // 4  # and more often: what is compared is within the noise of the machine
-    plain = lambda: go(the_job.train_data)
-    short = lambda: go(the_job.train_data, few)
-    scan = loop_pair("OneStepOptimizer", BATCH_SIZE, few)[1]
+    many = 5 * NUM_STEPS  # what a run pays once is said below
+    plain = lambda num_steps: go(the_job.train_data, num_steps)
+    by_hand = loop_pair("OneStepOptimizer", BATCH_SIZE, NUM_STEPS)[1]
+    scan = lambda num_steps: by_hand()
     pairs = {
-        "ArrayData / hand-written lax.scan": (short, scan, few, 41),
-        "NumPy iterator / hand-written lax.scan": (lambda: go(batches(), few), scan, few, 41),
-        f"a log and checkpoints every {EVERY} steps / without": (logged, plain, NUM_STEPS, 11),
-        f"two logs, best state, checkpoints every {EVERY} / without": (
-            recorded, plain, NUM_STEPS, 11,
+        "hand-written lax.scan / itself": (scan, scan, NUM_STEPS, 41),
+        "ArrayData / hand-written lax.scan": (plain, scan, NUM_STEPS, 41),
+        "NumPy iterator / hand-written lax.scan": (
+            lambda num_steps: go(batches(), num_steps), scan, NUM_STEPS, 41,
         ),
+        f"a log and checkpoints every {EVERY} steps / without": (logged, plain, many, 11),
+        f"two logs, best state, checkpoints every {EVERY} / without": (recorded, plain, many, 11),
     }  # fmt: skip
+    print(f"  {'us a step; median and quartiles of the ratios':57}")
     for name, (first, second, steps, repeats) in pairs.items():
-        a, b, ratio = alternating(first, second, repeats)
+        a, b, ratio, low, high = alternating(
+            functools.partial(first, steps), functools.partial(second, steps), repeats
+        )
         print(
-            f"  {name:55} {1e6 * a / steps:6.0f} us a step {1e6 * b / steps:6.0f} us"
-            f"  ratio {ratio:.3f}",
+            f"  {name:57} {1e6 * a / steps:5.0f} {1e6 * b / steps:5.0f}   {ratio:.3f}"
+            f" ({low:.2f} to {high:.2f})",
             flush=True,
         )
-    one = lambda: go(the_job.train_data, 1)
-    print(f"  a run of one step {1e3 * alternating(one, one, 41)[0]:.1f} ms")
+    once = alternating(lambda: plain(1), lambda: logged(1), 41)
+    print(f"  a run of one step {1e3 * once.first:.1f} ms, with both {1e3 * once.second:.1f} ms")
 
 
 def print_night(num_steps: int = 10_000) -> None:

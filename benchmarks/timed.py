@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,18 @@ from benchmarks.compiled import ALGORITHMS, exact_programs, init_by_hand
 from benchmarks.problem import OUTER_RATE, job
 
 
-def alternating(first: Callable, second: Callable, repeats: int) -> tuple[float, float, float]:
-    """Median seconds of each, and the median of the ratios within a pair."""
+class Compared(NamedTuple):
+    """Median seconds of each, and median and quartiles of the ratios within a pair."""
+
+    first: float
+    second: float
+    ratio: float
+    low: float
+    high: float
+
+
+def alternating(first: Callable, second: Callable, repeats: int) -> Compared:
+    """Times both by turns."""
     seconds: tuple[list[float], list[float]] = ([], [])
     first(), second()
     for i in range(repeats):
@@ -23,7 +34,8 @@ def alternating(first: Callable, second: Callable, repeats: int) -> tuple[float,
             (first, second)[which]()
             seconds[which].append(time.perf_counter() - start)
     ratios = [a / b for a, b in zip(*seconds, strict=True)]
-    return *map(statistics.median, seconds), statistics.median(ratios)
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return Compared(*map(statistics.median, seconds), middle, low, high)
 
 
 def loop_pair(name: str, batch_size: int, num_steps: int):
@@ -70,7 +82,7 @@ def print_loops() -> None:
     for name in ALGORITHMS:
         for batch_size in (32, 128):
             num_steps = 60 if "(20)" in name else 1_000
-            a, b, ratio = alternating(*loop_pair(name, batch_size, num_steps), repeats=21)
+            a, b, ratio, *_ = alternating(*loop_pair(name, batch_size, num_steps), repeats=21)
             print(
                 f"  {name:22} batch {batch_size:4}  {1e6 * a / num_steps:8.0f} us a step"
                 f"  {1e6 * b / num_steps:8.0f} us by hand  ratio {ratio:.3f}"
@@ -81,7 +93,7 @@ def print_exact() -> None:
     print("\nExact hypergradient, T = 20: time of gradhpo / jax.grad through a plain lax.scan")
     for batch_size in (32, 128, 1_000):
         for name in ("SGD", "Adam"):
-            a, b, ratio = alternating(*exact_programs(name, batch_size), repeats=21)
+            a, b, ratio, *_ = alternating(*exact_programs(name, batch_size), repeats=21)
             print(
                 f"  batch {batch_size:5}  {name:5} {1e3 * a:8.2f} ms  {1e3 * b:8.2f} ms"
                 f"  ratio {ratio:.2f}"

@@ -9,6 +9,8 @@ from problems import OUTER, relaxed
 
 import gradhpo
 from gradhpo.data.arrays import _permute
+from gradhpo.data.feed import Feed
+from gradhpo.data.sources import as_source
 
 
 X, Y = jnp.linspace(-1, 1, 30).reshape(10, 3), jnp.linspace(0, 1, 10)
@@ -195,3 +197,37 @@ def test_numbers_and_nested_batches_of_an_iterator():
         batches, None, num_steps=6, chunk_size=3, progress=False,
     )  # fmt: skip
     assert history["rejected"][-1] == 0
+
+
+def test_memory_of_batches_is_used_again_once_a_chunk_is_done():
+    # Two chunks at work, as in a run; loaders that fill their arrays again, of other lengths.
+    def batches(count):
+        x = np.zeros(3)
+        for number in range(count):
+            x[:] = number
+            yield {"x": x, "key": jax.random.key(number), "n": number}
+
+    train, val = gradhpo.iterate(list(range(24))), batches(11)
+    feed = Feed(as_source(train, "train_data", 2), as_source(val, "val_data", None))
+    assert feed.affordable(4) == 4
+    addresses, flying, first = set(), [], 0
+    for expected in (4, 4, 3):  # the second iterator ends
+        (t, v, taken), steps = feed.take(4, 1, in_part=True), np.arange(first, first + expected)
+        assert taken == expected
+        flying.append((t.values, v.values, steps))
+        addresses.add(v.values["x"].ctypes.data)
+        assert v.values["x"].ctypes.data % 64 == 0
+        assert v.values["x"].dtype == np.float64
+        if len(flying) == 2:
+            of_train, of_val, of_steps = flying.pop(0)
+            np.testing.assert_array_equal(of_train, 2 * of_steps[:, None] + np.arange(2))
+            np.testing.assert_array_equal(of_val["x"], np.repeat(of_steps[:, None], 3, 1))
+            keys = jax.vmap(jax.random.key)(of_steps)
+            assert jnp.all(of_val["key"] == keys)
+            assert np.array_equal(of_val["n"], of_steps)
+            feed.settle()
+        first += expected
+    assert len(addresses) == 2  # and not one for each chunk
+    feed.close()
+    # Batches of what was not done (the last chunk), and of the step that had no other half.
+    assert [int(next(train)) for _ in range(8)] == [16, 17, 18, 19, 20, 21, 22, 23]

@@ -1,7 +1,7 @@
 """Iterators: read in pieces of one chunk, checked batch by batch, and found again on resuming."""
 
 import collections
-import itertools
+import math
 from typing import Any
 
 import equinox as eqx
@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from gradhpo.core.types import BatchStack, DrawnStack
+from gradhpo.data.buffer import Buffer, Kind, Waiting
 from gradhpo.data.loaders import Repeated, seek, state_of, touch
 from gradhpo.utils.description import described, differences
 from gradhpo.utils.keys import is_key
@@ -38,14 +39,15 @@ class Host:
 
     def __init__(self, name: str, iterator: Any, per_step: int | None):
         self.name, self._iterator, self._per_step = name, iterator, per_step
-        self._ahead: list[PyTree] = []  # drawn, and not handed out yet
-        self._taken: collections.deque[list[PyTree]] = collections.deque()  # and not done yet
+        self._waiting: Waiting | None = None  # until a first batch says for what there is room
+        # Handed out, and not done yet: how many batches of which buffer.
+        self._taken: collections.deque[tuple[Buffer, int]] = collections.deque()
         self.failure: Exception | None = None
-        self._kind: Any = None
         # A run that resumes can draw the earlier batches again only from an untouched iterator.
         self._untouched = touch(iterator)
         self._drawn = iterator.drawn if isinstance(iterator, Repeated) else 0
         self._position = self._here()
+        self._last: PyTree = None  # batch before that position, to be described
 
     def same_as(self, other: "Host") -> bool:
         """Whether both draw from one iterator."""
@@ -56,12 +58,9 @@ class Host:
     def bytes_per_step(self) -> int:
         """Size of what one step draws, from a first batch that is kept for later."""
         self._draw(1)
-        if not self._ahead and self.failure is not None:
-            raise self.failure
-        if not self._ahead:
-            raise ValueError(f"{self.name} is an iterator without a single batch")
-        size = sum(x.nbytes for x in jax.tree.leaves(self._ahead[0]))
-        return size * (self._per_step or 1)
+        if self._waiting is None:
+            raise self.failure or ValueError(f"{self.name} is an iterator without a single batch")
+        return self._waiting.kind.nbytes * (self._per_step or 1)
 
     def draw(self, steps: int, *, in_part: bool) -> int:
         """Draws what `steps` steps need, and says for how many there are batches.
@@ -69,80 +68,84 @@ class Host:
         What goes wrong is raised once there are none, or with `in_part=False` if one is missing.
         """
         self._draw(steps * (self._per_step or 1))
-        found = min(steps, len(self._ahead) // (self._per_step or 1))
+        found = min(steps, self._ahead // (self._per_step or 1))
         if self.failure is not None and found < (1 if in_part else steps):
             raise self.failure
         return found
 
     def fetch(self, steps: int) -> Fetched:
         """The batches of the next `steps` steps, which were drawn."""
-        count = steps * (self._per_step or 1)
-        batches, self._ahead = self._ahead[:count], self._ahead[count:]
-        # Only one that takes them back needs them again.
-        self._taken.append(batches if isinstance(self._iterator, Repeated) else [])
+        lead = (steps,) if self._per_step is None else (steps, self._per_step)
+        count = math.prod(lead)
+        assert self._waiting is not None  # since something was drawn
+        buffer = self._waiting.hand_out(count)
+        self._taken.append((buffer, count))
         # The state of an iterator that gave more than is used, or failed, is past its place.
         past = self._ahead or self.failure is not None
         self._position = self._here() | ({"state": None} if past else {})
-        self._position["last"] = described(batches[-1])
-        return Fetched(jax.tree.map(lambda *leaves: self._stacked(leaves, steps), *batches))
+        self._last = buffer.batch(count - 1)
+        return Fetched(buffer.stacked(*lead))
 
     def settle(self) -> None:
-        """The steps of the oldest `fetch` are done."""
-        self._taken.popleft()
+        """The steps of the oldest `fetch` are done, and nothing reads its batches any more."""
+        assert self._waiting is not None
+        self._waiting.take_back(self._taken.popleft()[0])
 
     def close(self) -> None:
         """What was drawn and not used goes back, where that is possible."""
         if isinstance(self._iterator, Repeated):
-            self._iterator.give_back([*itertools.chain(*self._taken), *self._ahead])
+            taken = [buffer.batch(i) for buffer, count in self._taken for i in range(count)]
+            self._iterator.give_back([*taken, *(self._waiting.batches() if self._waiting else [])])
         self._taken.clear()
-        self._ahead = []
+        self._waiting = None
 
     def _draw(self, count: int) -> None:
-        while len(self._ahead) < count and self.failure is None:
+        while self._ahead < count and self.failure is None:
             try:
-                batch = self._checked(next(self._iterator))
+                leaves, waiting = self._checked(next(self._iterator))
+                waiting.add(leaves, room=count)
                 self._drawn += 1
-                self._ahead.append(batch)
             except StopIteration:
                 return
             except Exception as error:
                 self.failure = error
 
-    def _checked(self, batch: PyTree) -> PyTree:
-        """The batch as arrays, alike in structure, shapes and dtypes to those before it."""
+    def _checked(self, batch: Any) -> tuple[list[Any], Waiting]:
+        """The leaves as arrays, alike in structure, shapes and dtypes to those that wait."""
         which = f"{self.name} (batch {self._drawn})"
         # PyTorch's loader yields lists; a list of arrays is a list of batches elsewhere.
-        batch = tuple(batch) if type(batch) is list else batch
-        batch = jax.tree.map(lambda x: _as_array(x, which), batch)
-        leaves, treedef = jax.tree.flatten(batch)
-        kind = treedef, [x.shape for x in leaves], [x.dtype for x in leaves]
-        if self._kind is None:
+        leaves, structure = jax.tree.flatten(tuple(batch) if type(batch) is list else batch)
+        leaves = [_as_array(x, which) for x in leaves]
+        dtypes = [jax.dtypes.canonicalize_dtype(x.dtype, True) for x in leaves]
+        kind = Kind(structure, [x.shape for x in leaves], dtypes)
+        if self._waiting is None:
             if not leaves:
                 raise ValueError(f"{which} holds no array: {batch!r}")
             if any(x.shape[:1] == (0,) for x in leaves):
-                raise ValueError(f"{which} is empty: it holds no example, shapes {kind[1]}")
-            self._kind = kind
-        for what, expected, found in zip(_ALIKE, self._kind, kind, strict=True):
+                raise ValueError(f"{which} is empty: it holds no example, shapes {kind.shapes}")
+            self._waiting = Waiting(kind)
+        for what, expected, found in zip(_ALIKE, self._waiting.kind, kind, strict=True):
             if found != expected:
                 raise ValueError(
                     f"{which} differs from the first in its {what}: {found}, not {expected}. All "
                     f"batches of a compiled step are alike: {_ALIKE[what]}"
                 )
-        return batch
+        return leaves, self._waiting
 
-    def _stacked(self, leaves: tuple, steps: int) -> np.ndarray | Array:
-        # PRNG keys have no NumPy form.
-        stacked = jnp.stack(leaves) if is_key(leaves[0]) else np.stack(leaves)
-        lead = (steps,) if self._per_step is None else (steps, self._per_step)
-        return stacked.reshape(*lead, *stacked.shape[1:])
+    @property
+    def _ahead(self) -> int:
+        """How many batches are drawn, and not handed out yet."""
+        return len(self._waiting) if self._waiting is not None else 0
 
     # -- resuming ------------------------------------------------------------------------------
 
     def _here(self) -> dict[str, Any]:
-        return {"drawn": self._drawn - len(self._ahead), "state": state_of(self._iterator)}
+        return {"drawn": self._drawn - self._ahead, "state": state_of(self._iterator)}
 
     def position(self) -> dict[str, Any]:
         """Where the steps handed out so far end, as JSON can hold it."""
+        if self._last is not None and self._position["state"] is None:
+            self._position["last"], self._last = described(self._last), None
         return self._position
 
     def check_can_resume(self) -> None:
@@ -178,12 +181,19 @@ class Host:
                         f"resumed had drawn {position['drawn']}: pass the same data as before"
                     ) from None
                 self._drawn += 1
-            if batch is not None and differences(last, described(self._checked(batch))):
+            if batch is not None and differences(last, self._described(batch)):
                 raise ValueError(
                     f"batch {self._drawn - 1} of {self.name} is another one than the run that is "
                     "resumed had drawn: pass an iterator that yields the same batches (its seed)"
                 )
         self._position = position
+
+    def _described(self, batch: PyTree) -> Any:
+        """What `position` says of a batch."""
+        leaves, waiting = self._checked(batch)
+        kept = Buffer(waiting.kind, 1)
+        kept.put(0, leaves)
+        return described(kept.batch(0))
 
 
 _ALIKE = {
@@ -195,15 +205,14 @@ _ALIKE = {
 
 def _as_array(x: Any, which: str) -> np.ndarray | Array:
     """What a loader yields as an array: tensors of other libraries by way of NumPy."""
-    if is_key(x):
+    if isinstance(x, jax.Array) and is_key(x):
         return x
     try:
         is_number = isinstance(x, (bool, int, float, complex))
-        # A copy: some loaders fill the same buffer again.
-        array = x if isinstance(x, jax.Array) else np.array(strong(x) if is_number else x)
+        array = x if isinstance(x, jax.Array) else np.asarray(strong(x) if is_number else x)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{which} holds a {type(x).__name__} that is no array: {error}") from error
-    if not any(jnp.issubdtype(array.dtype, kind) for kind in (np.number, np.bool_)):
+    if array.dtype.kind not in "biufc" and not jnp.issubdtype(array.dtype, np.number):
         raise TypeError(
             f"{which} holds a {type(x).__name__} with dtype {array.dtype}: a batch is a pytree of "
             "numbers; leave text and objects out, or encode them"

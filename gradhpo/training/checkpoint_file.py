@@ -38,8 +38,9 @@ def write_file(path: Path, header: str, tree: PyTree) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    finally:
+    except BaseException:
         beside.unlink(missing_ok=True)
+        raise
     _sync_directory(path.parent)
 
 

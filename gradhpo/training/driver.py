@@ -85,6 +85,8 @@ class Driver:
                     flying.extend(launched)
                 if flying:
                     self._land(flying.popleft(), bar)
+                    if waiting or flying:  # else the end is kept, which is the same
+                        self._save_if_due()
                 if interrupts.asked and (waiting or flying):
                     return Stopped("interrupted")
                 if ending and not flying:
@@ -118,6 +120,10 @@ class Driver:
             }
             self.keeper.save(self.record.taken, parts, about)
 
+    def _save_if_due(self) -> None:
+        if self.keeper is not None and self.keeper.is_due(self.record.taken):
+            self.save("")
+
     def _launch(
         self, episodes: int, length: int, before: "list[Flight]"
     ) -> "tuple[list[Flight], Stopped | None]":
@@ -132,12 +138,11 @@ class Driver:
                 )
             if taken == 0:
                 return [], self._out_of_data(may_return)
-            positions = self.feed.positions()
+            positions = self.feed.positions() if self.keeper is not None else {}
             with failing("device error", may_return=may_return):
                 chunk = Chunk(self.optimizer, self.losses, train, val, self.rate)
                 if self.steps_per_episode is None:
-                    state, stacked = chunk.run_steps(state, taken)
-                    reached = state.params
+                    (state, stacked), reached = chunk.run_steps(state, taken), None
                 else:
                     state, start, reached, stacked = chunk.run_episodes(
                         state, start, self.reptile_rate, taken // length, length,
@@ -168,15 +173,10 @@ class Driver:
         self.feed.settle()
         bar.advance(len(metrics["rejected"]), metrics)
         with failing("callback error", may_return=flight.may_return):
-            # Where an episode has ended the state stands at the start of the next one already;
-            # what was measured are the parameters at its end.
-            params = eqx.combine(flight.reached, self.state.params)
-            reason = self.callbacks(self.state.update(params=params), metrics)
+            reason = self.callbacks(flight.measured, metrics)
         self._settled = True
         if self.keeper is not None:
             self.keeper.add(metrics)
-            if self.keeper.is_due(self.record.taken):
-                self.save("")
         if reason is not None:
             raise Stopped(reason)
         self._stop_if_over()
@@ -196,7 +196,17 @@ class Flight:
 
     state: BilevelState
     start: PyTree
-    reached: PyTree  # the parameters after the last step
+    reached: PyTree  # the parameters after the last step, where these are others than the state's
     metrics: dict[str, Array]
     positions: dict[str, Any]
     may_return: bool  # whether there are steps to return should this one fail
+
+    @property
+    def measured(self) -> BilevelState:
+        """The state whose parameters were measured last.
+
+        Where an episode has ended `state` stands at the start of the next one already.
+        """
+        if self.reached is None:
+            return self.state
+        return self.state.update(params=eqx.combine(self.reached, self.state.params))

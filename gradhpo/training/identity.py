@@ -39,6 +39,8 @@ def identity(
 
 def _moves(rule: Any, hyperparams: PyTree, opt_state: PyTree, params: PyTree) -> Any:
     """What an optimizer makes of a gradient of 1: a rate or a decay is hidden in its functions."""
+    if rule is None:
+        return None
     # Some need more than a gradient, or have an axis of tasks: those cannot be told.
     with contextlib.suppress(Exception):
         return described(_of_ones(rule, hyperparams, opt_state, params))

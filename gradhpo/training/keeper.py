@@ -33,25 +33,25 @@ except ImportError:  # not on Windows
     fcntl = None
 
 
-def _newest(directory: Path) -> Path | None:
-    return next(reversed(checkpoints_in(directory)), None)
+def _locked(path: Path) -> tuple[IO[bytes], bool]:
+    """A file that one process holds, and whether it does (some file systems have no locks).
 
-
-def _locked(path: Path) -> IO[bytes]:
-    """A file that one process holds; the system lets go of it however that process ends."""
-    file = open(path, "ab")
+    The system lets go of it however that process ends.
+    """
+    file, held = open(path, "ab"), False
     if fcntl is not None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
         except BlockingIOError:
             file.close()
             raise ValueError(
                 f"another run is at work in {path.parent}: wait for its end, or pass another "
                 "directory"
             ) from None
-        except OSError:  # some network file systems have no locks
+        except OSError:
             pass
-    return file
+    return file, held
 
 
 class Keeper:
@@ -70,10 +70,11 @@ class Keeper:
         self._unsaved: list[dict[str, np.ndarray]] = []
         self.saved_step = self._tried_step = 0
         self._tried_at = time.monotonic()
-        self._same = ""
+        self._same, self._tidied = "", False
         self.failures: list[str] = []
-        self._lock = _locked(self._directory / ".lock")
-        self._found = self._newest = _newest(self._directory)
+        self._lock, self._locked = _locked(self._directory / ".lock")
+        self._there = checkpoints_in(self._directory)
+        self._found = self._there[-1] if self._there else None
         try:
             if self._found is None:
                 self._metrics.check_absent()
@@ -139,13 +140,15 @@ class Keeper:
             leaves["memories"] = [leaves_of(memory) for memory in parts["memories"]]
             self._same = json.dumps({"description": self._description, "leaves": leaves})
         try:
-            self._check_alone()
+            if not self._locked:
+                self._check_alone()
             self._metrics.add(_joined(self._unsaved))
             self._unsaved = []
             changing = header | {"taken": taken, "metrics": self._metrics.header()}
             written = self._same[:-1] + ", " + json.dumps(changing)[1:]
             write_file(path, written, list(parts.values()))
-            self._newest, self.saved_step = path, taken
+            self._there = [*(old for old in self._there if old != path), path]
+            self.saved_step = taken
         except Exception as error:
             if taken == 0:
                 raise
@@ -155,17 +158,21 @@ class Keeper:
             self._tidy_up()
 
     def _tidy_up(self) -> None:
-        for old in checkpoints_in(self._directory)[: -self._settings.keep]:
-            if is_checkpoint(old):
+        if not self._tidied:
+            for torn in self._directory.glob(".step-*.ckpt.tmp"):  # of a process that was killed
+                torn.unlink()
+            self._tidied = True
+        while len(self._there) > self._settings.keep:
+            old = self._there[0]
+            if old.exists() and is_checkpoint(old):
                 old.unlink()
-        for torn in self._directory.glob(".step-*.ckpt.tmp"):
-            torn.unlink()
+            del self._there[0]
 
     def _check_alone(self) -> None:
         """Where there is no lock, another run shows by its checkpoints."""
-        newest = _newest(self._directory)
-        if newest != self._newest:
-            raise OSError(f"{newest} was written by another run in the same directory")
+        other = set(checkpoints_in(self._directory)) - set(self._there)
+        if other:
+            raise OSError(f"{min(other)} was written by another run in the same directory")
 
     def close(self) -> None:
         """Another run may have the directory."""

@@ -1,0 +1,115 @@
+"""Memory for the batches of an iterator, where those of a chunk stand one behind another."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from gradhpo.utils.keys import is_key
+
+
+class Kind(NamedTuple):
+    """What all batches of an iterator have in common. Dtypes are those that JAX will see."""
+
+    structure: Any
+    shapes: list[tuple[int, ...]]
+    dtypes: list[Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of one batch."""
+        sizes = zip(self.shapes, self.dtypes, strict=True)
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in sizes)
+
+
+class Buffer:
+    """Room for `size` batches."""
+
+    def __init__(self, kind: Kind, size: int):
+        self.size, self._structure = size, kind.structure
+        self._rows = [
+            # PRNG keys have no NumPy form.
+            [None] * size if jnp.issubdtype(dtype, jax.dtypes.prng_key) else _aligned(
+                (size, *shape), dtype
+            )
+            for shape, dtype in zip(kind.shapes, kind.dtypes, strict=True)
+        ]  # fmt: skip
+
+    def put(self, place: int, leaves: Sequence[Any]) -> None:
+        """Writes a batch."""
+        for rows, leaf in zip(self._rows, leaves, strict=True):
+            rows[place] = leaf
+
+    def leaves(self, place: int) -> list[Any]:
+        """The leaves of a batch: views, where they are not keys."""
+        return [rows[place] for rows in self._rows]
+
+    def batch(self, place: int) -> Any:
+        """A batch, made of views."""
+        return jax.tree.unflatten(self._structure, self.leaves(place))
+
+    def stacked(self, *lead: int) -> Any:
+        """The first batches as one, with these leading axes: views again."""
+        leaves = [_reshaped(rows[: math.prod(lead)], lead) for rows in self._rows]
+        return jax.tree.unflatten(self._structure, leaves)
+
+
+class Waiting:
+    """Batches that are drawn and not handed out yet.
+
+    Each is copied once, to where the device will read it, as some loaders fill the same arrays
+    again.
+    """
+
+    def __init__(self, kind: Kind):
+        self.kind = kind
+        self._buffer, self._count = Buffer(kind, 1), 0
+        self._free: list[Buffer] = []
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, leaves: Sequence[Any], room: int) -> None:
+        """Puts a batch behind the others, as one of `room` many."""
+        if self._buffer.size < room:
+            self._move(self._buffer, range(self._count), room)
+        self._buffer.put(self._count, leaves)
+        self._count += 1
+
+    def hand_out(self, count: int) -> Buffer:
+        """A buffer that begins with the first `count` batches. The others wait on."""
+        out = self._buffer
+        self._move(out, range(count, self._count), max(1, self._count - count))
+        return out
+
+    def take_back(self, buffer: Buffer) -> None:
+        """A buffer that nothing reads any more, to be written to again."""
+        self._free.append(buffer)
+
+    def batches(self) -> list[Any]:
+        """All of them."""
+        return [self._buffer.batch(place) for place in range(self._count)]
+
+    def _move(self, old: Buffer, places: range, size: int) -> None:
+        self._free = [buffer for buffer in self._free if buffer.size >= size]
+        self._buffer = self._free.pop() if self._free else Buffer(self.kind, size)
+        self._count = len(places)
+        for new, place in enumerate(places):
+            self._buffer.put(new, old.leaves(place))
+
+
+def _reshaped(rows: Any, lead: tuple[int, ...]) -> np.ndarray | Array:
+    stacked = jnp.stack(rows) if is_key(rows[0]) else rows
+    return stacked.reshape(*lead, *stacked.shape[1:])
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that XLA can read in place on a CPU, which takes a multiple of 64 bytes."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
