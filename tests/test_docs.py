@@ -34,7 +34,7 @@ def blocks(text):
 def test_readme_runs_as_shown(capsys):
     readme = (ROOT / "README.md").read_text()
     codes = blocks(readme)
-    assert len(codes) == 6
+    assert len(codes) == 2
     namespace: dict = {}
     for code in codes:
         exec(compile(code, "README.md", "exec"), namespace)
@@ -75,6 +75,22 @@ def test_public_methods_are_documented():
         for method, value in vars(thing).items():
             if not method.startswith("_") and callable(value):
                 assert inspect.getdoc(getattr(thing, method)), f"{name}.{method}"
+
+
+def test_reference_has_every_public_name_once():
+    text = "".join(page.read_text() for page in sorted((ROOT / "docs" / "api").glob("*.md")))
+    assert sorted(re.findall(r"^::: gradhpo\.(\w+)$", text, re.MULTILINE)) == sorted(
+        gradhpo.__all__
+    )
+
+
+def test_displayed_formulas_stand_alone():
+    """Else they are shown as they are written: `$$`, and no formula."""
+    for file in [*(ROOT / "gradhpo").rglob("*.py"), *(ROOT / "docs").rglob("*.md")]:
+        parts = file.read_text().split("$$")
+        for before, formula, after in zip(parts[:-2:2], parts[1::2], parts[2::2], strict=True):
+            alone = before.rstrip(" ").endswith("\n\n") and re.match(r'\n\n|\n *"""', after)
+            assert alone, f"{file}: a blank line before and after $${formula}$$"
 
 
 def test_imports_point_down():

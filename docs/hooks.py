@@ -1,0 +1,111 @@
+"""What the site is made of besides the pages here: README, the examples, their results; formulas.
+
+Texts that live elsewhere in the repository become pages, so that nothing is written twice, and
+links between files of the repository become links between pages. Formulas become MathML while the
+site is built: a browser needs no script for them, and no network.
+"""
+
+import ast
+import html
+import posixpath
+import re
+from pathlib import Path
+
+from latex2mathml import converter
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
+READING = sorted(path.stem for path in (ROOT / "examples" / "reading").glob("*.py"))
+# Files of the repository that are pages, or parts of them.
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "LICENSE": "LICENSE.txt",
+    "CITATION.cff": "CITATION.cff.txt",
+    "benchmarks/README.md": "benchmarks.md",
+    "examples/README.md": "examples/index.md",
+    **{f"examples/{name}.py": f"examples/{name}.md" for name in EXAMPLES},
+    **{f"examples/reading/{name}.py": f"examples/reading/{name}.md" for name in READING},
+}
+LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?\)")
+FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    for source, page in PAGES.items():
+        text = (ROOT / source).read_text()
+        if source == "examples/README.md":
+            text = text.split("\n## ")[0] + "\n"
+        elif source.startswith("examples/reading/"):
+            text = _reading(source, text)
+        elif source.startswith("examples/"):
+            text = _example(source, text)
+        files.append(File.generated(config, page, content=_relinked(text, source, page)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    if page.file.generated_by:  # its links are those of the site already
+        return markdown
+    return _relinked(markdown, f"docs/{page.file.src_uri}", page.file.src_uri)
+
+
+def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    return FORMULA.sub(_mathml, content)
+
+
+def _mathml(found: re.Match[str]) -> str:
+    formula = html.unescape(found[2]).strip()[2:-2]
+    if found[1] == "span":
+        return converter.convert(formula)
+    return f'<div class="formula">{converter.convert(formula, display="block")}</div>'
+
+
+def _relinked(text: str, source: str, page: str) -> str:
+    """Links between files of the repository, seen from `source`, as links from `page`."""
+
+    def link(found: re.Match[str]) -> str:
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(source), found[2]))
+        target = PAGES.get(target, target.removeprefix("docs/"))
+        target = posixpath.relpath(target, posixpath.dirname(page) or ".")
+        return f"{found[1]}{target}{found[3] or ''})"
+
+    return LINK.sub(link, text)
+
+
+def _example(source: str, code: str) -> str:
+    """What an example is about, its picture and its results, and the program itself."""
+    name, picture = Path(source).stem, f"docs/images/{Path(source).stem}.png"
+    title, about = (ast.get_docstring(ast.parse(code)) or "").split("\n", 1)
+    results = (ROOT / "examples" / "README.md").read_text().split("\n## ")[1:]
+    heading, found = next(
+        (part.split("\n", 1) for part in results if f"({name}.py)" in part), (title, "")
+    )
+    printed = ROOT / "docs" / "images" / f"{name}.txt"
+    parts = [
+        f"# {heading}",
+        f"*{title}*" if found else "",
+        about,
+        f"![What the example draws](../{picture})" if (ROOT / picture).exists() else "",
+        found,
+        f"It prints:\n\n```text\n{printed.read_text().rstrip()}\n```" if printed.exists() else "",
+        f"## The program\n\n`{source}`\n\n```py\n{code}```",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _reading(source: str, code: str) -> str:
+    """A script in cells as a page: its texts, and its code between them."""
+    parts = []
+    for cell in re.split(r"^# %%", code, flags=re.MULTILINE)[1:]:
+        head, body = cell.split("\n", 1)
+        if "[markdown]" in head:
+            parts.append(re.sub(r"^# ?", "", body.strip(), flags=re.MULTILINE))
+        else:
+            parts.append(f"```py\n{body.strip()}\n```")
+    return "\n\n".join([*parts, f"*The script: `{source}`*"]) + "\n"
