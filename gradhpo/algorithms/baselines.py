@@ -71,7 +71,7 @@ class OneStepOptimizer(Memoryless):
     $\alpha_1 = \partial L_{val}/\partial w\,(w_1)$ and $B_1 = \partial\Phi/\partial\lambda$ at
     the step that was just taken, through the inner optimizer's state and settings as well.
 
-    **Arguments:** and **Raises:** as for [`FOOptimizer`][gradhpo.FOOptimizer].
+    **Arguments:** as for [`FOOptimizer`][gradhpo.FOOptimizer]; so is what it raises.
 
     ```python
     train_loss = lambda w, h, batch: jnp.sum((w - h) ** 2)
