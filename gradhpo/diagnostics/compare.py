@@ -55,7 +55,8 @@ def compare_hypergradients(
         closed form, finite differences). `None`: the exact hypergradient of the whole horizon,
         by [`UnrolledOptimizer`][gradhpo.UnrolledOptimizer].
 
-    **Returns:** a report. `report.cosine[name]`, `.norm_ratio[name]`, `.relative_error[name]`
+    **Returns:** a [report][gradhpo.diagnostics.comparison.HypergradientComparison].
+    `report.cosine[name]`, `.norm_ratio[name]`, `.relative_error[name]`
     and `.sign_agreement[name]` compare over all coordinates, `report.per_leaf[leaf].cosine[name]`
     and so on leaf by leaf; `report.flops[name]`, `.temporary_bytes[name]`, `.seconds[name]` are
     the costs of the whole horizon, with an estimate at each `step` of the optimizer.
@@ -64,7 +65,9 @@ def compare_hypergradients(
     Hyperparameters that a method cannot see are in `report.unseen[name]`, methods that do not
     work on this problem in `report.failed[name]`, with the reason.
 
-    **Raises:** `ValueError` for a horizon that an optimizer does not divide, and what
+    **Raises:** `ValueError` for a horizon that an optimizer does not divide, no optimizers, one
+    that is called `"reference"` or `"training alone"`, different numbers of tasks, or a `reference`
+    of other shapes; `TypeError` for a list of batches; and what
     [`step`][gradhpo.BilevelOptimizer.step] raises for losses and batches.
 
     ```python
