@@ -37,6 +37,7 @@ class T1T2Optimizer(Memoryless):
 
         What reaches $\lambda$ through the inner optimizer itself (a learning rate, say) is
         differentiated exactly.
+
     - `perturb="hyperparams"`: for every coordinate $i$ of every leaf,
         $[\Phi(w, \lambda + \mathtt{epsilon}\,e_i) - \Phi(w, \lambda - \mathtt{epsilon}\,e_i)]
         / 2\,\mathtt{epsilon}$. Two inner steps per coordinate, but it needs no derivative of

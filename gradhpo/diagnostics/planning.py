@@ -122,8 +122,8 @@ def plan(
     **Arguments:**
 
     - `optimizers`: name to optimizer.
-    - `state`, `train_batch`, `val_batch`, `losses`: as for
-        [`step`][gradhpo.BilevelOptimizer.step]. Of a [`BatchStack`][gradhpo.BatchStack] the
+    - `state`, `train_batch`, `val_batch`: as for [`step`][gradhpo.BilevelOptimizer.step]; `losses`:
+        the [`LossFunctions`][gradhpo.LossFunctions]. Of a [`BatchStack`][gradhpo.BatchStack] the
         length does not matter: it is taken as long as each horizon needs it.
     - `horizons`: inner steps per `step` to try, in `unroll_steps` or `inner_steps`; optimizers
         that have no such setting appear once. Empty: every optimizer as it is.
@@ -136,7 +136,8 @@ def plan(
     `.cost.temporary_bytes`, `.fits`, `.checkpoints`, and `.optimizer`, ready for use; `.failed`
     where an optimizer does not work, at all or at this horizon. `str(plan)` is a table.
 
-    **Raises:** `ValueError` for horizons or `max_bytes` below 1, or for no optimizers.
+    **Raises:** `ValueError` for horizons or `max_bytes` below 1, and for optimizers that
+    [`compare_hypergradients`][gradhpo.compare_hypergradients] refuses.
 
     ```python
     loss = lambda w, h, batch: jnp.sum(jnp.cosh(w - h))
