@@ -44,7 +44,7 @@ class BilevelState(eqx.Module):
     The metrics are scalars, float32 or float64 where a parameter is float64, and `nan` before
     the first step: `train_loss` (last inner step, before its update), `val_loss` (at $w_T$,
     before the outer update), `hypergrad_norm`, `param_norm`, `hyperparam_norm` (Euclidean),
-    and `rejected` (how many steps so far were refused for a non-finite value).
+    and `rejected` (how many steps so far were refused for a non-finite value; 0 at first).
 
     ```python
     optimizer = gradhpo.FOOptimizer(optax.sgd(0.1), optax.sgd(0.1))
