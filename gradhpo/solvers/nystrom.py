@@ -118,7 +118,7 @@ class Nystrom(lx.AbstractLinearSolver[_LowRank]):
     def compute(
         self, state: _LowRank, vector: PyTree, options: dict[str, Any]
     ) -> tuple[PyTree, lx.RESULTS, dict[str, Any]]:
-        """Woodbury's formula with the well-conditioned `rank` by `rank` matrix, always called a success."""
+        """Woodbury's formula with the well-conditioned `rank` by `rank` matrix; always succeeds."""
         b, signs, rho = state
         v = ravel(vector, b.dtype)
         small = rho * jnp.diag(signs) + b @ b.T
