@@ -24,9 +24,12 @@ class FOOptimizer(Memoryless):
 
     - `inner_optimizer`: an optax transformation, or a function of the hyperparameters that
         returns one.
-    - `outer_optimizer`: an optax transformation for the hyperparameters; `None` means plain
-        gradient descent with the `lr_hyper` given to `step`.
+    - `outer_optimizer`: an optax transformation for the hyperparameters; `None` (the default)
+        means plain gradient descent with the `lr_hyper` given to `step`.
     - `update_fn`: in place of `inner_optimizer`, `(params, hyperparams, batch) -> params`.
+
+    **Raises:** `ValueError` for both or neither of `inner_optimizer` and `update_fn`; `TypeError`
+    for one that is neither an optax transformation nor a function. So do all optimizers.
 
     ```python
     loss = lambda w, h, batch: jnp.sum((w - h) ** 2)
@@ -38,7 +41,7 @@ class FOOptimizer(Memoryless):
     ??? cite "Reference"
 
         The $\xi = 0$ form of Liu et al., *DARTS: Differentiable Architecture Search*,
-        ICLR 2019, arXiv:1806.09055.
+        ICLR 2019, arXiv:1806.09055, equation 7.
     """
 
     inner_optimizer: InnerOptimizer | None = None
@@ -47,6 +50,7 @@ class FOOptimizer(Memoryless):
 
     @property
     def num_inner_steps(self) -> int:
+        """1: this method takes one inner step per `step`."""
         return 1
 
     @property
@@ -67,7 +71,7 @@ class OneStepOptimizer(Memoryless):
     $\alpha_1 = \partial L_{val}/\partial w\,(w_1)$ and $B_1 = \partial\Phi/\partial\lambda$ at
     the step that was just taken, through the inner optimizer's state and settings as well.
 
-    **Arguments:** as for [`FOOptimizer`][gradhpo.FOOptimizer].
+    **Arguments:** as for [`FOOptimizer`][gradhpo.FOOptimizer]; so is what it raises.
 
     ```python
     train_loss = lambda w, h, batch: jnp.sum((w - h) ** 2)
@@ -89,6 +93,7 @@ class OneStepOptimizer(Memoryless):
 
     @property
     def num_inner_steps(self) -> int:
+        """1: this method takes one inner step per `step`."""
         return 1
 
     @property

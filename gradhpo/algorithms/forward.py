@@ -22,8 +22,10 @@ class ForwardModeOptimizer(StepByStep):
 
     The derivative $Z_t = \mathrm{d} z_t/\mathrm{d}\lambda$ of parameters and optimizer state is
     carried along with them,
+
     $$Z_t = A_t Z_{t-1} + B_t,\qquad
     g = \frac{\partial L_{val}}{\partial\lambda} + \alpha_T Z_T,$$
+
     from `step` to `step`: with `unroll_steps=1` every inner step gives the hypergradient of all
     steps since `init` (or since the episode began), real-time hyperparameter optimization. The
     steps before were taken with the hyperparameters of their time, and so were their derivatives.
@@ -38,7 +40,7 @@ class ForwardModeOptimizer(StepByStep):
 
     - `inner_optimizer`, `outer_optimizer`, `update_fn`: as for
         [`FOOptimizer`][gradhpo.FOOptimizer].
-    - `unroll_steps`: inner steps per `step`, at least 1.
+    - `unroll_steps`: inner steps $T$ per `step`, at least 1; default 1.
 
     The memory: `Z`, a tree like the parameters and the optimizer state (its floating-point
     part), each leaf with a leading axis of length $H$ over the hyperparameters in the order of
@@ -76,6 +78,7 @@ class ForwardModeOptimizer(StepByStep):
 
     @property
     def num_inner_steps(self) -> int:
+        """Inner steps per `step`: `unroll_steps`."""
         return self.unroll_steps
 
     @property

@@ -39,9 +39,9 @@ class GreedyOptimizer(Memoryless):
 
     - `inner_optimizer`, `outer_optimizer`, `update_fn`: as for
         [`FOOptimizer`][gradhpo.FOOptimizer].
-    - `unroll_steps`: inner steps $T$ per `step`, at least 1.
-    - `gamma`: the discount $\gamma \in [0, 1]$, shape `()`. At 0 only the last step counts, as
-        in [`T1T2Optimizer`][gradhpo.T1T2Optimizer]; at 1 all count alike.
+    - `unroll_steps`: inner steps $T$ per `step`, at least 1; default 1.
+    - `gamma`: the discount $\gamma \in [0, 1]$, shape `()`, default 0.9. At 0 only the last step
+        counts, as in [`T1T2Optimizer`][gradhpo.T1T2Optimizer]; at 1 all count alike.
 
     **Raises:** `ValueError` for `gamma` outside [0, 1] or `unroll_steps < 1`.
 
@@ -71,6 +71,7 @@ class GreedyOptimizer(Memoryless):
 
     @property
     def num_inner_steps(self) -> int:
+        """Inner steps per `step`: `unroll_steps`."""
         return self.unroll_steps
 
     @property

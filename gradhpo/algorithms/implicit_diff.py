@@ -33,9 +33,11 @@ class ImplicitOptimizer(StepByStep):
 
     Where training has converged, $\nabla_w L_{train} = 0$ defines $w$ as a function of
     $\lambda$, and
+
     $$g = \frac{\partial L_{val}}{\partial\lambda} -
     q^\top \frac{\partial^2 L_{train}}{\partial w\,\partial\lambda},\qquad
     (H + \rho I)\, q = \nabla_w L_{val},\qquad H = \nabla_w^2 L_{train},$$
+
     with $\rho$ = `damping`. No path is differentiated: memory $O(P)$, and the activations of one
     training gradient, whatever the number of steps; two training gradients per product of the
     linear solver, and only products with $H$ (unless the solver asks for the matrix). Beside an
@@ -47,10 +49,9 @@ class ImplicitOptimizer(StepByStep):
     It does not see what only changes the way to the optimum: learning rates and other settings
     of the inner optimizer. It takes the minimum of the training loss for the place where training
     ends: decay that the inner optimizer adds by itself (`optax.adamw`) moves that place, and
-    belongs into the loss here, or into an `update_fn`. A starting point written as
-    $w = w_0 + \delta$ gets a hypergradient of 0, since the optimum does not depend on it. Far from
-    the optimum the hypergradient is biased: look at `inner_residual`. With minibatches, $H$ is
-    that of the last one.
+    belongs into the loss here, or into an `update_fn`. A starting point ($w = w_0 + \delta$) has
+    a hypergradient of 0. Far from the optimum the hypergradient is biased: look at
+    `inner_residual`. With minibatches, $H$ is that of the last one.
 
     **Arguments:**
 
@@ -63,19 +64,17 @@ class ImplicitOptimizer(StepByStep):
         component must meet them. `None`: `lineax.CG` for a loss, `lineax.GMRES` for an
         `update_fn` (or a loss with a `custom_vjp`, whose $H$ need not be symmetric), about 100
         products at most and tolerances of about 2e-5 in float32, 4e-11 in float64.
-    - `inner_steps`: inner steps per `step`, at least 1.
-    - `damping`: $\rho \ge 0$, shape `()`, for an $H$ that is singular or not positive.
+    - `inner_steps`: inner steps per `step`, at least 1; default 1.
+    - `damping`: $\rho \ge 0$, shape `()`, default 0, for an $H$ that is singular or not positive.
 
-    The memory: `adjoint`, the last $q$, from whose best multiple iterative solvers start. The
-    metrics beside
-    those of every optimizer: `inner_residual`, $\|\nabla_w L_{train}\|$ (or
-    $\|w - \Phi(w)\|$) at the end of the inner steps; `linear_residual`, what is left of the linear
-    system relative to its right-hand side; `linear_iterations` as the solver counts them (0 for
-    direct solvers, cycles of 20 products for `lineax.GMRES`); and
-    `linear_failures`, how many solves so far the solver itself gave up (singular, diverged).
-    Reaching `max_steps` is no failure, but a `linear_residual` above 1 is worse than no solve.
-    Nothing is raised; a finite hypergradient of a failed solve is followed like any other, and
-    the report of `run` tells.
+    The memory: `adjoint`, the last $q$, from whose best multiple iterative solvers start. Its own
+    metrics: `inner_residual`, $\|\nabla_w L_{train}\|$ (or $\|w - \Phi(w)\|$) at the end of the
+    inner steps; `linear_residual`, what is left of the linear system relative to its right-hand
+    side; `linear_iterations` as the solver counts them (0 for direct solvers, cycles of 20 products
+    for `lineax.GMRES`); `linear_failures`, how many solves so far the solver itself gave up
+    (singular, diverged). Reaching `max_steps` is no failure, but a `linear_residual` above 1 is
+    worse than no solve. Nothing is raised; a finite hypergradient of a failed solve is followed
+    like any other, and the report of `run` tells.
 
     **Raises:** `ValueError` for `inner_steps < 1` or a negative `damping`; while tracing, for a
     solver that does not fit the operator.
@@ -112,6 +111,7 @@ class ImplicitOptimizer(StepByStep):
 
     @property
     def num_inner_steps(self) -> int:
+        """Inner steps per `step`: `inner_steps`."""
         return self.inner_steps
 
     @property

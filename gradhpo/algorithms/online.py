@@ -29,9 +29,11 @@ class OnlineHypergradientOptimizer(Algorithm):
     r"""HyperDistill: a hypergradient of the whole episode so far, at every inner step.
 
     Step $t$ of an episode takes one inner step and estimates
+
     $$g_t = \frac{\partial L_{val}}{\partial\lambda}(w_t) +
     \theta\,\frac{1 - \gamma^t}{1 - \gamma}\,v_t,\qquad
     v_t = \alpha_t\,\frac{\partial\Phi(w^*_t, \lambda; D^*_t)}{\partial\lambda},$$
+
     where $\alpha_t = \partial L_{val}/\partial w\,(w_t)$. One product at a distilled point
     $w^*_t$ (a mean of $w_0, \dots, w_{t-1}$ with weights $\gamma^{t-i}$) and on a distilled
     batch $D^*_t$ stands for the sum over all steps of the episode. The scalar $\theta$ is
@@ -43,14 +45,14 @@ class OnlineHypergradientOptimizer(Algorithm):
 
     - `inner_optimizer`, `outer_optimizer`, `update_fn`: as for
         [`FOOptimizer`][gradhpo.FOOptimizer].
-    - `distillation_weight`: $\theta$ before its first estimate, shape `()`. To set $\theta$ by
-        hand set this; what is written into the metadata is overwritten.
-    - `memory_size`: over how many past estimations $\theta$ is fitted (1: the paper).
-    - `gamma`: the discount $\gamma \in [0, 1]$, shape `()`. At 0, with
+    - `distillation_weight`: $\theta$ before its first estimate, shape `()`, default 0.1. To set
+        $\theta$ by hand set this; what is written into the metadata is overwritten.
+    - `memory_size`: over how many past estimations $\theta$ is fitted; default 10 (1: the paper).
+    - `gamma`: the discount $\gamma \in [0, 1]$, shape `()`, default 0.99. At 0, with
         `distillation_weight=1`, this is [`OneStepOptimizer`][gradhpo.OneStepOptimizer]; at 1
         the factor is $t$ and $w^*_t$ the plain mean.
     - `estimation_period`: `run` fits $\theta$ anew before the first episode and every so many
-        episodes after it; `None` keeps `distillation_weight`.
+        episodes after it, default 50; `None` keeps `distillation_weight`.
     - `normalize`: the paper's rule for a validation loss that does not contain the
         hyperparameters: no $\theta$, but a step along $v_t/\|v_t\|_2$, so
         $g_t = \partial L_{val}/\partial\lambda + v_t/\|v_t\|_2$. `False` by default: an outer
@@ -63,7 +65,8 @@ class OnlineHypergradientOptimizer(Algorithm):
     `sum_xx` of the last estimations, `theta_rejected` (estimates refused as non-finite), and
     with a distilled data set `d_star` and `key`.
 
-    **Raises:** `ValueError` for `gamma` outside [0, 1] or counts below 1.
+    **Raises:** `ValueError` for `gamma` outside [0, 1], a `distillation_weight` that is not finite,
+    or counts below 1.
 
     ```python
     train_loss = lambda w, h, batch: jnp.mean((w - h) ** 2 * batch)
@@ -81,7 +84,7 @@ class OnlineHypergradientOptimizer(Algorithm):
     ??? cite "Reference"
 
         Lee et al., *Online Hyperparameter Meta-Learning with Hypergradient Distillation*,
-        ICLR 2022, arXiv:2110.02508, algorithms 3 and 4.
+        ICLR 2022, arXiv:2110.02508, equations 13 to 15, algorithms 3 and 4.
     """
 
     inner_optimizer: InnerOptimizer | None = None
@@ -102,6 +105,7 @@ class OnlineHypergradientOptimizer(Algorithm):
 
     @property
     def num_inner_steps(self) -> int:
+        """1: every inner step has its hypergradient."""
         return 1
 
     @property
@@ -177,6 +181,8 @@ class OnlineHypergradientOptimizer(Algorithm):
         **Returns:** the state with a new `metadata["theta"]`. The parameters are where they
         were. An estimate that says nothing ($v_s = 0$) leaves $\theta$ as it was; one that
         comes out non-finite as well, and `metadata["theta_rejected"]` counts it.
+
+        **Raises:** as `step`; `TypeError` for `train_batches` that are no `BatchStack`.
 
         ```python
         loss = lambda w, h, batch: jnp.sum((w - h) ** 2 * batch)

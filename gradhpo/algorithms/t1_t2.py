@@ -30,11 +30,14 @@ class T1T2Optimizer(Memoryless):
     - `perturb="weights"`: $\alpha_T$ is pulled back through the inner optimizer's own update
         to a direction $v$ in the space of gradients (for SGD with rate $\xi$:
         $v = -\xi\,\alpha_T$), and with $\varepsilon = \mathtt{epsilon}/\|v\|_2$
+
         $$v^\top\,\partial^2 L_{train}/\partial w\,\partial\lambda \approx
         \frac{\nabla_\lambda L_{train}(w_{T-1} + \varepsilon v) -
         \nabla_\lambda L_{train}(w_{T-1} - \varepsilon v)}{2\varepsilon}.$$
+
         What reaches $\lambda$ through the inner optimizer itself (a learning rate, say) is
         differentiated exactly.
+
     - `perturb="hyperparams"`: for every coordinate $i$ of every leaf,
         $[\Phi(w, \lambda + \mathtt{epsilon}\,e_i) - \Phi(w, \lambda - \mathtt{epsilon}\,e_i)]
         / 2\,\mathtt{epsilon}$. Two inner steps per coordinate, but it needs no derivative of
@@ -43,11 +46,11 @@ class T1T2Optimizer(Memoryless):
     **Arguments:**
 
     - `inner_optimizer`, `outer_optimizer`: as for [`FOOptimizer`][gradhpo.FOOptimizer].
-    - `inner_steps`: inner steps per `step`, at least 1.
+    - `inner_steps`: inner steps $T$ per `step`, at least 1; default 1.
     - `epsilon`: length of the perturbation of the weights (default 0.01, as in DARTS), or of
-        one hyperparameter (there 1e-4 is better in float64); positive. A perturbation that is
-        lost in rounding, as in bfloat16, measures nothing.
-    - `perturb`: `"weights"` or `"hyperparams"`.
+        one hyperparameter (there 1e-4 is better in float64); positive, shape `()`. A
+        perturbation that is lost in rounding, as in bfloat16, measures nothing.
+    - `perturb`: `"weights"` (the default) or `"hyperparams"`.
     - `update_fn`: in place of `inner_optimizer`; needs `perturb="hyperparams"`.
 
     With Adam in float32 use `eps_root=1e-8` and not less: where a gradient is exactly 0, the
@@ -92,6 +95,7 @@ class T1T2Optimizer(Memoryless):
 
     @property
     def num_inner_steps(self) -> int:
+        """Inner steps per `step`: `inner_steps`."""
         return self.inner_steps
 
     @property

@@ -28,9 +28,9 @@ class TaskBatched(BilevelOptimizer):
 
     Parameters, inner optimizer state, the optimizer's own memory and all batches carry a
     leading task axis; `init` broadcasts the parameters to all tasks. The hypergradient is the
-    mean over the tasks, and so are the metrics. Where an episode ends
-    ([`run`][gradhpo.run] with `steps_per_episode`), all tasks start again from one point, to
-    which Reptile has moved by the mean of what they have learned.
+    mean $g = \frac 1N \sum_{i=1}^{N} g_i$ over the $N$ = `num_tasks` tasks, as are the metrics.
+    Where an episode ends ([`run`][gradhpo.run] with `steps_per_episode`), all tasks start again
+    from one point, to which Reptile has moved by the mean of what they have learned.
 
     **Arguments:**
 
@@ -46,7 +46,8 @@ class TaskBatched(BilevelOptimizer):
     `[inner steps, tasks, ...]`. What has no axis (or in a `BatchStack` only that of the
     steps) is shared, PRNG keys folded with the number of the task.
 
-    **Raises:** `ValueError` for an array in a batch without the task axis.
+    **Raises:** `ValueError` for `num_tasks < 1` or a `TaskBatched` in a `TaskBatched`; while
+    tracing, for an array in a batch without the task axis, or a state of other tasks.
 
     ```python
     loss = lambda w, h, batch: jnp.mean((w * batch[0] + h - batch[1]) ** 2)
@@ -77,10 +78,12 @@ class TaskBatched(BilevelOptimizer):
     def outer_optimizer(  # pyright: ignore[reportIncompatibleVariableOverride]
         self,
     ) -> optax.GradientTransformation | None:
+        """That of the wrapped optimizer."""
         return self.optimizer.outer_optimizer
 
     @property
     def num_inner_steps(self) -> int:
+        """Inner steps per `step`, of every task: those of `optimizer`."""
         return self.optimizer.num_inner_steps
 
     @property
@@ -99,6 +102,8 @@ class TaskBatched(BilevelOptimizer):
 
         As [its own][gradhpo.OnlineHypergradientOptimizer.estimate_theta], on a
         `BatchStack` of `[inner steps, tasks, ...]` arrays.
+
+        **Returns:** the state with a new `metadata["theta"]`, shape `[tasks]`.
 
         **Raises:** `TypeError` around any other optimizer.
         """

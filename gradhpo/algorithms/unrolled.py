@@ -24,19 +24,21 @@ from gradhpo.utils.typecheck import checked
 class UnrolledOptimizer(Memoryless):
     r"""The exact hypergradient of `unroll_steps` inner steps, by reverse mode.
 
-    $g = \partial L_{val}/\partial\lambda + \alpha_T\sum_t A_T\cdots A_{t+1} B_t$: a forward
-    scan keeps the inner states, a backward scan pulls the cotangent through them, parameters
-    and optimizer state alike ($g \leftarrow g + \bar z B_t$, $\bar z \leftarrow \bar z A_t$).
+    $$g = \frac{\partial L_{val}}{\partial\lambda} + \alpha_T\sum_{t=1}^{T} A_T\cdots A_{t+1} B_t:$$
+
+    a forward scan keeps the inner states, a backward scan pulls the cotangent through them,
+    parameters and optimizer state alike ($g \leftarrow g + \bar z B_t$, then
+    $\bar z \leftarrow \bar z A_t$, from $\bar z = \alpha_T$ at $t = T$ to $t = 1$).
     No activation is kept from one inner step to another.
 
     **Arguments:**
 
     - `inner_optimizer`, `outer_optimizer`, `update_fn`: as for
         [`FOOptimizer`][gradhpo.FOOptimizer].
-    - `unroll_steps`: inner steps $T$ per `step`, at least 1.
-    - `truncation`: keep only the last K terms of the sum; `None` keeps all.
-    - `checkpoints`: `None` keeps every inner state, memory $O(P \cdot T)$. A number of
-        segments, or `"sqrt"` for $\lceil\sqrt T\rceil$ of them, keeps the first state of each
+    - `unroll_steps`: inner steps $T$ per `step`, at least 1; default 1.
+    - `truncation`: keep only the last K terms of the sum; `None` (the default) keeps all.
+    - `checkpoints`: `None` (the default) keeps every inner state, memory $O(P \cdot T)$. A number
+        of segments, or `"sqrt"` for $\lceil\sqrt T\rceil$ of them, keeps the first state of each
         and runs each segment once more on the way back: memory $O(P\sqrt T)$ with `"sqrt"`,
         one more forward pass. Applies to the steps that `truncation` leaves.
 
@@ -74,6 +76,7 @@ class UnrolledOptimizer(Memoryless):
 
     @property
     def num_inner_steps(self) -> int:
+        """Inner steps per `step`: `unroll_steps`."""
         return self.unroll_steps
 
     @property
@@ -112,14 +115,18 @@ class DrMADOptimizer(Memoryless):
 
     The backward pass of [`UnrolledOptimizer`][gradhpo.UnrolledOptimizer], with the inner
     states that it would have to keep replaced by points on the line from the first to the
-    last: $\hat z_t = (1 - t/T)\,z_0 + (t/T)\,z_T$, parameters and optimizer state alike
-    (step counts are true ones). An approximation, as good as the path of training is straight.
+    last,
+
+    $$\hat z_t = (1 - t/T)\,z_0 + (t/T)\,z_T,$$
+
+    parameters and optimizer state alike (step counts are true ones). An approximation,
+    as good as the path of training is straight.
 
     **Arguments:**
 
     - `inner_optimizer`, `outer_optimizer`, `update_fn`: as for
         [`FOOptimizer`][gradhpo.FOOptimizer].
-    - `unroll_steps`: inner steps $T$ per `step`, at least 1; with 1 it is exact.
+    - `unroll_steps`: inner steps $T$ per `step`, at least 1; with 1, the default, it is exact.
 
     **Raises:** `ValueError` for `unroll_steps < 1`.
 
@@ -147,6 +154,7 @@ class DrMADOptimizer(Memoryless):
 
     @property
     def num_inner_steps(self) -> int:
+        """Inner steps per `step`: `unroll_steps`."""
         return self.unroll_steps
 
     @property

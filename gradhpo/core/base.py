@@ -32,7 +32,14 @@ from gradhpo.utils.validation import (
 
 
 class BilevelOptimizer(eqx.Module):
-    """Base class of all optimizers: `init`, `step`, `compute_hypergradient`.
+    r"""Base class of all optimizers: `init`, `step`, `compute_hypergradient`.
+
+    With $z_t = \Phi(z_{t-1}, \lambda; D_t)$ for parameters and inner optimizer state, and
+    $A_t, B_t$ its derivatives by $z_{t-1}$ and $\lambda$, each estimates or computes
+
+    $$g = \frac{\mathrm{d} L_{val}}{\mathrm{d}\lambda} = \frac{\partial L_{val}}{\partial\lambda} +
+    \alpha_T \sum_{t=1}^{T} A_T \cdots A_{t+1} B_t,\qquad
+    \alpha_T = \frac{\partial L_{val}}{\partial w}(w_T).$$
 
     Algorithms derive from `gradhpo.core.algorithm.Algorithm`, which fills in the private
     methods below for one inner problem.
@@ -47,6 +54,7 @@ class BilevelOptimizer(eqx.Module):
     """
 
     outer_optimizer: eqx.AbstractVar[optax.GradientTransformation | None]
+    """Takes the hypergradient; `None`: plain descent by the `lr_hyper` given to `step`."""
 
     def __check_init__(self):
         check_outer_optimizer(type(self).__name__, self.outer_optimizer)
@@ -145,13 +153,19 @@ class BilevelOptimizer(eqx.Module):
 
         **Arguments:**
 
-        - `params`: parameters to train, with at least one floating-point array.
-        - `hyperparams`: hyperparameters to tune, all floating-point arrays.
+        - `params`: parameters to train, any pytree with at least one floating-point array.
+        - `hyperparams`: hyperparameters to tune, any pytree of floating-point arrays.
         - `batch`, `key`: an example of a training batch (only its shapes matter) and a
             PRNG key, for [`OnlineHypergradientOptimizer`][gradhpo.OnlineHypergradientOptimizer]
-            to keep a distilled data set; the other algorithms ignore them.
+            to keep a distilled data set; the other algorithms ignore them. Default `None`.
 
-        **Raises:** `TypeError` or `ValueError` for leaves that cannot be trained or tuned.
+        **Returns:** a [`BilevelState`][gradhpo.BilevelState] whose structure, shapes and dtypes
+        every `step` keeps.
+
+        **Raises:** `TypeError` for complex leaves, hyperparameters that are no floating-point
+        arrays, or a `batch` that is a data source or a `BatchStack`; `ValueError` for NaN, nothing
+        to train or to tune, running state (BatchNorm), or `params` and `hyperparams` that are
+        swapped or overlap.
         """
         check_single_batch(batch, "init(batch=...)")
         if isinstance(batch, BatchStack):
@@ -170,15 +184,18 @@ class BilevelOptimizer(eqx.Module):
     ) -> BilevelState:
         r"""A new episode, for loops of your own: what [`run`][gradhpo.run] does between two.
 
-        The parameters move to $\phi - \mathtt{reptile\_rate}\,(\phi - w)$; the inner optimizer
-        state and the algorithm's memory of the episode start anew; hyperparameters, outer
-        optimizer state and step count stay.
+        The parameters move to $\phi - \mathtt{reptile\_rate}\,(\phi - w)$; inner optimizer state
+        and the memory of the episode start anew; the rest of the state stays.
 
         **Arguments:**
 
         - `state`: at the end of an episode; its parameters are $w$.
         - `start`: $\phi$, the `params` at its start; needed unless the rate is 1.
-        - `reptile_rate`: in [0, 1]. 1 goes on from $w$, 0 goes back to $\phi$.
+        - `reptile_rate`: in [0, 1], default 1. 1 goes on from $w$, 0 goes back to $\phi$.
+
+        **Returns:** the state at the start of the next episode.
+
+        **Raises:** `ValueError` for a rate outside [0, 1], or one that is not 1 without `start`.
 
         ```python
         loss = lambda w, h, batch: jnp.sum((w - h) ** 2)
@@ -209,19 +226,22 @@ class BilevelOptimizer(eqx.Module):
         - `state`: from `init` or from the `step` before.
         - `train_batch`: any pytree of arrays, used for every inner step (PRNG keys made by
             `jax.random.key` are folded with the inner index; make a new key for each `step`),
-            or a [`BatchStack`][gradhpo.BatchStack] with one
-            batch for each.
+            or a [`BatchStack`][gradhpo.BatchStack] with one batch for each.
         - `val_batch`: any pytree of arrays.
         - `train_loss_fn`, `val_loss_fn`: `(params, hyperparams, batch) -> scalar`. Make them
             once: a function made anew is compiled anew.
         - `lr_hyper`: the step size of $\lambda \leftarrow \lambda - \mathtt{lr\_hyper}\cdot g$,
-            needed with `outer_optimizer=None` and refused otherwise.
+            shape `()`, needed with `outer_optimizer=None` and refused otherwise.
 
         **Returns:** the next state. If anything in it came out non-finite, params,
         hyperparams, optimizer states and memory keep their old values, and the metric
         `rejected` counts it.
 
-        **Raises:** `TypeError` or `ValueError` while tracing, for misuse of any argument.
+        **Raises:** while tracing, `ValueError` for a loss that is no real scalar, a `BatchStack` of
+        another length than `num_inner_steps` (or as `val_batch`), a state of another optimizer, or
+        no hyperparameter that this method can see; `TypeError` for a loss of other arguments or
+        outputs, or a data source as a batch. At each call, `ValueError` for an `lr_hyper` that
+        is missing, refused or negative, and `TypeError` for one that is no number.
         """
         check_outer_rate(self.outer_optimizer is not None, lr_hyper)
         return _step(
@@ -244,7 +264,11 @@ class BilevelOptimizer(eqx.Module):
     ) -> PyTree:
         """The hypergradient that `step` would follow, a tree like `state.hyperparams`.
 
-        Arguments as for [`step`][gradhpo.BilevelOptimizer.step]; the state stays as it is.
+        Arguments and errors as for [`step`][gradhpo.BilevelOptimizer.step]; the state stays as it
+        is.
+
+        **Returns:** the hypergradient $g$, each leaf with the shape and dtype of its
+        hyperparameter. Nothing is refused: it may be non-finite.
         """
         return _compute_hypergradient(
             self,

@@ -51,8 +51,8 @@ def partition(model: PyTree, where: Callable[[Any], Any]) -> tuple[PyTree, PyTre
     hyperparameter; everything else, integer arrays and functions inside a selected subtree
     included, stays in `params`. `eqx.combine(params, hyperparams)` is the model again.
 
-    **Raises:** `ValueError` when nothing is selected, or when an integer, boolean or complex
-    array or a Python number is selected by itself.
+    **Raises:** `ValueError` when nothing is selected, when an integer or boolean array or a Python
+    number is selected by itself, or a complex array anywhere.
 
     ```python
     class Model(eqx.Module):
@@ -148,6 +148,15 @@ def model_loss(fn: Callable) -> Callable:
     """Turns `fn(model, batch) -> scalar` into a loss `(params, hyperparams, batch) -> scalar`.
 
     Make it once, outside the training loop: a new loss object is a new compilation.
+
+    **Arguments:**
+
+    - `fn`: `(model, batch) -> scalar`, a real array of shape `()`.
+
+    **Returns:** a loss for trees that [`partition`][gradhpo.partition] made, which puts them
+    together again; it raises `ValueError` for two that are not halves of one model.
+
+    **Raises:** `TypeError` where `fn` cannot be called as `fn(model, batch)`.
 
     ```python
     def mean_square(model, batch):

@@ -26,7 +26,7 @@ METRICS = (
 
 @checked
 class BilevelState(eqx.Module):
-    """State of a bilevel optimization: an immutable pytree.
+    r"""State of a bilevel optimization: an immutable pytree.
 
     Made by an optimizer's `init`, advanced by its `step`. Structure, shapes and dtypes never
     change between steps, so that loops compile once and `jax.lax.scan` can carry it.
@@ -34,16 +34,17 @@ class BilevelState(eqx.Module):
     **Fields:**
 
     - `params`: the parameters $w$ (with whatever else the model holds).
-    - `hyperparams`: the hyperparameters $\\lambda$, floating-point arrays.
+    - `hyperparams`: the hyperparameters $\lambda$, floating-point arrays.
     - `inner_opt_state`, `outer_opt_state`: optax states; `()` where there is none.
     - `step`: how often `step` was called, shape `()`, int32.
     - `metadata`: the metrics of the last step, and the memory of the algorithm if it has one.
-    - `model` (a property): the model that `partition` split, put together again.
+    - `model`, `memory` (properties): the model that `partition` split, put together again; and
+        of `metadata` what is no metric.
 
     The metrics are scalars, float32 or float64 where a parameter is float64, and `nan` before
     the first step: `train_loss` (last inner step, before its update), `val_loss` (at $w_T$,
     before the outer update), `hypergrad_norm`, `param_norm`, `hyperparam_norm` (Euclidean),
-    and `rejected` (how many steps so far were refused for a non-finite value).
+    and `rejected` (how many steps so far were refused for a non-finite value; 0 at first).
 
     ```python
     optimizer = gradhpo.FOOptimizer(optax.sgd(0.1), optax.sgd(0.1))
@@ -67,7 +68,11 @@ class BilevelState(eqx.Module):
         inner_opt_state: PyTree,
         outer_opt_state: PyTree,
     ) -> "BilevelState":
-        """A state at step 0. "No optimizer state" is `()`.
+        """A state at step 0, its metrics `nan` and nothing rejected.
+
+        **Arguments:** the fields of the same names; "no optimizer state" is `()`. They are taken as
+        they are: an optimizer's [`init`][gradhpo.BilevelOptimizer.init] checks them and adds the
+        memory of its algorithm.
 
         ```python
         state = gradhpo.BilevelState.create(jnp.ones(3), jnp.zeros(3), (), ())
@@ -93,7 +98,12 @@ class BilevelState(eqx.Module):
         step: Int[Array, ""] | None = None,
         metadata: dict[str, Any] | None = None,
     ) -> "BilevelState":
-        """A new state with some fields replaced: `None` keeps a field, `metadata` is merged.
+        """A new state with some fields replaced.
+
+        **Arguments:** the fields of the same names, default `None`, which keeps a field; entries of
+        `metadata` are added to the old ones or replace them.
+
+        **Returns:** a new state; this one stays as it is.
 
         ```python
         state = gradhpo.BilevelState.create(jnp.ones(3), jnp.zeros(3), (), ())
@@ -114,7 +124,7 @@ class BilevelState(eqx.Module):
         )
 
     def get_metric(self, key: str, default: Any = None) -> Any:
-        """The entry `key` of `metadata`, or `default`."""
+        """The entry `key` of `metadata`, a metric or a part of the memory, or `default`."""
         return self.metadata.get(key, default)
 
     @property
@@ -124,5 +134,8 @@ class BilevelState(eqx.Module):
 
     @property
     def model(self) -> PyTree:
-        """`eqx.combine(params, hyperparams)`: the model that `partition` split."""
+        """`eqx.combine(params, hyperparams)`: what [`partition`][gradhpo.partition] split.
+
+        **Raises:** `ValueError` where the two are not halves of one model.
+        """
         return combine(self.params, self.hyperparams)

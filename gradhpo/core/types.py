@@ -15,26 +15,29 @@ from gradhpo.utils.validation import check_leading_axis
 
 
 RealScalarLike: TypeAlias = Real[ArrayLike, ""]
-"""A real number: a Python `int` or `float`, or an array of shape `()`."""
+"""A real number: a Python `int` or `float`, or an array of shape `()`; not a `bool`."""
 
 LossFn: TypeAlias = Callable[[PyTree, PyTree, PyTree], Array]
-"""`(params, hyperparams, batch) -> scalar`."""
+"""A loss, `(params, hyperparams, batch) -> scalar`: a real array of shape `()`."""
 
 UpdateFn: TypeAlias = Callable[[PyTree, PyTree, PyTree], PyTree]
-"""`(params, hyperparams, batch) -> params`: one step of a hand-written inner update."""
+"""One step of a hand-written inner update, `(params, hyperparams, batch) -> params`."""
 
 InnerOptimizer: TypeAlias = (
     optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation]
 )
-"""An optax transformation, or `hyperparams -> transformation`."""
+"""An optax transformation, or a function `hyperparams -> transformation`, which makes its rates,
+momenta and decays hyperparameters like any other."""
 
 MetricDict: TypeAlias = dict[str, Array]
-"""Metric name to an array of shape `()`."""
+"""Metrics of one step: name to an array of shape `()`."""
 
 
 @checked
 class LossFunctions(eqx.Module):
-    """The two losses of a bilevel problem.
+    r"""The two losses of a bilevel problem, $\min_\lambda L_{val}(w_T(\lambda), \lambda)$.
+
+    $w_T(\lambda)$ is what training on $L_{train}$ makes of the parameters in $T$ inner steps.
 
     **Arguments:**
 
@@ -42,6 +45,8 @@ class LossFunctions(eqx.Module):
         optimizer over the parameters.
     - `val_loss`: `(params, hyperparams, batch) -> scalar`, minimised by the outer
         optimizer over the hyperparameters.
+
+    **Raises:** `TypeError` for one that is no function.
 
     ```python
     losses = gradhpo.LossFunctions(
@@ -64,7 +69,8 @@ class DataBatch(eqx.Module):
     - `inputs`: array, or pytree of arrays, each of shape `[batch, ...]`.
     - `targets`: array, or pytree of arrays, each of shape `[batch, ...]`.
 
-    **Raises:** `ValueError` when the leading axes differ.
+    **Raises:** `ValueError` when the leading axes differ, when an array has none (shape `()`), or
+    when there is no array at all.
 
     ```python
     batch = gradhpo.DataBatch(inputs=jnp.ones((32, 64)), targets=jnp.zeros(32))
@@ -91,8 +97,9 @@ class BatchStack(eqx.Module):
     - `batches`: a batch whose every array has one more leading axis, the inner steps:
         `[inner steps, batch, ...]`.
 
-    **Raises:** `ValueError` when the leading axes differ; `step` raises when their length
-    is not the optimizer's `num_inner_steps`.
+    **Raises:** `ValueError` when the leading axes differ, when an array has none, or when there is
+    no array at all; `TypeError` for a list, which [`of`][gradhpo.BatchStack.of] stacks. `step`
+    raises `ValueError` when their length is not the optimizer's `num_inner_steps`.
 
     ```python
     b1, b2 = jnp.zeros((32, 64)), jnp.ones((32, 64))
@@ -113,7 +120,16 @@ class BatchStack(eqx.Module):
 
     @classmethod
     def of(cls, batches: Iterable[Any]) -> "BatchStack":
-        """Stacks batches of one structure and one shape, in the order of the inner steps."""
+        """Stacks batches of one structure and one shape, in the order of the inner steps.
+
+        **Arguments:**
+
+        - `batches`: one batch for each inner step, any iterable.
+
+        **Returns:** a `BatchStack`, its arrays of shape `[inner steps, *shape of one]`.
+
+        **Raises:** `ValueError` for no batch, or for shapes that differ from the first one's.
+        """
         batches = list(batches)
         if len(batches) == 0:
             raise ValueError("BatchStack.of(batches): got no batch; pass one for each inner step")
@@ -133,7 +149,7 @@ class BatchStack(eqx.Module):
         return jax.tree.leaves(self.batches)[0].shape[0]
 
     def at(self, t: ArrayLike) -> PyTree:
-        """The batch of inner step `t`, from 0."""
+        """The batch of inner step `t`, counted from 0; `t` may be traced."""
         return jax.tree.map(lambda x: x[t], self.batches)
 
 

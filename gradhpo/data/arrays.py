@@ -30,14 +30,17 @@ class ArrayData(eqx.Module):
         `replacement`).
     - `key`: PRNG key of the draws. Two sources with one key and as many examples draw the same
         examples: the training and the validation part of the same tasks, say.
-    - `replacement`: draw every example of every batch independently. There are no epochs then.
-    - `with_indices`: batches are `(batch, indices)`, to look up what lives per example: a weight,
-        a label, a margin that is a hyperparameter.
-    - `hold`: serve every batch for so many indices in a row. `run` draws
+    - `replacement`: draw every example of every batch independently, default `False`. There are
+        no epochs then.
+    - `with_indices`: batches are `(batch, indices)`, default `False`, to look up what lives per
+        example: a weight, a label, a margin that is a hyperparameter.
+    - `hold`: serve every batch for so many indices in a row, default 1. `run` draws
         `optimizer.num_inner_steps` training batches for each validation batch: with that number
         here, both parts of a pair stay together.
 
-    **Raises:** `ValueError` when leading axes differ or `batch_size` does not fit.
+    **Raises:** `ValueError` when leading axes differ, for no example, a `batch_size` or `hold`
+    below 1, several keys, and (unless with `replacement`) for a `batch_size` above the number of
+    examples, or $2^{32}$ and more as a product with it.
 
     ```python
     x, y = jnp.ones((1000, 64)), jnp.zeros(1000)
@@ -77,7 +80,7 @@ class ArrayData(eqx.Module):
 
     @property
     def num_examples(self) -> int:
-        """Length of the leading axis."""
+        """Length of the leading axis of `arrays`."""
         return jax.tree.leaves(self.arrays)[0].shape[0]
 
     @property
@@ -87,14 +90,20 @@ class ArrayData(eqx.Module):
 
     @checked
     def num_batches(self, epochs: float | int = 1) -> int:
-        """How many batches draw so many epochs, rounded up."""
+        """How many batches draw so many epochs (default 1), rounded up, each counted `hold` times.
+
+        **Raises:** `ValueError` for `epochs` that are not positive and finite.
+        """
         if not 0 < epochs < math.inf:
             raise ValueError(f"epochs must be positive, got epochs={epochs}")
         return self.hold * math.ceil(round(epochs * self.num_examples / self.batch_size, 6))
 
     @checked
     def __call__(self, index: Int[ArrayLike, ""]) -> PyTree:
-        """Batch number `index`, from 0."""
+        """Batch number `index`, from 0: a tree like `arrays`, of arrays `[batch_size, ...]`.
+
+        **Raises:** `ValueError` for a negative Python `int`.
+        """
         _check_index("index", index)
         return _draw(self, jnp.asarray(index))
 
@@ -106,7 +115,12 @@ class ArrayData(eqx.Module):
 
     @checked
     def stack(self, first: Int[ArrayLike, ""], count: int) -> BatchStack:
-        """Batches number `first` to `first + count - 1`, one for each inner step of a `step`."""
+        """Batches number `first` to `first + count - 1`, one for each inner step of a `step`.
+
+        **Returns:** a [`BatchStack`][gradhpo.BatchStack] of arrays `[count, batch_size, ...]`.
+
+        **Raises:** `ValueError` for a negative `first` or `count < 1`.
+        """
         _check_index("first", first)
         check_count("count", count)
         return _stack(self, jnp.asarray(first, jnp.int32), count)

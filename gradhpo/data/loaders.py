@@ -24,6 +24,10 @@ def iterate(loader: Iterable[Any]) -> Iterator[Any]:
         a `grain` data set. A generator can be passed through only once; `run` stops where it
         ends.
 
+    **Returns:** an iterator, to be given to [`run`][gradhpo.run].
+
+    **Raises:** `TypeError` for what cannot be iterated over.
+
     A run that is resumed seeks to its place where the loader (or the iterator that it makes) has
     `get_state` and `set_state`, or `state_dict` and `load_state_dict`, whose state can be
     written as JSON. Otherwise it draws all earlier batches once more: pass a loader that shuffles

@@ -28,6 +28,7 @@ class FiniteDifference(NamedTuple):
 
     @property
     def contradicts(self) -> bool:
+        """Whether the two differ by more than `uncertainty` and a thousandth of the larger one."""
         size = max(abs(self.derivative), abs(self.difference))
         return abs(self.derivative - self.difference) > 1e-3 * size + self.uncertainty
 
@@ -43,6 +44,7 @@ class StepError(NamedTuple):
 
     @property
     def finding(self) -> str:
+        """What is wrong with `epsilon`; empty if the estimate changes by 1 % at most."""
         if self.halved <= MOST_STEP_ERROR:
             return ""
         # Truncation falls with the step, rounding grows.
@@ -94,6 +96,7 @@ class HypergradientCheck:
 
     @property
     def healthy(self) -> bool:
+        """Whether there are no findings."""
         return not self.findings
 
     @property
@@ -103,6 +106,7 @@ class HypergradientCheck:
 
     @property
     def findings(self) -> tuple[str, ...]:
+        """What is wrong, in words, with the remedy."""
         found = [] if self.nonfinite is None else [str(self.nonfinite)]
         if self.detached:
             found.append(

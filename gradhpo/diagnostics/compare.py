@@ -50,21 +50,31 @@ def compare_hypergradients(
     - `state`: where to start, from `init` of any of them, or from the middle of a run.
     - `train_batch`: a [`BatchStack`][gradhpo.BatchStack], whose length is the horizon; or one
         batch for all steps, the horizon being that of the longest optimizer.
-    - `val_batch`, `losses`: as for [`run`][gradhpo.run].
+    - `val_batch`: one batch, as for [`step`][gradhpo.BilevelOptimizer.step].
+    - `losses`: the [`LossFunctions`][gradhpo.LossFunctions].
     - `reference`: what to compare with: an optimizer, or a tree like the hyperparameters (a
-        closed form, finite differences). `None`: the exact hypergradient of the whole horizon,
-        by [`UnrolledOptimizer`][gradhpo.UnrolledOptimizer].
+        closed form, finite differences). `None` (the default): the exact hypergradient of the
+        whole horizon, by [`UnrolledOptimizer`][gradhpo.UnrolledOptimizer].
 
-    **Returns:** a report. `report.cosine[name]`, `.norm_ratio[name]`, `.relative_error[name]`
-    and `.sign_agreement[name]` compare over all coordinates, `report.per_leaf[leaf].cosine[name]`
-    and so on leaf by leaf; `report.flops[name]`, `.temporary_bytes[name]`, `.seconds[name]` are
-    the costs of the whole horizon, with an estimate at each `step` of the optimizer.
-    `report.metrics[name]` has what a method says of itself at the end (residuals of a linear
-    solver, theta). `str(report)` is a table, `report.plot()` a figure.
-    Hyperparameters that a method cannot see are in `report.unseen[name]`, methods that do not
-    work on this problem in `report.failed[name]`, with the reason.
+    **Returns:** a [report][gradhpo.diagnostics.comparison.HypergradientComparison].
+    `report.cosine[name]`, `.norm_ratio[name]`, `.relative_error[name]` and `.sign_agreement[name]`
+    compare an estimate $g$ with the reference $r$ over all coordinates,
 
-    **Raises:** `ValueError` for a horizon that an optimizer does not divide, and what
+    $$\mathtt{cosine} = \frac{g\cdot r}{\|g\|\,\|r\|},\quad
+    \mathtt{norm\_ratio} = \frac{\|g\|}{\|r\|},\quad
+    \mathtt{relative\_error} = \frac{\|g - r\|}{\|r\|},$$
+
+    (signs: the share that agrees), `report.per_leaf[leaf].cosine[name]` and so on leaf by leaf;
+    `report.flops[name]`, `.temporary_bytes[name]`, `.seconds[name]` are the costs of the whole
+    horizon, with an estimate at each `step` of the optimizer. `report.metrics[name]` has what a
+    method says of itself at the end (residuals of a linear solver, theta). `str(report)` is a
+    table, `report.plot()` a figure. Hyperparameters that a method cannot see are
+    in `report.unseen[name]`, methods that do not work on this problem in `report.failed[name]`,
+    with the reason.
+
+    **Raises:** `ValueError` for a horizon that an optimizer does not divide, no optimizers, one
+    that is called `"reference"` or `"training alone"`, different numbers of tasks, or a `reference`
+    of other shapes; `TypeError` for a list of batches; and what
     [`step`][gradhpo.BilevelOptimizer.step] raises for losses and batches.
 
     ```python

@@ -19,11 +19,13 @@ _MOST_LEAVES = 12
 
 @dataclasses.dataclass(frozen=True)
 class HypergradientComparison:
-    """What [`compare_hypergradients`][gradhpo.compare_hypergradients] found.
+    r"""What [`compare_hypergradients`][gradhpo.compare_hypergradients] found.
 
     **Fields** (dicts by the name of the optimizer, unless said otherwise):
 
-    - `cosine`, `norm_ratio`, `relative_error`, `sign_agreement`: over all coordinates.
+    - `cosine`, `norm_ratio`, `relative_error`, `sign_agreement`: over all coordinates, of the
+        estimate $g$ with the reference $r$: $g \cdot r/(\|g\|\|r\|)$, $\|g\|/\|r\|$,
+        $\|g - r\|/\|r\|$, and the share of equal signs where one of the two is not 0.
     - `per_leaf`: leaf of the hyperparameters to the same four.
     - `flops`, `temporary_bytes`, `seconds`: of the whole horizon. `costs` has more, and also
         those of `"training alone"` and of the `"reference"`.
@@ -50,30 +52,37 @@ class HypergradientComparison:
 
     @property
     def cosine(self) -> dict[str, float]:
+        """Of the angle with the reference; `nan` where one of the two is 0."""
         return self.overall.cosine
 
     @property
     def norm_ratio(self) -> dict[str, float]:
+        """Length, relative to that of the reference."""
         return self.overall.norm_ratio
 
     @property
     def relative_error(self) -> dict[str, float]:
+        """Distance to the reference, relative to its length."""
         return self.overall.relative_error
 
     @property
     def sign_agreement(self) -> dict[str, float]:
+        """Share of the coordinates with the sign of the reference."""
         return self.overall.sign_agreement
 
     @property
     def flops(self) -> dict[str, float]:
+        """Floating-point operations of the whole horizon."""
         return {name: cost.flops for name, cost in self.costs.items()}
 
     @property
     def temporary_bytes(self) -> dict[str, int]:
+        """Memory of the whole horizon besides arguments and results."""
         return {name: cost.temporary_bytes for name, cost in self.costs.items()}
 
     @property
     def seconds(self) -> dict[str, float]:
+        """Time of the whole horizon."""
         return {name: cost.seconds for name, cost in self.costs.items()}
 
     def sees_none(self, name: str) -> bool:

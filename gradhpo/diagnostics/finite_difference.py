@@ -28,7 +28,10 @@ def finite_difference_hypergradient(
     coordinates: Int[ArrayLike, " n"] | Sequence[int] | None = None,
     epsilon: Real[ArrayLike, ""] | None = None,
 ) -> PyTree | Float[Array, " n"]:
-    r"""Central differences of $\lambda_i \mapsto L_{val}(w_T(\lambda), \lambda)$.
+    r"""Central differences of $F(\lambda) = L_{val}(w_T(\lambda), \lambda)$, the whole training.
+
+    $$g_i \approx \frac{F(\lambda + h_i e_i) - F(\lambda - h_i e_i)}{2 h_i},\qquad
+    h_i = \mathtt{epsilon}\cdot\max(1, |\lambda_i|).$$
 
     $w_T(\lambda)$ is what the optimizer's `num_inner_steps` inner steps make of `state`, so
     this is the exact hypergradient of that many steps up to rounding and $O(\epsilon^2)$, at
@@ -42,14 +45,15 @@ def finite_difference_hypergradient(
     - `optimizer`, `state`, `train_batch`, `val_batch`, `train_loss_fn`, `val_loss_fn`: as for
         [`step`][gradhpo.BilevelOptimizer.step].
     - `coordinates`: indices into the hyperparameters flattened in the order of
-        `jax.tree.leaves`; `None` takes all of them.
-    - `epsilon`: step relative to $\max(1, |\lambda_i|)$; `None` is the cube root of the
-        machine precision, 6e-6 in float64.
+        `jax.tree.leaves`, shape `[n]`; `None` (the default) takes all of them.
+    - `epsilon`: step relative to $\max(1, |\lambda_i|)$, shape `()`; `None` (the default) is the
+        cube root of the machine precision, 6e-6 in float64.
 
     **Returns:** an array of shape `[n]` for `n` coordinates, in their order; a tree like
     `state.hyperparams` for `None`.
 
-    **Raises:** `ValueError` for coordinates out of range or `epsilon <= 0`.
+    **Raises:** `ValueError` for coordinates out of range or `epsilon <= 0`; what
+    [`step`][gradhpo.BilevelOptimizer.step] raises for losses and batches.
 
     ```python
     train_loss = lambda w, h, batch: jnp.sum((w - h) ** 2)

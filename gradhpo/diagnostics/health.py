@@ -54,12 +54,12 @@ def check_hypergradient(
     - `state`, `train_batch`, `val_batch`, `losses`: as for
         [`compare_hypergradients`][gradhpo.compare_hypergradients]. The losses must also run on
         float64 inputs; what they hold in float32 themselves stays so.
-    - `step_size`: size of an outer step, for the metasmoothness.
+    - `step_size`: size of an outer step, for the metasmoothness; positive, default 0.1.
 
     **Returns:** a [report][gradhpo.diagnostics.checkup.HypergradientCheck]: `report.findings`,
     `report.healthy`, and the measurements. `str(report)` tells all of it.
 
-    **Raises:** `TypeError` for `TaskBatched`; what
+    **Raises:** `TypeError` for `TaskBatched`; `ValueError` for `step_size <= 0`; what
     [`step`][gradhpo.BilevelOptimizer.step] raises for losses and batches.
 
     ```python

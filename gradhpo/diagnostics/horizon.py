@@ -59,12 +59,14 @@ class Horizon:
 
     @property
     def num_steps(self) -> int:
+        """Inner steps $T$ of the horizon."""
         return len(self.norm)
 
     def steps_needed(self, cosine: float = 0.99) -> int:
-        """The smallest truncation from which on the cosine stays at least so high.
+        """The smallest truncation from which on the cosine stays at least `cosine` (default 0.99).
 
-        It has the direction, not the length: see `length_of_last`.
+        It has the direction, not the length: see `length_of_last`. Raises `ValueError` where the
+        hypergradient is not finite.
         """
         if not np.all(np.isfinite(self.norm)):
             raise ValueError(f"the hypergradient is not finite; {_LOOK_AT}")
@@ -126,13 +128,14 @@ def explain_horizon(
         `train_batch` is one batch. Not a `TaskBatched`.
     - `state`, `train_batch`, `val_batch`, `losses`: as for
         [`compare_hypergradients`][gradhpo.compare_hypergradients].
-    - `greedy_gamma`, `distill_gamma`: the discounts of greedy and of HyperDistill.
+    - `greedy_gamma`, `distill_gamma`: the discounts of greedy and of HyperDistill, in [0, 1].
 
-    **Returns:** a report, [`Horizon`][gradhpo.diagnostics.horizon.Horizon]. `str(report)` is a
-    table, `report.plot()` a figure. Memory is that of the exact hypergradient without
-    checkpoints, time about twice.
+    **Returns:** a [`Horizon`][gradhpo.diagnostics.horizon.Horizon], with the equations.
+    `str(report)` is a table, `report.plot()` a figure. Memory is that of the exact hypergradient
+    without checkpoints, time about twice.
 
-    **Raises:** what [`step`][gradhpo.BilevelOptimizer.step] raises; `TypeError` for `TaskBatched`.
+    **Raises:** what [`step`][gradhpo.BilevelOptimizer.step] raises; `ValueError` for a discount
+    outside [0, 1]; `TypeError` for `TaskBatched`.
 
     ```python
     train_loss = lambda w, h, batch: jnp.sum(jnp.arange(1.0, 4.0) * (w - h) ** 2)

@@ -29,8 +29,10 @@ def metasmoothness(
 
     With the parameters $w(\lambda)$ that training ends with, $\Delta_1 = w(\lambda + hv) -
     w(\lambda)$, $\Delta_2 = w(\lambda + 2hv) - w(\lambda + hv)$ and $d = |\Delta_1 + \Delta_2|$,
+
     $$S = \operatorname{sign}(\Delta_1)^\top \operatorname{diag}(d/\|d\|_1)
     \operatorname{sign}(\Delta_2):$$
+
     1 where every parameter moves on in the direction in which it began, near 0 where the second
     step has nothing to do with the first, so that following a derivative by a step of that size is
     of no use. Larger batches, smooth activations, normalisation and smaller inner learning rates
@@ -43,10 +45,14 @@ def metasmoothness(
     - `direction`: $v$, a tree like the hyperparameters. `None`: minus the signs of the
         optimizer's hypergradient, the way in which an outer Adam sets out.
     - `step_size`: $h > 0$, the size of an outer step; give your own: 0.1 is usual for the logarithm
-        of a learning rate, and large for the rate itself.
+        of a learning rate (the default), and large for the rate itself.
 
     **Returns:** $S$; `nan` where no parameter moves, where one of the trainings diverges, or where
     the hypergradient that is to be followed is not finite.
+
+    **Raises:** `ValueError` for `step_size <= 0` or a `direction` that is no tree like the
+    hyperparameters; `TypeError` for `TaskBatched`; what [`step`][gradhpo.BilevelOptimizer.step]
+    raises for losses and batches.
 
     ```python
     loss = lambda w, h, batch: jnp.sum((w - jnp.sin(h)) ** 2)

@@ -69,22 +69,27 @@ class HypergradientNoise:
 
     @property
     def mean(self) -> dict[str, PyTree]:
+        """Mean over the draws, a tree like the hyperparameters."""
         return {name: x.mean for name, x in self.overall.items()}
 
     @property
     def standard_error(self) -> dict[str, PyTree]:
+        """That of the mean, a tree like the hyperparameters."""
         return {name: x.standard_error for name, x in self.overall.items()}
 
     @property
     def signal_to_noise(self) -> dict[str, float]:
+        """Of a single draw."""
         return {name: x.signal_to_noise for name, x in self.overall.items()}
 
     @property
     def bias(self) -> dict[str, float]:
+        """Distance of the mean to that of the reference, relative to its length."""
         return {name: x.bias for name, x in self.overall.items()}
 
     @property
     def draws_needed(self) -> dict[str, float]:
+        """So many draws averaged have as much signal as noise."""
         return {name: x.draws_needed for name, x in self.overall.items()}
 
     def __str__(self) -> str:

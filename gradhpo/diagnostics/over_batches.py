@@ -54,16 +54,24 @@ def compare_over_batches(
     - `train_data`, `val_data`: sources as for [`run`][gradhpo.run]: an
         [`ArrayData`][gradhpo.ArrayData] or another function `index -> batch`, an iterator, or
         one fixed batch (whose noise is 0).
-    - `num_draws`: at least 2.
-    - `num_steps`: inner steps of the horizon; `None`: those of the longest optimizer.
-    - `reference`: an optimizer; `None`: the exact hypergradient of the horizon.
+    - `num_draws`: $n$, at least 2; default 32.
+    - `num_steps`: inner steps of the horizon; `None` (the default): those of the longest optimizer.
+    - `reference`: an optimizer; `None` (the default): the exact hypergradient of the horizon.
 
-    **Returns:** a report. `report.mean[name]`, `.standard_error[name]`, `.bias[name]`,
+    **Returns:** a [report][gradhpo.diagnostics.noise.HypergradientNoise]. With the mean $\bar g$ of
+    the draws, the covariance $\Sigma$ between them and the mean $\bar r$ of the reference,
+
+    $$\mathtt{bias} = \frac{\|\bar g - \bar r\|}{\|\bar r\|},\qquad
+    \mathtt{signal\_to\_noise}^2 = \frac{\|\bar g\|^2 - \operatorname{tr}\Sigma/n}
+    {\operatorname{tr}\Sigma} = \frac{1}{\mathtt{draws\_needed}},$$
+
+    a negative numerator counting as 0. `report.mean[name]`, `.standard_error[name]`, `.bias[name]`,
     `.signal_to_noise[name]` and `.draws_needed[name]`, also for the `"reference"`; the same leaf
     by leaf in `report.per_leaf`. `str(report)` is a table, `report.plot()` a figure.
 
-    **Raises:** `ValueError` for fewer than two draws, a horizon that an optimizer does not
-    divide, or an iterator that ends too early.
+    **Raises:** `ValueError` for fewer than two draws, a horizon that an optimizer does not divide,
+    an iterator that ends too early, or optimizers that
+    [`compare_hypergradients`][gradhpo.compare_hypergradients] refuses.
 
     ```python
     loss = lambda w, h, batch: jnp.mean((w - h - batch) ** 2)

@@ -24,10 +24,12 @@ from gradhpo.utils.validation import numbers_as_arrays
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """One optimizer at one horizon: `cost` of a `step`, or why it does not work (`failed`).
+    """One optimizer at one horizon.
 
-    `optimizer` is ready for use, with the `checkpoints` that were chosen; `fits` is `None`
-    where no limit was given.
+    - `name`, `num_steps`: the optimizer, and its inner steps per `step`.
+    - `optimizer`: ready for use, with the `checkpoints` that were chosen.
+    - `cost`: of a `step`; `None` where it does not work, and `failed` says why.
+    - `fits`: whether `max_bytes` suffice; `None` where no limit was given.
     """
 
     name: str
@@ -39,13 +41,16 @@ class Planned:
 
     @property
     def checkpoints(self) -> Any:
-        """Of an `UnrolledOptimizer`."""
+        """Those of an `UnrolledOptimizer`, else `None`."""
         return getattr(_inside(self.optimizer), "checkpoints", None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What [`plan`][gradhpo.plan] found: `rows`, and `plan[name, steps]` for one of them."""
+    """What [`plan`][gradhpo.plan] found: `rows`, and `plan[name, steps]` for one of them.
+
+    Another name or horizon raises `KeyError`; `max_bytes` is the limit that was given.
+    """
 
     rows: tuple[Planned, ...]
     max_bytes: int | None
@@ -117,8 +122,8 @@ def plan(
     **Arguments:**
 
     - `optimizers`: name to optimizer.
-    - `state`, `train_batch`, `val_batch`, `losses`: as for
-        [`step`][gradhpo.BilevelOptimizer.step]. Of a [`BatchStack`][gradhpo.BatchStack] the
+    - `state`, `train_batch`, `val_batch`: as for [`step`][gradhpo.BilevelOptimizer.step]; `losses`:
+        the [`LossFunctions`][gradhpo.LossFunctions]. Of a [`BatchStack`][gradhpo.BatchStack] the
         length does not matter: it is taken as long as each horizon needs it.
     - `horizons`: inner steps per `step` to try, in `unroll_steps` or `inner_steps`; optimizers
         that have no such setting appear once. Empty: every optimizer as it is.
@@ -131,7 +136,8 @@ def plan(
     `.cost.temporary_bytes`, `.fits`, `.checkpoints`, and `.optimizer`, ready for use; `.failed`
     where an optimizer does not work, at all or at this horizon. `str(plan)` is a table.
 
-    **Raises:** `ValueError` for horizons or `max_bytes` below 1.
+    **Raises:** `ValueError` for horizons or `max_bytes` below 1, and for optimizers that
+    [`compare_hypergradients`][gradhpo.compare_hypergradients] refuses.
 
     ```python
     loss = lambda w, h, batch: jnp.sum(jnp.cosh(w - h))

@@ -22,6 +22,7 @@ class Neumann(lx.AbstractLinearSolver[_State]):
 
     $$A^{-1} v \approx \eta \sum_{k=0}^{K} (I - \eta A)^k\, v =
     A^{-1}\bigl(I - (I - \eta A)^{K+1}\bigr) v,\qquad K = \mathtt{terms} - 1,$$
+
     which is what so many steps of gradient descent with rate $\eta$ = `step_size` make of the
     linear system; $K$ products with $A$ and no more. It converges where all eigenvalues of $A$
     lie between 0 and $2/\eta$. Short series are meant: they forget directions in which $A$ is
@@ -56,13 +57,16 @@ class Neumann(lx.AbstractLinearSolver[_State]):
         check_setting("step_size", self.step_size, lambda x: x > 0, "positive")
 
     def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]) -> _State:
-        """The operator, its part that does not depend on the vector done once."""
+        """The linearised operator: what of it does not depend on the vector is done once."""
         return lx.linearise(operator)
 
     def compute(
         self, state: _State, vector: PyTree, options: dict[str, Any]
     ) -> tuple[PyTree, lx.RESULTS, dict[str, Any]]:
-        """The sum; `breakdown` if its terms grow at the end."""
+        r"""The sum for $v$ = `vector`, the result, and `{"num_steps": K, "max_steps": K}`.
+
+        The result is `lineax.RESULTS.breakdown` if the terms grow at the end.
+        """
         scaled = lambda x: self.step_size.astype(x.dtype) * x
 
         def body(carry: tuple[PyTree, PyTree, Array], _: None):

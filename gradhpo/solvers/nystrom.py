@@ -34,8 +34,10 @@ class Nystrom(lx.AbstractLinearSolver[_LowRank]):
 
     From `rank` columns of $A$, drawn at random, with rows $C = A_{K\cdot}$ and their own block
     $M = A_{KK}$,
+
     $$(C^\top M^{-1} C + \rho I)^{-1} v = \frac{v}{\rho} - \frac{1}{\rho^2}\,
     C^\top \Bigl(M + \frac{1}{\rho}\, C C^\top\Bigr)^{-1} C v,\qquad \rho = \mathtt{damping}.$$
+
     It costs `rank` products with $A$ and no iteration: for a positive semidefinite $A$ nothing can
     diverge. (With negative curvature among few columns it can be far off.) With full rank it is
     $(A + \rho I)^{-1}$. Where $M$ is singular (dead units) its null space is left out.
@@ -51,7 +53,8 @@ class Nystrom(lx.AbstractLinearSolver[_LowRank]):
     - `key`: a PRNG key for the columns, the same ones in every solve; one is drawn from each of
         `rank` equal pieces of the parameters.
 
-    **Raises:** `ValueError` for `rank < 1`, `damping <= 0`, or a rank larger than the operator.
+    **Raises:** `ValueError` for `rank < 1` or `damping <= 0`; while tracing, for a rank larger than
+    the operator, or an operator that is not symmetric (that of an `update_fn`).
 
     ```python
     solver = gradhpo.Nystrom(rank=5, damping=0.01, key=jax.random.key(0))
@@ -75,7 +78,10 @@ class Nystrom(lx.AbstractLinearSolver[_LowRank]):
         check_setting("damping", self.damping, lambda x: x > 0, "positive")
 
     def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]) -> _LowRank:
-        """Draws the columns. `options["shift"]`: how much of a multiple of I is in the operator."""
+        """Draws the columns. `options["shift"]`: which multiple of I is in the operator, default 0.
+
+        **Raises:** `ValueError` for an operator that is smaller than `rank`, or not symmetric.
+        """
         if not lx.is_symmetric(operator):
             raise ValueError(
                 "Nystrom needs a symmetric operator, which the Hessian of a training loss is; with "
@@ -112,7 +118,7 @@ class Nystrom(lx.AbstractLinearSolver[_LowRank]):
     def compute(
         self, state: _LowRank, vector: PyTree, options: dict[str, Any]
     ) -> tuple[PyTree, lx.RESULTS, dict[str, Any]]:
-        """Woodbury's formula with the well-conditioned `rank` by `rank` matrix."""
+        """Woodbury's formula with the well-conditioned `rank` by `rank` matrix; always succeeds."""
         b, signs, rho = state
         v = ravel(vector, b.dtype)
         small = rho * jnp.diag(signs) + b @ b.T

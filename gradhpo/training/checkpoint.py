@@ -39,13 +39,14 @@ class Checkpoint:
 
     **Arguments:**
 
-    - `directory`: made if it is not there. One directory holds one run. Other files in it, a log
-        say, are left alone.
-    - `every_steps`: default `None`, by the clock alone.
-    - `every_seconds`: default 60; `float("inf")` for by steps alone.
-    - `keep`: the newest so many stay, default 2.
+    - `directory`: a path, made if it is not there. One directory holds one run. Other files in it,
+        a log say, are left alone.
+    - `every_steps`: steps between two, at least 1; default `None`, by the clock alone.
+    - `every_seconds`: seconds between two, default 60; `float("inf")` for by steps alone.
+    - `keep`: the newest so many stay, at least 1; default 2.
 
-    **Raises:** `ValueError` or `TypeError` for a setting that cannot be meant.
+    **Raises:** `ValueError` for an empty `directory`, `every_steps < 1`, `keep < 1` or negative
+    `every_seconds`; `TypeError` for what is no path or number.
 
     ```python
     checkpoint = gradhpo.Checkpoint("runs/digits", every_seconds=600.0, keep=3)
@@ -68,7 +69,7 @@ class Checkpoint:
 
     @classmethod
     def of(cls, value: "str | Path | Checkpoint") -> "Checkpoint":
-        """Settings from what `run` was given."""
+        """Settings from what [`run`][gradhpo.run] was given: a `Checkpoint`, or its directory."""
         return value if isinstance(value, Checkpoint) else cls(value)
 
 
@@ -84,10 +85,13 @@ def load_checkpoint(
     - `state`: any state of the same optimizer and model, from `optimizer.init`: it gives the
         structure and is not changed.
     - `callbacks`: those whose memory is wanted: `best = gradhpo.BestState()` in
-        `callbacks=[best]` has `best.state` afterwards.
+        `callbacks=[best]` has `best.state` afterwards. Default: none.
 
-    **Raises:** `ValueError` where there is none, or one that is damaged or of another structure.
-    Where only the history is damaged, a warning says so and the history is empty.
+    **Returns:** `(state, history)` at that checkpoint. Where only the history is damaged, a warning
+    says so and the history is empty.
+
+    **Raises:** `ValueError` where there is none, one that is damaged or of another structure, or
+    one without the memory of such a callback.
 
     ```python
     import tempfile

@@ -41,6 +41,9 @@ class BestState:
 
     **Afterwards:** `.state`, `.value` and `.step` (`None`, `inf` and 0 if nothing counted).
 
+    **Raises:** `TypeError` for a `metric` that is neither; `ValueError`, within a run, for a name
+    that is no metric of it.
+
     ```python
     loss = lambda w, h, batch: jnp.sum((w - h) ** 2 * batch)
     optimizer = gradhpo.OneStepOptimizer(optax.sgd(0.1), optax.adam(0.1))
@@ -101,11 +104,15 @@ class EarlyStopping:
 
     **Arguments:**
 
-    - `patience`: steps without a new lowest value after which the run stops (where a chunk ends).
+    - `patience`: steps without a new lowest value after which the run stops (where a chunk ends),
+        at least 1.
     - `metric`: as for [`BestState`][gradhpo.BestState].
     - `min_delta`: by how much a value must be below the lowest one to count, default 0.
 
-    **Afterwards:** `.best`, a [`BestState`][gradhpo.BestState].
+    **Afterwards:** `.best`, a [`BestState`][gradhpo.BestState], and `.stopped`. The `stop_reason`
+    of the history is `"early stopping"`.
+
+    **Raises:** `ValueError` for `patience < 1` or a negative `min_delta`, and as `BestState`.
 
     ```python
     loss = lambda w, h, batch: jnp.sum((w - h) ** 2 * batch)
@@ -140,6 +147,7 @@ class EarlyStopping:
 
     @property
     def memory(self) -> PyTree:
+        """What checkpoints keep."""
         return self._seen, self.best.memory
 
     @memory.setter
@@ -171,7 +179,14 @@ class TimeLimit:
     """Stops a run at the end of the first chunk after so many seconds: a callback for `run`.
 
     Counts from the start of each call of `run`, compilation included. A run with a checkpoint goes
-    on when it is called once more, with the full time again.
+    on when it is called once more, with the full time again. The `stop_reason` of the history is
+    `"time limit"`.
+
+    **Arguments:**
+
+    - `seconds`: positive.
+
+    **Raises:** `ValueError` for `seconds` that are not positive.
 
     ```python
     limit = gradhpo.TimeLimit(seconds=8 * 3600)

@@ -13,6 +13,12 @@ if TYPE_CHECKING:
 class History(Mapping[str, np.ndarray]):
     """Metrics of a run: a mapping from a metric's name to an array `[steps]`.
 
+    `"train_loss"`, `"val_loss"`, `"hypergrad_norm"`, `"param_norm"`, `"hyperparam_norm"` and
+    `"rejected"` as in [`BilevelState`][gradhpo.BilevelState], and the scalars in the memory of the
+    algorithm (`"theta"`, `"linear_residual"`). Looking up another name raises `KeyError`.
+
+    **Fields:**
+
     - `stop_reason`: `"num_steps"`; a callback's `stop_reason` (`"early stopping"`, `"time limit"`)
         or `"callback"`; `"interrupted"`; `"rejected"`; `"data exhausted"`; or what failed: `"data
         error"`, `"callback error"`, `"loss error"` (`eqx.error_if` in one), `"device error"`,
@@ -54,9 +60,14 @@ class History(Mapping[str, np.ndarray]):
         return f"History({steps} steps, {', '.join(self)}; stopped: {self.stop_reason})"
 
     def plot(self, *metrics: str, ax: "Axes | None" = None, **kwargs: Any) -> "Axes":
-        """Draws metrics over steps with matplotlib; by default both losses.
+        """Draws metrics over steps with matplotlib.
 
-        **Arguments:** names of metrics; `ax` to draw into; the rest goes to `ax.plot`.
+        **Arguments:** names of `metrics`, by default both losses; `ax` to draw into, by default a
+        new one; the rest goes to `ax.plot`.
+
+        **Returns:** `ax`.
+
+        **Raises:** `KeyError` for a name that is no metric, `ImportError` without matplotlib.
         """
         import matplotlib.pyplot as plt
 

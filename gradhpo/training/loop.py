@@ -58,31 +58,31 @@ def run(
     - `train_data`, `val_data`: a traceable function `index -> batch` such as
         [`ArrayData`][gradhpo.ArrayData]; an iterator (see [`iterate`][gradhpo.iterate]); or a
         pytree of arrays, one batch for all steps.
-    - `num_steps`: outer steps to take, at least 1.
+    - `num_steps`: outer steps to take, at least 1; counted with those of a checkpoint.
     - `steps_per_episode`: restart the inner problem after so many steps, a divisor of
         `num_steps`: the parameters at the start of an episode move by
         $\phi \leftarrow \phi - \mathtt{reptile\_rate}\,(\phi - w)$ towards those at its end, all
         start again from $\phi$, with a new inner optimizer state, and the memory of the
-        algorithm with a new episode. `None`: one long training.
-    - `reptile_rate`: in [0, 1]. 1 goes on from $w$, 0 is a cold restart from where the run
-        began. The state that is returned after whole episodes has been restarted too: its
+        algorithm with a new episode. `None` (the default): one long training.
+    - `reptile_rate`: in [0, 1]. 1, the default, goes on from $w$, 0 is a cold restart from where
+        the run began. The state that is returned after whole episodes has been restarted too: its
         parameters are $\phi$. To have those of a training with the final hyperparameters, run
         one more episode without `steps_per_episode`. A run that was stopped within an episode
         returns the state as it stands.
     - `lr_hyper`: for `outer_optimizer=None`, a number or a traceable schedule `step -> rate`.
-    - `chunk_size`: steps per compiled call, rounded down to whole episodes where one fits. An
-        iterator's chunk is kept under 64 MiB (but holds a whole episode for an algorithm that
-        looks ahead, [`OnlineHypergradientOptimizer`][gradhpo.OnlineHypergradientOptimizer]).
+    - `chunk_size`: steps per compiled call, default 100, rounded down to whole episodes where one
+        fits. An iterator's chunk is kept under 64 MiB (but holds a whole episode for an algorithm
+        that looks ahead, [`OnlineHypergradientOptimizer`][gradhpo.OnlineHypergradientOptimizer]).
     - `callbacks`: called as `callback(state, metrics)` after each chunk, `metrics` being a dict
         of arrays `[steps in the chunk]`; one that returns `True` stops the run. Ready-made:
         [`EarlyStopping`][gradhpo.EarlyStopping], [`BestState`][gradhpo.BestState],
         [`TimeLimit`][gradhpo.TimeLimit], [`JSONLinesLogger`][gradhpo.JSONLinesLogger],
         [`CSVLogger`][gradhpo.CSVLogger].
-    - `max_rejections`: stop after so many steps in a row were rejected as non-finite.
-    - `progress`: show a progress bar.
-    - `checkpoint`: a directory (or a [`Checkpoint`][gradhpo.Checkpoint]) to save the run in. Where
-        it holds one already, that is resumed, and comes out bit for bit as if it had never been
-        interrupted; `state` is then the state that the run began with.
+    - `max_rejections`: stop after so many steps in a row were rejected as non-finite; default 10.
+    - `progress`: show a progress bar, default `True`.
+    - `checkpoint`: a directory (or a [`Checkpoint`][gradhpo.Checkpoint]) to save the run in;
+        default `None`. Where it holds one already, that is resumed, and comes out bit for bit as if
+        it had never been interrupted; `state` is then the state that the run began with.
 
     **Returns:** `(state, history)`, see [`History`][gradhpo.History]. Ctrl-C returns them too,
     after the chunk at work; a second one raises.
@@ -105,6 +105,11 @@ def run(
         progress=False,
     )
     ```
+
+    ??? cite "Reference"
+
+        Episodes: Reptile, Nichol et al., *On First-Order Meta-Learning Algorithms*, 2018,
+        arXiv:1803.02999.
     """
     check_count("num_steps", num_steps)
     check_count("chunk_size", chunk_size)

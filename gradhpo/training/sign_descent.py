@@ -24,8 +24,11 @@ def sign_descent(
 ) -> optax.GradientTransformation:
     r"""Steps of given length against the sign of the hypergradient, halved where it flips.
 
-    Every coordinate for itself: $\lambda_i \leftarrow \lambda_i - \delta_i\,
-    \operatorname{sign}(g_i)$; where the sign is another one than before, first
+    Every coordinate for itself,
+
+    $$\lambda_i \leftarrow \lambda_i - \delta_i\, \operatorname{sign}(g_i);$$
+
+    where the sign is another one than before, first
     $\delta_i \leftarrow \mathtt{decay}\cdot\delta_i$. A coordinate whose sign has flipped rests for
     good once $\delta_i < \mathtt{tolerance}\cdot|\lambda_i|$. For long horizons, whose
     hypergradients are of very different lengths early and late: about ten outer steps find each
@@ -40,6 +43,9 @@ def sign_descent(
         themselves. 0 never rests: right for hyperparameters that are stored as logarithms.
 
     **Returns:** an `optax.GradientTransformation`, for `outer_optimizer`.
+
+    **Raises:** `ValueError` for a setting out of its range, or (in `init`) a `step_size` that is no
+    prefix of the hyperparameters; `TypeError` for one that is no number.
 
     ```python
     loss = lambda w, rates, batch: jnp.sum(w**2 * jnp.arange(1.0, 4.0))

@@ -22,14 +22,21 @@ class MovingAverageState(NamedTuple):
 def moving_average(window: int) -> optax.GradientTransformation:
     r"""The mean of the last `window` updates, for `optax.chain` in front of an outer optimizer.
 
-    Hypergradients of minibatches are noisy: $\bar g_t = \frac 1n \sum_{i=0}^{n-1} g_{t-i}$ with
-    $n = \min(\mathtt{window}, t)$ has a variance up to `window` times smaller and lags by half a
-    window. Unlike `optax.ema` it forgets wholly: an outlier has no effect after `window` steps.
-    Keeps `window` copies of the hyperparameters.
+    Hypergradients of minibatches are noisy;
+
+    $$\bar g_t = \frac 1n \sum_{i=0}^{n-1} g_{t-i},\qquad n = \min(\mathtt{window}, t),$$
+
+    has a variance up to `window` times smaller and lags by half a window. Unlike `optax.ema` it
+    forgets wholly: an outlier has no effect after `window` steps. Keeps `window` copies of the
+    hyperparameters.
 
     **Arguments:**
 
     - `window`: how many updates, at least 1.
+
+    **Returns:** an `optax.GradientTransformation`.
+
+    **Raises:** `ValueError` for `window < 1`.
 
     ```python
     outer = optax.chain(

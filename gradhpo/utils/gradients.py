@@ -38,6 +38,8 @@ def _map_inexact(function: Callable, tree: PyTree, *rest: PyTree) -> PyTree:
 def tree_zeros_like(tree: PyTree) -> PyTree:
     """Zeros with the shape and dtype of every array leaf, integer arrays included.
 
+    Leaves that are no arrays or numbers (functions, strings) stay as they are.
+
     ```python
     zeros = gradhpo.tree_zeros_like({"w": jnp.ones(3)})
     ```
@@ -49,7 +51,8 @@ def tree_zeros_like(tree: PyTree) -> PyTree:
 def tree_l2_norm(tree: PyTree) -> Real[Array, ""]:
     r"""Euclidean norm over all floating-point leaves together, $\sqrt{\sum_i x_i^2}$.
 
-    Accumulated in float32, or float64 where a leaf is float64. An empty tree has norm 0.
+    Accumulated in float32, or float64 where a leaf is float64; so is the result, shape `()`. An
+    empty tree has norm 0.
 
     ```python
     assert gradhpo.tree_l2_norm({"a": jnp.array([3.0]), "b": jnp.array(4.0)}) == 5.0
@@ -61,6 +64,8 @@ def tree_l2_norm(tree: PyTree) -> Real[Array, ""]:
 @checked
 def tree_normalize(tree: PyTree, eps: Real[ArrayLike, ""] = 1e-8) -> PyTree:
     r"""Divides by the norm: $x / \max(\|x\|_2, \mathtt{eps})$, so that 0 stays 0.
+
+    `eps` is positive, shape `()`, default 1e-8. Leaves that are not floating-point arrays stay.
 
     ```python
     unit = gradhpo.tree_normalize({"a": jnp.array([3.0]), "b": jnp.array(4.0)})
@@ -75,7 +80,8 @@ def tree_normalize(tree: PyTree, eps: Real[ArrayLike, ""] = 1e-8) -> PyTree:
 def tree_dot(a: PyTree, b: PyTree) -> Real[Array, ""]:
     r"""Inner product over all floating-point leaves together, $\sum_i a_i b_i$.
 
-    Accumulated like [`tree_l2_norm`][gradhpo.tree_l2_norm]. The trees have one structure.
+    Accumulated like [`tree_l2_norm`][gradhpo.tree_l2_norm], shape `()`. Raises `ValueError` for
+    trees of two structures.
 
     ```python
     assert gradhpo.tree_dot({"a": jnp.array([1.0, 2.0])}, {"a": jnp.array([3.0, 4.0])}) == 11.0
@@ -89,9 +95,10 @@ def tree_dot(a: PyTree, b: PyTree) -> Real[Array, ""]:
 def tree_lerp(a: PyTree, b: PyTree, t: Real[ArrayLike, ""]) -> PyTree:
     r"""Straight line from `a` (at `t = 0`) to `b` (at `t = 1`): $(1 - t)\,a + t\,b$.
 
-    Keeps the dtypes of `a`; leaves that are not floating-point arrays are those of `a`. Where
-    both ends are the same number so is every point between, an infinity included; at `t = 0`
-    nothing of `b` is looked at.
+    A tree like `a`, with its dtypes; leaves that are not floating-point arrays are those of `a`.
+    Where both ends are the same number so is every point between, an infinity included; at `t = 0`
+    nothing of `b` is looked at. `t` has the shape `()`. Raises `ValueError` for trees of two
+    structures.
 
     ```python
     middle = gradhpo.tree_lerp({"w": jnp.zeros(2)}, {"w": jnp.ones(2)}, 0.5)
@@ -127,6 +134,8 @@ def vjp_wrt_both(
     **Returns:** `(params part, hyperparams part)`, trees like `params` and `hyperparams`
     with `None` in place of leaves that are not floating-point arrays.
 
+    **Raises:** `ValueError` for a cotangent that is no tree like `params`.
+
     ```python
     update = lambda w, rate, batch: w - rate * 2 * w
     w_part, rate_part = gradhpo.vjp_wrt_both(
@@ -150,9 +159,9 @@ def vjp_wrt_both(
 def vjp_wrt_lambda(
     update_fn: Callable, params: PyTree, hyperparams: PyTree, batch: PyTree, cotangent: PyTree
 ) -> PyTree:
-    r"""The product $v^\top \partial\Phi/\partial\lambda$ alone.
+    r"""The product $v^\top \partial\Phi/\partial\lambda$ alone, a tree like `hyperparams`.
 
-    Arguments as in [`vjp_wrt_both`][gradhpo.vjp_wrt_both], of which it is the second part.
+    Arguments and errors as in [`vjp_wrt_both`][gradhpo.vjp_wrt_both], whose second part it is.
 
     ```python
     update = lambda w, rate, batch: w - rate * 2 * w
@@ -209,8 +218,10 @@ def update_w_star(
 
     - `w_star`: $w^*_{t-1}$ (ignored at `t = 1`).
     - `w_prev`: $w_{t-1}$, a tree like `w_star`.
-    - `gamma`: in [0, 1]; at 1 the limit $p_t = (t - 1)/t$, the plain mean.
-    - `t`: the step within the episode, from 1.
+    - `gamma`: in [0, 1], shape `()`; at 1 the limit $p_t = (t - 1)/t$, the plain mean.
+    - `t`: the step within the episode, from 1, shape `()`. Neither is checked.
+
+    **Returns:** $w^*_t$, a tree like `w_prev`.
 
     ```python
     w_star = gradhpo.update_w_star(jnp.zeros(2), jnp.ones(2), gamma=0.9, t=1)  # ones

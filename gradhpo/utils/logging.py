@@ -96,6 +96,9 @@ class JSONLinesLogger(_FileLogger):
     - `extra`: a function `state -> {name: number}`, called where a chunk ends, for what is no
         metric: hyperparameters themselves. It stands in the line of the last step of a chunk.
 
+    **Raises:** `ValueError` for a `path` that is a directory or `every < 1`; where `run` begins,
+    for a file that holds something already, without `append=True`.
+
     ```python
     rate = lambda state: {"rate": jnp.exp(state.hyperparams["log_rate"])}
     logger = gradhpo.JSONLinesLogger("runs/digits/log.jsonl", every=10, extra=rate)
@@ -118,7 +121,9 @@ def _number(x: float | int) -> str:
 class CSVLogger(_FileLogger):
     """Writes metrics as CSV with a line of names: a callback for `run`.
 
-    **Arguments:** as for [`JSONLinesLogger`][gradhpo.JSONLinesLogger].
+    Numbers as Python writes them, `nan` and `inf` included. Written at the end of every chunk.
+
+    **Arguments:** as for [`JSONLinesLogger`][gradhpo.JSONLinesLogger]; so is what it raises.
 
     ```python
     logger = gradhpo.CSVLogger("runs/digits/log.csv", every=10)
