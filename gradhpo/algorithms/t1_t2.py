@@ -39,9 +39,13 @@ class T1T2Optimizer(Memoryless):
         differentiated exactly.
 
     - `perturb="hyperparams"`: for every coordinate $i$ of every leaf,
-        $[\Phi(w, \lambda + \mathtt{epsilon}\,e_i) - \Phi(w, \lambda - \mathtt{epsilon}\,e_i)]
-        / 2\,\mathtt{epsilon}$. Two inner steps per coordinate, but it needs no derivative of
-        $\Phi$, so `update_fn` may be opaque.
+        with $\varepsilon = \mathtt{epsilon}$,
+
+        $$\frac{\Phi(w, \lambda + \varepsilon e_i) - \Phi(w, \lambda - \varepsilon e_i)}
+        {2\varepsilon}.$$
+
+        Two inner steps per coordinate, but it needs no derivative of $\Phi$, so `update_fn` may
+        be opaque.
 
     **Arguments:**
 
