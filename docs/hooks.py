@@ -83,16 +83,15 @@ def _example(source: str, code: str) -> str:
     name, picture = Path(source).stem, f"docs/images/{Path(source).stem}.png"
     title, about = (ast.get_docstring(ast.parse(code)) or "").split("\n", 1)
     results = (ROOT / "examples" / "README.md").read_text().split("\n## ")[1:]
-    heading, found = next(
-        (part.split("\n", 1) for part in results if f"({name}.py)" in part), (title, "")
-    )
+    link = f"[`{name}.py`]({name}.py)"
+    heading, found = next((x.split("\n", 1) for x in results if link in x), (title, ""))
     printed = ROOT / "docs" / "images" / f"{name}.txt"
     parts = [
         f"# {heading}",
         f"*{title}*" if found else "",
         about,
         f"![What the example draws](../{picture})" if (ROOT / picture).exists() else "",
-        found,
+        found.replace(link, ""),
         f"It prints:\n\n```text\n{printed.read_text().rstrip()}\n```" if printed.exists() else "",
         f"## The program\n\n`{source}`\n\n```py\n{code}```",
     ]

@@ -57,8 +57,12 @@ def test_readme_example_is_short():
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_docstring_example_runs(name):
-    codes = blocks(inspect.getdoc(getattr(gradhpo, name)) or "")
+    thing = getattr(gradhpo, name)
+    codes = blocks(inspect.getdoc(thing) or "")
     assert codes, f"{name} has no example"
+    if inspect.isclass(thing):
+        own = [getattr(thing, method) for method in vars(thing) if not method.startswith("_")]
+        codes += [code for method in own for code in blocks(inspect.getdoc(method) or "")]
     for code in codes:
         namespace = {
             "gradhpo": gradhpo, "jax": jax, "jnp": jnp, "np": np, "optax": optax, "eqx": eqx,
