@@ -27,14 +27,26 @@ STYLE = ROOT / "docs" / "figures.mplstyle"  # type sizes, lines and frames of al
 MOST_BYTES = 150_000
 
 
+# Runs the blocks of a page; its picture is the last axes that they call `ax`.
+PAGE = """
+import re, sys
+page, _, output = sys.argv[1:]
+names = {}
+for code in re.findall(r"^```python\\n(.*?)^```", open(page).read(), re.MULTILINE | re.DOTALL):
+    exec(code, names)
+names["ax"].figure.savefig(output, dpi=150)
+"""
+
+
 class Figure(NamedTuple):
-    script: str
+    script: str  # under examples/, or a page under docs/
     options: tuple[str, ...] = ()  # what differs from the run that examples/README.md reports
     others: tuple[str, ...] = ()  # endings of the further pictures that the script saves
 
 
 FIGURES = {
-    # concept pages
+    # pages
+    "getting_started": Figure("getting_started.md"),
     "first_hypergradient": Figure("reading/first_hypergradient.py", others=("_levels",)),
     "short_horizon": Figure("reading/short_horizon.py"),
     # examples
@@ -51,11 +63,13 @@ FIGURES = {
 }
 
 
-def smaller(picture: Path) -> None:
-    """The same picture in at most 256 colours, which these have few more of."""
-    with Image.open(picture) as image:
-        reduced = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    reduced.save(picture, optimize=True)
+def limited(picture: Path) -> None:
+    """The picture itself if it is small enough, else in the 256 colours that suit it best."""
+    if picture.stat().st_size > MOST_BYTES:
+        with Image.open(picture) as image:
+            image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
+                picture, optimize=True
+            )
     if picture.stat().st_size > MOST_BYTES:
         raise SystemExit(f"{picture} has more than {MOST_BYTES:,} bytes")
 
@@ -69,7 +83,16 @@ def make(name: str, into: Path, quick: bool) -> None:
     # Into a folder of its own first: a script that fails leaves the old picture.
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch) / picture.name
-        command = [sys.executable, ROOT / "examples" / figure.script, *options, "--output", made]
+        if figure.script.endswith(".md"):
+            shown, program = (
+                f"blocks of docs/{figure.script}",
+                ["-c", PAGE, ROOT / "docs" / figure.script],
+            )
+            options = []
+        else:
+            shown = " ".join(["python", f"examples/{figure.script}", *options])
+            program = [ROOT / "examples" / figure.script]
+        command = [sys.executable, *program, *options, "--output", made]
         done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{name} failed:\n{done.stderr}")
@@ -77,11 +100,10 @@ def make(name: str, into: Path, quick: bool) -> None:
             if not made.with_stem(name + ending).exists():
                 raise SystemExit(f"{name} saved no {name}{ending}.png")
         for path in sorted(Path(scratch).glob("*.png")):
-            smaller(path)
+            limited(path)
             (into / path.name).write_bytes(path.read_bytes())
     told = done.stdout.replace(str(made), str(Path("docs/images") / picture.name))
-    shown = " ".join(["python", f"examples/{figure.script}", *options])
-    (into / f"{name}.txt").write_text(f"$ {shown}\n{told}")
+    (into / f"{name}.txt").write_text(f"{shown}\n\n{told}")
     print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
 
 
