@@ -58,7 +58,13 @@ def draw_comparison(report: Any) -> Any:
     if len(report.per_leaf) > 1:
         made.legend(*cosine.get_legend_handles_labels(), fontsize=8, loc="outside lower left",
                     ncols=2, frameon=False)  # fmt: skip
-    cosine.set(xlim=(-1.08, 1.08), xlabel="cosine", yticks=rows, yticklabels=names)
+    cosine.set(
+        xlim=(-1.08, 1.08),
+        xticks=(-1, -0.5, 0, 0.5, 1),
+        xlabel="cosine",
+        yticks=rows,
+        yticklabels=names,
+    )
     cosine.invert_yaxis()
     norm.axvline(1, color=GREY, lw=0.8)
     lengths = [report.norm_ratio[n] for n in names]
@@ -94,7 +100,7 @@ def draw_noise(report: Any) -> Any:
     cosine.plot([x.cosine for x in report.overall.values()], rows, "o", color=BLUE)
     cosine.axvline(0, color=GREY, lw=0.8)
     cosine.axvline(1, color=GREY, lw=0.8)
-    cosine.set(xlim=(-1.08, 1.08), xlabel="cosine of the means")
+    cosine.set(xlim=(-1.08, 1.08), xticks=(-1, -0.5, 0, 0.5, 1), xlabel="cosine of the means")
     cosine.set(yticks=rows, yticklabels=names)
     cosine.invert_yaxis()
     error.barh(rows, bias, color=ORANGE, height=0.55, label="bias, squared")

@@ -1,0 +1,131 @@
+"""Makes the pictures under docs/images, and keeps what each script printed beside its picture.
+
+    python docs/figures.py                          # all of them, about 20 minutes on 2 slow cores
+    python docs/figures.py regularisation           # some
+    python docs/figures.py --quick --into out/      # smoke tests, never into docs/images
+
+A picture is made by the script of its name, in a process of its own, as
+`python examples/<name>.py --output docs/images/<name>.png`; what it prints goes to `<name>.txt`
+beside it. Seconds in these texts are those of the machine that made them.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+
+ROOT = Path(__file__).resolve().parents[1]
+IMAGES = ROOT / "docs" / "images"
+STYLE = ROOT / "docs" / "figures.mplstyle"  # type sizes, lines and frames of all pictures
+MOST_BYTES = 150_000
+
+
+# Runs the blocks of a page; its picture is the last axes that they call `ax`.
+PAGE = """
+import re, sys
+page, _, output = sys.argv[1:]
+names = {}
+for code in re.findall(r"^```python\\n(.*?)^```", open(page).read(), re.MULTILINE | re.DOTALL):
+    exec(code, names)
+names["ax"].figure.savefig(output, dpi=150)
+"""
+
+
+class Figure(NamedTuple):
+    script: str  # under examples/, or a page under docs/
+    options: tuple[str, ...] = ()  # what differs from the run that examples/README.md reports
+    others: tuple[str, ...] = ()  # endings of the further pictures that the script saves
+
+
+FIGURES = {
+    # pages
+    "getting_started": Figure("getting_started.md"),
+    "first_hypergradient": Figure("reading/first_hypergradient.py", others=("_levels",)),
+    "short_horizon": Figure("reading/short_horizon.py"),
+    # examples
+    "data_hypercleaning": Figure("data_hypercleaning.py"),
+    "learned_learning_rates": Figure("learned_learning_rates.py"),
+    "regularisation": Figure("regularisation.py"),
+    "compressed_sensing": Figure("compressed_sensing.py"),
+    "learned_schedule": Figure("learned_schedule.py"),
+    "optimizer_hyperparameters": Figure("optimizer_hyperparameters.py"),
+    "ode_calibration": Figure("ode_calibration.py"),
+    "where_algorithms_fail": Figure("where_algorithms_fail.py"),
+    "which_algorithm": Figure("which_algorithm.py", others=("_noise", "_horizon")),
+    "meta_learning_sinusoid": Figure("meta_learning_sinusoid.py", ("--seeds=1",)),  # of 5: minutes
+}
+
+
+def limited(picture: Path) -> None:
+    """The picture itself if it is small enough, else in the 256 colours that suit it best."""
+    if picture.stat().st_size > MOST_BYTES:
+        with Image.open(picture) as image:
+            image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
+                picture, optimize=True
+            )
+    if picture.stat().st_size > MOST_BYTES:
+        raise SystemExit(f"{picture} has more than {MOST_BYTES:,} bytes")
+
+
+def make(name: str, into: Path, quick: bool) -> None:
+    """Runs one script; its pictures and what it printed land in `into`."""
+    figure, picture = FIGURES[name], into / f"{name}.png"
+    options = ["--quick"] if quick else list(figure.options)
+    own = {"MATPLOTLIBRC": str(STYLE), "MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT)}
+    started = time.perf_counter()
+    # Into a folder of its own first: a script that fails leaves the old picture.
+    with tempfile.TemporaryDirectory() as scratch:
+        made = Path(scratch) / picture.name
+        if figure.script.endswith(".md"):
+            shown, program = (
+                f"blocks of docs/{figure.script}",
+                ["-c", PAGE, ROOT / "docs" / figure.script],
+            )
+            options = []
+        else:
+            shown = " ".join(["python", f"examples/{figure.script}", *options])
+            program = [ROOT / "examples" / figure.script]
+        command = [sys.executable, *program, *options, "--output", made]
+        done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{name} failed:\n{done.stderr}")
+        for ending in () if quick else ("", *figure.others):
+            if not made.with_stem(name + ending).exists():
+                raise SystemExit(f"{name} saved no {name}{ending}.png")
+        for path in sorted(Path(scratch).glob("*.png")):
+            limited(path)
+            (into / path.name).write_bytes(path.read_bytes())
+    told = done.stdout.replace(str(made), str(Path("docs/images") / picture.name))
+    (into / f"{name}.txt").write_text(f"{shown}\n\n{told}")
+    print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FIGURES)}")
+    parser.add_argument("--quick", action="store_true", help="smoke tests, not into docs/images")
+    parser.add_argument("--into", type=Path, help="a folder (default docs/images)")
+    options = parser.parse_args(arguments)
+    unknown = set(options.names) - set(FIGURES)
+    if unknown:
+        parser.error(f"no figure {', '.join(sorted(unknown))}; there are {', '.join(FIGURES)}")
+    into = options.into or (Path(tempfile.mkdtemp()) if options.quick else IMAGES)
+    if options.quick and into.resolve() == IMAGES:
+        parser.error("--quick pictures are too short to show: give another folder")
+    into.mkdir(parents=True, exist_ok=True)
+    for name in options.names or FIGURES:
+        make(name, into, options.quick)
+    print(f"pictures in {into}")
+
+
+if __name__ == "__main__":
+    main()
