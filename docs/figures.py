@@ -34,6 +34,7 @@ page, _, output = sys.argv[1:]
 names = {}
 for code in re.findall(r"^```python\\n(.*?)^```", open(page).read(), re.MULTILINE | re.DOTALL):
     exec(code, names)
+names["ax"].figure.set_size_inches(8, 4)
 names["ax"].figure.savefig(output, dpi=150)
 """
 
@@ -99,7 +100,8 @@ def make(name: str, into: Path, quick: bool) -> None:
         for ending in () if quick else ("", *figure.others):
             if not made.with_stem(name + ending).exists():
                 raise SystemExit(f"{name} saved no {name}{ending}.png")
-        for path in sorted(Path(scratch).glob("*.png")):
+        wanted = {made.with_stem(name + ending) for ending in ("", *figure.others)}
+        for path in sorted(wanted & set(made.parent.glob("*.png"))):
             limited(path)
             (into / path.name).write_bytes(path.read_bytes())
     told = done.stdout.replace(str(made), str(Path("docs/images") / picture.name))

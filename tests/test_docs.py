@@ -43,11 +43,21 @@ def test_readme_runs_as_shown(capsys):
     assert namespace["state"].metadata["rejected"] == 0
 
 
-@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+PAGES = sorted(path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_pages_run_as_shown(page):
     namespace: dict = {}
     for code in blocks((ROOT / "docs" / page).read_text()):
         exec(compile(code, page, "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_show_pictures_that_are_there(page):
+    file = ROOT / "docs" / page
+    for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", file.read_text()):
+        assert (file.parent / picture).is_file(), picture
 
 
 def test_readme_example_is_short():

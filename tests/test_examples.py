@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,36 @@ def test_quick_form_prints_a_table_and_saves_a_picture(name, tmp_path):
     assert picture.stat().st_size > 10_000
     words = ["cosine |", " s)\n\n| "] if "algorithm" in name else ["tuned", "±"]
     assert all(word in done.stdout for word in words)
+
+
+def number(pattern, text):
+    """The number in the one group of `pattern` where it first matches."""
+    return float(re.search(pattern, text, re.MULTILINE).group(1))
+
+
+def test_a_first_hypergradient_by_hand_is_that_of_gradhpo(tmp_path):
+    picture = tmp_path / "sub" / "first.png"
+    script = ["reading/first_hypergradient.py", "--quick", "--output", str(picture)]
+    told = python(*script, compiled=QUICKLY).stdout
+    for made in (picture, picture.with_stem("first_levels")):
+        assert made.stat().st_size > 10_000
+    difference = number(r"^central difference +(\S+)", told)
+    assert abs(number(r"^exact +(\S+)$", told) / difference - 1) < 1e-4
+    for name in ("exact", "implicit", "one step"):
+        assert number(rf"^{name}, relative difference to that by hand: (\S+)", told) < 1e-8
+    assert abs(number(r"hypergradient there (\S+)", told)) < 1e-4 * abs(difference)
+
+
+def test_short_horizons_want_small_rates(tmp_path):
+    picture = tmp_path / "sub" / "picture.png"
+    script = ["reading/short_horizon.py", "--quick", "--output", str(picture)]
+    told = python(*script, compiled=QUICKLY).stdout
+    assert picture.stat().st_size > 10_000
+    closed = number(r"in closed form: (\S+)", told)
+    assert abs(number(r"^ +1 +(0\.\S+) ", told) - closed) < 2e-4
+    assert closed < 0.3 < number(r"^ +100 +(0\.\S+) ", told)
+    assert number(r"^ +10 +([+-]\S+)$", told) > 0.3
+    assert number(r"^ +100 +([+-]\S+)$", told) < 0
 
 
 def test_hypercleaning_reaches_what_readme_says(tmp_path):
