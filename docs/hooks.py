@@ -7,6 +7,7 @@ site is built: a browser needs no script for them, and no network.
 
 import ast
 import html
+import itertools
 import posixpath
 import re
 from pathlib import Path
@@ -84,7 +85,7 @@ def _example(source: str, code: str) -> str:
     title, about = (ast.get_docstring(ast.parse(code)) or "").split("\n", 1)
     results = (ROOT / "examples" / "README.md").read_text().split("\n## ")[1:]
     link = f"[`{name}.py`]({name}.py)"
-    heading, found = next((x.split("\n", 1) for x in results if link in x), (title, ""))
+    heading, found = next((x.split("\n", 1) for x in results if link in x), (title[:-1], ""))
     printed = ROOT / "docs" / "images" / f"{name}.txt"
     parts = [
         f"# {heading}",
@@ -92,10 +93,19 @@ def _example(source: str, code: str) -> str:
         about,
         f"![What the example draws](../{picture})" if (ROOT / picture).exists() else "",
         found.replace(link, ""),
-        f"It prints:\n\n```text\n{printed.read_text().rstrip()}\n```" if printed.exists() else "",
+        f"## What it prints\n\n{_printed(printed.read_text())}" if printed.exists() else "",
         f"## The program\n\n`{source}`\n\n```py\n{code}```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _printed(text: str) -> str:
+    """What a program has printed: tables as tables, the rest as it stands."""
+    parts = []
+    for is_table, lines in itertools.groupby(text.splitlines(), lambda x: x.startswith("|")):
+        block = "\n".join(lines).strip("\n")
+        parts.append(block if is_table else f"```text\n{block}\n```" if block else "")
+    return "\n\n".join(parts)
 
 
 def _reading(source: str, code: str) -> str:
