@@ -45,7 +45,7 @@ class T1T2Optimizer(Memoryless):
         {2\varepsilon}.$$
 
         Two inner steps per coordinate, but it needs no derivative of $\Phi$, so `update_fn` may
-        be opaque.
+        be opaque (a `jax.pure_callback` with `vmap_method="sequential"`).
 
     **Arguments:**
 

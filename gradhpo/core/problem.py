@@ -195,7 +195,10 @@ def _why(sees: Sees, acts_through: Sequence[Sees], blind: bool) -> str:
         "last update": "they act on later updates alone, through the optimizer's state",
     }
     if not acts_through or sees not in why:
-        return "neither the validation loss nor the inner update depends on them"
+        return (
+            "neither the validation loss nor the inner update depends on them, or they do where "
+            "a derivative is cut off: stop_gradient, round, argmax, a cast to integers"
+        )
     return f"{why[sees]}; {', '.join(_SEEN_BY[kind] for kind in acts_through)} see them"
 
 
