@@ -204,10 +204,11 @@ def test_unseen_leaves_are_named_with_the_methods_that_see_them(getkey):
     implicit = " ".join(found["ImplicitOptimizer"])
     assert "['rate']: the optimum of the training loss does not depend on them" in implicit
     assert "one step, T1-T2, greedy, HyperDistill, unrolling, DrMAD and forward mode" in implicit
-    assert found["OneStepOptimizer"] == {
+    [said] = found["OneStepOptimizer"]
+    assert said.startswith(
         "OneStepOptimizer gives a hypergradient of 0 for hyperparams ['nothing']: neither the "
-        "validation loss nor the inner update depends on them"
-    }
+        "validation loss nor the inner update depends on them, or they do where"
+    )
 
 
 def test_no_visible_leaf_is_an_error_that_says_who_sees_it(getkey):
