@@ -79,7 +79,11 @@ def make(name: str, into: Path, quick: bool) -> None:
     """Runs one script; its pictures and what it printed land in `into`."""
     figure, picture = FIGURES[name], into / f"{name}.png"
     options = ["--quick"] if quick else list(figure.options)
-    own = {"MATPLOTLIBRC": str(STYLE), "MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT)}
+    own = {
+        "MATPLOTLIBRC": str(STYLE),
+        "MPLBACKEND": "Agg",
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+    }
     started = time.perf_counter()
     # Into a folder of its own first: a script that fails leaves the old picture.
     with tempfile.TemporaryDirectory() as scratch:
@@ -114,7 +118,9 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FIGURES)}")
-    parser.add_argument("--quick", action="store_true", help="smoke tests, not into docs/images")
+    parser.add_argument(
+        "--quick", action="store_true", help="scripts in their quick form, not into docs/images"
+    )
     parser.add_argument("--into", type=Path, help="a folder (default docs/images)")
     options = parser.parse_args(arguments)
     unknown = set(options.names) - set(FIGURES)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from latex2mathml import converter
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -61,10 +62,11 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
 
 
 def _mathml(found: re.Match[str]) -> str:
-    formula = html.unescape(found[2]).strip()[2:-2]
-    if found[1] == "span":
-        return converter.convert(formula)
-    return f'<div class="formula">{converter.convert(formula, display="block")}</div>'
+    formula, inline = html.unescape(found[2]).strip()[2:-2], found[1] == "span"
+    written = converter.convert(formula, display="inline" if inline else "block")
+    if "<mi>\\" in written:
+        raise PluginError(f"a command that latex2mathml does not know in {formula}")
+    return written if inline else f'<div class="formula">{written}</div>'
 
 
 def _relinked(text: str, source: str, page: str) -> str:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import re
 import signal
+import stat
 import time
 import warnings
 
@@ -278,6 +279,28 @@ def test_retention_and_files_of_others(tmp_path):
         *(f"step-{step:010d}.ckpt" for step in (6, 9, 12)),
     ]  # fmt: skip
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_retention_where_a_file_system_can_do_little(tmp_path, monkeypatch):
+    """No locks, directories that cannot be synchronised, what is left over cannot be removed."""
+    from gradhpo.training import checkpoint_file
+
+    def fsync(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(checkpoint_file.os, "fsync", fsync)
+    monkeypatch.setattr(keeper, "fcntl", None)
+    (tmp_path / ".step-0000000099.ckpt.tmp").mkdir()
+    settings = gradhpo.Checkpoint(tmp_path, every_steps=1)
+    run(tmp_path, checkpoint=settings)
+    assert steps_saved(tmp_path) == 12
+    foreign = tmp_path / "step-0000000001.ckpt"
+    foreign.write_text("mine")
+    run(tmp_path, checkpoint=settings, num_steps=18)
+    names = sorted(path.name for path in tmp_path.glob("step-*"))
+    assert names == [f"step-{step:010d}.ckpt" for step in (1, 15, 18)]
+    assert foreign.read_text() == "mine"
 
 
 def test_how_often(tmp_path):

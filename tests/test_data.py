@@ -9,6 +9,7 @@ from problems import OUTER, relaxed
 
 import gradhpo
 from gradhpo.data.arrays import _permute
+from gradhpo.data.buffer import Buffer
 from gradhpo.data.feed import Feed
 from gradhpo.data.sources import as_source
 
@@ -231,3 +232,44 @@ def test_memory_of_batches_is_used_again_once_a_chunk_is_done():
     feed.close()
     # Batches of what was not done (the last chunk), and of the step that had no other half.
     assert [int(next(train)) for _ in range(8)] == [16, 17, 18, 19, 20, 21, 22, 23]
+
+
+def test_batches_given_back_are_those_of_the_loader():
+    loader = [np.full(3, number, np.float64) for number in range(4)]
+    batches = gradhpo.iterate(loader)
+    feed = Feed(as_source(batches, "train_data", 1), as_source(jnp.ones(3), "val_data", None))
+    with jax.enable_x64(False):  # JAX would make float32 of them
+        feed.take(2, 1, in_part=True)
+        feed.close()
+    returned = [next(batches) for _ in range(2)]
+    assert all(x.dtype == np.float64 for x in returned)
+    np.testing.assert_array_equal(returned, loader[:2])
+
+
+def test_an_interrupt_while_memory_is_moved_loses_nothing(monkeypatch):
+    batches = gradhpo.iterate([np.full(3, number) for number in range(4)])
+    host = as_source(batches, "train_data", 1)
+    assert host.draw(2, in_part=True) == 2
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Buffer, "put", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            host.draw(3, in_part=True)
+    host.close()
+    assert [int(next(batches)[0]) for _ in range(2)] == [0, 1]
+
+
+def test_big_endian_batches_are_the_same_numbers():
+    def run_on(dtype):
+        batches = iter([np.full(2, number, dtype) for number in range(4)])
+        one = jnp.ones(2, jnp.float32)
+        optimizer = gradhpo.OneStepOptimizer(optax.sgd(0.1), optax.sgd(0.1))
+        loss = lambda w, h, batch: jnp.sum((w - h - batch) ** 2)
+        state = optimizer.init(0 * one, 0 * one)
+        losses = gradhpo.LossFunctions(loss, loss)
+        return gradhpo.run(optimizer, state, losses, batches, one, num_steps=4, progress=False)[1]
+
+    np.testing.assert_array_equal(run_on("<f4")["train_loss"], run_on(">f4")["train_loss"])

@@ -1,6 +1,8 @@
 """README and docstrings are programs: what they show runs."""
 
+import contextlib
 import inspect
+import io
 import re
 import textwrap
 from pathlib import Path
@@ -19,6 +21,8 @@ import gradhpo
 
 ROOT = Path(__file__).parents[1]
 CODE = re.compile(r"^( *)```python\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+# Pages whose reports hold times, and cut what they show.
+TIMED = {"diagnostics.md", "training.md"}
 # Names for annotations: they are documented where they are used.
 ALIASES = {"InnerOptimizer", "LossFn", "MetricDict", "RealScalarLike", "UpdateFn"}
 PUBLIC = sorted(set(gradhpo.__all__) - ALIASES)
@@ -46,11 +50,27 @@ def test_readme_runs_as_shown(capsys):
 PAGES = sorted(path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md"))
 
 
+# A program, and what the page says that it prints.
+SHOWN = re.compile(r"^```python\n(.*?)^```(?:\n\n```text\n(.*?)^```)?", re.MULTILINE | re.DOTALL)
+NUMBER = re.compile(r"[-+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?")
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_pages_run_as_shown(page):
     namespace: dict = {}
-    for code in blocks((ROOT / "docs" / page).read_text()):
-        exec(compile(code, page, "exec"), namespace)
+    for code, shown in SHOWN.findall((ROOT / "docs" / page).read_text()):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, page, "exec"), namespace)
+        if shown and page not in TIMED:
+            assert_says_the_same(printed.getvalue(), shown)
+
+
+def assert_says_the_same(printed, shown):
+    """The same words; numbers to 5 %, as those of other machines differ in their last digits."""
+    assert NUMBER.sub("", printed).split() == NUMBER.sub("", shown).split(), printed
+    numbers = [[float(x.replace(",", "")) for x in NUMBER.findall(t)] for t in (printed, shown)]
+    np.testing.assert_allclose(*numbers, rtol=0.05, atol=2e-3, err_msg=printed)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -100,7 +120,8 @@ def test_reference_has_every_public_name_once():
 
 def test_displayed_formulas_stand_alone():
     """Else they are shown as they are written: `$$`, and no formula."""
-    for file in [*(ROOT / "gradhpo").rglob("*.py"), *(ROOT / "docs").rglob("*.md")]:
+    texts = [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/reading/*.py")]
+    for file in [*ROOT.glob("gradhpo/**/*.py"), *texts]:
         parts = file.read_text().split("$$")
         for before, formula, after in zip(parts[:-2:2], parts[1::2], parts[2::2], strict=True):
             alone = before.rstrip(" ").endswith("\n\n") and re.match(r'\n\n|\n *"""', after)

@@ -13,7 +13,7 @@ from gradhpo.utils.keys import is_key
 
 
 class Kind(NamedTuple):
-    """What all batches of an iterator have in common. Dtypes are those that JAX will see."""
+    """What all batches of an iterator have in common."""
 
     structure: Any
     shapes: list[tuple[int, ...]]
@@ -49,8 +49,9 @@ class Buffer:
         return [rows[place] for rows in self._rows]
 
     def batch(self, place: int) -> Any:
-        """A batch, made of views."""
-        return jax.tree.unflatten(self._structure, self.leaves(place))
+        """A copy of a batch."""
+        leaves = [x if is_key(x) else np.array(x) for x in self.leaves(place)]
+        return jax.tree.unflatten(self._structure, leaves)
 
     def stacked(self, *lead: int) -> Any:
         """The first batches as one, with these leading axes: views again."""
@@ -96,10 +97,11 @@ class Waiting:
 
     def _move(self, old: Buffer, places: range, size: int) -> None:
         self._free = [buffer for buffer in self._free if buffer.size >= size]
-        self._buffer = self._free.pop() if self._free else Buffer(self.kind, size)
-        self._count = len(places)
-        for new, place in enumerate(places):
-            self._buffer.put(new, old.leaves(place))
+        new = self._free.pop() if self._free else Buffer(self.kind, size)
+        for number, place in enumerate(places):
+            new.put(number, old.leaves(place))
+        # Last of all: an interrupt finds either buffer whole.
+        self._buffer, self._count = new, len(places)
 
 
 def _reshaped(rows: Any, lead: tuple[int, ...]) -> np.ndarray | Array:

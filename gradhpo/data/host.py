@@ -116,8 +116,7 @@ class Host:
         # PyTorch's loader yields lists; a list of arrays is a list of batches elsewhere.
         leaves, structure = jax.tree.flatten(tuple(batch) if type(batch) is list else batch)
         leaves = [_as_array(x, which) for x in leaves]
-        dtypes = [jax.dtypes.canonicalize_dtype(x.dtype, True) for x in leaves]
-        kind = Kind(structure, [x.shape for x in leaves], dtypes)
+        kind = Kind(structure, [x.shape for x in leaves], [_native(x.dtype) for x in leaves])
         if self._waiting is None:
             if not leaves:
                 raise ValueError(f"{which} holds no array: {batch!r}")
@@ -201,6 +200,11 @@ _ALIKE = {
     "shapes": "drop or pad the ragged last batch (drop_last=True in many loaders)",
     "dtypes": "convert all batches to the same one",
 }
+
+
+def _native(dtype: Any) -> Any:
+    """In the byte order of this machine, which JAX takes all arrays to be in."""
+    return dtype.newbyteorder("=") if isinstance(dtype, np.dtype) else dtype
 
 
 def _as_array(x: Any, which: str) -> np.ndarray | Array:

@@ -1,5 +1,6 @@
 """One checkpoint in one file: whole or not there, and checked before anything of it is used."""
 
+import contextlib
 import io
 import json
 import os
@@ -108,10 +109,11 @@ def _read_leaf(file: io.BytesIO, like: Any) -> Any:
 
 
 def _sync_directory(directory: Path) -> None:
-    """The renaming itself survives a loss of power (where a directory can be opened at all)."""
+    """The renaming itself survives a loss of power, where the file system can promise that."""
     if os.name == "posix":
         handle = os.open(directory, os.O_RDONLY)
         try:
-            os.fsync(handle)
+            with contextlib.suppress(OSError):  # some network file systems cannot
+                os.fsync(handle)
         finally:
             os.close(handle)

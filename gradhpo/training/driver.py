@@ -85,7 +85,8 @@ class Driver:
                     flying.extend(launched)
                 if flying:
                     self._land(flying.popleft(), bar)
-                    if waiting or flying:  # else the end is kept, which is the same
+                    over = ending is not None or interrupts.asked
+                    if flying or (waiting and not over):  # else the end is kept, which is the same
                         self._save_if_due()
                 if interrupts.asked and (waiting or flying):
                     return Stopped("interrupted")

@@ -74,6 +74,7 @@ class Keeper:
         self.failures: list[str] = []
         self._lock, self._locked = _locked(self._directory / ".lock")
         self._there = checkpoints_in(self._directory)
+        self._known = set(self._there)
         self._found = self._there[-1] if self._there else None
         try:
             if self._found is None:
@@ -142,6 +143,7 @@ class Keeper:
         try:
             if not self._locked:
                 self._check_alone()
+            self._known.add(path)
             self._metrics.add(_joined(self._unsaved))
             self._unsaved = []
             changing = header | {"taken": taken, "metrics": self._metrics.header()}
@@ -159,9 +161,10 @@ class Keeper:
 
     def _tidy_up(self) -> None:
         if not self._tidied:
-            for torn in self._directory.glob(".step-*.ckpt.tmp"):  # of a process that was killed
-                torn.unlink()
             self._tidied = True
+            for torn in self._directory.glob(".step-*.ckpt.tmp"):  # of a process that was killed
+                with contextlib.suppress(OSError):
+                    torn.unlink()
         while len(self._there) > self._settings.keep:
             old = self._there[0]
             if old.exists() and is_checkpoint(old):
@@ -170,7 +173,7 @@ class Keeper:
 
     def _check_alone(self) -> None:
         """Where there is no lock, another run shows by its checkpoints."""
-        other = set(checkpoints_in(self._directory)) - set(self._there)
+        other = set(checkpoints_in(self._directory)) - self._known
         if other:
             raise OSError(f"{min(other)} was written by another run in the same directory")
 
