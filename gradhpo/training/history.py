@@ -15,7 +15,8 @@ class History(Mapping[str, np.ndarray]):
 
     `"train_loss"`, `"val_loss"`, `"hypergrad_norm"`, `"param_norm"`, `"hyperparam_norm"` and
     `"rejected"` (how many so far) as in [`BilevelState`][gradhpo.BilevelState], and the scalars in
-    the memory of the algorithm (`"theta"`, `"linear_residual"`). Looking up another name raises `KeyError`.
+    the memory of the algorithm (`"theta"`, `"linear_residual"`). Looking up another name raises
+    `KeyError`.
 
     **Fields:**
 
