@@ -42,7 +42,7 @@ class BilevelOptimizer(eqx.Module):
     \alpha_T = \frac{\partial L_{val}}{\partial w}(w_T).$$
 
     Algorithms derive from `gradhpo.core.algorithm.Algorithm`, which fills in the private
-    methods below for one inner problem.
+    methods for one inner problem.
 
     ```python
     loss = lambda params, hyperparams, batch: jnp.sum((params - hyperparams) ** 2)
