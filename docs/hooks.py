@@ -83,22 +83,31 @@ def _relinked(text: str, source: str, page: str) -> str:
 
 def _example(source: str, code: str) -> str:
     """What an example is about, its picture and its results, and the program itself."""
-    name, picture = Path(source).stem, f"docs/images/{Path(source).stem}.png"
+    name = Path(source).stem
     title, about = (ast.get_docstring(ast.parse(code)) or "").split("\n", 1)
     results = (ROOT / "examples" / "README.md").read_text().split("\n## ")[1:]
     link = f"[`{name}.py`]({name}.py)"
     heading, found = next((x.split("\n", 1) for x in results if link in x), (title[:-1], ""))
-    printed = ROOT / "docs" / "images" / f"{name}.txt"
+    picture, printed = _results(name, "..")
     parts = [
         f"# {heading}",
         f"*{title}*" if found else "",
         about,
-        f"![What the example draws](../{picture})" if (ROOT / picture).exists() else "",
+        picture,
         found.replace(link, ""),
-        f"## What it prints\n\n{_printed(printed.read_text())}" if printed.exists() else "",
+        printed,
         f"## The program\n\n`{source}`\n\n```py\n{code}```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _results(name: str, root: str) -> tuple[str, str]:
+    """The picture of a script and what it prints, as docs/figures.py has kept them."""
+    picture, printed = (ROOT / "docs" / "images" / f"{name}.{ending}" for ending in ("png", "txt"))
+    return (
+        f"![What the program draws]({root}/docs/images/{picture.name})" if picture.exists() else "",
+        f"## What it prints\n\n{_printed(printed.read_text())}" if printed.exists() else "",
+    )
 
 
 def _printed(text: str) -> str:
@@ -119,4 +128,5 @@ def _reading(source: str, code: str) -> str:
             parts.append(re.sub(r"^# ?", "", body.strip(), flags=re.MULTILINE))
         else:
             parts.append(f"```py\n{body.strip()}\n```")
-    return "\n\n".join([*parts, f"*The script: `{source}`*"]) + "\n"
+    parts += [*_results(Path(source).stem, "../.."), f"*The script: `{source}`*"]
+    return "\n\n".join(part for part in parts if part) + "\n"
