@@ -12,7 +12,7 @@ import optax
 import gradhpo
 
 
-# Not those of ridge.py, whose arrays would start JAX before the processes part.
+# NumPy, and not the data of ridge.py: arrays of JAX would start it before the processes part.
 X = np.random.default_rng(0).normal(size=(40, 3))
 Y = X[:, 0]
 CHUNK, EPISODE = 5, 10
