@@ -1,7 +1,6 @@
 """What the clock says: ratios within one process, medians of alternating runs."""
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 
 import gradhpo
 from benchmarks.compiled import ALGORITHMS, exact_programs, init_by_hand
+from benchmarks.peers.worker import seconds
 from benchmarks.problem import OUTER_RATE, job
 
 
@@ -23,19 +23,22 @@ class Compared(NamedTuple):
     high: float
 
 
-def alternating(first: Callable, second: Callable, repeats: int) -> Compared:
-    """Times both by turns."""
-    seconds: tuple[list[float], list[float]] = ([], [])
+def by_turns(first: Callable[[], float], second: Callable[[], float], repeats: int) -> Compared:
+    """Compares what two functions return, seconds as a rule, calling them by turns."""
     first(), second()
+    measured: tuple[list[float], list[float]] = ([], [])
     for i in range(repeats):
         order = (0, 1) if i % 2 == 0 else (1, 0)
         for which in order:
-            start = time.perf_counter()
-            (first, second)[which]()
-            seconds[which].append(time.perf_counter() - start)
-    ratios = [a / b for a, b in zip(*seconds, strict=True)]
+            measured[which].append((first, second)[which]())
+    ratios = [a / b for a, b in zip(*measured, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return Compared(*map(statistics.median, seconds), middle, low, high)
+    return Compared(*map(statistics.median, measured), middle, low, high)
+
+
+def alternating(first: Callable, second: Callable, repeats: int) -> Compared:
+    """Times both by turns."""
+    return by_turns(lambda: seconds(first), lambda: seconds(second), repeats)
 
 
 def loop_pair(name: str, batch_size: int, num_steps: int):
