@@ -9,7 +9,7 @@ import jax
 import optax
 
 import gradhpo
-from benchmarks import accuracy, compiled, distilled, host, roads, timed
+from benchmarks import accuracy, compiled, distilled, host, loops, roads
 
 
 TABLES = {
@@ -20,8 +20,9 @@ TABLES = {
     "distilled": distilled.print_distilled,
     "roads": roads.print_roads,
     "accuracy": accuracy.print_accuracy,
-    "loop": timed.print_loops,
-    "exact": timed.print_exact,
+    "loop": loops.print_loops,
+    "plain": loops.print_plain,
+    "exact": loops.print_exact,
     "host": host.print_host,
     "night": host.print_night,
 }

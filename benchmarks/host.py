@@ -13,9 +13,10 @@ import optax
 from sklearn.datasets import load_digits
 
 import gradhpo
-from benchmarks.compiled import ALGORITHMS
+from benchmarks.algorithms import ALGORITHMS
+from benchmarks.loops import loop_pair
 from benchmarks.problem import OUTER_RATE, Model, job, train_loss, val_loss
-from benchmarks.timed import alternating, loop_pair
+from benchmarks.timed import alternating
 
 
 NUM_STEPS, EVERY = 1_000, 100
@@ -37,7 +38,7 @@ def recorders(directory: str) -> dict:
 def print_host() -> None:
     print(f"\nWhat the host adds, chunks of {EVERY} steps, batches of {BATCH_SIZE}")
     the_job = job(BATCH_SIZE)
-    optimizer, _ = ALGORITHMS["OneStepOptimizer"]
+    optimizer = ALGORITHMS["OneStepOptimizer"].optimizer
     losses = gradhpo.LossFunctions(the_job.train_loss, the_job.val_loss)
     state = optimizer.init(the_job.params, the_job.hyperparams)
     x, y, index = map(np.asarray, the_job.train_data.arrays)

@@ -45,14 +45,25 @@ def val_loss(model: Model, batch: tuple[Array, Array]) -> Array:
     return jnp.mean(cross_entropy(model, *batch)) + 1e-6 * jnp.sum(jnp.square(model.weights))
 
 
-def job(batch_size: int, *, activation: str = "tanh", depth: int = 1) -> Job:
-    """MLP 64-128-10 (or deeper), random data; batches of `batch_size` of 1,000 examples."""
+def job(
+    batch_size: int,
+    *,
+    activation: str = "tanh",
+    depth: int = 1,
+    num_weights: int = EXAMPLES,
+    val_size: int = 100,
+) -> Job:
+    """MLP 64-128-10 (or deeper), random data; batches of `batch_size` of 1,000 examples.
+
+    With fewer weights than examples, examples share them.
+    """
     keys = jax.random.split(jax.random.key(0), 6)
     net = eqx.nn.MLP(64, 10, 128, depth, activation=getattr(jax.nn, activation), key=keys[0])
-    params, hyperparams = gradhpo.partition(Model(net, jnp.zeros(EXAMPLES)), lambda m: m.weights)
+    params, hyperparams = gradhpo.partition(Model(net, jnp.zeros(num_weights)), lambda m: m.weights)
     x = jax.random.uniform(keys[1], (EXAMPLES, 64))
     y = jax.random.randint(keys[2], (EXAMPLES,), 0, 10)
-    arrays = (x, y, jnp.arange(EXAMPLES))
-    val_batch = (jax.random.uniform(keys[3], (100, 64)), jax.random.randint(keys[4], (100,), 0, 10))
+    arrays = (x, y, jnp.arange(EXAMPLES) % num_weights)
+    val_x = jax.random.uniform(keys[3], (val_size, 64))
+    val_batch = (val_x, jax.random.randint(keys[4], (val_size,), 0, 10))
     data = gradhpo.ArrayData(arrays, batch_size, keys[5])
     return Job(params, hyperparams, data, val_batch, train_loss, val_loss)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 import gradhpo
-from benchmarks.compiled import gradient_programs
+from benchmarks.algorithms import gradient_programs
 from benchmarks.problem import MOMENTUM, OUTER_RATE, RATE, job
 from gradhpo.diagnostics.cost import Program
 from gradhpo.utils.tracing import forget_traces

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.compiled import (
+from benchmarks.algorithms import (
     ALGORITHMS,
     checkpointed_program,
     exact_programs,

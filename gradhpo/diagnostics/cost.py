@@ -75,6 +75,11 @@ class Program:
         return _flops(self._compiled)
 
     @property
+    def bytes_with_loops_once(self) -> float:
+        """Read and written by all operations, as the compiler counts them."""
+        return float((self._compiled.cost_analysis() or {}).get("bytes accessed", 0.0))
+
+    @property
     def temporary_bytes(self) -> int:
         return self._memory.temp_size_in_bytes
 
