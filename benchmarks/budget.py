@@ -7,7 +7,9 @@ the same first point, with the same training, compiled once. How it is counted:
   are: what hypergradients cost shows in seconds, from which compilation is left out.
 - A point of a curve is the lowest validation loss so far of fully trained models. Where gradhpo
   carries its parameters on, that is the model trained online, looked at once in each fit. Row
-  `retrained`: one more fit, from the start, with the hyperparameters reached by then.
+  `retrained`: one more fit, from the start, with the hyperparameters reached by then, whether that
+  is the lowest or not.
+- Test losses and accuracies are those of these models; nothing is chosen by them.
 """
 
 import contextlib
@@ -21,7 +23,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, ArrayLike, PyTree
 
 import gradhpo
 from benchmarks.budget_problems import PROBLEMS, Case, Problem
@@ -70,9 +72,29 @@ class Training:
         """A single fit with all coordinates alike."""
         started = time.perf_counter()
         params, loss = self.fit(case, self.place(point))
-        losses = np.asarray([loss])
-        seconds = np.asarray([time.perf_counter() - started])
-        return Curve(np.ones(1), seconds, losses, *self.judge(params, case))
+        return self.curve(case, [time.perf_counter() - started], [float(loss)], lambda k: params)
+
+    def curve(
+        self,
+        case: Case,
+        seconds: list[float],
+        losses: ArrayLike,
+        model: Callable[[int], PyTree],
+        lowest: bool = True,
+        more: int = 0,
+    ) -> Curve:
+        """What is known after each look: the lowest loss so far, and how its model tests.
+
+        Or, without `lowest`, each look by itself; `more` fits than looks have been made.
+        """
+        losses = np.where(np.isfinite(losses), losses, np.inf)
+        looks = np.arange(len(losses))
+        if lowest:
+            looks = np.asarray([np.argmin(losses[: k + 1]) for k in looks])
+        tested = {k: self.judge(model(k), case) for k in set(looks.tolist())}
+        test_losses, accuracies = np.asarray([tested[k] for k in looks.tolist()]).T
+        fits = np.arange(1, len(losses) + 1) + more
+        return Curve(fits, np.asarray(seconds), losses[looks], test_losses, accuracies)
 
 
 class Searcher(Protocol):
@@ -111,19 +133,15 @@ class TPE:
 
 
 def searched(training: Training, case: Case, searcher: Searcher, trials: int) -> Curve:
-    seconds, losses, best = [], [], case.params
+    seconds, losses, models = [], [], []
     started = time.perf_counter()
     for _ in range(trials):
         params, loss = training.fit(case, training.place(searcher.suggest()))
-        value = float(loss) if jnp.isfinite(loss) else float("inf")
-        searcher.tell(value)
-        if value < min(losses, default=np.inf):
-            best = params
-        losses.append(value)
+        losses.append(float(loss) if jnp.isfinite(loss) else float("inf"))
+        searcher.tell(losses[-1])
         seconds.append(time.perf_counter() - started)
-    fits = np.arange(1, len(losses) + 1)
-    lowest = np.minimum.accumulate(losses)
-    return Curve(fits, np.asarray(seconds), lowest, *training.judge(best, case))
+        models.append(params)
+    return training.curve(case, seconds, losses, models.__getitem__)
 
 
 def followed(training: Training, case: Case, outer_fits: int) -> tuple[Curve, Curve | None]:
@@ -143,29 +161,28 @@ def followed(training: Training, case: Case, outer_fits: int) -> tuple[Curve, Cu
         num_steps=each * outer_fits, chunk_size=each, callbacks=[look], progress=False,
         steps_per_episode=1 if problem.cold else None, reptile_rate=0.0 if problem.cold else 1.0,
     )  # fmt: skip
-    losses = np.asarray(history["val_loss"][each - 1 :: each])
-    fits, best = np.arange(1, len(losses) + 1), int(np.nanargmin(losses))
-    # The loss of a look is that before its outer update. After a cold restart the model is gone,
-    # and the same training makes it anew.
-    if problem.cold:
-        params, loss = training.fit(case, looks[best].hyperparams)
-        if not np.isclose(loss, losses[best], rtol=1e-2):
-            raise AssertionError(f"{problem.title}: {losses[best]} is {loss} by plain training")
-    else:
-        params = looks[best + 1].params
-    lowest = np.fmin.accumulate(losses)
-    curve = Curve(fits, np.asarray(seconds), lowest, *training.judge(params, case))
-    if problem.cold:
-        return curve, None
+    # The loss at a look is that of the hyperparameters before its outer update.
+    losses = history["val_loss"][each - 1 :: each]
 
-    later, losses = [], []
+    def trained_anew(k: int) -> PyTree:
+        """After a cold restart the model is gone; plain training of the same makes it again."""
+        params, loss = training.fit(case, looks[k].hyperparams)
+        if not np.isclose(loss, losses[k], rtol=1e-2):
+            raise AssertionError(f"{problem.title}: {losses[k]} is {loss} by plain training")
+        return params
+
+    if problem.cold:
+        return training.curve(case, seconds, losses, trained_anew), None
+    online = training.curve(case, seconds, losses, lambda k: looks[k + 1].params)
+
+    later, values, models = [], [], []
     for state, spent in zip(looks[1:], seconds, strict=True):
         started = time.perf_counter()
         params, loss = training.fit(case, state.hyperparams)
-        losses.append(float(loss))
+        values.append(float(loss))
         later.append(spent + time.perf_counter() - started)
-    judged = training.judge(params, case)
-    return curve, Curve(fits + 1, np.asarray(later), np.asarray(losses), *judged)
+        models.append(params)
+    return online, training.curve(case, later, values, models.__getitem__, lowest=False, more=1)
 
 
 def first_calls(training: Training, case: Case) -> tuple[float, float]:
@@ -198,7 +215,7 @@ def compared(problem: Problem, seeds: int, worker: Worker | PeerError) -> Result
         add("random search", search(RandomSearch(problem.size, seed), problem.trials))
         if problem.tied:
             tied = RandomSearch(problem.size, seed, tied=True)
-            add("  one for all", search(tied, problem.trials))
+            add("  all alike", search(tied, problem.trials))
         if not isinstance(rows.get("Optuna's TPE"), str):
             try:
                 if isinstance(worker, PeerError):
@@ -228,9 +245,8 @@ def print_budget(seeds: int = 5, most: int | None = None, figure: Path | None = 
             problem = make()
             if most:
                 lengths = ("trials", "tpe_trials", "outer_fits")
-                problem = problem._replace(
-                    **{of: min(getattr(problem, of), most) for of in lengths}
-                )
+                capped = {of: min(getattr(problem, of), most) for of in lengths}
+                problem = problem._replace(**capped)
             results.append(compared(problem, seeds, worker))
             print_problem(results[-1])
     if figure is not None:

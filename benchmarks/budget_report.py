@@ -13,12 +13,12 @@ from benchmarks.budget_problems import Problem
 FITS = (1, 3, 10, 30)
 TIMES = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 STYLE = Path(__file__).parents[1] / "docs" / "figures.mplstyle"
-SHOWN = ("gradhpo", "  retrained", "random search", "  one for all", "Optuna's TPE")
+SHOWN = ("gradhpo", "  retrained", "random search", "  all alike", "Optuna's TPE")
 NAMES = {
     "gradhpo": "gradhpo",
-    "  retrained": "gradhpo, retrained (not the lowest: as it is)",
+    "  retrained": "gradhpo, retrained",
     "random search": "random search",
-    "  one for all": "random search, one for all",
+    "  all alike": "random search, all alike",
     "Optuna's TPE": "Optuna's TPE",
 }
 REFERENCES = ("untuned", "val. set alone")  # single fits
@@ -29,9 +29,9 @@ class Curve(NamedTuple):
 
     fits: np.ndarray
     seconds: np.ndarray
-    losses: np.ndarray
-    test_loss: float  # of the model that validates best; retrained: of the last
-    accuracy: float  # `nan` where nothing is classified
+    losses: np.ndarray  # in validation
+    test_losses: np.ndarray  # of the same models
+    accuracies: np.ndarray  # in the test; `nan` where nothing is classified
 
 
 class Results(NamedTuple):
@@ -65,55 +65,67 @@ def geometric(values: np.ndarray) -> Mean:
     return Mean(np.exp(middle), np.exp(middle - half), np.exp(middle + half))
 
 
-def reached(curves: list[Curve], axis: str, budget: float) -> np.ndarray | str:
-    """The loss of every seed when so much has been spent."""
+def percent(accuracies: np.ndarray) -> str:
+    return f"{100 * accuracies.mean():.1f} ± {100 * half_interval(accuracies):.1f} %"
+
+
+def reached(
+    curves: list[Curve], axis: str, budget: float, what: str = "losses"
+) -> np.ndarray | str:
+    """What every seed has when so much has been spent."""
     spent = [getattr(curve, axis) for curve in curves]
     if max(each[0] for each in spent) > budget:
         return "-"
     if min(each[-1] for each in spent) < budget:
         return "ended"
     at = [np.searchsorted(each, budget, side="right") - 1 for each in spent]
-    return np.asarray([curve.losses[i] for curve, i in zip(curves, at, strict=True)])
+    return np.asarray([getattr(curve, what)[i] for curve, i in zip(curves, at, strict=True)])
 
 
-def print_budgets(rows: dict[str, list[Curve] | str], axis: str, budgets: tuple) -> None:
-    print(f"  {f'after {axis}':15}" + "".join(f"{budget:>20}" for budget in budgets))
+def print_budgets(
+    head: str, rows: dict[str, list[Curve] | str], axis: str, budgets: tuple, what: str = "losses"
+) -> None:
+    show = percent if what == "accuracies" else geometric
+    print(f"  {head:17}" + "".join(f"{budget:>20}" for budget in budgets))
     for name in SHOWN:
         if isinstance(curves := rows.get(name, []), str):
-            print(f"  {name:15} {curves}")
+            print(f"  {name:17}{curves}"[:100])
         elif curves:
-            losses = [reached(curves, axis, budget) for budget in budgets]
-            cells = [x if isinstance(x, str) else str(geometric(x)) for x in losses]
-            print(f"  {name:15}" + "".join(f"{cell:>20}" for cell in cells))
+            found = [reached(curves, axis, budget, what) for budget in budgets]
+            cells = [x if isinstance(x, str) else str(show(x)) for x in found]
+            print(f"  {name:17}" + "".join(f"{cell:>20}" for cell in cells))
 
 
 def print_ends(rows: dict[str, list[Curve] | str]) -> None:
-    widths = (5, 8, 9, 20, 20, 18)
+    widths = (3, 8, 9, 20, 20, 18)
     heads = ("fits", "seconds", "a fit, s", "validation", "test loss", "test accuracy")
-    line = lambda name, cells: print(
-        f"  {name:15}" + "".join(f"{cell!s:>{w}}" for cell, w in zip(cells, widths, strict=True))
-    )
+    fitted = lambda cells: "".join(f"{cell!s:>{w}}" for cell, w in zip(cells, widths, strict=True))
+    line = lambda name, cells: print(f"  {name:17}{fitted(cells)}".rstrip())
     line("at the end", heads)
     for name in (*SHOWN, *REFERENCES):
         if isinstance(curves := rows.get(name, []), str) or not curves:
             continue
-        percent = 100 * np.asarray([curve.accuracy for curve in curves])
-        shown = f"{percent.mean():.1f} ± {half_interval(percent):.1f} %"
+        last = lambda what: np.asarray([getattr(curve, what)[-1] for curve in curves])
+        accuracies = last("accuracies")
         cells = (
-            f"{min(curve.fits[-1] for curve in curves):.0f}",
-            f"{np.median([curve.seconds[-1] for curve in curves]):.2f}",
-            f"{np.median([curve.seconds[-1] / curve.fits[-1] for curve in curves]):.3f}",
-            geometric(np.asarray([curve.losses[-1] for curve in curves])),
-            geometric(np.asarray([curve.test_loss for curve in curves])),
-            "" if np.isnan(percent).any() else shown,
+            f"{last('fits').min()}",
+            f"{np.median(last('seconds')):.2f}",
+            f"{np.median(last('seconds') / last('fits')):.3f}",
+            geometric(last("losses")),
+            geometric(last("test_losses")),
+            "" if np.isnan(accuracies).any() else percent(accuracies),
         )
         line(name, cells)
 
 
 def print_pairs(rows: dict[str, list[Curve] | str]) -> None:
     """Seed by seed, where the shorter of two searches ends: splits are of different difficulty."""
-    print("  gradhpo's validation loss over that of others, within seeds, when the first one ends")
-    ours = rows["gradhpo"]
+    whose = "  retrained" if "  retrained" in rows else "gradhpo"
+    print(
+        f"  validation loss of {whose.strip()} over that of others, within seeds, "
+        "when the first of both ends"
+    )
+    ours = rows[whose]
     for name in SHOWN[2:]:
         if isinstance(curves := rows.get(name, []), str) or not curves:
             continue
@@ -134,10 +146,14 @@ def print_problem(results: Results) -> None:
         f"  a fit: {problem.steps} steps; the first, with compilation: {fit:.1f} s, "
         f"gradhpo's first: {ours:.1f} s"
     )
-    print_budgets(rows, "fits", FITS)
+    print_budgets("validation, fits", rows, "fits", FITS)
     ended = min(curve.seconds[-1] for curve in rows["gradhpo"])
     beyond = max(4, int(np.searchsorted(TIMES, ended)) + 1)  # so that gradhpo's end is within them
-    print_budgets(rows, "seconds", TIMES[beyond - 4 : beyond])
+    print_budgets("validation, s", rows, "seconds", TIMES[beyond - 4 : beyond])
+    if problem.accuracy is None:
+        print_budgets("test loss, fits", rows, "fits", FITS, "test_losses")
+    else:
+        print_budgets("test accuracy", rows, "fits", FITS, "accuracies")
     print_ends(rows)
     print_pairs(rows)
 
@@ -146,10 +162,8 @@ def over(curves: list[Curve], axis: str) -> tuple[np.ndarray, np.ndarray]:
     """Budgets that every seed has an answer for, and the losses there, [seeds, budgets]."""
     spent = [getattr(curve, axis) for curve in curves]
     first, last = max(each[0] for each in spent), min(each[-1] for each in spent)
-    if axis == "fits":
-        budgets = np.arange(first, last + 1)
-    else:
-        budgets = np.geomspace(first, last, 200)[1:-1]
+    every = np.unique(np.concatenate(spent))
+    budgets = every[(first <= every) & (every <= last)]
     return budgets, np.stack([reached(curves, axis, b) for b in budgets], axis=1)
 
 
@@ -173,8 +187,9 @@ def save_figure(results: list[Results], path: Path) -> None:
                 axes.set(xscale="log", yscale="log")
             column[0].set(title=problem.title, xlabel="model fits (inner steps / steps of a fit)")
             column[1].set(xlabel="seconds, compilation aside")
-            column[0].legend()
         for axes in grid[:, 0]:
-            axes.set_ylabel("lowest validation loss")
-        figure.savefig(path, dpi=130)
+            axes.set_ylabel("lowest validation loss so far")
+        handles = {line.get_label(): line for axes in grid[0] for line in axes.get_lines()}
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles))
+        figure.savefig(path, dpi=100)
         plt.close(figure)
