@@ -164,6 +164,8 @@ def over(curves: list[Curve], axis: str) -> tuple[np.ndarray, np.ndarray]:
     first, last = max(each[0] for each in spent), min(each[-1] for each in spent)
     every = np.unique(np.concatenate(spent))
     budgets = every[(first <= every) & (every <= last)]
+    if not budgets.size:  # one seed ended before another had begun: too short a run to draw
+        return budgets, np.empty((len(curves), 0))
     return budgets, np.stack([reached(curves, axis, b) for b in budgets], axis=1)
 
 
@@ -182,8 +184,13 @@ def save_figure(results: list[Results], path: Path) -> None:
                         continue
                     budgets, losses = over(curves, axis)
                     mean, style = geometric(losses), "--" if name.startswith(" ") else "-"
-                    axes.plot(budgets, mean.middle, style, color=f"C{i}", label=NAMES[name])
-                    axes.fill_between(budgets, mean.low, mean.high, color=f"C{i}", alpha=0.15, lw=0)
+                    color = f"C{i}"
+                    axes.step(
+                        budgets, mean.middle, style, color=color, where="post", label=NAMES[name]
+                    )
+                    axes.fill_between(
+                        budgets, mean.low, mean.high, step="post", color=color, alpha=0.15, lw=0
+                    )
                 axes.set(xscale="log", yscale="log")
             column[0].set(title=problem.title, xlabel="model fits (inner steps / steps of a fit)")
             column[1].set(xlabel="seconds, compilation aside")
