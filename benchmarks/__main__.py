@@ -1,44 +1,107 @@
-"""`python -m benchmarks [table ...]`: all tables, or the named ones."""
+"""`python -m benchmarks [table ...]`: all tables, or the named ones.
+
+With `--save` each table is also put in its place in `benchmarks/README.md`.
+"""
 
 import argparse
+import contextlib
+import datetime
+import io
 import os
 import platform
+import re
+import sys
+import time
+from pathlib import Path
 
 import equinox
 import jax
 import optax
 
 import gradhpo
-from benchmarks import accuracy, compiled, distilled, host, loops, roads
+from benchmarks import (
+    accuracy,
+    budget,
+    compiled,
+    distilled,
+    host,
+    loops,
+    pytorch,
+    roads,
+    scaling,
+)
 
 
+README = Path(__file__).parent / "README.md"
 TABLES = {
+    # against hand-written JAX, and what the parts cost
     "flops": compiled.print_flops,
-    "units": compiled.print_units,
-    "memory": compiled.print_memory,
+    "loop": loops.print_loops,
     "compile": compiled.print_compile_times,
+    "memory": compiled.print_memory,
+    "exact": loops.print_exact,
+    "units": compiled.print_units,
     "distilled": distilled.print_distilled,
     "roads": roads.print_roads,
-    "accuracy": accuracy.print_accuracy,
-    "loop": loops.print_loops,
+    # against plain training, and what the host adds
     "plain": loops.print_plain,
-    "exact": loops.print_exact,
     "host": host.print_host,
     "night": host.print_night,
+    # against other libraries
+    "torch": pytorch.print_pytorch,
+    # how costs grow, and what is had for them
+    "scaling": scaling.print_scaling,
+    "accuracy": accuracy.print_accuracy,
+    "budget": budget.print_budget,
 }
+
+
+class Tee(io.StringIO):
+    """Keeps what is printed, and prints it."""
+
+    def write(self, text: str) -> int:
+        sys.__stdout__.write(text)
+        sys.__stdout__.flush()
+        return super().write(text)
+
+
+def machine() -> str:
+    return (
+        f"gradhpo {gradhpo.__version__}, jax {jax.__version__}, equinox {equinox.__version__}, "
+        f"optax {optax.__version__}, Python {platform.python_version()},\n"
+        f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, "
+        f"{datetime.date.today().isoformat()}"
+    )
+
+
+def save(name: str, printed: str) -> None:
+    """Puts a table between its marks in README."""
+    block = re.compile(rf"(<!-- {name} -->\n```text\n).*?(\n```\n)", re.DOTALL)
+    text = f"{machine()}\n\n{printed.strip(chr(10))}"
+    found, count = block.subn(lambda marks: marks[1] + text + marks[2], README.read_text())
+    if count != 1:
+        raise SystemExit(f"{README} has {count} places for the table '{name}'")
+    README.write_text(found)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("tables", nargs="*", choices=[*TABLES, []], help="default: all")
-    chosen = parser.parse_args().tables or list(TABLES)
-    print(
-        f"gradhpo {gradhpo.__version__}, jax {jax.__version__}, equinox {equinox.__version__}, "
-        f"optax {optax.__version__}, Python {platform.python_version()}, "
-        f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores"
-    )
-    for name in chosen:
-        TABLES[name]()
+    parser.add_argument("tables", nargs="*", metavar="table", help=f"of {', '.join(TABLES)}")
+    parser.add_argument("--without", nargs="+", default=[], choices=TABLES, metavar="table")
+    parser.add_argument("--save", action="store_true", help="put the tables in README as well")
+    given = parser.parse_args()
+    if unknown := set(given.tables) - set(TABLES):
+        parser.error(f"no table is called {', '.join(unknown)}; there are {', '.join(TABLES)}")
+    print(machine())
+    for name in given.tables or TABLES:
+        if name in given.without:
+            continue
+        started = time.perf_counter()
+        with contextlib.redirect_stdout(Tee()) as printed:
+            TABLES[name]()
+        print(f"\n({name}: {(time.perf_counter() - started) / 60:.1f} minutes)")
+        if given.save:
+            save(name, printed.getvalue())
 
 
 if __name__ == "__main__":

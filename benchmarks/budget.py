@@ -1,0 +1,254 @@
+"""Quality against budget: validation loss over model fits and over seconds, for three problems.
+
+gradhpo, random search and Optuna's TPE minimise the same validation loss over the same space, from
+the same first point, with the same training, compiled once. How it is counted:
+
+- One fit is the steps of one full training. Of gradhpo its inner steps are counted, dear as they
+  are: what hypergradients cost shows in seconds, from which compilation is left out.
+- A point of a curve is the lowest validation loss so far of fully trained models. Where gradhpo
+  carries its parameters on, that is the model trained online, looked at once in each fit. Row
+  `retrained`: one more fit, from the start, with the hyperparameters reached by then, whether that
+  is the lowest or not.
+- Test losses and accuracies are those of these models; nothing is chosen by them.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, PyTree
+
+import gradhpo
+from benchmarks.budget_problems import PROBLEMS, Case, Problem
+from benchmarks.budget_report import Curve, Results, print_problem, save_figure
+from benchmarks.peers.environment import PeerError, Worker
+
+
+OPTUNA = ("optuna==5.0.0",)
+FIGURE = Path(__file__).parents[1] / "docs" / "images" / "quality_against_budget.png"
+
+
+class Training:
+    """One full training as one compiled program of hyperparameters and data."""
+
+    def __init__(self, problem: Problem) -> None:
+        train_loss, val_loss = problem.losses.train_loss, problem.losses.val_loss
+
+        @eqx.filter_jit
+        def fit(case: Case, hyperparams: PyTree) -> tuple[PyTree, Array]:
+            w, static = eqx.partition(case.params, eqx.is_inexact_array)
+            optimizer = problem.inner(hyperparams)
+            whole = lambda w: eqx.combine(w, static)
+
+            def step(carry, t):
+                w, state = carry
+                batch = case.train(t) if callable(case.train) else case.train
+                loss = lambda w: train_loss(whole(w), hyperparams, batch)
+                updates, state = optimizer.update(jax.grad(loss)(w), state, w)
+                return (eqx.apply_updates(w, updates), state), None
+
+            (w, _), _ = jax.lax.scan(step, (w, optimizer.init(w)), jnp.arange(problem.steps))
+            return whole(w), val_loss(whole(w), hyperparams, case.val)
+
+        @eqx.filter_jit
+        def judge(params: PyTree, case: Case) -> tuple[Array, Array]:
+            right = jnp.nan if problem.accuracy is None else problem.accuracy(params, case.test)
+            return val_loss(params, None, case.test), jnp.asarray(right)
+
+        self.problem, self.fit = problem, fit
+        self.judge: Callable = lambda params, case: tuple(map(float, judge(params, case)))
+
+    def place(self, point: np.ndarray | float) -> PyTree:
+        return self.problem.place(jnp.broadcast_to(jnp.float32(point), self.problem.size))
+
+    def at(self, case: Case, point: float) -> Curve:
+        """A single fit with all coordinates alike."""
+        started = time.perf_counter()
+        params, loss = self.fit(case, self.place(point))
+        return self.curve(case, [time.perf_counter() - started], [float(loss)], lambda k: params)
+
+    def curve(
+        self,
+        case: Case,
+        seconds: list[float],
+        losses: ArrayLike,
+        model: Callable[[int], PyTree],
+        lowest: bool = True,
+        more: int = 0,
+    ) -> Curve:
+        """What is known after each look: the lowest loss so far, and how its model tests.
+
+        Or, without `lowest`, each look by itself; `more` fits than looks have been made.
+        """
+        losses = np.where(np.isfinite(losses), losses, np.inf)
+        looks = np.arange(len(losses))
+        if lowest:
+            looks = np.asarray([np.argmin(losses[: k + 1]) for k in looks])
+        tested = {k: self.judge(model(k), case) for k in set(looks.tolist())}
+        test_losses, accuracies = np.asarray([tested[k] for k in looks.tolist()]).T
+        fits = np.arange(1, len(losses) + 1) + more
+        return Curve(fits, np.asarray(seconds), losses[looks], test_losses, accuracies)
+
+
+class Searcher(Protocol):
+    def suggest(self) -> np.ndarray | float: ...
+    def tell(self, value: float) -> None: ...
+
+
+class RandomSearch:
+    """Uniform in the cube, after its middle; tied, along its diagonal."""
+
+    def __init__(self, size: int, seed: int, tied: bool = False) -> None:
+        self.random = np.random.default_rng([seed, 1])  # not that of the data
+        self.shape, self.first = (() if tied else size), True
+
+    def suggest(self) -> np.ndarray | float:
+        drawn = 0.5 if self.first else self.random.uniform(size=self.shape)
+        self.first = False
+        return drawn
+
+    def tell(self, value: float) -> None:
+        pass
+
+
+class TPE:
+    """Optuna's, in a process of its own; the middle is its first trial as well."""
+
+    def __init__(self, worker: Worker, size: int, seed: int) -> None:
+        self.worker = worker
+        worker.ask("begin", seed=seed, first=[0.5] * size)
+
+    def suggest(self) -> np.ndarray:
+        return np.asarray(self.worker.ask("suggest"))
+
+    def tell(self, value: float) -> None:
+        self.worker.ask("tell", value=value)
+
+
+def searched(training: Training, case: Case, searcher: Searcher, trials: int) -> Curve:
+    seconds, losses, models = [], [], []
+    started = time.perf_counter()
+    for _ in range(trials):
+        params, loss = training.fit(case, training.place(searcher.suggest()))
+        losses.append(float(loss) if jnp.isfinite(loss) else float("inf"))
+        searcher.tell(losses[-1])
+        seconds.append(time.perf_counter() - started)
+        models.append(params)
+    return training.curve(case, seconds, losses, models.__getitem__)
+
+
+def followed(training: Training, case: Case, outer_fits: int) -> tuple[Curve, Curve | None]:
+    """gradhpo, and what retraining makes of its hyperparameters, unless it does so by itself."""
+    problem, optimizer = training.problem, training.problem.optimizer
+    each = problem.steps // optimizer.num_inner_steps  # outer steps in a fit
+    state = optimizer.init(case.params, training.place(0.5))
+    looks, seconds = [state], []
+
+    def look(state: gradhpo.BilevelState, metrics: dict) -> None:
+        looks.append(state)
+        seconds.append(time.perf_counter() - started)
+
+    started = time.perf_counter()
+    _, history = gradhpo.run(
+        optimizer, state, problem.losses, case.train, case.val,
+        num_steps=each * outer_fits, chunk_size=each, callbacks=[look], progress=False,
+        steps_per_episode=1 if problem.cold else None, reptile_rate=0.0 if problem.cold else 1.0,
+    )  # fmt: skip
+    # The loss at a look is that of the hyperparameters before its outer update.
+    losses = history["val_loss"][each - 1 :: each]
+
+    def trained_anew(k: int) -> PyTree:
+        """After a cold restart the model is gone; plain training of the same makes it again."""
+        params, loss = training.fit(case, looks[k].hyperparams)
+        if not np.isclose(loss, losses[k], rtol=1e-2):
+            raise AssertionError(f"{problem.title}: {losses[k]} is {loss} by plain training")
+        return params
+
+    if problem.cold:
+        return training.curve(case, seconds, losses, trained_anew), None
+    online = training.curve(case, seconds, losses, lambda k: looks[k + 1].params)
+
+    later, values, models = [], [], []
+    for state, spent in zip(looks[1:], seconds, strict=True):
+        started = time.perf_counter()
+        params, loss = training.fit(case, state.hyperparams)
+        values.append(float(loss))
+        later.append(spent + time.perf_counter() - started)
+        models.append(params)
+    return online, training.curve(case, later, values, models.__getitem__, lowest=False, more=1)
+
+
+def first_calls(training: Training, case: Case) -> tuple[float, float]:
+    """Compiles a fit, and a fit of gradhpo, with the seconds of each."""
+    if training.problem.alone:
+        training.at(training.problem.alone(case), 1.0)
+    started = time.perf_counter()
+    training.at(case, 0.5)
+    fitted = time.perf_counter()
+    followed(training, case, outer_fits=1)
+    return fitted - started, time.perf_counter() - fitted
+
+
+def compared(problem: Problem, seeds: int, worker: Worker | PeerError) -> Results:
+    """Every row for every seed; a row that cannot be is the reason why."""
+    training = Training(problem)
+    compiled = first_calls(training, problem.case(0))
+    rows: dict[str, list[Curve] | str] = {}
+
+    def add(name: str, curve: Curve | None) -> None:
+        if curve is not None:
+            rows.setdefault(name, []).append(curve)
+
+    for seed in range(seeds):
+        case = problem.case(seed)
+        search = partial(searched, training, case)
+        online, retrained = followed(training, case, problem.outer_fits)
+        add("gradhpo", online)
+        add("  retrained", retrained)
+        add("random search", search(RandomSearch(problem.size, seed), problem.trials))
+        if problem.tied:
+            tied = RandomSearch(problem.size, seed, tied=True)
+            add("  all alike", search(tied, problem.trials))
+        if not isinstance(rows.get("Optuna's TPE"), str):
+            try:
+                if isinstance(worker, PeerError):
+                    raise worker
+                add("Optuna's TPE", search(TPE(worker, problem.size, seed), problem.tpe_trials))
+            except PeerError as error:
+                rows["Optuna's TPE"] = str(error)
+        add("untuned", training.at(case, 0.5))
+        if problem.alone:
+            add("val. set alone", training.at(problem.alone(case), 1.0))
+    return Results(problem, rows, compiled)
+
+
+def print_budget(seeds: int = 5, most: int | None = None, figure: Path | None = FIGURE) -> None:
+    """With at most `most` fits in a search: `print_budget(2, 3, None)` is a smoke test."""
+    print(f"\nQuality against budget, {seeds} seeds (data split, start and search)")
+    print(
+        "  geometric means with 95 % t-intervals over seeds; all begin in the middle of the space"
+    )
+    results = []
+    with contextlib.ExitStack() as stack:
+        try:
+            worker = stack.enter_context(Worker("optuna_tpe.py", OPTUNA))
+        except PeerError as error:
+            worker = error
+        for make in PROBLEMS:
+            problem = make()
+            if most:
+                lengths = ("trials", "tpe_trials", "outer_fits")
+                capped = {of: min(getattr(problem, of), most) for of in lengths}
+                problem = problem._replace(**capped)
+            results.append(compared(problem, seeds, worker))
+            print_problem(results[-1])
+    if figure is not None:
+        save_figure(results, figure)
+        print(f"  picture in {figure}")
