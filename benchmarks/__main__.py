@@ -9,7 +9,7 @@ import jax
 import optax
 
 import gradhpo
-from benchmarks import accuracy, compiled, distilled, host, roads, timed
+from benchmarks import accuracy, compiled, distilled, host, pytorch, roads, timed
 
 
 TABLES = {
@@ -24,6 +24,7 @@ TABLES = {
     "exact": timed.print_exact,
     "host": host.print_host,
     "night": host.print_night,
+    "torch": pytorch.print_pytorch,
 }
 
 
