@@ -18,9 +18,9 @@ def outer_loss(problem: Cleaning) -> Callable:
 
 def unrolled(problem: Cleaning, optimizer: str, steps: int) -> Callable[[], Tensor]:
     assert optimizer == "sgd"
-    update = momentum(problem)
 
     def hypergradient() -> Tensor:
+        update = momentum(problem)  # anew: it holds the last loss, and so the whole graph
         z = update.get_opt_params(problem.start())
         for _ in range(steps):
             z = update(z, [problem.log_odds], create_graph=True)
@@ -34,9 +34,9 @@ def unrolled(problem: Cleaning, optimizer: str, steps: int) -> Callable[[], Tens
 
 def reverse(problem: Cleaning, optimizer: str, steps: int) -> Callable[[], Tensor]:
     assert optimizer == "sgd"
-    update = momentum(problem)
 
     def hypergradient() -> Tensor:
+        update = momentum(problem)  # anew: it holds the last loss, and so the whole graph
         history = [update.get_opt_params(problem.start())]
         for _ in range(steps):
             z = [x.detach().requires_grad_() for x in history[-1]]
@@ -52,10 +52,10 @@ def reverse(problem: Cleaning, optimizer: str, steps: int) -> Callable[[], Tenso
 def neumann(problem: Cleaning, optimizer: str, steps: int) -> Callable[[], Tensor]:
     """`steps` inner steps, then implicit differentiation by a series of 20 terms."""
     assert optimizer == "sgd"
-    update = momentum(problem)
-    descent = hypergrad.GradientDescent(lambda params, _: problem.train_loss(params), RATE)
 
     def hypergradient() -> Tensor:
+        update = momentum(problem)
+        descent = hypergrad.GradientDescent(lambda params, _: problem.train_loss(params), RATE)
         z = update.get_opt_params(problem.start())
         for _ in range(steps):
             z = update(z, [problem.log_odds], create_graph=False)

@@ -73,28 +73,6 @@ def reverse(problem: Cleaning, optimizer: str, steps: int) -> Callable[[], Tenso
     return hypergradient
 
 
-def compiled(problem: Cleaning, optimizer: str, steps: int) -> Callable[[], Tensor]:
-    """`torch.compile` of `torch.func.grad` through the loop."""
-    update, buffers = UPDATES[optimizer]
-
-    def outer(log_odds: Tensor, params: tuple[Tensor, ...]) -> Tensor:
-        def train_loss(params):
-            x, y = problem.train
-            losses = torch.nn.functional.cross_entropy(
-                problem.logits(params, x), y, reduction="none"
-            )
-            return (torch.sigmoid(log_odds) * losses).mean()
-
-        state = [torch.zeros_like(p) for _ in range(buffers) for p in params]
-        for t in range(steps):
-            gradients = torch.func.grad(train_loss)(params)
-            params, state = update(params, state, gradients, t)
-        return problem.val_loss(params)
-
-    program = torch.compile(torch.func.grad(outer))
-    return lambda: program(problem.log_odds.detach(), tuple(problem.first))
-
-
 def darts(problem: Cleaning, optimizer: str, steps: int) -> Callable[[], Tensor]:
     """One step, and its mixed derivative by central differences (Liu et al. 2019)."""
     assert (optimizer, steps) == ("sgd", 1)
@@ -118,6 +96,4 @@ def darts(problem: Cleaning, optimizer: str, steps: int) -> Callable[[], Tensor]
     return hypergradient
 
 
-serve_methods(
-    Cleaning, {"unrolled": unrolled, "reverse": reverse, "compiled": compiled, "darts": darts}
-)
+serve_methods(Cleaning, {"unrolled": unrolled, "reverse": reverse, "darts": darts})
