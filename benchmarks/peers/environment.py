@@ -52,8 +52,13 @@ def python_of(requirements: Sequence[str]) -> Path:
 class Worker:
     """A script of this folder in its own process, asked by lines of JSON (see `worker.serve`)."""
 
-    def __init__(self, script: str, requirements: Sequence[str] = (), **environment: str) -> None:
-        """Without requirements it is this interpreter that runs it, with gradhpo at hand."""
+    def __init__(
+        self, script: str, requirements: Sequence[str] = (), **environment: str | None
+    ) -> None:
+        """Without requirements it is this interpreter that runs it, with gradhpo at hand.
+
+        A variable of the environment that is `None` is taken away.
+        """
         python = python_of(requirements) if requirements else Path(sys.executable)
         settings = {
             **os.environ,
@@ -65,6 +70,7 @@ class Worker:
         }
         if not requirements:
             settings["PYTHONPATH"] = str(HERE.parents[1])
+        settings = {name: value for name, value in settings.items() if value is not None}
         self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
             [python, HERE / script], env=settings, text=True,

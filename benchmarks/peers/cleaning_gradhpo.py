@@ -1,0 +1,98 @@
+"""Hypergradients of data cleaning by gradhpo, in a process of its own like the peers."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array
+from methods import serve_methods
+
+import gradhpo
+
+
+class Cleaning(NamedTuple):
+    params: list[tuple[Array, Array]]
+    log_odds: Array
+    train: tuple[Array, Array]
+    val: tuple[Array, Array]
+
+
+def load(path: str, dtype: str) -> Cleaning:
+    data = np.load(path)
+    floats = lambda name: jnp.asarray(data[name], dtype)
+    params = [(floats(f"param{i}"), floats(f"param{i + 1}")) for i in (0, 2, 4)]
+    train = floats("x"), jnp.asarray(data["y"])
+    return Cleaning(
+        params, floats("log_odds"), train, (floats("val_x"), jnp.asarray(data["val_y"]))
+    )
+
+
+def cross_entropy(params, batch):
+    x, y = batch
+    for weight, bias in params[:-1]:
+        x = jax.nn.relu(x @ weight.T + bias)
+    weight, bias = params[-1]
+    return optax.softmax_cross_entropy_with_integer_labels(x @ weight.T + bias, y)
+
+
+def train_loss(params, log_odds, batch):
+    return jnp.mean(jax.nn.sigmoid(log_odds) * cross_entropy(params, batch))
+
+
+def val_loss(params, log_odds, batch):
+    return jnp.mean(cross_entropy(params, batch))
+
+
+RATE = 0.1
+OPTIMIZERS = {
+    "sgd": optax.sgd(RATE, momentum=0.9),
+    "adam": optax.adam(1e-3, eps=1e-8, eps_root=1e-16),
+}
+
+
+def method(make: Callable[[Any, int], gradhpo.BilevelOptimizer]) -> Callable:
+    """`make(inner optimizer, steps)` as a method of `serve_methods`."""
+
+    def prepared(problem: Cleaning, optimizer: str, steps: int) -> Callable[[], Array]:
+        bilevel = make(OPTIMIZERS[optimizer], steps)
+        assert bilevel.num_inner_steps == steps
+        state = bilevel.init(problem.params, problem.log_odds)
+        arguments = (state, problem.train, problem.val, train_loss, val_loss)
+        return lambda: jax.block_until_ready(bilevel.compute_hypergradient(*arguments))
+
+    return prepared
+
+
+def implicit(inner: Any, steps: int, terms: int, step_size: float) -> gradhpo.BilevelOptimizer:
+    solver = gradhpo.Neumann(terms, step_size)
+    return gradhpo.ImplicitOptimizer(inner, linear_solver=solver, inner_steps=steps)
+
+
+def temporary(problem: Cleaning, optimizer: str, steps: int) -> Callable[[], list[float]]:
+    """What the compiler says that the program of `unrolled` needs, in MiB."""
+    bilevel = gradhpo.UnrolledOptimizer(OPTIMIZERS[optimizer], unroll_steps=steps)
+    state = bilevel.init(problem.params, problem.log_odds)
+    program = jax.jit(
+        lambda *arrays: bilevel.compute_hypergradient(*arrays, train_loss, val_loss)
+    ).lower(state, problem.train, problem.val)
+    found = program.compile().memory_analysis().temp_size_in_bytes / 2**20
+    return lambda: [found]
+
+
+serve_methods(
+    load,
+    {
+        "unrolled": method(lambda o, n: gradhpo.UnrolledOptimizer(o, unroll_steps=n)),
+        "sqrt": method(
+            lambda o, n: gradhpo.UnrolledOptimizer(o, unroll_steps=n, checkpoints="sqrt")
+        ),
+        "one step": method(lambda o, n: gradhpo.OneStepOptimizer(o)),
+        "darts": method(lambda o, n: gradhpo.T1T2Optimizer(o, inner_steps=n)),
+        "neumann": method(lambda o, n: implicit(o, n, 20, RATE)),
+        "identity": method(lambda o, n: implicit(o, n, 1, 1.0)),
+        "temporary": temporary,
+    },
+)

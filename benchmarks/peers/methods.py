@@ -1,0 +1,49 @@
+"""Serves methods that make a function for a setting: its result, its seconds, its memory."""
+
+import functools
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from worker import peak_mib, seconds, serve
+
+
+def serve_methods(
+    load: Callable[[str, str], Any], methods: dict[str, Callable[..., Callable]]
+) -> None:
+    """`load(path, dtype)` makes the problem, `methods[name](problem, **setting)` a function of it.
+
+    That function takes nothing and returns a flat array which is there when it returns.
+    """
+    problems: list[Any] = []
+
+    def start(path: str, dtype: str) -> None:
+        problems[:] = [load(path, dtype)]
+        made.cache_clear()
+
+    @functools.cache
+    def made(method: str, **setting: Any) -> Callable:
+        function = methods[method](problems[0], **setting)
+        function()  # what happens once, compilation say, is no part of what is measured
+        return function
+
+    def result(**request: Any) -> list[float]:
+        return [float(x) for x in made(**request)()]
+
+    def timed(calls: int, **request: Any) -> float:
+        function = made(**request)
+        function()  # the caches and the cores were another program's until now
+        return statistics.median(seconds(function) for _ in range(calls))
+
+    def memory(**request: Any) -> float:
+        function = made(**request)
+        measured = []
+        for _ in range(5):
+            gc.collect()
+            time.sleep(0.1)  # some of the last call may be given back a little after it
+            measured.append(peak_mib(function))
+        return max(measured)  # what is still held from before hides memory, nothing adds any
+
+    serve(start=start, result=result, timed=timed, memory=memory)

@@ -1,0 +1,236 @@
+"""Against PyTorch: the same hypergradients of data cleaning, one process for each library.
+
+Digits, three tenths of the labels wrong, an MLP 64-128-128-10 with relu, one weight for each of
+1,000 examples. All start from the file that is written here. What is compared must be the same
+number first: in float64, and then in float32, in which it is timed and its memory is measured.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from sklearn.datasets import load_digits
+
+from benchmarks.peers.environment import PeerError, Worker
+from benchmarks.timed import by_turns
+
+
+STEPS, REPEATS, CALLS = 20, 11, 3
+TORCH = ("torch==2.13.0", "numpy==2.4.6")
+# hypertorch is on GitHub only; the `hypertorch` and `hypergrad` of the package index are others.
+HYPERTORCH = (
+    "hypergrad @ https://github.com/prolearner/hypertorch/archive/"
+    "6241dfafcf37ddaf14e152ba5e5a3aa7165396d3.zip"
+)
+OURS: tuple[str, tuple[str, ...]] = ("cleaning_gradhpo.py", ())
+PEERS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "torch": ("cleaning_torch.py", TORCH),
+    "higher": ("cleaning_higher.py", ("higher==0.2.1", *TORCH)),
+    "torchopt": ("cleaning_torchopt.py", ("torchopt==0.7.3", *TORCH)),
+    "hypertorch": ("cleaning_hypertorch.py", (*TORCH, HYPERTORCH)),
+    # It says that it needs Python 3.10 or less, but runs on later ones.
+    "betty": ("cleaning_betty.py", ("betty-ml==0.2.1", "--ignore-requires-python", *TORCH)),
+}
+
+
+class Row(NamedTuple):
+    """A method of a peer, and ours that it is compared with."""
+
+    name: str
+    peer: str
+    method: str
+    ours: str
+    optimizer: str = "sgd"
+    steps: int = STEPS
+    exact: bool = True  # else it is another approximation of the same thing
+
+
+UNROLLED = {
+    "torch: autograd through the loop": ("torch", "unrolled"),
+    "torch: a step at a time, by hand": ("torch", "reverse"),
+    "higher": ("higher", "unrolled"),
+    "torchopt": ("torchopt", "unrolled"),
+    "hypertorch: reverse_unroll": ("hypertorch", "unrolled"),
+    "hypertorch: reverse": ("hypertorch", "reverse"),
+    "betty: IterativeProblem": ("betty", "unrolled"),
+}
+SGD_ALONE = ("hypertorch", "betty")
+TABLES = {
+    f"exact, {STEPS} steps of SGD with momentum / UnrolledOptimizer": [
+        Row(name, *method, "unrolled") for name, method in UNROLLED.items()
+    ],
+    f"exact, {STEPS} steps of Adam / UnrolledOptimizer": [
+        # higher's Adam scales epsilon by the correction of the second moment.
+        Row(name, peer, method, "unrolled", "adam", exact=peer != "higher")
+        for name, (peer, method) in UNROLLED.items()
+        if peer not in SGD_ALONE
+    ],
+    "one step, exact / OneStepOptimizer": [
+        Row("torch: autograd", "torch", "unrolled", "one step", steps=1),
+        Row("higher", "higher", "unrolled", "one step", steps=1),
+        Row("torchopt", "torchopt", "unrolled", "one step", steps=1),
+        Row("hypertorch: reverse_unroll", "hypertorch", "unrolled", "one step", steps=1),
+    ],
+    "one step, finite differences of DARTS / T1T2Optimizer": [
+        Row("torch: by hand", "torch", "darts", "darts", steps=1),
+    ],
+    f"implicit after {STEPS} steps / ImplicitOptimizer(linear_solver=Neumann(...))": [
+        Row("hypertorch: fixed_point, 20", "hypertorch", "neumann", "neumann"),
+        Row("betty: neumann, 20 terms", "betty", "neumann", "neumann"),
+        Row("betty: darts, for 1 term", "betty", "darts", "identity", exact=False),
+    ],
+}
+
+
+def write_problem(path: Path) -> None:
+    x, y = load_digits(return_X_y=True)
+    random = np.random.default_rng(0)
+    order = random.permutation(len(x))
+    x, y = x[order] / 16, y[order]
+    wrong = random.random(1_000) < 0.3
+    arrays = {
+        "x": x[:1_000],
+        "y": np.where(wrong, random.integers(0, 10, 1_000), y[:1_000]),
+        "val_x": x[1_000:1_200],
+        "val_y": y[1_000:1_200],
+        "log_odds": random.normal(size=1_000),
+    }
+    for i, (inputs, outputs) in enumerate([(64, 128), (128, 128), (128, 10)]):
+        bound = inputs**-0.5
+        arrays[f"param{2 * i}"] = random.uniform(-bound, bound, (outputs, inputs))
+        arrays[f"param{2 * i + 1}"] = random.uniform(-bound, bound, outputs)
+    np.savez(path, **arrays)
+
+
+class Library:
+    """Processes of one library: one whose memory can be read, one as its users run it."""
+
+    def __init__(
+        self, script: str, requirements: tuple[str, ...], path: Path, stack: contextlib.ExitStack
+    ) -> None:
+        cpu = {"JAX_PLATFORMS": "cpu"}
+        # Blocks of a page and more are given back at once: what the allocator kept from the call
+        # before, small tensors above all, would not be counted. That is slow, so not for timing.
+        names = "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"
+        as_users_run_it, giving_back = dict.fromkeys(names), dict.fromkeys(names, "4096")
+        self._precise, self._timed, self._measured = (
+            stack.enter_context(Worker(script, requirements, **cpu, **environment))
+            for environment in ({"JAX_ENABLE_X64": "1"}, as_users_run_it, giving_back)
+        )
+        self._precise.ask("start", path=str(path), dtype="float64")
+        for worker in (self._timed, self._measured):
+            worker.ask("start", path=str(path), dtype="float32")
+
+    def result(self, dtype: str, **request: Any) -> np.ndarray:
+        worker = self._precise if dtype == "float64" else self._timed
+        return np.array(worker.ask("result", **request))
+
+    def seconds(self, **request: Any) -> Callable[[], float]:
+        return lambda: self._timed.ask("timed", calls=CALLS, **request)
+
+    def mib(self, **request: Any) -> float:
+        return self._measured.ask("memory", **request)
+
+
+def print_row(row: Row, peer: Library, ours: Library) -> None:
+    setting = {"optimizer": row.optimizer, "steps": row.steps}
+    theirs, own = {"method": row.method, **setting}, {"method": row.ours, **setting}
+    differences = []
+    for dtype in ("float64", "float32"):
+        reference = ours.result(dtype, **own)
+        difference = np.linalg.norm(peer.result(dtype, **theirs) - reference)
+        differences.append(difference / np.linalg.norm(reference))
+    if row.exact and differences[0] > 1e-5:
+        raise PeerError(f"another number: relative difference {differences[0]:.0e} in float64")
+    a, b, ratio, low, high = by_turns(peer.seconds(**theirs), ours.seconds(**own), REPEATS)
+    far, near = differences
+    print(
+        f"  {row.name:33}{far:8.0e}{near:8.0e} {1e3 * a:7.1f} {1e3 * b:6.1f} {ratio:6.2f}"
+        f" ({low:5.2f}-{high:5.2f}) {peer.mib(**theirs):6.1f} {ours.mib(**own):6.1f}"
+        + ("" if row.exact else "  *"),
+        flush=True,
+    )
+
+
+def print_pytorch() -> None:
+    print(
+        "\nData cleaning on digits, MLP 64-128-128-10, 1,000 examples, on the CPU:"
+        " PyTorch / gradhpo\n"
+        "Relative difference of the hypergradients, time and ratio of times (quartiles), memory"
+        " added\n"
+        f"  {'':33}{'float64':>8}{'float32':>8} {'ms':>7} {'ours':>6} {'ratio':>6}"
+        f" {'':13} {'MiB':>6} {'ours':>6}"
+    )
+    with opened() as (ours, find):
+        for title, rows in TABLES.items():
+            print(f" {title}")
+            for row in rows:
+                try:
+                    print_row(row, find(row.peer), ours)
+                except PeerError as error:
+                    print(f"  {row.name:33}{error}"[:100], flush=True)
+            if rows[0].ours == "unrolled":
+                print_checkpoints(rows[0].optimizer, ours)
+        print("  * approximates the same thing in another way: not the same number")
+        try:
+            print_growth(find("torch"), ours)
+        except PeerError as error:
+            print(f"  {error}"[:100])
+
+
+@contextlib.contextmanager
+def opened() -> Iterator[tuple[Library, Callable[[str], Library]]]:
+    """Ours, and a function from a peer's name to its library; a failure is remembered."""
+    found: dict[str, Library | PeerError] = {}
+    with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
+        path = Path(directory) / "problem.npz"
+        write_problem(path)
+
+        def find(name: str) -> Library:
+            if name not in found:
+                try:
+                    found[name] = Library(*PEERS[name], path, stack)
+                except PeerError as error:
+                    found[name] = error
+            library = found[name]
+            if isinstance(library, PeerError):
+                raise library
+            return library
+
+        yield Library(*OURS, path, stack), find
+
+
+def print_checkpoints(optimizer: str, ours: Library) -> None:
+    """`checkpoints="sqrt"` beside all states kept."""
+    setting = {"optimizer": optimizer, "steps": STEPS}
+    sqrt, kept = {"method": "sqrt", **setting}, {"method": "unrolled", **setting}
+    a, b, ratio, low, high = by_turns(ours.seconds(**sqrt), ours.seconds(**kept), REPEATS)
+    name = 'gradhpo itself, checkpoints="sqrt"'
+    print(
+        f"  {name:49} {1e3 * a:7.1f} {1e3 * b:6.1f} {ratio:6.2f}"
+        f" ({low:5.2f}-{high:5.2f}) {ours.mib(**sqrt):6.1f} {ours.mib(**kept):6.1f}",
+        flush=True,
+    )
+
+
+def print_growth(torch: Library, ours: Library) -> None:
+    """Is the memory that is measured the memory of the computation?"""
+    print(" memory in MiB by steps of SGD with momentum" + "".join(f"{t:8}" for t in (20, 40, 80)))
+    of = lambda library, method: [
+        library.mib(method=method, optimizer="sgd", steps=t) for t in (20, 40, 80)
+    ]
+    compiled = [
+        ours.result("float32", method="temporary", optimizer="sgd", steps=t)[0]
+        for t in (20, 40, 80)
+    ]
+    for name, sizes in {
+        "torch: autograd through the loop": of(torch, "unrolled"),
+        "torch: a step at a time, by hand": of(torch, "reverse"),
+        "gradhpo": of(ours, "unrolled"),
+        "gradhpo, as its compiler counts": compiled,
+        'gradhpo, checkpoints="sqrt"': of(ours, "sqrt"),
+    }.items():
+        print(f"  {name:42}" + "".join(f"{size:8.1f}" for size in sizes))
