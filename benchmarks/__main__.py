@@ -9,7 +9,7 @@ import jax
 import optax
 
 import gradhpo
-from benchmarks import accuracy, compiled, distilled, host, roads, timed
+from benchmarks import accuracy, compiled, distilled, host, implicit, roads, timed
 
 
 TABLES = {
@@ -23,6 +23,7 @@ TABLES = {
     "loop": timed.print_loops,
     "exact": timed.print_exact,
     "host": host.print_host,
+    "implicit": implicit.print_implicit,
     "night": host.print_night,
 }
 
