@@ -25,6 +25,7 @@ from benchmarks import (
     compiled,
     distilled,
     host,
+    implicit,
     loops,
     pytorch,
     roads,
@@ -49,6 +50,7 @@ TABLES = {
     "night": host.print_night,
     # against other libraries
     "torch": pytorch.print_pytorch,
+    "implicit": implicit.print_implicit,
     # how costs grow, and what is had for them
     "scaling": scaling.print_scaling,
     "accuracy": accuracy.print_accuracy,

@@ -1,0 +1,134 @@
+"""Implicit differentiation by gradhpo: `ImplicitOptimizer`.
+
+It takes a given number of inner steps, so the number that does it is looked for first: cold, the
+multiple of 50 that reaches the tolerance; warm, the first of 50, 100, 200, ... with which the last
+of the outer steps reaches it.
+"""
+
+import itertools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from counted_solver import counted, same_solver
+from implicit_programs import (
+    INNER_TOLERANCE,
+    MOST_STEPS,
+    STEPS,
+    Problem,
+    Program,
+    serve_programs,
+)
+
+import gradhpo
+from gradhpo.algorithms.implicit_diff import _default_solver
+
+
+MOMENTUM, AT_ONCE = 0.9, 50
+found: dict[tuple[str, str], int] = {}
+
+
+def optimizer(problem: Problem, how: str, inner_steps: int) -> gradhpo.ImplicitOptimizer:
+    losses, symmetric = problem.losses, problem.losses.step is None
+    if how == "default":
+        solver = counted(_default_solver(symmetric, problem.optimum))  # to count; else it is None
+    else:
+        solver = same_solver(symmetric=symmetric)
+    settings = {"linear_solver": solver, "inner_steps": inner_steps}
+    if losses.step is not None:
+        return gradhpo.ImplicitOptimizer(update_fn=losses.step, **settings)
+    largest = problem.train.curvature
+
+    def descent(h) -> optax.GradientTransformation:
+        """Nesterov's, each weight at a rate that its own penalty allows."""
+        rates = 1 / (largest + jnp.exp(h))
+        scaled = optax.stateless(lambda gradient, _: -rates * gradient)
+        return optax.chain(scaled, optax.trace(MOMENTUM, nesterov=True))
+
+    return gradhpo.ImplicitOptimizer(descent, **settings)
+
+
+def derive(problem: Problem, how: str) -> Program:
+    losses, chosen = problem.losses, optimizer(problem, how, 1)
+
+    def hypergradient(w, h, train, val):
+        # One inner step cannot be left out; from the optimum it leads nowhere.
+        state = chosen.init(w, h)
+        g = chosen.compute_hypergradient(state, train, val, losses.train, losses.val)
+        return {"hypergradient": g}
+
+    return Program(hypergradient, problem.optimum, problem.h, problem.train, problem.val)
+
+
+def reached(problem: Problem, inner_residual: jax.Array) -> bool:
+    rate = 1.0 if problem.losses.step is None else 1 / problem.train.curvature
+    return bool(inner_residual < INNER_TOLERANCE * rate)
+
+
+def stepped(problem: Problem, chosen: gradhpo.ImplicitOptimizer, state, rate: float):
+    train, val, losses = problem.train, problem.val, problem.losses
+    return chosen.step(state, train, val, losses.train, losses.val, lr_hyper=rate)
+
+
+def cold_steps(problem: Problem) -> int:
+    chosen = optimizer(problem, "same", AT_ONCE)
+    state = chosen.init(jnp.zeros_like(problem.optimum), problem.h)
+    for count in range(AT_ONCE, MOST_STEPS + 1, AT_ONCE):
+        state = stepped(problem, chosen, state, 0.0)
+        if reached(problem, state.metadata["inner_residual"]):
+            return count
+    raise RuntimeError(f"{MOST_STEPS} inner steps do not reach {INNER_TOLERANCE}")
+
+
+def warm_steps(problem: Problem) -> int:
+    for doublings in itertools.count():
+        count = AT_ONCE * 2**doublings
+        if count > MOST_STEPS:
+            raise RuntimeError(f"{MOST_STEPS} inner steps do not reach {INNER_TOLERANCE}")
+        _, history = tuned(problem, count)()
+        if reached(problem, history["inner_residual"][-1]):
+            return count
+
+
+def inner_steps(task: str, problem: Problem, search: Callable[[Problem], int]) -> int:
+    if (task, problem.name) not in found:
+        found[task, problem.name] = search(problem)
+    return found[task, problem.name]
+
+
+def solve(problem: Problem, how: str) -> Program:
+    count = inner_steps("solve", problem, cold_steps)
+    chosen = optimizer(problem, "same", count)
+
+    def both(h):
+        state = chosen.init(jnp.zeros_like(problem.optimum), h)
+        state = stepped(problem, chosen, state, 1.0)
+        return {"hypergradient": h - state.hyperparams, "w": state.params, "inner": count}
+
+    return Program(both, problem.h)
+
+
+def tuned(problem: Problem, count: int) -> Callable:
+    chosen = optimizer(problem, "same", count)
+    state = chosen.init(jnp.zeros_like(problem.optimum), problem.h)
+    losses = gradhpo.LossFunctions(problem.losses.train, problem.losses.val)
+    return lambda: gradhpo.run(
+        chosen, state, losses, problem.train, problem.val, num_steps=STEPS, chunk_size=STEPS,
+        lr_hyper=problem.outer_rate, progress=False,
+    )  # fmt: skip
+
+
+def tune(problem: Problem, how: str) -> Callable[[], dict]:
+    count = inner_steps("tune", problem, warm_steps)
+    go = tuned(problem, count)
+
+    def program() -> dict:
+        state, history = go()
+        h = jax.block_until_ready(state.hyperparams)
+        return {"h": h, "val_loss": history["val_loss"][-1], "inner": STEPS * count}
+
+    return program
+
+
+serve_programs(derive=derive, solve=solve, tune=tune)
