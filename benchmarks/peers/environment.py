@@ -63,8 +63,8 @@ class Worker:
             "MALLOC_TRIM_THRESHOLD_": "65536",
             **environment,
         }
-        if not requirements:
-            settings["PYTHONPATH"] = str(HERE.parents[1])
+        # A peer must not find our packages before its own.
+        settings["PYTHONPATH"] = "" if requirements else str(HERE.parents[1])
         self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
             [python, HERE / script], env=settings, text=True,
