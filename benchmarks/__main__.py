@@ -9,7 +9,7 @@ import jax
 import optax
 
 import gradhpo
-from benchmarks import accuracy, compiled, distilled, host, roads, timed
+from benchmarks import accuracy, compiled, distilled, earlier, host, roads, timed
 
 
 TABLES = {
@@ -24,6 +24,7 @@ TABLES = {
     "exact": timed.print_exact,
     "host": host.print_host,
     "night": host.print_night,
+    "earlier": earlier.print_earlier,
 }
 
 
