@@ -24,6 +24,7 @@ from benchmarks import (
     budget,
     compiled,
     distilled,
+    earlier,
     host,
     implicit,
     loops,
@@ -49,6 +50,7 @@ TABLES = {
     "host": host.print_host,
     "night": host.print_night,
     # against other libraries
+    "earlier": earlier.print_earlier,
     "torch": pytorch.print_pytorch,
     "implicit": implicit.print_implicit,
     # how costs grow, and what is had for them

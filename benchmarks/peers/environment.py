@@ -68,8 +68,8 @@ class Worker:
             "MALLOC_TRIM_THRESHOLD_": "65536",
             **environment,
         }
-        if not requirements:
-            settings["PYTHONPATH"] = str(HERE.parents[1])
+        # A peer must not find our packages before its own.
+        settings["PYTHONPATH"] = "" if requirements else str(HERE.parents[1])
         settings = {name: value for name, value in settings.items() if value is not None}
         self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
