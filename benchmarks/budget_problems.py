@@ -199,8 +199,8 @@ def example_weights() -> Problem:
         return Case(
             eqx.nn.MLP(64, 10, 128, 1, key=keys[1]),
             gradhpo.ArrayData(arrays, 100, keys[0]),
-            part(slice(size, size + 100)),
-            part(slice(size + 100, None)),
+            part(slice(size, size + 400)),
+            part(slice(size + 400, None)),
         )
 
     def weighted(net: eqx.nn.MLP, logits: Array, batch: tuple[Array, Array, Array]) -> Array:

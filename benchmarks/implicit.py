@@ -17,6 +17,7 @@ BUDGET = 1.0  # seconds for a row, as a rule
 STEPS = 30  # outer ones, as in peers/implicit_programs.py
 SETTINGS = {
     "JAX_ENABLE_X64": "1",
+    "JAX_PLATFORMS": "cpu",  # the only device that jaxlib of the package index knows
     # Nothing measures the memory of these processes, so theirs need not go back at once.
     "MALLOC_MMAP_THRESHOLD_": "33554432",
     "MALLOC_TRIM_THRESHOLD_": "33554432",

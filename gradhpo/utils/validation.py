@@ -137,7 +137,9 @@ def _refuse_nan(tree: PyTree, what: str) -> None:
     for path, leaf in _with_path(tree):
         if isinstance(leaf, Tracer) or not eqx.is_inexact_array(leaf):
             continue
-        if bool(jnp.any(jnp.isnan(leaf))):
+        # By NumPy where that can be: jnp would compile two programs for every shape.
+        numbers = np.asarray(leaf) if leaf.is_fully_addressable else leaf
+        if bool(np.any(np.isnan(numbers))):
             raise ValueError(
                 f"{what}{jax.tree_util.keystr(path)} holds NaN at the start: every step from "
                 "there would be rejected"
