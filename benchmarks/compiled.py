@@ -43,6 +43,8 @@ def print_units() -> None:
         "\nFlops of an inner step less one validation gradient, in training gradients (batch 128)"
     )
     for name in ALGORITHMS:
+        if name in ("ForwardMode(20)", "ImplicitOptimizer(20)"):
+            continue  # their own loops, over hyperparameters and solver steps, are in `roads`
         units = (f"{gradients_per_step(name, 128, depth):6.2f}" for depth in (1, 3, 6))
         print(f"  {name:22} 1, 3, 6 hidden layers: {' '.join(units)}")
 

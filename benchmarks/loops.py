@@ -103,8 +103,8 @@ def print_loops() -> None:
     for name, pair in ALGORITHMS.items():
         for batch_size in (32, 128):
             num_steps = 4_000 // pair.optimizer.num_inner_steps
-            loops = alternating(*loop_pair(name, batch_size, num_steps), repeats=21)
-            steps = alternating(*step_pair(name, batch_size, num_steps // 10), repeats=21)
+            loops = alternating(*loop_pair(name, batch_size, num_steps), repeats=11)
+            steps = alternating(*step_pair(name, batch_size, num_steps // 10), repeats=11)
             print(
                 f"  {name:22} batch {batch_size:4}"
                 f"  {1e6 * loops.first / num_steps:8.0f} {1e6 * loops.second / num_steps:8.0f}"
@@ -150,7 +150,7 @@ def print_exact() -> None:
     print("\nExact hypergradient, T = 20: time of gradhpo / jax.grad through a plain lax.scan")
     for batch_size in (32, 128, 1_000):
         for name in ("SGD", "Adam"):
-            a, b, ratio, *_ = alternating(*exact_programs(name, batch_size), repeats=21)
+            a, b, ratio, *_ = alternating(*exact_programs(name, batch_size), repeats=11)
             print(
                 f"  batch {batch_size:5}  {name:5} {1e3 * a:8.2f} ms  {1e3 * b:8.2f} ms"
                 f"  ratio {ratio:.2f}"
