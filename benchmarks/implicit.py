@@ -112,6 +112,7 @@ DERIVED = {
 SOLVED = {
     False: [
         Row(OURS, "", "gradhpo, optax: Nesterov momentum"),
+        Row(OURS, "L-BFGS", "gradhpo, optax.lbfgs"),
         Row("jaxopt", "", "jaxopt, LBFGS"),
         Row("Optimistix", "", "Optimistix, LBFGS"),
         Row("Optimistix", "Newton", "Optimistix, Newton (Cholesky)"),

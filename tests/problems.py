@@ -137,11 +137,13 @@ def relaxed(optimizer):
     if not isinstance(optimizer, optax.GradientTransformation):
         return lambda hyperparams: relaxed(optimizer(hyperparams))
 
-    def update(updates, state, params=None):
-        with jax.numpy_dtype_promotion("standard"):
-            return optimizer.update(updates, state, params)
+    optimizer = optax.with_extra_args_support(optimizer)
 
-    return optax.GradientTransformation(optimizer.init, update)
+    def update(updates, state, params=None, **of_loss):
+        with jax.numpy_dtype_promotion("standard"):
+            return optimizer.update(updates, state, params, **of_loss)
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
 
 # Inner optimizers by name. For the problem "optimizer" they are functions of the hyperparameters.

@@ -298,7 +298,8 @@ MISUSES = {
         ).init(W, H), ValueError, r"optax\.inject_hyperparams.*no effect",
     ),
     "optimizer that needs the loss": (
-        needs_extra_arguments, ValueError, r"optax\.polyak_sgd.*update_fn",
+        needs_extra_arguments, ValueError,
+        r"missing.*'value'.*optax\.polyak_sgd\) fit as inner_optimizer of Impl.*update_fn",
     ),
     "optimizer that branches on a value": (
         branches_on_a_value, ValueError, r"needs the value.*in Python.*jnp\.where",

@@ -23,7 +23,10 @@ class FOOptimizer(Memoryless):
     **Arguments:**
 
     - `inner_optimizer`: an optax transformation, or a function of the hyperparameters that
-        returns one.
+        returns one. Those that need the loss (`optax.lbfgs`, `optax.polyak_sgd`) get its `value`,
+        `grad` and `value_fn` here, from [`ImplicitOptimizer`][gradhpo.ImplicitOptimizer], and from
+        [`T1T2Optimizer`][gradhpo.T1T2Optimizer] with `perturb="hyperparams"`; the others, which
+        differentiate the inner update, refuse them.
     - `outer_optimizer`: an optax transformation for the hyperparameters; `None` (the default)
         means plain gradient descent with the `lr_hyper` given to `step`.
     - `update_fn`: in place of `inner_optimizer`, `(params, hyperparams, batch) -> params`.

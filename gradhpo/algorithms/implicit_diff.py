@@ -56,7 +56,8 @@ class ImplicitOptimizer(StepByStep):
     **Arguments:**
 
     - `inner_optimizer`, `outer_optimizer`, `update_fn`: as for
-        [`FOOptimizer`][gradhpo.FOOptimizer].
+        [`FOOptimizer`][gradhpo.FOOptimizer]. On a whole data set, `optax.lbfgs()` needs the fewest
+        steps; with `inner_steps` above 1 its memory is emptied at the start of every `step`.
     - `linear_solver`: any `lineax` solver (`lineax.CG`, `lineax.GMRES`, `lineax.BiCGStab`,
         `lineax.LU`, `lineax.Cholesky`, ...), [`Neumann`][gradhpo.Neumann] or
         [`Nystrom`][gradhpo.Nystrom]. The system is scaled to a right-hand side of length 1;

@@ -14,8 +14,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, PyTree
 
-from gradhpo.core.inner_optimizer import cast_like, explained, resolve
-from gradhpo.core.types import InnerOptimizer, LossFn, UpdateFn, batch_of_step
+from gradhpo.core.inner_optimizer import (
+    cast_like,
+    explained,
+    keeps_last_evaluation,
+    resolve,
+    with_evaluation,
+)
+from gradhpo.core.types import InnerOptimizer, LossFn, UpdateFn, batch_of_step, is_same_each_step
 from gradhpo.utils.gradients import linearize_gradient, tree_zeros_like
 
 
@@ -35,6 +41,9 @@ class InnerUpdate(eqx.Module):
     frozen: PyTree
     train_batch: PyTree
     symmetric: bool = eqx.field(static=True)
+    # Whether `step` gives optax the loss as well. `vjp` never does: a derivative of what optax
+    # makes of the loss would miss its dependence on w and the hyperparameters.
+    passes_loss: bool = eqx.field(static=True, default=False)
 
     def batch(self, t: ArrayLike) -> PyTree:
         """$D_t$."""
@@ -64,12 +73,25 @@ class InnerUpdate(eqx.Module):
         return new_z, loss
 
     def step_and_gradient(
-        self, z: Carry, hyperparams: PyTree, t: ArrayLike
+        self,
+        z: Carry,
+        hyperparams: PyTree,
+        t: ArrayLike,
+        evaluation: tuple[Array, PyTree] | None = None,
     ) -> tuple[Carry, Array, PyTree]:
-        """`(z', loss, training gradient)`; only with an `inner_optimizer`."""
+        """`(z', loss, training gradient)`; only with an `inner_optimizer`.
+
+        `evaluation` is the loss and its gradient where they are known already.
+        """
         w, s = z
-        loss, gradient = jax.value_and_grad(self.train_loss)(w, hyperparams, t)
-        return self._updated_by_optax(gradient, s, w, hyperparams), loss, gradient
+        if evaluation is None:
+            evaluation = jax.value_and_grad(self.train_loss)(w, hyperparams, t)
+        loss, gradient = evaluation
+        of_loss = {}
+        if self.passes_loss:
+            value_fn = lambda w: self.train_loss(w, hyperparams, t)
+            of_loss = {"value": loss, "grad": gradient, "value_fn": value_fn}
+        return self._updated_by_optax(gradient, s, w, hyperparams, of_loss), loss, gradient
 
     def vjp(
         self, z: Carry, hyperparams: PyTree, t: ArrayLike
@@ -171,19 +193,41 @@ class InnerUpdate(eqx.Module):
             return z, jnp.asarray(jnp.nan), None
 
         wanted = first + num_steps - 1 if loss_at is None else loss_at
+        z, evaluated = self._evaluated(z, hyperparams, first)
 
         def body(z, t):
-            new_z, loss = self.step(z, hyperparams, t, want_loss=t == wanted)
+            if evaluated:
+                search = z[1][-1]
+                last = (search.value, search.grad)
+                new_z, loss, _ = self.step_and_gradient(z, hyperparams, t, last)
+            else:
+                new_z, loss = self.step(z, hyperparams, t, want_loss=t == wanted)
             return new_z, (loss, keep(z))
 
         z, (losses, before) = jax.lax.scan(body, z, first + jnp.arange(num_steps))
         return z, losses[-1], before
 
-    def _updated_by_optax(self, gradient, s, w, hyperparams) -> Carry:
+    def _evaluated(self, z: Carry, hyperparams: PyTree, t: ArrayLike) -> tuple[Carry, bool]:
+        """`z` with the loss at `w` in its line search, and whether every step finds it there.
+
+        The search has evaluated the parameters that it ends at: half of the work of most steps.
+        The first evaluation is always made, since hyperparameters and batch have changed.
+        """
+        w, s = z
+        reusable = self.passes_loss and is_same_each_step(self.train_batch)
+        if not (reusable and keeps_last_evaluation(s)):
+            return z, False
+        loss, gradient = jax.value_and_grad(self.train_loss)(w, hyperparams, t)
+        if loss.dtype != s[-1].value.dtype:
+            return z, False
+        return (w, with_evaluation(s, loss, gradient)), True
+
+    def _updated_by_optax(self, gradient, s, w, hyperparams, of_loss: Any = ()) -> Carry:
         assert self.inner_optimizer is not None
         transformation = resolve(self.inner_optimizer, hyperparams)
         with explained():
-            updates, new_s = transformation.update(gradient, s, w)
+            update = optax.with_extra_args_support(transformation).update
+            updates, new_s = update(gradient, s, w, **dict(of_loss))
         new_w = optax.apply_updates(w, updates)
         return cast_like(new_w, w, "the inner update"), cast_like(new_s, s)
 

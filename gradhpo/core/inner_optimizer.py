@@ -77,6 +77,31 @@ def cast_like(new: PyTree, old: PyTree, what: str = "an optimizer state") -> PyT
     )
 
 
+def forget_secants(s: PyTree) -> PyTree:
+    """Empties the memory of L-BFGS: differences of gradients of one and the same loss.
+
+    The first difference after the hyperparameters have moved is that of two losses, and no
+    curvature at all.
+    """
+    is_memory = lambda x: isinstance(x, optax.ScaleByLBFGSState)
+    emptied = lambda x: jax.tree.map(jnp.zeros_like, x) if is_memory(x) else x
+    return jax.tree.map(emptied, s, is_leaf=is_memory)
+
+
+def keeps_last_evaluation(s: PyTree) -> bool:
+    """Whether the loss and gradient in a state are those at the new parameters.
+
+    So it is where a line search is the last of a chain: nothing changes its step any more.
+    """
+    last = s[-1:] if type(s) is tuple else ()
+    return any(isinstance(x, optax.ScaleByZoomLinesearchState) for x in last)
+
+
+def with_evaluation(s: tuple, loss: PyTree, gradient: PyTree) -> tuple:
+    """A state that keeps its last evaluation, with this one."""
+    return (*s[:-1], s[-1]._replace(value=loss, grad=gradient))
+
+
 @contextlib.contextmanager
 def explained(which: str = "inner") -> Iterator[None]:
     """Says in the user's terms what optax cannot do inside a traced update."""
@@ -92,7 +117,9 @@ def explained(which: str = "inner") -> Iterator[None]:
         if "missing" not in str(error) or "argument" not in str(error):
             raise
         raise ValueError(
-            f"the {which} optimizer cannot be called with what a plain step has: {error}. "
-            "Transformations that need the loss value or function (optax.lbfgs, "
-            "optax.polyak_sgd) do not fit; inside, an update_fn can do the same"
+            f"the {which} optimizer cannot be called with what it is given here: {error}. "
+            "Transformations that need the loss (optax.lbfgs, optax.polyak_sgd) fit as "
+            "inner_optimizer of ImplicitOptimizer, FOOptimizer and "
+            "T1T2Optimizer(perturb='hyperparams'), which do not differentiate the update; "
+            "elsewhere an update_fn can do the same"
         ) from error

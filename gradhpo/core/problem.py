@@ -11,7 +11,7 @@ from jax.extend.core import Jaxpr
 from jaxtyping import Array, PyTree
 
 from gradhpo.core.inner import Carry, InnerUpdate
-from gradhpo.core.inner_optimizer import init_inner_state
+from gradhpo.core.inner_optimizer import forget_secants, init_inner_state
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import BatchStack, LossFn
 from gradhpo.utils.tracing import contains_custom_vjp, visible_leaves
@@ -108,6 +108,10 @@ def bind(
     check_same_structure(
         {name: state.metadata.get(name) for name in memory}, memory, "state.metadata", made_here
     )
+    # Those that see updates by their derivative would miss what optax makes of the loss.
+    passes_loss = optimizer._sees not in ("last update", "updates")
+    if passes_loss and optimizer.num_inner_steps > 1:
+        s = forget_secants(s)
     phi = InnerUpdate(
         inner_optimizer=optimizer.inner_optimizer,
         update_fn=optimizer.update_fn,
@@ -115,6 +119,7 @@ def bind(
         frozen=frozen,
         train_batch=train_batch,
         symmetric=True,
+        passes_loss=passes_loss,
     )
     validation = Validation(val_loss_fn=val_loss_fn, frozen=frozen, val_batch=val_batch)
     program = _trace_loss(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, PyTree, Real
 
-from gradhpo.utils.keys import fold_keys
+from gradhpo.utils.keys import fold_keys, is_key
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import check_leading_axis
 
@@ -174,3 +174,9 @@ def batch_of_step(train_batch: PyTree, t: ArrayLike) -> PyTree:
     if isinstance(train_batch, BatchStack | DrawnStack):
         return train_batch.at(t)
     return fold_keys(train_batch, t)
+
+
+def is_same_each_step(train_batch: PyTree) -> bool:
+    """Whether `batch_of_step` is one and the same for all inner steps."""
+    is_stack = isinstance(train_batch, BatchStack | DrawnStack)
+    return not is_stack and not any(map(is_key, jax.tree.leaves(train_batch)))

@@ -1,0 +1,127 @@
+"""Inner optimizers that need the loss itself: a line search, a Polyak step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import relaxed
+from test_implicit import logistic, ridge
+
+import gradhpo
+
+
+LBFGS = relaxed(optax.lbfgs())
+POLYAK = relaxed(optax.polyak_sgd(max_learning_rate=10.0))
+
+
+@pytest.mark.parametrize("make", [ridge, logistic])
+def test_implicit_hypergradients_at_the_optimum_that_lbfgs_finds(make):
+    problem = make()
+    optimizer = gradhpo.ImplicitOptimizer(LBFGS, inner_steps=40)
+    there = jax.tree.map(jnp.asarray, problem.hyperparams)
+    elsewhere = jax.tree.map(lambda h: h + 0.3, there)
+    losses = (problem.train_loss, problem.val_loss)
+    step = lambda state: optimizer.step(state, None, None, *losses, lr_hyper=1.0)
+
+    begun = step(optimizer.init(jnp.zeros(5), elsewhere)).update(hyperparams=there)
+    state = step(begun)
+    found = jax.tree.map(jnp.subtract, there, state.hyperparams)
+    np.testing.assert_allclose(state.params, problem.w, atol=1e-10)
+    for name, expected in problem.expected.items():
+        np.testing.assert_allclose(found[name], expected, atol=1e-10)
+    loss = problem.train_loss(jnp.asarray(problem.w), there, None)
+    np.testing.assert_allclose(state.get_metric("train_loss"), loss, rtol=1e-12)
+
+    # Nothing that was learned of the training loss before is used on this one.
+    anew = step(optimizer.init(begun.params, there))
+    np.testing.assert_array_equal(anew.params, state.params)
+
+
+def test_steps_after_convergence_stay_at_the_optimum(as_a_user_has_it):
+    """Also at an optimum of exactly 0, in float32, and one of two tasks that waits."""
+    x, y, *_ = (jnp.asarray(a, jnp.float32) for a in ridge_data())
+
+    def train_loss(w, h, batch):
+        return jnp.mean((x @ w - batch) ** 2) + jnp.exp(h) * jnp.sum(w**2)
+
+    def val_loss(w, h, batch):
+        return jnp.sum((w - 1) ** 2)
+
+    optimizer = gradhpo.ImplicitOptimizer(optax.lbfgs(), inner_steps=300)
+    optimizer = gradhpo.TaskBatched(optimizer, num_tasks=2)
+    state = optimizer.init(jnp.ones(5), jnp.array(-2.0))
+    tasks = jnp.stack([y, jnp.zeros_like(y)])
+    state, history = gradhpo.run(
+        optimizer, state, gradhpo.LossFunctions(train_loss, val_loss), tasks, None,
+        num_steps=4, chunk_size=4, lr_hyper=0.01, progress=False,
+    )  # fmt: skip
+    assert history["rejected"][-1] == 0
+    assert history["inner_residual"].max() < 1e-6  # where gradients have length 1 at the start
+    np.testing.assert_allclose(state.params[1], 0, atol=1e-6)
+
+
+def ridge_data():
+    random = np.random.default_rng(0)
+    x = random.normal(size=(30, 5))
+    return x, x @ random.normal(size=5) + random.normal(size=30)
+
+
+def train_loss(w, h, batch):
+    return jnp.sum(jnp.exp(h) * w**2) / 2 + jnp.sum((w - batch) ** 2) / 2
+
+
+def val_loss(w, h, batch):
+    return jnp.sum((w - 1) ** 2) + jnp.sum(h**2)
+
+
+W, H, B = jnp.array([1.0, -2.0, 0.5]), jnp.array([0.3, -0.2, 0.1]), jnp.array([2.0, 1.0, -1.0])
+
+
+def polyak_step(h):
+    value, gradient = jax.value_and_grad(train_loss)(W, h, B)
+    return W - value / jnp.sum(gradient**2) * gradient
+
+
+def test_a_polyak_step_where_the_update_is_not_differentiated():
+    first_order = gradhpo.FOOptimizer(POLYAK)
+    state = first_order.step(first_order.init(W, H), B, B, train_loss, val_loss, lr_hyper=0.1)
+    np.testing.assert_allclose(state.params, polyak_step(H), rtol=1e-12)
+
+    # The step depends on the hyperparameters through the value of the loss as well.
+    exact = jax.grad(lambda h: val_loss(polyak_step(h), h, B))(H)
+    quotient = gradhpo.T1T2Optimizer(POLYAK, epsilon=1e-4, perturb="hyperparams")
+    found = quotient.compute_hypergradient(quotient.init(W, H), B, B, train_loss, val_loss)
+    np.testing.assert_allclose(found, exact, rtol=1e-6)
+
+
+def test_evaluations_are_reused_only_while_the_batch_stays():
+    """A line search has evaluated the next parameters, but not on the next batch."""
+    optimizer = gradhpo.ImplicitOptimizer(LBFGS, inner_steps=3)
+    state = optimizer.init(W, H)
+    stepped = lambda batch: optimizer.step(state, batch, B, train_loss, val_loss, lr_hyper=0.0)
+    same, stacked = stepped(B), stepped(gradhpo.BatchStack(jnp.stack([B, B, B])))
+    np.testing.assert_allclose(same.params, stacked.params, rtol=1e-12)
+    changed = stepped(gradhpo.BatchStack(jnp.stack([B, -B, B])))
+    alone = stepped(gradhpo.BatchStack(jnp.stack([B, -B, -B])))
+    assert not np.allclose(changed.params, alone.params)
+    before = changed.get_metric("train_loss"), alone.get_metric("train_loss")
+    assert before[0] != before[1]  # at the same parameters, on the third batch
+
+
+REFUSING = [
+    gradhpo.OneStepOptimizer(LBFGS),
+    gradhpo.UnrolledOptimizer(POLYAK, unroll_steps=2),
+    gradhpo.DrMADOptimizer(POLYAK, unroll_steps=2),
+    gradhpo.T1T2Optimizer(POLYAK),
+    gradhpo.GreedyOptimizer(POLYAK),
+    gradhpo.OnlineHypergradientOptimizer(POLYAK),
+    gradhpo.ForwardModeOptimizer(POLYAK),
+]
+
+
+@pytest.mark.parametrize("optimizer", REFUSING, ids=lambda optimizer: type(optimizer).__name__)
+def test_methods_that_differentiate_the_update_refuse(optimizer):
+    state = optimizer.init(W, H)
+    with pytest.raises(ValueError, match="ImplicitOptimizer, FOOptimizer and T1T2Optimizer"):
+        optimizer.step(state, B, B, train_loss, val_loss, lr_hyper=0.1)
