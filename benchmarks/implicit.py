@@ -205,7 +205,7 @@ def print_solved(libraries: Libraries, all_tasks: list[Task]) -> None:
 
 
 def print_tuned(libraries: Libraries, all_tasks: list[Task]) -> None:
-    print(f"\n{STEPS} outer steps of gradient descent on the penalties, each from the last weights")
+    print(f"\n{STEPS} outer steps on the penalties from the optimum, each from the last weights")
     print(f"    {'inner, products: of a step':34}   error     inner products  val loss       ms")
     for task in all_tasks:
         exact = penalised.tuned(task.model, task.h, task.outer_rate, STEPS)

@@ -2,7 +2,7 @@
 
 It takes a given number of inner steps, so the number that does it is looked for first: cold, the
 least that reaches the tolerance, in multiples of 50 (of 1 for L-BFGS); warm, the least with which
-the last of the outer steps reaches it, to 6 % or 50 steps (10 for L-BFGS).
+all outer steps reach it, to 6 % or 50 steps (10 for L-BFGS).
 """
 
 from collections.abc import Callable
@@ -92,7 +92,7 @@ def warm_steps(problem: Problem, how: str) -> int:
 
     def enough(units: int) -> bool:
         _, history = tuned(problem, how, units * unit)()
-        return reached(problem, history["inner_residual"][-1])
+        return reached(problem, history["inner_residual"].max())
 
     # From above: each try is a compilation, and one of them tells that no number will do.
     few, many = 0, MOST_WARM
@@ -127,7 +127,7 @@ def solve(problem: Problem, how: str) -> Program:
 
 def tuned(problem: Problem, how: str, count: int) -> Callable:
     chosen = optimizer(problem, how, count)
-    state = chosen.init(jnp.zeros_like(problem.optimum), problem.h)
+    state = chosen.init(problem.optimum, problem.h)
     losses = gradhpo.LossFunctions(problem.losses.train, problem.losses.val)
     return lambda: gradhpo.run(
         chosen, state, losses, problem.train, problem.val, num_steps=STEPS, chunk_size=STEPS,

@@ -5,7 +5,8 @@ function without arguments that returns a dict of arrays once they are there.
 
 - `derive`: the hypergradient at given weights, the optimum.
 - `solve`: from weights of 0 to the optimum, and the hypergradient there.
-- `tune`: `STEPS` outer steps of gradient descent, each from the weights of the one before.
+- `tune`: `STEPS` outer steps of gradient descent from the optimum, each from the weights of the one
+    before.
 """
 
 from collections.abc import Callable
@@ -123,7 +124,7 @@ def tune_by_hand(problem: Problem, solved: Callable) -> Program:
         return (w, h - problem.outer_rate * g), (loss, iterations)
 
     def tuned(h):
-        start = (jnp.zeros_like(problem.optimum), h)
+        start = (problem.optimum, h)
         (_, h), (losses, iterations) = jax.lax.scan(body, start, length=STEPS)
         return {"h": h, "val_loss": losses[-1], "inner": jnp.sum(iterations)}
 
