@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, PyTree, Real
+from jaxtyping import Array, Float, PyTree
 
 from gradhpo.core.outer import Estimate, advance
 from gradhpo.core.partition import check_disjoint
 from gradhpo.core.state import BilevelState, Memory
 from gradhpo.core.types import BatchStack, LossFn, MetricDict, RealScalarLike
+from gradhpo.utils.dispatch import advancing, without_waiting
 from gradhpo.utils.settings import (
     check_outer_optimizer,
     check_outer_rate,
@@ -208,7 +209,7 @@ class BilevelOptimizer(eqx.Module):
         check_restart(start, reptile_rate)
         start = state.params if start is None else start
         rate = jnp.asarray(reptile_rate, jnp.result_type(float))
-        return _restart(self, state, eqx.filter(start, eqx.is_inexact_array), rate)
+        return _restart(state, self, eqx.filter(start, eqx.is_inexact_array), rate)
 
     def step(
         self,
@@ -233,9 +234,10 @@ class BilevelOptimizer(eqx.Module):
         - `lr_hyper`: the step size of $\lambda \leftarrow \lambda - \mathtt{lr\_hyper}\cdot g$,
             shape `()`, needed with `outer_optimizer=None` and refused otherwise.
 
-        **Returns:** the next state. If anything in it came out non-finite, params,
-        hyperparams, optimizer states and memory keep their old values, and the metric
-        `rejected` counts it.
+        **Returns:** the next state, while the device may still be at work on it
+        (`jax.block_until_ready(state)` waits, for timing say). If anything in it came out
+        non-finite, params, hyperparams, optimizer states and memory keep their old values, and
+        the metric `rejected` counts it.
 
         **Raises:** while tracing, `ValueError` for a loss that is no real scalar, a `BatchStack` of
         another length than `num_inner_steps` (or as `val_batch`), a state of another optimizer, or
@@ -245,8 +247,8 @@ class BilevelOptimizer(eqx.Module):
         """
         check_outer_rate(self.outer_optimizer is not None, lr_hyper)
         return _step(
-            self,
             state,
+            self,
             numbers_as_arrays(train_batch),
             numbers_as_arrays(val_batch),
             train_loss_fn,
@@ -280,26 +282,26 @@ class BilevelOptimizer(eqx.Module):
         )
 
 
-# Shapes are checked under `filter_jit`, so that a compiled call pays nothing for it.
+# Shapes are checked innermost, while tracing, so that a compiled call pays nothing for it.
 
 
-@eqx.filter_jit
+@advancing
 @checked
 def _step(
-    optimizer: BilevelOptimizer,
     state: BilevelState,
+    optimizer: BilevelOptimizer,
     train_batch: PyTree,
     val_batch: PyTree,
     train_loss_fn: Callable,
     val_loss_fn: Callable,
-    lr_hyper: Real[Array, ""] | None,
+    lr_hyper: RealScalarLike | None,
 ) -> BilevelState:
     batches = {"train_batch": train_batch, "val_batch": val_batch}
     record_trace("step", optimizer, state, train_loss_fn, val_loss_fn, **batches)
     return advance(optimizer, state, train_batch, val_batch, train_loss_fn, val_loss_fn, lr_hyper)
 
 
-@eqx.filter_jit
+@without_waiting
 @checked
 def _compute_hypergradient(
     optimizer: BilevelOptimizer,
@@ -313,8 +315,8 @@ def _compute_hypergradient(
     return optimizer._solve(state, *arguments).hypergradient
 
 
-@eqx.filter_jit
+@advancing
 def _restart(
-    optimizer: BilevelOptimizer, state: BilevelState, start: PyTree, reptile_rate: Array
+    state: BilevelState, optimizer: BilevelOptimizer, start: PyTree, reptile_rate: Array
 ) -> BilevelState:
     return optimizer._restart(state, start, reptile_rate)

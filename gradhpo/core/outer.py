@@ -7,12 +7,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from gradhpo.core.inner import Carry
 from gradhpo.core.inner_optimizer import cast_like, explained
 from gradhpo.core.state import BilevelState, Memory
-from gradhpo.core.types import LossFn, MetricDict
+from gradhpo.core.types import LossFn, MetricDict, RealScalarLike
 from gradhpo.utils.gradients import accumulation_dtype, tree_l2_norm
 
 
@@ -37,7 +37,7 @@ def advance(
     val_batch: PyTree,
     train_loss_fn: LossFn,
     val_loss_fn: LossFn,
-    lr_hyper: Float[Array, ""] | None,
+    lr_hyper: RealScalarLike | None,
 ) -> BilevelState:
     """The outer step of a `BilevelOptimizer`, for use inside a larger compiled program."""
     estimate = optimizer._solve(state, train_batch, val_batch, train_loss_fn, val_loss_fn)
@@ -48,7 +48,7 @@ def accept(
     state: BilevelState,
     estimate: Estimate,
     outer_optimizer: optax.GradientTransformation | None,
-    lr_hyper: Float[Array, ""] | None,
+    lr_hyper: RealScalarLike | None,
     param_norm: Callable[[PyTree], Array],
 ) -> BilevelState:
     """The state after a step whose inner part is done."""
@@ -102,11 +102,11 @@ def _outer_update(
     outer_optimizer: optax.GradientTransformation | None,
     state: BilevelState,
     hypergradient: PyTree,
-    lr_hyper: Float[Array, ""] | None,
+    lr_hyper: RealScalarLike | None,
 ) -> tuple[PyTree, PyTree]:
     """New hyperparameters and outer optimizer state."""
     if lr_hyper is not None:
-        updates, outer_opt_state = _scaled(hypergradient, -lr_hyper), ()
+        updates, outer_opt_state = _scaled(hypergradient, -jnp.asarray(lr_hyper)), ()
     else:
         assert outer_optimizer is not None  # `step` and `run` ask for one of the two
         with explained("outer"):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PyTree
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.outer import advance
 from gradhpo.core.state import METRICS, BilevelState
-from gradhpo.core.types import LossFunctions
+from gradhpo.core.types import LossFunctions, RealScalarLike
 from gradhpo.utils.dispatch import without_waiting
 from gradhpo.utils.settings import outer_rate
 from gradhpo.utils.tracing import record_trace
@@ -25,7 +25,7 @@ class Chunk(eqx.Module):
     losses: LossFunctions
     train: Any
     val: Any
-    lr_hyper: Callable | Array | None
+    lr_hyper: Callable | RealScalarLike | None
 
     def run_steps(self, state: BilevelState, length: int) -> tuple[BilevelState, dict[str, Array]]:
         """`length` outer steps, and their metrics stacked: all of it may still be at work."""

@@ -1,4 +1,8 @@
-"""Compiled calls that return at once, while the device is still at work."""
+"""Compiled calls that return at once, while the device is still at work.
+
+`eqx.filter_jit` waits for the result (to explain runtime errors), and takes a millisecond for the
+many leaves of a model: more than a small step itself.
+"""
 
 import functools
 from collections.abc import Callable
@@ -12,23 +16,60 @@ _ARRAY = object()  # where one stood
 
 
 def without_waiting(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles like `eqx.filter_jit`, which waits for the result (to explain its runtime errors).
+    """Compiles a function of positional arguments; what of them is no array is static.
 
-    Arguments are positional; what of them is no array is static. The result holds arrays only.
+    The result holds arrays only.
     """
+    compiled = _compiled(function)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def compiled(static: Any, arrays: list[Any]) -> Any:
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        return compiled(*_split(arguments))
+
+    return call
+
+
+def advancing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for a function that returns its first argument with other arrays in it."""
+
+    @functools.wraps(function)
+    def arrays_after(first: Any, *rest: Any) -> list[Any]:
+        (before, _), _ = _split(first)
+        (after, _), arrays = _split(function(first, *rest))
+        if [x is _ARRAY for x in before] != [x is _ARRAY for x in after]:
+            raise ValueError(f"{function.__name__} does not keep the structure of the state")
+        return arrays
+
+    compiled = _compiled(arrays_after)
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        (others, treedef), arrays = _split(arguments)
+        new = iter(compiled((others, treedef), arrays))
+        first = treedef.children()[0]
+        leaves = [next(new) if x is _ARRAY else x for x in others[: first.num_leaves]]
+        return jax.tree.unflatten(first, leaves)
+
+    return call
+
+
+def _split(tree: Any) -> tuple[tuple[tuple[Any, ...], Any], list[Any]]:
+    """What is static, hashable, and the arrays.
+
+    One flattening of all: `eqx.partition` and `eqx.combine` take many.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    others = tuple(_ARRAY if eqx.is_array(x) else x for x in leaves)
+    return (others, treedef), [x for x in leaves if eqx.is_array(x)]
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)  # its name is that of the program, for profilers
+    def joined(static: Any, arrays: list[Any]) -> Any:
         others, treedef = static
         found = iter(arrays)
         leaves = [next(found) if x is _ARRAY else x for x in others]
         return function(*jax.tree.unflatten(treedef, leaves))
 
-    @functools.wraps(function)
-    def call(*arguments: Any) -> Any:
-        # One flattening of all: eqx.partition and eqx.combine take many, a millisecond in sum.
-        leaves, treedef = jax.tree.flatten(arguments)
-        arrays = [x for x in leaves if eqx.is_array(x)]
-        return compiled((tuple(_ARRAY if eqx.is_array(x) else x for x in leaves), treedef), arrays)
-
-    return call
+    del joined.__wrapped__  # its signature is its own
+    return jax.jit(joined, static_argnums=0)

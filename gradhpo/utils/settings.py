@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, ArrayLike, PyTree
 
 
 def setting(value: Any) -> Array:
@@ -84,8 +84,8 @@ def check_outer_rate(has_outer_optimizer: bool, lr_hyper: Any) -> None:
         )
 
 
-def outer_rate(value: Any) -> Array | None:
-    """`lr_hyper` as an array: `filter_jit` would take a Python float as static."""
+def outer_rate(value: Any) -> ArrayLike | None:
+    """`lr_hyper` as an array: a Python float would be static, and compiled in."""
     if value is None:
         return value
     if callable(value):
@@ -97,10 +97,8 @@ def outer_rate(value: Any) -> Array | None:
     if isinstance(value, (int, float)) and value < 0:
         raise ValueError(f"lr_hyper must not be negative, got {value}: the step is -lr_hyper * g")
     dtype = jnp.result_type(float)
-    # By way of NumPy a Python number needs no program that converts it, at every step.
-    return jnp.asarray(
-        np.asarray(value, dtype) if isinstance(value, (int, float)) else value, dtype
-    )
+    # A number goes to the device with the call that uses it; by itself it takes 0.1 ms a step.
+    return (np if isinstance(value, (int, float)) else jnp).asarray(value, dtype)
 
 
 def check_episodes(

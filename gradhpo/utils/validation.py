@@ -138,8 +138,8 @@ def _refuse_nan(tree: PyTree, what: str) -> None:
         if isinstance(leaf, Tracer) or not eqx.is_inexact_array(leaf):
             continue
         # By NumPy where that can be: jnp would compile two programs for every shape.
-        numbers = np.asarray(leaf) if leaf.is_fully_addressable else leaf
-        if bool(np.any(np.isnan(numbers))):
+        elsewhere = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+        if bool(np.any(np.isnan(leaf if elsewhere else np.asarray(leaf)))):
             raise ValueError(
                 f"{what}{jax.tree_util.keystr(path)} holds NaN at the start: every step from "
                 "there would be rejected"
