@@ -13,7 +13,9 @@ import gradhpo
 
 
 X = jax.random.normal(jax.random.key(0), (40, 3), jnp.float32)
+# Made once: tests that take the same optimizer share its compiled programs.
 SGD = relaxed(optax.sgd(0.05, momentum=0.9))
+OUTER = relaxed(optax.sgd(0.05))
 
 
 def train_loss(w, h, batch):
@@ -32,9 +34,7 @@ def data():
 
 
 def hyperdistill(period=2, **settings):
-    return gradhpo.OnlineHypergradientOptimizer(
-        SGD, relaxed(optax.sgd(0.05)), estimation_period=period, **settings
-    )
+    return gradhpo.OnlineHypergradientOptimizer(SGD, OUTER, estimation_period=period, **settings)
 
 
 def start(optimizer, **examples):
