@@ -12,6 +12,7 @@ import platform
 import re
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import equinox
@@ -70,22 +71,30 @@ class Tee(io.StringIO):
 
 
 def machine() -> str:
+    device, cores = jax.devices()[0], os.cpu_count()
+    name = device.device_kind
+    if device.platform == "cpu" and (info := Path("/proc/cpuinfo")).exists():
+        found = re.search(r"model name\s*: (.*)", info.read_text())
+        name = found[1] if found else name
     return (
         f"gradhpo {gradhpo.__version__}, jax {jax.__version__}, equinox {equinox.__version__}, "
-        f"optax {optax.__version__}, Python {platform.python_version()},\n"
-        f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, "
-        f"{datetime.date.today().isoformat()}"
+        f"optax {optax.__version__}, Python {platform.python_version()}\n"
+        f"{name}, {cores} cores, {datetime.date.today().isoformat()}"
     )
 
 
-def save(name: str, printed: str) -> None:
-    """Puts a table between its marks in README."""
+def place_of(name: str) -> re.Pattern[str]:
+    """Where a table stands in README, which must have one such place."""
     block = re.compile(rf"(<!-- {name} -->\n```text\n).*?(\n```\n)", re.DOTALL)
+    if (count := len(block.findall(README.read_text()))) != 1:
+        raise SystemExit(f"{README} has {count} places for the table {name!r}")
+    return block
+
+
+def save(name: str, printed: str) -> None:
     text = f"{machine()}\n\n{printed.strip(chr(10))}"
-    found, count = block.subn(lambda marks: marks[1] + text + marks[2], README.read_text())
-    if count != 1:
-        raise SystemExit(f"{README} has {count} places for the table '{name}'")
-    README.write_text(found)
+    put = lambda marks: marks[1] + text + marks[2]
+    README.write_text(place_of(name).sub(put, README.read_text()))
 
 
 def main() -> None:
@@ -96,16 +105,30 @@ def main() -> None:
     given = parser.parse_args()
     if unknown := set(given.tables) - set(TABLES):
         parser.error(f"no table is called {', '.join(unknown)}; there are {', '.join(TABLES)}")
+    if given.save and jax.default_backend() != "cpu":
+        parser.error("README has the tables of a CPU; without --save they are printed")
+    chosen = [name for name in given.tables or TABLES if name not in given.without]
+    if given.save:
+        os.environ["GRADHPO_BENCHMARKS_SAVE"] = "1"  # pictures as well
+        for name in chosen:
+            place_of(name)
+    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # compiling is measured too
     print(machine())
-    for name in given.tables or TABLES:
-        if name in given.without:
-            continue
+    failed = []
+    for name in chosen:
         started = time.perf_counter()
-        with contextlib.redirect_stdout(Tee()) as printed:
-            TABLES[name]()
+        try:
+            with contextlib.redirect_stdout(Tee()) as printed:
+                TABLES[name]()
+        except Exception:  # hours of other tables must not be lost with this one
+            traceback.print_exc()
+            failed.append(name)
+            continue
         print(f"\n({name}: {(time.perf_counter() - started) / 60:.1f} minutes)")
         if given.save:
             save(name, printed.getvalue())
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

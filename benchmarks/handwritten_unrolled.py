@@ -15,6 +15,15 @@ SEGMENTS = 5  # of 20 inner steps, rounded up from their root
 TERMS = 20
 
 
+def length(batches):
+    return len(jax.tree.leaves(batches)[0])
+
+
+def at(batches, t):
+    """One of a stack, by its number: a scan over a part of the stack would copy that part."""
+    return tree(lambda x: x[t], batches)
+
+
 def plain_training(job: Job):
     """No hypergradient: what training costs without."""
     train, _ = losses(job)
@@ -22,11 +31,11 @@ def plain_training(job: Job):
     def step(state, batches):
         w, m, h, counters = state
 
-        def body(carry, batch):
-            value, g = jax.value_and_grad(train)(carry[0], h, batch)
+        def body(carry, t):
+            value, g = jax.value_and_grad(train)(carry[0], h, at(batches, t))
             return sgd(*carry, g), value
 
-        (w, m), values = jax.lax.scan(body, (w, m), batches)
+        (w, m), values = jax.lax.scan(body, (w, m), jnp.arange(length(batches)))
         return (w, m, h, counters), values[-1]
 
     return step
@@ -47,16 +56,16 @@ def greedy(job: Job):
         def mixed(push, alpha):
             return push(tree(lambda a: -RATE * a, alpha))[1][1]
 
-        def body(carry, batch):
+        def body(carry, t):
             w, m, total = carry
-            w, m, _, push = advance(w, m, batch)
+            w, m, _, push = advance(w, m, at(batches, t))
             term = mixed(push, jax.grad(val)(w, h, val_batch))
             return (w, m, tree(lambda t, x: discount * t + x, total, term)), None
 
         start = (w, m, tree(jnp.zeros_like, h))
-        before_last = tree(lambda x: x[:-1], batches)
-        (w, m, total), _ = jax.lax.scan(body, start, before_last)
-        w, m, value, push = advance(w, m, tree(lambda x: x[-1], batches))
+        last = length(batches) - 1
+        (w, m, total), _ = jax.lax.scan(body, start, jnp.arange(last))
+        w, m, value, push = advance(w, m, at(batches, last))
         val_value, (alpha, direct) = jax.value_and_grad(val, argnums=(0, 1))(w, h, val_batch)
         add = lambda d, t, x: d + discount * t + x
         g = tree(add, direct, total, mixed(push, alpha))
@@ -65,23 +74,24 @@ def greedy(job: Job):
     return step
 
 
-def forward_pass(train, h, start, batches):
-    """The end, the last training loss, and the states before each step."""
+def forward_pass(train, h, start, batches, steps):
+    """The end, the last training loss, and the states before each step; `steps` are numbers."""
 
-    def body(carry, batch):
-        value, g = jax.value_and_grad(train)(carry[0], h, batch)
+    def body(carry, t):
+        value, g = jax.value_and_grad(train)(carry[0], h, at(batches, t))
         return sgd(*carry, g), (value, carry)
 
-    end, (values, kept) = jax.lax.scan(body, start, batches)
+    end, (values, kept) = jax.lax.scan(body, start, steps)
     return end, values[-1], kept
 
 
-def backward_pass(train, h, bar, kept, batches, state_of=lambda kept: kept):
+def backward_pass(train, h, bar, kept, batches, steps, state_of=lambda kept: kept):
     """From the cotangents of (w, m, h) at the end to those at the start."""
 
-    def body(carry, at):
+    def body(carry, kept_at):
         w_bar, m_bar, h_bar = carry
-        kept, batch = at
+        kept, t = kept_at
+        batch = at(batches, t)
         w, _ = state_of(kept)
         g_bar = tree(lambda w_bar, m_bar: m_bar - RATE * w_bar, w_bar, m_bar)
         both = lambda w: jax.grad(train, argnums=(0, 1))(w, h, batch)
@@ -89,7 +99,7 @@ def backward_pass(train, h, bar, kept, batches, state_of=lambda kept: kept):
         m_bar = tree(lambda x: MOMENTUM * x, g_bar)
         return (tree(jnp.add, w_bar, by_w), m_bar, tree(jnp.add, h_bar, by_h)), None
 
-    return jax.lax.scan(body, bar, (kept, batches), reverse=True)[0]
+    return jax.lax.scan(body, bar, (kept, steps), reverse=True)[0]
 
 
 def unrolled(job: Job):
@@ -97,10 +107,11 @@ def unrolled(job: Job):
 
     def step(state, batches, val_batch):
         w, m, h, _ = state
-        (w, m), value, kept = forward_pass(train, h, (w, m), batches)
+        steps = jnp.arange(length(batches))
+        (w, m), value, kept = forward_pass(train, h, (w, m), batches, steps)
         val_value, (alpha, direct) = jax.value_and_grad(val, argnums=(0, 1))(w, h, val_batch)
         start = (alpha, tree(jnp.zeros_like, alpha), direct)
-        _, _, g = backward_pass(train, h, start, kept, batches)
+        _, _, g = backward_pass(train, h, start, kept, batches, steps)
         return finish(state, w, m, g, value, val_value)
 
     return step
@@ -111,22 +122,22 @@ def checkpointed(job: Job):
 
     def step(state, batches, val_batch):
         w, m, h, _ = state
-        in_segments = tree(lambda x: x.reshape(SEGMENTS, -1, *x.shape[1:]), batches)
+        segments = jnp.arange(length(batches)).reshape(SEGMENTS, -1)
 
-        def segment(carry, batches):
-            end, value, _ = forward_pass(train, h, carry, batches)
+        def segment(carry, steps):
+            end, value, _ = forward_pass(train, h, carry, batches, steps)
             return end, (value, carry)
 
-        (w, m), (values, starts) = jax.lax.scan(segment, (w, m), in_segments)
+        (w, m), (values, starts) = jax.lax.scan(segment, (w, m), segments)
         val_value, (alpha, direct) = jax.value_and_grad(val, argnums=(0, 1))(w, h, val_batch)
 
-        def back(bar, at):
-            start, batches = at
-            _, _, kept = forward_pass(train, h, start, batches)
-            return backward_pass(train, h, bar, kept, batches), None
+        def back(bar, segment):
+            start, steps = segment
+            _, _, kept = forward_pass(train, h, start, batches, steps)
+            return backward_pass(train, h, bar, kept, batches, steps), None
 
         start = (alpha, tree(jnp.zeros_like, alpha), direct)
-        (_, _, g), _ = jax.lax.scan(back, start, (starts, in_segments), reverse=True)
+        (_, _, g), _ = jax.lax.scan(back, start, (starts, segments), reverse=True)
         return finish(state, w, m, g, values[-1], val_value)
 
     return step
@@ -137,19 +148,20 @@ def dr_mad(job: Job):
 
     def step(state, batches, val_batch):
         w, m, h, _ = state
-        steps = len(jax.tree.leaves(batches)[0])
+        number = length(batches)
+        steps = jnp.arange(number)
 
-        def body(carry, batch):
-            value, g = jax.value_and_grad(train)(carry[0], h, batch)
+        def body(carry, t):
+            value, g = jax.value_and_grad(train)(carry[0], h, at(batches, t))
             return sgd(*carry, g), value
 
         first = (w, m)
-        last, values = jax.lax.scan(body, first, batches)
+        last, values = jax.lax.scan(body, first, steps)
         w, m = last
         val_value, (alpha, direct) = jax.value_and_grad(val, argnums=(0, 1))(w, h, val_batch)
-        between = lambda t: tree(lambda a, b: (1 - t / steps) * a + t / steps * b, first, last)
+        between = lambda t: tree(lambda a, b: (1 - t / number) * a + t / number * b, first, last)
         start = (alpha, tree(jnp.zeros_like, alpha), direct)
-        _, _, g = backward_pass(train, h, start, jnp.arange(steps), batches, between)
+        _, _, g = backward_pass(train, h, start, steps, batches, steps, between)
         return finish(state, w, m, g, values[-1], val_value)
 
     return step
@@ -169,17 +181,18 @@ def forward_mode(job: Job):
         w, m, h, (_, _, old_tangents) = state
         units = tree(lambda x: jnp.eye(len(x)), h)
 
-        def body(carry, batch):
+        def body(carry, t):
             (w, m), tangents = carry
 
             def update(w, m, h):
-                value, g = jax.value_and_grad(train)(w, h, batch)
+                value, g = jax.value_and_grad(train)(w, h, at(batches, t))
                 return sgd(w, m, g), value
 
             z, push, value = jax.linearize(update, w, m, h, has_aux=True)
             return (z, jax.vmap(push)(*tangents, units)), value
 
-        ((w, m), tangents), values = jax.lax.scan(body, ((w, m), old_tangents), batches)
+        start = ((w, m), old_tangents)
+        ((w, m), tangents), values = jax.lax.scan(body, start, jnp.arange(length(batches)))
         val_value, (alpha, direct) = jax.value_and_grad(val, argnums=(0, 1))(w, h, val_batch)
         along = lambda z, a: jnp.tensordot(z, a, a.ndim)
         through = sum(jax.tree.leaves(tree(along, tangents[0], alpha)))
@@ -200,9 +213,10 @@ def implicit(job: Job):
 
     def step(state, batches, val_batch):
         w, m, h, (_, _, _, failures, damping) = state
-        (w, m), value, _ = forward_pass(train, h, (w, m), batches)
+        steps = jnp.arange(length(batches))
+        (w, m), value, _ = forward_pass(train, h, (w, m), batches, steps)
         val_value, (alpha, direct) = jax.value_and_grad(val, argnums=(0, 1))(w, h, val_batch)
-        last = tree(lambda x: x[-1], batches)
+        last = at(batches, steps[-1])
         both = lambda w: jax.grad(train, argnums=(0, 1))(w, h, last)
         (residual, _), push = jax.linearize(both, w)
 

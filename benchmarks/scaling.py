@@ -1,6 +1,5 @@
 """How time and memory grow with inner steps T, parameters P and hyperparameters H."""
 
-import functools
 import math
 import statistics
 from collections.abc import Sequence
@@ -136,20 +135,23 @@ def print_scaling_in_parameters() -> None:
 
 
 def print_scaling_in_hyperparameters() -> None:
-    print("\nA step with H weight decays / with one")
-    one_of = functools.cache(lambda name, width: step_program(name, width, "network")[0])
+    print("\nA step with H weight decays / with one; temporary memory")
     for name in ALGORITHMS:
         for width in list(WIDTHS)[1:]:
-            one = one_of(name, width)
+            one, num_parameters, _ = step_program(name, width, "network")
+            counts, times = [1], [1.0]
             for for_each in ("array", "row", "parameter") if width > 1_000 else ("parameter",):
-                many, num_parameters, count = step_program(name, width, for_each)
+                many, _, count = step_program(name, width, for_each)
                 found = alternating(many, one, repeats=7 if width > 500 else 41)
+                counts.append(count)
+                times.append(found.ratio)
                 print(
                     f"  {name:22} P = {num_parameters:10,}  H = {count:10,}"
                     f"  time {found.ratio:.2f} ({found.low:.2f} to {found.high:.2f})"
                     f"  memory {many.temporary_bytes / one.temporary_bytes:.2f}",
                     flush=True,
                 )
+        print(f"  {'':22} time as H^{exponent(counts, times):.3f} at the largest P")
 
 
 def print_scaling() -> None:
