@@ -24,22 +24,20 @@ from benchmarks.problem import MOMENTUM, RATE, job
 
 def print_flops() -> None:
     print(
-        "\nThe compiled step, library / hand-written: flops with the bodies of loops counted once,\n"
-        "and in all; bytes read and written, bodies once; temporary memory"
+        "\nThe compiled step, library / hand-written: flops with bodies of loops counted once, and\n"
+        "in all; bytes read and written, bodies once; temporary memory in KiB"
     )
-    print(
-        f"  {'':35} {'flops once':>19} {'ratio':>6} {'in all':>6} {'bytes':>6} {'KiB':>15} {'ratio':>6}"
-    )
+    print(f"  {'':35} {'flops':>19}  ratio in all  bytes {'memory':>15}  ratio")
     for batch_size in (32, 128, 1_000):
         for name in ALGORITHMS:
             programs = step_programs(name, batch_size)
             flops, theirs = (p.flops_with_loops_once for p in programs)
-            touched = [p.bytes_with_loops_once for p in programs]
+            read, by_hand = (p.bytes_with_loops_once for p in programs)
             in_all = [p.cost.flops for p in programs]
             held = [p.temporary_bytes / 2**10 for p in programs]
             print(
                 f"  batch {batch_size:5}  {name:22} {flops:9.3g} {theirs:9.3g}"
-                f" {flops / theirs:6.3f} {in_all[0] / in_all[1]:6.3f} {touched[0] / touched[1]:6.3f}"
+                f" {flops / theirs:6.3f} {in_all[0] / in_all[1]:6.3f} {read / by_hand:6.3f}"
                 f" {held[0]:8.0f} {held[1]:6.0f} {held[0] / held[1]:6.2f}",
                 flush=True,
             )
