@@ -24,8 +24,8 @@ from benchmarks.problem import MOMENTUM, RATE, job
 
 def print_flops() -> None:
     print(
-        "\nThe compiled step, library / hand-written: flops with bodies of loops counted once, and\n"
-        "in all; bytes read and written, bodies once; temporary memory in KiB"
+        "\nThe compiled step, library / hand-written: flops with bodies of loops counted once,\n"
+        "and in all; bytes read and written, bodies once; temporary memory in KiB"
     )
     print(f"  {'':35} {'flops':>19}  ratio in all  bytes {'memory':>15}  ratio")
     for batch_size in (32, 128, 1_000):

@@ -5,6 +5,7 @@ many leaves of a model: more than a small step itself.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -59,8 +60,9 @@ def _split(tree: Any) -> tuple[tuple[tuple[Any, ...], Any], list[Any]]:
     One flattening of all: `eqx.partition` and `eqx.combine` take many.
     """
     leaves, treedef = jax.tree.flatten(tree)
-    others = tuple(_ARRAY if eqx.is_array(x) else x for x in leaves)
-    return (others, treedef), [x for x in leaves if eqx.is_array(x)]
+    are_arrays = list(map(eqx.is_array, leaves))
+    others = tuple(_ARRAY if y else x for x, y in zip(leaves, are_arrays, strict=True))
+    return (others, treedef), list(itertools.compress(leaves, are_arrays))
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
