@@ -13,6 +13,7 @@ the same first point, with the same training, compiled once. How it is counted:
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -27,12 +28,13 @@ from jaxtyping import Array, ArrayLike, PyTree
 
 import gradhpo
 from benchmarks.budget_problems import PROBLEMS, Case, Problem
-from benchmarks.budget_report import Curve, Results, print_problem, save_figure
+from benchmarks.budget_report import Curve, Followed, Results, print_problem, save_figure
 from benchmarks.peers.environment import PeerError, Worker
 
 
 OPTUNA = ("optuna==5.0.0",)
-FIGURE = Path(__file__).parents[1] / "docs" / "images" / "quality_against_budget.png"
+ROOT = Path(__file__).parents[1]
+FIGURE = ROOT / "docs" / "images" / "quality_against_budget.png"
 
 
 class Training:
@@ -144,18 +146,19 @@ def searched(training: Training, case: Case, searcher: Searcher, trials: int) ->
     return training.curve(case, seconds, losses, models.__getitem__)
 
 
-def followed(training: Training, case: Case, outer_fits: int) -> tuple[Curve, Curve | None]:
+def followed(training: Training, case: Case, outer_fits: int) -> Followed:
     """gradhpo, and what retraining makes of its hyperparameters, unless it does so by itself."""
     problem, optimizer = training.problem, training.problem.optimizer
     each = problem.steps // optimizer.num_inner_steps  # outer steps in a fit
-    state = optimizer.init(case.params, training.place(0.5))
-    looks, seconds = [state], []
+    looks, seconds = [], []
 
     def look(state: gradhpo.BilevelState, metrics: dict) -> None:
         looks.append(state)
         seconds.append(time.perf_counter() - started)
 
     started = time.perf_counter()
+    state = optimizer.init(case.params, training.place(0.5))
+    looks.append(state)
     _, history = gradhpo.run(
         optimizer, state, problem.losses, case.train, case.val,
         num_steps=each * outer_fits, chunk_size=each, callbacks=[look], progress=False,
@@ -164,15 +167,17 @@ def followed(training: Training, case: Case, outer_fits: int) -> tuple[Curve, Cu
     # The loss at a look is that of the hyperparameters before its outer update.
     losses = history["val_loss"][each - 1 :: each]
 
+    differences = []
+
     def trained_anew(k: int) -> PyTree:
         """After a cold restart the model is gone; plain training of the same makes it again."""
         params, loss = training.fit(case, looks[k].hyperparams)
-        if not np.isclose(loss, losses[k], rtol=1e-2):
-            raise AssertionError(f"{problem.title}: {losses[k]} is {loss} by plain training")
+        differences.append(np.abs(np.divide(loss, losses[k]) - 1))
         return params
 
     if problem.cold:
-        return training.curve(case, seconds, losses, trained_anew), None
+        online = training.curve(case, seconds, losses, trained_anew)
+        return Followed(online, None, np.max(differences))
     online = training.curve(case, seconds, losses, lambda k: looks[k + 1].params)
 
     later, values, models = [], [], []
@@ -182,7 +187,8 @@ def followed(training: Training, case: Case, outer_fits: int) -> tuple[Curve, Cu
         values.append(float(loss))
         later.append(spent + time.perf_counter() - started)
         models.append(params)
-    return online, training.curve(case, later, values, models.__getitem__, lowest=False, more=1)
+    retrained = training.curve(case, later, values, models.__getitem__, lowest=False, more=1)
+    return Followed(online, retrained, None)
 
 
 def first_calls(training: Training, case: Case) -> tuple[float, float]:
@@ -201,6 +207,7 @@ def compared(problem: Problem, seeds: int, worker: Worker | PeerError) -> Result
     training = Training(problem)
     compiled = first_calls(training, problem.case(0))
     rows: dict[str, list[Curve] | str] = {}
+    differences = []
 
     def add(name: str, curve: Curve | None) -> None:
         if curve is not None:
@@ -209,7 +216,9 @@ def compared(problem: Problem, seeds: int, worker: Worker | PeerError) -> Result
     for seed in range(seeds):
         case = problem.case(seed)
         search = partial(searched, training, case)
-        online, retrained = followed(training, case, problem.outer_fits)
+        online, retrained, difference = followed(training, case, problem.outer_fits)
+        if difference is not None:
+            differences.append(difference)
         add("gradhpo", online)
         add("  retrained", retrained)
         add("random search", search(RandomSearch(problem.size, seed), problem.trials))
@@ -226,15 +235,21 @@ def compared(problem: Problem, seeds: int, worker: Worker | PeerError) -> Result
         add("untuned", training.at(case, 0.5))
         if problem.alone:
             add("val. set alone", training.at(problem.alone(case), 1.0))
-    return Results(problem, rows, compiled)
+    return Results(problem, rows, compiled, np.max(differences) if differences else None)
 
 
-def print_budget(seeds: int = 5, most: int | None = None, figure: Path | None = FIGURE) -> None:
-    """With at most `most` fits in a search: `print_budget(2, 3, None)` is a smoke test."""
+def print_budget(seeds: int = 5, most: int | None = None, figure: Path | None = None) -> None:
+    """With at most `most` fits in a search: `print_budget(2, 3)` is a smoke test.
+
+    A picture is drawn where one is asked for, as `python -m benchmarks --save` does.
+    """
+    if figure is None and os.environ.get("GRADHPO_BENCHMARKS_SAVE"):
+        figure = FIGURE
     print(f"\nQuality against budget, {seeds} seeds (data split, start and search)")
     print(
         "  geometric means with 95 % t-intervals over seeds; all begin in the middle of the space"
     )
+    print(f"  Optuna's TPE: {OPTUNA[0]}, pinned, as it comes")
     results = []
     with contextlib.ExitStack() as stack:
         try:
@@ -251,4 +266,4 @@ def print_budget(seeds: int = 5, most: int | None = None, figure: Path | None = 
             print_problem(results[-1])
     if figure is not None:
         save_figure(results, figure)
-        print(f"  picture in {figure}")
+        print(f"  picture in {os.path.relpath(figure, ROOT)}")

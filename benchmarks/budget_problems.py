@@ -214,7 +214,7 @@ def example_weights() -> Problem:
     sgd = optax.sgd(0.05, momentum=0.9)
     return Problem(
         title="1,000: a weight for each example",
-        space="each weight 0 to 1",
+        space="each weight 0 to 1; 400 validation examples",
         size=size,
         steps=steps,
         case=case,

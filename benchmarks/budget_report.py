@@ -34,10 +34,19 @@ class Curve(NamedTuple):
     accuracies: np.ndarray  # in the test; `nan` where nothing is classified
 
 
+class Followed(NamedTuple):
+    """gradhpo with one seed."""
+
+    online: Curve
+    retrained: Curve | None
+    difference: float | None  # the largest, relative, of plain training from its losses
+
+
 class Results(NamedTuple):
     problem: Problem
     rows: dict[str, list[Curve] | str]  # a curve for each seed, or why there is none
     compiled: tuple[float, float]  # seconds of the first fit, and of gradhpo's first
+    difference: float | None  # the largest of all seeds
 
 
 class Mean(NamedTuple):
@@ -139,13 +148,15 @@ def print_pairs(rows: dict[str, list[Curve] | str]) -> None:
 
 
 def print_problem(results: Results) -> None:
-    problem, rows, (fit, ours) = results
+    problem, rows, (fit, ours), difference = results
     print(f"\n  {problem.title} ({problem.space})")
     print(f"  gradhpo: {problem.recipe}")
     print(
         f"  a fit: {problem.steps} steps; the first, with compilation: {fit:.1f} s, "
         f"gradhpo's first: {ours:.1f} s"
     )
+    if difference is not None:
+        print(f"  plain training gives its losses; largest relative difference: {difference:.1g}")
     print_budgets("validation, fits", rows, "fits", FITS)
     ended = min(curve.seconds[-1] for curve in rows["gradhpo"])
     beyond = max(4, int(np.searchsorted(TIMES, ended)) + 1)  # so that gradhpo's end is within them
@@ -177,12 +188,14 @@ def save_figure(results: list[Results], path: Path) -> None:
         figure, grid = plt.subplots(
             2, len(results), figsize=(12, 6.5), layout="constrained", sharey="col"
         )
-        for column, (problem, rows, _) in zip(grid.T, results, strict=True):
+        for column, (problem, rows, *_) in zip(grid.T, results, strict=True):
             for axes, axis in zip(column, ("fits", "seconds"), strict=True):
                 for i, name in enumerate(SHOWN):
                     if isinstance(curves := rows.get(name, []), str) or not curves:
                         continue
                     budgets, losses = over(curves, axis)
+                    if not budgets.size:
+                        continue
                     mean, style = geometric(losses), "--" if name.startswith(" ") else "-"
                     color = f"C{i}"
                     axes.step(
@@ -195,8 +208,11 @@ def save_figure(results: list[Results], path: Path) -> None:
             column[0].set(title=problem.title, xlabel="model fits (inner steps / steps of a fit)")
             column[1].set(xlabel="seconds, compilation aside")
         for axes in grid[:, 0]:
-            axes.set_ylabel("lowest validation loss so far")
+            axes.set_ylabel("validation loss")
         handles = {line.get_label(): line for axes in grid[0] for line in axes.get_lines()}
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles))
+        figure.legend(
+            handles.values(), handles, loc="outside lower center", ncols=len(handles),
+            title='the lowest so far; for "gradhpo, retrained" that of each look by itself',
+        )  # fmt: skip
         figure.savefig(path, dpi=100)
         plt.close(figure)

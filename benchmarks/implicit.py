@@ -1,6 +1,7 @@
 """Implicit differentiation against jaxopt and Optimistix: the same hypergradients, at what cost?"""
 
 import contextlib
+import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from benchmarks.timed import Compared, by_turns
 
 
 BUDGET = 1.0  # seconds for a row, as a rule
-STEPS = 30  # outer ones, as in peers/implicit_programs.py
+STEPS = 30  # outer ones
 SETTINGS = {
     "JAX_ENABLE_X64": "1",
     "JAX_PLATFORMS": "cpu",  # the only device that jaxlib of the package index knows
@@ -29,6 +30,13 @@ PEERS = {
         ["optimistix==0.1.0", "lineax==0.1.1", "equinox==0.13.8", "jax==0.10.2", "jaxlib==0.10.2"],
     ),
 }  # fmt: skip
+LINEAR_RULES = """\
+  1e-10 of |r| / |b| (jaxopt), of |r / (1 + |b_i|)| and of the step likewise (lineax: Optimistix,
+  and gradhpo with b scaled to length 1); what libraries come with has tolerances of its own"""
+INNER_RULES = """\
+  1e-8 of the gradient's length, after a number of steps found beforehand, untimed (gradhpo); of
+  that length (jaxopt); of the last step, with L-BFGS also of the change of the loss (Optimistix,
+  where Newton's inner systems are dense, not counted as products)"""
 
 
 class Task(NamedTuple):
@@ -41,10 +49,6 @@ class Task(NamedTuple):
     solved: penalised.Solved
 
     @property
-    def many(self) -> bool:
-        return self.h.size > 2
-
-    @property
     def outer_rate(self) -> float:
         """The first step moves the penalty that matters most by a factor of e^0.05.
 
@@ -55,26 +59,25 @@ class Task(NamedTuple):
     def save(self, path: Path) -> None:
         x, y, u, v = self.model.data
         np.savez(
-            path, model=self.kind, h=self.h, optimum=self.solved.w, outer_rate=self.outer_rate,
+            path, model=self.kind, h=self.h, optimum=self.solved.w,
+            outer_rate=self.outer_rate, outer_steps=STEPS,
             train_x=x, train_y=y, train_curvature=self.model.curvature,
             val_x=u, val_y=v, val_curvature=self.model.curvature,
         )  # fmt: skip
 
 
 def tasks() -> list[Task]:
-    """The one penalty for all, and then one for each feature."""
+    """A penalty, or two, for each feature."""
     cubic, quadratic = penalised.diabetes(3), penalised.diabetes(2)
     chosen = (
-        ("ridge", penalised.Ridge(cubic), 0.1, ((1,), (cubic.x.shape[1],))),
-        ("logistic", penalised.Logistic(penalised.digits()), 0.01, ((1, 1), (65, 1))),
-        ("elastic net", penalised.ElasticNet(quadratic), 0.01, ((2, 1), (2, quadratic.x.shape[1]))),
+        ("ridge", penalised.Ridge(cubic), 0.1, (cubic.x.shape[1],)),
+        ("logistic", penalised.Logistic(penalised.digits()), 0.01, (65, 1)),
+        ("elastic net", penalised.ElasticNet(quadratic), 0.01, (2, quadratic.x.shape[1])),
     )
     made = []
-    for kind, model, penalty, shapes in chosen:
-        for shape in shapes:
-            h = np.full(shape, np.log(penalty))
-            name = f"{kind}, {h.size} {'penalty' if h.size == 1 else 'penalties'}"
-            made.append(Task(name, kind, model, h, model.solved(h)))
+    for kind, model, penalty, shape in chosen:
+        h = np.full(shape, np.log(penalty))
+        made.append(Task(f"{kind}, {h.size} penalties", kind, model, h, model.solved(h)))
     return made
 
 
@@ -98,7 +101,7 @@ DERIVED = {
         Row("Optimistix", "same", "Optimistix implicit_jvp, CG"),
         Row(OURS, "default", "gradhpo's default (CG, 4e-11)"),
         Row("jaxopt", "default", "jaxopt's (normal equations, 1e-5)"),
-        Row("Optimistix", "default", "Optimistix's (LU)"),
+        Row("Optimistix", "default", "Optimistix's (dense LU, exact)"),
     ],
     True: [
         Row(OURS, "same", "gradhpo, GMRES"),
@@ -106,7 +109,7 @@ DERIVED = {
         Row("Optimistix", "same", "Optimistix implicit_jvp, GMRES"),
         Row(OURS, "default", "gradhpo's default (GMRES, 4e-11)"),
         Row("jaxopt", "default", "jaxopt's (normal equations, 1e-5)"),
-        Row("Optimistix", "default", "Optimistix's (LU)"),
+        Row("Optimistix", "default", "Optimistix's (dense LU, exact)"),
     ],
 }
 SOLVED = {
@@ -147,15 +150,24 @@ class Libraries:
             raise PeerError(self._missing[row.library])
         return self._workers[row.library].ask("prepare", name=task.name, task=what, how=row.how)
 
+    def _seconds(self, row: Row, what: str, task: Task) -> float:
+        return self._workers[row.library].ask("measure", name=task.name, task=what, how=row.how)
+
+    def alone(self, row: Row, what: str, task: Task) -> float:
+        """Median seconds of a row that is prepared."""
+        measured = lambda: self._seconds(row, what, task)
+        return statistics.median(measured() for _ in range(repeats(measured())))
+
     def compare(self, row: Row, base: Row, what: str, task: Task) -> Compared:
-        """Seconds of a row against those of ours, which is prepared too."""
+        """Seconds of a row against those of another, which is prepared too."""
+        first = lambda: self._seconds(row, what, task)
+        second = lambda: self._seconds(base, what, task)
+        return by_turns(first, second, repeats(first() + second()))
 
-        def measured(row: Row) -> float:
-            ask = self._workers[row.library].ask
-            return ask("measure", name=task.name, task=what, how=row.how)
 
-        repeats = int(np.clip(BUDGET / (measured(row) + measured(base)), 3, 21))
-        return by_turns(lambda: measured(row), lambda: measured(base), repeats)
+def repeats(once: float) -> int:
+    """Of what takes so long; a short one is called four times for each."""
+    return int(np.clip(BUDGET / (4 * once), 3, 21))
 
 
 def print_rows(
@@ -167,33 +179,37 @@ def print_rows(
     for row in rows:
         try:
             answer = libraries.prepare(row, what, task)
-            time = libraries.compare(row, base, what, task)
+            if row == base:
+                seconds, ratio = libraries.alone(row, what, task), ""
+            else:
+                time = libraries.compare(row, base, what, task)
+                seconds = time.first
+                ratio = f"{time.ratio:7.2f} ({time.low:.2f} to {time.high:.2f})"
         except PeerError as reason:
             print(f"    {row.label:34} {reason}"[:100], flush=True)
             continue
-        ratio = f"{time.ratio:7.2f} ({time.low:.2f} to {time.high:.2f})" if row != base else ""
-        print(
-            f"    {row.label:34}{figures(answer)} {1e3 * time.first:8.2f} {ratio}".rstrip(),
-            flush=True,
-        )
+        line = f"    {row.label:34}{figures(answer)} {1e3 * seconds:8.2f} {ratio}"
+        print(line.rstrip(), flush=True)
 
 
 def print_derived(libraries: Libraries, all_tasks: list[Task]) -> None:
     print("\nImplicit differentiation at the same optimum, in float64, tolerance 1e-10")
+    print(LINEAR_RULES)
     print(f"    {'':34}   error products     MiB       ms   ms / gradhpo's")
     for task in all_tasks:
         rows = DERIVED[task.kind == "elastic net"]
 
         def figures(answer: dict, exact: np.ndarray = task.solved.hypergradient) -> str:
             off = error(answer["hypergradient"], exact)
-            return f"{off:8.0e}{answer['products']:9}{answer['mib']:8.2f}"
+            products = answer["products"] or "dense"
+            return f"{off:8.0e}{products:>9}{answer['mib']:8.2f}"
 
-        # The settings that libraries come with are looked at for many penalties only.
-        print_rows(libraries, rows if task.many else rows[:3], "derive", task, figures)
+        print_rows(libraries, rows, "derive", task, figures)
 
 
 def print_solved(libraries: Libraries, all_tasks: list[Task]) -> None:
     print("\nFrom weights of 0 to the optimum (to 1e-8), and the hypergradient there (to 1e-10)")
+    print(INNER_RULES)
     print(f"    {'':34}   error     inner products     MiB       ms   ms / gradhpo's")
     for task in all_tasks:
 
@@ -206,6 +222,7 @@ def print_solved(libraries: Libraries, all_tasks: list[Task]) -> None:
 
 def print_tuned(libraries: Libraries, all_tasks: list[Task]) -> None:
     print(f"\n{STEPS} outer steps on the penalties from the optimum, each from the last weights")
+    print(INNER_RULES)
     print(f"    {'inner, products: of a step':34}   error     inner products  val loss       ms")
     for task in all_tasks:
         exact = penalised.tuned(task.model, task.h, task.outer_rate, STEPS)
@@ -222,9 +239,8 @@ def print_tuned(libraries: Libraries, all_tasks: list[Task]) -> None:
 
 def print_implicit() -> None:
     all_tasks = tasks()
-    many = [task for task in all_tasks if task.many]
     with contextlib.ExitStack() as stack:
         libraries = Libraries(stack, all_tasks)
         print_derived(libraries, all_tasks)
-        print_solved(libraries, many)
-        print_tuned(libraries, many)
+        print_solved(libraries, all_tasks)
+        print_tuned(libraries, all_tasks)

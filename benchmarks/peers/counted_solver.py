@@ -8,21 +8,24 @@ import lineax as lx
 from implicit_programs import CYCLE, LINEAR_TOLERANCE, MOST_PRODUCTS, PRODUCTS
 
 
-def same_solver(*, symmetric: bool) -> lx.AbstractLinearSolver:
+def same_solver(*, symmetric: bool, beside: int = 0) -> lx.AbstractLinearSolver:
     euclidean = lambda x: jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(x)))
     settings = {"rtol": LINEAR_TOLERANCE, "atol": LINEAR_TOLERANCE, "norm": euclidean}
     if symmetric:
-        return counted(lx.CG(**settings, max_steps=MOST_PRODUCTS))
-    return counted(lx.GMRES(**settings, max_steps=MOST_PRODUCTS // CYCLE, restart=CYCLE))
+        return counted(lx.CG(**settings, max_steps=MOST_PRODUCTS), beside)
+    cycles = {"max_steps": MOST_PRODUCTS // CYCLE, "restart": CYCLE}
+    return counted(lx.GMRES(**settings, **cycles), beside)
 
 
-def counted(solver: lx.AbstractLinearSolver) -> lx.AbstractLinearSolver:
-    """Counts its products where that is wanted; elsewhere the solver itself."""
+def counted(solver: lx.AbstractLinearSolver, beside: int = 0) -> lx.AbstractLinearSolver:
+    """Counts its products, and some `beside` each solve, if wanted; else the solver itself."""
     if not PRODUCTS.wanted:
         return solver
 
     class Counted(type(solver)):
         def compute(self, state, vector, options):
+            for _ in range(beside):
+                PRODUCTS.count_one()
             # Here, and not where the solver is made, the operator is transposed already.
             whole = isinstance(state, tuple)
             operator = state[0] if whole else state

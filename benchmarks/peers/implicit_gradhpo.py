@@ -9,12 +9,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import optax
 from counted_solver import counted, same_solver
 from implicit_programs import (
     INNER_TOLERANCE,
     MOST_STEPS,
-    STEPS,
+    PRODUCTS,
     Problem,
     Program,
     serve_programs,
@@ -31,12 +32,20 @@ MOST_WARM = 64
 found: dict[tuple[str, str, str], int] = {}
 
 
-def optimizer(problem: Problem, how: str, inner_steps: int) -> gradhpo.ImplicitOptimizer:
-    losses, symmetric = problem.losses, problem.losses.step is None
-    if how == "default":
-        solver = counted(_default_solver(symmetric, problem.optimum))  # to count; else it is None
-    else:
-        solver = same_solver(symmetric=symmetric)
+def linear_solver(problem: Problem, how: str, beside: int) -> lx.AbstractLinearSolver | None:
+    symmetric = problem.losses.step is None
+    if how != "default":
+        return same_solver(symmetric=symmetric, beside=beside)
+    if PRODUCTS.wanted:  # what `None` becomes, which cannot be counted from outside
+        return counted(_default_solver(symmetric, problem.optimum), beside)
+    return None
+
+
+def optimizer(
+    problem: Problem, how: str, inner_steps: int, beside: int = 1
+) -> gradhpo.ImplicitOptimizer:
+    """`beside` the solver's products there is one for its start."""
+    losses, solver = problem.losses, linear_solver(problem, how, beside)
     settings = {"linear_solver": solver, "inner_steps": inner_steps}
     if losses.step is not None:
         return gradhpo.ImplicitOptimizer(update_fn=losses.step, **settings)
@@ -70,8 +79,8 @@ def reached(problem: Problem, inner_residual: jax.Array) -> bool:
     return bool(inner_residual < INNER_TOLERANCE * rate)
 
 
-def stepped(problem: Problem, chosen: gradhpo.ImplicitOptimizer, state, rate: float):
-    train, val, losses = problem.train, problem.val, problem.losses
+def stepped(problem: Problem, chosen: gradhpo.ImplicitOptimizer, state, train, val, rate: float):
+    losses = problem.losses
     return chosen.step(state, train, val, losses.train, losses.val, lr_hyper=rate)
 
 
@@ -81,7 +90,7 @@ def cold_steps(problem: Problem, how: str) -> int:
     chosen = optimizer(problem, how, at_once)
     state = chosen.init(jnp.zeros_like(problem.optimum), problem.h)
     for count in range(at_once, MOST_STEPS + 1, at_once):
-        state = stepped(problem, chosen, state, 0.0)
+        state = stepped(problem, chosen, state, problem.train, problem.val, 0.0)
         if reached(problem, state.metadata["inner_residual"]):
             return count
     raise RuntimeError(f"{MOST_STEPS} inner steps do not reach {INNER_TOLERANCE}")
@@ -94,7 +103,8 @@ def warm_steps(problem: Problem, how: str) -> int:
         _, history = tuned(problem, how, units * unit)()
         return reached(problem, history["inner_residual"].max())
 
-    # From above: each try is a compilation, and one of them tells that no number will do.
+    # From above: each try, of which there are seven at most, is a compilation, and one of them
+    # tells that no number will do.
     few, many = 0, MOST_WARM
     if not enough(many):
         return many * unit
@@ -117,21 +127,22 @@ def solve(problem: Problem, how: str) -> Program:
     count = inner_steps("solve", problem, how, cold_steps)
     chosen = optimizer(problem, how, count)
 
-    def both(h):
+    def both(h, train, val):
         state = chosen.init(jnp.zeros_like(problem.optimum), h)
-        state = stepped(problem, chosen, state, 1.0)
+        state = stepped(problem, chosen, state, train, val, 1.0)
         return {"hypergradient": h - state.hyperparams, "w": state.params, "inner": count}
 
-    return Program(both, problem.h)
+    return Program(both, problem.h, problem.train, problem.val)
 
 
 def tuned(problem: Problem, how: str, count: int) -> Callable:
-    chosen = optimizer(problem, how, count)
+    # What is left of the linear system is written in the history: one more product.
+    chosen = optimizer(problem, how, count, beside=2)
     state = chosen.init(problem.optimum, problem.h)
     losses = gradhpo.LossFunctions(problem.losses.train, problem.losses.val)
     return lambda: gradhpo.run(
-        chosen, state, losses, problem.train, problem.val, num_steps=STEPS, chunk_size=STEPS,
-        lr_hyper=problem.outer_rate, progress=False,
+        chosen, state, losses, problem.train, problem.val, num_steps=problem.outer_steps,
+        chunk_size=problem.outer_steps, lr_hyper=problem.outer_rate, progress=False,
     )  # fmt: skip
 
 
@@ -142,7 +153,7 @@ def tune(problem: Problem, how: str) -> Callable[[], dict]:
     def program() -> dict:
         state, history = go()
         h = jax.block_until_ready(state.hyperparams)
-        return {"h": h, "val_loss": history["val_loss"][-1], "inner": STEPS * count}
+        return {"h": h, "val_loss": history["val_loss"][-1], "inner": problem.outer_steps * count}
 
     return program
 

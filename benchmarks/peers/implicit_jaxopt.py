@@ -24,6 +24,16 @@ from jaxopt.linear_solve import solve_cg, solve_gmres, solve_normal_cg
 from penalised_losses import Batch
 
 
+def counted(product: Callable, like: jax.Array) -> Callable:
+    """Counts its transpose too, half of the products of the normal equations."""
+    if not PRODUCTS.wanted:
+        return product
+    transpose = lambda v: jax.linear_transpose(product, like)(v)[0]
+    forth, back = PRODUCTS.counted(product), PRODUCTS.counted(transpose)
+    linear = lambda function: lambda _, v: function(v)
+    return lambda v: jax.custom_derivatives.linear_call(linear(forth), linear(back), (), v)
+
+
 def linear_solver(problem: Problem, how: str) -> Callable:
     if how == "default":
         solve = solve_normal_cg
@@ -33,7 +43,7 @@ def linear_solver(problem: Problem, how: str) -> Callable:
         solve = functools.partial(
             solve_gmres, tol=LINEAR_TOLERANCE, maxiter=MOST_PRODUCTS // CYCLE, restart=CYCLE
         )
-    return lambda product, b: solve(PRODUCTS.counted(product), b)
+    return lambda product, b: solve(counted(product, b), b)
 
 
 def inner_solver(problem: Problem, how: str) -> jaxopt.LBFGS | jaxopt.ProximalGradient:
@@ -76,9 +86,9 @@ def derive(problem: Problem, how: str) -> Program:
 def solved(problem: Problem, how: str) -> Callable:
     solver = inner_solver(problem, "same")
 
-    def solve(w, h):
+    def solve(w, h, train):
         settings = h if problem.losses.step is None else penalties_of_prox(h, w)
-        w, state = solver.run(w, settings, problem.train)
+        w, state = solver.run(w, settings, train)
         return w, state.iter_num
 
     return solve

@@ -75,8 +75,8 @@ def solved(problem: Problem, how: str) -> Callable:
         "tags": tags(problem, "same"),
     }
 
-    def solve(w, h):
-        arguments = (h, problem.train)
+    def solve(w, h, train):
+        arguments = (h, train)
         if how == "Newton":
             gradient = lambda w, args: jax.grad(losses.train)(w, *args)
             solver = optx.Newton(**tolerances, linear_solver=lx.Cholesky())
