@@ -3,16 +3,19 @@
 Peers pin versions that do not go together with each other or with ours, so each has an
 environment of its own, made from the package index on first use and kept in `benchmarks/.peers/`.
 A process of its own for each program also keeps memory apart; and since it stays alive and measures
-once for each request, programs in different environments can be timed by turns.
+once for each request, programs in different environments can be timed by turns. POSIX only: the
+wait for an answer has a limit by `select` on a pipe.
 """
 
 import hashlib
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import venv
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +24,11 @@ from typing import Any
 
 HERE = Path(__file__).parent
 CACHE = HERE.parent / ".peers"
+INSTALLING, ANSWERING = 1800.0, 900.0  # seconds, after which pip or a peer is thought to hang
+# As environment of a `Worker`: each block of a page and more is given back when it is freed. What
+# the allocator kept from the call before, small arrays above all, would not be counted in what a
+# call adds to the process. That is slow, so nothing that is timed should run with it.
+GIVES_MEMORY_BACK = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "4096")
 
 
 class PeerError(Exception):
@@ -30,7 +38,7 @@ class PeerError(Exception):
 def python_of(requirements: Sequence[str]) -> Path:
     """The interpreter of an environment that holds exactly these requirements.
 
-    Raises `PeerError` with pip's last lines where they cannot be installed.
+    Raises `PeerError` with the reason, pip's last lines as a rule, where it cannot be made.
     """
     digest = hashlib.sha256(" ".join([sys.version, *requirements]).encode()).hexdigest()[:8]
     directory = CACHE / f"{requirements[0].split('=')[0]}-{digest}"
@@ -38,62 +46,111 @@ def python_of(requirements: Sequence[str]) -> Path:
     if (directory / "installed").exists():
         return python
     print(f"  (installing {', '.join(requirements)})", file=sys.stderr, flush=True)
-    venv.create(directory, clear=True, with_pip=True)
     command = [python, "-m", "pip", "install", "--quiet", *requirements]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        shutil.rmtree(directory)
+    try:
+        venv.create(directory, clear=True, with_pip=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALLING)
+        if not done.returncode:
+            (directory / "installed").touch()
+            return python
         lines = [line for line in done.stderr.splitlines() if "ERROR" in line or "rror:" in line]
-        raise PeerError("does not install: " + " / ".join(lines[-2:] or ["pip gave no reason"]))
-    (directory / "installed").touch()
-    return python
+        reason = " / ".join(lines[-2:] or ["pip gave no reason"])
+    except subprocess.TimeoutExpired:
+        reason = f"pip takes more than {INSTALLING:.0f} s"
+    except (subprocess.CalledProcessError, OSError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    shutil.rmtree(directory, ignore_errors=True)
+    raise PeerError(f"does not install: {reason}")
 
 
 class Worker:
     """A script of this folder in its own process, asked by lines of JSON (see `worker.serve`)."""
 
     def __init__(
-        self, script: str, requirements: Sequence[str] = (), **environment: str | None
+        self,
+        script: str,
+        requirements: Sequence[str] = (),
+        raises: type[Exception] = PeerError,
+        **environment: str | None,
     ) -> None:
         """Without requirements it is this interpreter that runs it, with gradhpo at hand.
 
-        A variable of the environment that is `None` is taken away.
+        A variable of the environment that is `None` is taken away. What goes wrong is `raises`:
+        ours may be given another one than what is caught for the peers.
         """
+        self._requirements = requirements
+        self._raises = raises
+        self._ended = ""  # why it answers no more
         python = python_of(requirements) if requirements else Path(sys.executable)
-        settings = {
-            **os.environ,
-            # Each block of memory beyond 64 KiB is given back when it is freed, so that what a
-            # computation adds to the process is what it holds at once.
-            "MALLOC_MMAP_THRESHOLD_": "65536",
-            "MALLOC_TRIM_THRESHOLD_": "65536",
-            **environment,
-        }
+        # A program that was compiled by an earlier run would hide what compiling takes.
+        settings = {**os.environ, "JAX_COMPILATION_CACHE_DIR": None, **environment}
         # A peer must not find our packages before its own.
         settings["PYTHONPATH"] = "" if requirements else str(HERE.parents[1])
         settings = {name: value for name, value in settings.items() if value is not None}
-        self._errors = tempfile.TemporaryFile("w+")
-        self._process = subprocess.Popen(
-            [python, HERE / script], env=settings, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-        )  # fmt: skip
-
-    def ask(self, do: str, **request: Any) -> Any:
-        """The answer to one request; `PeerError` with the last line of the peer's error."""
-        requests, answers = self._process.stdin, self._process.stdout
+        self._errors = tempfile.TemporaryFile("w+", errors="replace")
         try:
-            requests.write(json.dumps({"do": do, **request}) + "\n")
-            requests.flush()
-            line = answers.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            self._errors.seek(0)
-            last = (self._errors.read().splitlines() or ["no reason given"])[-1]
-            raise PeerError(f"ended with {self._process.wait()} when asked to {do}: {last}")
-        answer = json.loads(line)
+            self._process = subprocess.Popen(
+                [python, HERE / script], env=settings, text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+            )  # fmt: skip
+        except OSError as error:
+            raise raises(f"does not start: {error}") from error
+
+    def ask(self, do: str, *, limit: float = ANSWERING, **request: Any) -> Any:
+        """The answer to one request, or the last line of the peer's error as an exception.
+
+        A peer without an answer after `limit` seconds is ended.
+        """
+        if self._ended:
+            raise self._raises(self._ended)
+        try:
+            self._process.stdin.write(json.dumps({"do": do, **request}) + "\n")
+            self._process.stdin.flush()
+            answer = json.loads(self._line(limit))
+        except TimeoutError:
+            self._process.kill()
+            self._ended = f"gave no answer in {limit:.0f} s when asked to {do}"
+        except (BrokenPipeError, json.JSONDecodeError):  # nothing came, or half a line
+            self._ended = f"ended with {self._code()} when asked to {do}: {self._last_words()}"
+        if self._ended:
+            raise self._raises(self._ended)
         if "error" in answer:
-            raise PeerError(answer["error"])
+            raise self._raises(answer["error"])
         return answer["answer"]
+
+    def _line(self, limit: float) -> str:
+        """What comes until the end of a line, or of the process.
+
+        Read past the buffer of the pipe's file: `select` knows nothing of what lies in that.
+        """
+        answers, line = self._process.stdout.fileno(), b""
+        end = time.monotonic() + limit
+        while not line.endswith(b"\n"):
+            left = max(0.0, end - time.monotonic())
+            if not select.select([answers], [], [], left)[0]:
+                raise TimeoutError
+            if not (piece := os.read(answers, 2**16)):
+                break
+            line += piece
+        return line.decode()
+
+    def _code(self) -> int:
+        """Of a process that is ending; one that has but closed its pipe is killed."""
+        try:
+            return self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+    def _last_words(self) -> str:
+        self._errors.seek(0)
+        return (self._errors.read().splitlines() or ["no reason given"])[-1]
+
+    def versions(self, *more: str) -> list[str]:
+        """Name and version of each requirement, and of the other packages named, if installed."""
+        required = [text for text in self._requirements if not text.startswith("--")]
+        names = [text.replace("@", "=").split("=")[0].strip() for text in required]
+        return self.ask("versions", names=[*dict.fromkeys([*names, *more])])
 
     def __enter__(self) -> "Worker":
         return self

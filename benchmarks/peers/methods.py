@@ -37,13 +37,15 @@ def serve_methods(
         function()  # the caches and the cores were another program's until now
         return statistics.median(seconds(function) for _ in range(calls))
 
-    def memory(**request: Any) -> float:
+    def memory(**request: Any) -> float | None:
         function = made(**request)
         measured = []
         for _ in range(5):
             gc.collect()
             time.sleep(0.1)  # some of the last call may be given back a little after it
-            measured.append(peak_mib(function))
+            if (mib := peak_mib(function)) is None:
+                return None
+            measured.append(mib)
         return max(measured)  # what is still held from before hides memory, nothing adds any
 
     serve(start=start, result=result, timed=timed, memory=memory)

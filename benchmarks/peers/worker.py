@@ -4,6 +4,7 @@ A script defines functions and ends with `serve(name=function, ...)`. Each line 
 `{"do": name, ...keywords}`, each line that goes out `{"answer": ...}` or `{"error": ...}`.
 """
 
+import importlib.metadata
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 def serve(**functions: Callable[..., Any]) -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not come between the answers
+    functions = {"versions": versions, **functions}
     for line in sys.stdin:
         request = json.loads(line)
         try:
@@ -25,6 +27,17 @@ def serve(**functions: Callable[..., Any]) -> None:
         replies.flush()
 
 
+def versions(names: list[str]) -> list[str]:
+    """`name version` of those of these packages that are installed here."""
+    found = []
+    for name in names:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
 def seconds(function: Callable[[], Any]) -> float:
     """Of one call, which must not return before its result is there."""
     start = time.perf_counter()
@@ -32,17 +45,30 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def resident_mib(which: str = "VmRSS") -> float:
-    """Memory of this process in MiB: `VmRSS` now, `VmHWM` the most so far (Linux)."""
-    with open("/proc/self/status") as status:
-        found = next(line for line in status if line.startswith(which + ":"))
-    return int(found.split()[1]) / 1024
+def resident_mib(which: str = "VmRSS") -> float | None:
+    """Memory of this process in MiB: `VmRSS` now, `VmHWM` the most so far.
+
+    `None` where the system does not tell, off Linux say.
+    """
+    try:
+        with open("/proc/self/status") as status:
+            found = [line for line in status if line.startswith(which + ":")]
+    except OSError:
+        return None
+    return int(found[0].split()[1]) / 1024 if found else None
 
 
-def peak_mib(function: Callable[[], Any]) -> float:
-    """The most memory in MiB that a call holds beyond what was resident before it (Linux)."""
-    with open("/proc/self/clear_refs", "w") as peak:
-        peak.write("5")  # VmHWM starts again from what is resident now
-    before = resident_mib()
+def peak_mib(function: Callable[[], Any]) -> float | None:
+    """The most memory in MiB that a call holds beyond what was resident before it.
+
+    `None`, and no call, where the system does not tell.
+    """
+    try:
+        with open("/proc/self/clear_refs", "w") as peak:
+            peak.write("5")  # VmHWM starts again from what is resident now
+    except OSError:
+        return None
+    if (before := resident_mib()) is None or resident_mib("VmHWM") is None:
+        return None
     function()
     return resident_mib("VmHWM") - before
