@@ -30,6 +30,7 @@ PAGES = {
     "LICENSE": "LICENSE.txt",
     "CITATION.cff": "CITATION.cff.txt",
     "benchmarks/README.md": "benchmarks.md",
+    "benchmarks/NOTES.md": "benchmarks_notes.md",
     "examples/README.md": "examples/index.md",
     **{f"examples/{name}.py": f"examples/{name}.md" for name in EXAMPLES},
     **{f"examples/reading/{name}.py": f"examples/reading/{name}.md" for name in READING},

@@ -374,3 +374,14 @@ def test_every_optimizer_is_in_this_suite():
     }
     assert exported == {type(build(name)) for name in OPTIMIZERS}
     assert PROBLEMS.keys() == {"loss", "optimizer", "layers", "dicts"}
+
+
+def test_numpy_arrays_are_taken_as_well():
+    loss = lambda params, hyperparams, batch: jnp.sum((params["w"] - hyperparams["h"]) ** 2)
+    optimizer = gradhpo.OneStepOptimizer(optax.sgd(0.1))
+    params, hyperparams = {"w": np.ones(3, np.float32)}, {"h": np.zeros(3, np.float32)}
+    state = optimizer.init(params, hyperparams)
+    state = optimizer.step(state, None, None, loss, loss, lr_hyper=0.1)
+    np.testing.assert_allclose(state.params["w"], 0.8, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"params\['w'\] holds NaN"):
+        optimizer.init({"w": np.full(3, np.nan, np.float32)}, hyperparams)
