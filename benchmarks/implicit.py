@@ -112,8 +112,8 @@ def derived(solver: str) -> list[Row]:
 DERIVED = {False: derived("CG"), True: derived("GMRES")}
 SOLVED = {
     False: [
-        Row(OURS, "", "gradhpo, optax: Nesterov momentum"),
         Row(OURS, "L-BFGS", "gradhpo, optax.lbfgs"),
+        Row(OURS, "", "gradhpo, optax: Nesterov momentum"),
         Row("jaxopt", "", "jaxopt, LBFGS"),
         Row("Optimistix", "", "Optimistix, LBFGS"),
         Row("Optimistix", "Newton", "Optimistix, Newton (Cholesky)"),

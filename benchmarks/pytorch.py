@@ -2,8 +2,9 @@
 
 Digits, three tenths of the labels wrong, an MLP 64-128-128-10 with relu, one weight for each of
 1,000 examples. All start from the file that is written here. What is compared must be the same
-number first, in float64 and in float32, in which it is timed and its memory is measured. PyTorch
-runs eagerly, as these libraries do: nothing here is given to `torch.compile`.
+number first, in float64 and in float32, in which it is timed and its memory is counted: what the
+arrays of a call hold at once at most, by PyTorch's profiler and by XLA. PyTorch runs eagerly, as
+these libraries do: nothing here is given to `torch.compile`.
 """
 
 import contextlib
@@ -16,12 +17,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from sklearn.datasets import load_digits
 
-from benchmarks.peers.environment import GIVES_MEMORY_BACK, PeerError, Worker
+from benchmarks.peers.environment import PeerError, Worker
 from benchmarks.timed import by_turns
 
 
 STEPS, REPEATS, CALLS = 20, 11, 3
-SAME = {"float64": 1e-5, "float32": 1e-3}  # the relative difference that is still the same number
+# The relative difference that is still the same number. Adam divides by the roots of second
+# moments that may be near 0, and loses more digits than others.
+SAME = {"sgd": {"float64": 1e-5, "float32": 1e-4}, "adam": {"float64": 1e-5, "float32": 1e-2}}
 TORCH = ("torch==2.13.0", "numpy==2.4.6")
 # hypertorch is on GitHub only; the `hypertorch` and `hypergrad` of the package index are others.
 HYPERTORCH = (
@@ -109,7 +112,7 @@ def write_problem(path: Path) -> None:
 
 
 class Library:
-    """Processes of one library: one whose memory can be read, one as its users run it."""
+    """Processes of one library: one in float64, and one in float32."""
 
     def __init__(
         self, script: str, requirements: tuple[str, ...], path: Path, stack: contextlib.ExitStack
@@ -117,14 +120,13 @@ class Library:
         # What fails in ours is our bug, and must not pass for a failure of a peer.
         raises = PeerError if requirements else RuntimeError
         cpu = {"JAX_PLATFORMS": "cpu"}
-        self._precise, self._timed, self._measured = (
+        self._precise, self._timed = (
             stack.enter_context(Worker(script, requirements, raises, **cpu, **environment))
-            for environment in ({"JAX_ENABLE_X64": "1"}, {}, GIVES_MEMORY_BACK)
+            for environment in ({"JAX_ENABLE_X64": "1"}, {})
         )
         self.versions = self._timed.versions() if requirements else []
         self._precise.ask("start", path=str(path), dtype="float64")
-        for worker in (self._timed, self._measured):
-            worker.ask("start", path=str(path), dtype="float32")
+        self._timed.ask("start", path=str(path), dtype="float32")
 
     def result(self, dtype: str, **request: Any) -> np.ndarray:
         worker = self._precise if dtype == "float64" else self._timed
@@ -133,40 +135,36 @@ class Library:
     def seconds(self, **request: Any) -> Callable[[], float]:
         return lambda: self._timed.ask("timed", calls=CALLS, **request)
 
-    def mib(self, **request: Any) -> float | None:
-        return self._measured.ask("memory", **request)
+    def mib(self, **request: Any) -> float:
+        return self._timed.ask("memory", **request)
 
 
 def print_row(row: Row, peer: Library, ours: Library) -> None:
     setting = {"optimizer": row.optimizer, "steps": row.steps}
     theirs, own = {"method": row.method, **setting}, {"method": row.ours, **setting}
-    differences = {}
-    for dtype in SAME:
+    differences, same = {}, SAME[row.optimizer]
+    for dtype in same:
         reference = ours.result(dtype, **own)
         difference = np.linalg.norm(peer.result(dtype, **theirs) - reference)
         differences[dtype] = difference / np.linalg.norm(reference)
     # Not `any(... > ...)`, which NaN would pass.
-    if row.exact and not all(differences[dtype] <= most for dtype, most in SAME.items()):
+    if row.exact and not all(differences[dtype] <= most for dtype, most in same.items()):
         found = ", ".join(f"{x:.0e} in {dtype}" for dtype, x in differences.items())
         raise PeerError(f"another number: off by {found}")
     a, b, ratio, low, high = by_turns(peer.seconds(**theirs), ours.seconds(**own), REPEATS)
-    added, failed = None, ""
+    held, failed = "-", ""
     try:
-        added = peer.mib(**theirs)
+        held = f"{peer.mib(**theirs):.1f}"
     except PeerError as error:  # the times are there all the same
         failed = f"\n    memory: {error}"[:100]
     far, near = differences.values()
     print(
         f"  {row.name:33}{far:8.0e}{near:8.0e} {1e3 * a:7.1f} {1e3 * b:6.1f} {ratio:6.2f}"
-        f" ({low:5.2f}-{high:5.2f}) {shown(added):>6} {shown(ours.mib(**own)):>6}"
+        f" ({low:5.2f}-{high:5.2f}) {held:>6} {ours.mib(**own):6.1f}"
         + ("" if row.exact else "  *")
         + failed,
         flush=True,
     )
-
-
-def shown(mib: float | None) -> str:
-    return "-" if mib is None else f"{mib:.1f}"
 
 
 def print_pytorch() -> None:
@@ -174,7 +172,7 @@ def print_pytorch() -> None:
         "\nData cleaning on digits, MLP 64-128-128-10, 1,000 examples, on the CPU:"
         " PyTorch / gradhpo\n"
         "Relative difference of the hypergradients, time and ratio of times (quartiles), memory"
-        " added"
+        " of arrays"
     )
     with opened() as (ours, find):
         print_versions(find)
@@ -238,26 +236,21 @@ def print_checkpoints(optimizer: str, ours: Library) -> None:
     name = 'gradhpo itself, checkpoints="sqrt"'
     print(
         f"  {name:49} {1e3 * a:7.1f} {1e3 * b:6.1f} {ratio:6.2f}"
-        f" ({low:5.2f}-{high:5.2f}) {shown(ours.mib(**sqrt)):>6} {shown(ours.mib(**kept)):>6}",
+        f" ({low:5.2f}-{high:5.2f}) {ours.mib(**sqrt):6.1f} {ours.mib(**kept):6.1f}",
         flush=True,
     )
 
 
 def print_growth(torch: Library, ours: Library) -> None:
-    """Is the memory that is measured the memory of the computation?"""
+    """Of the same three algorithms."""
     print(" memory in MiB by steps of SGD with momentum" + "".join(f"{t:8}" for t in (20, 40, 80)))
     of = lambda library, method: [
         library.mib(method=method, optimizer="sgd", steps=t) for t in (20, 40, 80)
-    ]
-    compiled = [
-        ours.result("float32", method="temporary", optimizer="sgd", steps=t)[0]
-        for t in (20, 40, 80)
     ]
     for name, sizes in {
         "torch, eager: autograd of loop": of(torch, "unrolled"),
         "torch, eager: each step by hand": of(torch, "reverse"),
         "gradhpo": of(ours, "unrolled"),
-        "gradhpo, as its compiler counts": compiled,
         'gradhpo, checkpoints="sqrt"': of(ours, "sqrt"),
     }.items():
-        print(f"  {name:42}" + "".join(f"{shown(size):>8}" for size in sizes))
+        print(f"  {name:42}" + "".join(f"{size:8.1f}" for size in sizes))

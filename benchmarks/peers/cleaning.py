@@ -1,6 +1,7 @@
 """The data cleaning problem in PyTorch, as all peers of `benchmarks/pytorch.py` take it."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -11,6 +12,20 @@ from torch.nn.functional import cross_entropy
 
 RATE, MOMENTUM = 0.1, 0.9
 ADAM_RATE, BETAS, EPS, EPS_ROOT = 1e-3, (0.9, 0.999), 1e-8, 1e-16
+
+
+def most_mib(function: Callable) -> float:
+    """What the tensors that a call makes hold at once, at most, as the profiler counts them.
+
+    What the process grows by would be less, by what the allocator had kept from the call before.
+    """
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
+        function()
+    events = profile.profiler.kineto_results.events()
+    changes = [(x.start_ns(), x.nbytes()) for x in events if x.name() == "[memory]"]
+    held = itertools.accumulate((size for _, size in sorted(changes)), initial=0)
+    return max(held) / 2**20
 
 
 class Cleaning:

@@ -7,7 +7,7 @@ import torch
 from betty.configs import Config, EngineConfig
 from betty.engine import Engine
 from betty.problems import ImplicitProblem, IterativeProblem
-from cleaning import MOMENTUM, RATE, Cleaning
+from cleaning import MOMENTUM, RATE, Cleaning, most_mib
 from methods import serve_methods
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -79,4 +79,5 @@ serve_methods(
         ),
         "darts": by(ImplicitProblem, True, type="darts"),
     },
+    most_mib,
 )

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import higher
 import torch
-from cleaning import ADAM_RATE, BETAS, EPS, MOMENTUM, RATE, Cleaning
+from cleaning import ADAM_RATE, BETAS, EPS, MOMENTUM, RATE, Cleaning, most_mib
 from methods import serve_methods
 from torch import Tensor
 
@@ -28,4 +28,4 @@ def unrolled(problem: Cleaning, optimizer: str, steps: int) -> Callable[[], Tens
     return hypergradient
 
 
-serve_methods(Cleaning, {"unrolled": unrolled})
+serve_methods(Cleaning, {"unrolled": unrolled}, most_mib)

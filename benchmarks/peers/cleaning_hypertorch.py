@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import hypergrad
-from cleaning import MOMENTUM, RATE, Cleaning
+from cleaning import MOMENTUM, RATE, Cleaning, most_mib
 from methods import serve_methods
 from torch import Tensor
 
@@ -68,4 +68,4 @@ def neumann(problem: Cleaning, optimizer: str, steps: int) -> Callable[[], Tenso
     return hypergradient
 
 
-serve_methods(Cleaning, {"unrolled": unrolled, "reverse": reverse, "neumann": neumann})
+serve_methods(Cleaning, {"unrolled": unrolled, "reverse": reverse, "neumann": neumann}, most_mib)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from cleaning import ADAM_RATE, BETAS, EPS, EPS_ROOT, MOMENTUM, RATE, Cleaning
+from cleaning import ADAM_RATE, BETAS, EPS, EPS_ROOT, MOMENTUM, RATE, Cleaning, most_mib
 from methods import serve_methods
 from torch import Tensor
 
@@ -96,4 +96,4 @@ def darts(problem: Cleaning, optimizer: str, steps: int) -> Callable[[], Tensor]
     return hypergradient
 
 
-serve_methods(Cleaning, {"unrolled": unrolled, "reverse": reverse, "darts": darts})
+serve_methods(Cleaning, {"unrolled": unrolled, "reverse": reverse, "darts": darts}, most_mib)

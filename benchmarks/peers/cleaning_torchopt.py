@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 import torchopt
-from cleaning import ADAM_RATE, BETAS, EPS, EPS_ROOT, MOMENTUM, RATE, Cleaning
+from cleaning import ADAM_RATE, BETAS, EPS, EPS_ROOT, MOMENTUM, RATE, Cleaning, most_mib
 from methods import serve_methods
 from torch import Tensor
 
@@ -29,4 +29,4 @@ def unrolled(problem: Cleaning, optimizer: str, steps: int) -> Callable[[], Tens
     return hypergradient
 
 
-serve_methods(Cleaning, {"unrolled": unrolled})
+serve_methods(Cleaning, {"unrolled": unrolled}, most_mib)

@@ -25,10 +25,6 @@ from typing import Any
 HERE = Path(__file__).parent
 CACHE = HERE.parent / ".peers"
 INSTALLING, ANSWERING = 1800.0, 900.0  # seconds, after which pip or a peer is thought to hang
-# As environment of a `Worker`: each block of a page and more is given back when it is freed. What
-# the allocator kept from the call before, small arrays above all, would not be counted in what a
-# call adds to the process. That is slow, so nothing that is timed should run with it.
-GIVES_MEMORY_BACK = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "4096")
 
 
 class PeerError(Exception):

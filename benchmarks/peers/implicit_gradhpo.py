@@ -26,9 +26,9 @@ from gradhpo.algorithms.implicit_diff import _default_solver
 
 
 MOMENTUM = 0.9
-# Times 50 inner steps (10 for L-BFGS) in each outer one. Where they do not do it (ten thousand
-# proximal steps of the elastic net do, from 0), the error in the table tells.
-MOST_WARM = 64
+# Times 50 inner steps (10 for L-BFGS) in each outer one: where the search begins, and ends. Where
+# that does not do, the error in the table tells.
+MANY_WARM, MOST_WARM = 64, 256
 found: dict[tuple[str, str, str], int] = {}
 
 
@@ -103,11 +103,12 @@ def warm_steps(problem: Problem, how: str) -> int:
         _, history = tuned(problem, how, units * unit)()
         return reached(problem, history["inner_residual"].max())
 
-    # From above: each try, of which there are seven at most, is a compilation, and one of them
-    # tells that no number will do.
-    few, many = 0, MOST_WARM
-    if not enough(many):
-        return many * unit
+    # Each try is a compilation; there are seven as a rule.
+    few, many = 0, MANY_WARM
+    while not enough(many):
+        if many == MOST_WARM:
+            return many * unit
+        few, many = many, 2 * many
     while many - few > max(1, many // 16):
         middle = (few + many) // 2
         few, many = (few, middle) if enough(middle) else (middle, many)

@@ -1,21 +1,22 @@
 """Serves methods that make a function for a setting: its result, its seconds, its memory."""
 
 import functools
-import gc
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
-from worker import peak_mib, seconds, serve
+from worker import seconds, serve
 
 
 def serve_methods(
-    load: Callable[[str, str], Any], methods: dict[str, Callable[..., Callable]]
+    load: Callable[[str, str], Any],
+    methods: dict[str, Callable[..., Callable]],
+    most_mib: Callable[[Callable], float],
 ) -> None:
     """`load(path, dtype)` makes the problem, `methods[name](problem, **setting)` a function of it.
 
-    That function takes nothing and returns a flat array which is there when it returns.
+    That function takes nothing and returns a flat array which is there when it returns;
+    `most_mib(function)` is what the arrays of a call hold at once, at most.
     """
     problems: list[Any] = []
 
@@ -37,15 +38,7 @@ def serve_methods(
         function()  # the caches and the cores were another program's until now
         return statistics.median(seconds(function) for _ in range(calls))
 
-    def memory(**request: Any) -> float | None:
-        function = made(**request)
-        measured = []
-        for _ in range(5):
-            gc.collect()
-            time.sleep(0.1)  # some of the last call may be given back a little after it
-            if (mib := peak_mib(function)) is None:
-                return None
-            measured.append(mib)
-        return max(measured)  # what is still held from before hides memory, nothing adds any
+    def memory(**request: Any) -> float:
+        return most_mib(made(**request))
 
     serve(start=start, result=result, timed=timed, memory=memory)

@@ -56,19 +56,3 @@ def resident_mib(which: str = "VmRSS") -> float | None:
     except OSError:
         return None
     return int(found[0].split()[1]) / 1024 if found else None
-
-
-def peak_mib(function: Callable[[], Any]) -> float | None:
-    """The most memory in MiB that a call holds beyond what was resident before it.
-
-    `None`, and no call, where the system does not tell.
-    """
-    try:
-        with open("/proc/self/clear_refs", "w") as peak:
-            peak.write("5")  # VmHWM starts again from what is resident now
-    except OSError:
-        return None
-    if (before := resident_mib()) is None or resident_mib("VmHWM") is None:
-        return None
-    function()
-    return resident_mib("VmHWM") - before
