@@ -28,9 +28,11 @@ def print_flops() -> None:
         "and in all; bytes read and written, bodies once; temporary memory in KiB"
     )
     print(f"  {'':35} {'flops':>19}  ratio in all  bytes {'memory':>15}  ratio")
-    for batch_size in (32, 128, 1_000):
+    for batch_size, depth in ((32, 1), (128, 1), (1_000, 1), (128, 3)):
+        if depth > 1:
+            print(f"  {depth} hidden layers:")
         for name in ALGORITHMS:
-            programs = step_programs(name, batch_size)
+            programs = step_programs(name, batch_size, depth)
             flops, theirs = (p.flops_with_loops_once for p in programs)
             read, by_hand = (p.bytes_with_loops_once for p in programs)
             costs = [p.cost for p in programs]

@@ -179,7 +179,7 @@ def print_hypergradients() -> None:
     """
     print(
         "\n  Hypergradients against each algorithm's own formula: |error| / |formula|, cosine\n"
-        f"    {'float64, then float32':22}{'0.1.3, step':>21}{'compute_hypergradient':>21}"
+        f"    {'float64, then float32':22}{'0.1.3, step':>18}{'compute_hypergradient':>24}"
         f"{'gradhpo, both':>15}{'0.1.3':>8}{'gradhpo':>8}"
     )
     wide = {"JAX_ENABLE_X64": "1"}

@@ -83,7 +83,7 @@ def job(algorithm: str) -> dict:
     elapsed = seconds(lambda: prepared(algorithm)())
     return {
         "seconds": elapsed,
-        "compiled": compiled["jit(compiled)"],
+        "compiled": compiled["jit(_episodes)"],
         "peak": resident_mib("VmHWM"),
     }
 

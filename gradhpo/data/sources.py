@@ -29,6 +29,8 @@ class Generated(eqx.Module):
         return self(step)
 
     def stack(self, step: Array, position: Array, count: int) -> PyTree:
+        if count == 1:  # a loop that draws, as ArrayData's, is dearer under `vmap`
+            return BatchStack(jax.tree.map(lambda x: jnp.asarray(x)[None], self(step)))
         return BatchStack(jax.vmap(self)(step * count + jnp.arange(count, dtype=step.dtype)))
 
     def drawn(self, step: Array, position: Array, count: int) -> DrawnStack:
