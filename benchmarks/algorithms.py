@@ -111,15 +111,21 @@ def gradients_per_step(name: str, batch_size: int, depth: int) -> float:
     return (flops - val.flops_with_loops_once) / train.flops_with_loops_once
 
 
-def hypergradient_program(optimizer: gradhpo.BilevelOptimizer, the_job: Job) -> Program:
-    """The library's hypergradient, one batch reused for every inner step."""
+def hypergradient_inputs(optimizer: gradhpo.BilevelOptimizer, the_job: Job) -> tuple:
+    """State and batches; one batch is reused for every inner step."""
+    state = optimizer.init(the_job.params, the_job.hyperparams)
+    return state, the_job.train_data(0), the_job.val_batch
+
+
+def hypergradient_program(
+    optimizer: gradhpo.BilevelOptimizer, the_job: Job, given: tuple | None = None
+) -> Program:
+    """The library's hypergradient, for inputs that are made here unless they are given."""
     return Program(
         lambda state, batch, val_batch: optimizer.compute_hypergradient(
             state, batch, val_batch, the_job.train_loss, the_job.val_loss
         ),
-        optimizer.init(the_job.params, the_job.hyperparams),
-        the_job.train_data(0),
-        the_job.val_batch,
+        *(given or hypergradient_inputs(optimizer, the_job)),
     )
 
 

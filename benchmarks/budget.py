@@ -139,7 +139,8 @@ def searched(training: Training, case: Case, searcher: Searcher, trials: int) ->
     started = time.perf_counter()
     for _ in range(trials):
         params, loss = training.fit(case, training.place(searcher.suggest()))
-        losses.append(float(loss) if jnp.isfinite(loss) else float("inf"))
+        value = float(loss)
+        losses.append(value if np.isfinite(value) else float("inf"))
         searcher.tell(losses[-1])
         seconds.append(time.perf_counter() - started)
         models.append(params)

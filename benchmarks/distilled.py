@@ -1,7 +1,6 @@
 """What HyperDistill and greedy cost: against one step, over the horizon, and theta's share."""
 
 import functools
-import statistics
 import time
 
 import equinox as eqx
@@ -10,6 +9,7 @@ import optax
 
 import gradhpo
 from benchmarks.problem import MOMENTUM, OUTER_RATE, RATE, job
+from benchmarks.timed import alternating
 from gradhpo.diagnostics.cost import Program
 from gradhpo.utils.tracing import forget_traces
 
@@ -97,14 +97,7 @@ def print_distilled() -> None:
     print("\nTime of a run with theta fitted every 50 episodes / never (episodes of 20 steps)")
     for batch_size in (32, 128):
         runs = [seconds_per_step(batch_size, period, 50, 20) for period in (50, None)]
-        ratios = []
-        for which in runs:
-            which()
-        for i in range(21):
-            seconds = [0.0, 0.0]
-            for k in (0, 1) if i % 2 == 0 else (1, 0):
-                start = time.perf_counter()
-                runs[k]()
-                seconds[k] = time.perf_counter() - start
-            ratios.append(seconds[0] / seconds[1])
-        print(f"  batch {batch_size:4}  ratio {statistics.median(ratios):.3f}")
+        found = alternating(*runs, repeats=21)
+        print(
+            f"  batch {batch_size:4}  ratio {found.ratio:.3f} ({found.low:.2f} to {found.high:.2f})"
+        )

@@ -17,7 +17,7 @@ from benchmarks.peers.environment import PeerError, Worker
 from benchmarks.timed import by_turns
 
 
-REQUIREMENTS = ["gradhpo==0.1.3"]
+REQUIREMENTS = ["gradhpo==0.1.3", "jax==0.10.2", "jaxlib==0.10.2", "optax==0.2.8"]
 # Each algorithm of 0.1.3, and ours for it: T1-T2 has differences in the rates, as 0.1.3 has, and
 # those in the weights.
 ALGORITHMS = {
@@ -46,7 +46,7 @@ def print_earlier(limit: float = 60.0) -> None:
     print("\nAgainst gradhpo 0.1.3 of the package index: the job of its tutorial")
     try:
         with theirs() as worker:
-            versions = ", ".join(worker.versions("jax", "jaxlib", "optax"))
+            versions = ", ".join(worker.versions())
     except PeerError as error:
         print(f"  not measured, 0.1.3 {error}")
         return

@@ -128,6 +128,19 @@ def test_stack_is_the_batches_of_a_step():
     assert isinstance(stack, gradhpo.BatchStack)
     for t in range(3):
         assert_same(stack.at(t), data(6 + t))
+    assert_same(data.stack(6, 1).at(0), data(6))  # made in another way
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_function_of_the_index_may_return_numbers_and_keys(count):
+    draw = lambda index: {"x": X[index], "share": 0.5, "key": jax.random.fold_in(KEY, index)}
+    source = as_source(draw, "train_data", count)
+    found = source.stack(jnp.asarray(2), jnp.asarray(0), count)
+    assert found.num_steps == count
+    for t in range(count):
+        batch, expected = found.at(t), draw(2 * count + t)
+        assert_same(*(jax.random.key_data(x.pop("key")) for x in (batch, expected)))
+        assert_same(batch, expected)
 
 
 def test_number_of_batches_of_some_epochs():

@@ -1,5 +1,6 @@
 """The data cleaning problem in PyTorch, as all peers of `benchmarks/pytorch.py` take it."""
 
+import gc
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -19,13 +20,15 @@ def most_mib(function: Callable) -> float:
 
     What the process grows by would be less, by what the allocator had kept from the call before.
     """
+    gc.collect()  # or what an earlier call left is given back in this one
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
         function()
     events = profile.profiler.kineto_results.events()
-    changes = [(x.start_ns(), x.nbytes()) for x in events if x.name() == "[memory]"]
-    held = itertools.accumulate((size for _, size in sorted(changes)), initial=0)
-    return max(held) / 2**20
+    changes = [x for x in events if x.name() == "[memory]"]
+    assert changes, "the profiler told of no memory"
+    changes.sort(key=lambda x: x.start_ns())
+    return max(itertools.accumulate(x.nbytes() for x in changes)) / 2**20
 
 
 class Cleaning:

@@ -77,9 +77,14 @@ def method(make: Callable[[Any, int], gradhpo.BilevelOptimizer]) -> Callable:
 
 
 def most_mib(function: Method) -> float:
-    """The memory that the compiled program needs, with its result."""
+    """The memory that the compiled program needs, with its result and the state it begins with.
+
+    PyTorch's programs make that state, a copy of the weights and the zeros of the optimizer, anew.
+    """
     program = Program(function.bilevel.compute_hypergradient, *function.arguments)
-    return (program.temporary_bytes + function().nbytes) / 2**20
+    state = function.arguments[0]
+    arrays = jax.tree.leaves((state.params, state.inner_opt_state, function()))
+    return (program.temporary_bytes + sum(x.nbytes for x in arrays)) / 2**20
 
 
 def implicit(inner: Any, steps: int, terms: int, step_size: float) -> gradhpo.BilevelOptimizer:

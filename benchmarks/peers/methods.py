@@ -23,6 +23,7 @@ def serve_methods(
     def start(path: str, dtype: str) -> None:
         problems[:] = [load(path, dtype)]
         made.cache_clear()
+        memory.cache_clear()
 
     @functools.cache
     def made(method: str, **setting: Any) -> Callable:
@@ -38,6 +39,7 @@ def serve_methods(
         function()  # the caches and the cores were another program's until now
         return statistics.median(seconds(function) for _ in range(calls))
 
+    @functools.cache
     def memory(**request: Any) -> float:
         return most_mib(made(**request))
 

@@ -1,6 +1,7 @@
 """Batches of arrays that fit on the device."""
 
 import math
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -133,7 +134,14 @@ def _check_index(name: str, index: ArrayLike) -> None:
 
 @eqx.filter_jit
 def _stack(data: ArrayData, first: Array, count: int) -> BatchStack:
-    return BatchStack(jax.vmap(data)(first + jnp.arange(count, dtype=first.dtype)))
+    return stacked(data, first, count)
+
+
+def stacked(draw: Callable[[Array], PyTree], first: Array, count: int) -> BatchStack:
+    """Batches number `first` and after of any function of their number."""
+    if count == 1:  # under `vmap` a loop that draws, as ArrayData's, is dearer
+        return BatchStack(jax.tree.map(lambda x: jnp.asarray(x)[None], draw(first)))
+    return BatchStack(jax.vmap(draw)(first + jnp.arange(count, dtype=first.dtype)))
 
 
 @eqx.filter_jit

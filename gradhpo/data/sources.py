@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from gradhpo.core.types import BatchStack, DataBatch, DrawnStack
-from gradhpo.data.arrays import ArrayData
+from gradhpo.data.arrays import ArrayData, stacked
 from gradhpo.data.host import Host
 from gradhpo.utils.keys import fold_keys, is_key
 from gradhpo.utils.validation import check_arity
@@ -29,9 +29,7 @@ class Generated(eqx.Module):
         return self(step)
 
     def stack(self, step: Array, position: Array, count: int) -> PyTree:
-        if count == 1:  # a loop that draws, as ArrayData's, is dearer under `vmap`
-            return BatchStack(jax.tree.map(lambda x: jnp.asarray(x)[None], self(step)))
-        return BatchStack(jax.vmap(self)(step * count + jnp.arange(count, dtype=step.dtype)))
+        return stacked(self, step * count, count)
 
     def drawn(self, step: Array, position: Array, count: int) -> DrawnStack:
         return DrawnStack(lambda t: self(step * count + t))

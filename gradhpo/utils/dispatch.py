@@ -35,9 +35,9 @@ def advancing(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def arrays_after(first: Any, *rest: Any) -> list[Any]:
-        (before, _), _ = _split(first)
-        (after, _), arrays = _split(function(first, *rest))
-        if [x is _ARRAY for x in before] != [x is _ARRAY for x in after]:
+        (before, old), _ = _split(first)
+        (after, new), arrays = _split(function(first, *rest))
+        if old != new or [x is _ARRAY for x in before] != [x is _ARRAY for x in after]:
             raise ValueError(f"{function.__name__} does not keep the structure of the state")
         return arrays
 
