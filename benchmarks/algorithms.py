@@ -130,11 +130,11 @@ def hypergradient_program(
 
 
 def exact_programs(
-    optimizer_name: str, batch_size: int, *, activation: str = "tanh"
+    optimizer_name: str, batch_size: int, *, activation: str = "tanh", depth: int = 1
 ) -> tuple[Program, Program]:
     """Exact unrolling by the library, and by `jax.grad` through a plain scan."""
     inner = {"SGD": SGD, "Adam": optax.adam(0.01, eps_root=1e-16)}[optimizer_name]
-    the_job = job(batch_size, activation=activation)
+    the_job = job(batch_size, activation=activation, depth=depth)
     ours = hypergradient_program(gradhpo.UnrolledOptimizer(inner, unroll_steps=STEPS), the_job)
     return ours, Program(
         unrolled.plain_unrolled_hypergradient(the_job, inner, STEPS),
