@@ -23,7 +23,7 @@ from benchmarks.timed import by_turns
 
 STEPS, REPEATS, CALLS = 20, 11, 3
 # The relative difference from ours in float64 that is still the same number. In float32 Adam loses
-# digits, since it divides by the roots of second moments that may be near 0.
+# digits: roots of second moments near 0, and bias corrections that optax computes in float32.
 SAME = {"float64": 1e-5, "float32": 1e-2}
 TORCH = ("torch==2.13.0", "numpy==2.4.6")
 # hypertorch is on GitHub only; the `hypertorch` and `hypergrad` of the package index are others.
