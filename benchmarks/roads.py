@@ -85,9 +85,9 @@ def iterations(outer_rate: float, *, warm: bool, tolerance: float = 1e-3) -> flo
     total, steps = 0.0, 30
     for _ in range(steps):
         state = optimizer.step(state, None, None, train_loss, val_loss)
-        total += float(state.metadata["linear_iterations"])
+        total += float(state.get_metric("linear_iterations"))
         if not warm:
-            nothing = jnp.zeros_like(state.metadata["adjoint"])
+            nothing = jnp.zeros_like(state.memory.adjoint)
             state = state.update(metadata={"adjoint": nothing})
     return total / steps
 

@@ -267,7 +267,7 @@ def smoothing(data: Data, width: float, reference: float) -> Smoothing:
     while residual > 1e-9 and taken < MOST_STEPS:
         state = step(state, 0.0)
         taken += SMOOTH.num_inner_steps
-        residual = float(state.metadata["inner_residual"])
+        residual = float(state.get_metric("inner_residual"))
     # Descent with rate 1 moves by the hypergradient.
     moved = step(state, 1.0).hyperparams["log_penalty"]
     hypergradient = float(state.hyperparams["log_penalty"] - moved)

@@ -181,7 +181,7 @@ def tune(
         penalties = state.hyperparams  # those of the fit that this step begins with
         state = optimizer.step(state, data.train, data.val, losses.train_loss, losses.val_loss)
         tried.append((float(state.metadata["val_loss"]), state.params, penalties))
-        residuals.append(float(state.metadata.get("inner_residual", np.nan)))
+        residuals.append(float(state.get_metric("inner_residual", np.nan)))
     seconds = time.perf_counter() - started
     val_loss, w, best = min(tried, key=lambda row: row[0])
     penalties = {name[4:]: np.exp(value) for name, value in best.items()}

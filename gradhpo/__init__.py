@@ -1,6 +1,7 @@
 """Hypergradients in JAX: tune thousands of hyperparameters by gradient, during training."""
 
 from gradhpo.algorithms.baselines import FOOptimizer, OneStepOptimizer
+from gradhpo.algorithms.discount import update_w_star
 from gradhpo.algorithms.forward import ForwardModeOptimizer
 from gradhpo.algorithms.greedy import GreedyOptimizer
 from gradhpo.algorithms.implicit_diff import ImplicitOptimizer
@@ -9,18 +10,11 @@ from gradhpo.algorithms.t1_t2 import T1T2Optimizer
 from gradhpo.algorithms.tasks import TaskBatched
 from gradhpo.algorithms.unrolled import DrMADOptimizer, UnrolledOptimizer
 from gradhpo.core.base import BilevelOptimizer
+from gradhpo.core.batches import BatchStack, DataBatch
+from gradhpo.core.inputs import LossFunctions
 from gradhpo.core.partition import model_loss, partition
 from gradhpo.core.state import BilevelState
-from gradhpo.core.types import (
-    BatchStack,
-    DataBatch,
-    InnerOptimizer,
-    LossFn,
-    LossFunctions,
-    MetricDict,
-    RealScalarLike,
-    UpdateFn,
-)
+from gradhpo.core.types import InnerOptimizer, LossFn, MetricDict, RealScalarLike, UpdateFn
 from gradhpo.data.arrays import ArrayData
 from gradhpo.data.loaders import iterate
 from gradhpo.diagnostics.compare import compare_hypergradients
@@ -38,17 +32,15 @@ from gradhpo.training.history import History
 from gradhpo.training.loop import run
 from gradhpo.training.sign_descent import sign_descent
 from gradhpo.training.smoothing import moving_average
-from gradhpo.utils.gradients import (
+from gradhpo.utils.gradients import vjp_wrt_both, vjp_wrt_lambda
+from gradhpo.utils.logging import CSVLogger, JSONLinesLogger
+from gradhpo.utils.trees import (
     tree_dot,
     tree_l2_norm,
     tree_lerp,
     tree_normalize,
     tree_zeros_like,
-    update_w_star,
-    vjp_wrt_both,
-    vjp_wrt_lambda,
 )
-from gradhpo.utils.logging import CSVLogger, JSONLinesLogger
 
 
 __version__ = "1.0.0.dev0"

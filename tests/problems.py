@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 import gradhpo
-from gradhpo.core.inner import InnerUpdate
+from gradhpo.core.inner import InnerState, InnerUpdate
 from gradhpo.core.inner_optimizer import init_inner_state
 from gradhpo.diagnostics.cost import Program
 
@@ -198,15 +198,15 @@ def phi_of(problem: Problem, inner_optimizer=None, update_fn=None, symmetric=Tru
         train_batch=problem.train_batch,
         symmetric=symmetric,
     )
-    return phi, (w, init_inner_state(inner_optimizer, w, problem.hyperparams))
+    return phi, InnerState(w, init_inner_state(inner_optimizer, w, problem.hyperparams))
 
 
 def warmed(optimizer, problem: Problem, train_batch):
     """The arguments of `step` from a state a few inner steps in: moments and counts have moved."""
     state = optimizer.init(problem.params, problem.hyperparams)
     phi, z = phi_of(problem, optimizer.inner_optimizer)
-    (w, s), _, _ = eqx.filter_jit(phi.rollout)(z, problem.hyperparams, 0, 3)
-    state = state.update(params=eqx.combine(w, phi.frozen), inner_opt_state=s)
+    z, _, _ = eqx.filter_jit(phi.rollout)(z, problem.hyperparams, 0, 3)
+    state = state.update(params=eqx.combine(z.w, phi.frozen), inner_opt_state=z.s)
     return state, train_batch, problem.val_batch, problem.train_loss, problem.val_loss
 
 

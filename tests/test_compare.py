@@ -105,7 +105,7 @@ def test_hyperdistill_is_fitted_and_follows_the_whole_horizon(report):
     for _ in range(STEPS - 1):
         state = frozen.step(state.update(outer_opt_state=()), None, None, *losses, lr_hyper=0.0)
     g = frozen.compute_hypergradient(state, None, None, *losses)
-    assert state.metadata["theta"] != optimizer.distillation_weight
+    assert state.memory.theta != optimizer.distillation_weight
     for x, y in zip(
         jax.tree.leaves(g), jax.tree.leaves(report.hypergradients["HyperDistill"]), strict=True
     ):

@@ -2,6 +2,7 @@
 
 import itertools
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,12 +70,12 @@ def test_is_what_a_loop_by_hand_does(rate):
         begun = state
         for t in range(6):
             state = optimizer.step(state, stack.at(t), X[:10].astype(float), *losses())
-            thetas.append(state.metadata["theta"])
+            thetas.append(state.memory.theta)
         phi = begun.params - rate * (begun.params - state.params)
         by_hand = state.update(
             params=phi,
             inner_opt_state=start(optimizer).inner_opt_state,
-            metadata={"t": jnp.zeros((), jnp.int32)},
+            memory=eqx.tree_at(lambda m: m.t, state.memory, jnp.zeros((), jnp.int32)),
         )
         state = optimizer.restart(state, begun.params, rate)
         assert_same(state, by_hand)
@@ -182,8 +183,9 @@ def test_steps_by_hand_before_a_run_leave_no_stale_clock():
     state = start(optimizer)
     for i in range(6):
         state = optimizer.step(state, source(i), X[:10].astype(float), *losses())
-    assert state.metadata["t"] == 6
-    restarted = state.update(metadata={"t": jnp.zeros((), jnp.int32)})
+    assert state.memory.t == 6
+    clock = jnp.zeros((), jnp.int32)
+    restarted = state.update(memory=eqx.tree_at(lambda m: m.t, state.memory, clock))
     found, expected = (run(optimizer, s, num_steps=6)[1] for s in (state, restarted))
     assert_same(dict(found), dict(expected))
 

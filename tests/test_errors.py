@@ -384,7 +384,7 @@ MISUSES = {
     ),
     "HyperDistill with a state of one step": (
         lambda: step(online(outer_optimizer=SGD), one_step().init(W, H)), ValueError,
-        r"state.metadata does not fit(.|\n)*init\(params, hyperparams\)",
+        r"state.memory does not fit(.|\n)*init\(params, hyperparams\)",
     ),
     "tasks with a state of one": (
         lambda: step(gradhpo.TaskBatched(one_step(), 3), one_step().init(W, H)), ValueError,

@@ -48,7 +48,7 @@ def test_every_step_has_the_hypergradient_of_all_steps_so_far(getkey):
     assert relative_error(found, expected) < 1e-11
     # A new episode knows nothing of the last one.
     restarted = online.restart(state, first.params, 0.0)
-    assert all(np.all(np.asarray(x) == 0) for x in jax.tree.leaves(restarted.metadata["Z"]))
+    assert all(np.all(np.asarray(x) == 0) for x in jax.tree.leaves(restarted.memory.Z))
 
 
 def test_real_time_is_its_own_recursion_written_out():
@@ -69,7 +69,7 @@ def test_real_time_is_its_own_recursion_written_out():
             w = w - rate * (hessian @ w - b)
         rate = rate - outer * (w - target) @ z
         np.testing.assert_allclose(state.hyperparams, rate, rtol=1e-12)
-        np.testing.assert_allclose(state.metadata["Z"][0][0], z, rtol=1e-12)
+        np.testing.assert_allclose(state.memory.Z.w[0], z, rtol=1e-12)
 
 
 def test_more_hyperparameters_than_a_block_and_a_while_loop_inside():

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import gradhpo
-from gradhpo.utils.gradients import geometric_sum, linearize_gradient
+from gradhpo.algorithms.discount import geometric_sum
+from gradhpo.utils.gradients import linearize_gradient
 
 
 A = {"w": jnp.arange(6.0).reshape(2, 3), "b": (jnp.array(-2.0), jnp.arange(3))}

@@ -18,8 +18,8 @@ from jax.flatten_util import ravel_pytree
 from problems import make, relaxed, stack_of
 
 import gradhpo
+from gradhpo.algorithms.discount import past_share
 from gradhpo.algorithms.distilled import Distilled
-from gradhpo.utils.gradients import past_share
 
 
 class Flat(NamedTuple):
@@ -168,9 +168,9 @@ def test_an_episode_is_algorithm_3(name, getkey):
         arguments = (state, batch, problem.val_batch, problem.train_loss, problem.val_loss)
         g = optimizer.compute_hypergradient(*arguments)
         state = optimizer.step(*arguments, lr_hyper=0.02)
-        assert state.metadata["t"] == t
+        assert state.memory.t == t
         np.testing.assert_allclose(past_share(0.9, t), shares[t - 1], rtol=1e-12, atol=1e-15)
-        w_star = ravel_pytree(state.metadata["w_star"])[0]
+        w_star = ravel_pytree(state.memory.distilled.w_star)[0]
         np.testing.assert_allclose(w_star, points[t - 1], rtol=1e-10, atol=1e-13)
         np.testing.assert_allclose(ravel_pytree(g)[0], expected[t - 1], rtol=1e-10, atol=1e-13)
 
@@ -184,9 +184,9 @@ def test_theta_is_algorithm_4(name, getkey):
     arguments = (problem.val_batch, problem.train_loss, problem.val_loss)
     xy, xx = linear_estimation(flat, batches, 0.9)
     after = optimizer.estimate_theta(state, stack, *arguments)
-    np.testing.assert_allclose(after.metadata["theta"], xy / xx, rtol=1e-10)
-    np.testing.assert_allclose(after.metadata["sum_xy"][0], xy, rtol=1e-10)
-    np.testing.assert_allclose(after.metadata["sum_xx"][0], xx, rtol=1e-10)
+    np.testing.assert_allclose(after.memory.theta, xy / xx, rtol=1e-10)
+    np.testing.assert_allclose(after.memory.sum_xy[0], xy, rtol=1e-10)
+    np.testing.assert_allclose(after.memory.sum_xx[0], xx, rtol=1e-10)
     for unchanged in ("params", "hyperparams", "inner_opt_state", "step"):
         old, new = (jax.tree.leaves(getattr(s, unchanged)) for s in (state, after))
         assert all(x is y or bool(jnp.all(x == y)) for x, y in zip(old, new, strict=True))
@@ -195,9 +195,9 @@ def test_theta_is_algorithm_4(name, getkey):
     shorter = gradhpo.BatchStack(jax.tree.map(lambda x: x[:3], stack.batches))
     xy_2, xx_2 = linear_estimation(flat, batches[:3], 0.9)
     after = optimizer.estimate_theta(after, shorter, *arguments)
-    np.testing.assert_allclose(after.metadata["theta"], (xy + xy_2) / (xx + xx_2), rtol=1e-10)
+    np.testing.assert_allclose(after.memory.theta, (xy + xy_2) / (xx + xx_2), rtol=1e-10)
     after = optimizer.estimate_theta(after, shorter, *arguments)
-    np.testing.assert_allclose(after.metadata["theta"], xy_2 / xx_2, rtol=1e-10)
+    np.testing.assert_allclose(after.memory.theta, xy_2 / xx_2, rtol=1e-10)
 
 
 def test_theta_without_memory(getkey):
@@ -207,7 +207,7 @@ def test_theta_without_memory(getkey):
     optimizer = gradhpo.OnlineHypergradientOptimizer(inner, gamma=0.0)
     state = optimizer.init(problem.params, problem.hyperparams)
     losses = (problem.train_loss, problem.val_loss)
-    theta = optimizer.estimate_theta(state, stack, None, *losses).metadata["theta"]
+    theta = optimizer.estimate_theta(state, stack, None, *losses).memory.theta
     xy, xx = linear_estimation(flat, batches, 1e-300)
     np.testing.assert_allclose(theta, xy / xx, rtol=1e-10)
 
@@ -233,8 +233,8 @@ def test_theta_with_distilled_data_is_algorithm_4_with_these_draws():
         problem.params, problem.hyperparams, batch=batches[0], key=jax.random.key(3)
     )
     after = optimizer.estimate_theta(state, stack, None, problem.train_loss, problem.val_loss)
-    np.testing.assert_allclose(after.metadata["theta"], xy / xx, rtol=1e-10)
-    assert jnp.all(after.metadata["key"] == chain[-1])
+    np.testing.assert_allclose(after.memory.theta, xy / xx, rtol=1e-10)
+    assert jnp.all(after.memory.distilled.key == chain[-1])
 
 
 def test_the_product_is_taken_on_the_distilled_data():
@@ -255,13 +255,13 @@ def test_the_product_is_taken_on_the_distilled_data():
         arguments = (state, stack.at(t), None, problem.train_loss, problem.val_loss)
         g = optimizer.compute_hypergradient(*arguments)
         before, state = state, optimizer.step(*arguments, lr_hyper=0.0)
-        of_now, of_past = stack.at(t)[0], before.metadata["d_star"][0]
-        rows, w_star = state.metadata["d_star"][0], state.metadata["w_star"]
+        of_now, of_past = stack.at(t)[0], before.memory.distilled.d_star[0]
+        rows, w_star = state.memory.distilled.d_star[0], state.memory.distilled.w_star
         new = np.asarray(jnp.all(rows == of_now, axis=1))
         assert np.all(new | np.asarray(jnp.all(rows == of_past, axis=1)))
         mixed |= bool(new.any() and not new.all())
         alpha = np.asarray(d.alpha(state.params, flat.h0))
-        v = alpha @ np.asarray(d.b(w_star, flat.h0, t, state.metadata["d_star"]))
+        v = alpha @ np.asarray(d.b(w_star, flat.h0, t, state.memory.distilled.d_star))
         expected = d.direct(state.params, flat.h0) + 0.7 * (1 - 0.8 ** (t + 1)) / (1 - 0.8) * v
         np.testing.assert_allclose(g, expected, rtol=1e-10)
     assert mixed
@@ -322,9 +322,9 @@ def test_at_gamma_one_the_factor_is_t_and_the_point_the_mean():
         g = optimizer.compute_hypergradient(state, None, None, train_loss, val_loss)
         state = optimizer.step(state, None, None, train_loss, val_loss)
         np.testing.assert_allclose(g, t * 0.1 * np.ones(2), rtol=1e-12)
-        np.testing.assert_allclose(state.metadata["w_star"], np.mean(visited, 0), rtol=1e-12)
+        np.testing.assert_allclose(state.memory.distilled.w_star, np.mean(visited, 0), rtol=1e-12)
     batches = gradhpo.BatchStack(jnp.zeros((5, 1)))
-    theta = optimizer.estimate_theta(state, batches, None, train_loss, val_loss).metadata["theta"]
+    theta = optimizer.estimate_theta(state, batches, None, train_loss, val_loss).memory.theta
     # y_s = sum_{k<s} .9^k .1 |1|, x_s = .1 s |1|
     x = 0.1 * np.arange(1, 6)
     y = 0.1 * np.cumsum(0.9 ** np.arange(5))
@@ -339,7 +339,8 @@ def test_next_to_gamma_one_float32_keeps_its_digits():
         optax.sgd(0.1), optax.sgd(0.0), gamma=gamma, distillation_weight=1.0
     )
     state = optimizer.init(jnp.ones(2, jnp.float32), jnp.zeros(2, jnp.float32))
-    state = state.update(metadata={"t": jnp.asarray(999, jnp.int32)})
+    late = eqx.tree_at(lambda m: m.t, state.memory, jnp.asarray(999, jnp.int32))
+    state = state.update(memory=late)
     g = optimizer.compute_hypergradient(state, None, None, train_loss, val_loss)
     exact = (1 - float(gamma) ** 1_000) / (1 - float(gamma))
     np.testing.assert_allclose(g, 0.1 * exact * np.ones(2), rtol=1e-5)
@@ -369,14 +370,14 @@ def test_an_estimate_that_says_nothing_or_is_not_finite_keeps_theta():
     good = gradhpo.BatchStack(jnp.ones((5, 2)))
     bad = gradhpo.BatchStack(jnp.ones((5, 2)).at[3].set(jnp.nan))
     nothing = optimizer.estimate_theta(state, good, None, train_loss, flat)
-    assert nothing.metadata["theta"] == 0.4
-    assert nothing.metadata["theta_rejected"] == 0
+    assert nothing.memory.theta == 0.4
+    assert nothing.memory.theta_rejected == 0
     refused = optimizer.estimate_theta(state, bad, None, train_loss, val_loss)
-    assert refused.metadata["theta"] == 0.4
-    assert refused.metadata["theta_rejected"] == 1
-    assert np.all(np.isfinite(refused.metadata["sum_xx"]))
+    assert refused.memory.theta == 0.4
+    assert refused.memory.theta_rejected == 1
+    assert np.all(np.isfinite(refused.memory.sum_xx))
     fitted = optimizer.estimate_theta(refused, good, None, train_loss, val_loss)
-    assert fitted.metadata["theta"] != 0.4
+    assert fitted.memory.theta != 0.4
 
 
 def test_estimating_traces_once(getkey):

@@ -315,7 +315,7 @@ def test_imaml_is_a_proximal_inner_problem_for_each_task():
     found = optimizer.compute_hypergradient(state, train, val, train_loss, val_loss)
     np.testing.assert_allclose(found, expected, rtol=1e-9)
     after = optimizer.step(state, train, val, train_loss, val_loss)
-    assert after.metadata["adjoint"].shape == (3, 4)
+    assert after.memory.adjoint.shape == (3, 4)
 
 
 def test_the_default_solver_in_float32_with_thousands_of_parameters(as_a_user_has_it):
@@ -327,8 +327,8 @@ def test_the_default_solver_in_float32_with_thousands_of_parameters(as_a_user_ha
         optimizer = gradhpo.ImplicitOptimizer(optax.sgd(0.1), optax.sgd(0.1), solver)
         state = optimizer.init(jnp.ones(size), jnp.ones(size))
         state = optimizer.step(state, None, None, train_loss, val_loss)
-        assert state.metadata["rejected"] == state.metadata["linear_failures"] == 0
-        assert state.metadata["linear_residual"] < 1e-4
+        assert state.metadata["rejected"] == state.get_metric("linear_failures") == 0
+        assert state.get_metric("linear_residual") < 1e-4
         np.testing.assert_allclose(state.hyperparams, 1.1, rtol=1e-4)  # g = alpha = -1
 
 
@@ -344,8 +344,8 @@ def test_the_default_solver_on_a_network_in_float32(as_a_user_has_it):
     state = optimizer.init(the_job.params, the_job.hyperparams)
     batches = (the_job.train_data(0), the_job.val_batch)
     state = optimizer.step(state, *batches, penalised, the_job.val_loss)
-    assert state.metadata["rejected"] == state.metadata["linear_failures"] == 0
-    assert state.metadata["linear_residual"] < 1e-2
+    assert state.metadata["rejected"] == state.get_metric("linear_failures") == 0
+    assert state.get_metric("linear_residual") < 1e-2
 
 
 def shrinking(factor, solver):

@@ -34,12 +34,12 @@ def test_pullback_is_the_vjp_and_agrees_with_the_jvp(
     problem, inner = make(problem_name, optimizer_name, getkey())
     phi, z = phi_of(problem, inner, symmetric=symmetric)
     # A few steps in, so that moments and counts are not at their initial values.
-    (w, s), _, _ = eqx.filter_jit(phi.rollout)(z, problem.hyperparams, 0, 3)
+    (w, s, _), _, _ = eqx.filter_jit(phi.rollout)(z, problem.hyperparams, 0, 3)
     s, s_rest = eqx.partition(s, eqx.is_inexact_array)
 
     def plain(w, s, h):
-        (w, s), _ = phi.step((w, eqx.combine(s, s_rest)), h, 3)
-        return w, eqx.filter(s, eqx.is_inexact_array)
+        z, _ = phi.step(InnerState(w, eqx.combine(s, s_rest)), h, 3)
+        return z.w, eqx.filter(z.s, eqx.is_inexact_array)
 
     primals = (w, s, problem.hyperparams)
     bar, tangent = random_like((w, s), 0), random_like(primals, 1)
@@ -47,8 +47,10 @@ def test_pullback_is_the_vjp_and_agrees_with_the_jvp(
     @jax.jit
     def both_ways(primals, bar, tangent):
         w, s, h = primals
-        (new_w, new_s), loss, pull = phi.vjp((w, eqx.combine(s, s_rest)), h, 3)
-        ours = (new_w, eqx.filter(new_s, eqx.is_inexact_array)), loss, pull(*bar)
+        new, loss, pull = phi.vjp(InnerState(w, eqx.combine(s, s_rest)), h, 3)
+        z_bar, hyper_bar = pull(InnerState(*bar))
+        pulled = z_bar.w, z_bar.s, hyper_bar
+        ours = (new.w, eqx.filter(new.s, eqx.is_inexact_array)), loss, pulled
         value, reference = jax.vjp(plain, *primals)
         plain_loss = problem.train_loss(eqx.combine(w, phi.frozen), h, problem.train_batch)
         return ours, (value, plain_loss, reference(bar)), jax.jvp(plain, primals, tangent)[1]
@@ -62,14 +64,14 @@ def test_pullback_is_the_vjp_and_agrees_with_the_jvp(
 
 def test_pullback_can_be_differentiated_once_more(getkey):
     problem, inner = make("loss", "adam", getkey())
-    phi, (w, s) = phi_of(problem, inner)
+    phi, z = phi_of(problem, inner)
 
     def through_pullback(h):
-        (new_w, _), _, pull = phi.vjp((w, s), h, 0)
-        return gradhpo.tree_l2_norm(pull(new_w)[2])
+        new, _, pull = phi.vjp(z, h, 0)
+        return gradhpo.tree_l2_norm(pull(InnerState(new.w))[1])
 
     def through_jax(h):
-        new_w, pull = jax.vjp(lambda h: phi.step((w, s), h, 0)[0][0], h)
+        new_w, pull = jax.vjp(lambda h: phi.step(z, h, 0)[0].w, h)
         return gradhpo.tree_l2_norm(pull(new_w)[0])
 
     ours, plain = (jax.jit(jax.grad(f)) for f in (through_pullback, through_jax))
@@ -85,14 +87,15 @@ def test_pullback_of_an_update_fn(getkey):
 
     by_hand, z = phi_of(problem, update_fn=update_fn)
     by_optax, z_optax = phi_of(problem, optax.sgd(0.1))
-    bar = random_like(z[0], 0)
-    (new_w, new_s), loss, pull = by_hand.vjp(z, problem.hyperparams, 0)
-    (expected_w, _), expected_loss, expected_pull = by_optax.vjp(z_optax, problem.hyperparams, 0)
-    assert new_s == ()
-    assert_close(new_w, expected_w)
+    bar = InnerState(random_like(z.w, 0))
+    new, loss, pull = by_hand.vjp(z, problem.hyperparams, 0)
+    expected, expected_loss, expected_pull = by_optax.vjp(z_optax, problem.hyperparams, 0)
+    assert new.s == ()
+    assert_close(new.w, expected.w)
     np.testing.assert_allclose(loss, expected_loss)
-    assert_close(pull(bar)[0], expected_pull(bar)[0])
-    assert_close(pull(bar)[2], expected_pull(bar)[2])
+    (found_z, found_h), (expected_z, expected_h) = pull(bar), expected_pull(bar)
+    assert_close(found_z.w, expected_z.w)
+    assert_close(found_h, expected_h)
 
 
 def test_gradient_reversal_gets_its_right_hypergradient(getkey):

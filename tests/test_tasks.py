@@ -136,15 +136,15 @@ def test_theta_of_every_task_is_that_of_its_own_run(keep_data):
             own = {"batch": stack.at(0), "key": jax.random.split(jax.random.key(5), 2)[task]}
         one = single.init(jnp.ones(()), jnp.zeros(()), **own)
         one = single.estimate_theta(one, stack, None, noisy, val_loss)
-        thetas.append(one.metadata["theta"])
-    np.testing.assert_allclose(after.metadata["theta"], thetas, rtol=1e-10)
+        thetas.append(one.memory.theta)
+    np.testing.assert_allclose(after.memory.of_each.theta, thetas, rtol=1e-10)
     np.testing.assert_allclose(history["theta"], np.mean(thetas), rtol=1e-10)
     # And the same by the public method, tasks side by side.
     keys = [[folded(jax.random.key(1), t, i, 0) for i in range(2)] for t in range(6)]
     keys = jnp.stack([jnp.stack(of_step) for of_step in keys])
     stack = gradhpo.BatchStack((jnp.stack([table[0]] * 6), keys))
     public = together.estimate_theta(state, stack, None, noisy, val_loss)
-    np.testing.assert_allclose(public.metadata["theta"], thetas, rtol=1e-10)
+    np.testing.assert_allclose(public.memory.of_each.theta, thetas, rtol=1e-10)
 
 
 def test_tasks_that_start_apart_restart_together():

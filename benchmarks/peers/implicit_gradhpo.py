@@ -91,7 +91,7 @@ def cold_steps(problem: Problem, how: str) -> int:
     state = chosen.init(jnp.zeros_like(problem.optimum), problem.h)
     for count in range(at_once, MOST_STEPS + 1, at_once):
         state = stepped(problem, chosen, state, problem.train, problem.val, 0.0)
-        if reached(problem, state.metadata["inner_residual"]):
+        if reached(problem, state.get_metric("inner_residual")):
             return count
     raise RuntimeError(f"{MOST_STEPS} inner steps do not reach {INNER_TOLERANCE}")
 

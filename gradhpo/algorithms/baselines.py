@@ -4,16 +4,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gradhpo.core.algorithm import Memoryless
-from gradhpo.core.outer import Estimate
-from gradhpo.core.problem import Problem, Sees
-from gradhpo.core.state import Memory
-from gradhpo.core.types import InnerOptimizer, UpdateFn
-from gradhpo.utils.typecheck import checked
+from gradhpo.extend import (
+    Algorithm,
+    Estimate,
+    InnerOptimizer,
+    InnerState,
+    Problem,
+    Sees,
+    UpdateFn,
+    checked,
+)
+
+
 
 
 @checked
-class FOOptimizer(Memoryless):
+class FOOptimizer(Algorithm):
     r"""First order: the direct term, $g = \partial L_{val}/\partial\lambda\,(w_1)$.
 
     One inner step, then the derivative of the validation loss with the parameters held
@@ -57,18 +63,29 @@ class FOOptimizer(Memoryless):
         return 1
 
     @property
-    def _sees(self) -> Sees:
+    def sees(self) -> Sees:
+        """The validation loss alone."""
         return "validation"
 
-    def _estimate(self, problem: Problem, memory: Memory) -> Estimate:
+    @property
+    def passes_loss(self) -> bool:
+        """True: the inner update is not differentiated."""
+        return True
+
+    @property
+    def takes(self) -> str:
+        """First derivatives only."""
+        return "first derivatives of both losses"
+
+    def estimate(self, problem: Problem, memory: None) -> Estimate:
         phi, validation, z, hyperparams = problem
         z, train_loss = phi.step(z, hyperparams, 0)
-        val_loss, _, direct = validation.value_and_grads(z[0], hyperparams)
-        return Estimate(z, {}, direct, train_loss, val_loss)
+        val_loss, _, direct = validation.value_and_grads(z.w, hyperparams)
+        return Estimate(z, direct, train_loss, val_loss)
 
 
 @checked
-class OneStepOptimizer(Memoryless):
+class OneStepOptimizer(Algorithm):
     r"""One step: $g = \partial L_{val}/\partial\lambda + \alpha_1 B_1$, exact through one step.
 
     $\alpha_1 = \partial L_{val}/\partial w\,(w_1)$ and $B_1 = \partial\Phi/\partial\lambda$ at
@@ -100,13 +117,14 @@ class OneStepOptimizer(Memoryless):
         return 1
 
     @property
-    def _sees(self) -> Sees:
+    def sees(self) -> Sees:
+        """The last update."""
         return "last update"
 
-    def _estimate(self, problem: Problem, memory: Memory) -> Estimate:
+    def estimate(self, problem: Problem, memory: None) -> Estimate:
         phi, validation, z, hyperparams = problem
         z, train_loss, pull = phi.vjp(z, hyperparams, 0)
-        val_loss, alpha, direct = validation.value_and_grads(z[0], hyperparams)
-        _, _, through_update = pull(alpha)
+        val_loss, alpha, direct = validation.value_and_grads(z.w, hyperparams)
+        _, through_update = pull(InnerState(alpha))
         hypergradient = jax.tree.map(jnp.add, direct, through_update)
-        return Estimate(z, {}, hypergradient, train_loss, val_loss)
+        return Estimate(z, hypergradient, train_loss, val_loss)

@@ -8,20 +8,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
-from gradhpo.core.inner import InnerUpdate
-from gradhpo.core.inner_optimizer import cast_like
-from gradhpo.core.problem import Problem
-from gradhpo.core.reverse import along_a_line, cotangent_at_end, pull_step
-from gradhpo.core.types import DrawnStack
-from gradhpo.utils.gradients import (
+from gradhpo.algorithms.discount import geometric_sum
+from gradhpo.extend import (
+    DrawnStack,
+    InnerState,
+    InnerUpdate,
+    Problem,
     accumulation_dtype,
-    geometric_sum,
+    along_a_line,
+    cast_like,
+    check_leading_axis,
+    check_same_structure,
+    cotangent_at_end,
+    is_key,
+    pull_step,
     tree_dot,
     tree_lerp,
     tree_zeros_like,
 )
-from gradhpo.utils.keys import is_key
-from gradhpo.utils.validation import check_leading_axis, check_same_structure
+
+
 
 
 class Distilled(eqx.Module):
@@ -81,9 +87,9 @@ class Distilled(eqx.Module):
         return Distilled(w_star, jax.tree.map(choose, examples, self.d_star), key)
 
     def product(
-        self, phi: InnerUpdate, s: PyTree, hyperparams: PyTree, t: ArrayLike, alpha: PyTree
+        self, phi: InnerUpdate, z: InnerState, hyperparams: PyTree, t: ArrayLike, alpha: PyTree
     ) -> PyTree:
-        r"""$\alpha\,\partial\Phi(w^*, \lambda; D^*)/\partial\lambda$, at optimizer state `s`.
+        r"""$\alpha\,\partial\Phi(w^*, \lambda; D^*)/\partial\lambda$, with all but the parameters of `z`.
 
         `alpha` is a cotangent on the parameters alone. What is no example in a batch (a PRNG
         key) is that of step `t`.
@@ -92,8 +98,8 @@ class Distilled(eqx.Module):
             batch = eqx.combine(self.d_star, phi.batch(t))
             # Not the batch itself: its keys have been folded with t already.
             phi = dataclasses.replace(phi, train_batch=DrawnStack(lambda t: batch))
-        _, _, pull = phi.vjp((cast_like(self.w_star, alpha), s), hyperparams, t)
-        return pull(alpha)[2]
+        _, _, pull = phi.vjp(z._replace(w=cast_like(self.w_star, alpha)), hyperparams, t)
+        return pull(InnerState(alpha))[1]
 
 
 def regress(
@@ -105,20 +111,20 @@ def regress(
     the last s steps, and `distilled` what their distilled point and data would be.
     """
     phi, validation, z, hyperparams = problem
-    (_, last_s), end, _, line, kept = along_a_line(phi, z, hyperparams, num_steps)
-    alpha = jax.grad(validation.loss)(end[0], hyperparams)
-    bar = cotangent_at_end(alpha, end[1], tree_zeros_like(hyperparams))
+    last, end, _, line, kept = along_a_line(phi, z, hyperparams, num_steps)
+    alpha = jax.grad(validation.loss)(end.w, hyperparams)
+    bar = cotangent_at_end(alpha, end, tree_zeros_like(hyperparams))
 
     def body(carry, at):
         bar, distilled, sum_xy, sum_xx = carry
         kept, t = at
         before, s = line.at(kept, t), num_steps - t
-        bar = pull_step(phi, before, hyperparams, t, bar)
+        bar = pull_step(phi, before, hyperparams, t, bar).bar
         total = geometric_sum(gamma, s)
-        distilled = distilled.add(before[0], phi.batch(t), geometric_sum(gamma, s - 1) / total)
-        v = distilled.product(phi, last_s, hyperparams, t, alpha)
+        distilled = distilled.add(before.w, phi.batch(t), geometric_sum(gamma, s - 1) / total)
+        v = distilled.product(phi, last, hyperparams, t, alpha)
         # x y = (|v| total) (v . g / |v|): no norm is needed, and v = 0 adds nothing.
-        sum_xy += total * tree_dot(v, bar[2]).astype(gamma.dtype)
+        sum_xy += total * tree_dot(v, bar.hyperparams).astype(gamma.dtype)
         sum_xx += total**2 * tree_dot(v, v).astype(gamma.dtype)
         return (bar, distilled, sum_xy, sum_xx), None
 

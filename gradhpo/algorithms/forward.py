@@ -1,23 +1,41 @@
 r"""Forward mode: exact hypergradients at every step, in memory independent of the horizon."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, PyTree
 
-from gradhpo.core.algorithm import StepByStep
-from gradhpo.core.outer import Estimate
-from gradhpo.core.problem import Problem, Sees
-from gradhpo.core.state import Memory
-from gradhpo.core.types import InnerOptimizer, UpdateFn
-from gradhpo.utils.coordinates import map_in_blocks, num_coordinates, ravel, unit_vector, unravel
-from gradhpo.utils.gradients import accumulation_dtype
-from gradhpo.utils.settings import check_count
-from gradhpo.utils.typecheck import checked
+from gradhpo.extend import (
+    Algorithm,
+    Estimate,
+    InnerOptimizer,
+    InnerState,
+    Problem,
+    UpdateFn,
+    accumulation_dtype,
+    check_count,
+    checked,
+    map_in_blocks,
+    num_coordinates,
+    ravel,
+    unit_vector,
+    unravel,
+)
+
+
+
+
+class ForwardMemory(eqx.Module):
+    """`Z`, a tree like $z$ (its floating-point part), leaves with a leading axis `[hyperparams]`."""
+
+    Z: InnerState
 
 
 @checked
-class ForwardModeOptimizer(StepByStep):
+class ForwardModeOptimizer(Algorithm):
     r"""The exact hypergradient of the whole episode so far, by forward mode.
 
     The derivative $Z_t = \mathrm{d} z_t/\mathrm{d}\lambda$ of parameters and optimizer state is
@@ -42,9 +60,9 @@ class ForwardModeOptimizer(StepByStep):
         [`FOOptimizer`][gradhpo.FOOptimizer].
     - `unroll_steps`: inner steps $T$ per `step`, at least 1; default 1.
 
-    The memory: `Z`, a tree like the parameters and the optimizer state (its floating-point
-    part), each leaf with a leading axis of length $H$ over the hyperparameters in the order of
-    their leaves; 0 at `init` and where an episode begins.
+    The memory, `state.memory`: `Z`, with `Z.w` like the parameters and `Z.s` like the optimizer
+    state (the floating-point part of both), each leaf with a leading axis of length $H$ over the
+    hyperparameters in the order of their leaves; 0 at `init` and where an episode begins.
 
     **Raises:** `ValueError` for `unroll_steps < 1`.
 
@@ -82,18 +100,30 @@ class ForwardModeOptimizer(StepByStep):
         return self.unroll_steps
 
     @property
-    def _sees(self) -> Sees:
-        return "updates"
+    def takes(self) -> str:
+        """Forward derivatives."""
+        return "forward derivatives of the inner update"
 
-    def _init_memory(self, z, hyperparams, batch, key) -> Memory:
+    def with_num_steps(self, num_steps: int) -> "ForwardModeOptimizer":
+        """With other `unroll_steps`."""
+        return dataclasses.replace(self, unroll_steps=num_steps)
+
+    def init_memory(
+        self, z: InnerState, hyperparams: PyTree, batch: PyTree, key: Array | None
+    ) -> ForwardMemory:
+        """`Z` = 0."""
         count = num_coordinates(hyperparams)
         inexact = eqx.filter(z, eqx.is_inexact_array)
-        return {"Z": jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), inexact)}
+        zeros = lambda x: jnp.zeros((count, *x.shape), x.dtype)
+        return ForwardMemory(jax.tree.map(zeros, inexact))
 
-    def _restart_memory(self, memory, w) -> Memory:
-        return {"Z": jax.tree.map(jnp.zeros_like, memory["Z"])}
+    def restart_memory(
+        self, memory: ForwardMemory, z: InnerState, hyperparams: PyTree
+    ) -> ForwardMemory:
+        """`Z` = 0 again: the new start is taken not to depend on the hyperparameters."""
+        return jax.tree.map(jnp.zeros_like, memory)
 
-    def _estimate(self, problem: Problem, memory: Memory) -> Estimate:
+    def estimate(self, problem: Problem, memory: ForwardMemory) -> Estimate:
         phi, validation, z, hyperparams = problem
         coordinates = jnp.arange(num_coordinates(hyperparams))
 
@@ -113,13 +143,10 @@ class ForwardModeOptimizer(StepByStep):
             tangents = map_in_blocks(along, (tangents, coordinates))
             return (eqx.combine(inexact, rest), tangents), loss
 
-        (z, tangents), losses = jax.lax.scan(body, (z, memory["Z"]), jnp.arange(self.unroll_steps))
-        val_loss, alpha, direct = validation.value_and_grads(z[0], hyperparams)
-        wide = accumulation_dtype(z[0])
+        (z, tangents), losses = jax.lax.scan(body, (z, memory.Z), jnp.arange(self.unroll_steps))
+        val_loss, alpha, direct = validation.value_and_grads(z.w, hyperparams)
+        wide = accumulation_dtype(z.w)
         alpha = ravel(alpha, wide)
-        through_updates = map_in_blocks(lambda of_w: ravel(of_w, wide) @ alpha, tangents[0])
+        through_updates = map_in_blocks(lambda of_w: ravel(of_w, wide) @ alpha, tangents.w)
         hypergradient = jax.tree.map(jnp.add, direct, unravel(through_updates, hyperparams))
-        return Estimate(z, {"Z": tangents}, hypergradient, losses[-1], val_loss)
-
-    def _remarks(self, before, metrics, num_tasks=1) -> str:
-        return ""
+        return Estimate(z, hypergradient, losses[-1], val_loss, ForwardMemory(tangents))

@@ -1,24 +1,34 @@
 r"""Generalized greedy: one-step hypergradients of every inner step, discounted."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from gradhpo.core.algorithm import Memoryless
-from gradhpo.core.inner_optimizer import cast_like
-from gradhpo.core.outer import Estimate
-from gradhpo.core.problem import Problem, Sees
-from gradhpo.core.state import Memory
-from gradhpo.core.types import InnerOptimizer, UpdateFn
-from gradhpo.utils.gradients import accumulation_dtype
-from gradhpo.utils.settings import check_count, check_setting, setting
-from gradhpo.utils.typecheck import checked
+from gradhpo.extend import (
+    Algorithm,
+    Estimate,
+    InnerOptimizer,
+    InnerState,
+    Problem,
+    Sees,
+    UpdateFn,
+    accumulation_dtype,
+    cast_like,
+    check_count,
+    check_setting,
+    checked,
+    setting,
+)
+
+
 
 
 @checked
-class GreedyOptimizer(Memoryless):
+class GreedyOptimizer(Algorithm):
     r"""Generalized greedy hypergradients, in memory independent of the horizon.
 
     $$g = \frac{\partial L_{val}}{\partial\lambda}(w_T) + \sum_{t=1}^{T} \gamma^{T-t}\,
@@ -75,10 +85,15 @@ class GreedyOptimizer(Memoryless):
         return self.unroll_steps
 
     @property
-    def _sees(self) -> Sees:
+    def sees(self) -> Sees:
+        """The last update."""
         return "last update"
 
-    def _estimate(self, problem: Problem, memory: Memory) -> Estimate:
+    def with_num_steps(self, num_steps: int) -> "GreedyOptimizer":
+        """With other `unroll_steps`."""
+        return dataclasses.replace(self, unroll_steps=num_steps)
+
+    def estimate(self, problem: Problem, memory: None) -> Estimate:
         phi, validation, z, hyperparams = problem
         # Many small terms are added up: in bfloat16 the sum would stall.
         wide = accumulation_dtype(hyperparams)
@@ -90,8 +105,8 @@ class GreedyOptimizer(Memoryless):
         def body(carry, t):
             z, total = carry
             z, _, pull = phi.vjp(z, hyperparams, t)
-            alpha = jax.grad(validation.loss)(z[0], hyperparams)
-            return (z, add(total, pull(alpha)[2])), None
+            alpha = jax.grad(validation.loss)(z.w, hyperparams)
+            return (z, add(total, pull(InnerState(alpha))[1])), None
 
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, wide), hyperparams)
         last = self.unroll_steps - 1
@@ -101,8 +116,8 @@ class GreedyOptimizer(Memoryless):
         # The last step stands apart: it alone needs both losses and the direct term.
         z, total = carry
         z, train_loss, pull = phi.vjp(z, hyperparams, last)
-        val_loss, alpha, direct = validation.value_and_grads(z[0], hyperparams)
-        total = add(total, pull(alpha)[2])
+        val_loss, alpha, direct = validation.value_and_grads(z.w, hyperparams)
+        total = add(total, pull(InnerState(alpha))[1])
         hypergradient = jax.tree.map(lambda x, h: x.astype(wide) + h, direct, total)
         hypergradient = cast_like(hypergradient, hyperparams)
-        return Estimate(z, {}, hypergradient, train_loss, val_loss)
+        return Estimate(z, hypergradient, train_loss, val_loss)

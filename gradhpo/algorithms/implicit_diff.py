@@ -1,5 +1,8 @@
 r"""Implicit differentiation: the hypergradient of the inner optimum, not of the way to it."""
 
+import dataclasses
+from collections.abc import Mapping
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -8,27 +11,50 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from gradhpo.core.algorithm import StepByStep
-from gradhpo.core.inner_optimizer import cast_like
-from gradhpo.core.outer import Estimate
-from gradhpo.core.problem import Problem, Sees
-from gradhpo.core.state import Memory
-from gradhpo.core.types import InnerOptimizer, UpdateFn
-from gradhpo.solvers.neumann import Neumann
-from gradhpo.solvers.nystrom import Nystrom
-from gradhpo.utils.coordinates import num_coordinates
-from gradhpo.utils.gradients import accumulation_dtype, tree_dot, tree_l2_norm
-from gradhpo.utils.settings import check_count, check_setting, setting
-from gradhpo.utils.typecheck import checked
+from gradhpo.extend import (
+    Algorithm,
+    Estimate,
+    InnerOptimizer,
+    InnerState,
+    MetricDict,
+    Problem,
+    Sees,
+    UpdateFn,
+    accumulation_dtype,
+    cast_like,
+    check_count,
+    check_setting,
+    checked,
+    num_coordinates,
+    setting,
+    tree_dot,
+    tree_l2_norm,
+)
 
 
 # Products of the default solvers, each of which costs two training gradients. GMRES counts
 # cycles of so many.
 _MOST_PRODUCTS, _CYCLE = 100, 20
+# Where a solver has no `advice` of its own.
+_ADVICE = "the system is probably singular or not positive: pass damping=1e-3 or more"
+
+
+class ImplicitMemory(eqx.Module):
+    r"""What [`ImplicitOptimizer`][gradhpo.ImplicitOptimizer] carries on, and tells of its solves.
+
+    - `adjoint`: the last $q$, a tree like the parameters.
+    - `inner_residual`, `linear_residual`, `linear_iterations`, `linear_failures`: shape `()`.
+    """
+
+    adjoint: PyTree
+    inner_residual: Array
+    linear_residual: Array
+    linear_iterations: Array
+    linear_failures: Array
 
 
 @checked
-class ImplicitOptimizer(StepByStep):
+class ImplicitOptimizer(Algorithm):
     r"""Implicit differentiation at the parameters that `inner_steps` inner steps reach.
 
     Where training has converged, $\nabla_w L_{train} = 0$ defines $w$ as a function of
@@ -68,8 +94,8 @@ class ImplicitOptimizer(StepByStep):
     - `inner_steps`: inner steps per `step`, at least 1; default 1.
     - `damping`: $\rho \ge 0$, shape `()`, default 0, for an $H$ that is singular or not positive.
 
-    The memory: `adjoint`, the last $q$, from whose best multiple iterative solvers start. Its own
-    metrics: `inner_residual`, $\|\nabla_w L_{train}\|$ (or $\|w - \Phi(w)\|$) at the end of the
+    The memory, `state.memory`: `adjoint`, the last $q$, from whose best multiple iterative solvers
+    start, and its own metrics (`state.get_metric("linear_residual")`): `inner_residual`, $\|\nabla_w L_{train}\|$ (or $\|w - \Phi(w)\|$) at the end of the
     inner steps; `linear_residual`, what is left of the linear system relative to its right-hand
     side; `linear_iterations` as the solver counts them (0 for direct solvers, cycles of 20 products
     for `lineax.GMRES`); `linear_failures`, how many solves so far the solver itself gave up
@@ -116,30 +142,51 @@ class ImplicitOptimizer(StepByStep):
         return self.inner_steps
 
     @property
-    def _sees(self) -> Sees:
+    def sees(self) -> Sees:
+        """The optimum."""
         return "optimum"
 
-    def _init_memory(self, z, hyperparams, batch, key) -> Memory:
-        w, _ = z
-        dtype = accumulation_dtype(w)
+    @property
+    def passes_loss(self) -> bool:
+        """True: the inner update is not differentiated."""
+        return True
+
+    @property
+    def takes(self) -> str:
+        """Those of the condition for the optimum."""
+        return "derivatives of update_fn" if self.update_fn else "second derivatives of the loss"
+
+    @property
+    def suspect(self) -> str:
+        """The linear system."""
+        return "a singular linear system: pass damping=1e-3 or more"
+
+    def with_num_steps(self, num_steps: int) -> "ImplicitOptimizer":
+        """With other `inner_steps`."""
+        return dataclasses.replace(self, inner_steps=num_steps)
+
+    def init_memory(
+        self, z: InnerState, hyperparams: PyTree, batch: PyTree, key: Array | None
+    ) -> ImplicitMemory:
+        """An adjoint of 0. It outlives episodes: the optimum is where it was."""
+        dtype = accumulation_dtype(z.w)
         unknown = jnp.full((), jnp.nan, dtype)
-        return {
-            "adjoint": jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), w),
-            "inner_residual": unknown,
-            "linear_residual": unknown,
-            "linear_iterations": unknown,
-            "linear_failures": jnp.zeros((), dtype),
-        }
+        adjoint = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), z.w)
+        return ImplicitMemory(adjoint, unknown, unknown, unknown, jnp.zeros((), dtype))
 
-    def _restart_memory(self, memory, w) -> Memory:
-        # The optimum is where it was, and so is the adjoint of the last solve near the next.
-        return {}
+    def finite_part(self, memory: ImplicitMemory) -> PyTree:
+        """The adjoint."""
+        return memory.adjoint
 
-    def _estimate(self, problem: Problem, memory: Memory) -> Estimate:
+    def after_refusal(self, old: ImplicitMemory, new: ImplicitMemory) -> ImplicitMemory:
+        """The metrics tell of a refused step as well."""
+        return eqx.tree_at(lambda m: m.adjoint, new, old.adjoint)
+
+    def estimate(self, problem: Problem, memory: ImplicitMemory) -> Estimate:
         phi, validation, z, hyperparams = problem
         last = self.inner_steps - 1
         z, train_loss, _ = phi.rollout(z, hyperparams, 0, self.inner_steps)
-        w, _ = z
+        w = z.w
         val_loss, alpha, direct = validation.value_and_grads(w, hyperparams)
         residual, products = phi.optimality(w, hyperparams, last)
 
@@ -166,7 +213,7 @@ class ImplicitOptimizer(StepByStep):
             jax.eval_shape(lambda: unit),
             lx.positive_semidefinite_tag if symmetric else (),
         )
-        start = _best_multiple(memory["adjoint"], operator.mv(memory["adjoint"]), unit)
+        start = _best_multiple(memory.adjoint, operator.mv(memory.adjoint), unit)
         options = {"y0": start, "shift": damping}
         try:
             solution = lx.linear_solve(operator, unit, solver, options=options, throw=False)
@@ -185,30 +232,23 @@ class ImplicitOptimizer(StepByStep):
         )
         # What a solve that failed has left is nothing to start from.
         adjoint = jax.tree.map(lambda q: jnp.where(failed, 0, norm * q), q)
-        metrics = {
-            "inner_residual": inner_residual,
-            "linear_residual": tree_l2_norm(jax.tree.map(jnp.subtract, unit, reached)),
-            "linear_iterations": jnp.asarray(solution.stats.get("num_steps", 0)),
-            "linear_failures": memory["linear_failures"] + failed.astype(wide),
-        }
-        return Estimate(
-            z,
-            {"adjoint": adjoint},
-            hypergradient,
-            train_loss,
-            val_loss,
-            metrics={name: value.astype(wide) for name, value in metrics.items()},
+        residual_left = tree_l2_norm(jax.tree.map(jnp.subtract, unit, reached))
+        memory = ImplicitMemory(
+            adjoint,
+            inner_residual=inner_residual.astype(wide),
+            linear_residual=residual_left.astype(wide),
+            linear_iterations=jnp.asarray(solution.stats.get("num_steps", 0)).astype(wide),
+            linear_failures=memory.linear_failures + failed.astype(wide),
         )
+        return Estimate(z, hypergradient, train_loss, val_loss, memory)
 
-    def _remarks(self, before, metrics, num_tasks=1) -> str:
-        failures = num_tasks * (metrics["linear_failures"][-1] - before["linear_failures"])
+    def remarks(
+        self, before: MetricDict, metrics: Mapping[str, np.ndarray], copies: int = 1
+    ) -> str:
+        """Solves that failed, or left more than they solved."""
+        failures = copies * (metrics["linear_failures"][-1] - before["linear_failures"])
         residuals = metrics["linear_residual"]
-        if isinstance(self.linear_solver, Neumann):
-            why = "the series diverges: pass a smaller step_size, below 2 / (largest curvature)"
-        elif isinstance(self.linear_solver, Nystrom):
-            why = "its length cannot be trusted: use an outer Adam, a larger damping or rank"
-        else:
-            why = "the system is probably singular or not positive: pass damping=1e-3 or more"
+        why = getattr(self.linear_solver, "advice", _ADVICE)
         if failures:
             return (
                 f"The linear solver failed {failures:.0f} times; the hypergradients of those steps "

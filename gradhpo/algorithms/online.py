@@ -1,27 +1,54 @@
 r"""HyperDistill: the hypergradient of a whole episode, distilled into one product a step."""
 
+import dataclasses
+from collections.abc import Mapping
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from gradhpo.algorithms.discount import geometric_sum, past_share
 from gradhpo.algorithms.distilled import Distilled, regress
-from gradhpo.core.algorithm import Algorithm
-from gradhpo.core.base import BilevelOptimizer
-from gradhpo.core.outer import Estimate
-from gradhpo.core.problem import Problem, Sees, bind
-from gradhpo.core.state import BilevelState, Memory
-from gradhpo.core.types import BatchStack, InnerOptimizer, LossFn, UpdateFn
-from gradhpo.utils.gradients import (
+from gradhpo.extend import (
+    Algorithm,
+    BatchStack,
+    BilevelState,
+    Estimate,
+    InnerOptimizer,
+    InnerState,
+    LossFn,
+    MetricDict,
+    Problem,
+    Sees,
+    UpdateFn,
     accumulation_dtype,
-    geometric_sum,
-    past_share,
+    check_count,
+    check_setting,
+    checked,
+    fit_memory,
+    setting,
     tree_normalize,
 )
-from gradhpo.utils.settings import check_count, check_setting, setting
-from gradhpo.utils.typecheck import checked
-from gradhpo.utils.validation import numbers_as_arrays
+
+
+class HyperDistillMemory(eqx.Module):
+    """What [`OnlineHypergradientOptimizer`][gradhpo.OnlineHypergradientOptimizer] carries on.
+
+    - `distilled`: `w_star` and, where there is a distilled data set, `d_star` and `key`.
+    - `t`: steps of the episode so far, shape `()`, int32.
+    - `theta`, `theta_rejected`: the coefficient, and how many estimates of it were refused; `()`.
+    - `sum_xy`, `sum_xx`: of the last estimations, shape `[memory_size]`, the newest first.
+    """
+
+    distilled: Distilled
+    t: Array
+    theta: Array
+    theta_rejected: Array
+    sum_xy: Array
+    sum_xx: Array
 
 
 @checked
@@ -46,7 +73,7 @@ class OnlineHypergradientOptimizer(Algorithm):
     - `inner_optimizer`, `outer_optimizer`, `update_fn`: as for
         [`FOOptimizer`][gradhpo.FOOptimizer].
     - `distillation_weight`: $\theta$ before its first estimate, shape `()`, default 0.1. To set
-        $\theta$ by hand set this; what is written into the metadata is overwritten.
+        $\theta$ by hand set this; what is written into the memory is overwritten.
     - `memory_size`: over how many past estimations $\theta$ is fitted; default 10 (1: the paper).
     - `gamma`: the discount $\gamma \in [0, 1]$, shape `()`, default 0.99. At 0, with
         `distillation_weight=1`, this is [`OneStepOptimizer`][gradhpo.OneStepOptimizer]; at 1
@@ -61,9 +88,10 @@ class OnlineHypergradientOptimizer(Algorithm):
     Give `init` an example `batch` and a `key` to keep the distilled data set $D^*$; without
     them $D^*_t = D_t$, which is the same when every step has the same batch.
 
-    The memory, in `state.metadata`: the episode clock `t`, `w_star`, `theta`, `sum_xy` and
-    `sum_xx` of the last estimations, `theta_rejected` (estimates refused as non-finite), and
-    with a distilled data set `d_star` and `key`.
+    The memory, `state.memory`: the episode clock `t`, `theta`, `sum_xy` and `sum_xx` of the last
+    estimations, `theta_rejected` (estimates refused as non-finite), and `distilled` with `w_star`
+    and, given a distilled data set, `d_star` and `key`. `state.get_metric("theta")` finds any of
+    them.
 
     **Raises:** `ValueError` for `gamma` outside [0, 1], a `distillation_weight` that is not finite,
     or counts below 1.
@@ -109,53 +137,76 @@ class OnlineHypergradientOptimizer(Algorithm):
         return 1
 
     @property
-    def _sees(self) -> Sees:
+    def sees(self) -> Sees:
+        """The last update."""
         return "last update"
 
     @property
-    def _reads_ahead(self) -> bool:
+    def reads_ahead(self) -> bool:
+        """Whether an episode begins with an estimate of theta."""
         return self.estimation_period is not None and not self.normalize
 
-    def _init_memory(self, z, hyperparams, batch, key) -> Memory:
-        w, _ = z
-        dtype = accumulation_dtype(w)
-        memory = {
-            "t": jnp.zeros((), jnp.int32),
-            "theta": self.distillation_weight.astype(dtype),
-            "theta_rejected": jnp.zeros((), dtype),
-            "sum_xy": jnp.zeros(self.memory_size, dtype),
-            "sum_xx": jnp.zeros(self.memory_size, dtype),
-        }
-        kept, examples = _as_memory(Distilled.create(w, batch, key))
-        return memory | kept | examples
+    @property
+    def without_episodes(self) -> str:
+        """Theta is fitted where an episode begins."""
+        if not self.reads_ahead:
+            return ""
+        return (
+            "run without steps_per_episode never fits the theta of OnlineHypergradientOptimizer, "
+            "which happens where an episode begins: pass steps_per_episode, or estimation_period="
+            "None to the optimizer if distillation_weight (or your own estimate_theta) is meant"
+        )
 
-    def _restart_memory(self, memory, w) -> Memory:
-        # At t = 1 the distilled point and data are replaced whole: nothing old is looked at.
-        return {"t": jnp.zeros((), jnp.int32)}
+    def init_memory(
+        self, z: InnerState, hyperparams: PyTree, batch: PyTree, key: Array | None
+    ) -> HyperDistillMemory:
+        """No step yet, and `distillation_weight`."""
+        dtype = accumulation_dtype(z.w)
+        return HyperDistillMemory(
+            distilled=Distilled.create(z.w, batch, key),
+            t=jnp.zeros((), jnp.int32),
+            theta=self.distillation_weight.astype(dtype),
+            theta_rejected=jnp.zeros((), dtype),
+            sum_xy=jnp.zeros(self.memory_size, dtype),
+            sum_xx=jnp.zeros(self.memory_size, dtype),
+        )
 
-    def _estimate(self, problem: Problem, memory: Memory) -> Estimate:
-        phi, validation, (w, s), hyperparams = problem
-        dtype = memory["theta"].dtype
-        t, gamma = memory["t"] + 1, self.gamma.astype(dtype)
-        estimated = jnp.any(memory["sum_xx"] > 0)
-        theta = jnp.where(estimated, memory["theta"], self.distillation_weight.astype(dtype))
+    def restart_memory(
+        self, memory: HyperDistillMemory, z: InnerState, hyperparams: PyTree
+    ) -> HyperDistillMemory:
+        """The clock starts anew; at t = 1 the distilled point and data are replaced whole."""
+        return eqx.tree_at(lambda m: m.t, memory, jnp.zeros_like(memory.t))
 
-        distilled = _from_memory(memory).add(w, phi.batch(0), past_share(gamma, t))
-        z, train_loss = phi.step((w, s), hyperparams, 0)
-        val_loss, alpha, direct = validation.value_and_grads(z[0], hyperparams)
-        v = distilled.product(phi, s, hyperparams, 0, alpha)
+    def finite_part(self, memory: HyperDistillMemory) -> PyTree:
+        """All but the examples, in which a missing value or a mask is no failure."""
+        distilled = memory.distilled
+        return memory.theta, memory.theta_rejected, memory.sum_xy, memory.sum_xx, distilled.w_star
+
+    def estimate(self, problem: Problem, memory: HyperDistillMemory) -> Estimate:
+        phi, validation, z, hyperparams = problem
+        dtype = memory.theta.dtype
+        t, gamma = memory.t + 1, self.gamma.astype(dtype)
+        estimated = jnp.any(memory.sum_xx > 0)
+        theta = jnp.where(estimated, memory.theta, self.distillation_weight.astype(dtype))
+
+        distilled = memory.distilled.add(z.w, phi.batch(0), past_share(gamma, t))
+        new, train_loss = phi.step(z, hyperparams, 0)
+        val_loss, alpha, direct = validation.value_and_grads(new.w, hyperparams)
+        v = distilled.product(phi, z, hyperparams, 0, alpha)
         if self.normalize:
             scale, v = jnp.ones((), dtype), tree_normalize(v, jnp.finfo(dtype).tiny)
         else:
             scale = theta * geometric_sum(gamma, t)
         add = lambda direct, v: direct + scale.astype(v.dtype) * v
         hypergradient = jax.tree.map(add, direct, v)
-        memory, examples = _as_memory(distilled)
-        memory |= {"t": t, "theta": theta}
-        return Estimate(z, memory, hypergradient, train_loss, val_loss, examples)
+        memory = dataclasses.replace(memory, distilled=distilled, t=t, theta=theta)
+        return Estimate(new, hypergradient, train_loss, val_loss, memory)
 
-    def _remarks(self, before, metrics, num_tasks=1) -> str:
-        refused = num_tasks * (metrics["theta_rejected"][-1] - before["theta_rejected"])
+    def remarks(
+        self, before: MetricDict, metrics: Mapping[str, np.ndarray], copies: int = 1
+    ) -> str:
+        """Estimates of theta that were refused."""
+        refused = copies * (metrics["theta_rejected"][-1] - before["theta_rejected"])
         return f"Refused as non-finite: {refused:.0f} estimates of theta." if refused else ""
 
     def estimate_theta(
@@ -178,9 +229,9 @@ class OnlineHypergradientOptimizer(Algorithm):
         **Arguments:** `train_batches` is a [`BatchStack`][gradhpo.BatchStack] of $T$ batches;
         the rest as for [`step`][gradhpo.BilevelOptimizer.step].
 
-        **Returns:** the state with a new `metadata["theta"]`. The parameters are where they
+        **Returns:** the state with a new `memory.theta`. The parameters are where they
         were. An estimate that says nothing ($v_s = 0$) leaves $\theta$ as it was; one that
-        comes out non-finite as well, and `metadata["theta_rejected"]` counts it.
+        comes out non-finite as well, and `memory.theta_rejected` counts it.
 
         **Raises:** as `step`; `TypeError` for `train_batches` that are no `BatchStack`.
 
@@ -192,77 +243,37 @@ class OnlineHypergradientOptimizer(Algorithm):
         state = optimizer.estimate_theta(state, batches, jnp.ones(3), loss, loss)
         ```
         """
-        return compiled_estimate(self, state, train_batches, val_batch, train_loss_fn, val_loss_fn)
+        return fit_memory(self, state, train_batches, val_batch, train_loss_fn, val_loss_fn)
 
-    def _with_theta(
-        self, state, train_batches, val_batch, train_loss_fn, val_loss_fn
-    ) -> BilevelState:
-        steps = train_batches.num_steps
-        problem = bind(
-            self, state, train_batches, val_batch, train_loss_fn, val_loss_fn, num_steps=steps
-        )
-        return state.update(metadata=self._fit(problem, state.memory, steps))
-
-    def _prepare(self, problem: Problem, memory: Memory, step: Array, num_steps: int) -> Memory:
+    def prepare(
+        self, problem: Problem, memory: HyperDistillMemory, step: Array, num_steps: int
+    ) -> HyperDistillMemory:
+        """Theta is fitted on every `estimation_period`-th episode."""
         assert self.estimation_period is not None
         due = step % (self.estimation_period * num_steps) == 0
         steps = num_steps * self.num_inner_steps
-        fitted = ("theta", "theta_rejected", "sum_xy", "sum_xx", "key")
-        as_it_was = {name: memory[name] for name in fitted if name in memory}
-        return jax.lax.cond(due, lambda: self._fit(problem, memory, steps), lambda: as_it_was)
+        # The branches return only what they change: all else would be copied.
+        changed = lambda m: (m.theta, m.theta_rejected, m.sum_xy, m.sum_xx, m.distilled.key)
+        anew = lambda: changed(self.fit(problem, memory, steps))
+        fitted = jax.lax.cond(due, anew, lambda: changed(memory))
+        return eqx.tree_at(changed, memory, fitted, is_leaf=lambda x: x is None)
 
-    def _fit(self, problem: Problem, memory: Memory, num_steps: int) -> Memory:
-        gamma = self.gamma.astype(memory["theta"].dtype)
-        sum_xy, sum_xx, key = regress(problem, _from_memory(memory), gamma, num_steps)
-        pooled_xy = jnp.roll(memory["sum_xy"], 1).at[0].set(sum_xy)
-        pooled_xx = jnp.roll(memory["sum_xx"], 1).at[0].set(sum_xx)
+    def fit(
+        self, problem: Problem, memory: HyperDistillMemory, num_steps: int
+    ) -> HyperDistillMemory:
+        """Theta, by regression over these steps and the last `memory_size` estimations."""
+        gamma = self.gamma.astype(memory.theta.dtype)
+        sum_xy, sum_xx, key = regress(problem, memory.distilled, gamma, num_steps)
+        pooled_xy = jnp.roll(memory.sum_xy, 1).at[0].set(sum_xy)
+        pooled_xx = jnp.roll(memory.sum_xx, 1).at[0].set(sum_xx)
         theta = jnp.sum(pooled_xy) / jnp.sum(pooled_xx)
         finite = jnp.isfinite(sum_xy) & jnp.isfinite(sum_xx)
         usable = finite & (sum_xx > 0) & jnp.isfinite(theta)
-        fitted = {
-            "theta": jnp.where(usable, theta, memory["theta"]),
-            "sum_xy": jnp.where(usable, pooled_xy, memory["sum_xy"]),
-            "sum_xx": jnp.where(usable, pooled_xx, memory["sum_xx"]),
-            "theta_rejected": memory["theta_rejected"] + (~finite).astype(theta.dtype),
-        }
-        return fitted | ({} if key is None else {"key": key})
-
-
-def compiled_estimate(
-    optimizer: BilevelOptimizer,
-    state: BilevelState,
-    train_batches: BatchStack,
-    val_batch: PyTree,
-    train_loss_fn: LossFn,
-    val_loss_fn: LossFn,
-) -> BilevelState:
-    """`optimizer._with_theta`, compiled: for one task, or for many of them at once."""
-    batches = numbers_as_arrays(train_batches), numbers_as_arrays(val_batch)
-    return _estimate_theta(optimizer, state, *batches, train_loss_fn, val_loss_fn)
-
-
-@eqx.filter_jit
-@checked
-def _estimate_theta(
-    optimizer: BilevelOptimizer,
-    state: BilevelState,
-    train_batches: BatchStack,
-    val_batch: PyTree,
-    train_loss_fn: LossFn,
-    val_loss_fn: LossFn,
-) -> BilevelState:
-    arguments = (train_batches, val_batch, train_loss_fn, val_loss_fn)
-    return optimizer._with_theta(state, *arguments)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _from_memory(memory: Memory) -> Distilled:
-    return Distilled(memory["w_star"], memory.get("d_star"), memory.get("key"))
-
-
-def _as_memory(distilled: Distilled) -> tuple[Memory, Memory]:
-    """What is computed, and what is made of examples."""
-    present = lambda **parts: {name: part for name, part in parts.items() if part is not None}
-    return (
-        present(w_star=distilled.w_star, key=distilled.key),
-        present(d_star=distilled.d_star),
-    )
+        return HyperDistillMemory(
+            distilled=dataclasses.replace(memory.distilled, key=key),
+            t=memory.t,
+            theta=jnp.where(usable, theta, memory.theta),
+            theta_rejected=memory.theta_rejected + (~finite).astype(theta.dtype),
+            sum_xy=jnp.where(usable, pooled_xy, memory.sum_xy),
+            sum_xx=jnp.where(usable, pooled_xx, memory.sum_xx),
+        )

@@ -1,5 +1,6 @@
 r"""T1-T2: one step's mixed derivative by central finite differences."""
 
+import dataclasses
 from typing import Literal
 
 import equinox as eqx
@@ -8,19 +9,29 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from gradhpo.core.algorithm import Memoryless
-from gradhpo.core.outer import Estimate
-from gradhpo.core.problem import Problem, Sees
-from gradhpo.core.state import Memory
-from gradhpo.core.types import InnerOptimizer, UpdateFn
-from gradhpo.utils.coordinates import map_in_blocks
-from gradhpo.utils.gradients import tree_dot, tree_l2_norm
-from gradhpo.utils.settings import check_count, check_setting, setting
-from gradhpo.utils.typecheck import checked
+from gradhpo.extend import (
+    Algorithm,
+    Estimate,
+    InnerOptimizer,
+    InnerState,
+    InnerUpdate,
+    Problem,
+    Sees,
+    UpdateFn,
+    check_count,
+    check_setting,
+    checked,
+    map_in_blocks,
+    setting,
+    tree_dot,
+    tree_l2_norm,
+)
+
+
 
 
 @checked
-class T1T2Optimizer(Memoryless):
+class T1T2Optimizer(Algorithm):
     r"""T1-T2 with the finite differences of DARTS: no second derivative is taken.
 
     `inner_steps` inner steps, then the hypergradient through the last one,
@@ -103,10 +114,35 @@ class T1T2Optimizer(Memoryless):
         return self.inner_steps
 
     @property
-    def _sees(self) -> Sees:
+    def sees(self) -> Sees:
+        """The last update's derivative, or by differences whatever has an effect."""
         return "last update" if self.perturb == "weights" else "everything"
 
-    def _estimate(self, problem: Problem, memory: Memory) -> Estimate:
+    @property
+    def passes_loss(self) -> bool:
+        """Whether the inner update is not differentiated."""
+        return self.perturb == "hyperparams"
+
+    @property
+    def takes(self) -> str:
+        """First derivatives, by the weights or of the validation loss alone."""
+        of_update = " and the derivative of the optimizer's update"
+        return "first derivatives of both losses" + of_update * (self.perturb == "weights")
+
+    @property
+    def suspect(self) -> str:
+        """Rounding."""
+        return f"a step lost in rounding: epsilon={float(self.epsilon):g} is too small"
+
+    def with_num_steps(self, num_steps: int) -> "T1T2Optimizer":
+        """With other `inner_steps`."""
+        return dataclasses.replace(self, inner_steps=num_steps)
+
+    def with_difference_step(self, factor: float) -> "T1T2Optimizer":
+        """With another `epsilon`."""
+        return dataclasses.replace(self, epsilon=factor * self.epsilon)
+
+    def estimate(self, problem: Problem, memory: None) -> Estimate:
         phi, validation, z, hyperparams = problem
         last = self.inner_steps - 1
         before, _, _ = phi.rollout(z, hyperparams, 0, last)
@@ -114,20 +150,27 @@ class T1T2Optimizer(Memoryless):
             # Perturbing w measures the transposed derivative; with a custom_vjp in the loss it
             # is another one, and only the reverse product is right.
             z, train_loss, pull = phi.vjp(before, hyperparams, last)
-            val_loss, alpha, direct = validation.value_and_grads(z[0], hyperparams)
-            _, _, through_update = pull(alpha)
+            val_loss, alpha, direct = validation.value_and_grads(z.w, hyperparams)
+            _, through_update = pull(InnerState(alpha))
         elif self.perturb == "weights":
             z, train_loss, gradient = phi.step_and_gradient(before, hyperparams, last)
-            val_loss, alpha, direct = validation.value_and_grads(z[0], hyperparams)
+            val_loss, alpha, direct = validation.value_and_grads(z.w, hyperparams)
             through_update = self._by_weights(phi, before, gradient, hyperparams, alpha)
         else:
             z, train_loss = phi.step(before, hyperparams, last)
-            val_loss, alpha, direct = validation.value_and_grads(z[0], hyperparams)
+            val_loss, alpha, direct = validation.value_and_grads(z.w, hyperparams)
             through_update = self._by_hyperparams(phi, before, hyperparams, alpha)
         hypergradient = jax.tree.map(jnp.add, direct, through_update)
-        return Estimate(z, {}, hypergradient, train_loss, val_loss)
+        return Estimate(z, hypergradient, train_loss, val_loss)
 
-    def _by_weights(self, phi, before, gradient, hyperparams, alpha) -> PyTree:
+    def _by_weights(
+        self,
+        phi: InnerUpdate,
+        before: InnerState,
+        gradient: PyTree,
+        hyperparams: PyTree,
+        alpha: PyTree,
+    ) -> PyTree:
         v, through_optimizer = phi.optimizer_vjp(gradient, before, hyperparams, alpha)
         norm = tree_l2_norm(v)
         # v = 0 must give 0, not 0/0; then any finite scale will do.
@@ -135,7 +178,7 @@ class T1T2Optimizer(Memoryless):
 
         def gradient_at(sign):
             moved = lambda x, d: x + (sign * scale).astype(x.dtype) * d
-            w = jax.tree.map(moved, before[0], v)
+            w = jax.tree.map(moved, before.w, v)
             return jax.grad(phi.train_loss, argnums=1)(w, hyperparams, self.inner_steps - 1)
 
         def with_quotient(exact, plus, minus):
@@ -143,7 +186,9 @@ class T1T2Optimizer(Memoryless):
 
         return jax.tree.map(with_quotient, through_optimizer, gradient_at(+1), gradient_at(-1))
 
-    def _by_hyperparams(self, phi, before, hyperparams, alpha) -> PyTree:
+    def _by_hyperparams(
+        self, phi: InnerUpdate, before: InnerState, hyperparams: PyTree, alpha: PyTree
+    ) -> PyTree:
         leaves, treedef = jax.tree.flatten(hyperparams)
 
         def of_leaf(position: int) -> Array:
@@ -154,8 +199,8 @@ class T1T2Optimizer(Memoryless):
                 moved = leaf.reshape(-1).at[coordinate].add(change)
                 changed = [*leaves[:position], moved.reshape(leaf.shape), *leaves[position + 1 :]]
                 new_hyperparams = jax.tree.unflatten(treedef, changed)
-                (w, _), _ = phi.step(before, new_hyperparams, self.inner_steps - 1, want_loss=False)
-                return w, moved[coordinate]
+                new, _ = phi.step(before, new_hyperparams, self.inner_steps - 1, want_loss=False)
+                return new.w, moved[coordinate]
 
             def product(coordinate):
                 (plus, above), (minus, below) = (after(coordinate, e) for e in (epsilon, -epsilon))

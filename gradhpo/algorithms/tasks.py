@@ -1,29 +1,49 @@
 r"""Many tasks at once with hyperparameters in common: the meta-batch of meta-learning."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
-from gradhpo.algorithms.online import OnlineHypergradientOptimizer, compiled_estimate
-from gradhpo.core.base import BilevelOptimizer
-from gradhpo.core.outer import Estimate
-from gradhpo.core.state import METRICS, BilevelState, Memory
-from gradhpo.core.types import BatchStack, DrawnStack, LossFn, MetricDict
-from gradhpo.utils.keys import fold_keys
-from gradhpo.utils.settings import check_count
-from gradhpo.utils.typecheck import checked
-from gradhpo.utils.validation import check_task_axis, check_tasks
+from gradhpo.extend import (
+    BatchStack,
+    BilevelOptimizer,
+    BilevelState,
+    DrawnStack,
+    Estimate,
+    InnerState,
+    Inputs,
+    LossFn,
+    MetricDict,
+    Wrapper,
+    check_count,
+    checked,
+    fit_memory,
+    fold_keys,
+    inner_state,
+    with_inner_state,
+    with_memory,
+)
+
+
+class TaskMemory(eqx.Module):
+    """What [`TaskBatched`][gradhpo.TaskBatched] carries on.
+
+    - `task`: the number of each task, shape `[tasks]`, int32.
+    - `of_each`: the memory of the wrapped optimizer, every leaf with a leading task axis.
+    """
+
+    task: Array
+    of_each: PyTree
 
 
 @checked
-class TaskBatched(BilevelOptimizer):
+class TaskBatched(Wrapper):
     r"""Runs any optimizer on `num_tasks` tasks side by side, with shared hyperparameters.
 
     Parameters, inner optimizer state, the optimizer's own memory and all batches carry a
@@ -37,8 +57,9 @@ class TaskBatched(BilevelOptimizer):
     - `optimizer`: any other optimizer; its `outer_optimizer` moves the hyperparameters.
     - `num_tasks`: how many tasks, at least 1.
 
-    The state: `params` and `inner_opt_state` have the task axis, `hyperparams` do not, and
-    `metadata["task"]` numbers the tasks. After a `run` of whole episodes all tasks are at the
+    The state: `params` and `inner_opt_state` have the task axis, `hyperparams` do not;
+    `memory.task` numbers the tasks, and `memory.of_each` is the memory of `optimizer`, tasks
+    first (`state.get_metric("theta")` finds what is in it). After a `run` of whole episodes all tasks are at the
     point that was meta-learned, so that any of them is it:
     `jax.tree.map(lambda x: x[0], eqx.filter(state.params, eqx.is_inexact_array))`.
 
@@ -74,22 +95,6 @@ class TaskBatched(BilevelOptimizer):
         if isinstance(self.optimizer, TaskBatched):
             raise ValueError("TaskBatched(optimizer) got a TaskBatched; one task axis is enough")
 
-    @property
-    def outer_optimizer(  # pyright: ignore[reportIncompatibleVariableOverride]
-        self,
-    ) -> optax.GradientTransformation | None:
-        """That of the wrapped optimizer."""
-        return self.optimizer.outer_optimizer
-
-    @property
-    def num_inner_steps(self) -> int:
-        """Inner steps per `step`, of every task: those of `optimizer`."""
-        return self.optimizer.num_inner_steps
-
-    @property
-    def _reads_ahead(self) -> bool:
-        return self.optimizer._reads_ahead
-
     def estimate_theta(
         self,
         state: BilevelState,
@@ -103,120 +108,121 @@ class TaskBatched(BilevelOptimizer):
         As [its own][gradhpo.OnlineHypergradientOptimizer.estimate_theta], on a
         `BatchStack` of `[inner steps, tasks, ...]` arrays.
 
-        **Returns:** the state with a new `metadata["theta"]`, shape `[tasks]`.
+        **Returns:** the state with a new `memory.of_each.theta`, shape `[tasks]`.
 
         **Raises:** `TypeError` around any other optimizer.
         """
-        if not isinstance(self.optimizer, OnlineHypergradientOptimizer):
-            raise TypeError(
-                f"TaskBatched(optimizer) has a {type(self.optimizer).__name__}, which has no theta "
-                "to estimate; OnlineHypergradientOptimizer has"
-            )
-        return compiled_estimate(self, state, train_batches, val_batch, train_loss_fn, val_loss_fn)
+        return fit_memory(self, state, train_batches, val_batch, train_loss_fn, val_loss_fn)
 
-    def _with_theta(
-        self, state, train_batches, val_batch, train_loss_fn, val_loss_fn
+    def finite_part(self, memory: TaskMemory) -> PyTree:
+        """As `optimizer`."""
+        return self.optimizer.finite_part(memory.of_each)
+
+    def after_refusal(self, old: TaskMemory, new: TaskMemory) -> TaskMemory:
+        """As `optimizer`: one refused task refuses the step of all."""
+        return TaskMemory(old.task, self.optimizer.after_refusal(old.of_each, new.of_each))
+
+    def remarks(
+        self, before: MetricDict, metrics: Mapping[str, np.ndarray], copies: int = 1
+    ) -> str:
+        """As `optimizer`, of all tasks."""
+        return self.optimizer.remarks(before, metrics, copies * self.num_tasks)
+
+    def _init_state(
+        self, params: PyTree, hyperparams: PyTree, batch: PyTree, key: Array | None
     ) -> BilevelState:
-        single: Any = self.optimizer
-        losses = (train_loss_fn, val_loss_fn)
-        fit = lambda state, train, val: _own(single._with_theta(state, train, val, *losses))
-        return _with(state, self._over_tasks(fit, state, train_batches, val_batch))
-
-    def _start(self, params, hyperparams, batch, key) -> BilevelState:
         keys = None if key is None else jax.random.split(key, self.num_tasks)
         examples, batch_of = self._per_task("init(batch=...)", batch)
 
         def of_task(number, examples, key):
             batch = batch_of(number, examples)
-            return _own(self.optimizer._start(params, hyperparams, batch, key))
+            return _own(self.optimizer._init_state(params, hyperparams, batch, key))
 
         numbers = jnp.arange(self.num_tasks, dtype=jnp.int32)
-        state = self.optimizer._start(params, hyperparams, None, None)
-        state = _with(state, jax.vmap(of_task)(numbers, examples, keys))
-        return state.update(metadata={"task": numbers})
+        state = self.optimizer._init_state(params, hyperparams, None, None)
+        z, of_each = jax.vmap(of_task)(numbers, examples, keys)
+        return with_memory(with_inner_state(state, z), TaskMemory(numbers, of_each))
 
-    def _solve(self, state, train_batch, val_batch, train_loss_fn, val_loss_fn) -> Estimate:
-        losses = (train_loss_fn, val_loss_fn)
-        solve = lambda state, train, val: self.optimizer._solve(state, train, val, *losses)
-        every = self._over_tasks(solve, state, train_batch, val_batch)
+    def _adopt(self, state: BilevelState) -> BilevelState:
+        z, memory = inner_state(state), state.memory
+        own = (z, memory.of_each if isinstance(memory, TaskMemory) else None)
+        adopt = lambda z, memory: self.optimizer._adopt(_of_task(state, z, memory))
+        of_each = jax.vmap(lambda *own: adopt(*own).memory)(*own)
+        of_first = adopt(*jax.tree.map(lambda x: x[0], own))
+        numbers = jnp.arange(self.num_tasks, dtype=jnp.int32)
+        return with_memory(with_inner_state(of_first, z), TaskMemory(numbers, of_each))
+
+    def _solve(self, inputs: Inputs) -> Estimate:
+        every: Estimate = self._over_tasks(self.optimizer._solve, inputs)
         return Estimate(
             z=every.z,
-            memory=every.memory,
-            examples=every.examples,
-            metrics=every.metrics,
             hypergradient=_mean(every.hypergradient),
             train_loss=_mean(every.train_loss),
             val_loss=_mean(every.val_loss),
+            memory=TaskMemory(inputs.state.memory.task, every.memory),
         )
 
-    def _seen(self, state, train_batch, val_batch, train_loss_fn, val_loss_fn) -> list[bool]:
-        losses, seen = (train_loss_fn, val_loss_fn), []
+    def _seen(self, inputs: Inputs) -> list[bool]:
+        seen = []
 
-        def look(state, train, val):
-            seen[:] = self.optimizer._seen(state, train, val, *losses)
+        def look(inputs: Inputs) -> tuple[()]:
+            seen[:] = self.optimizer._seen(inputs)
             return ()
 
-        self._over_tasks(look, state, train_batch, val_batch)  # traced once for all tasks
+        self._over_tasks(look, inputs)  # traced once for all tasks
         return seen
 
-    def _outer_loss(self, state, train_batch, val_batch, train_loss_fn, val_loss_fn) -> Array:
-        losses = (train_loss_fn, val_loss_fn)
-        loss = lambda state, train, val: self.optimizer._outer_loss(state, train, val, *losses)
-        return _mean(self._over_tasks(loss, state, train_batch, val_batch))
+    def _outer_loss(self, inputs: Inputs) -> Array:
+        return _mean(self._over_tasks(self.optimizer._outer_loss, inputs))
 
-    def _begin_episode(
-        self, state, train_batch, val_batch, train_loss_fn, val_loss_fn, num_steps
+    def _begin_episode(self, inputs: Inputs, num_steps: int) -> BilevelState:
+        begin = lambda inputs: self.optimizer._begin_episode(inputs, num_steps).memory
+        return self._with_memories(inputs, begin)
+
+    def _fit(self, inputs: Inputs) -> BilevelState:
+        return self._with_memories(inputs, lambda inputs: self.optimizer._fit(inputs).memory)
+
+    def _with_memories(self, inputs: Inputs, function: Callable[[Inputs], Any]) -> BilevelState:
+        of_each = self._over_tasks(function, inputs)
+        return inputs.state.update(memory=TaskMemory(inputs.state.memory.task, of_each))
+
+    def _restart(
+        self, state: BilevelState, start: PyTree, reptile_rate: Float[Array, ""]
     ) -> BilevelState:
-        losses = (train_loss_fn, val_loss_fn)
-        begin = lambda state, train, val: _own(
-            self.optimizer._begin_episode(state, train, val, *losses, num_steps)
-        )
-        return _with(state, self._over_tasks(begin, state, train_batch, val_batch))
+        z = inner_state(state)
+        w, start = jax.tree.map(lambda x: jnp.broadcast_to(_mean(x), x.shape), (z.w, start))
 
-    def _restart(self, state, start, reptile_rate) -> BilevelState:
-        w, s, memory = self._mapped(state)
-        together, start = jax.tree.map(lambda x: jnp.broadcast_to(_mean(x), x.shape), (w, start))
+        def of_task(z, memory, start):
+            return _own(self.optimizer._restart(_of_task(state, z, memory), start, reptile_rate))
 
-        def of_task(own, start):
-            state_of_task = _with(_without_memory(state), own)
-            return _own(self.optimizer._restart(state_of_task, start, reptile_rate))
+        z, of_each = jax.vmap(of_task)(z._replace(w=w), state.memory.of_each, start)
+        memory = TaskMemory(state.memory.task, of_each)
+        return with_inner_state(state, z).update(memory=memory)
 
-        return _with(state, jax.vmap(of_task)((together, s, memory), start))
+    def _inner_response(self, state: BilevelState, gradient: PyTree) -> PyTree:
+        respond = lambda z, g: self.optimizer._inner_response(_of_task(state, z, None), g)
+        return jax.vmap(respond)(inner_state(state), gradient)
 
-    def _param_norm(self, w) -> Array:
+    def _param_norm(self, w: PyTree) -> Array:
         return _mean(jax.vmap(self.optimizer._param_norm)(w))
 
-    def _scalars(self, memory) -> MetricDict:
-        memory = self._of_tasks(memory)
-        return _mean(jax.vmap(self.optimizer._scalars)(memory)) if memory else {}
+    def _scalars(self, memory: TaskMemory) -> MetricDict:
+        of_each = memory.of_each
+        return _mean(jax.vmap(self.optimizer._scalars)(of_each)) if jax.tree.leaves(of_each) else {}
 
-    def _remarks(self, before, metrics, num_tasks=1) -> str:
-        return self.optimizer._remarks(before, metrics, self.num_tasks)
+    def _over_tasks(self, function: Callable[[Inputs], Any], inputs: Inputs) -> Any:
+        """`function` of the inputs of every task, results stacked."""
+        state = inputs.state
+        train, train_of = self._per_task("train_batch", inputs.train_batch)
+        val, val_of = self._per_task("val_batch", inputs.val_batch)
+        numbers = state.memory.task if isinstance(state.memory, TaskMemory) else None
+        _check_tasks(None if numbers is None else numbers.shape, self.num_tasks)
 
-    def _over_tasks(
-        self, function: Callable, state: BilevelState, train_batch: PyTree, val_batch: PyTree
-    ) -> Any:
-        """`function(state, train_batch, val_batch)` of every task, results stacked."""
-        train, train_of = self._per_task("train_batch", train_batch)
-        val, val_of = self._per_task("val_batch", val_batch)
+        def of_task(number, z, memory, train, val):
+            batches = {"train_batch": train_of(number, train), "val_batch": val_of(number, val)}
+            return function(inputs.at(_of_task(state, z, memory), **batches))
 
-        def of_task(number, own, train, val):
-            state_of_task = _with(_without_memory(state), own)
-            return function(state_of_task, train_of(number, train), val_of(number, val))
-
-        numbers = state.metadata.get("task")
-        check_tasks(None if numbers is None else numbers.shape, self.num_tasks)
-        return jax.vmap(of_task)(numbers, self._mapped(state), train, val)
-
-    def _mapped(self, state: BilevelState) -> "_Own":
-        """What each task has of its own, tasks first."""
-        w, s, memory = _own(state)
-        return w, s, self._of_tasks(memory)
-
-    def _of_tasks(self, memory: Memory) -> Memory:
-        """Without what users have put into `metadata` themselves."""
-        has_axis = lambda x: eqx.is_array(x) and x.shape[:1] == (self.num_tasks,)
-        return {k: v for k, v in memory.items() if all(map(has_axis, jax.tree.leaves(v)))}
+        return jax.vmap(of_task)(numbers, inner_state(state), state.memory.of_each, train, val)
 
     def _per_task(self, name: str, batch: PyTree) -> tuple[PyTree, Callable[[Array, PyTree], Any]]:
         """What of a batch to map over (tasks first), and how to make a task's batch of its part."""
@@ -232,13 +238,13 @@ class TaskBatched(BilevelOptimizer):
             return None, drawn_for
         if isinstance(batch, BatchStack):
             arrays, shared = eqx.partition(batch.batches, lambda x: np.ndim(x) > 1)
-            check_task_axis(arrays, name, self.num_tasks, axis=1)
+            _check_task_axis(arrays, name, self.num_tasks, axis=1)
             rebuild = lambda number, of_task: BatchStack(
                 eqx.combine(of_task, fold_keys(shared, number))
             )
             return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), arrays), rebuild
         arrays, shared = eqx.partition(batch, lambda x: eqx.is_array(x) and x.ndim > 0)
-        check_task_axis(arrays, name, self.num_tasks, axis=0)
+        _check_task_axis(arrays, name, self.num_tasks, axis=0)
         return arrays, lambda number, of_task: eqx.combine(of_task, fold_keys(shared, number))
 
 
@@ -246,19 +252,30 @@ def _mean(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.mean(x, axis=0), tree)
 
 
-_Own: TypeAlias = tuple[PyTree, PyTree, Memory]  # parameters, inner optimizer state, memory
+def _own(state: BilevelState) -> tuple[InnerState, Any]:
+    return inner_state(state), state.memory
 
 
-def _own(state: BilevelState) -> _Own:
-    return eqx.filter(state.params, eqx.is_inexact_array), state.inner_opt_state, state.memory
+def _of_task(state: BilevelState, z: InnerState, memory: Any) -> BilevelState:
+    return with_memory(with_inner_state(state, z), memory)
 
 
-def _without_memory(state: BilevelState) -> BilevelState:
-    return dataclasses.replace(state, metadata={name: state.metadata[name] for name in METRICS})
+def _check_tasks(shape: tuple[int, ...] | None, num_tasks: int) -> None:
+    """A state was made for so many tasks: its parameters alone would not tell."""
+    if shape != (num_tasks,):
+        found = "without a task axis" if shape is None else f"for {shape[0]} tasks"
+        raise ValueError(
+            f"the state was made {found}, and TaskBatched has num_tasks={num_tasks}: make it with "
+            "this optimizer's init(params, hyperparams), the parameters being those of one task"
+        )
 
 
-def _with(state: BilevelState, own: _Own) -> BilevelState:
-    w, inner_opt_state, memory = own
-    return state.update(
-        params=eqx.combine(w, state.params), inner_opt_state=inner_opt_state, metadata=memory
-    )
+def _check_task_axis(tree: PyTree, name: str, num_tasks: int, *, axis: int) -> None:
+    """Every array of a batch has one entry for each task."""
+    layout = "[tasks, ...]" if axis == 0 else "[inner steps, tasks, ...]"
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if leaf.shape[axis] != num_tasks:
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)} has shape {leaf.shape}; TaskBatched with "
+                f"num_tasks={num_tasks} needs {layout}, with {num_tasks} at axis {axis}"
+            )

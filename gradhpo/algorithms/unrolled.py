@@ -1,27 +1,33 @@
 r"""Reverse-mode differentiation through the inner optimization."""
 
-import math
-from typing import Literal
+import dataclasses
+from typing import Any, Literal
 
 import equinox as eqx
-import jax
-import jax.numpy as jnp
 import optax
-from jaxtyping import Array
 
-from gradhpo.core.algorithm import Memoryless
-from gradhpo.core.inner_optimizer import cast_like
-from gradhpo.core.outer import Estimate
-from gradhpo.core.problem import Problem, Sees
-from gradhpo.core.reverse import along_a_line, cotangent_at_end, pull_through
-from gradhpo.core.state import Memory
-from gradhpo.core.types import InnerOptimizer, UpdateFn
-from gradhpo.utils.settings import check_count
-from gradhpo.utils.typecheck import checked
+from gradhpo.extend import (
+    Algorithm,
+    Estimate,
+    InnerOptimizer,
+    Problem,
+    Sees,
+    UpdateFn,
+    along_a_line,
+    cast_like,
+    check_count,
+    checked,
+    cotangent_at_end,
+    pull_through,
+    square_root,
+    unrolled,
+)
+
+
 
 
 @checked
-class UnrolledOptimizer(Memoryless):
+class UnrolledOptimizer(Algorithm):
     r"""The exact hypergradient of `unroll_steps` inner steps, by reverse mode.
 
     $$g = \frac{\partial L_{val}}{\partial\lambda} + \alpha_T\sum_{t=1}^{T} A_T\cdots A_{t+1} B_t:$$
@@ -80,7 +86,8 @@ class UnrolledOptimizer(Memoryless):
         return self.unroll_steps
 
     @property
-    def _sees(self) -> Sees:
+    def sees(self) -> Sees:
+        """All updates that are differentiated."""
         return "updates" if self._differentiated_steps > 1 else "last update"
 
     @property
@@ -88,29 +95,34 @@ class UnrolledOptimizer(Memoryless):
         return self.unroll_steps if self.truncation is None else self.truncation
 
     @property
-    def _num_segments(self) -> int:
-        if isinstance(self.checkpoints, int):
-            return self.checkpoints
-        return math.ceil(math.sqrt(self._differentiated_steps))
+    def saves_memory(self) -> str:
+        """Checkpoints, or fewer terms."""
+        return "UnrolledOptimizer needs less with checkpoints='sqrt' or a truncation."
 
-    def _estimate(self, problem: Problem, memory: Memory) -> Estimate:
-        phi, validation, z, hyperparams = problem
-        steps = self._differentiated_steps
+    @property
+    def checkpointing(self) -> Any:
+        """`checkpoints`."""
+        return self.checkpoints
+
+    def with_less_memory(self) -> "UnrolledOptimizer | None":
+        """With `checkpoints="sqrt"`, if every inner state is kept."""
+        return dataclasses.replace(self, checkpoints="sqrt") if self.checkpoints is None else None
+
+    def with_num_steps(self, num_steps: int) -> "UnrolledOptimizer":
+        """With other `unroll_steps`."""
+        return dataclasses.replace(self, unroll_steps=num_steps)
+
+    def estimate(self, problem: Problem, memory: None) -> Estimate:
+        steps, segments = self._differentiated_steps, self.checkpoints
         first = self.unroll_steps - steps
-        z, _, _ = phi.rollout(z, hyperparams, 0, first)
-        if self.checkpoints is None:
-            keep, count = _keeping_all_states, ()
-        else:
-            keep, count = _keeping_segment_starts, (self._num_segments,)
-        z, train_loss, pull_back = keep(phi, z, hyperparams, first, steps, *count)
-        val_loss, alpha, direct = validation.value_and_grads(z[0], hyperparams)
-        _, _, hypergradient = pull_back(cotangent_at_end(alpha, z[1], direct))
-        hypergradient = cast_like(hypergradient, direct)
-        return Estimate(z, {}, hypergradient, train_loss, val_loss)
+        z, _, _ = problem.phi.rollout(problem.z, problem.hyperparams, 0, first)
+        if segments == "sqrt":
+            segments = square_root(steps)
+        return unrolled(problem._replace(z=z), first, steps, segments)
 
 
 @checked
-class DrMADOptimizer(Memoryless):
+class DrMADOptimizer(Algorithm):
     r"""The hypergradient of `unroll_steps` inner steps along a straight line, in memory $O(P)$.
 
     The backward pass of [`UnrolledOptimizer`][gradhpo.UnrolledOptimizer], with the inner
@@ -158,69 +170,20 @@ class DrMADOptimizer(Memoryless):
         return self.unroll_steps
 
     @property
-    def _sees(self) -> Sees:
+    def sees(self) -> Sees:
+        """All updates."""
         return "updates" if self.unroll_steps > 1 else "last update"
 
-    def _estimate(self, problem: Problem, memory: Memory) -> Estimate:
+    def with_num_steps(self, num_steps: int) -> "DrMADOptimizer":
+        """With other `unroll_steps`."""
+        return dataclasses.replace(self, unroll_steps=num_steps)
+
+    def estimate(self, problem: Problem, memory: None) -> Estimate:
         phi, validation, z, hyperparams = problem
         steps = self.unroll_steps
         _, z, train_loss, line, kept = along_a_line(phi, z, hyperparams, steps)
-        val_loss, alpha, direct = validation.value_and_grads(z[0], hyperparams)
-        bar = cotangent_at_end(alpha, z[1], direct)
-        _, _, hypergradient = pull_through(phi, line.at, kept, 0, steps, hyperparams, bar)
-        hypergradient = cast_like(hypergradient, direct)
-        return Estimate(z, {}, hypergradient, train_loss, val_loss)
-
-
-# Both forms run the steps forward and return, with the end state and the last training loss,
-# the function that takes (w_bar, s_bar, hyperparams_bar) from the end back to the start.
-
-
-def _keeping_all_states(phi, z, hyperparams, first, steps):
-    z, loss, before = phi.rollout(z, hyperparams, first, steps, keep=lambda z: z)
-    return z, loss, lambda bar: _pull_back(phi, before, first, steps, hyperparams, bar)
-
-
-def _pull_back(phi, before, first, steps, hyperparams, bar):
-    return pull_through(phi, lambda z, t: z, before, first, steps, hyperparams, bar)
-
-
-def _keeping_segment_starts(phi, z, hyperparams, first, steps, count):
-    end = first + steps - 1
-
-    def forward(z, start, length):
-        new_z, loss, _ = phi.rollout(z, hyperparams, start, length, loss_at=end)
-        return new_z, (loss, z)
-
-    def backward(bar, z, start, length):
-        _, _, before = phi.rollout(z, hyperparams, start, length, keep=lambda z: z, loss_at=-1)
-        return _pull_back(phi, before, start, length, hyperparams, bar)
-
-    groups, loss = [], jnp.asarray(jnp.nan)
-    for starts, length in _segments(first, steps, count):
-        body = lambda z, start, length=length: forward(z, start, length)
-        z, (losses, before) = jax.lax.scan(body, z, starts)
-        loss = losses[-1]
-        groups.append((before, starts, length))
-
-    def pull_back(bar):
-        for before, starts, length in reversed(groups):
-            body = lambda bar, at, length=length: (backward(bar, at[0], at[1], length), None)
-            bar, _ = jax.lax.scan(body, bar, (before, starts), reverse=True)
-        return bar
-
-    return z, loss, pull_back
-
-
-def _segments(first: int, steps: int, count: int) -> list[tuple[Array, int]]:
-    """`count` segments that cover the steps, as groups of one length: (their starts, length).
-
-    The lengths differ by at most 1, so there are at most two groups, and two programs.
-    """
-    short, longer = divmod(steps, count)
-    middle = first + longer * (short + 1)
-    groups = [
-        (first + (short + 1) * jnp.arange(longer), short + 1),
-        (middle + short * jnp.arange(count - longer), short),
-    ]
-    return [(starts, length) for starts, length in groups if starts.size]
+        val_loss, alpha, direct = validation.value_and_grads(z.w, hyperparams)
+        bar = cotangent_at_end(alpha, z, direct)
+        bar, _ = pull_through(phi, line.at, kept, 0, steps, hyperparams, bar)
+        hypergradient = cast_like(bar.hyperparams, direct)
+        return Estimate(z, hypergradient, train_loss, val_loss)

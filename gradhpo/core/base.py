@@ -1,7 +1,7 @@
 """What every optimizer offers: `init`, `step` and `compute_hypergradient`."""
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import equinox as eqx
 import jax
@@ -10,11 +10,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from gradhpo.core.outer import Estimate, advance
+from gradhpo.core.batches import BatchStack
+from gradhpo.core.inputs import Inputs, LossFunctions
+from gradhpo.core.outer import Estimate, outer_update
 from gradhpo.core.partition import check_disjoint
-from gradhpo.core.state import BilevelState, Memory
-from gradhpo.core.types import BatchStack, LossFn, MetricDict, RealScalarLike
-from gradhpo.utils.dispatch import advancing, without_waiting
+from gradhpo.core.state import METRICS, BilevelState, entries_of, inner_state, with_inner_state
+from gradhpo.core.types import LossFn, MetricDict, RealScalarLike
+from gradhpo.utils.dispatch import compiled, compiled_update
 from gradhpo.utils.settings import (
     check_outer_optimizer,
     check_outer_rate,
@@ -22,6 +24,7 @@ from gradhpo.utils.settings import (
     outer_rate,
 )
 from gradhpo.utils.tracing import record_trace
+from gradhpo.utils.trees import accumulation_dtype, all_finite, tree_l2_norm
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import (
     check_single_batch,
@@ -42,8 +45,8 @@ class BilevelOptimizer(eqx.Module):
     \alpha_T \sum_{t=1}^{T} A_T \cdots A_{t+1} B_t,\qquad
     \alpha_T = \frac{\partial L_{val}}{\partial w}(w_T).$$
 
-    Algorithms derive from `gradhpo.core.algorithm.Algorithm`, which fills in the private
-    methods for one inner problem.
+    Algorithms derive from [`gradhpo.extend.Algorithm`][gradhpo.extend.Algorithm], which fills in
+    the private methods for one inner problem.
 
     ```python
     loss = lambda params, hyperparams, batch: jnp.sum((params - hyperparams) ** 2)
@@ -67,59 +70,58 @@ class BilevelOptimizer(eqx.Module):
 
     @property
     @abc.abstractmethod
-    def _reads_ahead(self) -> bool:
-        """Whether `_begin_episode` looks at the batches of the episode."""
+    def reads_ahead(self) -> bool:
+        """Whether the batches of an episode are looked at before it is run."""
 
     @abc.abstractmethod
-    def _start(
+    def finite_part(self, memory: PyTree) -> PyTree:
+        """What of a new memory must be finite for a step to be accepted. Only selects."""
+
+    @abc.abstractmethod
+    def after_refusal(self, old: PyTree, new: PyTree) -> PyTree:
+        """The memory after a refused step, put together from both. Only selects."""
+
+    @abc.abstractmethod
+    def remarks(
+        self, before: MetricDict, metrics: Mapping[str, np.ndarray], copies: int = 1
+    ) -> str:
+        """What the report of a run should add; metrics are means over so many `copies`."""
+
+    # What wrappers and the other parts of the library ask of an optimizer of any number of inner
+    # problems.
+
+    @abc.abstractmethod
+    def _init_state(
         self, params: PyTree, hyperparams: PyTree, batch: PyTree, key: Array | None
     ) -> BilevelState:
         """The state at step 0, of leaves that were checked."""
 
     @abc.abstractmethod
-    def _solve(
-        self,
-        state: BilevelState,
-        train_batch: PyTree,
-        val_batch: PyTree,
-        train_loss_fn: LossFn,
-        val_loss_fn: LossFn,
-    ) -> Estimate:
+    def _adopt(self, state: BilevelState) -> BilevelState:
+        """Another optimizer's state on the same problem as one of this: z and notes are kept.
+
+        So is its memory, as far as it fits; the outer optimizer's state is new.
+        """
+
+    @abc.abstractmethod
+    def _solve(self, inputs: Inputs) -> Estimate:
         """Advances the inner problem by `num_inner_steps`; the hypergradient at its end."""
 
     @abc.abstractmethod
-    def _seen(
-        self,
-        state: BilevelState,
-        train_batch: PyTree,
-        val_batch: PyTree,
-        train_loss_fn: LossFn,
-        val_loss_fn: LossFn,
-    ) -> list[bool]:
+    def _seen(self, inputs: Inputs) -> list[bool]:
         """For each leaf of the hyperparameters whether this method can see it."""
 
     @abc.abstractmethod
-    def _outer_loss(
-        self,
-        state: BilevelState,
-        train_batch: PyTree,
-        val_batch: PyTree,
-        train_loss_fn: LossFn,
-        val_loss_fn: LossFn,
-    ) -> Array:
-        """The validation loss after `num_inner_steps` inner steps from `state`."""
+    def _outer_loss(self, inputs: Inputs) -> Array:
+        """The validation loss after `num_inner_steps` inner steps."""
 
     @abc.abstractmethod
-    def _begin_episode(
-        self,
-        state: BilevelState,
-        train_batch: PyTree,
-        val_batch: PyTree,
-        train_loss_fn: LossFn,
-        val_loss_fn: LossFn,
-        num_steps: int,
-    ) -> BilevelState:
-        """What the algorithm learns from an episode of `num_steps` steps before it is run."""
+    def _begin_episode(self, inputs: Inputs, num_steps: int) -> BilevelState:
+        """The state once the algorithm knows of an episode of `num_steps` steps, not yet run."""
+
+    @abc.abstractmethod
+    def _fit(self, inputs: Inputs) -> BilevelState:
+        """The state with what the algorithm estimates from a whole episode, a `BatchStack`."""
 
     @abc.abstractmethod
     def _restart(
@@ -128,18 +130,52 @@ class BilevelOptimizer(eqx.Module):
         """The state at the start of the next episode; the last one started from `start`."""
 
     @abc.abstractmethod
+    def _inner_response(self, state: BilevelState, gradient: PyTree) -> PyTree:
+        """What the inner optimizer makes of a gradient; `None` beside an `update_fn`."""
+
+    @abc.abstractmethod
     def _param_norm(self, w: PyTree) -> Array:
         """The metric `param_norm`."""
 
     @abc.abstractmethod
-    def _scalars(self, memory: Memory) -> MetricDict:
-        """What of an algorithm's memory is a metric: the scalars in it."""
+    def _scalars(self, memory: PyTree) -> MetricDict:
+        """What of the memory is a metric: the scalars in it."""
 
-    @abc.abstractmethod
-    def _remarks(
-        self, before: MetricDict, metrics: dict[str, np.ndarray], num_tasks: int = 1
-    ) -> str:
-        """What the report of a run should add; metrics are means over `num_tasks`."""
+    def _advance(self, inputs: Inputs, lr_hyper: RealScalarLike | None) -> BilevelState:
+        """One outer step, for use inside a compiled program. What is not finite is refused."""
+        state, estimate = inputs.state, self._solve(inputs)
+        hyperparams, outer_opt_state = outer_update(
+            self.outer_optimizer, state, estimate.hypergradient, lr_hyper
+        )
+        old = (inner_state(state), state.outer_opt_state)
+        new = (estimate.z, outer_opt_state)
+        accepted = (
+            all_finite((estimate.hypergradient, hyperparams))
+            & all_finite(new, unless_as_in=old)
+            & all_finite(
+                self.finite_part(estimate.memory), unless_as_in=self.finite_part(state.memory)
+            )
+        )
+        keep = lambda x, y: x if x is y else jnp.where(accepted, x, y)
+        z, outer_opt_state = jax.tree.map(keep, new, old)
+        hyperparams = jax.tree.map(keep, hyperparams, state.hyperparams)
+        refused = self.after_refusal(state.memory, estimate.memory)
+        metrics = {
+            "train_loss": estimate.train_loss,
+            "val_loss": estimate.val_loss,
+            "hypergrad_norm": tree_l2_norm(estimate.hypergradient),
+            "param_norm": self._param_norm(z.w),
+            "hyperparam_norm": tree_l2_norm(hyperparams),
+            "rejected": state.metadata["rejected"] + (~accepted).astype(state.metadata["rejected"].dtype),
+        }
+        dtype = accumulation_dtype(state.params)
+        return with_inner_state(state, z).update(
+            hyperparams=hyperparams,
+            outer_opt_state=outer_opt_state,
+            step=state.step + 1,
+            memory=jax.tree.map(keep, estimate.memory, refused),
+            metadata={name: value.astype(dtype) for name, value in metrics.items()},
+        )
 
     @checked
     def init(
@@ -174,7 +210,14 @@ class BilevelOptimizer(eqx.Module):
         check_disjoint(params, hyperparams)
         params, hyperparams = prepare_params(params), prepare_hyperparams(hyperparams)
         batch = jax.tree.map(lambda x: strong(x) if eqx.is_array_like(x) else x, batch)
-        return self._start(params, hyperparams, batch, key)
+        state = self._init_state(params, hyperparams, batch, key)
+        taken = [name for name in entries_of(state.memory) if name in METRICS]
+        if taken:
+            raise ValueError(
+                f"the memory of {type(self).__name__} has the field {taken[0]}, which is the name "
+                "of a metric of every step: give it another one"
+            )
+        return state
 
     @checked
     def restart(
@@ -285,7 +328,7 @@ class BilevelOptimizer(eqx.Module):
 # Shapes are checked innermost, while tracing, so that a compiled call pays nothing for it.
 
 
-@advancing
+@compiled_update
 @checked
 def _step(
     state: BilevelState,
@@ -296,12 +339,14 @@ def _step(
     val_loss_fn: Callable,
     lr_hyper: RealScalarLike | None,
 ) -> BilevelState:
-    batches = {"train_batch": train_batch, "val_batch": val_batch}
-    record_trace("step", optimizer, state, train_loss_fn, val_loss_fn, **batches)
-    return advance(optimizer, state, train_batch, val_batch, train_loss_fn, val_loss_fn, lr_hyper)
+    inputs = Inputs(state, train_batch, val_batch, LossFunctions(train_loss_fn, val_loss_fn))
+    record_trace(
+        "step", optimizer, state, inputs.losses, train_batch=train_batch, val_batch=val_batch
+    )
+    return optimizer._advance(inputs, lr_hyper)
 
 
-@without_waiting
+@compiled
 @checked
 def _compute_hypergradient(
     optimizer: BilevelOptimizer,
@@ -311,12 +356,39 @@ def _compute_hypergradient(
     train_loss_fn: Callable,
     val_loss_fn: Callable,
 ) -> PyTree:
-    arguments = (train_batch, val_batch, train_loss_fn, val_loss_fn)
-    return optimizer._solve(state, *arguments).hypergradient
+    losses = LossFunctions(train_loss_fn, val_loss_fn)
+    return optimizer._solve(Inputs(state, train_batch, val_batch, losses)).hypergradient
 
 
-@advancing
+@compiled_update
 def _restart(
     state: BilevelState, optimizer: BilevelOptimizer, start: PyTree, reptile_rate: Array
 ) -> BilevelState:
     return optimizer._restart(state, start, reptile_rate)
+
+
+def fit_memory(
+    optimizer: BilevelOptimizer,
+    state: BilevelState,
+    train_batches: PyTree,
+    val_batch: PyTree,
+    train_loss_fn: LossFn,
+    val_loss_fn: LossFn,
+) -> BilevelState:
+    """What `run` does before an episode for an algorithm that reads ahead, at once. Compiled."""
+    batches = numbers_as_arrays(train_batches), numbers_as_arrays(val_batch)
+    return _fit_memory(state, optimizer, *batches, train_loss_fn, val_loss_fn)
+
+
+@compiled_update
+@checked
+def _fit_memory(
+    state: BilevelState,
+    optimizer: BilevelOptimizer,
+    train_batches: BatchStack,
+    val_batch: PyTree,
+    train_loss_fn: Callable,
+    val_loss_fn: Callable,
+) -> BilevelState:
+    losses = LossFunctions(train_loss_fn, val_loss_fn)
+    return optimizer._fit(Inputs(state, train_batches, val_batch, losses))

@@ -1,12 +1,12 @@
 r"""$\Phi$: the one differentiable inner update, and its pullback.
 
-An inner step takes $z = (w, s)$, parameters and optimizer state, to
+An inner step takes $z = (w, s, r)$, parameters, optimizer state and running state of the model, to
 $z' = \Phi(z, \lambda; D_t)$. Here $w$ is the floating-point part of the user's params; the
 rest of them (functions, integer arrays) is constant through training and kept aside.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -14,24 +14,40 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, PyTree
 
+from gradhpo.core.batches import batch_of_step, is_same_each_step
 from gradhpo.core.inner_optimizer import (
     cast_like,
     explained,
+    forget_secants,
     keeps_last_evaluation,
     resolve,
     with_evaluation,
 )
-from gradhpo.core.types import InnerOptimizer, LossFn, UpdateFn, batch_of_step, is_same_each_step
-from gradhpo.utils.gradients import linearize_gradient, tree_zeros_like
+from gradhpo.core.types import InnerOptimizer, LossFn, UpdateFn
+from gradhpo.utils.gradients import linearize_gradient
+from gradhpo.utils.trees import tree_zeros_like
 
 
-Carry: TypeAlias = tuple[PyTree, PyTree]  # (w, s)
+class InnerState(NamedTuple):
+    r"""$z = (w, s, r)$, or a cotangent of it, whose `None` parts count as 0.
+
+    - `w`: the floating-point part of the parameters.
+    - `s`: the inner optimizer's state; `()` beside an `update_fn`.
+    - `r`: running state of the model; `None` where it has none.
+    """
+
+    w: PyTree
+    s: PyTree = None
+    r: PyTree = None
+
+
+Pull: TypeAlias = Callable[[InnerState], tuple[InnerState, PyTree]]
 
 
 class InnerUpdate(eqx.Module):
     r"""$\Phi$ on the training data of one outer step.
 
-    Built inside the compiled step by `core.problem.bind`; lives no longer.
+    Built inside the compiled step by `core.problem.make_problem`; lives no longer.
     Inner steps are numbered from `t = 0`.
     """
 
@@ -50,76 +66,71 @@ class InnerUpdate(eqx.Module):
         return batch_of_step(self.train_batch, t)
 
     def train_loss(self, w: PyTree, hyperparams: PyTree, t: ArrayLike) -> Any:
-        """What the user's loss returns, which `bind` checks to be a scalar."""
+        """What the user's loss returns, which `make_problem` checks to be a scalar."""
         return self.train_loss_fn(eqx.combine(w, self.frozen), hyperparams, self.batch(t))
 
+    def at_new_hyperparams(self, z: InnerState, num_steps: int) -> InnerState:
+        """The z that `num_steps` inner steps start from once the hyperparameters have moved.
+
+        L-BFGS remembers differences of gradients, the first of which would be that of two losses.
+        """
+        if self.passes_loss and num_steps > 1:
+            return z._replace(s=forget_secants(z.s))
+        return z
+
     def step(
-        self, z: Carry, hyperparams: PyTree, t: ArrayLike, want_loss: ArrayLike = True
-    ) -> tuple[Carry, Array]:
+        self, z: InnerState, hyperparams: PyTree, t: ArrayLike, want_loss: ArrayLike = True
+    ) -> tuple[InnerState, Array]:
         """`(z', training loss before the update)`.
 
         The loss costs nothing beside its gradient. Beside an `update_fn` it is extra work,
         done only where `want_loss`; elsewhere it is `nan`.
         """
         if self.update_fn is not None:
-            w, s = z
-            compute = lambda: self.train_loss(w, hyperparams, t)
+            compute = lambda: self.train_loss(z.w, hyperparams, t)
             skip = lambda: jnp.full_like(jax.eval_shape(compute), jnp.nan)
-            return (
-                (self._updated_by_hand(w, hyperparams, t), s),
-                jax.lax.cond(want_loss, compute, skip),
-            )
+            new_w = self._updated_by_hand(z.w, hyperparams, t)
+            return z._replace(w=new_w), jax.lax.cond(want_loss, compute, skip)
         new_z, loss, _ = self.step_and_gradient(z, hyperparams, t)
         return new_z, loss
 
     def step_and_gradient(
         self,
-        z: Carry,
+        z: InnerState,
         hyperparams: PyTree,
         t: ArrayLike,
         evaluation: tuple[Array, PyTree] | None = None,
-    ) -> tuple[Carry, Array, PyTree]:
+    ) -> tuple[InnerState, Array, PyTree]:
         """`(z', loss, training gradient)`; only with an `inner_optimizer`.
 
         `evaluation` is the loss and its gradient where they are known already.
         """
-        w, s = z
         if evaluation is None:
-            evaluation = jax.value_and_grad(self.train_loss)(w, hyperparams, t)
+            evaluation = jax.value_and_grad(self.train_loss)(z.w, hyperparams, t)
         loss, gradient = evaluation
         of_loss = {}
         if self.passes_loss:
             value_fn = lambda w: self.train_loss(w, hyperparams, t)
             of_loss = {"value": loss, "grad": gradient, "value_fn": value_fn}
-        return self._updated_by_optax(gradient, s, w, hyperparams, of_loss), loss, gradient
+        new_w, new_s = self._updated_by_optax(gradient, z.s, z.w, hyperparams, of_loss)
+        return InnerState(new_w, new_s, z.r), loss, gradient
 
     def vjp(
-        self, z: Carry, hyperparams: PyTree, t: ArrayLike
-    ) -> tuple[Carry, Array, Callable[..., tuple[PyTree, PyTree, PyTree]]]:
-        r"""`(z', loss, pull)`, where `pull(w_bar, s_bar)` is $(\bar w, \bar s, \bar\lambda)$.
+        self, z: InnerState, hyperparams: PyTree, t: ArrayLike
+    ) -> tuple[InnerState, Array, Pull]:
+        r"""`(z', loss, pull)`, where `pull(z_bar)` is $(\bar z A_t, \bar z B_t)$.
 
         First the optimizer's own update is transposed, which is element-wise and carries
         what reaches $\lambda$ through it; that leaves a cotangent on the training gradient,
         whose two second-derivative products come from one linearization, shared with the
-        gradient that the step needs anyway. `s_bar=None` means zero.
+        gradient that the step needs anyway.
         """
-        w, s = z
         if self.update_fn is not None:
-            new_w, pull_by_hand = jax.vjp(
-                lambda w, h: self._updated_by_hand(w, h, t), w, hyperparams
-            )
-            loss = self.train_loss(w, hyperparams, t)
-
-            def pull_without_state(w_bar, s_bar=None):
-                w_out, hyper_out = pull_by_hand(w_bar)
-                return w_out, s_bar, hyper_out
-
-            return (new_w, s), loss, pull_without_state
-
+            return self._vjp_by_hand(z, hyperparams, t)
         loss, gradient, second_derivatives = linearize_gradient(
-            lambda w, h: self.train_loss(w, h, t), w, hyperparams, symmetric=self.symmetric
+            lambda w, h: self.train_loss(w, h, t), z.w, hyperparams, symmetric=self.symmetric
         )
-        s_inexact, s_rest = eqx.partition(s, eqx.is_inexact_array)
+        s_inexact, s_rest = eqx.partition(z.s, eqx.is_inexact_array)
 
         def optimizer_update(gradient, s_inexact, w, hyperparams):
             new_w, new_s = self._updated_by_optax(
@@ -129,28 +140,36 @@ class InnerUpdate(eqx.Module):
             return (new_w, new_inexact), new_rest
 
         (new_w, new_inexact), pull_optimizer, new_rest = jax.vjp(
-            optimizer_update, gradient, s_inexact, w, hyperparams, has_aux=True
+            optimizer_update, gradient, s_inexact, z.w, hyperparams, has_aux=True
         )
 
-        def pull(w_bar, s_bar=None):
-            s_bar = tree_zeros_like(new_inexact) if s_bar is None else s_bar
-            gradient_bar, s_out, w_direct, hyper_direct = pull_optimizer((w_bar, s_bar))
+        def pull(bar: InnerState) -> tuple[InnerState, PyTree]:
+            s_bar = tree_zeros_like(new_inexact) if bar.s is None else bar.s
+            gradient_bar, s_out, w_direct, hyper_direct = pull_optimizer((bar.w, s_bar))
             w_mixed, hyper_mixed = second_derivatives(gradient_bar)
-            return (
-                jax.tree.map(jnp.add, w_direct, w_mixed),
-                s_out,
-                jax.tree.map(jnp.add, hyper_direct, hyper_mixed),
-            )
+            z_out = InnerState(jax.tree.map(jnp.add, w_direct, w_mixed), s_out, bar.r)
+            return z_out, jax.tree.map(jnp.add, hyper_direct, hyper_mixed)
 
-        return (new_w, eqx.combine(new_inexact, new_rest)), loss, pull
+        return InnerState(new_w, eqx.combine(new_inexact, new_rest), z.r), loss, pull
+
+    def _vjp_by_hand(
+        self, z: InnerState, hyperparams: PyTree, t: ArrayLike
+    ) -> tuple[InnerState, Array, Pull]:
+        update = lambda w, h: self._updated_by_hand(w, h, t)
+        new_w, pull_by_hand = jax.vjp(update, z.w, hyperparams)
+
+        def pull(bar: InnerState) -> tuple[InnerState, PyTree]:
+            w_out, hyper_out = pull_by_hand(bar.w)
+            return bar._replace(w=w_out), hyper_out
+
+        return z._replace(w=new_w), self.train_loss(z.w, hyperparams, t), pull
 
     def optimizer_vjp(
-        self, gradient: PyTree, z: Carry, hyperparams: PyTree, w_bar: PyTree
+        self, gradient: PyTree, z: InnerState, hyperparams: PyTree, w_bar: PyTree
     ) -> tuple[PyTree, PyTree]:
         """Cotangents on the gradient and on the hyperparameters, through optax alone."""
-        w, s = z
-        _, pull = jax.vjp(lambda g, h: self._updated_by_optax(g, s, w, h)[0], gradient, hyperparams)
-        return pull(w_bar)
+        update = lambda g, h: self._updated_by_optax(g, z.s, z.w, h)[0]
+        return jax.vjp(update, gradient, hyperparams)[1](w_bar)
 
     def optimality(
         self, w: PyTree, hyperparams: PyTree, t: ArrayLike
@@ -165,24 +184,25 @@ class InnerUpdate(eqx.Module):
                 lambda w, h: self.train_loss(w, h, t), w, hyperparams, symmetric=self.symmetric
             )
             return gradient, products
-        (new_w, _), _, pull = self.vjp((w, ()), hyperparams, t)
+        new, _, pull = self.vjp(InnerState(w, ()), hyperparams, t)
 
         def minus_pulled(v):
-            by_w, _, by_hyperparams = pull(v)
-            return jax.tree.map(jnp.subtract, v, by_w), jax.tree.map(jnp.negative, by_hyperparams)
+            by_z, by_hyperparams = pull(InnerState(v, ()))
+            by_w = jax.tree.map(jnp.subtract, v, by_z.w)
+            return by_w, jax.tree.map(jnp.negative, by_hyperparams)
 
-        return jax.tree.map(jnp.subtract, w, new_w), minus_pulled
+        return jax.tree.map(jnp.subtract, w, new.w), minus_pulled
 
     def rollout(
         self,
-        z: Carry,
+        z: InnerState,
         hyperparams: PyTree,
         first: ArrayLike,
         num_steps: int,
         *,
-        keep: Callable[[Carry], PyTree] = lambda z: None,
+        keep: Callable[[InnerState], PyTree] = lambda z: None,
         loss_at: int | None = None,
-    ) -> tuple[Carry, Array, PyTree]:
+    ) -> tuple[InnerState, Array, PyTree]:
         """Inner steps from number `first` on: `(z', last loss, kept)`.
 
         Stacks in `kept` what `keep` takes of the z before each step. The loss of no steps is
@@ -197,7 +217,7 @@ class InnerUpdate(eqx.Module):
 
         def body(z, t):
             if evaluated:
-                search = z[1][-1]
+                search = z.s[-1]
                 last = (search.value, search.grad)
                 new_z, loss, _ = self.step_and_gradient(z, hyperparams, t, last)
             else:
@@ -207,22 +227,25 @@ class InnerUpdate(eqx.Module):
         z, (losses, before) = jax.lax.scan(body, z, first + jnp.arange(num_steps))
         return z, losses[-1], before
 
-    def _evaluated(self, z: Carry, hyperparams: PyTree, t: ArrayLike) -> tuple[Carry, bool]:
+    def _evaluated(
+        self, z: InnerState, hyperparams: PyTree, t: ArrayLike
+    ) -> tuple[InnerState, bool]:
         """`z` with the loss at `w` in its line search, and whether every step finds it there.
 
         The search has evaluated the parameters that it ends at: half of the work of most steps.
         The first evaluation is always made, since hyperparameters and batch have changed.
         """
-        w, s = z
         reusable = self.passes_loss and is_same_each_step(self.train_batch)
-        if not (reusable and keeps_last_evaluation(s)):
+        if not (reusable and keeps_last_evaluation(z.s)):
             return z, False
-        loss, gradient = jax.value_and_grad(self.train_loss)(w, hyperparams, t)
-        if loss.dtype != s[-1].value.dtype:
+        loss, gradient = jax.value_and_grad(self.train_loss)(z.w, hyperparams, t)
+        if loss.dtype != z.s[-1].value.dtype:
             return z, False
-        return (w, with_evaluation(s, loss, gradient)), True
+        return z._replace(s=with_evaluation(z.s, loss, gradient)), True
 
-    def _updated_by_optax(self, gradient, s, w, hyperparams, of_loss: Any = ()) -> Carry:
+    def _updated_by_optax(
+        self, gradient: PyTree, s: PyTree, w: PyTree, hyperparams: PyTree, of_loss: Any = ()
+    ) -> tuple[PyTree, PyTree]:
         assert self.inner_optimizer is not None
         transformation = resolve(self.inner_optimizer, hyperparams)
         with explained():
@@ -231,7 +254,7 @@ class InnerUpdate(eqx.Module):
         new_w = optax.apply_updates(w, updates)
         return cast_like(new_w, w, "the inner update"), cast_like(new_s, s)
 
-    def _updated_by_hand(self, w, hyperparams, t) -> PyTree:
+    def _updated_by_hand(self, w: PyTree, hyperparams: PyTree, t: ArrayLike) -> PyTree:
         assert self.update_fn is not None
         params = eqx.combine(w, self.frozen)
         returned = self.update_fn(params, hyperparams, self.batch(t))

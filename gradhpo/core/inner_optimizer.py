@@ -9,6 +9,8 @@ import optax
 from jaxtyping import PyTree
 
 from gradhpo.core.types import InnerOptimizer
+from gradhpo.utils.advice import NEEDS_THE_LOSS
+from gradhpo.utils.foreign import injected_values, is_missing_argument
 from gradhpo.utils.keys import is_key
 from gradhpo.utils.tracing import visible_leaves
 from gradhpo.utils.validation import strong
@@ -39,12 +41,7 @@ def _injected(state: PyTree) -> list[PyTree]:
     kinds = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
     is_injected = lambda x: isinstance(x, kinds)
     nodes = filter(is_injected, jax.tree.leaves(state, is_leaf=is_injected))
-    return [
-        value
-        for node in nodes
-        for name, value in node.hyperparams.items()
-        if name not in getattr(node, "hyperparams_states", {})
-    ]
+    return [value for node in nodes for value in injected_values(node)]
 
 
 def resolve(inner_optimizer: InnerOptimizer, hyperparams: PyTree) -> optax.GradientTransformation:
@@ -114,12 +111,9 @@ def explained(which: str = "inner") -> Iterator[None]:
             "jnp.where for branches; some optax schedules compare their peak value with 0"
         ) from error
     except TypeError as error:
-        if "missing" not in str(error) or "argument" not in str(error):
+        if not is_missing_argument(error):
             raise
         raise ValueError(
             f"the {which} optimizer cannot be called with what it is given here: {error}. "
-            "Transformations that need the loss (optax.lbfgs, optax.polyak_sgd) fit as "
-            "inner_optimizer of ImplicitOptimizer, FOOptimizer and "
-            "T1T2Optimizer(perturb='hyperparams'), which do not differentiate the update; "
-            "elsewhere an update_fn can do the same"
+            f"{NEEDS_THE_LOSS}"
         ) from error

@@ -1,92 +1,202 @@
 r"""Reverse mode through a sequence of inner steps, from wherever their states come."""
 
+import math
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PyTree
 
-from gradhpo.core.inner import Carry, InnerUpdate
-from gradhpo.utils.gradients import accumulation_dtype, tree_lerp, tree_zeros_like
+from gradhpo.core.inner import InnerState, InnerUpdate, Pull
+from gradhpo.core.inner_optimizer import cast_like
+from gradhpo.core.outer import Estimate
+from gradhpo.core.problem import Problem
+from gradhpo.utils.trees import accumulation_dtype, tree_lerp, tree_zeros_like
 
 
-Cotangent: TypeAlias = tuple[PyTree, PyTree, PyTree]  # of (w, s, hyperparams)
+class Cotangent(NamedTuple):
+    r"""$(\bar z, \bar\lambda)$ on the way back."""
+
+    z: InnerState
+    hyperparams: PyTree
 
 
-def cotangent_at_end(alpha: PyTree, s: PyTree, hyper_bar: PyTree) -> Cotangent:
-    """Where the way back starts: the outer loss sees the parameters, not the state.
+class PulledStep(NamedTuple):
+    r"""One step of the way back, for those who look on.
+
+    The step that `pull` goes back through was taken from `z`, is number `t` and ended at `new_z`;
+    `term` is what it adds to $\bar\lambda$, and `bar` the cotangent on this side of it.
+    """
+
+    z: InnerState
+    t: Array
+    new_z: InnerState
+    pull: Pull
+    bar_after: Cotangent
+    term: PyTree
+    bar: Cotangent
+
+
+def cotangent_at_end(alpha: PyTree, z: InnerState, hyper_bar: PyTree) -> Cotangent:
+    """Where the way back starts: the outer loss sees the parameters, not the rest of `z`.
 
     Many small terms are added up for the hyperparameters: in bfloat16 the sum would stall.
     """
     wide = accumulation_dtype(hyper_bar)
-    s_bar = tree_zeros_like(eqx.filter(s, eqx.is_inexact_array))
-    return alpha, s_bar, jax.tree.map(lambda x: x.astype(wide), hyper_bar)
+    s_bar, r_bar = tree_zeros_like(eqx.filter((z.s, z.r), eqx.is_inexact_array))
+    bar = jax.tree.map(lambda x: x.astype(wide), hyper_bar)
+    return Cotangent(InnerState(alpha, s_bar, r_bar), bar)
 
 
 def pull_step(
-    phi: InnerUpdate, z: Carry, hyperparams: PyTree, t: ArrayLike, bar: Cotangent
-) -> Cotangent:
+    phi: InnerUpdate, z: InnerState, hyperparams: PyTree, t: ArrayLike, bar: Cotangent
+) -> PulledStep:
     r"""Adds $\bar z B_t$ to $\bar\lambda$ and takes $\bar z$ to $\bar z A_t$."""
-    w_bar, s_bar, hyper_bar = bar
-    _, _, pull = phi.vjp(z, hyperparams, t)
-    w_bar, s_bar, contribution = pull(w_bar, s_bar)
-    add = lambda total, x: total + x.astype(total.dtype)
-    return w_bar, s_bar, jax.tree.map(add, hyper_bar, contribution)
+    new_z, _, pull = phi.vjp(z, hyperparams, t)
+    z_bar, term = pull(bar.z)
+    total = jax.tree.map(lambda total, x: total + x.astype(total.dtype), bar.hyperparams, term)
+    return PulledStep(z, jnp.asarray(t), new_z, pull, bar, term, Cotangent(z_bar, total))
 
 
 def pull_through(
     phi: InnerUpdate,
-    state_at: Callable[[PyTree, Array], Carry],
+    state_at: Callable[[PyTree, Array], InnerState],
     kept: PyTree,
     first: ArrayLike,
     num_steps: int,
     hyperparams: PyTree,
     bar: Cotangent,
-) -> Cotangent:
+    look: Callable[[PulledStep], Any] = lambda step: None,
+) -> tuple[Cotangent, Any]:
     """All the way back through steps `first`, `first + 1`, ..., of which `kept` is stacked.
 
-    `state_at(kept of one step, its number)` is the state before that step.
+    `state_at(kept of one step, its number)` is the state before that step. Returns the cotangent at
+    the start, and what `look` makes of every step, stacked in the order of the steps.
     """
 
     def body(bar, at):
         kept, t = at
-        return pull_step(phi, state_at(kept, t), hyperparams, t, bar), None
+        step = pull_step(phi, state_at(kept, t), hyperparams, t, bar)
+        return step.bar, look(step)
 
     steps = first + jnp.arange(num_steps)
-    bar, _ = jax.lax.scan(body, bar, (kept, steps), length=num_steps, reverse=True)
-    return bar
+    return jax.lax.scan(body, bar, (kept, steps), length=num_steps, reverse=True)
+
+
+def unrolled(problem: Problem, first: int, steps: int, num_segments: int | None = None) -> Estimate:
+    """The exact hypergradient of inner steps from number `first` on.
+
+    Every inner state is kept; or (`num_segments`) only the first of each segment, which is then run
+    once more on the way back.
+    """
+    phi, validation, z, hyperparams = problem
+    keep, count = (_keeping_all, ()) if num_segments is None else (_keeping_starts, (num_segments,))
+    z, train_loss, pull_back = keep(phi, z, hyperparams, first, steps, *count)
+    val_loss, alpha, direct = validation.value_and_grads(z.w, hyperparams)
+    bar = pull_back(cotangent_at_end(alpha, z, direct))
+    return Estimate(z, cast_like(bar.hyperparams, direct), train_loss, val_loss)
+
+
+# Both run the steps forward, and return the end, the last training loss, and the way back.
+Kept: TypeAlias = tuple[InnerState, Array, Callable[[Cotangent], Cotangent]]
+
+
+def _keeping_all(
+    phi: InnerUpdate, z: InnerState, hyperparams: PyTree, first: int, steps: int
+) -> Kept:
+    z, loss, before = phi.rollout(z, hyperparams, first, steps, keep=lambda z: z)
+    return z, loss, lambda bar: _through_kept(phi, before, first, steps, hyperparams, bar)
+
+
+def _keeping_starts(
+    phi: InnerUpdate, z: InnerState, hyperparams: PyTree, first: int, steps: int, count: int
+) -> Kept:
+    end = first + steps - 1
+
+    def forward(z, start, length):
+        new_z, loss, _ = phi.rollout(z, hyperparams, start, length, loss_at=end)
+        return new_z, (loss, z)
+
+    def backward(bar, z, start, length):
+        _, _, before = phi.rollout(z, hyperparams, start, length, keep=lambda z: z, loss_at=-1)
+        return _through_kept(phi, before, start, length, hyperparams, bar)
+
+    groups, loss = [], jnp.asarray(jnp.nan)
+    for starts, length in _segments(first, steps, count):
+        body = lambda z, start, length=length: forward(z, start, length)
+        z, (losses, before) = jax.lax.scan(body, z, starts)
+        loss = losses[-1]
+        groups.append((before, starts, length))
+
+    def pull_back(bar):
+        for before, starts, length in reversed(groups):
+            body = lambda bar, at, length=length: (backward(bar, at[0], at[1], length), None)
+            bar, _ = jax.lax.scan(body, bar, (before, starts), reverse=True)
+        return bar
+
+    return z, loss, pull_back
+
+
+def _through_kept(
+    phi: InnerUpdate,
+    before: InnerState,
+    first: ArrayLike,
+    steps: int,
+    hyperparams: PyTree,
+    bar: Cotangent,
+) -> Cotangent:
+    return pull_through(phi, lambda z, t: z, before, first, steps, hyperparams, bar)[0]
+
+
+def _segments(first: int, steps: int, count: int) -> list[tuple[Array, int]]:
+    """`count` segments that cover the steps, as groups of one length: (their starts, length).
+
+    The lengths differ by at most 1, so there are at most two groups, and two programs.
+    """
+    short, longer = divmod(steps, count)
+    middle = first + longer * (short + 1)
+    groups = [
+        (first + (short + 1) * jnp.arange(longer), short + 1),
+        (middle + short * jnp.arange(count - longer), short),
+    ]
+    return [(starts, length) for starts, length in groups if starts.size]
+
+
+def square_root(steps: int) -> int:
+    r"""$\lceil\sqrt T\rceil$, the number of segments with the least memory."""
+    return math.ceil(math.sqrt(steps))
 
 
 class Line(eqx.Module):
     r"""The straight line from $z_0$ to $z_T$ that stands in for the inner states (DrMAD).
 
-    Parameters and optimizer state are interpolated alike: Adam's moments of the start with
-    parameters of the end would be a point that no training ever visits. What is not a
-    floating-point number cannot be interpolated and is kept as it was before each step; in
+    Parameters, optimizer state and running state are interpolated alike: Adam's moments of the
+    start with parameters of the end would be a point that no training ever visits. What is not
+    a floating-point number cannot be interpolated and is kept as it was before each step; in
     most optimizers that is a step count, four bytes a step.
     """
 
-    start: Carry
-    end: Carry
+    start: InnerState
+    end: InnerState
     num_steps: int = eqx.field(static=True)
 
-    def at(self, kept: PyTree, t: ArrayLike) -> Carry:
+    def at(self, kept: PyTree, t: ArrayLike) -> InnerState:
         """The state before step `t`, from 0; `kept` is `not_interpolated` of that state."""
         share = t / self.num_steps
         start, end = (eqx.filter(z, eqx.is_inexact_array) for z in (self.start, self.end))
         return eqx.combine(tree_lerp(start, end, share), kept)
 
 
-def not_interpolated(z: Carry) -> PyTree:
+def not_interpolated(z: InnerState) -> PyTree:
     """What a [`Line`][gradhpo.core.reverse.Line] needs to have kept of every state."""
     return eqx.filter(z, eqx.is_inexact_array, inverse=True)
 
 
 def along_a_line(
-    phi: InnerUpdate, z: Carry, hyperparams: PyTree, num_steps: int
-) -> tuple[Carry, Carry, Array, Line, PyTree]:
+    phi: InnerUpdate, z: InnerState, hyperparams: PyTree, num_steps: int
+) -> tuple[InnerState, InnerState, Array, Line, PyTree]:
     """Steps from 0 on: `(z_{T-1}, z_T, last loss, line, kept)`, the last for `line.at`."""
 
     def body(carry, t):

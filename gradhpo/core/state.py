@@ -1,18 +1,19 @@
 """What one training run carries from step to step."""
 
-from typing import Any, TypeAlias
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
+from gradhpo.core.inner import InnerState
 from gradhpo.core.partition import combine
-from gradhpo.utils.gradients import accumulation_dtype
+from gradhpo.utils.trees import accumulation_dtype
 from gradhpo.utils.typecheck import checked
 
-
-Memory: TypeAlias = dict[str, PyTree]
-"""What an algorithm itself carries from step to step, kept in `metadata` beside the metrics."""
 
 METRICS = (
     "train_loss",
@@ -22,6 +23,46 @@ METRICS = (
     "hyperparam_norm",
     "rejected",
 )
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Metadata(dict[str, Any]):
+    """Metrics of the last step and notes of the user: a dict that says where the rest has gone.
+
+    `in_memory` names what an algorithm keeps in `state.memory`.
+    """
+
+    def __init__(self, entries: Mapping[str, Any] = {}, in_memory: Iterable[str] = ()):  # noqa: B006
+        super().__init__(entries)
+        self.in_memory = frozenset(in_memory) or getattr(entries, "in_memory", frozenset())
+
+    def __missing__(self, key: str) -> Any:
+        if key in self.in_memory:
+            raise KeyError(
+                f"{key} is not in metadata, which holds metrics and your own notes: write "
+                f'state.get_metric("{key}"); all that the algorithm keeps is in state.memory'
+            )
+        raise KeyError(f"metadata has no {key!r}; there are {', '.join(self)}")
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As of any dict; raises `KeyError` for what has moved to `state.memory`."""
+        return self[key] if key in self or key in self.in_memory else default
+
+    def __or__(self, other: Mapping[str, Any]) -> "Metadata":  # pyright: ignore
+        return Metadata({**self, **other}, self.in_memory)
+
+    def without(self, names: Iterable[str]) -> "Metadata":
+        """The other entries."""
+        return Metadata({k: x for k, x in self.items() if k not in names}, self.in_memory)
+
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], Any]:
+        names = tuple(sorted(self))
+        return [(jax.tree_util.DictKey(x), self[x]) for x in names], (names, self.in_memory)
+
+    @classmethod
+    def tree_unflatten(cls, about: Any, values: Iterable[Any]) -> "Metadata":
+        names, in_memory = about
+        return cls(dict(zip(names, values, strict=True)), in_memory)
 
 
 @checked
@@ -37,9 +78,12 @@ class BilevelState(eqx.Module):
     - `hyperparams`: the hyperparameters $\lambda$, floating-point arrays.
     - `inner_opt_state`, `outer_opt_state`: optax states; `()` where there is none.
     - `step`: how often `step` was called, shape `()`, int32.
-    - `metadata`: the metrics of the last step, and the memory of the algorithm if it has one.
-    - `model`, `memory` (properties): the model that `partition` split, put together again; and
-        of `metadata` what is no metric.
+    - `metadata`: the metrics of the last step, and any notes that you add with `update`; they
+        travel along as they are.
+    - `memory`: what the algorithm itself carries from step to step, an object of its own type
+        (see its docstring); `None` where it carries nothing.
+    - `model_state`: running state of the model; `None` where it has none.
+    - `model` (property): the model that `partition` split, put together again.
 
     The metrics are scalars, float32 or float64 where a parameter is float64, and `nan` before
     the first step: `train_loss` (last inner step, before its update), `val_loss` (at $w_T$,
@@ -58,7 +102,9 @@ class BilevelState(eqx.Module):
     inner_opt_state: PyTree
     outer_opt_state: PyTree
     step: Int[Array, ""]
-    metadata: dict[str, Any]
+    metadata: Metadata = eqx.field(converter=Metadata)
+    memory: PyTree = None
+    model_state: PyTree = None
 
     @classmethod
     def create(
@@ -67,26 +113,31 @@ class BilevelState(eqx.Module):
         hyperparams: PyTree,
         inner_opt_state: PyTree,
         outer_opt_state: PyTree,
+        memory: PyTree = None,
+        model_state: PyTree = None,
     ) -> "BilevelState":
         """A state at step 0, its metrics `nan` and nothing rejected.
 
-        **Arguments:** the fields of the same names; "no optimizer state" is `()`. They are taken as
-        they are: an optimizer's [`init`][gradhpo.BilevelOptimizer.init] checks them and adds the
-        memory of its algorithm.
+        **Arguments:** the fields of the same names; "no optimizer state" is `()`, no memory and no
+        model state `None`, the default. They are taken as they are: an optimizer's
+        [`init`][gradhpo.BilevelOptimizer.init] checks them and makes the memory of its algorithm.
 
         ```python
         state = gradhpo.BilevelState.create(jnp.ones(3), jnp.zeros(3), (), ())
         ```
         """
         dtype = accumulation_dtype(params)
-        metadata = {name: jnp.full((), jnp.nan, dtype) for name in METRICS}
+        metrics = {name: jnp.full((), jnp.nan, dtype) for name in METRICS}
+        metrics["rejected"] = jnp.zeros((), dtype)
         return cls(
             params=params,
             hyperparams=hyperparams,
             inner_opt_state=inner_opt_state,
             outer_opt_state=outer_opt_state,
             step=jnp.zeros((), jnp.int32),
-            metadata=metadata | {"rejected": jnp.zeros((), dtype)},
+            metadata=Metadata(metrics, entries_of(memory)),
+            memory=memory,
+            model_state=model_state,
         )
 
     def update(
@@ -97,6 +148,8 @@ class BilevelState(eqx.Module):
         outer_opt_state: PyTree = None,
         step: Int[Array, ""] | None = None,
         metadata: dict[str, Any] | None = None,
+        memory: PyTree = None,
+        model_state: PyTree = None,
     ) -> "BilevelState":
         """A new state with some fields replaced.
 
@@ -104,6 +157,8 @@ class BilevelState(eqx.Module):
         `metadata` are added to the old ones or replace them.
 
         **Returns:** a new state; this one stays as it is.
+
+        **Raises:** `ValueError` for an entry of `metadata` that is in the algorithm's `memory`.
 
         ```python
         state = gradhpo.BilevelState.create(jnp.ones(3), jnp.zeros(3), (), ())
@@ -114,23 +169,45 @@ class BilevelState(eqx.Module):
         def keep(new, old):
             return old if new is None else new
 
+        entries = self.metadata
+        if metadata:
+            moved = sorted(entries.in_memory & set(metadata))
+            if moved:
+                raise ValueError(
+                    f"update(metadata=...) has {', '.join(moved)}, which the algorithm keeps in its "
+                    "memory: change it there, e.g. state.update(memory=eqx.tree_at(lambda m: "
+                    f"m.{moved[0]}, state.memory, value))"
+                )
+            entries = entries | metadata
         return BilevelState(
             params=keep(params, self.params),
             hyperparams=keep(hyperparams, self.hyperparams),
             inner_opt_state=keep(inner_opt_state, self.inner_opt_state),
             outer_opt_state=keep(outer_opt_state, self.outer_opt_state),
             step=keep(step, self.step),
-            metadata=self.metadata | (metadata or {}),
+            metadata=entries,
+            memory=keep(memory, self.memory),
+            model_state=keep(model_state, self.model_state),
         )
 
-    def get_metric(self, key: str, default: Any = None) -> Any:
-        """The entry `key` of `metadata`, a metric or a part of the memory, or `default`."""
-        return self.metadata.get(key, default)
+    def get_metric(self, key: str, default: Any = ...) -> Any:
+        """A metric, a note, or an entry of the algorithm's memory (`"theta"`, `"linear_residual"`).
 
-    @property
-    def memory(self) -> Memory:
-        """The part of `metadata` that is an algorithm's own."""
-        return {name: value for name, value in self.metadata.items() if name not in METRICS}
+        **Arguments:**
+
+        - `key`: its name.
+        - `default`: what to return where there is none; by default that is an error.
+
+        **Raises:** `KeyError`, which lists the names, for an unknown one without a `default`.
+        """
+        if key in self.metadata:
+            return self.metadata[key]
+        entries = entries_of(self.memory)
+        if key in entries:
+            return entries[key]
+        if default is not ...:
+            return default
+        raise KeyError(f"no metric {key!r}; there are {', '.join([*self.metadata, *entries])}")
 
     @property
     def model(self) -> PyTree:
@@ -139,3 +216,31 @@ class BilevelState(eqx.Module):
         **Raises:** `ValueError` where the two are not halves of one model.
         """
         return combine(self.params, self.hyperparams)
+
+
+def inner_state(state: BilevelState) -> InnerState:
+    """The $z = (w, s, r)$ of a state; the rest of its params is constant through training."""
+    w = eqx.filter(state.params, eqx.is_inexact_array)
+    return InnerState(w, state.inner_opt_state, state.model_state)
+
+
+def with_inner_state(state: BilevelState, z: InnerState) -> BilevelState:
+    """A state with another z."""
+    return state.update(
+        params=eqx.combine(z.w, state.params), inner_opt_state=z.s, model_state=z.r
+    )
+
+
+def with_memory(state: BilevelState, memory: PyTree) -> BilevelState:
+    """A state with the memory of another kind of optimizer, or without one."""
+    metadata = Metadata(dict(state.metadata), entries_of(memory))
+    return dataclasses.replace(state, memory=memory, metadata=metadata)
+
+
+def entries_of(memory: PyTree) -> dict[str, PyTree]:
+    """What an algorithm's memory holds, by the names of its fields, those of modules in it too."""
+    if not isinstance(memory, eqx.Module):
+        return {}
+    fields = {field.name: getattr(memory, field.name) for field in dataclasses.fields(memory)}
+    nested = [entries_of(value) for value in fields.values()]
+    return {name: value for entries in [*nested, fields] for name, value in entries.items()}

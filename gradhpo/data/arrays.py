@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Int, PyTree, UInt32
 
-from gradhpo.core.types import BatchStack
+from gradhpo.core.batches import BatchStack
+from gradhpo.utils.dispatch import compiled
 from gradhpo.utils.keys import is_key
 from gradhpo.utils.settings import check_count
 from gradhpo.utils.typecheck import checked
@@ -132,7 +133,7 @@ def _check_index(name: str, index: ArrayLike) -> None:
         raise ValueError(f"{name} must be at least 0, got {name}={index}")
 
 
-@eqx.filter_jit
+@compiled
 def _stack(data: ArrayData, first: Array, count: int) -> BatchStack:
     return stacked(data, first, count)
 
@@ -144,14 +145,14 @@ def stacked(draw: Callable[[Array], PyTree], first: Array, count: int) -> BatchS
     return BatchStack(jax.vmap(draw)(first + jnp.arange(count, dtype=first.dtype)))
 
 
-@eqx.filter_jit
+@compiled
 def _draw(data: ArrayData, index: Array) -> PyTree:
     chosen = _indices(data, index)
     batch = data.arrays if data.is_whole else jax.tree.map(lambda x: x[chosen], data.arrays)
     return (batch, chosen) if data.with_indices else batch
 
 
-@eqx.filter_jit
+@compiled
 def _indices(data: ArrayData, index: Array) -> Array:
     n, size = data.num_examples, data.batch_size
     if data.is_whole:

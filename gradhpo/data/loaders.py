@@ -120,25 +120,23 @@ def seek(iterator: Any, state: Any) -> None:
     getattr(iterator, names[1])(_read(state))
 
 
-_touched: weakref.WeakSet[Any] = weakref.WeakSet()
+# Iterators that a run has begun to draw from. Most can neither seek nor tell, and are given to a
+# second run as objects: only here is it known that batches of theirs are gone.
+_drawn_from: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def touch(iterator: Any) -> bool:
+def is_untouched(iterator: Any) -> bool:
     """Whether nothing was drawn yet, as far as one can tell; from now on something may be."""
     try:
-        seen = iterator in _touched
-        _touched.add(iterator)
+        seen = iterator in _drawn_from
+        _drawn_from.add(iterator)
     except TypeError:  # it takes no reference, as those of lists
         seen = False
-    return not seen and _is_untouched(iterator)
-
-
-def _is_untouched(iterator: Any) -> bool:
     if isinstance(iterator, Repeated):
-        return iterator.drawn == 0
+        return not seen and iterator.drawn == 0
     if inspect.isgenerator(iterator):
-        return inspect.getgeneratorstate(iterator) == inspect.GEN_CREATED
-    return True
+        return not seen and inspect.getgeneratorstate(iterator) == inspect.GEN_CREATED
+    return not seen
 
 
 def _seeking(thing: Any) -> tuple[str, str] | None:

@@ -1,56 +1,22 @@
-"""What a chunk of `run` draws its batches from."""
+"""The sources of a run: what kind each of them is, and both of them together."""
 
 import inspect
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
 
-from gradhpo.core.types import BatchStack, DataBatch, DrawnStack
-from gradhpo.data.arrays import ArrayData, stacked
-from gradhpo.data.host import Host
-from gradhpo.utils.keys import fold_keys, is_key
+from gradhpo.core.batches import BatchStack, DataBatch
+from gradhpo.data.arrays import ArrayData
+from gradhpo.data.iterators import FromIterator
+from gradhpo.data.source import Batches, Fixed, Generated, OnDevice, Source
+from gradhpo.utils.keys import is_key
 from gradhpo.utils.validation import check_arity
 
 
-class Generated(eqx.Module):
-    """A traceable `index -> batch`."""
-
-    function: Callable
-
-    def __call__(self, index: Array) -> PyTree:
-        batch = self.function(index)
-        return tuple(batch) if type(batch) is list else batch
-
-    def batch(self, step: Array, position: Array) -> PyTree:
-        return self(step)
-
-    def stack(self, step: Array, position: Array, count: int) -> PyTree:
-        return stacked(self, step * count, count)
-
-    def drawn(self, step: Array, position: Array, count: int) -> DrawnStack:
-        return DrawnStack(lambda t: self(step * count + t))
-
-
-class Fixed(eqx.Module):
-    """One batch for all steps; PRNG keys in it are folded with the step."""
-
-    value: PyTree
-
-    def batch(self, step: Array, position: Array) -> PyTree:
-        return fold_keys(self.value, step)
-
-    def stack(self, step: Array, position: Array, count: int) -> PyTree:
-        return self.batch(step, position)
-
-    def drawn(self, step: Array, position: Array, count: int) -> DrawnStack:
-        return DrawnStack(lambda t: self.batch(step + t // count, position), shared_by=count)
-
-
-Source: TypeAlias = Generated | Fixed | Host
+# Batches of an iterator wait, those of two chunks; more than this would only cost memory.
+_MOST_BYTES_FETCHED = 64 * 2**20
 
 
 def as_source(data: Any, name: str, per_step: int | None) -> Source:
@@ -66,21 +32,88 @@ def as_source(data: Any, name: str, per_step: int | None) -> Source:
     if inspect.isgeneratorfunction(data):
         raise TypeError(f"{name} is a generator function; call it: {name}={data.__name__}()")
     if hasattr(data, "__next__"):
-        return Host(name, data, per_step)
+        return FromIterator(name, data, per_step)
     if isinstance(data, BatchStack):
         raise TypeError(f"{name} is a BatchStack, which serves one step; pass gradhpo.ArrayData")
     if isinstance(data, ArrayData) and data.is_whole:
-        return Fixed(data(0))  # the same at every step: no stack of copies
+        return OnDevice(Fixed(data(0)))  # the same at every step: no stack of copies
     if callable(data):
         check_arity(data, name, "index")
-        return Generated(data)
+        return OnDevice(Generated(data))
     leaves = jax.tree.leaves(data)
     foreign = [x for x in leaves if not (eqx.is_array(x) or isinstance(x, (bool, int, float)))]
     if not foreign:
-        return Fixed(jax.tree.map(lambda x: x if is_key(x) else jnp.asarray(x), data))
+        return OnDevice(Fixed(jax.tree.map(lambda x: x if is_key(x) else jnp.asarray(x), data)))
     hint = (
         f"wrap it: gradhpo.iterate({name})"
         if hasattr(foreign[0], "__iter__")
         else "pass gradhpo.ArrayData, a function index -> batch, an iterator, or one fixed batch"
     )
     raise TypeError(f"{name} is a {type(data).__name__}, which is no source of batches; {hint}")
+
+
+class Feed:
+    """The training and the validation source of a run."""
+
+    def __init__(self, train: Source, val: Source):
+        if train.draws_like(val):
+            raise ValueError(
+                "train_data and val_data are one and the same iterator: which batch goes where "
+                "would depend on chunk_size; pass two"
+            )
+        self._train, self._val = train, val
+        self._sources = {"train_data": train, "val_data": val}
+
+    @property
+    def from_host(self) -> bool:
+        """Whether any of the two is an iterator."""
+        return self._train.from_host or self._val.from_host
+
+    def affordable(self, chunk_size: int) -> int:
+        """The size of a chunk whose batches do not take too much memory."""
+        needed = self._train.bytes_per_step() + self._val.bytes_per_step()
+        return max(1, min(chunk_size, _MOST_BYTES_FETCHED // max(needed, 1)))
+
+    def draw_chunk(
+        self, steps: int, multiple: int, *, in_part: bool
+    ) -> tuple[Batches, Batches, int] | None:
+        """What a chunk of up to `steps` steps sees of each, and how many steps that are.
+
+        Fewer where an iterator has ended, or (`in_part`) before one that has failed; `None` for
+        less than `multiple` of them.
+        """
+        taken = min(source.draw(steps, in_part=in_part) for source in self._sources.values())
+        taken -= taken % multiple
+        return (self._train.fetch(taken), self._val.fetch(taken), taken) if taken else None
+
+    @property
+    def failure(self) -> Exception | None:
+        """What went wrong in drawing."""
+        return self._train.failure or self._val.failure
+
+    def release_oldest(self) -> None:
+        """The chunk that was drawn first is done."""
+        for source in self._sources.values():
+            source.release_oldest()
+
+    def close(self) -> None:
+        """What was drawn and not used goes back, where that is possible."""
+        for source in self._sources.values():
+            source.close()
+
+    def described(self) -> dict[str, Any]:
+        """What tells the data of a run from other data, as far as that can be told."""
+        return {name: source.described() for name, source in self._sources.items()}
+
+    def positions(self) -> dict[str, Any]:
+        """Where the iterators are, for a checkpoint."""
+        found = {name: source.position() for name, source in self._sources.items()}
+        return {name: position for name, position in found.items() if position is not None}
+
+    def check_can_resume(self) -> None:
+        for source in self._sources.values():
+            source.check_can_resume()
+
+    def resume(self, positions: dict[str, Any]) -> None:
+        for name, position in positions.items():
+            self._sources[name].resume(position)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-from gradhpo.diagnostics.agreement import Agreement
+from gradhpo.diagnostics.comparison import Agreement
 from gradhpo.diagnostics.nonfinite import NonFinite
 from gradhpo.diagnostics.tables import aligned, number
 

@@ -10,13 +10,15 @@ import numpy as np
 from jaxtyping import PyTree
 
 from gradhpo.core.base import BilevelOptimizer
+from gradhpo.core.batches import BatchStack
+from gradhpo.core.inputs import LossFunctions
 from gradhpo.core.state import BilevelState
-from gradhpo.core.types import BatchStack, LossFunctions
-from gradhpo.diagnostics.agreement import agreement, agreement_by_leaf
-from gradhpo.diagnostics.case import FAILURES, Case, check_optimizers, reference_explained
-from gradhpo.diagnostics.comparison import HypergradientComparison
+from gradhpo.diagnostics.case import Case, check_optimizers
+from gradhpo.diagnostics.comparison import HypergradientComparison, agreement, agreement_by_leaf
 from gradhpo.diagnostics.cost import Cost
-from gradhpo.utils.typecheck import checked, without_warnings
+from gradhpo.diagnostics.reference import FAILURES, exact_reference, reference_explained
+from gradhpo.utils.typecheck import checked
+from gradhpo.utils.warn import without_warnings
 from gradhpo.utils.validation import leaf_names
 
 
@@ -95,7 +97,7 @@ def compare_hypergradients(
     first = check_optimizers(optimizers)
     given = {"reference": reference} if isinstance(reference, BilevelOptimizer) else {}
     case = Case.create(state, train_batch, val_batch, losses, {**optimizers, **given})
-    exact = case.exact(first)
+    exact = exact_reference(first, state, case.num_steps)
     training = case.train(exact)
     trained_loss, seconds = training.timed()
     costs = {"training alone": dataclasses.replace(training.cost, seconds=seconds)}

@@ -14,9 +14,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun, jaxprs_in_params
 from jaxtyping import PyTree
 
-
-# Loops whose length only the run finds, and lineax's solvers, which hide theirs (also mapped).
-_OPEN = ("while", "linear_solve", "vprim")
+from gradhpo.utils.foreign import OPEN_LOOPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +98,7 @@ class Program:
         held = memory.argument_size_in_bytes + memory.output_size_in_bytes
         return Cost(
             flops=_flops(self._lowered) + _beyond_once(self._jaxpr.jaxpr),
-            at_least=self.has(_OPEN),
+            at_least=self.has(OPEN_LOOPS),
             temporary_bytes=memory.temp_size_in_bytes,
             total_bytes=memory.temp_size_in_bytes + held - memory.alias_size_in_bytes,
         )

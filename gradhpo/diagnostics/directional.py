@@ -33,8 +33,8 @@ def train_around(case: Case, optimizer: Any, hypergradient: PyTree, step_size: f
 
         def loss(leaves):
             moved = jax.tree.unflatten(treedef, leaves)
-            (w, _), _, _ = phi.rollout(z, moved, 0, case.num_steps)
-            return validation.loss(w, moved)
+            end, _, _ = phi.rollout(z, moved, 0, case.num_steps)
+            return validation.loss(end.w, moved)
 
         def difference(at):
             chosen, epsilon = at

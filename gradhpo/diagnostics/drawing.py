@@ -1,5 +1,6 @@
 """The reports as figures."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -124,9 +125,10 @@ def draw_horizon(report: Any) -> Any:
     made, (share, cosine) = figure(2, height=3.8, width=11.0)
     share.axhline(0, color=GREY, lw=0.8)
     share.bar(steps, report.share["exact"], color=GREY, width=1.0, label="exact")
-    styles = {"one step": ("s", GREEN), "greedy": ("-", ORANGE), "HyperDistill": ("--", BLUE)}
-    for name, (style, color) in styles.items():
-        shown = steps == report.num_steps if name == "one step" else steps > 0
+    styles = itertools.cycle([("s", GREEN), ("-", ORANGE), ("--", BLUE)])
+    others = [name for name in report.share if name != "exact"]
+    for name, (style, color) in zip(others, styles, strict=False):
+        shown = report.share[name] != 0
         share.plot(steps[shown], report.share[name][shown], style, color=color, label=name)
     made.suptitle(
         f"Where the hypergradient of {report.num_steps} inner steps comes from", fontsize=11

@@ -2,17 +2,19 @@
 
 from collections.abc import Callable, Sequence
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Real
 
 from gradhpo.core.base import BilevelOptimizer
+from gradhpo.core.inputs import Inputs, LossFunctions
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import LossFn
+from gradhpo.utils.dispatch import compiled
 from gradhpo.utils.settings import check_setting
-from gradhpo.utils.typecheck import checked, warn
+from gradhpo.utils.typecheck import checked
+from gradhpo.utils.warn import warn
 from gradhpo.utils.validation import numbers_as_arrays
 
 
@@ -91,7 +93,7 @@ def finite_difference_hypergradient(
     return unravel(differences) if coordinates is None else differences
 
 
-@eqx.filter_jit
+@compiled
 def _differences(
     optimizer: BilevelOptimizer,
     state: BilevelState,
@@ -106,7 +108,8 @@ def _differences(
 
     def outer(flat_hyperparams):
         at = state.update(hyperparams=unravel(flat_hyperparams))
-        return optimizer._outer_loss(at, train_batch, val_batch, train_loss_fn, val_loss_fn)
+        losses = LossFunctions(train_loss_fn, val_loss_fn)
+        return optimizer._outer_loss(Inputs(at, train_batch, val_batch, losses))
 
     def difference(i):
         step = epsilon * jnp.maximum(1, jnp.abs(flat[i]))

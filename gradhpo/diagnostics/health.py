@@ -10,22 +10,29 @@ import numpy as np
 from jaxtyping import PyTree
 
 from gradhpo.core.base import BilevelOptimizer
-from gradhpo.core.problem import seen_by
+from gradhpo.core.algorithm import Algorithm
+from gradhpo.core.inputs import LossFunctions
 from gradhpo.core.state import BilevelState
-from gradhpo.core.types import LossFunctions, RealScalarLike
-from gradhpo.diagnostics.agreement import agreement, agreement_by_leaf
-from gradhpo.diagnostics.case import FAILURES, Case, check_one_problem, start_of_episode
+from gradhpo.core.types import RealScalarLike
+from gradhpo.core.visibility import seen_by
+from gradhpo.core.wrapper import algorithm_of
+from gradhpo.diagnostics.case import Case, check_one_problem
 from gradhpo.diagnostics.checkup import HypergradientCheck, StepError
+from gradhpo.diagnostics.comparison import agreement, agreement_by_leaf
 from gradhpo.diagnostics.directional import compared, train_around
-from gradhpo.diagnostics.nonfinite import NonFinite, first_nonfinite, in_the_estimate, watch
+from gradhpo.diagnostics.nonfinite import (
+    NonFinite,
+    finiteness,
+    first_nonfinite,
+    in_the_estimate,
+)
+from gradhpo.diagnostics.reference import FAILURES
+from gradhpo.utils.foreign import RANDOM
 from gradhpo.utils.settings import check_setting
 from gradhpo.utils.tracing import differentiation_explained
-from gradhpo.utils.typecheck import checked, without_warnings
+from gradhpo.utils.typecheck import checked
+from gradhpo.utils.warn import without_warnings
 from gradhpo.utils.validation import leaf_names
-
-
-# Operations whose results depend on the precision.
-_RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "random_gamma")
 
 
 @checked
@@ -79,15 +86,15 @@ def check_hypergradient(
     check_setting("step_size", jnp.asarray(step_size), lambda x: x > 0, "positive")
     case = Case.create(state, train_batch, val_batch, losses, {type(optimizer).__name__: optimizer})
     with without_warnings():  # the report says it all
-        return _checked_up(case, optimizer, float(np.asarray(step_size)))
+        return _checked_up(case, algorithm_of(optimizer), float(np.asarray(step_size)))
 
 
-def _checked_up(case: Case, optimizer: Any, step_size: float) -> HypergradientCheck:
-    start = start_of_episode(optimizer, case.state)
+def _checked_up(case: Case, optimizer: Algorithm, step_size: float) -> HypergradientCheck:
+    start = case.start(optimizer)
     problem = case.problem(optimizer, start, case.train_batch, case.val_batch)
     names, notes = leaf_names(problem.hyperparams), []
     marked = lambda marks: tuple(n for n, mark in zip(names, marks, strict=True) if mark)
-    seen = seen_by(optimizer._sees, problem)
+    seen = seen_by(optimizer.sees, problem)
     acting, derived = seen_by("everything", problem), seen_by("updates", problem)
 
     own_dtype = _widest(case.state.params)
@@ -138,7 +145,7 @@ def _checked_up(case: Case, optimizer: Any, step_size: float) -> HypergradientCh
 class _Run:
     """An optimizer along a case in one precision: its estimate, and the exact way with eyes on."""
 
-    def __init__(self, case: Case, optimizer: Any, sees_any: bool):
+    def __init__(self, case: Case, optimizer: Algorithm, sees_any: bool):
         self.case, self.optimizer, self._sees_any = case, optimizer, sees_any
         self._program = case.estimate(optimizer) if sees_any else None
         if self._program is None:  # a `step` would raise, and say that it sees nothing
@@ -159,12 +166,12 @@ class _Run:
 
     @property
     def draws_random_numbers(self) -> bool:
-        return self._program is not None and self._program.has(_RANDOM)
+        return self._program is not None and self._program.has(RANDOM)
 
     def watched(self, notes: list[str]) -> dict[str, Any] | None:
-        """What `watch` returns, or `None` and a note where derivatives do not exist."""
+        """What `finiteness` returns, or `None` and a note where derivatives do not exist."""
         case = self.case
-        looking = lambda *arguments: watch(case.problem(*arguments), case.num_steps)
+        looking = lambda *arguments: finiteness(case.problem(*arguments), case.num_steps)
         try:
             with differentiation_explained("the exact hypergradient"):
                 return case.compile(looking, self.optimizer)()
@@ -175,15 +182,15 @@ class _Run:
             return None
 
     def step_error(self) -> StepError | None:
-        """Of an optimizer with an `epsilon`, which is traced: no other program is compiled."""
+        """Of a method of finite differences, whose step is traced: nothing else is compiled."""
         program, case, optimizer = self._program, self.case, self.optimizer
-        if program is None or not hasattr(optimizer, "epsilon"):
+        if program is None or optimizer.with_difference_step(1.0) is None:
             return None
 
         def estimate(factor: float) -> PyTree:
-            other = dataclasses.replace(optimizer, epsilon=factor * optimizer.epsilon)
-            start = start_of_episode(other, case.state)
-            return program(other, start, case.train_batch, case.val_batch)[0]
+            other = optimizer.with_difference_step(factor)
+            assert other is not None
+            return program(other, case.start(other), case.train_batch, case.val_batch)[0]
 
         def change_at(factor: float) -> float:
             found = {"": estimate(factor / 2)}
@@ -200,7 +207,7 @@ def _where(run: _Run, watched: dict[str, Any] | None, notes: list[str]) -> NonFi
     on_the_way = None if watched is None else first_nonfinite(watched)
     exact_is_finite = watched is not None and _is_finite(watched["hypergradient"])
     if on_the_way is None or exact_is_finite:
-        return in_the_estimate(watched or {}, run.hypergradient, run.optimizer)
+        return in_the_estimate(watched or {}, run.hypergradient, run.optimizer.suspect)
     return on_the_way
 
 

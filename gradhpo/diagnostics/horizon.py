@@ -9,20 +9,24 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from gradhpo.algorithms.greedy import GreedyOptimizer
-from gradhpo.algorithms.online import OnlineHypergradientOptimizer
+from gradhpo.algorithms.shares import Keeps, short_horizons
 from gradhpo.core.base import BilevelOptimizer
+from gradhpo.core.batches import BatchStack
+from gradhpo.core.inputs import LossFunctions
 from gradhpo.core.problem import Problem
-from gradhpo.core.reverse import cotangent_at_end, pull_through
+from gradhpo.core.reverse import PulledStep, cotangent_at_end, pull_through
+from gradhpo.core.inner import InnerState
 from gradhpo.core.state import BilevelState
-from gradhpo.core.types import BatchStack, LossFunctions, RealScalarLike
+from gradhpo.core.types import RealScalarLike
+from gradhpo.core.wrapper import algorithm_of
 from gradhpo.diagnostics.case import Case, check_one_problem
 from gradhpo.diagnostics.drawing import draw_horizon
 from gradhpo.diagnostics.tables import aligned, number
-from gradhpo.utils.gradients import tree_dot
 from gradhpo.utils.tracing import differentiation_explained
-from gradhpo.utils.typecheck import checked, without_warnings
+from gradhpo.utils.trees import tree_dot
+from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import leaf_names
+from gradhpo.utils.warn import without_warnings
 
 
 _LOOK_AT = "gradhpo.check_hypergradient says where that comes from"
@@ -156,17 +160,17 @@ def explain_horizon(
     # A stack has a length of its own, whatever the optimizer takes in a step.
     longest = {} if isinstance(train_batch, BatchStack) else {type(optimizer).__name__: optimizer}
     case = Case.create(state, train_batch, val_batch, losses, longest)
-    inner: Any = optimizer
-    # Made for their checks as well.
-    greedy = GreedyOptimizer(inner.inner_optimizer, gamma=greedy_gamma, update_fn=inner.update_fn)
-    online = OnlineHypergradientOptimizer(
-        inner.inner_optimizer, gamma=distill_gamma, update_fn=inner.update_fn
-    )
+    algorithm = algorithm_of(optimizer)
+    kept = short_horizons(algorithm, float(np.asarray(greedy_gamma)), float(np.asarray(distill_gamma)))
     looked_at = lambda *arguments: _contributions(case.problem(*arguments), case.num_steps)
     with without_warnings(), differentiation_explained("explain_horizon"):
-        g, direct, numbers = case.compile(looked_at, inner)()
-        distilled = case.estimate(online)()[0] if any(case.seen(online)) else direct
-    return _report(g, direct, distilled, numbers, float(greedy.gamma), float(online.gamma))
+        g, direct, numbers = case.compile(looked_at, algorithm)()
+        estimates = {
+            name: case.estimate(x.algorithm)()[0] if any(case.seen(x.algorithm)) else direct
+            for name, x in kept.items()
+            if x.algorithm is not None
+        }
+    return _report(g, direct, estimates, numbers, kept)
 
 
 def _contributions(problem: Problem, num_steps: int) -> tuple[PyTree, PyTree, dict[str, Array]]:
@@ -176,29 +180,23 @@ def _contributions(problem: Problem, num_steps: int) -> tuple[PyTree, PyTree, di
     """
     phi, validation, z, hyperparams = problem
     end, _, kept = phi.rollout(z, hyperparams, 0, num_steps, keep=lambda z: z)
-    _, alpha, direct = validation.value_and_grads(end[0], hyperparams)
-    bar = cotangent_at_end(alpha, end[1], direct)
-    *_, g = pull_through(phi, lambda z, _: z, kept, 0, num_steps, hyperparams, bar)
+    _, alpha, direct = validation.value_and_grads(end.w, hyperparams)
+    bar = cotangent_at_end(alpha, end, direct)
+    way_back = (phi, lambda z, _: z, kept, 0, num_steps, hyperparams, bar)
+    g = pull_through(*way_back)[0].hyperparams
 
-    def body(bar, at):
-        z, t = at
-        w_bar, s_bar, total = bar
-        (new_w, _), _, pull = phi.vjp(z, hyperparams, t)
-        # Greedy's alpha is the validation gradient right after the step.
-        _, _, greedy = pull(jax.grad(validation.loss)(new_w, hyperparams))
-        w_bar, s_bar, term = pull(w_bar, s_bar)
-        total = jax.tree.map(lambda x, y: x + y.astype(x.dtype), total, term)
-        numbers = {
-            "exact": _dots(term, g),
-            "greedy": _dots(greedy, g),
-            "square": _dots(term, term),
+    def look(step: PulledStep) -> dict[str, Array]:
+        after = jax.grad(validation.loss)(step.new_z.w, hyperparams)
+        total = step.bar.hyperparams
+        return {
+            "exact": _dots(step.term, g),
+            "right after": _dots(step.pull(InnerState(after))[1], g),
+            "square": _dots(step.term, step.term),
             "last": _dots(total, g),
             "last square": _dots(total, total),
         }
-        return (w_bar, s_bar, total), numbers
 
-    _, numbers = jax.lax.scan(body, bar, (kept, jnp.arange(num_steps)), reverse=True)
-    return g, direct, numbers
+    return g, direct, pull_through(*way_back, look)[1]
 
 
 def _dots(x: PyTree, y: PyTree) -> Array:
@@ -213,24 +211,21 @@ def _pairs(x: PyTree, y: PyTree) -> Iterator[tuple[Any, Any]]:
 def _report(
     g: PyTree,
     direct: PyTree,
-    distilled: PyTree,
+    estimates: dict[str, PyTree],
     numbers: dict[str, Array],
-    greedy_gamma: float,
-    distill_gamma: float,
+    short: dict[str, Keeps],
 ) -> Horizon:
-    g, direct, distilled, by_step = jax.tree.map(
-        lambda x: np.asarray(x).astype(np.float64), (g, direct, distilled, numbers)
+    g, direct, estimates, by_step = jax.tree.map(
+        lambda x: np.asarray(x).astype(np.float64), (g, direct, estimates, numbers)
     )
     dots = lambda x: np.array([np.vdot(a, b) for a, b in _pairs(x, g)])  # [leaves]
     squares, directs = dots(g), dots(direct)
     age = np.arange(len(by_step["exact"]))[::-1, None]  # T - t
-    ages = distill_gamma**age
-    kept = {
-        "exact": by_step["exact"],
-        "one step": np.where(age == 0, by_step["exact"], 0),
-        "greedy": greedy_gamma**age * by_step["greedy"],
-        "HyperDistill": (dots(distilled) - directs) * ages / np.sum(ages),
-    }
+    kept = {"exact": by_step["exact"]}
+    for name, x in short.items():
+        terms = dots(estimates[name]) - directs if x.of == "estimate" else by_step[x.of]
+        weights = x.weights(age)
+        kept[name] = np.where(weights == 0, 0, weights * terms)
     total = squares.sum() or 1.0
     squares = np.where(squares == 0, 1.0, squares)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -5,12 +5,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from gradhpo.core.base import BilevelOptimizer
+from gradhpo.core.inputs import LossFunctions
 from gradhpo.core.problem import Problem
 from gradhpo.core.state import BilevelState
-from gradhpo.core.types import LossFunctions, RealScalarLike
+from gradhpo.core.types import RealScalarLike
 from gradhpo.diagnostics.case import Case, check_one_problem
 from gradhpo.utils.settings import check_setting
-from gradhpo.utils.typecheck import checked, without_warnings
+from gradhpo.utils.trees import all_finite
+from gradhpo.utils.typecheck import checked
+from gradhpo.utils.warn import without_warnings
 from gradhpo.utils.validation import check_same_structure
 
 
@@ -81,8 +84,8 @@ def metasmoothness(
         usable = jnp.asarray(True)
         if direction is None:
             begun = case.begin(*arguments)
-            g, _, _ = case.follow(optimizer, begun, train_batch, val_batch)
-            usable = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(g)]))
+            g, _, _ = case.at_end(optimizer, begun, train_batch, val_batch)
+            usable = all_finite(g)
             direction = downhill(g)
         problem = case.problem(*arguments)
         found, _ = smoothness_along(problem, case.num_steps, direction, step_size)
@@ -111,8 +114,8 @@ def smoothness_along(
 
     def trained(count):
         move = lambda h, v: h + (count * step_size).astype(h.dtype) * v
-        (w, _), _, _ = phi.rollout(z, jax.tree.map(move, hyperparams, direction), 0, num_steps)
-        return w
+        moved = jax.tree.map(move, hyperparams, direction)
+        return phi.rollout(z, moved, 0, num_steps)[0].w
 
     first, second, third = (
         [x[i] for x in jax.tree.leaves(jax.lax.map(trained, jnp.arange(3, dtype=step_size.dtype)))]

@@ -4,22 +4,21 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from gradhpo.core.inner_optimizer import init_inner_state
 from gradhpo.core.problem import Problem
-from gradhpo.core.reverse import cotangent_at_end
+from gradhpo.core.reverse import PulledStep, cotangent_at_end, pull_through
 from gradhpo.diagnostics.metasmooth import difference
-from gradhpo.utils.gradients import tree_dot
+from gradhpo.utils.trees import finite_leaves, tree_dot
 
 
 _INNER_OPTIMIZER = (
     "the derivative of the inner optimizer: a square root of exactly 0, as in Adam where a "
-    "gradient is 0; give it eps_root=1e-16 (with T1T2Optimizer in float32: 1e-8)"
+    "gradient is 0; give it eps_root=1e-16 (1e-8 for a method of finite differences in float32)"
 )
 _SAFE = "jnp.where around a NaN branch (put a safe value inside the branch)"
 _FIRST = f"a sqrt, a norm or a division at exactly 0 in that loss, or {_SAFE}"
@@ -74,7 +73,7 @@ class NonFinite:
         return f"not finite: {self.what}{leaf}{step}. The usual suspect is {self.suspect}"
 
 
-def watch(problem: Problem, num_steps: int) -> dict[str, Any]:
+def finiteness(problem: Problem, num_steps: int) -> dict[str, Any]:
     """The exact `hypergradient`, and for everything on the way to it whether it is finite.
 
     Leaf by leaf; steps come first. `uphill`: whether one step from there, with a new optimizer
@@ -83,51 +82,49 @@ def watch(problem: Problem, num_steps: int) -> dict[str, Any]:
     phi, validation, z, hyperparams = problem
 
     def forward(z, t):
-        (w, s), gradient = z, jax.grad(phi.train_loss)(z[0], hyperparams, t)
+        gradient = jax.grad(phi.train_loss)(z.w, hyperparams, t)
         new, loss = phi.step(z, hyperparams, t)
         # The rule itself, without the momentum that may carry a good one uphill for a while.
-        fresh = init_inner_state(phi.inner_optimizer, w, hyperparams)
-        (ruled, _), _ = phi.step((w, fresh), hyperparams, t, want_loss=False)
+        fresh = z._replace(s=init_inner_state(phi.inner_optimizer, z.w, hyperparams))
+        ruled, _ = phi.step(fresh, hyperparams, t, want_loss=False)
         found = {
-            "batch": _finite(phi.batch(t)),
-            "train_loss": _finite(loss),
-            "gradient": _finite(gradient),
-            "params": _finite(new[0], unless_as_in=w),
-            "inner_opt_state": _finite(new[1], unless_as_in=s),
-            "alpha": _finite(jax.grad(validation.loss)(new[0], hyperparams)),
-            "uphill": tree_dot(jax.tree.map(difference, ruled, w), gradient) > 0,
+            "batch": finite_leaves(phi.batch(t)),
+            "train_loss": finite_leaves(loss),
+            "gradient": finite_leaves(gradient),
+            "params": finite_leaves(new.w, unless_as_in=z.w),
+            "inner_opt_state": finite_leaves(new.s, unless_as_in=z.s),
+            "alpha": finite_leaves(jax.grad(validation.loss)(new.w, hyperparams)),
+            "uphill": tree_dot(jax.tree.map(difference, ruled.w, z.w), gradient) > 0,
         }
         return new, (z, found)
 
     end, (kept, forward_found) = jax.lax.scan(forward, z, jnp.arange(num_steps))
-    val_loss, alpha, direct = validation.value_and_grads(end[0], hyperparams)
+    val_loss, alpha, direct = validation.value_and_grads(end.w, hyperparams)
     validation_found = {
-        "val_batch": _finite(validation.val_batch),
-        "val_loss": _finite(val_loss),
-        "alpha": _finite(alpha),
-        "direct": _finite(direct),
+        "val_batch": finite_leaves(validation.val_batch),
+        "val_loss": finite_leaves(val_loss),
+        "alpha": finite_leaves(alpha),
+        "direct": finite_leaves(direct),
     }
 
-    def backward(bar, at):
-        z, t = at
+    def look(step: PulledStep) -> dict[str, Any]:
         found = {}
         if phi.update_fn is None:
-            gradient = jax.grad(phi.train_loss)(z[0], hyperparams, t)
-            found["through_optimizer"] = _finite(
-                phi.optimizer_vjp(gradient, z, hyperparams, bar[0])[0]
-            )
-        _, _, pull = phi.vjp(z, hyperparams, t)
-        w_bar, s_bar, term = pull(*bar[:2])
-        total = jax.tree.map(lambda x, y: x + y.astype(x.dtype), bar[2], term)
-        found |= {"state": _finite(s_bar), "cotangent": _finite(w_bar), "term": _finite(term)}
-        return (w_bar, s_bar, total), found
+            gradient = jax.grad(phi.train_loss)(step.z.w, hyperparams, step.t)
+            through = phi.optimizer_vjp(gradient, step.z, hyperparams, step.bar_after.z.w)
+            found["through_optimizer"] = finite_leaves(through[0])
+        return found | {
+            "state": finite_leaves(step.bar.z.s),
+            "cotangent": finite_leaves(step.bar.z.w),
+            "term": finite_leaves(step.term),
+        }
 
-    bar = cotangent_at_end(alpha, end[1], direct)
-    (_, _, hypergradient), backward_found = jax.lax.scan(
-        backward, bar, (kept, jnp.arange(num_steps)), reverse=True
+    bar = cotangent_at_end(alpha, end, direct)
+    bar, backward_found = pull_through(
+        phi, lambda z, _: z, kept, 0, num_steps, hyperparams, bar, look
     )
     return {
-        "hypergradient": hypergradient,
+        "hypergradient": bar.hyperparams,
         "forward": forward_found,
         "validation": validation_found,
         "backward": backward_found,
@@ -135,7 +132,7 @@ def watch(problem: Problem, num_steps: int) -> dict[str, Any]:
 
 
 def first_nonfinite(watched: Mapping[str, Any]) -> NonFinite | None:
-    """What `watch` saw first, in the order of the exact computation."""
+    """What `finiteness` found first, in the order of the exact computation."""
     num_steps = len(np.asarray(watched["forward"]["train_loss"]))
     onwards, back = range(num_steps), range(num_steps)[::-1]
     found = _first(watched["forward"], _FORWARD, onwards)
@@ -147,7 +144,9 @@ def first_nonfinite(watched: Mapping[str, Any]) -> NonFinite | None:
     return _first(watched["backward"], _BACKWARD, back)
 
 
-def in_the_estimate(watched: Mapping[str, Any], hypergradient: PyTree, method: Any) -> NonFinite:
+def in_the_estimate(
+    watched: Mapping[str, Any], hypergradient: PyTree, suspect: str
+) -> NonFinite:
     """Of an estimate that is not finite although the exact hypergradient is."""
     if watched:
         steps = range(len(np.asarray(watched["forward"]["train_loss"])))
@@ -156,11 +155,6 @@ def in_the_estimate(watched: Mapping[str, Any], hypergradient: PyTree, method: A
             return found
     paths = jax.tree_util.tree_leaves_with_path(hypergradient)
     bad = [path for path, leaf in paths if not np.all(np.isfinite(leaf))]
-    suspect = "a product that only this method takes"
-    if hasattr(method, "epsilon"):
-        suspect = f"a step lost in rounding: epsilon={float(method.epsilon):g} is too small"
-    elif hasattr(method, "linear_solver"):
-        suspect = "a singular linear system: pass damping=1e-3 or more"
     return NonFinite("the estimate itself", jax.tree_util.keystr(bad[0]), None, suspect)
 
 
@@ -182,14 +176,3 @@ def _first(found: Mapping[str, PyTree], kinds: Mapping[str, tuple], steps: Any) 
                 if not (finite if step is None else finite[step]):
                     return NonFinite(what, jax.tree_util.keystr(path), step, suspect)
     return None
-
-
-def _finite(tree: PyTree, unless_as_in: PyTree | None = None) -> PyTree:
-    """Leaf by leaf; an infinity that was there before (a mask) is no failure."""
-    tree = eqx.filter(tree, eqx.is_inexact_array)
-    before = tree if unless_as_in is None else eqx.filter(unless_as_in, eqx.is_inexact_array)
-
-    def of_leaf(x: Array, y: Array) -> Array:
-        return jnp.all(jnp.isfinite(x) | ((x == y) & (unless_as_in is not None)))
-
-    return jax.tree.map(of_leaf, tree, before)

@@ -10,23 +10,19 @@ import numpy as np
 from jaxtyping import PyTree
 
 from gradhpo.core.base import BilevelOptimizer
+from gradhpo.core.inputs import LossFunctions
 from gradhpo.core.state import BilevelState
-from gradhpo.core.types import LossFunctions
-from gradhpo.data.sources import Host, as_source
-from gradhpo.diagnostics.case import (
-    FAILURES,
-    Case,
-    check_horizon,
-    check_optimizers,
-    reference_explained,
-    start_of_episode,
-)
+from gradhpo.data.source import Batches, Source
+from gradhpo.data.sources import as_source
+from gradhpo.diagnostics.case import Case, check_horizon, check_optimizers
 from gradhpo.diagnostics.compare import another_training, trains_otherwise
 from gradhpo.diagnostics.cost import Program, on_device
 from gradhpo.diagnostics.noise import HypergradientNoise, Moments, finite_draws, moments_of
+from gradhpo.diagnostics.reference import FAILURES, exact_reference, reference_explained
 from gradhpo.utils.settings import check_count
-from gradhpo.utils.typecheck import checked, without_warnings
+from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import leaf_names
+from gradhpo.utils.warn import without_warnings
 
 
 @checked
@@ -100,32 +96,32 @@ def compare_over_batches(
         num_steps = max(optimizer.num_inner_steps for optimizer in everyone.values())
     check_count("num_steps", num_steps)
     check_horizon(everyone, num_steps)
-    pair = losses.train_loss, losses.val_loss
     train = as_source(train_data, "train_data", num_steps)
     val = as_source(val_data, "val_data", None)
-    train, val = (_all_of(source, num_draws) for source in (train, val))
+    train = _all_of("train_data", train, num_draws)
+    val = _all_of("val_data", val, num_draws)
     here = jnp.zeros((), jnp.int32)
     train, val = on_device((train, val))
     batches = train.stack(here, here, num_steps), val.batch(here, here)
-    case = Case(state, *batches, *pair, num_steps)
+    case = Case(state, *batches, losses, num_steps)
 
     def draws_of(optimizer: BilevelOptimizer) -> tuple[PyTree, float]:
         def over_draws(optimizer, start, train, val):
             def one(i):
                 batches = train.stack(i, i, num_steps), val.batch(i, i)
                 begun = case.begin(optimizer, start, *batches)
-                return case.follow(optimizer, begun, *batches)[:2]
+                return case.at_end(optimizer, begun, *batches)[:2]
 
             return jax.lax.map(one, jnp.arange(num_draws, dtype=jnp.int32))
 
         with without_warnings():
-            found = Program(over_draws, optimizer, start_of_episode(optimizer, state), train, val)()
+            found = Program(over_draws, optimizer, case.start(optimizer), train, val)()
         found, val_losses = jax.tree.map(lambda x: np.asarray(x).astype(np.float64), found)
         return found, float(np.nanmean(val_losses)) if np.any(np.isfinite(val_losses)) else np.nan
 
     with reference_explained(given=reference is not None):
         draws, trained = {}, {}
-        made = draws_of(case.exact(first) if reference is None else reference)
+        made = draws_of(exact_reference(first, state, num_steps) if reference is None else reference)
         draws["reference"], trained["reference"] = made
     names, unseen, failed = leaf_names(state.hyperparams), {}, {}
     for name, optimizer in optimizers.items():
@@ -167,13 +163,11 @@ def compare_over_batches(
     )
 
 
-def _all_of(source: Any, num_draws: int) -> Any:
-    if not isinstance(source, Host):
-        return source
+def _all_of(name: str, source: Source, num_draws: int) -> Batches:
     available = source.draw(num_draws, in_part=False)
     if available < num_draws:
         raise ValueError(
-            f"{source.name} ended after the batches of {available} draws; num_draws={num_draws} "
+            f"{name} ended after the batches of {available} draws; num_draws={num_draws} "
             "were asked for: pass gradhpo.iterate(loader), or fewer draws"
         )
     return source.fetch(num_draws)

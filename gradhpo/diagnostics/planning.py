@@ -8,18 +8,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from gradhpo.algorithms.tasks import TaskBatched
-from gradhpo.algorithms.unrolled import UnrolledOptimizer
 from gradhpo.core.base import BilevelOptimizer
-from gradhpo.core.outer import advance
+from gradhpo.core.batches import BatchStack
+from gradhpo.core.inputs import Inputs, LossFunctions
 from gradhpo.core.state import BilevelState
-from gradhpo.core.types import BatchStack, LossFunctions
-from gradhpo.diagnostics.case import FAILURES, check_optimizers, start_of_episode
+from gradhpo.core.wrapper import algorithm_of, rewrapped
+from gradhpo.diagnostics.case import check_optimizers
 from gradhpo.diagnostics.cost import Cost, Program
+from gradhpo.diagnostics.reference import FAILURES
 from gradhpo.diagnostics.tables import OPEN_LOOPS, aligned, bytes_of, flops_of
 from gradhpo.utils.settings import check_count
-from gradhpo.utils.typecheck import checked, without_warnings
+from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import numbers_as_arrays
+from gradhpo.utils.warn import without_warnings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Planned:
     @property
     def checkpoints(self) -> Any:
         """Those of an `UnrolledOptimizer`, else `None`."""
-        return getattr(_inside(self.optimizer), "checkpoints", None)
+        return algorithm_of(self.optimizer).checkpointing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +167,7 @@ def plan(
     rows = [
         _planned(name, optimizer, horizon, *problem)
         for name, optimizer in optimizers.items()
-        for horizon in (horizons if _settings(optimizer) and horizons else [None])
+        for horizon in (horizons if horizons and _has_horizon(optimizer) else [None])
     ]
     return Plan(tuple(rows), max_bytes)
 
@@ -183,20 +184,22 @@ def _planned(
 ) -> Planned:
     """At one horizon, with checkpoints if it does not fit without."""
     num_steps = optimizer.num_inner_steps if horizon is None else horizon
+    algorithm = algorithm_of(optimizer)
     try:
-        chosen = optimizer
-        if horizon is not None:
-            chosen = _replaced(optimizer, **dict.fromkeys(_settings(optimizer), horizon))
-        cost = _cost_of_step(chosen, state, train_batch, val_batch, losses)
-        inside = _inside(chosen)
+        chosen = algorithm if horizon is None else algorithm.with_num_steps(horizon)
+        assert chosen is not None  # `plan` asked first
+        costs = lambda algorithm: _cost_of_step(
+            rewrapped(optimizer, algorithm), state, train_batch, val_batch, losses
+        )
+        cost = costs(chosen)
         if max_bytes is not None and cost.total_bytes > max_bytes:
-            if isinstance(inside, UnrolledOptimizer) and inside.checkpoints is None:
-                chosen = _replaced(chosen, checkpoints="sqrt")
-                cost = _cost_of_step(chosen, state, train_batch, val_batch, losses)
+            smaller = chosen.with_less_memory()
+            if smaller is not None:
+                chosen, cost = smaller, costs(smaller)
     except FAILURES as error:
         return Planned(name, num_steps, optimizer, None, None, str(error))
     fits = None if max_bytes is None else cost.total_bytes <= max_bytes
-    return Planned(name, num_steps, chosen, cost, fits)
+    return Planned(name, num_steps, rewrapped(optimizer, chosen), cost, fits)
 
 
 def _cost_of_step(
@@ -209,31 +212,22 @@ def _cost_of_step(
     rate = jnp.zeros(()) if optimizer.outer_optimizer is None else None
     with without_warnings():
         return Program(
-            lambda optimizer, state, train, val, rate: advance(
-                optimizer, state, train, val, losses.train_loss, losses.val_loss, rate
-            ),
+            lambda optimizer, inputs, rate: optimizer._advance(inputs, rate),
             optimizer,
-            start_of_episode(optimizer, state),
-            _stack_of(train_batch, optimizer.num_inner_steps),
-            val_batch,
+            Inputs(
+                optimizer._adopt(state),
+                _stack_of(train_batch, optimizer.num_inner_steps),
+                val_batch,
+                losses,
+            ),
             rate,
         ).cost
 
 
-def _inside(optimizer: BilevelOptimizer) -> BilevelOptimizer:
-    return optimizer.optimizer if isinstance(optimizer, TaskBatched) else optimizer
-
-
-def _replaced(optimizer: BilevelOptimizer, **settings: Any) -> BilevelOptimizer:
-    if isinstance(optimizer, TaskBatched):
-        return dataclasses.replace(optimizer, optimizer=_replaced(optimizer.optimizer, **settings))
-    return dataclasses.replace(optimizer, **settings)
-
-
-def _settings(optimizer: BilevelOptimizer) -> set[str]:
-    """Which of its fields say how many inner steps a `step` takes."""
-    fields = {field.name for field in dataclasses.fields(_inside(optimizer))}
-    return fields & {"unroll_steps", "inner_steps"}
+def _has_horizon(optimizer: BilevelOptimizer) -> bool:
+    """Whether it can take another number of inner steps per `step`."""
+    algorithm = algorithm_of(optimizer)
+    return algorithm.with_num_steps(algorithm.num_inner_steps) is not None
 
 
 def _stack_of(train_batch: PyTree, count: int) -> PyTree:

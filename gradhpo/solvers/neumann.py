@@ -1,6 +1,6 @@
 r"""The truncated Neumann series as a linear solver."""
 
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import equinox as eqx
 import jax
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
-from gradhpo.utils.gradients import tree_l2_norm
 from gradhpo.utils.settings import check_count, check_setting, setting
+from gradhpo.utils.trees import tree_l2_norm
 from gradhpo.utils.typecheck import checked
 
 
@@ -51,6 +51,11 @@ class Neumann(lx.AbstractLinearSolver[_State]):
 
     terms: int = eqx.field(static=True)
     step_size: Float[Array, ""] = eqx.field(converter=setting)
+
+    advice: ClassVar[str] = (
+        "the series diverges: pass a smaller step_size, below 2 / (largest curvature)"
+    )
+    """What to do where its solutions are not to be trusted."""
 
     def __check_init__(self):
         check_count("terms", self.terms)

@@ -1,6 +1,6 @@
 r"""The Nyström approximation of a symmetric operator as a linear solver."""
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -15,8 +15,8 @@ from gradhpo.utils.coordinates import (
     unit_vector,
     unravel,
 )
-from gradhpo.utils.gradients import accumulation_dtype
 from gradhpo.utils.settings import check_count, check_setting, setting
+from gradhpo.utils.trees import accumulation_dtype
 from gradhpo.utils.typecheck import checked
 
 
@@ -72,6 +72,11 @@ class Nystrom(lx.AbstractLinearSolver[_LowRank]):
     rank: int = eqx.field(static=True)
     damping: Float[Array, ""] = eqx.field(converter=setting)
     key: Key[Array, ""]
+
+    advice: ClassVar[str] = (
+        "its length cannot be trusted: use an outer Adam, a larger damping or rank"
+    )
+    """What to do where its solutions are not to be trusted."""
 
     def __check_init__(self):
         check_count("rank", self.rank)

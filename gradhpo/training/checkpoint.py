@@ -19,7 +19,8 @@ from gradhpo.training.checkpoint_file import (
 from gradhpo.training.history import History
 from gradhpo.training.metrics_file import MetricsFile
 from gradhpo.utils.settings import check_count
-from gradhpo.utils.typecheck import checked, warn
+from gradhpo.utils.typecheck import checked
+from gradhpo.utils.warn import warn
 
 
 _NAME = re.compile(r"step-\d{10}\.ckpt")

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from gradhpo.core.base import BilevelOptimizer
-from gradhpo.core.outer import advance
-from gradhpo.core.state import METRICS, BilevelState
-from gradhpo.core.types import LossFunctions, RealScalarLike
-from gradhpo.utils.dispatch import without_waiting
+from gradhpo.core.inputs import Inputs, LossFunctions
+from gradhpo.core.state import METRICS, BilevelState, inner_state
+from gradhpo.core.types import RealScalarLike
+from gradhpo.data.source import Batches
+from gradhpo.utils.dispatch import compiled
 from gradhpo.utils.settings import outer_rate
 from gradhpo.utils.tracing import record_trace
 
@@ -23,8 +24,8 @@ class Chunk(eqx.Module):
 
     optimizer: BilevelOptimizer
     losses: LossFunctions
-    train: Any
-    val: Any
+    train: Batches
+    val: Batches
     lr_hyper: Callable | RealScalarLike | None
 
     def run_steps(self, state: BilevelState, length: int) -> tuple[BilevelState, dict[str, Array]]:
@@ -67,23 +68,22 @@ class Chunk(eqx.Module):
         def body(carry: PyTree, number: Array):
             arrays, start, _ = carry
             state, position = eqx.combine(arrays, static), number * length
-            state = self.optimizer._begin_episode(
+            episode = Inputs(
                 state,
                 self.train.drawn(state.step, position, self.optimizer.num_inner_steps),
                 self.val.batch(state.step + steps_per_episode - 1, position + length - 1),
-                self.losses.train_loss,
-                self.losses.val_loss,
-                steps_per_episode,
+                self.losses,
             )
+            state = self.optimizer._begin_episode(episode, steps_per_episode)
             state, metrics = self._steps(state, position, length)
 
             def restarted():
                 new = self.optimizer._restart(state, start, reptile_rate)
-                return _arrays(new), eqx.filter(new.params, eqx.is_inexact_array)
+                return _arrays(new), inner_state(new).w
 
             ended = state.step % steps_per_episode == 0
             arrays, start = jax.lax.cond(ended, restarted, lambda: (_arrays(state), start))
-            return (arrays, start, eqx.filter(state.params, eqx.is_inexact_array)), metrics
+            return (arrays, start, inner_state(state).w), metrics
 
         (arrays, start, reached), metrics = jax.lax.scan(
             body, (arrays, start, start), jnp.arange(episodes, dtype=jnp.int32)
@@ -96,8 +96,7 @@ class Chunk(eqx.Module):
             what,
             self.optimizer,
             state,
-            self.losses.train_loss,
-            self.losses.val_loss,
+            self.losses,
             train_data=self.train,
             val_data=self.val,
             lr_hyper=self.lr_hyper,
@@ -115,15 +114,14 @@ class Chunk(eqx.Module):
         def body(arrays: PyTree, position: Array):
             state = eqx.combine(arrays, static).update(metadata=measured)
             rate = self.lr_hyper
-            new = advance(
-                self.optimizer,
+            inputs = Inputs(
                 state,
                 self.train.stack(state.step, position, self.optimizer.num_inner_steps),
                 self.val.batch(state.step, position),
-                self.losses.train_loss,
-                self.losses.val_loss,
-                outer_rate(rate(state.step) if callable(rate) else rate),
+                self.losses,
             )
+            rate = outer_rate(rate(state.step) if callable(rate) else rate)
+            new = self.optimizer._advance(inputs, rate)
             metrics = {name: new.metadata[name] for name in METRICS}
             metrics |= self.optimizer._scalars(new.memory)
             return _arrays(_without(new, measured)), metrics
@@ -133,14 +131,14 @@ class Chunk(eqx.Module):
         return eqx.combine(arrays, static).update(metadata=last), metrics
 
 
-@without_waiting
+@compiled
 def _run_steps(chunk: Chunk, state: BilevelState, length: int) -> tuple[PyTree, dict[str, Array]]:
     chunk._record(state, f"run (chunks of {length})")
     state, metrics = chunk._steps(state, jnp.zeros((), jnp.int32), length)
     return _arrays(state), metrics
 
 
-_run_episodes = without_waiting(Chunk._episodes)
+_run_episodes = compiled(Chunk._episodes)
 
 
 def _arrays(tree: PyTree) -> PyTree:
@@ -148,8 +146,7 @@ def _arrays(tree: PyTree) -> PyTree:
 
 
 def _without(state: BilevelState, names: Iterable[str]) -> BilevelState:
-    kept = {name: value for name, value in state.metadata.items() if name not in names}
-    return dataclasses.replace(state, metadata=kept)
+    return dataclasses.replace(state, metadata=state.metadata.without(names))
 
 
 def chunk_shapes(

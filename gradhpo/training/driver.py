@@ -10,13 +10,14 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from gradhpo.core.base import BilevelOptimizer
-from gradhpo.core.state import BilevelState
-from gradhpo.core.types import LossFunctions
-from gradhpo.data.feed import Feed
+from gradhpo.core.inputs import LossFunctions
+from gradhpo.core.state import BilevelState, inner_state
+from gradhpo.core.wrapper import algorithm_of
+from gradhpo.data.sources import Feed
 from gradhpo.training.callbacks import Callbacks
 from gradhpo.training.chunk import Chunk
+from gradhpo.training.history import Record
 from gradhpo.training.keeper import Keeper
-from gradhpo.training.record import Record
 from gradhpo.training.stopping import Interrupts, Stopped, failing
 from gradhpo.utils.progress import ProgressBar
 
@@ -37,7 +38,7 @@ class Driver:
     state: BilevelState
 
     def __post_init__(self):
-        self.start: PyTree = eqx.filter(self.state.params, eqx.is_inexact_array)  # of the episode
+        self.start: PyTree = inner_state(self.state).w  # of the episode
         self.before = self.optimizer._scalars(self.state.memory)
         squares = [np.sum(np.square(np.asarray(x, float))) for x in jax.tree.leaves(self.start)]
         self.record = Record(
@@ -46,7 +47,8 @@ class Driver:
             norm_at_start=float(np.sqrt(np.sum(squares))),
         )
         self.positions = self.feed.positions()
-        self._settled = True  # whether the callbacks have seen all that the record holds
+        self._callbacks_saw_all = True  # that the record holds
+        self._advice = algorithm_of(self.optimizer).saves_memory
 
     def begin(self, num_steps: int) -> None:
         """A new run, or the one that the checkpoints hold."""
@@ -103,7 +105,7 @@ class Driver:
     def finish(self, ending: Stopped) -> None:
         """Keeps the end."""
         # What a failing callback has missed is repeated from the checkpoint before.
-        if self._settled and self.record.may_return:
+        if self._callbacks_saw_all and self.record.may_return:
             self.save(ending.reason)
 
     def save(self, stop_reason: str) -> None:
@@ -134,13 +136,14 @@ class Driver:
         by_episodes = self.steps_per_episode is not None
         try:
             with failing("data error", may_return=may_return):
-                train, val, taken = self.feed.take(
+                drawn = self.feed.draw_chunk(
                     wanted, length if by_episodes else 1, in_part=may_return
                 )
-            if taken == 0:
+            if drawn is None:
                 return [], self._out_of_data(may_return)
+            train, val, taken = drawn
             positions = self.feed.positions() if self.keeper is not None else {}
-            with failing("device error", may_return=may_return):
+            with failing("device error", may_return=may_return, advice=self._advice):
                 chunk = Chunk(self.optimizer, self.losses, train, val, self.rate)
                 if self.steps_per_episode is None:
                     (state, stacked), reached = chunk.run_steps(state, taken), None
@@ -166,16 +169,16 @@ class Driver:
 
     def _land(self, flight: "Flight", bar: ProgressBar) -> None:
         """Waits for a chunk, and shows it to the callbacks."""
-        with failing("device error", may_return=flight.may_return):
+        with failing("device error", may_return=flight.may_return, advice=self._advice):
             metrics = {name: np.asarray(values) for name, values in flight.metrics.items()}
-        self._settled = False
+        self._callbacks_saw_all = False
         self.record.add(metrics)
         self.state, self.start, self.positions = flight.state, flight.start, flight.positions
-        self.feed.settle()
+        self.feed.release_oldest()
         bar.advance(len(metrics["rejected"]), metrics)
         with failing("callback error", may_return=flight.may_return):
             reason = self.callbacks(flight.measured, metrics)
-        self._settled = True
+        self._callbacks_saw_all = True
         if self.keeper is not None:
             self.keeper.add(metrics)
         if reason is not None:

@@ -9,10 +9,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from gradhpo.core.base import BilevelOptimizer
+from gradhpo.core.inputs import LossFunctions
 from gradhpo.core.state import BilevelState
-from gradhpo.core.types import LossFunctions, RealScalarLike
-from gradhpo.data.feed import Feed
-from gradhpo.data.sources import as_source
+from gradhpo.core.types import RealScalarLike
+from gradhpo.core.wrapper import algorithm_of
+from gradhpo.data.sources import Feed, as_source
 from gradhpo.training.callbacks import Callbacks
 from gradhpo.training.checkpoint import Checkpoint
 from gradhpo.training.chunk import chunk_shapes
@@ -20,11 +21,13 @@ from gradhpo.training.driver import Driver
 from gradhpo.training.history import History
 from gradhpo.training.identity import identity
 from gradhpo.training.keeper import Keeper
-from gradhpo.training.report import keeps_second_moments, report
+from gradhpo.training.report import write_report
 from gradhpo.training.stopping import Interrupts, Stopped
+from gradhpo.utils.foreign import keeps_second_moments
 from gradhpo.utils.progress import ProgressBar
 from gradhpo.utils.settings import check_count, check_episodes, check_outer_rate, outer_rate
-from gradhpo.utils.typecheck import checked, warn, warn_once
+from gradhpo.utils.typecheck import checked
+from gradhpo.utils.warn import warn, warn_once
 
 
 @checked
@@ -121,12 +124,9 @@ def run(
         as_source(train_data, "train_data", optimizer.num_inner_steps),
         as_source(val_data, "val_data", None),
     )
-    if optimizer._reads_ahead and steps_per_episode is None:
-        warn_once(
-            "run without steps_per_episode never fits the theta of OnlineHypergradientOptimizer, "
-            "which happens where an episode begins: pass steps_per_episode, or estimation_period="
-            "None to the optimizer if distillation_weight (or your own estimate_theta) is meant"
-        )
+    missing = algorithm_of(optimizer).without_episodes
+    if missing and steps_per_episode is None:
+        warn_once(missing)
     watching = Callbacks(callbacks)
     keeper = None
     if checkpoint is not None:
@@ -154,7 +154,7 @@ def run(
         driver.begin(num_steps)
         taken = driver.record.taken
         # An estimate from the batches of an episode cannot wait for those still to come.
-        whole = feed.from_host and optimizer._reads_ahead
+        whole = feed.from_host and optimizer.reads_ahead
         size = feed.affordable(chunk_size)
         shapes = chunk_shapes(num_steps, size, steps_per_episode, whole, taken)
         bar = ProgressBar(num_steps, done=taken, shown=progress)
@@ -167,12 +167,12 @@ def run(
 def _history(driver: Driver, ending: Stopped, num_steps: int, seconds: float) -> History:
     """What the run has to tell, with a warning where it did not end as it was meant to."""
     record, metrics = driver.record, driver.record.metrics()
-    remark = driver.optimizer._remarks(driver.before, metrics) if record.taken else ""
+    remark = driver.optimizer.remarks(driver.before, metrics) if record.taken else ""
     unwritten = [] if driver.keeper is None else driver.keeper.failures
     like_adam = keeps_second_moments(driver.state.inner_opt_state)
     saved = None if driver.keeper is None else driver.keeper.saved_step
     behind = saved if saved != record.taken else None
-    said = report(ending, record, num_steps, seconds, remark, like_adam, unwritten, behind)
+    said = write_report(ending, record, num_steps, seconds, remark, like_adam, unwritten, behind)
     if driver.reptile_rate != 1 and record.taken % (driver.steps_per_episode or 1) == 0:
         said += " The parameters are those that the next episode starts from."
     # A run that ends in refused steps has stopped moving: with fixed data, for good.

@@ -1,17 +1,15 @@
 """What a run says at its end: how many steps, how many refused, and why it stopped."""
 
-import jax
 import numpy as np
-from jaxtyping import PyTree
 
-from gradhpo.training.record import Record
+from gradhpo.training.history import Record
 from gradhpo.training.stopping import Stopped
 
 
 _GROWN = 100.0  # no noise does that
 
 
-def report(
+def write_report(
     ending: Stopped,
     record: Record,
     num_steps: int,
@@ -125,9 +123,3 @@ def _on_divergence(record: Record) -> list[str]:
 
 def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
-
-
-def keeps_second_moments(inner_opt_state: PyTree) -> bool:
-    """Whether an optax state has the field `nu`, as those of Adam and its relatives."""
-    paths = jax.tree_util.tree_flatten_with_path(inner_opt_state)[0]
-    return any(getattr(key, "name", None) == "nu" for path, _ in paths for key in path)

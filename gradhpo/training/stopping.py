@@ -7,7 +7,13 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import equinox as eqx
+from gradhpo.utils.foreign import is_out_of_memory, runtime_check
+
+
+_MEMORY = (
+    "gradhpo.plan(optimizer, ...) says beforehand what memory a step needs. Smaller batches, or (with "
+    "an iterator, whose batches wait on the device) a smaller chunk_size need less."
+)
 
 
 class Stopped(Exception):
@@ -18,17 +24,20 @@ class Stopped(Exception):
 
 
 @contextlib.contextmanager
-def failing(reason: str, *, may_return: bool) -> Iterator[None]:
-    """What fails inside ends the run; raised as it is while there is nothing to return."""
+def failing(reason: str, *, may_return: bool, advice: str = "") -> Iterator[None]:
+    """What fails inside ends the run; raised as it is while there is nothing to return.
+
+    `advice` says how to do with less memory.
+    """
     try:
         yield
     except Stopped:
         raise
     except Exception as error:
-        if _out_of_memory(error):
+        if is_out_of_memory(error):
             reason = "out of memory"
-            error.add_note(_MEMORY)
-        checked = _runtime_check(error)
+            error.add_note(f"{_MEMORY} {advice}".strip())
+        checked = runtime_check(error)
         if checked is not None and not may_return:
             raise checked from error
         if not may_return:
@@ -36,23 +45,6 @@ def failing(reason: str, *, may_return: bool) -> Iterator[None]:
         if checked is not None:
             reason = "loss error"
         raise Stopped(reason, checked or error) from error
-
-
-_MEMORY = (
-    "gradhpo.plan(optimizer, ...) says beforehand what memory a step needs. UnrolledOptimizer with "
-    "checkpoints='sqrt' or a truncation, smaller batches, or (with an iterator, whose batches wait "
-    "on the device) a smaller chunk_size need less."
-)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
-
-
-def _runtime_check(error: Exception) -> Exception | None:
-    """What `eqx.error_if` said, in a loss or a solver within it, without all around it."""
-    _, marker, said = str(error).partition("_EquinoxRuntimeError: ")
-    return eqx.EquinoxRuntimeError(said.partition("\n\n\n---")[0].strip()) if marker else None
 
 
 class Interrupts:

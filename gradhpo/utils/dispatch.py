@@ -1,4 +1,4 @@
-"""Compiled calls that return at once, while the device is still at work.
+"""How every public call is compiled: it returns at once, while the device is still at work.
 
 `eqx.filter_jit` waits for the result (to explain runtime errors), and takes a millisecond for the
 many leaves of a model: more than a small step itself.
@@ -16,21 +16,21 @@ import jax
 _ARRAY = object()  # where one stood
 
 
-def without_waiting(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles a function of positional arguments; what of them is no array is static.
 
     The result holds arrays only.
     """
-    compiled = _compiled(function)
+    program = _program(function)
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
-        return compiled(*_split(arguments))
+        return program(*_split(arguments))
 
     return call
 
 
-def advancing(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled_update(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same for a function that returns its first argument with other arrays in it."""
 
     @functools.wraps(function)
@@ -41,12 +41,12 @@ def advancing(function: Callable[..., Any]) -> Callable[..., Any]:
             raise ValueError(f"{function.__name__} does not keep the structure of the state")
         return arrays
 
-    compiled = _compiled(arrays_after)
+    program = _program(arrays_after)
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
         (others, treedef), arrays = _split(arguments)
-        new = iter(compiled((others, treedef), arrays))
+        new = iter(program((others, treedef), arrays))
         first = treedef.children()[0]
         leaves = [next(new) if x is _ARRAY else x for x in others[: first.num_leaves]]
         return jax.tree.unflatten(first, leaves)
@@ -65,7 +65,7 @@ def _split(tree: Any) -> tuple[tuple[tuple[Any, ...], Any], list[Any]]:
     return (others, treedef), list(itertools.compress(leaves, are_arrays))
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def _program(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)  # its name is that of the program, for profilers
     def joined(static: Any, arrays: list[Any]) -> Any:
         others, treedef = static

@@ -12,7 +12,8 @@ from typing import IO, Any
 import numpy as np
 
 from gradhpo.utils.settings import check_count
-from gradhpo.utils.typecheck import checked, warn
+from gradhpo.utils.typecheck import checked
+from gradhpo.utils.warn import warn
 
 
 class _FileLogger(abc.ABC):

@@ -9,38 +9,25 @@ import jax
 from jax.extend.core import Jaxpr, jaxprs_in_params
 from jaxtyping import PyTree
 
-from gradhpo.utils.typecheck import forget_warnings, warn_once
+from gradhpo.utils.advice import on_missing_rule
+from gradhpo.utils.foreign import NO_DERIVATIVE, is_custom_vjp
+from gradhpo.utils.warn import forget_warnings, warn_once
 
 
-# What JAX and Equinox raise where a rule of differentiation is missing.
-_NOT_DIFFERENTIABLE = (TypeError, ValueError, NotImplementedError, RuntimeError)
-_ODE = (
-    "around an ODE solve pass adjoint=diffrax.DirectAdjoint() and a small max_steps: the gradients "
-    "of diffrax's other adjoints cannot be differentiated again"
-)
-_MISSING_RULES = {
-    "Reverse-mode differentiation does not work": f"{_ODE}; in place of a while_loop use lax.scan, "
-    "or ForwardModeOptimizer with an update_fn",
-    "can't apply forward-mode": f"{_ODE}; in place of a custom_vjp of your own write a custom_jvp, "
-    "or use UnrolledOptimizer",
-    "Unexpected tangent": _ODE,
-    "callbacks do not support": "for an opaque function use T1T2Optimizer(update_fn=..., "
-    "perturb='hyperparams')",
-}
+TAKES_ALL = "second derivatives of the training loss, or derivatives of the inner update"
 
 
 @contextlib.contextmanager
-def differentiation_explained(name: str) -> Iterator[None]:
-    """Says what to write where the derivatives that a method takes do not exist."""
+def differentiation_explained(name: str, takes: str = TAKES_ALL) -> Iterator[None]:
+    """Says what to write where the derivatives that a method `takes` do not exist."""
     try:
         yield
-    except _NOT_DIFFERENTIABLE as error:
-        advice = [advice for rule, advice in _MISSING_RULES.items() if rule in str(error)]
-        if not advice:
+    except NO_DERIVATIVE as error:
+        advice = on_missing_rule(str(error))
+        if advice is None:
             raise
         raise ValueError(
-            f"{name} takes second derivatives of the training loss, or derivatives of the inner "
-            f"update, and JAX has none here: {advice[0]}. What JAX says: "
+            f"{name} takes {takes}, and JAX has none here: {advice}. What JAX says: "
             f"{str(error).splitlines()[0]}"
         ) from error
 
@@ -67,7 +54,7 @@ def visible_leaves(
         used |= set(map(id, program.outvars))
         seen[:] = [id(v) in used for v in program.invars]
 
-    with contextlib.suppress(*_NOT_DIFFERENTIABLE):
+    with contextlib.suppress(*NO_DERIVATIVE):
         # A trace of its own, so that nothing of this reaches the program around it.
         jax.eval_shape(probe, *leaves)
     return jax.tree.unflatten(treedef, seen)
@@ -76,12 +63,14 @@ def visible_leaves(
 def contains_custom_vjp(program: Jaxpr) -> bool:
     """Whether a `custom_vjp` is called anywhere in a traced program."""
     return any(
-        eqn.primitive.name.startswith("custom_vjp_call")
+        is_custom_vjp(eqn.primitive.name)
         or any(contains_custom_vjp(inner) for inner in jaxprs_in_params(eqn.params))
         for eqn in program.eqns
     )
 
 
+# Which jobs were traced, and how often, in this process. A function made anew in a loop is a new
+# object every time, so nothing that the user holds could count its traces.
 _WARN_AT = (5, 10, 20, 50, 100, 200, 500, 1_000)  # not at every trace: that would be noise
 _traces: dict[Any, tuple[int, dict[str, int]]] = {}
 
@@ -96,8 +85,7 @@ def record_trace(
     what: str,
     optimizer: Any,
     state: PyTree,
-    train_loss_fn: Any,
-    val_loss_fn: Any,
+    losses: Any,
     **batches: PyTree,
 ) -> None:
     """Called while a step or a chunk is traced: at the fifth trace of a job says what changed.
@@ -111,13 +99,13 @@ def record_trace(
         what,
         _fingerprint(without_functions),
         _fingerprint(eqx.filter(state, eqx.is_array)),
-        _source(train_loss_fn),
-        _source(val_loss_fn),
+        _source(losses.train_loss),
+        _source(losses.val_loss),
     )
     changing = {
         "the optimizer (an optax object or update_fn made anew)": optimizer,
-        "train_loss_fn (a function made anew)": train_loss_fn,
-        "val_loss_fn (a function made anew)": val_loss_fn,
+        "train_loss_fn (a function made anew)": losses.train_loss,
+        "val_loss_fn (a function made anew)": losses.val_loss,
         "a function inside the state": state,
     } | {f"{name} (its shapes, or a function made anew)": x for name, x in batches.items()}
     now = {name: _fingerprint(value) for name, value in changing.items()}

@@ -58,27 +58,6 @@ def check_single_batch(batch: PyTree, name: str) -> None:
         )
 
 
-def check_tasks(shape: tuple[int, ...] | None, num_tasks: int) -> None:
-    """A state was made for so many tasks: its parameters alone would not tell."""
-    if shape != (num_tasks,):
-        found = "without a task axis" if shape is None else f"for {shape[0]} tasks"
-        raise ValueError(
-            f"the state was made {found}, and TaskBatched has num_tasks={num_tasks}: make it with "
-            "this optimizer's init(params, hyperparams), the parameters being those of one task"
-        )
-
-
-def check_task_axis(tree: PyTree, name: str, num_tasks: int, *, axis: int) -> None:
-    """Every array of a batch has one entry for each task."""
-    layout = "[tasks, ...]" if axis == 0 else "[inner steps, tasks, ...]"
-    for path, leaf in _with_path(tree):
-        if leaf.shape[axis] != num_tasks:
-            raise ValueError(
-                f"{name}{jax.tree_util.keystr(path)} has shape {leaf.shape}; TaskBatched with "
-                f"num_tasks={num_tasks} needs {layout}, with {num_tasks} at axis {axis}"
-            )
-
-
 def prepare_params(params: PyTree) -> PyTree:
     """Parameters as strong arrays, or an error that says what cannot be trained."""
     is_state = lambda x: isinstance(x, (eqx.nn.State, eqx.nn.StateIndex))

@@ -2,56 +2,149 @@
 
 import collections
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from gradhpo.core.types import BatchStack, DrawnStack
-from gradhpo.data.buffer import Buffer, Kind, Waiting
-from gradhpo.data.loaders import Repeated, seek, state_of, touch
+from gradhpo.data.conversion import as_array, native_dtype
+from gradhpo.data.loaders import Repeated, is_untouched, seek, state_of
+from gradhpo.data.source import Fetched, Source
 from gradhpo.utils.description import described, differences
 from gradhpo.utils.keys import is_key
-from gradhpo.utils.validation import strong
 
 
-class Fetched(eqx.Module):
-    """Batches of a chunk that came from the host, `[steps, ...]` or `[steps, inner, ...]`."""
+class Kind(NamedTuple):
+    """What all batches of an iterator have in common."""
 
-    values: PyTree
+    structure: Any
+    shapes: list[tuple[int, ...]]
+    dtypes: list[Any]
 
-    def batch(self, step: Array, position: Array) -> PyTree:
-        return jax.tree.map(lambda x: x[position], self.values)
-
-    def stack(self, step: Array, position: Array, count: int) -> PyTree:
-        return BatchStack(self.batch(step, position))
-
-    def drawn(self, step: Array, position: Array, count: int) -> DrawnStack:
-        of_step = lambda t: self.batch(step, position + t // count)
-        return DrawnStack(lambda t: jax.tree.map(lambda x: x[t % count], of_step(t)))
+    @property
+    def nbytes(self) -> int:
+        """Size of one batch."""
+        sizes = zip(self.shapes, self.dtypes, strict=True)
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in sizes)
 
 
-class Host:
+class Buffer:
+    """Room for `size` batches."""
+
+    def __init__(self, kind: Kind, size: int):
+        self.size, self._structure = size, kind.structure
+        self._rows = [
+            # PRNG keys have no NumPy form.
+            [None] * size if jnp.issubdtype(dtype, jax.dtypes.prng_key) else _aligned(
+                (size, *shape), dtype
+            )
+            for shape, dtype in zip(kind.shapes, kind.dtypes, strict=True)
+        ]  # fmt: skip
+
+    def put(self, place: int, leaves: Sequence[Any]) -> None:
+        """Writes a batch."""
+        for rows, leaf in zip(self._rows, leaves, strict=True):
+            rows[place] = leaf
+
+    def leaves(self, place: int) -> list[Any]:
+        """The leaves of a batch: views, where they are not keys."""
+        return [rows[place] for rows in self._rows]
+
+    def batch(self, place: int) -> Any:
+        """A copy of a batch."""
+        leaves = [x if is_key(x) else np.array(x) for x in self.leaves(place)]
+        return jax.tree.unflatten(self._structure, leaves)
+
+    def stacked(self, *lead: int) -> Any:
+        """The first batches as one, with these leading axes: views again."""
+        leaves = [_reshaped(rows[: math.prod(lead)], lead) for rows in self._rows]
+        return jax.tree.unflatten(self._structure, leaves)
+
+
+class Waiting:
+    """Batches that are drawn and not handed out yet.
+
+    Each is copied once, to where the device will read it, as some loaders fill the same arrays
+    again.
+    """
+
+    def __init__(self, kind: Kind):
+        self.kind = kind
+        self._buffer, self._count = Buffer(kind, 1), 0
+        self._free: list[Buffer] = []
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, leaves: Sequence[Any], room: int) -> None:
+        """Puts a batch behind the others, as one of `room` many."""
+        if self._buffer.size < room:
+            self._move(self._buffer, range(self._count), room)
+        self._buffer.put(self._count, leaves)
+        self._count += 1
+
+    def hand_out(self, count: int) -> Buffer:
+        """A buffer that begins with the first `count` batches. The others wait on."""
+        out = self._buffer
+        self._move(out, range(count, self._count), max(1, self._count - count))
+        return out
+
+    def take_back(self, buffer: Buffer) -> None:
+        """A buffer that nothing reads any more, to be written to again."""
+        self._free.append(buffer)
+
+    def batches(self) -> list[Any]:
+        """All of them."""
+        return [self._buffer.batch(place) for place in range(self._count)]
+
+    def _move(self, old: Buffer, places: range, size: int) -> None:
+        self._free = [buffer for buffer in self._free if buffer.size >= size]
+        new = self._free.pop() if self._free else Buffer(self.kind, size)
+        for number, place in enumerate(places):
+            new.put(number, old.leaves(place))
+        # Last of all: an interrupt finds either buffer whole.
+        self._buffer, self._count = new, len(places)
+
+
+def _reshaped(rows: Any, lead: tuple[int, ...]) -> np.ndarray | Array:
+    stacked = jnp.stack(rows) if is_key(rows[0]) else rows
+    return stacked.reshape(*lead, *stacked.shape[1:])
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that XLA can read in place on a CPU, which takes a multiple of 64 bytes."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+class FromIterator(Source):
     """An iterator as a source of a run. `per_step` is the inner steps, or `None` for one batch."""
+
+    from_host = True
 
     def __init__(self, name: str, iterator: Any, per_step: int | None):
         self.name, self._iterator, self._per_step = name, iterator, per_step
         self._waiting: Waiting | None = None  # until a first batch says for what there is room
         # Handed out, and not done yet: how many batches of which buffer.
         self._taken: collections.deque[tuple[Buffer, int]] = collections.deque()
-        self.failure: Exception | None = None
+        self.failure = None
         # A run that resumes can draw the earlier batches again only from an untouched iterator.
-        self._untouched = touch(iterator)
+        self._untouched = is_untouched(iterator)
         self._drawn = iterator.drawn if isinstance(iterator, Repeated) else 0
         self._position = self._here()
         self._last: PyTree = None  # batch before that position, to be described
 
-    def same_as(self, other: "Host") -> bool:
+    def draws_like(self, other: Source) -> bool:
         """Whether both draw from one iterator."""
-        return self._iterator is other._iterator
+        return isinstance(other, FromIterator) and self._iterator is other._iterator
+
+    def described(self) -> Any:
+        return "an iterator"
 
     # -- drawing -------------------------------------------------------------------------------
 
@@ -63,10 +156,6 @@ class Host:
         return self._waiting.kind.nbytes * (self._per_step or 1)
 
     def draw(self, steps: int, *, in_part: bool) -> int:
-        """Draws what `steps` steps need, and says for how many there are batches.
-
-        What goes wrong is raised once there are none, or with `in_part=False` if one is missing.
-        """
         self._draw(steps * (self._per_step or 1))
         found = min(steps, self._ahead // (self._per_step or 1))
         if self.failure is not None and found < (1 if in_part else steps):
@@ -74,7 +163,6 @@ class Host:
         return found
 
     def fetch(self, steps: int) -> Fetched:
-        """The batches of the next `steps` steps, which were drawn."""
         lead = (steps,) if self._per_step is None else (steps, self._per_step)
         count = math.prod(lead)
         assert self._waiting is not None  # since something was drawn
@@ -86,13 +174,11 @@ class Host:
         self._last = buffer.batch(count - 1)
         return Fetched(buffer.stacked(*lead))
 
-    def settle(self) -> None:
-        """The steps of the oldest `fetch` are done, and nothing reads its batches any more."""
+    def release_oldest(self) -> None:
         assert self._waiting is not None
         self._waiting.take_back(self._taken.popleft()[0])
 
     def close(self) -> None:
-        """What was drawn and not used goes back, where that is possible."""
         if isinstance(self._iterator, Repeated):
             taken = [buffer.batch(i) for buffer, count in self._taken for i in range(count)]
             self._iterator.give_back([*taken, *(self._waiting.batches() if self._waiting else [])])
@@ -115,8 +201,8 @@ class Host:
         which = f"{self.name} (batch {self._drawn})"
         # PyTorch's loader yields lists; a list of arrays is a list of batches elsewhere.
         leaves, structure = jax.tree.flatten(tuple(batch) if type(batch) is list else batch)
-        leaves = [_as_array(x, which) for x in leaves]
-        kind = Kind(structure, [x.shape for x in leaves], [_native(x.dtype) for x in leaves])
+        leaves = [as_array(x, which) for x in leaves]
+        kind = Kind(structure, [x.shape for x in leaves], [native_dtype(x.dtype) for x in leaves])
         if self._waiting is None:
             if not leaves:
                 raise ValueError(f"{which} holds no array: {batch!r}")
@@ -142,13 +228,11 @@ class Host:
         return {"drawn": self._drawn - self._ahead, "state": state_of(self._iterator)}
 
     def position(self) -> dict[str, Any]:
-        """Where the steps handed out so far end, as JSON can hold it."""
         if self._last is not None and self._position["state"] is None:
             self._position["last"], self._last = described(self._last), None
         return self._position
 
     def check_can_resume(self) -> None:
-        """A run that keeps checkpoints begins with an iterator that can be found again."""
         if self._position["state"] is None:
             self._check_untouched()
 
@@ -200,25 +284,3 @@ _ALIKE = {
     "shapes": "drop or pad the ragged last batch (drop_last=True in many loaders)",
     "dtypes": "convert all batches to the same one",
 }
-
-
-def _native(dtype: Any) -> Any:
-    """In the byte order of this machine, which JAX takes all arrays to be in."""
-    return dtype.newbyteorder("=") if isinstance(dtype, np.dtype) else dtype
-
-
-def _as_array(x: Any, which: str) -> np.ndarray | Array:
-    """What a loader yields as an array: tensors of other libraries by way of NumPy."""
-    if isinstance(x, jax.Array) and is_key(x):
-        return x
-    try:
-        is_number = isinstance(x, (bool, int, float, complex))
-        array = x if isinstance(x, jax.Array) else np.asarray(strong(x) if is_number else x)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{which} holds a {type(x).__name__} that is no array: {error}") from error
-    if array.dtype.kind not in "biufc" and not jnp.issubdtype(array.dtype, np.number):
-        raise TypeError(
-            f"{which} holds a {type(x).__name__} with dtype {array.dtype}: a batch is a pytree of "
-            "numbers; leave text and objects out, or encode them"
-        )
-    return array

@@ -1,0 +1,135 @@
+"""Batches, and stacks of them: one for each inner step."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, PyTree
+
+from gradhpo.utils.keys import fold_keys, is_key
+from gradhpo.utils.typecheck import checked
+from gradhpo.utils.validation import check_leading_axis
+
+
+@checked
+class DataBatch(eqx.Module):
+    """Inputs with their targets; unpacks as a pair.
+
+    **Arguments:**
+
+    - `inputs`: array, or pytree of arrays, each of shape `[batch, ...]`.
+    - `targets`: array, or pytree of arrays, each of shape `[batch, ...]`.
+
+    **Raises:** `ValueError` when the leading axes differ, when an array has none (shape `()`), or
+    when there is no array at all.
+
+    ```python
+    batch = gradhpo.DataBatch(inputs=jnp.ones((32, 64)), targets=jnp.zeros(32))
+    x, y = batch
+    ```
+    """
+
+    inputs: PyTree
+    targets: PyTree
+
+    def __check_init__(self):
+        check_leading_axis((self.inputs, self.targets), "DataBatch(inputs, targets)")
+
+    def __iter__(self) -> Iterator[PyTree]:
+        return iter((self.inputs, self.targets))
+
+
+@checked
+class BatchStack(eqx.Module):
+    """One training batch for each inner step of a `step`.
+
+    **Arguments:**
+
+    - `batches`: a batch whose every array has one more leading axis, the inner steps:
+        `[inner steps, batch, ...]`.
+
+    **Raises:** `ValueError` when the leading axes differ, when an array has none, or when there is
+    no array at all; `TypeError` for a list, which [`of`][gradhpo.BatchStack.of] stacks. `step`
+    raises `ValueError` when their length is not the optimizer's `num_inner_steps`.
+
+    ```python
+    b1, b2 = jnp.zeros((32, 64)), jnp.ones((32, 64))
+    stack = gradhpo.BatchStack.of([b1, b2])
+    assert stack.num_steps == 2
+    ```
+    """
+
+    batches: PyTree
+
+    def __check_init__(self):
+        if isinstance(self.batches, list):
+            raise TypeError(
+                f"BatchStack(batches) got a list of {len(self.batches)}; to stack a list of "
+                "batches write BatchStack.of([b1, b2, ...])"
+            )
+        check_leading_axis(self.batches, "BatchStack(batches)")
+
+    @classmethod
+    def of(cls, batches: Iterable[Any]) -> "BatchStack":
+        """Stacks batches of one structure and one shape, in the order of the inner steps.
+
+        **Arguments:**
+
+        - `batches`: one batch for each inner step, any iterable.
+
+        **Returns:** a `BatchStack`, its arrays of shape `[inner steps, *shape of one]`.
+
+        **Raises:** `ValueError` for no batch, or for shapes that differ from the first one's.
+        """
+        batches = list(batches)
+        if len(batches) == 0:
+            raise ValueError("BatchStack.of(batches): got no batch; pass one for each inner step")
+        first = jax.tree.map(jnp.shape, batches[0])
+        for position, batch in enumerate(batches):
+            shapes = jax.tree.map(jnp.shape, batch)
+            if shapes != first:
+                raise ValueError(
+                    f"BatchStack.of(batches): batch {position} has shapes {shapes}, batch 0 "
+                    f"has {first}; all must agree, so drop or pad a ragged last batch"
+                )
+        return cls(jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches))
+
+    @property
+    def num_steps(self) -> int:
+        """Length of the leading axis: the number of inner steps that it serves."""
+        return jax.tree.leaves(self.batches)[0].shape[0]
+
+    def at(self, t: ArrayLike) -> PyTree:
+        """The batch of inner step `t`, counted from 0; `t` may be traced."""
+        return jax.tree.map(lambda x: x[t], self.batches)
+
+
+class DrawnStack(eqx.Module):
+    """A `BatchStack` that is never stored: batch t is made where it is used.
+
+    Where so many inner steps share one batch (`shared_by`), its PRNG keys are folded with
+    their number, as for a batch that is no stack.
+    """
+
+    draw: Callable[[Array], PyTree]
+    shared_by: int | None = eqx.field(static=True, default=None)
+
+    def at(self, t: ArrayLike) -> PyTree:
+        t = jnp.asarray(t, jnp.int32)
+        batch = self.draw(t)
+        return batch if self.shared_by is None else fold_keys(batch, t % self.shared_by)
+
+
+def batch_of_step(train_batch: PyTree, t: ArrayLike) -> PyTree:
+    """The t-th of a stack, or the one batch of all inner steps with its PRNG keys folded with t."""
+    if isinstance(train_batch, BatchStack | DrawnStack):
+        return train_batch.at(t)
+    return fold_keys(train_batch, t)
+
+
+def is_same_each_step(train_batch: PyTree) -> bool:
+    """Whether `batch_of_step` is one and the same for all inner steps."""
+    is_stack = isinstance(train_batch, BatchStack | DrawnStack)
+    return not is_stack and not any(map(is_key, jax.tree.leaves(train_batch)))

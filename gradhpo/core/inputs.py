@@ -1,0 +1,51 @@
+"""What a step is given: losses, and the state and batches that they are evaluated on."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+from jaxtyping import PyTree
+
+from gradhpo.core.state import BilevelState
+from gradhpo.utils.typecheck import checked
+
+
+@checked
+class LossFunctions(eqx.Module):
+    r"""The two losses of a bilevel problem, $\min_\lambda L_{val}(w_T(\lambda), \lambda)$.
+
+    $w_T(\lambda)$ is what training on $L_{train}$ makes of the parameters in $T$ inner steps.
+
+    **Arguments:**
+
+    - `train_loss`: `(params, hyperparams, batch) -> scalar`, minimised by the inner
+        optimizer over the parameters.
+    - `val_loss`: `(params, hyperparams, batch) -> scalar`, minimised by the outer
+        optimizer over the hyperparameters.
+
+    **Raises:** `TypeError` for one that is no function.
+
+    ```python
+    losses = gradhpo.LossFunctions(
+        train_loss=lambda params, hyperparams, batch: jnp.sum(params**2 * hyperparams),
+        val_loss=lambda params, hyperparams, batch: jnp.sum((params - batch) ** 2),
+    )
+    ```
+    """
+
+    train_loss: Callable
+    val_loss: Callable
+
+
+class Inputs(eqx.Module):
+    """State, batches and losses of one `step`, which travel together."""
+
+    state: BilevelState
+    train_batch: PyTree
+    val_batch: PyTree
+    losses: LossFunctions
+
+    def at(self, state: BilevelState, **batches: Any) -> "Inputs":
+        """From another state; with other batches if some are given."""
+        return dataclasses.replace(self, state=state, **batches)

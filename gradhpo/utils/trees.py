@@ -1,0 +1,140 @@
+"""Pytree algebra, on the floating-point array leaves of a tree.
+
+All other leaves (integer arrays, functions, strings) are not numbers to be optimised: they are
+passed through unchanged and count for nothing in norms and products, so whole Equinox models may be
+given.
+"""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, ArrayLike, Bool, PyTree, Real
+
+from gradhpo.utils.typecheck import checked
+
+
+def accumulation_dtype(tree: PyTree) -> jnp.dtype:
+    """float32, or float64 where a leaf is float64: sums over bfloat16 lose everything."""
+    leaves = jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))
+    wide = any(leaf.dtype == jnp.float64 for leaf in leaves)
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+def _accumulated(tree: PyTree, dtype: jnp.dtype | None = None) -> PyTree:
+    inexact = eqx.filter(tree, eqx.is_inexact_array)
+    return optax.tree.cast(inexact, accumulation_dtype(tree) if dtype is None else dtype)
+
+
+def _map_inexact(function: Callable, tree: PyTree, *rest: PyTree) -> PyTree:
+    return jax.tree.map(
+        lambda x, *xs: function(x, *xs) if eqx.is_inexact_array(x) else x, tree, *rest
+    )
+
+
+@checked
+def tree_zeros_like(tree: PyTree) -> PyTree:
+    """Zeros with the shape and dtype of every array leaf, integer arrays included.
+
+    Leaves that are no arrays or numbers (functions, strings) stay as they are.
+
+    ```python
+    zeros = gradhpo.tree_zeros_like({"w": jnp.ones(3)})
+    ```
+    """
+    return jax.tree.map(lambda x: jnp.zeros_like(x) if eqx.is_array_like(x) else x, tree)
+
+
+@checked
+def tree_l2_norm(tree: PyTree) -> Real[Array, ""]:
+    r"""Euclidean norm over all floating-point leaves together, $\sqrt{\sum_i x_i^2}$.
+
+    Accumulated in float32, or float64 where a leaf is float64; so is the result, shape `()`. An
+    empty tree has norm 0.
+
+    ```python
+    assert gradhpo.tree_l2_norm({"a": jnp.array([3.0]), "b": jnp.array(4.0)}) == 5.0
+    ```
+    """
+    return jnp.asarray(optax.tree.norm(_accumulated(tree)), accumulation_dtype(tree))
+
+
+@checked
+def tree_normalize(tree: PyTree, eps: Real[ArrayLike, ""] = 1e-8) -> PyTree:
+    r"""Divides by the norm: $x / \max(\|x\|_2, \mathtt{eps})$, so that 0 stays 0.
+
+    `eps` is positive, shape `()`, default 1e-8. Leaves that are not floating-point arrays stay.
+
+    ```python
+    unit = gradhpo.tree_normalize({"a": jnp.array([3.0]), "b": jnp.array(4.0)})
+    ```
+    """
+    norm = tree_l2_norm(tree)
+    norm = jnp.maximum(norm, jnp.asarray(eps, norm.dtype))
+    return _map_inexact(lambda x: (x.astype(norm.dtype) / norm).astype(x.dtype), tree)
+
+
+@checked
+def tree_dot(a: PyTree, b: PyTree) -> Real[Array, ""]:
+    r"""Inner product over all floating-point leaves together, $\sum_i a_i b_i$.
+
+    Accumulated like [`tree_l2_norm`][gradhpo.tree_l2_norm], shape `()`. Raises `ValueError` for
+    trees of two structures.
+
+    ```python
+    assert gradhpo.tree_dot({"a": jnp.array([1.0, 2.0])}, {"a": jnp.array([3.0, 4.0])}) == 11.0
+    ```
+    """
+    dtype = accumulation_dtype((a, b))
+    return jnp.asarray(optax.tree.vdot(_accumulated(a, dtype), _accumulated(b, dtype)), dtype)
+
+
+@checked
+def tree_lerp(a: PyTree, b: PyTree, t: Real[ArrayLike, ""]) -> PyTree:
+    r"""Straight line from `a` (at `t = 0`) to `b` (at `t = 1`): $(1 - t)\,a + t\,b$.
+
+    A tree like `a`, with its dtypes; leaves that are not floating-point arrays are those of `a`.
+    Where both ends are the same number so is every point between, an infinity included; at `t = 0`
+    nothing of `b` is looked at. `t` has the shape `()`. Raises `ValueError` for trees of two
+    structures.
+
+    ```python
+    middle = gradhpo.tree_lerp({"w": jnp.zeros(2)}, {"w": jnp.ones(2)}, 0.5)
+    ```
+    """
+    dtype = accumulation_dtype(a)
+    t = jnp.asarray(t, dtype)
+
+    def point(x, y):
+        wide_x, wide_y = jnp.asarray(x, dtype), jnp.asarray(y, dtype)
+        # 0 * inf is nan: a mask of infinities in the parameters would not survive.
+        between = (1 - t) * wide_x + t * wide_y
+        return jnp.where((wide_x == wide_y) | (t == 0), wide_x, between).astype(x.dtype)
+
+    return _map_inexact(point, a, b)
+
+
+def finite_leaves(tree: PyTree, unless_as_in: PyTree | None = None) -> PyTree:
+    """For each floating-point leaf whether all of its numbers are finite.
+
+    With `unless_as_in`, a number that is the same in that tree counts as finite: parameters may
+    hold an infinity on purpose (an attention mask), and so may optimizer states (a best value).
+    """
+    inexact = eqx.filter(tree, eqx.is_inexact_array)
+    if unless_as_in is None:
+        return jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), inexact)
+    fine = lambda x, old: jnp.all(jnp.isfinite(x) | (x == old))
+    return jax.tree.map(fine, inexact, eqx.filter(unless_as_in, eqx.is_inexact_array))
+
+
+def all_finite(tree: PyTree, unless_as_in: PyTree | None = None) -> Bool[Array, ""]:
+    """Whether every number of a tree is finite, by the same rule as `finite_leaves`."""
+    leaves = jax.tree.leaves(finite_leaves(tree, unless_as_in))
+    return jnp.all(jnp.stack([jnp.asarray(True), *leaves]))
+
+
+def inexact_bytes(tree: PyTree) -> int:
+    """Memory of the floating-point leaves."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array)))

@@ -1,0 +1,51 @@
+"""Warnings that point at the user's line, each given once."""
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """A warning that points at the first line outside this library and those beneath it."""
+    beneath = {"gradhpo", "equinox", "jax", "jaxtyping", "beartype", "contextlib", "functools"}
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and _package(frame) in beneath:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+
+
+# What was said in this process. Tracing finds the same thing at every compilation, of which no object
+# of the user's knows the last: Python's own registry of warnings is such a global state as well, but
+# it counts by lines, and one line of a user's may be told several things.
+_said: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """A warning that is given once in a process: tracing again finds the same thing again."""
+    if message not in _said:
+        _said.add(message)
+        warn(message)
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Keeps quiet what a report says instead, and lets it be said later."""
+    said = set(_said)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        _said.clear()
+        _said.update(said)
+
+
+def forget_warnings() -> None:
+    """Lets every warning be given once more."""
+    _said.clear()
+
+
+def _package(frame: Any) -> str:
+    return frame.f_globals.get("__name__", "").partition(".")[0]
