@@ -2,6 +2,7 @@
 
 import time
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
@@ -88,7 +89,8 @@ def iterations(outer_rate: float, *, warm: bool, tolerance: float = 1e-3) -> flo
         total += float(state.get_metric("linear_iterations"))
         if not warm:
             nothing = jnp.zeros_like(state.memory.adjoint)
-            state = state.update(metadata={"adjoint": nothing})
+            forgetful = eqx.tree_at(lambda m: m.adjoint, state.memory, nothing)
+            state = state.update(memory=forgetful)
     return total / steps
 
 

@@ -1,7 +1,7 @@
-"""What an algorithm of your own is written against: the public extension interface.
+"""What an algorithm is written against: the public interface for extensions.
 
-[Write your own algorithm](https://gradhpo.readthedocs.io) uses nothing else, and neither do the
-algorithms of the library.
+The algorithms of the library use nothing else, and neither does the page that
+[writes one](../own_algorithm.md) from a paper's equation to its tests.
 """
 
 from gradhpo.core.algorithm import Algorithm
@@ -38,3 +38,56 @@ from gradhpo.utils.trees import (
 )
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import check_leading_axis, check_same_structure
+
+
+__all__ = [
+    "Algorithm",
+    "BatchStack",
+    "BilevelOptimizer",
+    "BilevelState",
+    "Cotangent",
+    "DrawnStack",
+    "Estimate",
+    "InnerOptimizer",
+    "InnerState",
+    "InnerUpdate",
+    "Inputs",
+    "LossFn",
+    "LossFunctions",
+    "MetricDict",
+    "Problem",
+    "Sees",
+    "UpdateFn",
+    "Validation",
+    "Wrapper",
+    "accumulation_dtype",
+    "along_a_line",
+    "cast_like",
+    "check_count",
+    "check_leading_axis",
+    "check_same_structure",
+    "check_setting",
+    "checked",
+    "cotangent_at_end",
+    "fit_memory",
+    "fold_keys",
+    "inner_state",
+    "is_key",
+    "map_in_blocks",
+    "num_coordinates",
+    "pull_step",
+    "pull_through",
+    "ravel",
+    "setting",
+    "square_root",
+    "tree_dot",
+    "tree_l2_norm",
+    "tree_lerp",
+    "tree_normalize",
+    "tree_zeros_like",
+    "unit_vector",
+    "unravel",
+    "unrolled",
+    "with_inner_state",
+    "with_memory",
+]

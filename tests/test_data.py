@@ -9,9 +9,8 @@ from problems import OUTER, relaxed
 
 import gradhpo
 from gradhpo.data.arrays import _permute
-from gradhpo.data.buffer import Buffer
-from gradhpo.data.feed import Feed
-from gradhpo.data.sources import as_source
+from gradhpo.data.iterators import Buffer
+from gradhpo.data.sources import Feed, as_source
 
 
 X, Y = jnp.linspace(-1, 1, 30).reshape(10, 3), jnp.linspace(0, 1, 10)
@@ -134,7 +133,7 @@ def test_stack_is_the_batches_of_a_step():
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_function_of_the_index_may_return_numbers_and_keys(count):
     draw = lambda index: {"x": X[index], "share": 0.5, "key": jax.random.fold_in(KEY, index)}
-    source = as_source(draw, "train_data", count)
+    source = as_source(draw, "train_data", count).fetch(1)
     found = source.stack(jnp.asarray(2), jnp.asarray(0), count)
     assert found.num_steps == count
     for t in range(count):
@@ -226,7 +225,8 @@ def test_memory_of_batches_is_used_again_once_a_chunk_is_done():
     assert feed.affordable(4) == 4
     addresses, flying, first = set(), [], 0
     for expected in (4, 4, 3):  # the second iterator ends
-        (t, v, taken), steps = feed.take(4, 1, in_part=True), np.arange(first, first + expected)
+        t, v, taken = feed.draw_chunk(4, 1, in_part=True)
+        steps = np.arange(first, first + expected)
         assert taken == expected
         flying.append((t.values, v.values, steps))
         addresses.add(v.values["x"].ctypes.data)
@@ -239,7 +239,7 @@ def test_memory_of_batches_is_used_again_once_a_chunk_is_done():
             keys = jax.vmap(jax.random.key)(of_steps)
             assert jnp.all(of_val["key"] == keys)
             assert np.array_equal(of_val["n"], of_steps)
-            feed.settle()
+            feed.release_oldest()
         first += expected
     assert len(addresses) == 2  # and not one for each chunk
     feed.close()
@@ -252,7 +252,7 @@ def test_batches_given_back_are_those_of_the_loader():
     batches = gradhpo.iterate(loader)
     feed = Feed(as_source(batches, "train_data", 1), as_source(jnp.ones(3), "val_data", None))
     with jax.enable_x64(False):  # JAX would make float32 of them
-        feed.take(2, 1, in_part=True)
+        feed.draw_chunk(2, 1, in_part=True)
         feed.close()
     returned = [next(batches) for _ in range(2)]
     assert all(x.dtype == np.float64 for x in returned)

@@ -129,17 +129,17 @@ def test_displayed_formulas_stand_alone():
 
 
 def test_imports_point_down():
-    """diagnostics -> training -> algorithms, data -> core -> utils; core knows no algorithm."""
+    """diagnostics -> training -> algorithms, data -> core -> utils; algorithms know what is public."""
     below = {
         "utils": [],
         "core": ["utils"],
         "solvers": ["utils"],
-        "algorithms": ["core", "solvers", "utils"],
+        "algorithms": ["extend"],
         "data": ["core", "utils"],
         "training": ["algorithms", "core", "data", "utils"],
         "diagnostics": ["algorithms", "core", "data", "training", "utils"],
     }
     for room, allowed in below.items():
         for file in (ROOT / "gradhpo" / room).glob("*.py"):
-            used = set(re.findall(r"from gradhpo\.(\w+)", file.read_text())) - {room}
+            used = set(re.findall(r"^from gradhpo\.(\w+)", file.read_text(), re.MULTILINE)) - {room}
             assert used <= set(allowed), f"{file} imports {used - set(allowed)}"

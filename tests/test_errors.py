@@ -317,7 +317,7 @@ MISUSES = {
     ),
     "first order on a blind validation loss": (
         lambda: step(gradhpo.FOOptimizer(SGD, SGD)), ValueError,
-        "FOOptimizer sees none of the hyperparameters.*one step, T1-T2, greedy",
+        "FOOptimizer sees none of the hyperparameters.*OneStepOptimizer, T1T2Optimizer, Greedy",
     ),
     "hyperparameters that nothing uses": (
         lambda: step(tl=lambda w, h, b: jnp.sum(jnp.square(w))), ValueError,
@@ -410,9 +410,10 @@ MISUSES = {
     ),
     "theta of one step": (
         lambda: gradhpo.TaskBatched(one_step(), 2).estimate_theta(
-            one_step().init(W, H), gradhpo.BatchStack(B), None, train_loss, val_loss
+            gradhpo.TaskBatched(one_step(), 2).init(W, H),
+            gradhpo.BatchStack(jnp.ones((3, 2, 4))), None, train_loss, val_loss,
         ),
-        TypeError, "has no theta to estimate",
+        TypeError, "OneStepOptimizer has nothing to estimate",
     ),
     "no tasks": (lambda: gradhpo.TaskBatched(one_step(), 0), ValueError, "num_tasks"),
     "tasks of tasks": (

@@ -213,7 +213,7 @@ def test_metrics_tell_how_far_from_the_optimum_and_how_well_the_system_was_solve
         )
         state = optimizer.step(*at(start, optimizer))
         gradient = jax.grad(problem.train_loss)(state.params, state.hyperparams, None)
-        metrics = state.metadata
+        metrics = vars(state.memory)
         np.testing.assert_allclose(metrics["inner_residual"], jnp.linalg.norm(gradient), rtol=1e-9)
         residuals.append(float(metrics["inner_residual"]))
         # Three iterations in five dimensions: cut short, which is no failure.
@@ -259,7 +259,7 @@ def test_what_only_changes_the_way_is_not_seen_and_the_start_counts_for_nothing(
     hyperparams |= {"start": jnp.ones(5), "rate": jnp.asarray(0.1)}
     optimizer = gradhpo.ImplicitOptimizer(lambda h: optax.sgd(h["rate"]), optax.sgd(0.1), lx.LU())
     state = optimizer.init(jnp.asarray(problem.w) - 1.0, hyperparams)
-    with pytest.warns(UserWarning, match=r"of 0 for hyperparams \['rate'\].*unrolling"):
+    with pytest.warns(UserWarning, match=r"of 0 for hyperparams \['rate'\].*UnrolledOptimizer"):
         found = optimizer.compute_hypergradient(state, None, None, train_loss, val_loss)
     np.testing.assert_allclose(found["start"], np.zeros(5), atol=1e-12)
     np.testing.assert_allclose(found["log"], problem.expected["log"], rtol=1e-9)
@@ -315,7 +315,7 @@ def test_imaml_is_a_proximal_inner_problem_for_each_task():
     found = optimizer.compute_hypergradient(state, train, val, train_loss, val_loss)
     np.testing.assert_allclose(found, expected, rtol=1e-9)
     after = optimizer.step(state, train, val, train_loss, val_loss)
-    assert after.memory.adjoint.shape == (3, 4)
+    assert after.memory.of_each.adjoint.shape == (3, 4)
 
 
 def test_the_default_solver_in_float32_with_thousands_of_parameters(as_a_user_has_it):

@@ -9,6 +9,7 @@ import pytest
 from problems import FIXED, PROBLEMS, make, phi_of
 
 import gradhpo
+from gradhpo.core.inner import InnerState
 
 
 def random_like(tree, seed):

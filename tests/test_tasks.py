@@ -56,7 +56,7 @@ def test_is_the_mean_of_single_tasks(name, getkey):
         for one in ("params", "inner_opt_state", "memory"):
             found = getattr(state, one)
             if one == "memory":
-                found = {name: value for name, value in found.items() if name != "task"}
+                found = found.of_each
             expected = stacked([getattr(s, one) for s in alone])
             assert_close(arrays(found), arrays(expected))
         for metric in ("train_loss", "val_loss", "param_norm"):

@@ -16,8 +16,6 @@ from gradhpo.extend import (
 )
 
 
-
-
 @checked
 class FOOptimizer(Algorithm):
     r"""First order: the direct term, $g = \partial L_{val}/\partial\lambda\,(w_1)$.

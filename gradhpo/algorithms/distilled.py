@@ -28,8 +28,6 @@ from gradhpo.extend import (
 )
 
 
-
-
 class Distilled(eqx.Module):
     r"""$w^*$, a discounted mean of the parameters, and $D^*$, examples drawn in the same shares.
 
@@ -89,7 +87,7 @@ class Distilled(eqx.Module):
     def product(
         self, phi: InnerUpdate, z: InnerState, hyperparams: PyTree, t: ArrayLike, alpha: PyTree
     ) -> PyTree:
-        r"""$\alpha\,\partial\Phi(w^*, \lambda; D^*)/\partial\lambda$, with all but the parameters of `z`.
+        r"""$\alpha\,\partial\Phi(w^*, \lambda; D^*)/\partial\lambda$, but for $w^*$ at `z`.
 
         `alpha` is a cotangent on the parameters alone. What is no example in a batch (a PRNG
         key) is that of step `t`.

@@ -26,10 +26,8 @@ from gradhpo.extend import (
 )
 
 
-
-
 class ForwardMemory(eqx.Module):
-    """`Z`, a tree like $z$ (its floating-point part), leaves with a leading axis `[hyperparams]`."""
+    """`Z`, the derivative of $z$: leaves like its floating-point ones, `[hyperparams, ...]`."""
 
     Z: InnerState
 

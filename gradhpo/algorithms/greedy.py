@@ -25,8 +25,6 @@ from gradhpo.extend import (
 )
 
 
-
-
 @checked
 class GreedyOptimizer(Algorithm):
     r"""Generalized greedy hypergradients, in memory independent of the horizon.

@@ -75,9 +75,9 @@ class ImplicitOptimizer(Algorithm):
     It does not see what only changes the way to the optimum: learning rates and other settings
     of the inner optimizer. It takes the minimum of the training loss for the place where training
     ends: decay that the inner optimizer adds by itself (`optax.adamw`) moves that place, and
-    belongs into the loss here, or into an `update_fn`. A starting point ($w = w_0 + \delta$) has
-    a hypergradient of 0. Far from the optimum the hypergradient is biased: look at
-    `inner_residual`. With minibatches, $H$ is that of the last one.
+    has to be written into the loss here, or into an `update_fn`. A starting point
+    ($w = w_0 + \delta$) has a hypergradient of 0. Far from the optimum the hypergradient is
+    biased: look at `inner_residual`. With minibatches, $H$ is that of the last one.
 
     **Arguments:**
 
@@ -95,9 +95,10 @@ class ImplicitOptimizer(Algorithm):
     - `damping`: $\rho \ge 0$, shape `()`, default 0, for an $H$ that is singular or not positive.
 
     The memory, `state.memory`: `adjoint`, the last $q$, from whose best multiple iterative solvers
-    start, and its own metrics (`state.get_metric("linear_residual")`): `inner_residual`, $\|\nabla_w L_{train}\|$ (or $\|w - \Phi(w)\|$) at the end of the
-    inner steps; `linear_residual`, what is left of the linear system relative to its right-hand
-    side; `linear_iterations` as the solver counts them (0 for direct solvers, cycles of 20 products
+    start, and its own metrics (`state.get_metric("linear_residual")`): `inner_residual`,
+    $\|\nabla_w L_{train}\|$ (or $\|w - \Phi(w)\|$) at the end of the inner steps;
+    `linear_residual`, what is left of the linear system relative to its right-hand side;
+    `linear_iterations` as the solver counts them (0 for direct solvers, cycles of 20 products
     for `lineax.GMRES`); `linear_failures`, how many solves so far the solver itself gave up
     (singular, diverged). Reaching `max_steps` is no failure, but a `linear_residual` above 1 is
     worse than no solve. Nothing is raised; a finite hypergradient of a failed solve is followed

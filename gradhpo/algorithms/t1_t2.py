@@ -28,8 +28,6 @@ from gradhpo.extend import (
 )
 
 
-
-
 @checked
 class T1T2Optimizer(Algorithm):
     r"""T1-T2 with the finite differences of DARTS: no second derivative is taken.

@@ -59,8 +59,8 @@ class TaskBatched(Wrapper):
 
     The state: `params` and `inner_opt_state` have the task axis, `hyperparams` do not;
     `memory.task` numbers the tasks, and `memory.of_each` is the memory of `optimizer`, tasks
-    first (`state.get_metric("theta")` finds what is in it). After a `run` of whole episodes all tasks are at the
-    point that was meta-learned, so that any of them is it:
+    first (`state.get_metric("theta")` finds what is in it). After a `run` of whole episodes all
+    tasks are at the point that was meta-learned, so that any of them is it:
     `jax.tree.map(lambda x: x[0], eqx.filter(state.params, eqx.is_inexact_array))`.
 
     Batches: every array has the shape `[tasks, ...]`, in a `BatchStack`

@@ -24,8 +24,6 @@ from gradhpo.extend import (
 )
 
 
-
-
 @checked
 class UnrolledOptimizer(Algorithm):
     r"""The exact hypergradient of `unroll_steps` inner steps, by reverse mode.

@@ -15,9 +15,10 @@ from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.inner import InnerState
 from gradhpo.core.inner_optimizer import init_inner_state, resolve
 from gradhpo.core.inputs import Inputs
+from gradhpo.core.memory import are_the_same, entries_of, kept_where_it_fits
 from gradhpo.core.outer import Estimate, init_outer_state
 from gradhpo.core.problem import Problem, make_problem
-from gradhpo.core.state import BilevelState, entries_of, inner_state, with_inner_state
+from gradhpo.core.state import BilevelState, inner_state, with_inner_state
 from gradhpo.core.types import InnerOptimizer, MetricDict, UpdateFn
 from gradhpo.core.visibility import Sees, check_visible, seen_by
 from gradhpo.utils.settings import check_inner_rule
@@ -206,8 +207,8 @@ class Algorithm(BilevelOptimizer):
         memory = shape_of(self.init_memory, z, state.hyperparams, None, None)
         check_same_structure(z.s, inner, "state.inner_opt_state", made_here)
         check_same_structure(state.outer_opt_state, outer, "state.outer_opt_state", made_here)
-        kept = _kept_where_it_fits(state.memory, memory)
-        if not _are_the_same(kept, state.memory):
+        kept = kept_where_it_fits(state.memory, memory)
+        if not are_the_same(kept, state.memory):
             check_same_structure(state.memory, memory, "state.memory", made_here)
 
     def _init_state(
@@ -231,7 +232,7 @@ class Algorithm(BilevelOptimizer):
             hyperparams,
             z.s,
             init_outer_state(self.outer_optimizer, hyperparams),
-            _kept_where_it_fits(state.memory, fresh),
+            kept_where_it_fits(state.memory, fresh),
             z.r,
         )
         return made.update(step=state.step, metadata={**state.metadata})
@@ -288,29 +289,3 @@ class Algorithm(BilevelOptimizer):
     def _scalars(self, memory: Any) -> MetricDict:
         is_scalar = lambda x: eqx.is_inexact_array(x) and x.shape == ()
         return {name: x for name, x in entries_of(memory).items() if is_scalar(x)}
-
-
-def _kept_where_it_fits(found: PyTree, expected: PyTree) -> PyTree:
-    """The parts of a memory that have the structure, shape and dtype of those of another one.
-
-    The other's parts stand in for the rest; where it has `None`, anything fits.
-    """
-    one_level = lambda tree: jax.tree.flatten(tree, is_leaf=lambda x: x is not tree)
-    (parts, kind), (others, expected_kind) = one_level(found), one_level(expected)
-    if kind != expected_kind:
-        return expected
-    if jax.tree_util.treedef_is_leaf(kind):
-        return found if _kind_of(found) == _kind_of(expected) else expected
-    pairs = zip(parts, others, strict=True)
-    kept = [x if y is None else _kept_where_it_fits(x, y) for x, y in pairs]
-    return jax.tree.unflatten(kind, kept)
-
-
-def _kind_of(leaf: Any) -> Any:
-    return (leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else leaf
-
-
-def _are_the_same(a: PyTree, b: PyTree) -> bool:
-    """Whether two trees hold the very same leaves."""
-    (a, kind_of_a), (b, kind_of_b) = map(jax.tree.flatten, (a, b))
-    return kind_of_a == kind_of_b and all(x is y for x, y in zip(a, b, strict=True))

@@ -1,21 +1,21 @@
 """What every optimizer offers: `init`, `step` and `compute_hypergradient`."""
 
-import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from gradhpo.core.batches import BatchStack
 from gradhpo.core.inputs import Inputs, LossFunctions
-from gradhpo.core.outer import Estimate, outer_update
+from gradhpo.core.interface import InnerProblems
+from gradhpo.core.memory import entries_of
+from gradhpo.core.outer import outer_update
 from gradhpo.core.partition import check_disjoint
-from gradhpo.core.state import METRICS, BilevelState, entries_of, inner_state, with_inner_state
-from gradhpo.core.types import LossFn, MetricDict, RealScalarLike
+from gradhpo.core.state import METRICS, BilevelState, inner_state, with_inner_state
+from gradhpo.core.types import LossFn, RealScalarLike
 from gradhpo.utils.dispatch import compiled, compiled_update
 from gradhpo.utils.settings import (
     check_outer_optimizer,
@@ -35,7 +35,7 @@ from gradhpo.utils.validation import (
 )
 
 
-class BilevelOptimizer(eqx.Module):
+class BilevelOptimizer(InnerProblems):
     r"""Base class of all optimizers: `init`, `step`, `compute_hypergradient`.
 
     With $z_t = \Phi(z_{t-1}, \lambda; D_t)$ for parameters and inner optimizer state, and
@@ -63,84 +63,6 @@ class BilevelOptimizer(eqx.Module):
     def __check_init__(self):
         check_outer_optimizer(type(self).__name__, self.outer_optimizer)
 
-    @property
-    @abc.abstractmethod
-    def num_inner_steps(self) -> int:
-        """How many inner steps, and so training batches, one `step` takes."""
-
-    @property
-    @abc.abstractmethod
-    def reads_ahead(self) -> bool:
-        """Whether the batches of an episode are looked at before it is run."""
-
-    @abc.abstractmethod
-    def finite_part(self, memory: PyTree) -> PyTree:
-        """What of a new memory must be finite for a step to be accepted. Only selects."""
-
-    @abc.abstractmethod
-    def after_refusal(self, old: PyTree, new: PyTree) -> PyTree:
-        """The memory after a refused step, put together from both. Only selects."""
-
-    @abc.abstractmethod
-    def remarks(
-        self, before: MetricDict, metrics: Mapping[str, np.ndarray], copies: int = 1
-    ) -> str:
-        """What the report of a run should add; metrics are means over so many `copies`."""
-
-    # What wrappers and the other parts of the library ask of an optimizer of any number of inner
-    # problems.
-
-    @abc.abstractmethod
-    def _init_state(
-        self, params: PyTree, hyperparams: PyTree, batch: PyTree, key: Array | None
-    ) -> BilevelState:
-        """The state at step 0, of leaves that were checked."""
-
-    @abc.abstractmethod
-    def _adopt(self, state: BilevelState) -> BilevelState:
-        """Another optimizer's state on the same problem as one of this: z and notes are kept.
-
-        So is its memory, as far as it fits; the outer optimizer's state is new.
-        """
-
-    @abc.abstractmethod
-    def _solve(self, inputs: Inputs) -> Estimate:
-        """Advances the inner problem by `num_inner_steps`; the hypergradient at its end."""
-
-    @abc.abstractmethod
-    def _seen(self, inputs: Inputs) -> list[bool]:
-        """For each leaf of the hyperparameters whether this method can see it."""
-
-    @abc.abstractmethod
-    def _outer_loss(self, inputs: Inputs) -> Array:
-        """The validation loss after `num_inner_steps` inner steps."""
-
-    @abc.abstractmethod
-    def _begin_episode(self, inputs: Inputs, num_steps: int) -> BilevelState:
-        """The state once the algorithm knows of an episode of `num_steps` steps, not yet run."""
-
-    @abc.abstractmethod
-    def _fit(self, inputs: Inputs) -> BilevelState:
-        """The state with what the algorithm estimates from a whole episode, a `BatchStack`."""
-
-    @abc.abstractmethod
-    def _restart(
-        self, state: BilevelState, start: PyTree, reptile_rate: Float[Array, ""]
-    ) -> BilevelState:
-        """The state at the start of the next episode; the last one started from `start`."""
-
-    @abc.abstractmethod
-    def _inner_response(self, state: BilevelState, gradient: PyTree) -> PyTree:
-        """What the inner optimizer makes of a gradient; `None` beside an `update_fn`."""
-
-    @abc.abstractmethod
-    def _param_norm(self, w: PyTree) -> Array:
-        """The metric `param_norm`."""
-
-    @abc.abstractmethod
-    def _scalars(self, memory: PyTree) -> MetricDict:
-        """What of the memory is a metric: the scalars in it."""
-
     def _advance(self, inputs: Inputs, lr_hyper: RealScalarLike | None) -> BilevelState:
         """One outer step, for use inside a compiled program. What is not finite is refused."""
         state, estimate = inputs.state, self._solve(inputs)
@@ -160,13 +82,14 @@ class BilevelOptimizer(eqx.Module):
         z, outer_opt_state = jax.tree.map(keep, new, old)
         hyperparams = jax.tree.map(keep, hyperparams, state.hyperparams)
         refused = self.after_refusal(state.memory, estimate.memory)
+        rejected = state.metadata["rejected"]
         metrics = {
             "train_loss": estimate.train_loss,
             "val_loss": estimate.val_loss,
             "hypergrad_norm": tree_l2_norm(estimate.hypergradient),
             "param_norm": self._param_norm(z.w),
             "hyperparam_norm": tree_l2_norm(hyperparams),
-            "rejected": state.metadata["rejected"] + (~accepted).astype(state.metadata["rejected"].dtype),
+            "rejected": rejected + (~accepted).astype(rejected.dtype),
         }
         dtype = accumulation_dtype(state.params)
         return with_inner_state(state, z).update(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
 from gradhpo.core.inner import InnerState
+from gradhpo.core.memory import entries_of
 from gradhpo.core.partition import combine
 from gradhpo.utils.trees import accumulation_dtype
 from gradhpo.utils.typecheck import checked
@@ -32,7 +33,7 @@ class Metadata(dict[str, Any]):
     `in_memory` names what an algorithm keeps in `state.memory`.
     """
 
-    def __init__(self, entries: Mapping[str, Any] = {}, in_memory: Iterable[str] = ()):  # noqa: B006
+    def __init__(self, entries: Mapping[str, Any] = {}, in_memory: Iterable[str] = ()):
         super().__init__(entries)
         self.in_memory = frozenset(in_memory) or getattr(entries, "in_memory", frozenset())
 
@@ -174,8 +175,8 @@ class BilevelState(eqx.Module):
             moved = sorted(entries.in_memory & set(metadata))
             if moved:
                 raise ValueError(
-                    f"update(metadata=...) has {', '.join(moved)}, which the algorithm keeps in its "
-                    "memory: change it there, e.g. state.update(memory=eqx.tree_at(lambda m: "
+                    f"update(metadata=...) has {', '.join(moved)}, which the algorithm keeps in "
+                    "its memory: change it there, e.g. state.update(memory=eqx.tree_at(lambda m: "
                     f"m.{moved[0]}, state.memory, value))"
                 )
             entries = entries | metadata
@@ -226,21 +227,10 @@ def inner_state(state: BilevelState) -> InnerState:
 
 def with_inner_state(state: BilevelState, z: InnerState) -> BilevelState:
     """A state with another z."""
-    return state.update(
-        params=eqx.combine(z.w, state.params), inner_opt_state=z.s, model_state=z.r
-    )
+    return state.update(params=eqx.combine(z.w, state.params), inner_opt_state=z.s, model_state=z.r)
 
 
 def with_memory(state: BilevelState, memory: PyTree) -> BilevelState:
     """A state with the memory of another kind of optimizer, or without one."""
     metadata = Metadata(dict(state.metadata), entries_of(memory))
     return dataclasses.replace(state, memory=memory, metadata=metadata)
-
-
-def entries_of(memory: PyTree) -> dict[str, PyTree]:
-    """What an algorithm's memory holds, by the names of its fields, those of modules in it too."""
-    if not isinstance(memory, eqx.Module):
-        return {}
-    fields = {field.name: getattr(memory, field.name) for field in dataclasses.fields(memory)}
-    nested = [entries_of(value) for value in fields.values()]
-    return {name: value for entries in [*nested, fields] for name, value in entries.items()}

@@ -49,4 +49,4 @@ def rewrapped(optimizer: BilevelOptimizer, algorithm: Algorithm) -> BilevelOptim
 
 def same_wrappers(first: BilevelOptimizer, second: BilevelOptimizer) -> bool:
     """Whether two optimizers take states and batches of the same layout."""
-    return eqx.tree_equal(rewrapped(first, algorithm_of(second)), second) is True
+    return bool(eqx.tree_equal(rewrapped(first, algorithm_of(second)), second))

@@ -114,20 +114,22 @@ class Source(abc.ABC):
         """
         return steps
 
-    def release_oldest(self) -> None:
+    # Empty, and not abstract: a source on the device has nothing to do there.
+
+    def release_oldest(self) -> None:  # noqa: B027
         """The steps of the oldest `fetch` are done: nothing reads its batches any more."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """What was drawn and not used goes back, where that is possible."""
 
     def position(self) -> dict[str, Any] | None:
         """Where the steps handed out so far end, as JSON can hold it; `None` if nothing moves."""
         return None
 
-    def check_can_resume(self) -> None:
+    def check_can_resume(self) -> None:  # noqa: B027
         """A run that keeps checkpoints begins with a source that can be found again."""
 
-    def resume(self, position: dict[str, Any]) -> None:
+    def resume(self, position: dict[str, Any]) -> None:  # noqa: B027
         """Brings the source to a `position`."""
 
     def draws_like(self, other: "Source") -> bool:

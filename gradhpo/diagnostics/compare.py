@@ -18,8 +18,8 @@ from gradhpo.diagnostics.comparison import HypergradientComparison, agreement, a
 from gradhpo.diagnostics.cost import Cost
 from gradhpo.diagnostics.reference import FAILURES, exact_reference, reference_explained
 from gradhpo.utils.typecheck import checked
-from gradhpo.utils.warn import without_warnings
 from gradhpo.utils.validation import leaf_names
+from gradhpo.utils.warn import without_warnings
 
 
 # Validation losses further apart than this (relatively) do not come of rounding.

@@ -14,8 +14,8 @@ from gradhpo.core.types import LossFn
 from gradhpo.utils.dispatch import compiled
 from gradhpo.utils.settings import check_setting
 from gradhpo.utils.typecheck import checked
-from gradhpo.utils.warn import warn
 from gradhpo.utils.validation import numbers_as_arrays
+from gradhpo.utils.warn import warn
 
 
 @checked

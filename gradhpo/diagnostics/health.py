@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.algorithm import Algorithm
+from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.inputs import LossFunctions
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import RealScalarLike
@@ -31,8 +31,8 @@ from gradhpo.utils.foreign import RANDOM
 from gradhpo.utils.settings import check_setting
 from gradhpo.utils.tracing import differentiation_explained
 from gradhpo.utils.typecheck import checked
-from gradhpo.utils.warn import without_warnings
 from gradhpo.utils.validation import leaf_names
+from gradhpo.utils.warn import without_warnings
 
 
 @checked

@@ -12,10 +12,10 @@ from jaxtyping import Array, PyTree
 from gradhpo.algorithms.shares import Keeps, short_horizons
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.batches import BatchStack
+from gradhpo.core.inner import InnerState
 from gradhpo.core.inputs import LossFunctions
 from gradhpo.core.problem import Problem
 from gradhpo.core.reverse import PulledStep, cotangent_at_end, pull_through
-from gradhpo.core.inner import InnerState
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import RealScalarLike
 from gradhpo.core.wrapper import algorithm_of
@@ -161,7 +161,9 @@ def explain_horizon(
     longest = {} if isinstance(train_batch, BatchStack) else {type(optimizer).__name__: optimizer}
     case = Case.create(state, train_batch, val_batch, losses, longest)
     algorithm = algorithm_of(optimizer)
-    kept = short_horizons(algorithm, float(np.asarray(greedy_gamma)), float(np.asarray(distill_gamma)))
+    kept = short_horizons(
+        algorithm, float(np.asarray(greedy_gamma)), float(np.asarray(distill_gamma))
+    )
     looked_at = lambda *arguments: _contributions(case.problem(*arguments), case.num_steps)
     with without_warnings(), differentiation_explained("explain_horizon"):
         g, direct, numbers = case.compile(looked_at, algorithm)()

@@ -13,8 +13,8 @@ from gradhpo.diagnostics.case import Case, check_one_problem
 from gradhpo.utils.settings import check_setting
 from gradhpo.utils.trees import all_finite
 from gradhpo.utils.typecheck import checked
-from gradhpo.utils.warn import without_warnings
 from gradhpo.utils.validation import check_same_structure
+from gradhpo.utils.warn import without_warnings
 
 
 @checked

@@ -144,9 +144,7 @@ def first_nonfinite(watched: Mapping[str, Any]) -> NonFinite | None:
     return _first(watched["backward"], _BACKWARD, back)
 
 
-def in_the_estimate(
-    watched: Mapping[str, Any], hypergradient: PyTree, suspect: str
-) -> NonFinite:
+def in_the_estimate(watched: Mapping[str, Any], hypergradient: PyTree, suspect: str) -> NonFinite:
     """Of an estimate that is not finite although the exact hypergradient is."""
     if watched:
         steps = range(len(np.asarray(watched["forward"]["train_loss"])))

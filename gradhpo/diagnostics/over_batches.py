@@ -121,7 +121,9 @@ def compare_over_batches(
 
     with reference_explained(given=reference is not None):
         draws, trained = {}, {}
-        made = draws_of(exact_reference(first, state, num_steps) if reference is None else reference)
+        made = draws_of(
+            exact_reference(first, state, num_steps) if reference is None else reference
+        )
         draws["reference"], trained["reference"] = made
     names, unseen, failed = leaf_names(state.hyperparams), {}, {}
     for name, optimizer in optimizers.items():

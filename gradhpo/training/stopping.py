@@ -11,8 +11,8 @@ from gradhpo.utils.foreign import is_out_of_memory, runtime_check
 
 
 _MEMORY = (
-    "gradhpo.plan(optimizer, ...) says beforehand what memory a step needs. Smaller batches, or (with "
-    "an iterator, whose batches wait on the device) a smaller chunk_size need less."
+    "gradhpo.plan(optimizers, ...) says beforehand what memory a step needs. Smaller batches need "
+    "less, and (with an iterator, whose batches wait on the device) so does a smaller chunk_size."
 )
 
 

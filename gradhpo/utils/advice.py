@@ -9,9 +9,9 @@ from gradhpo.utils import foreign
 # Who differentiates what, from the narrowest to the widest.
 WHO_SEES = {
     "optimum": "ImplicitOptimizer",
-    "last update": "OneStepOptimizer, T1T2Optimizer, GreedyOptimizer and "
+    "last update": "OneStepOptimizer, T1T2Optimizer, GreedyOptimizer, "
     "OnlineHypergradientOptimizer (HyperDistill)",
-    "updates": "UnrolledOptimizer, DrMADOptimizer and ForwardModeOptimizer",
+    "updates": "UnrolledOptimizer, DrMADOptimizer, ForwardModeOptimizer",
 }
 
 NEEDS_THE_LOSS = (

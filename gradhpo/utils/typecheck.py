@@ -14,6 +14,7 @@ from gradhpo.utils.foreign import refused_argument
 
 _T = TypeVar("_T", bound=Callable)
 
+
 def checked(thing: _T) -> _T:
     """Checks annotations of a function, or of a module's constructor, at every call.
 

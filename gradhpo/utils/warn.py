@@ -16,9 +16,9 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     warnings.warn(message, category, stacklevel=level)
 
 
-# What was said in this process. Tracing finds the same thing at every compilation, of which no object
-# of the user's knows the last: Python's own registry of warnings is such a global state as well, but
-# it counts by lines, and one line of a user's may be told several things.
+# What was said in this process. Every compilation finds the same thing again, and no object of the
+# user's outlives them all. Python's registry of warnings is global state of the same kind, but it
+# counts by lines, and one line of a user's program may be told several things.
 _said: set[str] = set()
 
 

@@ -1,0 +1,236 @@
+"""The extension interface: an algorithm that the library does not have, and who may know whom."""
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jaxtyping import Array, PyTree
+from problems import relaxed
+
+import gradhpo
+from gradhpo import extend
+from gradhpo.extend import Algorithm, Estimate, setting
+
+
+ROOT = Path(__file__).parents[1]
+
+
+class PenaltyMemory(eqx.Module):
+    """The other minimiser, and its own Adam."""
+
+    y: PyTree
+    opt_state: PyTree
+
+
+class F2SA(Algorithm):
+    """The fully first-order method of Kwon et al., ICML 2023, arXiv:2301.10945."""
+
+    inner_optimizer: gradhpo.InnerOptimizer | None = None
+    outer_optimizer: optax.GradientTransformation | None = None
+    penalty: Array = eqx.field(converter=setting, default=10.0)
+    inner_steps: int = eqx.field(static=True, default=1)
+    for_y: optax.GradientTransformation = relaxed(optax.adam(0.1))
+    update_fn: gradhpo.UpdateFn | None = None
+    passes_loss = True
+    takes = "first derivatives"
+
+    @property
+    def num_inner_steps(self):
+        return self.inner_steps
+
+    def with_num_steps(self, num_steps):
+        return F2SA(self.inner_optimizer, self.outer_optimizer, self.penalty, num_steps, self.for_y)
+
+    def init_memory(self, z, hyperparams, batch, key):
+        return PenaltyMemory(z.w, self.for_y.init(z.w))
+
+    def restart_memory(self, memory, z, hyperparams):
+        return PenaltyMemory(z.w, self.for_y.init(z.w))
+
+    def estimate(self, problem, memory):
+        phi, validation, z, hyperparams = problem
+
+        def penalised(y, h, t):  # g + f/penalty, whose minimum is that of f + penalty g
+            share = 1 / self.penalty.astype(jnp.result_type(float))
+            return phi.train_loss(y, h, t) + share * validation.loss(y, h)
+
+        def body(carry, t):
+            z, y, s = carry
+            z, loss = phi.step(z, hyperparams, t)
+            updates, s = self.for_y.update(jax.grad(penalised)(y, hyperparams, t), s, y)
+            return (z, optax.apply_updates(y, updates), s), loss
+
+        start = (z, memory.y, memory.opt_state)
+        (z, y, s), losses = jax.lax.scan(body, start, jnp.arange(self.inner_steps))
+        last = self.inner_steps - 1
+        of_y = jax.grad(penalised, 1)(y, hyperparams, last)
+        of_z = jax.grad(phi.train_loss, 1)(z.w, hyperparams, last)
+        hypergradient = jax.tree.map(lambda a, b: self.penalty * (a - b), of_y, of_z)
+        val_loss = validation.loss(z.w, hyperparams)
+        return Estimate(z, hypergradient, losses[-1], val_loss, PenaltyMemory(y, s))
+
+
+H = jnp.diag(jnp.array([1.0, 2.0, 4.0]))
+TARGET = jnp.array([1.0, -1.0, 0.5])
+LOSSES = gradhpo.LossFunctions(
+    lambda w, h, batch: w @ H @ w / 2 - w @ h + 0 * jnp.sum(batch),
+    lambda w, h, batch: jnp.sum((w - TARGET) ** 2) / 2 + 0 * jnp.sum(batch),
+)
+SGD = relaxed(optax.sgd(0.2))
+BATCH = jnp.zeros(2)
+START = jnp.full(3, 0.3)
+
+
+def count_of(memory):
+    return memory.opt_state[0].count
+
+
+def test_f2sa_is_short():
+    source = Path(__file__).read_text()
+    body = source[source.index("class PenaltyMemory") : source.index("\n\n\nH = ")]
+    assert len([line for line in body.splitlines() if line.strip()]) <= 60
+
+
+def test_f2sa_has_the_bias_of_its_penalty():
+    """On a quadratic: dF/dh = H^-1 (w* - target), with a relative error of order 1/penalty."""
+    exact = jnp.linalg.solve(H, jnp.linalg.solve(H, START) - TARGET)
+    errors = []
+    for penalty in (10.0, 100.0, 1000.0):
+        optimizer = F2SA(SGD, inner_steps=2_000, penalty=penalty, for_y=relaxed(optax.sgd(0.2)))
+        state = optimizer.init(jnp.zeros(3), START)
+        g = optimizer.compute_hypergradient(state, BATCH, BATCH, LOSSES.train_loss, LOSSES.val_loss)
+        # Written out: y = (H + I/p)^-1 (h + target/p), z = H^-1 h, g = -p (y - z).
+        y = jnp.linalg.solve(H + jnp.eye(3) / penalty, START + TARGET / penalty)
+        np.testing.assert_allclose(g, -penalty * (y - jnp.linalg.solve(H, START)), rtol=1e-9)
+        errors.append(float(jnp.linalg.norm(g - exact) / jnp.linalg.norm(exact)))
+    np.testing.assert_allclose(errors[1:] / np.asarray(errors[:-1]), 0.1, rtol=0.1)
+
+
+def test_f2sa_under_run_restarts_its_second_optimizer_with_the_episode():
+    optimizer = F2SA(SGD, relaxed(optax.sgd(0.05)), inner_steps=5)
+    state = optimizer.init(jnp.zeros(3), START)
+    run = lambda **settings: gradhpo.run(
+        optimizer, state, LOSSES, BATCH, BATCH, num_steps=6, progress=False, **settings
+    )
+    state_after, history = run()
+    assert count_of(state_after.memory) == 30
+    assert history["val_loss"][-1] < history["val_loss"][0]
+    in_episodes, _ = run(steps_per_episode=3)
+    assert count_of(in_episodes.memory) == 0  # whole episodes: the next one is about to begin
+    stepped = optimizer.step(in_episodes, BATCH, BATCH, LOSSES.train_loss, LOSSES.val_loss)
+    assert count_of(stepped.memory) == 5
+    np.testing.assert_array_equal(in_episodes.memory.y, in_episodes.params)
+
+
+def test_f2sa_on_tasks():
+    single = F2SA(SGD, relaxed(optax.sgd(0.05)), inner_steps=5)
+    together = gradhpo.TaskBatched(single, num_tasks=2)
+    batches = jnp.zeros((2, 2))
+    state = together.init(jnp.zeros(3), START)
+    state = together.step(state, batches, batches, LOSSES.train_loss, LOSSES.val_loss)
+    one = single.step(
+        single.init(jnp.zeros(3), START), BATCH, BATCH, LOSSES.train_loss, LOSSES.val_loss
+    )
+    np.testing.assert_allclose(state.hyperparams, one.hyperparams, rtol=1e-12)
+    np.testing.assert_allclose(state.memory.of_each.y, jnp.stack([one.memory.y] * 2), rtol=1e-12)
+    assert count_of(state.memory.of_each).tolist() == [5, 5]
+
+
+def test_f2sa_in_plan_and_compare():
+    optimizer = F2SA(SGD, relaxed(optax.sgd(0.05)), inner_steps=500, penalty=1_000.0)
+    state = optimizer.init(jnp.zeros(3), START)
+    planned = gradhpo.plan({"F2SA": optimizer}, state, BATCH, BATCH, LOSSES, horizons=[10, 20])
+    flops = [planned["F2SA", steps].cost.flops for steps in (10, 20)]
+    assert 1.7 < flops[1] / flops[0] < 2.0
+    by_sgd = F2SA(SGD, inner_steps=500, penalty=1_000.0, for_y=SGD)
+    report = gradhpo.compare_hypergradients({"F2SA": by_sgd}, state, BATCH, BATCH, LOSSES)
+    assert report.cosine["F2SA"] > 0.999
+    np.testing.assert_allclose(report.norm_ratio["F2SA"], 1, rtol=1e-2)
+
+
+class Named(eqx.Module):
+    param_norm: Array
+
+
+class Clash(F2SA):
+    def init_memory(self, z, hyperparams, batch, key):
+        return Named(jnp.zeros(()))
+
+
+def test_a_memory_that_takes_the_name_of_a_metric_is_refused():
+    with pytest.raises(ValueError, match="field param_norm, which is the name of a metric"):
+        Clash(SGD).init(jnp.zeros(3), START)
+
+
+def test_own_algorithms_and_our_own_use_the_extension_interface_alone():
+    page = (ROOT / "docs" / "own_algorithm.md").read_text()
+    inside = r"from gradhpo\.(\w+)[\w.]* import|import gradhpo\.(\w+)"
+    used = {a or b for a, b in re.findall(inside, page)}
+    assert used == {"extend"}
+    for file in (ROOT / "gradhpo" / "algorithms").glob("*.py"):
+        used = {a or b for a, b in re.findall(inside, file.read_text())}
+        assert used <= {"extend", "algorithms"}, f"{file}: {used}"
+    assert all(hasattr(extend, name) for name in extend.__all__)
+
+
+def _algorithms() -> list[type]:
+    classes = [getattr(gradhpo, name) for name in gradhpo.__all__]
+    known = [x for x in classes if isinstance(x, type) and issubclass(x, gradhpo.BilevelOptimizer)]
+    return [x for x in known if x is not gradhpo.BilevelOptimizer]
+
+
+def _names_of_algorithms() -> set[str]:
+    """Class names, their settings, and what their memories hold."""
+    shared = {"inner_optimizer", "outer_optimizer", "update_fn", "optimizer"}
+    names = {cls.__name__ for cls in _algorithms()}
+    for cls in _algorithms():
+        names |= set(cls.__dataclass_fields__) - shared
+    memories = ("HyperDistillMemory", "ImplicitMemory", "ForwardMemory", "TaskMemory")
+    rooms: dict[str, Any] = {}
+    for file in ("online", "implicit_diff", "forward", "tasks"):
+        rooms |= vars(__import__(f"gradhpo.algorithms.{file}", fromlist=["_"]))
+    for memory in memories:
+        names |= set(rooms[memory].__dataclass_fields__)
+    return names
+
+
+# Public names of reports and functions, which stay although an algorithm has the same word.
+PUBLIC = {"checkpoints", "epsilon", "key", "t"}
+PROSE = re.compile(r"hyper-?distill|t1-?t2|drmad|darts|greedy|neumann|nystr[oö]m|f2sa", re.I)
+# Arguments of `explain_horizon`, and what it hands on to the room that knows the methods.
+ARGUMENTS = {"greedy_gamma", "distill_gamma"}
+
+
+@pytest.mark.parametrize("room", ["core", "training", "data", "diagnostics"])
+def test_generic_rooms_know_no_algorithm(room):
+    names = _names_of_algorithms() - PUBLIC
+    for file in (ROOT / "gradhpo" / room).glob("*.py"):
+        tree = ast.parse(file.read_text())
+        docstrings = {
+            id(node.body[0].value)
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+            and node.body
+            and isinstance(node.body[0], ast.Expr)
+        }
+        for node in ast.walk(tree):
+            where = f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Attribute):
+                assert node.attr not in names, f"{where}: .{node.attr}"
+            if isinstance(node, ast.Name):
+                assert node.id not in {cls.__name__ for cls in _algorithms()}, where
+            if isinstance(node, ast.keyword) and node.arg not in ARGUMENTS:
+                assert not PROSE.search(node.arg or ""), f"{where}: {node.arg}="
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                if id(node) not in docstrings:
+                    said = set(re.findall(r"\w+", node.value))
+                    assert not said & {cls.__name__ for cls in _algorithms()}, where
+                    assert node.value not in names, f"{where}: {node.value!r}"
+                    assert not PROSE.search(node.value), f"{where}: {node.value!r}"
