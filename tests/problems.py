@@ -1,7 +1,7 @@
 """Bilevel problems that several tests share."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -132,7 +132,7 @@ PROBLEMS = {
 }
 
 
-def relaxed(optimizer):
+def relaxed(optimizer: Any) -> Any:
     """optax mixes dtypes by itself; everything else in the tests is strict about them."""
     if not isinstance(optimizer, optax.GradientTransformation):
         return lambda hyperparams: relaxed(optimizer(hyperparams))

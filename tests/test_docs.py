@@ -129,7 +129,7 @@ def test_displayed_formulas_stand_alone():
 
 
 def test_imports_point_down():
-    """diagnostics -> training -> algorithms, data -> core -> utils; algorithms know what is public."""
+    """diagnostics -> training -> algorithms, data -> core -> utils; algorithms use `extend`."""
     below = {
         "utils": [],
         "core": ["utils"],

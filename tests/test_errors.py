@@ -411,7 +411,7 @@ MISUSES = {
     "theta of one step": (
         lambda: gradhpo.TaskBatched(one_step(), 2).estimate_theta(
             gradhpo.TaskBatched(one_step(), 2).init(W, H),
-            gradhpo.BatchStack(jnp.ones((3, 2, 4))), None, train_loss, val_loss,
+            gradhpo.BatchStack(jnp.ones((3, 2, 4))), jnp.ones((2, 4)), train_loss, val_loss,
         ),
         TypeError, "OneStepOptimizer has nothing to estimate",
     ),

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
@@ -19,7 +19,7 @@ from gradhpo.core.memory import are_the_same, entries_of, kept_where_it_fits
 from gradhpo.core.outer import Estimate, init_outer_state
 from gradhpo.core.problem import Problem, make_problem
 from gradhpo.core.state import BilevelState, inner_state, with_inner_state
-from gradhpo.core.types import InnerOptimizer, MetricDict, UpdateFn
+from gradhpo.core.types import Declared, InnerOptimizer, MetricDict, UpdateFn
 from gradhpo.core.visibility import Sees, check_visible, seen_by
 from gradhpo.utils.settings import check_inner_rule
 from gradhpo.utils.tracing import TAKES_ALL, differentiation_explained
@@ -62,9 +62,13 @@ class Algorithm(BilevelOptimizer):
     ```
     """
 
-    inner_optimizer: eqx.AbstractVar[InnerOptimizer | None]
-    outer_optimizer: eqx.AbstractVar[optax.GradientTransformation | None]
-    update_fn: eqx.AbstractVar[UpdateFn | None]
+    if TYPE_CHECKING:
+        inner_optimizer = Declared[InnerOptimizer | None]()
+        update_fn = Declared[UpdateFn | None]()
+    else:
+        inner_optimizer: eqx.AbstractVar[InnerOptimizer | None]
+        outer_optimizer: eqx.AbstractVar[optax.GradientTransformation | None]
+        update_fn: eqx.AbstractVar[UpdateFn | None]
 
     def __check_init__(self):
         check_inner_rule(type(self).__name__, self.inner_optimizer, self.update_fn)

@@ -1,6 +1,7 @@
 """What every optimizer offers: `init`, `step` and `compute_hypergradient`."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import equinox as eqx
 import jax
@@ -15,7 +16,7 @@ from gradhpo.core.memory import entries_of
 from gradhpo.core.outer import outer_update
 from gradhpo.core.partition import check_disjoint
 from gradhpo.core.state import METRICS, BilevelState, inner_state, with_inner_state
-from gradhpo.core.types import LossFn, RealScalarLike
+from gradhpo.core.types import Declared, LossFn, RealScalarLike
 from gradhpo.utils.dispatch import compiled, compiled_update
 from gradhpo.utils.settings import (
     check_outer_optimizer,
@@ -57,8 +58,11 @@ class BilevelOptimizer(InnerProblems):
     ```
     """
 
-    outer_optimizer: eqx.AbstractVar[optax.GradientTransformation | None]
-    """Takes the hypergradient; `None`: plain descent by the `lr_hyper` given to `step`."""
+    if TYPE_CHECKING:
+        outer_optimizer = Declared[optax.GradientTransformation | None]()
+    else:
+        outer_optimizer: eqx.AbstractVar[optax.GradientTransformation | None]
+        """Takes the hypergradient; `None`: plain descent by the `lr_hyper` given to `step`."""
 
     def __check_init__(self):
         check_outer_optimizer(type(self).__name__, self.outer_optimizer)

@@ -1,7 +1,7 @@
 """The vocabulary: names for the functions and numbers that a user hands over."""
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import optax
 from jaxtyping import Array, ArrayLike, PyTree, Real
@@ -24,3 +24,14 @@ momenta and decays hyperparameters like any other."""
 
 MetricDict: TypeAlias = dict[str, Array]
 """Metrics of one step: name to an array of shape `()`."""
+
+_T = TypeVar("_T")
+
+
+class Declared(Generic[_T]):
+    """For type checkers: an attribute that subclasses have as a field, and that is none here.
+
+    To them `equinox.AbstractVar` declares a field, which would come first in every `__init__`.
+    """
+
+    def __get__(self, instance: Any, owner: Any = None) -> _T: ...  # pyright: ignore

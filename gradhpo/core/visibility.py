@@ -53,7 +53,9 @@ def check_visible(name: str, sees: Sees, problem: Problem) -> None:
     groups: dict[str, list[str]] = {}
     for leaf, here, *elsewhere in zip(names, seen, *through.values(), strict=True):
         if not here:
-            kinds = [kind for kind, there in zip(_NARROWER, elsewhere, strict=True) if there]
+            kinds: list[Sees] = [
+                kind for kind, there in zip(_NARROWER, elsewhere, strict=True) if there
+            ]
             groups.setdefault(_why(sees, kinds, blind), []).append(leaf)
     if not any(seen):
         whys = (f"{', '.join(leaves)}: {why}" for why, leaves in groups.items())

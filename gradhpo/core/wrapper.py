@@ -1,23 +1,26 @@
 """Optimizers around another optimizer."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import equinox as eqx
 import optax
 
 from gradhpo.core.algorithm import Algorithm
 from gradhpo.core.base import BilevelOptimizer
+from gradhpo.core.types import Declared
 
 
 class Wrapper(BilevelOptimizer):
     """Base class of optimizers that run another one on several inner problems."""
 
-    optimizer: eqx.AbstractVar[BilevelOptimizer]
+    if TYPE_CHECKING:
+        optimizer = Declared[BilevelOptimizer]()
+    else:
+        optimizer: eqx.AbstractVar[BilevelOptimizer]
 
     @property
-    def outer_optimizer(  # pyright: ignore[reportIncompatibleVariableOverride]
-        self,
-    ) -> optax.GradientTransformation | None:
+    def outer_optimizer(self) -> optax.GradientTransformation | None:
         """That of the wrapped optimizer."""
         return self.optimizer.outer_optimizer
 
