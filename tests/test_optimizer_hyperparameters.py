@@ -215,9 +215,7 @@ def test_no_visible_leaf_is_an_error_that_says_who_sees_it(getkey):
     w, train, val, loss = problem(getkey())
     optimizer = gradhpo.ImplicitOptimizer(lambda h: optax.sgd(h), optax.sgd(0.1))
     state = optimizer.init(w, jnp.asarray(0.1))
-    with pytest.raises(
-        ValueError, match=r"sees none.*the whole tree.*way to it.*Unrolled"
-    ):
+    with pytest.raises(ValueError, match=r"sees none.*the whole tree.*way to it.*Unrolled"):
         optimizer.compute_hypergradient(state, train, val, loss, loss)
 
 

@@ -1,0 +1,120 @@
+"""The algorithm's memory apart from metrics and notes, and running state that is carried along."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import relaxed
+
+import gradhpo
+
+
+SGD = relaxed(optax.sgd(0.1))
+LOSSES = gradhpo.LossFunctions(
+    lambda w, h, batch: jnp.mean((w - h) ** 2) + 0 * jnp.sum(batch),
+    lambda w, h, batch: jnp.mean((w - 1.0) ** 2) + 0 * jnp.sum(batch),
+)
+BATCH = jnp.zeros(2)
+
+
+def online(**settings):
+    return gradhpo.OnlineHypergradientOptimizer(SGD, SGD, **settings)
+
+
+def test_what_has_moved_says_where_to():
+    state = online().init(jnp.zeros(3), jnp.zeros(3))
+    line = r'state\.get_metric\("theta"\)'
+    with pytest.raises(KeyError, match=line):
+        state.metadata["theta"]
+    with pytest.raises(KeyError, match=line):
+        state.metadata.get("theta", 0.0)
+    with pytest.raises(ValueError, match=r"keeps in its memory.*lambda m: m\.theta"):
+        state.update(metadata={"theta": jnp.zeros(())})
+    assert state.get_metric("theta") == state.memory.theta
+    assert state.get_metric("w_star") is state.memory.distilled.w_star
+
+
+def test_unknown_metrics_are_named():
+    state = online().init(jnp.zeros(3), jnp.zeros(3))
+    with pytest.raises(KeyError, match=r"no metric 'valloss'; there are .*val_loss.*theta"):
+        state.get_metric("valloss")
+    with pytest.raises(KeyError, match=r"no 'valloss'; there are"):
+        state.metadata["valloss"]
+    assert state.get_metric("valloss", None) is None
+    assert state.metadata.get("valloss", 3) == 3
+    tasks = gradhpo.TaskBatched(online(), 2).init(jnp.zeros(3), jnp.zeros(3))
+    assert tasks.get_metric("theta").shape == (2,)
+
+
+def test_a_scalar_note_is_no_metric_of_a_run():
+    optimizer = gradhpo.TaskBatched(online(estimation_period=None), 2)
+    state = optimizer.init(jnp.zeros(3), jnp.zeros(3))
+    state = state.update(metadata={"note": jnp.asarray(3.0), "pair": jnp.arange(2.0)})
+    batches = jnp.zeros((2, 2))
+    state, history = gradhpo.run(
+        optimizer, state, LOSSES, batches, batches, num_steps=3, progress=False
+    )
+    assert state.metadata["note"] == 3.0
+    np.testing.assert_array_equal(state.metadata["pair"], [0.0, 1.0])
+    assert "note" not in history
+    assert "theta" in history
+
+
+@pytest.mark.parametrize("tasks", [None, 2])
+def test_running_state_is_carried_everywhere(tasks, tmp_path):
+    """Nothing reads it yet: it comes back as it was, in float, integer and bool."""
+    optimizer = gradhpo.DrMADOptimizer(relaxed(optax.adam(0.1, eps_root=1e-8)), SGD, unroll_steps=3)
+    batch = BATCH
+    running = {"mean": jnp.arange(3.0), "count": jnp.asarray(4), "seen": jnp.asarray(True)}
+    if tasks:
+        optimizer, batch = gradhpo.TaskBatched(optimizer, tasks), jnp.zeros((tasks, 2))
+        running = jax.tree.map(lambda x: jnp.stack([x] * tasks), running)
+    state = optimizer.init(jnp.zeros(3), jnp.zeros(3)).update(model_state=running)
+
+    def assert_carried(found):
+        assert found.get_metric("rejected") == 0
+        assert eqx.tree_equal(found.model_state, running)
+
+    assert_carried(optimizer.step(state, batch, batch, LOSSES.train_loss, LOSSES.val_loss))
+    run = lambda num_steps, **settings: gradhpo.run(
+        optimizer, state, LOSSES, batch, batch, num_steps=num_steps, progress=False, **settings
+    )[0]
+    assert_carried(run(4, steps_per_episode=2, reptile_rate=0.5))
+    run(2, checkpoint=tmp_path)
+    assert_carried(run(4, checkpoint=tmp_path))
+    assert_carried(gradhpo.load_checkpoint(tmp_path, state)[0])
+
+
+def test_running_state_that_is_not_finite_refuses_the_step():
+    """Only where it has become so: what was there before is taken for a mask."""
+
+    class Broken(gradhpo.OneStepOptimizer):
+        def estimate(self, problem, memory):
+            found = super().estimate(problem, memory)
+            return eqx.tree_at(lambda x: x.z.r, found, found.z.r * jnp.nan)
+
+    optimizer = Broken(SGD, SGD)
+    state = optimizer.init(jnp.zeros(3), jnp.zeros(3)).update(model_state=jnp.ones(2))
+    after = optimizer.step(state, BATCH, BATCH, LOSSES.train_loss, LOSSES.val_loss)
+    assert after.get_metric("rejected") == 1
+    np.testing.assert_array_equal(after.model_state, np.ones(2))
+    np.testing.assert_array_equal(after.hyperparams, state.hyperparams)
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: gradhpo.TaskBatched(x, 2)])
+@pytest.mark.parametrize("inner", [optax.sgd, lambda rate: optax.adam(rate, eps_root=1e-8)])
+def test_a_checkpoint_under_any_wrapper_refuses_another_inner_rate(wrap, inner, tmp_path):
+    def run(rate, num_steps):
+        optimizer = wrap(gradhpo.OneStepOptimizer(relaxed(inner(rate)), SGD))
+        state, batches = optimizer.init(jnp.zeros(3), jnp.zeros(3)), jnp.zeros((2, 2))
+        gradhpo.run(
+            optimizer, state, LOSSES, batches, batches, num_steps=num_steps, progress=False,
+            checkpoint=tmp_path,
+        )  # fmt: skip
+
+    run(0.1, 2)
+    run(0.1, 3)
+    with pytest.raises(ValueError, match="the update of inner_optimizer"):
+        run(0.2, 4)
