@@ -5,32 +5,13 @@ import math
 from typing import NamedTuple
 
 from gradhpo.diagnostics.comparison import Agreement
+from gradhpo.diagnostics.metasmooth import FiniteDifference
 from gradhpo.diagnostics.nonfinite import NonFinite
 from gradhpo.diagnostics.tables import aligned, number
 
 
 # Above these (below, for smoothness) a measurement becomes a finding.
 MOST_ROUNDING, MOST_STEP_ERROR, MOST_UPHILL, LEAST_SMOOTHNESS = 0.05, 0.01, 0.5, 0.5
-
-
-class FiniteDifference(NamedTuple):
-    """The derivative along a random direction of one leaf, in float64.
-
-    `derivative` by the exact hypergradient, `difference` by trainings on both sides, known up to
-    `uncertainty` (`inf` where they say nothing). `erratic` if differences over several steps
-    contradict one another, so that nothing was checked.
-    """
-
-    derivative: float
-    difference: float
-    uncertainty: float
-    erratic: bool
-
-    @property
-    def contradicts(self) -> bool:
-        """Whether the two differ by more than `uncertainty` and a thousandth of the larger one."""
-        size = max(abs(self.derivative), abs(self.difference))
-        return abs(self.derivative - self.difference) > 1e-3 * size + self.uncertainty
 
 
 class StepError(NamedTuple):

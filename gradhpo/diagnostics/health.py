@@ -19,7 +19,7 @@ from gradhpo.core.wrapper import algorithm_of
 from gradhpo.diagnostics.case import Case, check_one_problem
 from gradhpo.diagnostics.checkup import HypergradientCheck, StepError
 from gradhpo.diagnostics.comparison import agreement, agreement_by_leaf
-from gradhpo.diagnostics.directional import compared, train_around
+from gradhpo.diagnostics.metasmooth import compared, train_around
 from gradhpo.diagnostics.nonfinite import (
     NonFinite,
     finiteness,
