@@ -19,7 +19,7 @@ from gradhpo.utils.validation import leaf_names
 
 
 _MAGIC = b"gradhpo-checkpoint"
-_FORMAT = 1
+_FORMAT = 2
 
 
 def write_file(path: Path, header: str, tree: PyTree) -> None:
