@@ -504,8 +504,8 @@ DAMAGES = [
     (damaged(lambda content: b""), "is not a checkpoint of gradhpo"),
     (damaged(lambda content: b"PK\x03\x04 an archive"), "is not a checkpoint of gradhpo"),
     (
-        damaged(lambda content: b"gradhpo-checkpoint 2 1 1\n"),
-        "has format 2, and this gradhpo",
+        damaged(lambda content: b"gradhpo-checkpoint 3 1 1\n"),
+        "has format 3, and this gradhpo",
     ),
     (damaged(lambda content: b"gradhpo-checkpoint x\n"), "its first line is broken"),
     (history_damaged(lambda content: content[:-8]), "the history of the run is lost"),
