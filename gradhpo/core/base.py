@@ -17,7 +17,7 @@ from gradhpo.core.outer import outer_update
 from gradhpo.core.partition import check_disjoint
 from gradhpo.core.state import METRICS, BilevelState, inner_state, with_inner_state
 from gradhpo.core.types import Declared, LossFn, RealScalarLike
-from gradhpo.utils.dispatch import compiled, compiled_update
+from gradhpo.utils.dispatch import compiled
 from gradhpo.utils.settings import (
     check_outer_optimizer,
     check_outer_rate,
@@ -28,6 +28,7 @@ from gradhpo.utils.tracing import record_trace
 from gradhpo.utils.trees import accumulation_dtype, all_finite, tree_l2_norm
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import (
+    check_same_structure,
     check_single_batch,
     numbers_as_arrays,
     prepare_hyperparams,
@@ -70,6 +71,9 @@ class BilevelOptimizer(InnerProblems):
     def _advance(self, inputs: Inputs, lr_hyper: RealScalarLike | None) -> BilevelState:
         """One outer step, for use inside a compiled program. What is not finite is refused."""
         state, estimate = inputs.state, self._solve(inputs)
+        made = f"what estimate of {type(self).__name__} returns as"
+        check_same_structure(estimate.memory, state.memory, f"{made} memory", "Keep its structure.")
+        check_same_structure(estimate.z, inner_state(state), f"{made} z", "Keep its structure.")
         hyperparams, outer_opt_state = outer_update(
             self.outer_optimizer, state, estimate.hypergradient, lr_hyper
         )
@@ -255,7 +259,7 @@ class BilevelOptimizer(InnerProblems):
 # Shapes are checked innermost, while tracing, so that a compiled call pays nothing for it.
 
 
-@compiled_update
+@compiled
 @checked
 def _step(
     state: BilevelState,
@@ -287,7 +291,7 @@ def _compute_hypergradient(
     return optimizer._solve(Inputs(state, train_batch, val_batch, losses)).hypergradient
 
 
-@compiled_update
+@compiled
 def _restart(
     state: BilevelState, optimizer: BilevelOptimizer, start: PyTree, reptile_rate: Array
 ) -> BilevelState:
@@ -307,7 +311,7 @@ def fit_memory(
     return _fit_memory(state, optimizer, *batches, train_loss_fn, val_loss_fn)
 
 
-@compiled_update
+@compiled
 @checked
 def _fit_memory(
     state: BilevelState,

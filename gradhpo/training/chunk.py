@@ -27,11 +27,13 @@ class Chunk(eqx.Module):
     val: Batches
     lr_hyper: Callable | RealScalarLike | None
 
+    @compiled
     def run_steps(self, state: BilevelState, length: int) -> tuple[BilevelState, dict[str, Array]]:
         """`length` outer steps, and their metrics stacked: all of it may still be at work."""
-        arrays, metrics = _run_steps(self, state, length)
-        return eqx.combine(arrays, state), metrics
+        self._record(state, f"run (chunks of {length})")
+        return self._steps(state, jnp.zeros((), jnp.int32), length)
 
+    @compiled
     def run_episodes(
         self,
         state: BilevelState,
@@ -47,20 +49,6 @@ class Chunk(eqx.Module):
         where the next (or still the same) episode starts, the parameters that the last step
         reached, and the metrics stacked.
         """
-        arrays, start, reached, metrics = _run_episodes(
-            self, state, start, reptile_rate, episodes, length, steps_per_episode
-        )
-        return eqx.combine(arrays, state), start, reached, metrics
-
-    def _episodes(
-        self,
-        state: BilevelState,
-        start: PyTree,
-        reptile_rate: Float[Array, ""],
-        episodes: int,
-        length: int,
-        steps_per_episode: int,
-    ) -> tuple[PyTree, PyTree, PyTree, dict[str, Array]]:
         self._record(state, f"run (chunks of {episodes} x {length})")
         arrays, static = eqx.partition(state, eqx.is_array)
 
@@ -88,7 +76,7 @@ class Chunk(eqx.Module):
             body, (arrays, start, start), jnp.arange(episodes, dtype=jnp.int32)
         )
         metrics = {name: x.reshape(episodes * length) for name, x in metrics.items()}
-        return arrays, start, reached, metrics
+        return eqx.combine(arrays, static), start, reached, metrics
 
     def _record(self, state: BilevelState, what: str) -> None:
         record_trace(
@@ -128,16 +116,6 @@ class Chunk(eqx.Module):
         arrays, metrics = jax.lax.scan(body, arrays, first + jnp.arange(length, dtype=first.dtype))
         last = {name: metrics[name][-1] for name in measured}
         return eqx.combine(arrays, static).update(metadata=last), metrics
-
-
-@compiled
-def _run_steps(chunk: Chunk, state: BilevelState, length: int) -> tuple[PyTree, dict[str, Array]]:
-    chunk._record(state, f"run (chunks of {length})")
-    state, metrics = chunk._steps(state, jnp.zeros((), jnp.int32), length)
-    return _arrays(state), metrics
-
-
-_run_episodes = compiled(Chunk._episodes)
 
 
 def _arrays(tree: PyTree) -> PyTree:

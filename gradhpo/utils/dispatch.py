@@ -7,51 +7,51 @@ many leaves of a model: more than a small step itself.
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 
 
+_T = TypeVar("_T", bound=Callable)
 _ARRAY = object()  # where one stood
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles a function of positional arguments; what of them is no array is static.
+@jax.tree_util.register_pytree_node_class
+class _Static:
+    """What of a result is no array: known once it is traced, and part of its structure."""
 
-    The result holds arrays only.
+    def __init__(self, value: Any):
+        self.value = value
+
+    def tree_flatten(self) -> tuple[tuple[()], Any]:
+        return (), self.value
+
+    @classmethod
+    def tree_unflatten(cls, value: Any, _: Any) -> "_Static":
+        return cls(value)
+
+
+def compiled(function: _T) -> _T:
+    """Compiles a function of positional arguments.
+
+    Everything that is no array is static, in the arguments and in the result.
     """
-    program = _program(function)
+
+    @functools.wraps(function)  # its name is that of the program, for profilers
+    def on_arrays(static: Any, arrays: list[Any]) -> tuple[_Static, list[Any]]:
+        static, arrays = _split(function(*_joined(static, arrays)))
+        return _Static(static), arrays
+
+    del on_arrays.__wrapped__  # its signature is its own
+    program = jax.jit(on_arrays, static_argnums=0)
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
-        return program(*_split(arguments))
+        static, arrays = program(*_split(arguments))
+        return _joined(static.value, arrays)
 
-    return call
-
-
-def compiled_update(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same for a function that returns its first argument with other arrays in it."""
-
-    @functools.wraps(function)
-    def arrays_after(first: Any, *rest: Any) -> list[Any]:
-        (before, old), _ = _split(first)
-        (after, new), arrays = _split(function(first, *rest))
-        if old != new or [x is _ARRAY for x in before] != [x is _ARRAY for x in after]:
-            raise ValueError(f"{function.__name__} does not keep the structure of the state")
-        return arrays
-
-    program = _program(arrays_after)
-
-    @functools.wraps(function)
-    def call(*arguments: Any) -> Any:
-        (others, treedef), arrays = _split(arguments)
-        new = iter(program((others, treedef), arrays))
-        first = treedef.children()[0]
-        leaves = [next(new) if x is _ARRAY else x for x in others[: first.num_leaves]]
-        return jax.tree.unflatten(first, leaves)
-
-    return call
+    return call  # pyright: ignore[reportReturnType]
 
 
 def _split(tree: Any) -> tuple[tuple[tuple[Any, ...], Any], list[Any]]:
@@ -65,13 +65,7 @@ def _split(tree: Any) -> tuple[tuple[tuple[Any, ...], Any], list[Any]]:
     return (others, treedef), list(itertools.compress(leaves, are_arrays))
 
 
-def _program(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)  # its name is that of the program, for profilers
-    def joined(static: Any, arrays: list[Any]) -> Any:
-        others, treedef = static
-        found = iter(arrays)
-        leaves = [next(found) if x is _ARRAY else x for x in others]
-        return function(*jax.tree.unflatten(treedef, leaves))
-
-    del joined.__wrapped__  # its signature is its own
-    return jax.jit(joined, static_argnums=0)
+def _joined(static: tuple[tuple[Any, ...], Any], arrays: list[Any]) -> Any:
+    others, treedef = static
+    found = iter(arrays)
+    return jax.tree.unflatten(treedef, [next(found) if x is _ARRAY else x for x in others])
