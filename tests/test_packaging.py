@@ -1,14 +1,23 @@
-"""The package around the code: one version."""
+"""The package around the code: one version, lower bounds that CI installs."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import gradhpo
 
 
 ROOT = Path(__file__).parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS = PYPROJECT["project"]["optional-dependencies"]
+REQUIREMENTS = [
+    Requirement(line)
+    for group in [PYPROJECT["project"]["dependencies"], *EXTRAS.values()]
+    for line in group
+]
 
 
 @pytest.mark.parametrize(
@@ -21,3 +30,27 @@ ROOT = Path(__file__).parents[1]
 def test_citations_have_the_version(file, pattern):
     found = re.findall(pattern, (ROOT / file).read_text(), re.MULTILINE)
     assert found == [gradhpo.__version__]
+
+
+def test_every_lower_bound_is_a_version_that_ci_installs():
+    bounds = [
+        f"{requirement.name}=={bound.version}"
+        for requirement in REQUIREMENTS
+        for bound in requirement.specifier
+        if bound.operator == ">="
+    ]
+    lines = (ROOT / ".github" / "constraints-lowest.txt").read_text().splitlines()
+    assert [line for line in lines if not line.startswith("#")] == bounds
+
+
+def test_every_requirement_has_a_lower_bound_or_a_pin():
+    for requirement in REQUIREMENTS:
+        operators = {bound.operator for bound in requirement.specifier}
+        assert operators & {">=", "=="} or requirement.name == "gradhpo", requirement
+
+
+def test_ci_runs_the_pythons_of_the_classifiers():
+    classifiers = "\n".join(PYPROJECT["project"]["classifiers"])
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    tested = set(re.findall(r'- python: "(3\.\d+)"', workflow))
+    assert tested == set(re.findall(r"Python :: (3\.\d+)", classifiers))
