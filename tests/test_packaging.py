@@ -54,3 +54,10 @@ def test_ci_runs_the_pythons_of_the_classifiers():
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     tested = set(re.findall(r'- python: "(3\.\d+)"', workflow))
     assert tested == set(re.findall(r"Python :: (3\.\d+)", classifiers))
+
+
+def test_pre_commit_runs_the_same_linter():
+    (ruff,) = (requirement for requirement in REQUIREMENTS if requirement.name == "ruff")
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    (version,) = re.findall(r"ruff-pre-commit\n +rev: v(\S+)", hooks)
+    assert ruff.specifier == f"=={version}"
