@@ -1,4 +1,4 @@
-"""The package around the code: one version, lower bounds that CI installs."""
+"""The package around the code: one version, lower bounds that CI installs, a complete sdist."""
 
 import re
 import tomllib
@@ -18,6 +18,8 @@ REQUIREMENTS = [
     for group in [PYPROJECT["project"]["dependencies"], *EXTRAS.values()]
     for line in group
 ]
+# hatchling adds these to the sdist by itself.
+ALWAYS_IN_SDIST = {"pyproject.toml", "README.md", "LICENSE", ".gitignore"}
 
 
 @pytest.mark.parametrize(
@@ -61,3 +63,17 @@ def test_pre_commit_runs_the_same_linter():
     hooks = (ROOT / ".pre-commit-config.yaml").read_text()
     (version,) = re.findall(r"ruff-pre-commit\n +rev: v(\S+)", hooks)
     assert ruff.specifier == f"=={version}"
+
+
+def test_sdist_has_what_tests_and_site_import_and_read():
+    sdist = PYPROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]
+    included = {entry.removeprefix("/") for entry in sdist["include"]}
+    # `from benchmarks.x import y`, `ROOT / "docs"`, a key in a dictionary of pages.
+    imports, paths, keys = r"^(?:from|import) ", r'(?:ROOT|parents\[1\]) / "', r'^    "'
+    named = re.compile(rf"(?:{imports}|{paths}|{keys})([\w.-]+)", re.MULTILINE)
+    files = [*ROOT.glob("tests/*.py"), *ROOT.glob("docs/*.py")]
+    words = {word for file in files for word in named.findall(file.read_text())}
+    words |= {word.split(".")[0] for word in words}
+    needed = words & {path.name for path in ROOT.iterdir()}
+    assert {"benchmarks", "docs", "examples", "CONTRIBUTING.md"} <= needed
+    assert needed - ALWAYS_IN_SDIST <= included
