@@ -130,14 +130,19 @@ def hypergradient_program(
 
 
 def exact_programs(
-    optimizer_name: str, batch_size: int, *, activation: str = "tanh", depth: int = 1
+    optimizer_name: str,
+    batch_size: int,
+    *,
+    activation: str = "tanh",
+    depth: int = 1,
+    checkpoint: bool = False,
 ) -> tuple[Program, Program]:
-    """Exact unrolling by the library, and by `jax.grad` through a plain scan."""
+    """Exact unrolling by the library, and by `jax.grad` through a plain or checkpointed scan."""
     inner = {"SGD": SGD, "Adam": optax.adam(0.01, eps_root=1e-16)}[optimizer_name]
     the_job = job(batch_size, activation=activation, depth=depth)
     ours = hypergradient_program(gradhpo.UnrolledOptimizer(inner, unroll_steps=STEPS), the_job)
     return ours, Program(
-        unrolled.plain_unrolled_hypergradient(the_job, inner, STEPS),
+        unrolled.plain_unrolled_hypergradient(the_job, inner, STEPS, checkpoint=checkpoint),
         eqx.filter(the_job.params, eqx.is_inexact_array),
         the_job.hyperparams,
         the_job.train_data(0),

@@ -248,8 +248,13 @@ def implicit(job: Job):
     return step
 
 
-def plain_unrolled_hypergradient(job: Job, inner_optimizer, steps: int):
-    """`jax.grad` through a plain `lax.scan` of optax steps: what one writes first."""
+def plain_unrolled_hypergradient(
+    job: Job, inner_optimizer, steps: int, *, checkpoint: bool = False
+):
+    """`jax.grad` through a plain `lax.scan` of optax steps: what one writes first.
+
+    With `checkpoint` the body is under `jax.checkpoint`: what one writes next, when memory is short.
+    """
     train, val = losses(job)
 
     def hypergradient(w, h, batch, val_batch):
@@ -259,6 +264,8 @@ def plain_unrolled_hypergradient(job: Job, inner_optimizer, steps: int):
                 updates, s = inner_optimizer.update(jax.grad(train)(w, h, batch), s, w)
                 return (optax.apply_updates(w, updates), s), None
 
+            if checkpoint:
+                body = jax.checkpoint(body, prevent_cse=False)
             (w_end, _), _ = jax.lax.scan(body, (w, inner_optimizer.init(w)), None, length=steps)
             return val(w_end, h, val_batch)
 

@@ -62,12 +62,20 @@ def test_hyperdistill_costs_little_more_than_one_step(optimizer_name, most, batc
 
 @pytest.mark.parametrize(
     ("optimizer_name", "batch_size", "times"),
-    [("SGD", 1_000, 15), ("Adam", 1_000, 10), ("SGD", 128, 3.5), ("Adam", 128, 3.5),
+    [("SGD", 1_000, 14), ("Adam", 1_000, 10), ("SGD", 128, 3.5), ("Adam", 128, 3.5),
      ("SGD", 32, 2), ("Adam", 32, 2)],
 )  # fmt: skip
 def test_exact_hypergradient_needs_a_fraction_of_the_memory(optimizer_name, batch_size, times):
+    """Of a plain scan's; and no more than a checkpointed scan, the least that `jax.grad` needs.
+
+    For SGD and 1,000 examples 16 times less with jaxlib 0.10, 14 with 0.12, which keeps one more
+    layer of activations (1,000 x 128) in the loop, here as in the checkpointed scan.
+    """
     ours, plain = exact_programs(optimizer_name, batch_size)
     assert plain.temporary_bytes >= times * ours.temporary_bytes
+    _, checkpointed = exact_programs(optimizer_name, batch_size, checkpoint=True)
+    # Scalars of the loops are laid out one way or the other.
+    assert ours.temporary_bytes <= checkpointed.temporary_bytes + 2**10
 
 
 def test_memory_with_checkpoints_grows_with_the_root_of_the_steps():

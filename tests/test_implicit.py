@@ -232,6 +232,22 @@ def test_the_last_adjoint_is_a_good_place_to_start():
     assert iterations(0.01, warm=True) < 0.5 * iterations(0.01, warm=False)
 
 
+@pytest.mark.parametrize(
+    ("solver", "damping"),
+    [(gradhpo.Neumann(50, 0.5), 0), (gradhpo.Nystrom(3, 0.1, jax.random.key(0)), 0.1)],
+)
+def test_settings_made_under_x64_serve_without_it(as_a_user_has_it, solver, damping):
+    """The inner optimum is h, its curvature 2: the derivative of |w - 1|^2 is 2 (h - 1)."""
+    train_loss = lambda w, h, batch: jnp.sum((w - h) ** 2)
+    val_loss = lambda w, h, batch: jnp.sum((w - 1) ** 2)
+    assert "float64" in [str(x.dtype) for x in jax.tree.leaves(solver)]
+    optimizer = gradhpo.ImplicitOptimizer(optax.sgd(0.5), optax.sgd(0.1), solver)
+    state = optimizer.init(jnp.zeros(3), jnp.full(3, 2.0))
+    found = optimizer.compute_hypergradient(state, None, None, train_loss, val_loss)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, 2.0 * 2 / (2 + damping), rtol=1e-5)
+
+
 @pytest.mark.parametrize("solver", [None, lx.LU(), gradhpo.Neumann(300, 10.0)])
 def test_a_singular_or_diverging_system_ends_in_a_report(solver):
     """The validation loss wants what no training example ever sees."""

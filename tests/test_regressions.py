@@ -31,11 +31,13 @@ def hypergradient(optimizer, w, h, train_loss=quadratic, val_loss=to_one):
 def test_perturbed_hyperparameters_divide_by_the_step_after_rounding(size):
     """In float32 a step of 0.01 at 3e5 is 0.03125 wide: dividing by 0.02 is wrong by half."""
     rate = jnp.asarray(size, jnp.float32)
-    loss = lambda w, h, batch: w * h / 1e5
+    # Factors are powers of two: only the step is rounded, in whatever order a compiler multiplies.
+    loss = lambda w, h, batch: w * h * 2.0**-17
     val_loss = lambda w, h, batch: w * 2
-    optimizer = gradhpo.T1T2Optimizer(SGD, OUTER, perturb="hyperparams", epsilon=0.02)
+    inner = relaxed(optax.sgd(2.0**-3))
+    optimizer = gradhpo.T1T2Optimizer(inner, OUTER, perturb="hyperparams", epsilon=0.02)
     found = hypergradient(optimizer, jnp.zeros((), jnp.float32), rate, loss, val_loss)
-    np.testing.assert_allclose(found, -2e-6, rtol=0.1)  # float32 differences are coarse
+    np.testing.assert_allclose(found, -(2.0**-19), rtol=1e-6)
 
 
 def test_a_perturbation_lost_in_rounding_is_nan_and_rejected_not_zero():

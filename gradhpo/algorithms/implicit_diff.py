@@ -196,6 +196,9 @@ class ImplicitOptimizer(Algorithm):
         symmetric = phi.update_fn is None and phi.symmetric
         solver = _default_solver(symmetric, w) if self.linear_solver is None else self.linear_solver
         _check_fits(solver, symmetric)
+        # Its own numbers as well: lineax asks for their shapes, and JAX warns where they are
+        # float64, as they are made under x64, and x64 is off.
+        solver = jax.tree.map(lambda x: x.astype(wide) if eqx.is_inexact_array(x) else x, solver)
         # lineax.CG takes a curvature below 200 eps n for a singularity, whatever the scale of the
         # system: in float32 that is 0.24 for 10,000 parameters. So it gets a larger system.
         size = 200.0 * num_coordinates(w) if isinstance(solver, lx.CG) else 1.0
