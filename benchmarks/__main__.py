@@ -1,11 +1,12 @@
-"""`python -m benchmarks [table ...]`: all tables, or the named ones.
+"""`python -m benchmarks [table ...]`: prints all tables, or those that are named.
 
-With `--save` each table is also put in its place in `benchmarks/README.md`.
+With `--save` the output of each table is also written to `benchmarks/results/<table>.txt`.
 """
 
 import argparse
 import contextlib
 import datetime
+import functools
 import io
 import os
 import platform
@@ -20,45 +21,34 @@ import jax
 import optax
 
 import gradhpo
-from benchmarks import (
-    accuracy,
-    budget,
-    compiled,
-    distilled,
-    earlier,
-    host,
-    implicit,
-    loops,
-    pytorch,
-    roads,
-    scaling,
-)
+from benchmarks.costs import accuracy, compiled, host, loops, methods, scaling
+from benchmarks.peers import budget, earlier, implicit, pytorch
 
 
-README = Path(__file__).parent / "README.md"
+RESULTS = Path(__file__).parent / "results"
 TABLES = {
-    # against hand-written JAX, and what the parts cost
+    # costs
     "flops": compiled.print_flops,
     "loop": loops.print_loops,
     "compile": compiled.print_compile_times,
     "memory": compiled.print_memory,
     "exact": loops.print_exact,
     "units": compiled.print_units,
-    "distilled": distilled.print_distilled,
-    "roads": roads.print_roads,
-    # against plain training, and what the host adds
+    "distilled": methods.print_distilled,
+    "roads": methods.print_roads,
     "plain": loops.print_plain,
     "host": host.print_host,
     "night": host.print_night,
-    # against other libraries
+    "scaling": scaling.print_scaling,
+    "accuracy": accuracy.print_accuracy,
+    # peers
     "earlier": earlier.print_earlier,
     "torch": pytorch.print_pytorch,
     "implicit": implicit.print_implicit,
-    # how costs grow, and what is had for them
-    "scaling": scaling.print_scaling,
-    "accuracy": accuracy.print_accuracy,
     "budget": budget.print_budget,
 }
+# A table may save more than its text.
+SAVING = TABLES | {"budget": functools.partial(budget.print_budget, figure=budget.FIGURE)}
 
 
 class Tee(io.StringIO):
@@ -71,6 +61,7 @@ class Tee(io.StringIO):
 
 
 def machine() -> str:
+    """Versions, machine and date: the header of every saved table."""
     device, cores = jax.devices()[0], os.cpu_count()
     name = device.device_kind
     if device.platform == "cpu" and (info := Path("/proc/cpuinfo")).exists():
@@ -83,43 +74,30 @@ def machine() -> str:
     )
 
 
-def place_of(name: str) -> re.Pattern[str]:
-    """Where a table stands in README, which must have one such place."""
-    block = re.compile(rf"(<!-- {name} -->\n```text\n).*?(\n```\n)", re.DOTALL)
-    if (count := len(block.findall(README.read_text()))) != 1:
-        raise SystemExit(f"{README} has {count} places for the table {name!r}")
-    return block
-
-
 def save(name: str, printed: str) -> None:
-    text = f"{machine()}\n\n{printed.strip(chr(10))}"
-    put = lambda marks: marks[1] + text + marks[2]
-    README.write_text(place_of(name).sub(put, README.read_text()))
+    (RESULTS / f"{name}.txt").write_text(f"{machine()}\n\n{printed.strip(chr(10))}\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("tables", nargs="*", metavar="table", help=f"of {', '.join(TABLES)}")
     parser.add_argument("--without", nargs="+", default=[], choices=TABLES, metavar="table")
-    parser.add_argument("--save", action="store_true", help="put the tables in README as well")
+    parser.add_argument("--save", action="store_true", help=f"write to {RESULTS.name}/ as well")
     given = parser.parse_args()
     if unknown := set(given.tables) - set(TABLES):
         parser.error(f"no table is called {', '.join(unknown)}; there are {', '.join(TABLES)}")
     if given.save and jax.default_backend() != "cpu":
-        parser.error("README has the tables of a CPU; without --save they are printed")
-    chosen = [name for name in given.tables or TABLES if name not in given.without]
-    if given.save:
-        os.environ["GRADHPO_BENCHMARKS_SAVE"] = "1"  # pictures as well
-        for name in chosen:
-            place_of(name)
+        parser.error("the saved tables were made on a CPU; run without --save to print yours")
     jax.config.update("jax_compilation_cache_dir", None)  # compiling is measured too
     print(machine())
-    failed = []
-    for name in chosen:
+    tables, failed = SAVING if given.save else TABLES, []
+    for name in given.tables or TABLES:
+        if name in given.without:
+            continue
         started = time.perf_counter()
         try:
             with contextlib.redirect_stdout(Tee()) as printed:
-                TABLES[name]()
+                tables[name]()
         except Exception:  # hours of other tables must not be lost with this one
             traceback.print_exc()
             failed.append(name)

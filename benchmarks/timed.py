@@ -1,14 +1,14 @@
-"""What the clock says: ratios within one process, medians of alternating runs."""
+"""Ratios of times: two programs by turns, medians within pairs."""
 
 import statistics
 from collections.abc import Callable
 from typing import NamedTuple
 
-from benchmarks.peers.worker import seconds
+from benchmarks.peers.workers.worker import seconds
 
 
 class Compared(NamedTuple):
-    """Median seconds of each, and median and quartiles of the ratios within a pair."""
+    """The median of each, and median and quartiles of the ratios within a pair."""
 
     first: float
     second: float
@@ -18,18 +18,20 @@ class Compared(NamedTuple):
 
 
 def by_turns(first: Callable[[], float], second: Callable[[], float], repeats: int) -> Compared:
-    """Compares what two functions return, seconds as a rule, calling them by turns."""
+    """Calls two functions by turns, in changing order, and compares the seconds they return."""
     first(), second()
-    measured: tuple[list[float], list[float]] = ([], [])
+    pairs = []
     for i in range(repeats):
-        order = (0, 1) if i % 2 == 0 else (1, 0)
-        for which in order:
-            measured[which].append((first, second)[which]())
-    ratios = [a / b for a, b in zip(*measured, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return Compared(*map(statistics.median, measured), middle, low, high)
+        if i % 2 == 0:
+            pairs.append((first(), second()))
+        else:
+            b, a = second(), first()
+            pairs.append((a, b))
+    low, middle, high = statistics.quantiles([a / b for a, b in pairs], n=4, method="inclusive")
+    a, b = (statistics.median(column) for column in zip(*pairs, strict=True))
+    return Compared(a, b, middle, low, high)
 
 
 def alternating(first: Callable, second: Callable, repeats: int) -> Compared:
-    """Times both by turns."""
+    """Times two functions by turns."""
     return by_turns(lambda: seconds(first), lambda: seconds(second), repeats)

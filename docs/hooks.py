@@ -22,6 +22,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 READING = sorted(path.stem for path in (ROOT / "examples" / "reading").glob("*.py"))
+RESULTS = sorted(path.name for path in (ROOT / "benchmarks" / "results").glob("*.txt"))
 # Files of the repository that are pages, or parts of them.
 PAGES = {
     "README.md": "index.md",
@@ -31,6 +32,9 @@ PAGES = {
     "CITATION.cff": "CITATION.cff.txt",
     "benchmarks/README.md": "benchmarks.md",
     "benchmarks/NOTES.md": "benchmarks_notes.md",
+    "benchmarks/costs/README.md": "benchmarks/costs.md",
+    "benchmarks/peers/README.md": "benchmarks/peers.md",
+    **{f"benchmarks/results/{name}": f"benchmarks/results/{name}" for name in RESULTS},
     "examples/README.md": "examples/index.md",
     **{f"examples/{name}.py": f"examples/{name}.md" for name in EXAMPLES},
     **{f"examples/reading/{name}.py": f"examples/reading/{name}.md" for name in READING},

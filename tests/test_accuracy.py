@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.accuracy import PROBLEMS, cosines
+from benchmarks.costs.accuracy import PROBLEMS, cosines
 
 
 @pytest.mark.usefixtures("as_a_user_has_it")

@@ -1,14 +1,31 @@
-"""The benchmarks' own machinery; what they measure is asserted in test_costs.py."""
+"""The benchmarks' own machinery; test_costs.py asserts what they measure."""
+
+import re
 
 import pytest
 
-from benchmarks.__main__ import TABLES, place_of
+from benchmarks.__main__ import RESULTS, TABLES
 from benchmarks.peers.environment import PeerError, python_of
 
 
+READMES = [RESULTS.parent / name for name in ("README.md", "costs/README.md", "peers/README.md")]
+
+
 @pytest.mark.parametrize("name", TABLES)
-def test_every_table_has_its_place_in_the_readme(name):
-    place_of(name)
+def test_every_table_has_a_saved_result_and_its_place_in_a_readme(name):
+    assert (RESULTS / f"{name}.txt").is_file()
+    assert any(f"results/{name}.txt)" in readme.read_text() for readme in READMES[1:])
+
+
+def test_every_saved_result_is_that_of_a_table():
+    assert {path.stem for path in RESULTS.iterdir()} == set(TABLES)
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)
+def test_files_that_a_readme_links_to_exist(readme):
+    links = re.findall(r"\]\(([^)#:]+)[^):]*\)", readme.read_text())
+    assert links
+    assert not [link for link in links if not (readme.parent / link).is_file()]
 
 
 def test_a_peer_that_does_not_install_is_reported(tmp_path, monkeypatch):

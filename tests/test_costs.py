@@ -5,18 +5,18 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks.algorithms import (
+from benchmarks.costs.methods import (
+    flops_ratio,
+    forward_program,
+    gradients_per_hyperparameter,
+    gradients_per_iteration,
+)
+from benchmarks.costs.programs import (
     ALGORITHMS,
     checkpointed_program,
     exact_programs,
     gradients_per_step,
     step_programs,
-)
-from benchmarks.distilled import flops_ratio
-from benchmarks.roads import (
-    forward_program,
-    gradients_per_hyperparameter,
-    gradients_per_iteration,
 )
 
 

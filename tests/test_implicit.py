@@ -11,8 +11,8 @@ import optax
 import pytest
 
 import gradhpo
-from benchmarks.problem import job
-from benchmarks.roads import iterations
+from benchmarks.costs.methods import iterations
+from benchmarks.costs.problem import job
 
 
 class Closed(NamedTuple):

@@ -1,10 +1,10 @@
-"""Where peers live: a virtual environment for each, and a process that answers requests.
+"""A virtual environment for each peer, and a process in it that answers requests.
 
-Peers pin versions that do not go together with each other or with ours, so each has an
-environment of its own, made from the package index on first use and kept in `benchmarks/.peers/`.
-A process of its own for each program also keeps memory apart; and since it stays alive and measures
-once for each request, programs in different environments can be timed by turns. POSIX only: the
-wait for an answer has a limit by `select` on a pipe.
+Peers pin versions that conflict with each other and with ours, so each has an environment of its
+own, made from the package index on first use and kept in `benchmarks/.peers/`. A process for each
+program also keeps memory apart; and since it stays alive and measures once for each request,
+programs in different environments can be timed by turns. POSIX only: the wait for an answer is
+limited by `select` on a pipe.
 """
 
 import hashlib
@@ -22,23 +22,24 @@ from pathlib import Path
 from typing import Any
 
 
-HERE = Path(__file__).parent
-CACHE = HERE.parent / ".peers"
-INSTALLING, ANSWERING = 1800.0, 900.0  # seconds, after which pip or a peer is thought to hang
+WORKERS = Path(__file__).parent / "workers"
+ROOT = Path(__file__).parents[2]
+CACHE = ROOT / "benchmarks" / ".peers"
+INSTALLING, ANSWERING = 1800.0, 900.0  # limits in seconds for pip and for an answer
 
 
 class PeerError(Exception):
-    """A peer does not install, or does not do what it was asked; the text says why."""
+    """A peer does not install, or fails at a request; the text says why."""
 
 
 def python_of(requirements: Sequence[str]) -> Path:
     """The interpreter of an environment that holds exactly these requirements.
 
-    Raises `PeerError` with the reason, pip's last lines as a rule, where it cannot be made.
+    Raises `PeerError` with the reason, usually pip's last lines, where it cannot be made.
     """
     digest = hashlib.sha256(" ".join([sys.version, *requirements]).encode()).hexdigest()[:8]
     directory = CACHE / f"{requirements[0].split('=')[0]}-{digest}"
-    python = directory / ("Scripts" if os.name == "nt" else "bin") / "python"
+    python = directory / "bin" / "python"
     if (directory / "installed").exists():
         return python
     print(f"  (installing {', '.join(requirements)})", file=sys.stderr, flush=True)
@@ -60,42 +61,36 @@ def python_of(requirements: Sequence[str]) -> Path:
 
 
 class Worker:
-    """A script of this folder in its own process, asked by lines of JSON (see `worker.serve`)."""
+    """A script of `workers/` in its own process, asked by lines of JSON (see `worker.serve`)."""
 
-    def __init__(
-        self,
-        script: str,
-        requirements: Sequence[str] = (),
-        raises: type[Exception] = PeerError,
-        **environment: str | None,
-    ) -> None:
-        """Without requirements it is this interpreter that runs it, with gradhpo at hand.
+    def __init__(self, script: str, requirements: Sequence[str] = (), **environment: str) -> None:
+        """Without requirements, this interpreter runs it, and it is ours: it can import gradhpo.
 
-        A variable of the environment that is `None` is taken away. What goes wrong is `raises`:
-        ours may be given another one than what is caught for the peers.
+        A failure of ours is a bug, raised as `RuntimeError`; a failure of a peer is a `PeerError`,
+        reported in the table.
         """
         self._requirements = requirements
-        self._raises = raises
-        self._ended = ""  # why it answers no more
+        self._raises = PeerError if requirements else RuntimeError
+        self._ended = ""  # the reason, once it has ended
         python = python_of(requirements) if requirements else Path(sys.executable)
-        # A program that was compiled by an earlier run would hide what compiling takes.
-        settings = {**os.environ, "JAX_COMPILATION_CACHE_DIR": None, **environment}
+        settings = {**os.environ, **environment}
+        # A program from the cache of an earlier run would hide the time of compilation.
+        settings.pop("JAX_COMPILATION_CACHE_DIR", None)
         # A peer must not find our packages before its own.
-        settings["PYTHONPATH"] = "" if requirements else str(HERE.parents[1])
-        settings = {name: value for name, value in settings.items() if value is not None}
+        settings["PYTHONPATH"] = "" if requirements else str(ROOT)
         self._errors = tempfile.TemporaryFile("w+", errors="replace")
         try:
             self._process = subprocess.Popen(
-                [python, HERE / script], env=settings, text=True,
+                [python, WORKERS / script], env=settings, text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
             )  # fmt: skip
         except OSError as error:
-            raise raises(f"does not start: {error}") from error
+            raise self._raises(f"does not start: {error}") from error
 
     def ask(self, do: str, *, limit: float = ANSWERING, **request: Any) -> Any:
-        """The answer to one request, or the last line of the peer's error as an exception.
+        """The answer to one request, or the last line of the worker's error as an exception.
 
-        A peer without an answer after `limit` seconds is ended.
+        A worker without an answer after `limit` seconds is killed.
         """
         if self._ended:
             raise self._raises(self._ended)
@@ -115,9 +110,9 @@ class Worker:
         return answer["answer"]
 
     def _line(self, limit: float) -> str:
-        """What comes until the end of a line, or of the process.
+        """Everything up to the end of a line, or of the process.
 
-        Read past the buffer of the pipe's file: `select` knows nothing of what lies in that.
+        Read from the descriptor: `select` knows nothing of what the file object has buffered.
         """
         answers, line = self._process.stdout.fileno(), b""
         end = time.monotonic() + limit
@@ -131,7 +126,7 @@ class Worker:
         return line.decode()
 
     def _code(self) -> int:
-        """Of a process that is ending; one that has but closed its pipe is killed."""
+        """The exit code of a process that is ending; one that only closed its pipe is killed."""
         try:
             return self._process.wait(10)
         except subprocess.TimeoutExpired:
@@ -142,11 +137,11 @@ class Worker:
         self._errors.seek(0)
         return (self._errors.read().splitlines() or ["no reason given"])[-1]
 
-    def versions(self, *more: str) -> list[str]:
-        """Name and version of each requirement, and of the other packages named, if installed."""
+    def versions(self) -> list[str]:
+        """Name and version of each requirement."""
         required = [text for text in self._requirements if not text.startswith("--")]
         names = [text.replace("@", "=").split("=")[0].strip() for text in required]
-        return self.ask("versions", names=[*dict.fromkeys([*names, *more])])
+        return self.ask("versions", names=names)
 
     def __enter__(self) -> "Worker":
         return self

@@ -1,0 +1,115 @@
+"""The compiler's figures: flops, bytes and temporary memory, against hand-written programs.
+
+The compiler counts the body of a scan once, however long the scan is, so the figure of a step is
+the sum of its loop bodies and of what is outside them. Only compilation is timed here.
+"""
+
+import statistics
+import time
+
+import optax
+
+import gradhpo
+from benchmarks.costs.problem import MOMENTUM, RATE, job
+from benchmarks.costs.programs import (
+    ALGORITHMS,
+    call_program,
+    checkpointed_program,
+    exact_programs,
+    gradients_per_step,
+    step_programs,
+)
+
+
+def print_flops() -> None:
+    print(
+        "\nThe compiled step, library / hand-written: flops with bodies of loops counted once,\n"
+        "and in all; bytes read and written, bodies once; temporary memory in KiB"
+    )
+    print(f"  {'':35} {'flops':>19}  ratio in all  bytes {'memory':>15}  ratio")
+    for batch_size, depth in ((32, 1), (128, 1), (1_000, 1), (128, 3)):
+        if depth > 1:
+            print(f"  {depth} hidden layers:")
+        for name in ALGORITHMS:
+            programs = step_programs(name, batch_size, depth)
+            flops, theirs = (p.flops_with_loops_once for p in programs)
+            read, by_hand = (p.bytes_with_loops_once for p in programs)
+            costs = [p.cost for p in programs]
+            # Loops inside a linear solver are hidden from the count.
+            hidden = any(cost.at_least for cost in costs)
+            in_all = "-" if hidden else f"{costs[0].flops / costs[1].flops:.3f}"
+            held = [p.temporary_bytes / 2**10 for p in programs]
+            print(
+                f"  batch {batch_size:5}  {name:22} {flops:9.3g} {theirs:9.3g}"
+                f" {flops / theirs:6.3f} {in_all:>6} {read / by_hand:6.3f}"
+                f" {held[0]:8.0f} {held[1]:6.0f} {held[0] / held[1]:6.2f}",
+                flush=True,
+            )
+
+
+def print_units() -> None:
+    print(
+        "\nFlops of an inner step less one validation gradient, in training gradients (batch 128)"
+    )
+    for name in ALGORITHMS:
+        if name in ("ForwardMode(20)", "ImplicitOptimizer(20)"):
+            continue  # their own loops, over hyperparameters and solver steps, are in `roads`
+        units = (f"{gradients_per_step(name, 128, depth):6.2f}" for depth in (1, 3, 6))
+        print(f"  {name:22} 1, 3, 6 hidden layers: {' '.join(units)}")
+
+
+def print_memory() -> None:
+    print("\nTemporary memory of the exact hypergradient, MLP 64-128-10, T = 20, in MiB")
+    for activation in ("tanh", "relu"):
+        for batch_size in (32, 128, 1_000):
+            for name in ("SGD", "Adam"):
+                programs = exact_programs(name, batch_size, activation=activation)
+                ours, plain = (p.temporary_bytes for p in programs)
+                print(
+                    f"  {activation}  batch {batch_size:5}  {name:5} gradhpo {ours / 2**20:6.2f}"
+                    f"  jax.grad through lax.scan {plain / 2**20:6.2f}  {plain / ours:5.1f} x less"
+                )
+    for checkpoints in (None, "sqrt"):
+        small, large = (
+            checkpointed_program(steps, checkpoints).temporary_bytes for steps in (100, 10_000)
+        )
+        print(
+            f"  batch 32, SGD with momentum, checkpoints={checkpoints!s:5} T = 100: "
+            f"{small / 2**20:.2f}   T = 10,000: {large / 2**20:.2f}   {large / small:.1f} times"
+        )
+
+
+COMPILED = {
+    "GreedyOptimizer": lambda sgd, t: gradhpo.GreedyOptimizer(sgd, unroll_steps=t),
+    "T1T2Optimizer": lambda sgd, t: gradhpo.T1T2Optimizer(sgd, inner_steps=t),
+    "UnrolledOptimizer": lambda sgd, t: gradhpo.UnrolledOptimizer(sgd, unroll_steps=t),
+    "  with checkpoints": lambda sgd, t: gradhpo.UnrolledOptimizer(
+        sgd, unroll_steps=t, checkpoints="sqrt"
+    ),
+    "DrMADOptimizer": lambda sgd, t: gradhpo.DrMADOptimizer(sgd, unroll_steps=t),
+    "ForwardModeOptimizer": lambda sgd, t: gradhpo.ForwardModeOptimizer(sgd, unroll_steps=t),
+    "ImplicitOptimizer": lambda sgd, t: gradhpo.ImplicitOptimizer(sgd, inner_steps=t),
+}
+
+
+def seconds_to_compile(name: str, steps: int) -> float:
+    """Traces and compiles anew: nothing comes from a cache, since the optax object is new."""
+    optimizer = COMPILED[name](optax.sgd(RATE, momentum=MOMENTUM), steps)
+    the_job = job(32, num_weights=8)
+    state, batch = optimizer.init(the_job.params, the_job.hyperparams), the_job.train_data(0)
+    start = time.perf_counter()
+    call_program(optimizer.compute_hypergradient, the_job, state, batch)
+    return time.perf_counter() - start
+
+
+def print_compile_times(repeats: int = 5) -> None:
+    print(f"\nSeconds to trace and compile a hypergradient, medians of {repeats}")
+    for name in COMPILED:
+        lengths = (10, 100, 1_000)
+        times = [[seconds_to_compile(name, steps) for steps in lengths] for _ in range(repeats)]
+        medians = [statistics.median(column) for column in zip(*times, strict=True)]
+        print(
+            f"  {name:22}"
+            + "".join(f"  T = {t:5}: {x:.2f}" for t, x in zip(lengths, medians, strict=True))
+            + f"   1,000 / 10: {medians[-1] / medians[0]:.2f}"
+        )
