@@ -217,7 +217,7 @@ def plain_unrolled_hypergradient(
 ):
     """`jax.grad` through a plain `lax.scan` of optax steps: the obvious way to write it.
 
-    With `checkpoint` the body is under `jax.checkpoint`, the next thing to try when memory is short.
+    With `checkpoint` the body is under `jax.checkpoint`: what to try next when memory is short.
     """
     train, val = losses(job)
 
