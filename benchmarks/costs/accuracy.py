@@ -16,6 +16,7 @@ import optax
 from sklearn.datasets import load_digits
 
 import gradhpo
+from benchmarks.costs.problem import Model, plain_loss, train_loss
 
 
 class Episode(NamedTuple):
@@ -50,17 +51,6 @@ def plain_of_net(net, raw, batch):
 @gradhpo.model_loss
 def plain(net, batch):
     return jnp.mean(cross_entropy(net, *batch))
-
-
-@gradhpo.model_loss
-def weighted(model, batch):
-    x, y, index = batch
-    return jnp.mean(jax.nn.sigmoid(model["weights"][index]) * cross_entropy(model["net"], x, y))
-
-
-@gradhpo.model_loss
-def plain_of_weighted(model, batch):
-    return jnp.mean(cross_entropy(model["net"], *batch))
 
 
 @gradhpo.model_loss
@@ -103,10 +93,10 @@ def weights_of_digits(seed: int) -> Episode:
     """One weight for every training example; first order sees none of them."""
     (x, y), val = digits(seed)
     net = eqx.nn.MLP(64, 10, 64, 1, key=jax.random.key(seed))
-    model = {"net": net, "weights": jnp.zeros(len(x))}
-    params, hyperparams = gradhpo.partition(model, lambda m: m["weights"])
+    model = Model(net, jnp.zeros(len(x)))
+    params, hyperparams = gradhpo.partition(model, lambda m: m.weights)
     data = gradhpo.ArrayData((x, y, jnp.arange(len(x))), 50, jax.random.key(seed))
-    return Episode(params, hyperparams, MOMENTUM_02, data, val, weighted, plain_of_weighted)
+    return Episode(params, hyperparams, MOMENTUM_02, data, val, train_loss, plain_loss)
 
 
 def rates_of_digits(seed: int) -> Episode:

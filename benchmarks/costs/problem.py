@@ -45,6 +45,12 @@ def val_loss(model: Model, batch: tuple[Array, Array]) -> Array:
     return jnp.mean(cross_entropy(model, *batch)) + 1e-6 * jnp.sum(jnp.square(model.weights))
 
 
+@gradhpo.model_loss
+def plain_loss(model: Any, batch: tuple[Array, Array]) -> Array:
+    """The same without weights, of any model with a `net`."""
+    return jnp.mean(cross_entropy(model, *batch))
+
+
 def job(
     batch_size: int,
     *,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import gradhpo
-from benchmarks.costs.problem import Job, cross_entropy
+from benchmarks.costs.problem import Job, cross_entropy, plain_loss
 from benchmarks.costs.programs import SGD, checkpointed_program, step_program
 from benchmarks.peers.workers.worker import seconds
 from benchmarks.timed import alternating
@@ -56,11 +56,6 @@ def train_loss(model: Decayed, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.mean(cross_entropy(model, *batch)) + sum(penalties)
 
 
-@gradhpo.model_loss
-def val_loss(model: Decayed, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-    return jnp.mean(cross_entropy(model, *batch))
-
-
 def decayed_program(name: str, width: int, for_each: str) -> tuple[Program, int, int]:
     """A compiled step, its number of parameters, and of hyperparameters."""
     keys = jax.random.split(jax.random.key(0), 3)
@@ -69,7 +64,7 @@ def decayed_program(name: str, width: int, for_each: str) -> tuple[Program, int,
     params, hyperparams = gradhpo.partition(model, lambda m: m.log_decays)
     x = jax.random.uniform(keys[1], (BATCH_SIZE, 64))
     batch = (x, jax.random.randint(keys[2], (BATCH_SIZE,), 0, 10))
-    the_job = Job(params, hyperparams, lambda index: batch, batch, train_loss, val_loss)
+    the_job = Job(params, hyperparams, lambda index: batch, batch, train_loss, plain_loss)
     program = step_program(ALGORITHMS[name], the_job)
     count = lambda leaves: sum(x.size for x in leaves)
     return program, count(parameters(net)), count(model.log_decays)

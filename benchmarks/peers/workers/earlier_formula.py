@@ -4,7 +4,11 @@ Meant for float64. All are evaluated at one place: `at_step` inner steps from a 
 rates, a training batch for each step (greedy: one for all), one validation batch.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 from earlier_job import GAMMA, STEPS, arrays, batches, loss, start, update
 from jax.flatten_util import ravel_pytree
@@ -52,6 +56,23 @@ def exact(algorithm: str, at_step: int) -> list[float]:
         w_star = jax.tree.map(mean, *path[:t])
         return (THETA * weights.sum() * product(path[t], w_star, train[-1])).tolist()
     return product(path[t], path[t - 1], train[-1]).tolist()  # one step, T1-T2
+
+
+def read_hypergradient(
+    optimizer: Any, state: Any, train_loss: Callable, train: list, val: tuple, greedy: bool
+) -> list[list[float]]:
+    """At the last batch: as `step` applies it, and as `compute_hypergradient` returns it.
+
+    An outer rate of 1 shows the hypergradient in the change of the rates; 0 changes nothing. Greedy
+    has no such argument.
+    """
+    if not greedy:
+        for batch in train[:-1]:
+            state = optimizer.step(state, batch, val, loss, loss, 0.0)
+    last = (train[-1], val, train_loss, loss)
+    new = optimizer.step(state, *last) if greedy else optimizer.step(state, *last, 1.0)
+    applied = jax.tree.map(jnp.subtract, state.hyperparams, new.hyperparams)
+    return [flat(applied), flat(optimizer.compute_hypergradient(state, *last))]
 
 
 def _to(t: int) -> range:

@@ -6,9 +6,8 @@ from collections.abc import Callable
 
 import earlier_job
 import jax
-import jax.numpy as jnp
 import optax
-from earlier_formula import SPREAD, THETA, exact, flat, points
+from earlier_formula import SPREAD, THETA, exact, points, read_hypergradient
 from earlier_job import (
     BATCH_SIZE,
     EPISODES,
@@ -101,13 +100,7 @@ def hypergradient(algorithm: str, at_step: int) -> list[list[float]]:
         optimizer = dataclasses.replace(optimizer, outer_optimizer=optax.sgd(1.0))
     train, val = points(STEPS if greedy else at_step, same_batch=greedy)
     state = optimizer.init(*start(SPREAD))
-    if not greedy:
-        for batch in train[:-1]:
-            state = optimizer.step(state, batch, val, loss, loss, 0.0)
-    last = (train[-1], val, loss, loss)
-    new = optimizer.step(state, *last) if greedy else optimizer.step(state, *last, 1.0)
-    applied = jax.tree.map(jnp.subtract, state.hyperparams, new.hyperparams)
-    return [flat(applied), flat(optimizer.compute_hypergradient(state, *last))]
+    return read_hypergradient(optimizer, state, loss, train, val, greedy)
 
 
 serve(job=job, hypergradient=hypergradient, exact=exact)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from earlier_formula import SPREAD, THETA, flat, points
+from earlier_formula import SPREAD, THETA, flat, points, read_hypergradient
 from earlier_job import (
     EPISODES,
     ESTIMATION_PERIOD,
@@ -145,19 +145,12 @@ def again(algorithm: str) -> dict:
 def hypergradient(algorithm: str, at_step: int) -> list[list[float]]:
     """At step `at_step`: as `step` applies it, and as `compute_hypergradient` returns it."""
     greedy = algorithm == "greedy"
-    # An outer rate of 1 shows the hypergradient in what it changes; 0 changes nothing.
     optimizer, train_loss = make(algorithm, optax.sgd(1.0) if greedy else None)
     train, val = points(STEPS if greedy else at_step, same_batch=greedy)
     state = optimizer.init(*start(SPREAD))
     if algorithm == "HyperDistill":
         state = state.update(metadata={"theta": THETA})
-    if not greedy:
-        for batch in train[:-1]:
-            state = optimizer.step(state, batch, val, loss, loss, 0.0)
-    last = (train[-1], val, train_loss, loss)
-    new = optimizer.step(state, *last) if greedy else optimizer.step(state, *last, 1.0)
-    applied = jax.tree.map(jnp.subtract, state.hyperparams, new.hyperparams)
-    return [flat(applied), flat(optimizer.compute_hypergradient(state, *last))]
+    return read_hypergradient(optimizer, state, train_loss, train, val, greedy)
 
 
 def greedy_of_the_tutorial() -> list[float]:
