@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -164,7 +165,8 @@ def test_moving_average_is_the_mean_of_the_last():
 def test_moving_average_counts_without_end(window):
     """The count goes round, and takes the same slots as one that does not."""
     transformation = gradhpo.moving_average(window)
-    state, seen = transformation.init(jnp.zeros(())), []
+    state: Any = transformation.init(jnp.zeros(()))
+    seen = []
     for t in range(9):
         found, state = transformation.update(jnp.asarray(float(t)), state)
         seen.append(float(found))
@@ -545,7 +547,7 @@ def test_divergence_within_the_first_step_is_said():
 
 
 def test_a_first_chunk_that_fails_costs_no_batches():
-    data = gradhpo.iterate(BATCHES)
+    data: Any = gradhpo.iterate(BATCHES)
     with pytest.raises(ZeroDivisionError):
         run(30, data=data, callbacks=[lambda state, metrics: 1 / 0])
     assert data.drawn == 3  # those of the chunk that the callback saw
@@ -563,7 +565,7 @@ def test_a_loader_may_fill_one_buffer():
 
 def test_batches_drawn_ahead_are_given_back():
     """A run that a callback stops leaves `iterate` where its last step left it."""
-    data = gradhpo.iterate(BATCHES)
+    data: Any = gradhpo.iterate(BATCHES)
     state, _ = run(30, data=data, callbacks=[lambda state, metrics: int(state.step) == 6])
     assert state.step == 6
     assert data.drawn == 6

@@ -1,5 +1,7 @@
 """Batches: of arrays on the device, and of any loader."""
 
+from typing import Any, cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -225,7 +227,7 @@ def test_memory_of_batches_is_used_again_once_a_chunk_is_done():
     assert feed.affordable(4) == 4
     addresses, flying, first = set(), [], 0
     for expected in (4, 4, 3):  # the second iterator ends
-        t, v, taken = feed.draw_chunk(4, 1, in_part=True)
+        t, v, taken = cast(Any, feed.draw_chunk(4, 1, in_part=True))
         steps = np.arange(first, first + expected)
         assert taken == expected
         flying.append((t.values, v.values, steps))

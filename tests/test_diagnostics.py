@@ -1,5 +1,7 @@
 """Noise over batches, contributions along the horizon, and plans."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -390,5 +392,6 @@ def test_plan_of_tasks_with_an_outer_optimizer():
     state = optimizer.init(jnp.zeros(3), jnp.zeros(3))
     batch = jnp.zeros((2, 4))
     plan = gradhpo.plan({"tasks": optimizer}, state, batch, None, BENT, horizons=[3])
-    assert plan["tasks", 3].optimizer.optimizer.unroll_steps == 3
+    chosen: Any = plan["tasks", 3].optimizer
+    assert chosen.optimizer.unroll_steps == 3
     assert plan["tasks", 3].fits is None

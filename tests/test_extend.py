@@ -38,12 +38,14 @@ class F2SA(Algorithm):
     inner_steps: int = eqx.field(static=True, default=1)
     for_y: optax.GradientTransformation = relaxed(optax.adam(0.1))
     update_fn: gradhpo.UpdateFn | None = None
-    passes_loss = True
-    takes = "first derivatives"
 
     @property
     def num_inner_steps(self):
         return self.inner_steps
+
+    @property
+    def passes_loss(self):
+        return True
 
     def with_num_steps(self, num_steps):
         return F2SA(self.inner_optimizer, self.outer_optimizer, self.penalty, num_steps, self.for_y)
@@ -155,13 +157,13 @@ def test_f2sa_in_plan_and_compare():
     np.testing.assert_allclose(report.norm_ratio["F2SA"], 1, rtol=1e-2)
 
 
-class Named(eqx.Module):
+class Named(PenaltyMemory):
     param_norm: Array
 
 
 class Clash(F2SA):
     def init_memory(self, z, hyperparams, batch, key):
-        return Named(jnp.zeros(()))
+        return Named(z.w, (), jnp.zeros(()))
 
 
 def test_a_memory_that_takes_the_name_of_a_metric_is_refused():

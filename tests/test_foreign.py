@@ -8,6 +8,7 @@ import lineax as lx
 import numpy as np
 import optax
 import pytest
+from jax.extend.core import jaxprs_in_params
 from jaxtyping import Array, Float, TypeCheckError, jaxtyped
 
 from gradhpo.utils import foreign, tracing
@@ -68,7 +69,7 @@ def names_in(function, *arguments):
     def walk(program):
         for eqn in program.eqns:
             yield eqn.primitive.name
-            for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+            for inner in jaxprs_in_params(eqn.params):
                 yield from walk(inner)
 
     return set(walk(jax.make_jaxpr(function)(*arguments).jaxpr))

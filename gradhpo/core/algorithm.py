@@ -49,8 +49,14 @@ class Algorithm(BilevelOptimizer):
         inner_optimizer: gradhpo.InnerOptimizer | None = None
         outer_optimizer: optax.GradientTransformation | None = None
         update_fn: gradhpo.UpdateFn | None = None
-        num_inner_steps = 1
-        sees = "validation"
+
+        @property
+        def num_inner_steps(self):
+            return 1
+
+        @property
+        def sees(self):
+            return "validation"
 
         def estimate(self, problem, memory):
             phi, validation, z, hyperparams = problem
