@@ -10,6 +10,7 @@ from gradhpo.core.batches import BatchStack, DrawnStack
 from gradhpo.core.inner import InnerState, InnerUpdate
 from gradhpo.core.inner_optimizer import cast_like
 from gradhpo.core.inputs import Inputs, LossFunctions
+from gradhpo.core.memory import MemoryOfEach
 from gradhpo.core.outer import Estimate
 from gradhpo.core.problem import Problem, Validation
 from gradhpo.core.reverse import (
@@ -54,6 +55,7 @@ __all__ = [
     "Inputs",
     "LossFn",
     "LossFunctions",
+    "MemoryOfEach",
     "MetricDict",
     "Problem",
     "Sees",

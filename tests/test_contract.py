@@ -13,7 +13,7 @@ import pytest
 from problems import OUTER, PROBLEMS, make, relaxed, stack_of
 
 import gradhpo
-from gradhpo.core.state import METRICS
+from gradhpo.core.types import METRICS
 
 
 def two_tasks(*arguments, **settings):

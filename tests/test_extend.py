@@ -204,7 +204,7 @@ def _names_of_algorithms() -> set[str]:
 
 
 # Public names of reports and functions, which stay although an algorithm has the same word.
-PUBLIC = {"checkpoints", "epsilon", "key", "t"}
+PUBLIC = {"checkpoints", "epsilon", "key", "of_each", "t"}
 PROSE = re.compile(r"hyper-?distill|t1-?t2|drmad|darts|greedy|neumann|nystr[oö]m|f2sa", re.I)
 # Arguments of `explain_horizon`, and what it hands on to the room that knows the methods.
 ARGUMENTS = {"greedy_gamma", "distill_gamma"}
@@ -236,3 +236,102 @@ def test_generic_rooms_know_no_algorithm(room):
                     assert not said & {cls.__name__ for cls in _algorithms()}, where
                     assert node.value not in names, f"{where}: {node.value!r}"
                     assert not PROSE.search(node.value), f"{where}: {node.value!r}"
+
+
+class Flawed(F2SA):
+    """One flaw of an algorithm of one's own at a time."""
+
+    flaw: str = eqx.field(static=True, default="")
+
+    @property
+    def sees(self):
+        return "last_update" if self.flaw == "sees" else "updates"
+
+    @property
+    def num_inner_steps(self):
+        return 0 if self.flaw == "count" else self.inner_steps
+
+    def init_memory(self, z, hyperparams, batch, key):
+        made = super().init_memory(z, hyperparams, batch, key)
+        if self.flaw == "dict":
+            return {"y": made.y}
+        return PenaltyMemory(0.0, ()) if self.flaw == "number" else made
+
+    def restart_memory(self, memory, z, hyperparams):
+        return None if self.flaw == "restart" else memory
+
+    def estimate(self, problem, memory):
+        found = super().estimate(problem, memory)
+        parts = [found.z, found.hypergradient, found.train_loss, found.val_loss, found.memory]
+        if self.flaw == "tuple":
+            return tuple(parts)
+        changed = {
+            "no memory": (4, None),
+            "other memory": (4, PenaltyMemory(found.memory.y[:2], found.memory.opt_state)),
+            "other z": (0, found.z._replace(w=found.z.w[:2])),
+            "shape": (1, found.hypergradient[None]),
+            "integers": (1, found.hypergradient.astype(int)),
+            "losses": (2, jnp.ones(3)),
+        }
+        place, part = changed.get(self.flaw, (0, found.z))
+        parts[place] = part
+        return Estimate(*parts)
+
+    def remarks(self, before, metrics, copies=1):
+        return {}["missing"] if self.flaw == "remarks" else ""
+
+
+FLAWS = {
+    "sees": "Flawed.sees is 'last_update'; it must be one of 'validation'",
+    "count": "Flawed.num_inner_steps must be at least 1",
+    "dict": "Flawed.init_memory returned a dict: return an eqx.Module",
+    "number": r"Flawed.init_memory returned 0\.0 at \.y, which is no array",
+    "tuple": r"Flawed.estimate returned a tuple: return Estimate\(z, hypergradient",
+    "no memory": "the memory that Flawed.estimate returned does not fit",
+    "other memory": "the memory that Flawed.estimate returned does not fit",
+    "other z": "the z that Flawed.estimate returned does not fit",
+    "shape": "the hypergradient that Flawed.estimate returned does not fit",
+    "integers": "the hypergradient that Flawed.estimate returned does not fit",
+    "losses": "Flawed.estimate returned train_loss=.* which is no scalar",
+    "restart": "the memory that Flawed.restart_memory returned does not fit",
+}
+
+
+def use(optimizer_of):
+    optimizer = optimizer_of()
+    state = optimizer.restart(optimizer.init(jnp.zeros(3), START))
+    return optimizer.step(state, BATCH, BATCH, LOSSES.train_loss, LOSSES.val_loss)
+
+
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_a_flaw_of_an_own_algorithm_is_named(flaw):
+    with pytest.raises((TypeError, ValueError), match=FLAWS[flaw]):
+        use(lambda: Flawed(SGD, SGD, flaw=flaw))
+    assert use(lambda: Flawed(SGD, SGD)).step == 1
+
+
+def test_a_run_is_not_lost_to_its_remarks():
+    optimizer = Flawed(SGD, SGD, flaw="remarks")
+    state = optimizer.init(jnp.zeros(3), START)
+    with pytest.warns(RuntimeWarning, match="remarks of Flawed failed: KeyError: 'missing'"):
+        state, history = gradhpo.run(
+            optimizer, state, LOSSES, BATCH, BATCH, num_steps=3, progress=False
+        )
+    assert state.step == 3
+    assert len(history["val_loss"]) == 3
+
+
+def test_parameters_in_a_memory_are_not_its_entries():
+    """A model's own fields must not pass for metrics, whatever they are called."""
+
+    class Model(eqx.Module):
+        theta: Array
+        val_loss: Array
+
+    optimizer = gradhpo.ImplicitOptimizer(SGD, SGD)
+    state = optimizer.init(Model(jnp.zeros(()), jnp.ones(())), jnp.zeros(()))
+    loss = lambda m, h, batch: (m.theta - h) ** 2 + m.val_loss**2
+    losses = gradhpo.LossFunctions(loss, loss)
+    _, history = gradhpo.run(optimizer, state, losses, None, None, num_steps=2, progress=False)
+    assert "theta" not in history
+    np.testing.assert_allclose(history["val_loss"][0], 0.36, rtol=1e-12)  # the loss itself

@@ -33,7 +33,7 @@ def test_what_has_moved_says_where_to():
     with pytest.raises(ValueError, match=r"keeps in its memory.*lambda m: m\.theta"):
         state.update(metadata={"theta": jnp.zeros(())})
     assert state.get_metric("theta") == state.memory.theta
-    assert state.get_metric("w_star") is state.memory.distilled.w_star
+    assert state.get_metric("distilled") is state.memory.distilled
 
 
 def test_unknown_metrics_are_named():

@@ -11,7 +11,7 @@ from problems import OUTER
 from ridge import LOSSES, SGD, X, Y, train_loss, val_loss
 
 import gradhpo
-from gradhpo.core.state import METRICS
+from gradhpo.core.types import METRICS
 
 
 def unrolled(outer_optimizer=OUTER, steps=3):

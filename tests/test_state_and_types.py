@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import gradhpo
-from gradhpo.core.state import METRICS
+from gradhpo.core.types import METRICS
 
 
 def test_create_starts_at_step_0_with_metrics_unmeasured():

@@ -19,6 +19,7 @@ from gradhpo.extend import (
     InnerState,
     Inputs,
     LossFn,
+    MemoryOfEach,
     MetricDict,
     Wrapper,
     check_count,
@@ -31,7 +32,7 @@ from gradhpo.extend import (
 )
 
 
-class TaskMemory(eqx.Module):
+class TaskMemory(MemoryOfEach):
     """What [`TaskBatched`][gradhpo.TaskBatched] carries on.
 
     - `task`: the number of each task, shape `[tasks]`, int32.
@@ -61,7 +62,8 @@ class TaskBatched(Wrapper):
     `memory.task` numbers the tasks, and `memory.of_each` is the memory of `optimizer`, tasks
     first (`state.get_metric("theta")` finds what is in it). After a `run` of whole episodes all
     tasks are at the point that was meta-learned, so that any of them is it:
-    `jax.tree.map(lambda x: x[0], eqx.filter(state.params, eqx.is_inexact_array))`.
+    `first = jax.tree.map(lambda x: x[0], eqx.filter(state.params, eqx.is_inexact_array))`, and as a
+    model `eqx.combine(first, state.params, state.hyperparams)`.
 
     Batches: every array has the shape `[tasks, ...]`, in a `BatchStack`
     `[inner steps, tasks, ...]`. What has no axis (or in a `BatchStack` only that of the

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import equinox as eqx
 import jax
@@ -15,13 +15,13 @@ from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.inner import InnerState
 from gradhpo.core.inner_optimizer import init_inner_state, resolve
 from gradhpo.core.inputs import Inputs
-from gradhpo.core.memory import are_the_same, entries_of, kept_where_it_fits
-from gradhpo.core.outer import Estimate, init_outer_state
+from gradhpo.core.memory import are_the_same, check_memory, entries_of, kept_where_it_fits
+from gradhpo.core.outer import Estimate, check_estimate, init_outer_state
 from gradhpo.core.problem import Problem, make_problem
-from gradhpo.core.state import BilevelState, inner_state, with_inner_state
+from gradhpo.core.state import BilevelState, inner_state, with_inner_state, with_metrics
 from gradhpo.core.types import Declared, InnerOptimizer, MetricDict, UpdateFn
 from gradhpo.core.visibility import Sees, check_visible, seen_by
-from gradhpo.utils.settings import check_inner_rule
+from gradhpo.utils.settings import check_count, check_inner_rule
 from gradhpo.utils.tracing import TAKES_ALL, differentiation_explained
 from gradhpo.utils.trees import tree_l2_norm, tree_lerp
 from gradhpo.utils.validation import check_same_structure
@@ -77,7 +77,13 @@ class Algorithm(BilevelOptimizer):
         update_fn: eqx.AbstractVar[UpdateFn | None]
 
     def __check_init__(self):
-        check_inner_rule(type(self).__name__, self.inner_optimizer, self.update_fn)
+        name = type(self).__name__
+        check_inner_rule(name, self.inner_optimizer, self.update_fn)
+        if self.sees not in get_args(Sees):
+            raise ValueError(
+                f"{name}.sees is {self.sees!r}; it must be one of "
+                f"{', '.join(map(repr, get_args(Sees)))}"
+            )
 
     @abc.abstractmethod
     def estimate(self, problem: Problem, memory: Any) -> Estimate:
@@ -115,10 +121,11 @@ class Algorithm(BilevelOptimizer):
     def init_memory(
         self, z: InnerState, hyperparams: PyTree, batch: PyTree, key: Array | None
     ) -> Any:
-        """What is carried from step to step, an `eqx.Module` of arrays: at step 0.
+        """What is carried from step to step, at step 0: an `eqx.Module` of arrays, or `None`.
 
-        Its floating-point scalars are metrics. `batch` and `key` are what `init` was given, or
-        `None`; without them the structure is checked, a field that is `None` then being free.
+        Floating-point scalars among its fields are metrics. `batch` and `key` are what `init` was
+        given. A field that is `None` without them may hold anything with them: states are checked
+        against the memory that is made without.
         """
         return None
 
@@ -128,7 +135,7 @@ class Algorithm(BilevelOptimizer):
 
     @property
     def reads_ahead(self) -> bool:
-        """Whether `prepare` looks at the batches of an episode; default `False`."""
+        """Whether `prepare` is called, for the batches of an episode; default `False`."""
         return False
 
     def prepare(self, problem: Problem, memory: Any, step: Array, num_steps: int) -> Any:
@@ -158,7 +165,7 @@ class Algorithm(BilevelOptimizer):
     def remarks(
         self, before: MetricDict, metrics: Mapping[str, np.ndarray], copies: int = 1
     ) -> str:
-        """What the report of a run should add, or `""`.
+        """What the report of a run should add, or `""`; `run` warns with it as well.
 
         `before` are the scalars of the memory where the run began, `metrics` those of all steps,
         means over so many `copies` of the inner problem.
@@ -224,14 +231,17 @@ class Algorithm(BilevelOptimizer):
     def _init_state(
         self, params: PyTree, hyperparams: PyTree, batch: PyTree, key: Array | None
     ) -> BilevelState:
+        check_count(f"{type(self).__name__}.num_inner_steps", self.num_inner_steps)
         w = eqx.filter(params, eqx.is_inexact_array)
         z = InnerState(w, init_inner_state(self.inner_optimizer, w, hyperparams))
+        memory = self.init_memory(z, hyperparams, batch, key)
+        check_memory(type(self).__name__, memory)
         return BilevelState.create(
             params=params,
             hyperparams=hyperparams,
             inner_opt_state=z.s,
             outer_opt_state=init_outer_state(self.outer_optimizer, hyperparams),
-            memory=self.init_memory(z, hyperparams, batch, key),
+            memory=memory,
         )
 
     def _adopt(self, state: BilevelState) -> BilevelState:
@@ -245,13 +255,15 @@ class Algorithm(BilevelOptimizer):
             kept_where_it_fits(state.memory, fresh),
             z.r,
         )
-        return made.update(step=state.step, metadata={**state.metadata})
+        return with_metrics(made.update(step=state.step), dict(state.metadata))
 
     def _solve(self, inputs: Inputs) -> Estimate:
         problem = self._problem(inputs)
         check_visible(type(self).__name__, self.sees, problem)
         with differentiation_explained(type(self).__name__, self.takes):
-            return self.estimate(problem, inputs.state.memory)
+            found = self.estimate(problem, inputs.state.memory)
+        check_estimate(type(self).__name__, found, inputs.state)
+        return found
 
     def _seen(self, inputs: Inputs) -> list[bool]:
         return seen_by(self.sees, self._problem(inputs))
@@ -265,13 +277,15 @@ class Algorithm(BilevelOptimizer):
         state = inputs.state
         begins = state.step % num_steps == 0
         # Also here, and not only where the last episode ended: there may have been steps between.
-        new = self.restart_memory(state.memory, inner_state(state), state.hyperparams)
+        new = self._restarted(state.memory, inner_state(state), state.hyperparams)
         choose = lambda x, y: x if x is y else jnp.where(begins, x, y)
         state = state.update(memory=jax.tree.map(choose, new, state.memory))
         if not self.reads_ahead:
             return state
         problem = self._problem(inputs.at(state), num_steps * self.num_inner_steps)
-        return state.update(memory=self.prepare(problem, state.memory, state.step, num_steps))
+        memory = self.prepare(problem, state.memory, state.step, num_steps)
+        self._check_kept("prepare", memory, state.memory)
+        return state.update(memory=memory)
 
     def _fit(self, inputs: Inputs) -> BilevelState:
         steps = inputs.train_batch.num_steps
@@ -284,8 +298,17 @@ class Algorithm(BilevelOptimizer):
         w = tree_lerp(start, inner_state(state).w, reptile_rate)
         s = init_inner_state(self.inner_optimizer, w, state.hyperparams)
         z = InnerState(w, s, state.model_state)
-        memory = self.restart_memory(state.memory, z, state.hyperparams)
+        memory = self._restarted(state.memory, z, state.hyperparams)
         return with_inner_state(state, z).update(memory=memory)
+
+    def _restarted(self, memory: Any, z: InnerState, hyperparams: PyTree) -> Any:
+        new = self.restart_memory(memory, z, hyperparams)
+        self._check_kept("restart_memory", new, memory)
+        return new
+
+    def _check_kept(self, method: str, new: Any, old: Any) -> None:
+        what = f"the memory that {type(self).__name__}.{method} returned"
+        check_same_structure(new, old, what, "Keep the structure that init_memory made.")
 
     def _inner_response(self, state: BilevelState, gradient: PyTree) -> PyTree:
         if self.inner_optimizer is None:

@@ -12,10 +12,9 @@ from jaxtyping import Array, PyTree
 from gradhpo.core.batches import BatchStack
 from gradhpo.core.inputs import Inputs, LossFunctions
 from gradhpo.core.interface import InnerProblems
-from gradhpo.core.memory import entries_of
 from gradhpo.core.outer import outer_update
 from gradhpo.core.partition import check_disjoint
-from gradhpo.core.state import METRICS, BilevelState, inner_state, with_inner_state
+from gradhpo.core.state import BilevelState, inner_state, with_inner_state, with_metrics
 from gradhpo.core.types import Declared, LossFn, RealScalarLike
 from gradhpo.utils.dispatch import compiled
 from gradhpo.utils.settings import (
@@ -28,7 +27,6 @@ from gradhpo.utils.tracing import record_trace
 from gradhpo.utils.trees import accumulation_dtype, all_finite, tree_l2_norm
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import (
-    check_same_structure,
     check_single_batch,
     numbers_as_arrays,
     prepare_hyperparams,
@@ -71,9 +69,6 @@ class BilevelOptimizer(InnerProblems):
     def _advance(self, inputs: Inputs, lr_hyper: RealScalarLike | None) -> BilevelState:
         """One outer step, for use inside a compiled program. What is not finite is refused."""
         state, estimate = inputs.state, self._solve(inputs)
-        made = f"what estimate of {type(self).__name__} returns as"
-        check_same_structure(estimate.memory, state.memory, f"{made} memory", "Keep its structure.")
-        check_same_structure(estimate.z, inner_state(state), f"{made} z", "Keep its structure.")
         hyperparams, outer_opt_state = outer_update(
             self.outer_optimizer, state, estimate.hypergradient, lr_hyper
         )
@@ -100,13 +95,13 @@ class BilevelOptimizer(InnerProblems):
             "rejected": rejected + (~accepted).astype(rejected.dtype),
         }
         dtype = accumulation_dtype(state.params)
-        return with_inner_state(state, z).update(
+        state = with_inner_state(state, z).update(
             hyperparams=hyperparams,
             outer_opt_state=outer_opt_state,
             step=state.step + 1,
             memory=jax.tree.map(keep, estimate.memory, refused),
-            metadata={name: value.astype(dtype) for name, value in metrics.items()},
         )
+        return with_metrics(state, {name: x.astype(dtype) for name, x in metrics.items()})
 
     @checked
     def init(
@@ -141,14 +136,7 @@ class BilevelOptimizer(InnerProblems):
         check_disjoint(params, hyperparams)
         params, hyperparams = prepare_params(params), prepare_hyperparams(hyperparams)
         batch = jax.tree.map(lambda x: strong(x) if eqx.is_array_like(x) else x, batch)
-        state = self._init_state(params, hyperparams, batch, key)
-        taken = [name for name in entries_of(state.memory) if name in METRICS]
-        if taken:
-            raise ValueError(
-                f"the memory of {type(self).__name__} has the field {taken[0]}, which is the name "
-                "of a metric of every step: give it another one"
-            )
-        return state
+        return self._init_state(params, hyperparams, batch, key)
 
     @checked
     def restart(

@@ -7,14 +7,58 @@ import equinox as eqx
 import jax
 from jaxtyping import PyTree
 
+from gradhpo.core.types import METRICS
+
+
+class MemoryOfEach(eqx.Module):
+    """The memory of a wrapper, around that of the optimizer in it; its other fields are its own.
+
+    - `of_each`: the memory of the wrapped optimizer, every leaf with one more leading axis.
+    """
+
+    of_each: eqx.AbstractVar[PyTree]
+
 
 def entries_of(memory: PyTree) -> dict[str, PyTree]:
-    """What an algorithm's memory holds, by the names of its fields, those of modules in it too."""
+    """What an algorithm's memory holds, by the names of its fields; through wrappers as well.
+
+    Modules in it are not looked into: they may be trees like the user's own parameters.
+    """
     if not isinstance(memory, eqx.Module):
         return {}
-    fields = {field.name: getattr(memory, field.name) for field in dataclasses.fields(memory)}
-    nested = [entries_of(value) for value in fields.values()]
-    return {name: value for entries in [*nested, fields] for name, value in entries.items()}
+    entries = {field.name: getattr(memory, field.name) for field in dataclasses.fields(memory)}
+    return entries_of(memory.of_each) | entries if isinstance(memory, MemoryOfEach) else entries
+
+
+def path_to(memory: PyTree, name: str) -> str:
+    """How to write an entry of a memory: `theta`, or `of_each.theta`."""
+    if isinstance(memory, MemoryOfEach) and not hasattr(memory, name):
+        return f"of_each.{path_to(memory.of_each, name)}"
+    return name
+
+
+def check_memory(name: str, memory: PyTree) -> None:
+    """A first memory is `None` or a module of arrays, none of them under the name of a metric."""
+    made = f"{name}.init_memory"
+    if memory is None:
+        return
+    if not isinstance(memory, eqx.Module):
+        raise TypeError(
+            f"{made} returned a {type(memory).__name__}: return an eqx.Module with its entries as "
+            "fields, by which they are found in state.memory and in the history"
+        )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(memory):
+        if not eqx.is_array(leaf):
+            raise TypeError(
+                f"{made} returned {leaf!r} at {jax.tree_util.keystr(path)}, which is no array: "
+                "write jnp.asarray(...), or keep it in a field of the algorithm"
+            )
+    taken = [field for field in entries_of(memory) if field in METRICS]
+    if taken:
+        raise ValueError(
+            f"{made} returned a memory with the field {taken[0]}, which is the name of a metric of "
+            "every step: give it another one"
+        )
 
 
 def kept_where_it_fits(found: PyTree, expected: PyTree) -> PyTree:

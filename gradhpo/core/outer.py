@@ -1,5 +1,7 @@
 """The one outer update: the hyperparameters follow their hypergradient."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -8,9 +10,9 @@ from jaxtyping import Array, PyTree
 
 from gradhpo.core.inner import InnerState
 from gradhpo.core.inner_optimizer import cast_like, explained
-from gradhpo.core.state import BilevelState
+from gradhpo.core.state import BilevelState, inner_state
 from gradhpo.core.types import RealScalarLike
-from gradhpo.utils.validation import strong
+from gradhpo.utils.validation import check_same_structure, strong
 
 
 class Estimate(eqx.Module):
@@ -19,7 +21,8 @@ class Estimate(eqx.Module):
     - `z`: the $(w, s, r)$ after the inner steps.
     - `hypergradient`: a tree like the hyperparameters.
     - `train_loss`, `val_loss`: at the last inner step, before its update; and at the end.
-    - `memory`: the algorithm's memory after the step, of one structure for ever.
+    - `memory`: the algorithm's memory after the step, with the structure, shapes and dtypes that
+        `init_memory` gave it.
     """
 
     z: InnerState
@@ -27,6 +30,25 @@ class Estimate(eqx.Module):
     train_loss: Array
     val_loss: Array
     memory: PyTree = None
+
+
+def check_estimate(name: str, found: Any, state: BilevelState) -> None:
+    """What the `estimate` of an algorithm returned can follow upon this state."""
+    made = f"{name}.estimate returned"
+    write = "return Estimate(z, hypergradient, train_loss, val_loss, memory)"
+    if not isinstance(found, Estimate):
+        raise TypeError(f"{made} a {type(found).__name__}: {write}")
+    parts = (
+        ("z", found.z, inner_state(state)),
+        ("hypergradient", found.hypergradient, state.hyperparams),
+        ("memory", found.memory, state.memory),
+    )
+    for part, value, like in parts:
+        what, remedy = f"the {part} that {made}", f"To go on from there, {write}."
+        check_same_structure(value, like, what, remedy)
+    for part, value in (("train_loss", found.train_loss), ("val_loss", found.val_loss)):
+        if not (eqx.is_inexact_array(value) and value.shape == ()):
+            raise ValueError(f"{made} {part}={value}, which is no scalar of shape (): {write}")
 
 
 def init_outer_state(

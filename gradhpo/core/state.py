@@ -10,20 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
 from gradhpo.core.inner import InnerState
-from gradhpo.core.memory import entries_of
+from gradhpo.core.memory import entries_of, path_to
 from gradhpo.core.partition import combine
+from gradhpo.core.types import METRICS
 from gradhpo.utils.trees import accumulation_dtype
 from gradhpo.utils.typecheck import checked
-
-
-METRICS = (
-    "train_loss",
-    "val_loss",
-    "hypergrad_norm",
-    "param_norm",
-    "hyperparam_norm",
-    "rejected",
-)
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -43,7 +34,10 @@ class Metadata(dict[str, Any]):
                 f"{key} is not in metadata, which holds metrics and your own notes: write "
                 f'state.get_metric("{key}"); all that the algorithm keeps is in state.memory'
             )
-        raise KeyError(f"metadata has no {key!r}; there are {', '.join(self)}")
+        raise KeyError(
+            f"metadata has no {key!r}; there are {', '.join(map(str, self))}. What an algorithm "
+            "keeps is in state.memory"
+        )
 
     def get(self, key: str, default: Any = None) -> Any:
         """As of any dict; raises `KeyError` for what has moved to `state.memory`."""
@@ -79,8 +73,9 @@ class BilevelState(eqx.Module):
     - `hyperparams`: the hyperparameters $\lambda$, floating-point arrays.
     - `inner_opt_state`, `outer_opt_state`: optax states; `()` where there is none.
     - `step`: how often `step` was called, shape `()`, int32.
-    - `metadata`: the metrics of the last step, and any notes that you add with `update`; they
-        travel along as they are.
+    - `metadata`: the metrics of the last step, and notes of your own that you add with `update`
+        and that travel along. Numbers that change belong in arrays, `jnp.asarray(epoch)`: for
+        another text or Python number `step` is compiled anew.
     - `memory`: what the algorithm itself carries from step to step, an object of its own type
         (see its docstring); `None` where it carries nothing.
     - `model_state`: running state of the model; `None` where it has none.
@@ -159,7 +154,8 @@ class BilevelState(eqx.Module):
 
         **Returns:** a new state; this one stays as it is.
 
-        **Raises:** `ValueError` for an entry of `metadata` that is in the algorithm's `memory`.
+        **Raises:** `ValueError` for an entry of `metadata` that is a metric, or in the algorithm's
+        `memory`.
 
         ```python
         state = gradhpo.BilevelState.create(jnp.ones(3), jnp.zeros(3), (), ())
@@ -170,26 +166,32 @@ class BilevelState(eqx.Module):
         def keep(new, old):
             return old if new is None else new
 
-        entries = self.metadata
         if metadata:
-            moved = sorted(entries.in_memory & set(metadata))
-            if moved:
-                raise ValueError(
-                    f"update(metadata=...) has {', '.join(moved)}, which the algorithm keeps in "
-                    "its memory: change it there, e.g. state.update(memory=eqx.tree_at(lambda m: "
-                    f"m.{moved[0]}, state.memory, value))"
-                )
-            entries = entries | metadata
+            self._check_notes(metadata)
         return BilevelState(
             params=keep(params, self.params),
             hyperparams=keep(hyperparams, self.hyperparams),
             inner_opt_state=keep(inner_opt_state, self.inner_opt_state),
             outer_opt_state=keep(outer_opt_state, self.outer_opt_state),
             step=keep(step, self.step),
-            metadata=entries,
+            metadata=self.metadata | (metadata or {}),
             memory=keep(memory, self.memory),
             model_state=keep(model_state, self.model_state),
         )
+
+    def _check_notes(self, notes: dict[str, Any]) -> None:
+        for name in notes:
+            if name in METRICS:
+                raise ValueError(
+                    f"update(metadata=...) has {name}, which is a metric that every step writes: "
+                    "call your note by another name"
+                )
+            if name in self.metadata.in_memory:
+                raise ValueError(
+                    f"update(metadata=...) has {name}, which the algorithm keeps in its memory: "
+                    "change it there, state.update(memory=eqx.tree_at(lambda m: "
+                    f"m.{path_to(self.memory, name)}, state.memory, value))"
+                )
 
     def get_metric(self, key: str, default: Any = ...) -> Any:
         """A metric, a note, or an entry of the algorithm's memory (`"theta"`, `"linear_residual"`).
@@ -208,7 +210,8 @@ class BilevelState(eqx.Module):
             return entries[key]
         if default is not ...:
             return default
-        raise KeyError(f"no metric {key!r}; there are {', '.join([*self.metadata, *entries])}")
+        names = ", ".join(map(str, [*self.metadata, *entries]))
+        raise KeyError(f"no metric {key!r}; there are {names}")
 
     @property
     def model(self) -> PyTree:
@@ -228,6 +231,11 @@ def inner_state(state: BilevelState) -> InnerState:
 def with_inner_state(state: BilevelState, z: InnerState) -> BilevelState:
     """A state with another z."""
     return state.update(params=eqx.combine(z.w, state.params), inner_opt_state=z.s, model_state=z.r)
+
+
+def with_metrics(state: BilevelState, metrics: dict[str, Array]) -> BilevelState:
+    """A state with other metrics."""
+    return dataclasses.replace(state, metadata=state.metadata | metrics)
 
 
 def with_memory(state: BilevelState, memory: PyTree) -> BilevelState:

@@ -25,6 +25,16 @@ momenta and decays hyperparameters like any other."""
 MetricDict: TypeAlias = dict[str, Array]
 """Metrics of one step: name to an array of shape `()`."""
 
+METRICS = (
+    "train_loss",
+    "val_loss",
+    "hypergrad_norm",
+    "param_norm",
+    "hyperparam_norm",
+    "rejected",
+)
+"""The metrics of every step, by name."""
+
 _T = TypeVar("_T")
 
 

@@ -188,6 +188,11 @@ def _planned(
     try:
         chosen = algorithm if horizon is None else algorithm.with_num_steps(horizon)
         assert chosen is not None  # `plan` asked first
+        if horizon is not None and chosen.num_inner_steps != horizon:
+            raise ValueError(
+                f"{type(chosen).__name__}.with_num_steps({horizon}) takes {chosen.num_inner_steps} "
+                "inner steps per step"
+            )
         costs = lambda algorithm: _cost_of_step(
             rewrapped(optimizer, algorithm), state, train_batch, val_batch, losses
         )

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from gradhpo.core.state import METRICS, BilevelState
+from gradhpo.core.state import BilevelState
+from gradhpo.core.types import METRICS
 from gradhpo.training.callbacks import Callbacks
 from gradhpo.training.checkpoint_file import (
     leaves_of,
@@ -174,7 +175,13 @@ def check_leaves(path: Path, found: list, expected: list) -> None:
         for name in dict.fromkeys([*theirs, *ours])
         if theirs.get(name) != ours.get(name)
     ]
+    only_notes = all("metadata[" in line for line in lines)
+    remedy = (
+        "Pass a state with the same notes, state.update(metadata={...})"
+        if only_notes
+        else "Pass the state that the same optimizer.init makes of the same model, in the same "
+        "precision"
+    )
     raise ValueError(
-        f"{path} holds a state of another structure: " + "; ".join(lines[:5]) + ". Pass the state "
-        "that the same optimizer.init makes of the same model, in the same precision"
+        f"{path} holds a state of another structure: " + "; ".join(lines[:5]) + f". {remedy}"
     )

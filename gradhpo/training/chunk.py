@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, PyTree
 
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.inputs import Inputs, LossFunctions
-from gradhpo.core.state import METRICS, BilevelState, inner_state
-from gradhpo.core.types import RealScalarLike
+from gradhpo.core.state import BilevelState, inner_state, with_metrics
+from gradhpo.core.types import METRICS, RealScalarLike
 from gradhpo.data.source import Batches
 from gradhpo.utils.dispatch import compiled
 from gradhpo.utils.settings import outer_rate
@@ -99,7 +99,7 @@ class Chunk(eqx.Module):
         arrays, static = eqx.partition(_without(state, measured), eqx.is_array)
 
         def body(arrays: PyTree, position: Array):
-            state = eqx.combine(arrays, static).update(metadata=measured)
+            state = with_metrics(eqx.combine(arrays, static), measured)
             rate = self.lr_hyper
             inputs = Inputs(
                 state,
@@ -115,7 +115,7 @@ class Chunk(eqx.Module):
 
         arrays, metrics = jax.lax.scan(body, arrays, first + jnp.arange(length, dtype=first.dtype))
         last = {name: metrics[name][-1] for name in measured}
-        return eqx.combine(arrays, static).update(metadata=last), metrics
+        return with_metrics(eqx.combine(arrays, static), last), metrics
 
 
 def _arrays(tree: PyTree) -> PyTree:

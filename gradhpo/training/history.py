@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradhpo.core.state import METRICS
+from gradhpo.core.types import METRICS
 
 
 if TYPE_CHECKING:

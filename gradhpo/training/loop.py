@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.inputs import LossFunctions
@@ -167,7 +168,7 @@ def run(
 def _history(driver: Driver, ending: Stopped, num_steps: int, seconds: float) -> History:
     """What the run has to tell, with a warning where it did not end as it was meant to."""
     record, metrics = driver.record, driver.record.metrics()
-    remark = driver.optimizer.remarks(driver.before, metrics) if record.taken else ""
+    remark = _remark(driver, metrics) if record.taken else ""
     unwritten = [] if driver.keeper is None else driver.keeper.failures
     like_adam = keeps_second_moments(driver.state.inner_opt_state)
     saved = None if driver.keeper is None else driver.keeper.saved_step
@@ -180,3 +181,12 @@ def _history(driver: Driver, ending: Stopped, num_steps: int, seconds: float) ->
     if stuck or unmeant or ending.error or remark or unwritten:
         warn(said, RuntimeWarning)
     return History(metrics, ending.reason, said, ending.error)
+
+
+def _remark(driver: Driver, metrics: dict[str, np.ndarray]) -> str:
+    """What the algorithm has to say. A run that was taken must not be lost to its report."""
+    try:
+        return driver.optimizer.remarks(driver.before, metrics, 1)
+    except Exception as error:
+        name = type(driver.optimizer).__name__
+        return f"The remarks of {name} failed: {type(error).__name__}: {error}"

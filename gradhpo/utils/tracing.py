@@ -106,7 +106,7 @@ def record_trace(
         "the optimizer (an optax object or update_fn made anew)": optimizer,
         "train_loss_fn (a function made anew)": losses.train_loss,
         "val_loss_fn (a function made anew)": losses.val_loss,
-        "a function inside the state": state,
+        "the state (a function in it made anew, or a note that is no array)": state,
     } | {f"{name} (its shapes, or a function made anew)": x for name, x in batches.items()}
     now = {name: _fingerprint(value) for name, value in changing.items()}
     count, before = _traces.get(job, (0, now))

@@ -135,12 +135,14 @@ def check_same_structure(found: PyTree, expected: PyTree, what: str, remedy: str
     """Two trees agree in structure, shapes and dtypes."""
 
     def describe(tree):
-        return jax.tree.structure(tree), [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+        kinds = [(getattr(x, "shape", x), getattr(x, "dtype", x)) for x in jax.tree.leaves(tree)]
+        return jax.tree.structure(tree), kinds
 
     if describe(found) != describe(expected):
+        shown = lambda tree: eqx.tree_pformat(tree, struct_as_array=True)
         raise ValueError(
-            f"{what} does not fit this optimizer: it is\n  {eqx.tree_pformat(found)}\nbut should "
-            f"be\n  {eqx.tree_pformat(expected)}\n{remedy}"
+            f"{what} does not fit this optimizer: it is\n  {shown(found)}\nbut should be\n  "
+            f"{shown(expected)}\n{remedy}"
         )
 
 
