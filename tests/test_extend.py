@@ -244,23 +244,23 @@ class Flawed(F2SA):
     flaw: str = eqx.field(static=True, default="")
 
     @property
-    def sees(self):
+    def sees(self) -> Any:
         return "last_update" if self.flaw == "sees" else "updates"
 
     @property
-    def num_inner_steps(self):
+    def num_inner_steps(self) -> Any:
         return 0 if self.flaw == "count" else self.inner_steps
 
-    def init_memory(self, z, hyperparams, batch, key):
+    def init_memory(self, z, hyperparams, batch, key) -> Any:
         made = super().init_memory(z, hyperparams, batch, key)
         if self.flaw == "dict":
             return {"y": made.y}
         return PenaltyMemory(0.0, ()) if self.flaw == "number" else made
 
-    def restart_memory(self, memory, z, hyperparams):
+    def restart_memory(self, memory, z, hyperparams) -> Any:
         return None if self.flaw == "restart" else memory
 
-    def estimate(self, problem, memory):
+    def estimate(self, problem, memory) -> Any:
         found = super().estimate(problem, memory)
         parts = [found.z, found.hypergradient, found.train_loss, found.val_loss, found.memory]
         if self.flaw == "tuple":
