@@ -12,6 +12,7 @@ import optax
 import gradhpo
 
 
+jax.config.update("jax_enable_x64", True)  # as in the tests, where they import this
 # NumPy, and not the data of ridge.py: arrays of JAX would start it before the processes part.
 X = np.random.default_rng(0).normal(size=(40, 3))
 Y = X[:, 0]

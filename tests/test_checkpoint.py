@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import itertools
-import multiprocessing
 import os
 import re
 import signal
@@ -17,7 +16,9 @@ import jax.numpy as jnp
 import killed_run
 import numpy as np
 import optax
+import processes
 import pytest
+from helpers import assert_same
 from problems import OUTER, relaxed
 from ridge import LOSSES, SGD, X, Y
 
@@ -46,18 +47,6 @@ def stop_at(step):
     return lambda state, metrics: int(state.step) >= step
 
 
-def assert_same(a, b):
-    leaves = [jax.tree.leaves(eqx.filter(tree, eqx.is_array)) for tree in (a, b)]
-    for x, y in zip(*leaves, strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(_plain(x), _plain(y))
-
-
-def _plain(x):
-    is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    return np.asarray(jax.random.key_data(x) if is_key else x)
-
-
 def assert_same_run(found, expected):
     assert_same(found[0], expected[0])
     assert list(found[1]) == list(expected[1])
@@ -69,29 +58,20 @@ def assert_same_run(found, expected):
 # -- killed ------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def another_process(monkeypatch):
-    """Runs what is called in a process of its own, in the precision of the tests."""
-    monkeypatch.setenv("JAX_ENABLE_X64", "1")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killed_run"])
-    return context.Process
-
-
-def test_killed_five_times(tmp_path, another_process):
-    survive(tmp_path, another_process, kills=5, num_steps=300)
+def test_killed_five_times(tmp_path):
+    survive(tmp_path, kills=5, num_steps=300)
 
 
 @pytest.mark.slow
-def test_killed_thirty_times(tmp_path, another_process):
-    survive(tmp_path, another_process, kills=30, num_steps=1_500)
+def test_killed_thirty_times(tmp_path):
+    survive(tmp_path, kills=30, num_steps=1_500)
 
 
-def survive(tmp_path, process_of, kills, num_steps):
+def survive(tmp_path, kills, num_steps):
     """By turns at a random moment and at a random change of the disk."""
     random = np.random.default_rng(kills)
     directory = tmp_path / "killed"
-    killed = 0
+    killed, process_of = 0, processes.context().Process
     for number in range(kills):
         before = steps_saved(directory)
         if number % 2:

@@ -10,6 +10,7 @@ import lineax as lx
 import numpy as np
 import optax
 import pytest
+from helpers import assert_same
 from problems import OUTER, PROBLEMS, make, relaxed, stack_of
 
 import gradhpo
@@ -82,20 +83,9 @@ def arrays_of(tree):
     return eqx.filter(tree, eqx.is_array)
 
 
-def numbers_of(tree):
-    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    arrays = jax.tree.leaves(arrays_of(tree))
-    return [jax.random.key_data(x) if is_key(x) else x for x in arrays]
-
-
 def described(tree):
     arrays = arrays_of(tree)
     return jax.tree.structure(arrays), [jax.typeof(x) for x in jax.tree.leaves(arrays)]
-
-
-def assert_same(a, b, rtol=0.0, atol=0.0):
-    for x, y in zip(numbers_of(a), numbers_of(b), strict=True):
-        np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
 
 
 @every

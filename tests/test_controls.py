@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import assert_same
 from problems import OUTER, relaxed
 from ridge import LOSSES, SGD, X, Y, train_loss, val_loss
 
@@ -34,11 +35,6 @@ def run(num_steps=12, data=DATA, optimizer=OPTIMIZER, **settings):
     settings = {"chunk_size": 3, "progress": False} | settings
     state = optimizer.init(jnp.zeros(3), jnp.full(3, -2.0))
     return gradhpo.run(optimizer, state, LOSSES, data, (X, Y), num_steps=num_steps, **settings)
-
-
-def assert_same(a, b):
-    a, b = (eqx.filter(tree, eqx.is_array) for tree in (a, b))
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 # -- early stopping, the best state, time ------------------------------------------------------

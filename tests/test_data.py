@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import assert_same
 from problems import OUTER, relaxed
 
 import gradhpo
@@ -17,10 +18,6 @@ from gradhpo.data.sources import Feed, as_source
 
 X, Y = jnp.linspace(-1, 1, 30).reshape(10, 3), jnp.linspace(0, 1, 10)
 KEY = jax.random.key(0)
-
-
-def assert_same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 @pytest.mark.parametrize(("n", "size"), [(10, 4), (10, 10), (7, 3), (2, 1), (1, 1), (33, 32)])

@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
+from helpers import flat, relative_error
 from problems import OUTER, make, stack_of, warmed
-from test_exact import flat, relative_error
-from test_hyperdistill import Jacobians, flattened
+from test_hyperdistill import flattened
 
 import gradhpo
 
@@ -23,7 +23,7 @@ def test_is_reverse_mode_along_the_line(optimizer_name, getkey):
     )
     problem_flat = flattened(problem, inner)
     with jax.numpy_dtype_promotion("standard"):
-        d, z = Jacobians(problem_flat), problem_flat.z0
+        d, z = problem_flat.d, problem_flat.z0
         for t in range(steps):
             z = np.asarray(problem_flat.phi(z, problem_flat.h0, t, batches[t]))
         size = problem_flat.size_w

@@ -6,20 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import flat, relative_error
 from problems import FIXED, OUTER, PROBLEMS, make, relaxed, stack_of, warmed
 
 import gradhpo
 
 
 COMBINATIONS = [(p, o) for p in PROBLEMS for o in FIXED]
-
-
-def flat(tree):
-    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
-
-
-def relative_error(found, exact):
-    return np.max(np.abs(flat(found) - flat(exact))) / np.max(np.abs(flat(exact)))
 
 
 @pytest.mark.parametrize(("problem_name", "optimizer_name"), COMBINATIONS)

@@ -5,17 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import relative_error
 from problems import OUTER, make, relaxed, stack_of, warmed
 
 import gradhpo
-
-
-def flat(tree):
-    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
-
-
-def relative_error(found, exact):
-    return np.max(np.abs(flat(found) - flat(exact))) / np.max(np.abs(flat(exact)))
 
 
 @pytest.mark.parametrize("optimizer_name", ["sgd", "momentum", "adam", "adamw"])

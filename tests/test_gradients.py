@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import flat
 
 import gradhpo
 from gradhpo.algorithms.discount import geometric_sum
@@ -13,11 +14,6 @@ from gradhpo.utils.gradients import linearize_gradient
 
 A = {"w": jnp.arange(6.0).reshape(2, 3), "b": (jnp.array(-2.0), jnp.arange(3))}
 B = {"w": jnp.ones((2, 3)), "b": (jnp.array(0.5), jnp.arange(3))}
-
-
-def flat(tree):
-    leaves = jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))
-    return np.concatenate([np.ravel(x) for x in leaves])
 
 
 def test_algebra_is_numpy_on_the_floating_point_leaves():

@@ -6,6 +6,7 @@ library.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import equinox as eqx
@@ -15,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
-from problems import make, relaxed, stack_of
+from problems import Problem, make, relaxed, stack_of
 
 import gradhpo
 from gradhpo.algorithms.discount import past_share
@@ -30,6 +31,7 @@ class Flat(NamedTuple):
     z0: np.ndarray
     size_w: int
     h0: np.ndarray
+    d: "Jacobians"
 
 
 def flattened(problem, inner):
@@ -57,23 +59,34 @@ def flattened(problem, inner):
         (w, _) = unravel_z(jnp.concatenate([w, jnp.zeros(z0.size - size_w)]))
         return problem.val_loss(eqx.combine(w, frozen), unravel_h(h), problem.val_batch)
 
-    return Flat(jax.jit(phi), jax.jit(val_loss), np.asarray(z0), size_w, np.asarray(h0))
+    d = Jacobians(phi, val_loss)
+    return Flat(jax.jit(phi), jax.jit(val_loss), np.asarray(z0), size_w, np.asarray(h0), d)
 
 
 class Jacobians:
-    """A, B, alpha and the direct term as dense NumPy arrays."""
+    """A, B, alpha and the direct term as dense arrays, from two programs."""
 
-    def __init__(self, flat):
-        self.a = jax.jit(jax.jacrev(flat.phi, 0))
-        self.b = jax.jit(jax.jacrev(flat.phi, 1))
-        self.alpha = jax.jit(jax.grad(flat.val_loss, 0))
-        self.direct = jax.jit(jax.grad(flat.val_loss, 1))
+    def __init__(self, phi, val_loss):
+        self.of_phi = jax.jit(jax.jacrev(phi, (0, 1)))
+        self.of_val_loss = jax.jit(jax.grad(val_loss, (0, 1)))
+
+    def a(self, *at):
+        return self.of_phi(*at)[0]
+
+    def b(self, *at):
+        return self.of_phi(*at)[1]
+
+    def alpha(self, *at):
+        return self.of_val_loss(*at)[0]
+
+    def direct(self, *at):
+        return self.of_val_loss(*at)[1]
 
 
 @jax.numpy_dtype_promotion("standard")
 def episode(flat, batches, gamma, theta, rate):
     """Algorithm 3, one episode: the p_t, w*_t and g_t of every step."""
-    d, z, h, w_star = Jacobians(flat), flat.z0, flat.h0, None
+    d, z, h, w_star = flat.d, flat.z0, flat.h0, None
     shares, points, hypergradients = [], [], []
     for t in range(1, len(batches) + 1):
         w_prev, s_prev = z[: flat.size_w], z[flat.size_w :]
@@ -95,7 +108,7 @@ def episode(flat, batches, gamma, theta, rate):
 @jax.numpy_dtype_promotion("standard")
 def linear_estimation(flat, batches, gamma, choose=None):
     """Algorithm 4: the sums x'y and x'x. `choose(d_star, d, p, draw)` mixes the data."""
-    d, h, total = Jacobians(flat), flat.h0, len(batches)
+    d, h, total = flat.d, flat.h0, len(batches)
     z = flat.z0
     for t in range(total):
         before_end, z = z, np.asarray(flat.phi(z, h, t, batches[t]))
@@ -133,8 +146,6 @@ def quadratic():
     def val_loss(w, a, batch):
         return jnp.sum((matrix @ w - target) ** 2) / 2 + 0.05 * a @ a
 
-    from problems import Problem
-
     params, hyperparams = jnp.asarray(start), jnp.asarray(h)
     return Problem(params, hyperparams, None, None, train_loss, val_loss)
 
@@ -145,22 +156,31 @@ def quadratic_batches(count):
     return gradhpo.BatchStack((jnp.asarray(rows), jnp.asarray(c)))
 
 
-def problem_named(name, count, getkey):
-    if name == "quadratic":
-        return quadratic(), relaxed(optax.sgd(0.1)), quadratic_batches(count)
-    if name == "quadratic, momentum":
-        return quadratic(), relaxed(optax.sgd(0.05, momentum=0.9)), quadratic_batches(count)
-    problem, inner = make("optimizer", name.removeprefix("MLP, "), getkey())
-    return problem, inner, stack_of(problem, count, getkey())
+# Made once: tests about the same problem share its compiled programs.
+@functools.cache
+def problem_named(name):
+    if name == "MLP, adam":
+        problem, inner = make("optimizer", "adam", jax.random.key(0))
+    else:
+        momentum = 0.9 if name == "quadratic, momentum" else None
+        problem, inner = quadratic(), relaxed(optax.sgd(0.05 if momentum else 0.1, momentum))
+    return problem, inner, flattened(problem, inner)
+
+
+def batches_of(problem, count):
+    if problem.train_batch is None:
+        return quadratic_batches(count)
+    return stack_of(problem, count, jax.random.key(1))
 
 
 NAMES = ["quadratic", "quadratic, momentum", "MLP, adam"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_episode_is_algorithm_3(name, getkey):
-    problem, inner, stack = problem_named(name, 6, getkey)
-    flat, batches = flattened(problem, inner), [stack.at(t) for t in range(6)]
+def test_an_episode_is_algorithm_3(name):
+    problem, inner, flat = problem_named(name)
+    stack = batches_of(problem, 6)
+    batches = [stack.at(t) for t in range(6)]
     optimizer = gradhpo.OnlineHypergradientOptimizer(inner, distillation_weight=0.3, gamma=0.9)
     state = optimizer.init(problem.params, problem.hyperparams)
     shares, points, expected = episode(flat, batches, 0.9, theta=0.3, rate=0.02)
@@ -176,9 +196,10 @@ def test_an_episode_is_algorithm_3(name, getkey):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_theta_is_algorithm_4(name, getkey):
-    problem, inner, stack = problem_named(name, 7, getkey)
-    flat, batches = flattened(problem, inner), [stack.at(t) for t in range(7)]
+def test_theta_is_algorithm_4(name):
+    problem, inner, flat = problem_named(name)
+    stack = batches_of(problem, 7)
+    batches = [stack.at(t) for t in range(7)]
     optimizer = gradhpo.OnlineHypergradientOptimizer(inner, gamma=0.9, memory_size=2)
     state = optimizer.init(problem.params, problem.hyperparams)
     arguments = (problem.val_batch, problem.train_loss, problem.val_loss)
@@ -200,10 +221,11 @@ def test_theta_is_algorithm_4(name, getkey):
     np.testing.assert_allclose(after.memory.theta, xy_2 / xx_2, rtol=1e-10)
 
 
-def test_theta_without_memory(getkey):
+def test_theta_without_memory():
     """At gamma = 0 the distilled point is the last one, and every factor is 1."""
-    problem, inner, stack = problem_named("quadratic", 5, getkey)
-    flat, batches = flattened(problem, inner), [stack.at(t) for t in range(5)]
+    problem, inner, flat = problem_named("quadratic")
+    stack = batches_of(problem, 7)
+    batches = [stack.at(t) for t in range(7)]
     optimizer = gradhpo.OnlineHypergradientOptimizer(inner, gamma=0.0)
     state = optimizer.init(problem.params, problem.hyperparams)
     losses = (problem.train_loss, problem.val_loss)
@@ -213,8 +235,9 @@ def test_theta_without_memory(getkey):
 
 
 def test_theta_with_distilled_data_is_algorithm_4_with_these_draws():
-    problem, inner, stack = problem_named("quadratic", 7, None)
-    flat, batches = flattened(problem, inner), [stack.at(t) for t in range(7)]
+    problem, inner, flat = problem_named("quadratic")
+    stack = batches_of(problem, 7)
+    batches = [stack.at(t) for t in range(7)]
     chain = [jax.random.key(3)]
 
     def choose(d_star, batch, p, s):
@@ -238,7 +261,8 @@ def test_theta_with_distilled_data_is_algorithm_4_with_these_draws():
 
 
 def test_the_product_is_taken_on_the_distilled_data():
-    plain, inner, stack = problem_named("quadratic", 5, None)
+    plain, inner, _ = problem_named("quadratic")
+    stack = batches_of(plain, 5)
     optimizer = gradhpo.OnlineHypergradientOptimizer(inner, distillation_weight=0.7, gamma=0.8)
     # Curvature that depends on the hyperparameters and the rows: B is then a matter of D*.
     train_loss = lambda w, a, batch: (
@@ -246,7 +270,7 @@ def test_the_product_is_taken_on_the_distilled_data():
     )
     problem = plain._replace(train_loss=train_loss)
     flat = flattened(problem, inner)
-    d = Jacobians(flat)
+    d = flat.d
     state = optimizer.init(
         problem.params, problem.hyperparams, batch=stack.at(0), key=jax.random.key(0)
     )

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import assert_same
 from problems import FIXED, PROBLEMS, make, phi_of
 
 import gradhpo
@@ -18,8 +19,8 @@ def random_like(tree, seed):
     return jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), x.dtype), tree)
 
 
-def assert_close(a, b, rtol=1e-10):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-14), a, b)
+def assert_close(found, expected, rtol=1e-10):
+    assert_same(found, expected, rtol=rtol, atol=1e-14)
 
 
 COMBINATIONS = [(p, o, True) for p in PROBLEMS for o in FIXED] + [

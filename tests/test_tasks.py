@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import assert_same
 from problems import OUTER, make, relaxed, stack_of
 
 import gradhpo
@@ -20,8 +21,8 @@ def stacked(trees, axis=0):
     return jax.tree.map(lambda *x: jnp.stack(x, axis), *trees)
 
 
-def assert_close(a, b, rtol=1e-12):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-14), a, b)
+def assert_close(found, expected, rtol=1e-12):
+    assert_same(found, expected, rtol=rtol, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", list(OPTIMIZERS))

@@ -1,0 +1,34 @@
+"""Trees of arrays, compared."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def arrays(tree):
+    """Arrays and numbers alone, keys as their data: no functions, no names."""
+    is_key = lambda x: isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jax.tree.map(
+        lambda x: jax.random.key_data(x) if is_key(x) else x, eqx.filter(tree, eqx.is_array_like)
+    )
+
+
+def assert_same(found, expected, rtol=0.0, atol=0.0):
+    """The same structure, dtypes and values, NaN included, to a tolerance or bit for bit."""
+
+    def compare(x, y):
+        assert jnp.result_type(x) == jnp.result_type(y)
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
+
+    jax.tree.map(compare, arrays(found), arrays(expected))
+
+
+def flat(tree):
+    """The floating-point numbers of a tree, one after another."""
+    leaves = jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array_like))
+    return np.concatenate([np.ravel(x) for x in leaves])
+
+
+def relative_error(found, exact):
+    return np.max(np.abs(flat(found) - flat(exact))) / np.max(np.abs(flat(exact)))
