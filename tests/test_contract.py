@@ -299,7 +299,8 @@ def test_an_update_fn_is_as_good_as_an_inner_optimizer(name):
     # What implicit differentiation remembers is that of another equation, by the rate.
     assert_same(found.metadata, expected.metadata, rtol=1e-12)
     if name != "implicit":
-        assert_same(found.memory, expected.memory, rtol=1e-12)
+        numbers = lambda state: jax.tree.leaves(eqx.filter(state.memory, eqx.is_array))
+        assert_same(numbers(found), numbers(expected), rtol=1e-12)
 
 
 @every
