@@ -21,12 +21,12 @@ from gradhpo.utils.typecheck import checked
 class Metadata(dict[str, Any]):
     """Metrics of the last step and notes of the user: a dict that says where the rest has gone.
 
-    `in_memory` names what an algorithm keeps in `state.memory`.
+    `in_memory` names what the algorithm keeps in `state.memory`, as the state says.
     """
 
-    def __init__(self, entries: Mapping[str, Any] = {}, in_memory: Iterable[str] = ()):
+    def __init__(self, entries: Mapping[str, Any], in_memory: frozenset[str] = frozenset()):
         super().__init__(entries)
-        self.in_memory = frozenset(in_memory) or getattr(entries, "in_memory", frozenset())
+        self.in_memory = in_memory
 
     def __missing__(self, key: str) -> Any:
         if key in self.in_memory:
@@ -102,6 +102,9 @@ class BilevelState(eqx.Module):
     memory: PyTree = None
     model_state: PyTree = None
 
+    def __check_init__(self):
+        self.metadata.in_memory = frozenset(entries_of(self.memory))
+
     @classmethod
     def create(
         cls,
@@ -131,7 +134,7 @@ class BilevelState(eqx.Module):
             inner_opt_state=inner_opt_state,
             outer_opt_state=outer_opt_state,
             step=jnp.zeros((), jnp.int32),
-            metadata=Metadata(metrics, entries_of(memory)),
+            metadata=metrics,  # pyright: ignore[reportArgumentType]
             memory=memory,
             model_state=model_state,
         )
@@ -240,5 +243,4 @@ def with_metrics(state: BilevelState, metrics: dict[str, Array]) -> BilevelState
 
 def with_memory(state: BilevelState, memory: PyTree) -> BilevelState:
     """A state with the memory of another kind of optimizer, or without one."""
-    metadata = Metadata(dict(state.metadata), entries_of(memory))
-    return dataclasses.replace(state, memory=memory, metadata=metadata)
+    return dataclasses.replace(state, memory=memory)
