@@ -14,16 +14,20 @@ import pytest
 # it. What XLA itself does to a program (its flops, its memory) is as always. XLA stops at a flag
 # that it does not know, and the others are younger than the first.
 flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
+# The workers fill the cores already.
+one_thread = ["--xla_cpu_parallel_codegen_split_count=1", "--xla_cpu_multi_thread_eigen=false"]
 if version("jaxlib").startswith("0.10."):
-    flags.append("--xla_cpu_use_fusion_emitters=false")
-    # The workers fill the cores already.
-    flags += ["--xla_cpu_parallel_codegen_split_count=1", "--xla_cpu_multi_thread_eigen=false"]
+    flags += ["--xla_cpu_use_fusion_emitters=false", *one_thread]
+elif version("jaxlib").startswith("0.12."):
+    flags += ["--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE", *one_thread]
 os.environ["XLA_FLAGS"] = " ".join(flags)
 
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# With JAX_COMPILATION_CACHE_DIR a second run finds the programs of the first: small ones too.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 from gradhpo.utils.tracing import forget_traces  # noqa: E402
 
@@ -53,10 +57,13 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(autouse=True, scope="module")
 def _free_compiled_programs():
-    """A process has room for 65,530 memory maps, of which every compiled program takes some."""
+    """A process has room for 65,530 memory maps, of which compiled programs take some each.
+
+    One file of tests adds up to 6,000.
+    """
     yield
     maps = Path("/proc/self/maps")
-    if not maps.exists() or maps.read_bytes().count(b"\n") > 20_000:
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 40_000:
         jax.clear_caches()
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import flat, relative_error
-from problems import FIXED, OUTER, PROBLEMS, make, relaxed, stack_of, warmed
+from problems import CALLABLE, FIXED, OUTER, PROBLEMS, make, relaxed, stack_of, warmed
 
 import gradhpo
 
@@ -153,38 +153,47 @@ def test_checkpoints_change_nothing(optimizer_name, checkpoints, getkey):
         np.testing.assert_allclose(stepped.get_metric(name), expected.get_metric(name), rtol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("kept", "checkpoints"), [(1, None), (2, None), (4, None), (6, None), (4, "sqrt"), (5, 2)]
-)
-def test_truncation_keeps_the_last_terms_of_the_sum(kept, checkpoints, getkey):
-    """Against freezing the hyperparameters in all but the last steps, by plain JAX."""
-    problem, inner = make("optimizer", "momentum", getkey())
-    steps = 6
-    optimizer = gradhpo.UnrolledOptimizer(
-        inner,
-        OUTER,
-        unroll_steps=steps,
-        truncation=kept,
-        checkpoints=checkpoints,
-    )
-    stack = stack_of(problem, steps, getkey())
+@pytest.fixture(scope="module")
+def frozen_at_first():
+    """Arguments over six steps, and the hypergradient by plain JAX: (h, steps kept) -> gradient.
+
+    The hyperparameters are frozen in all but the last steps.
+    """
+    problem, inner = make("optimizer", "momentum", jax.random.key(0))
+    stack = stack_of(problem, 6, jax.random.key(1))
+    optimizer = gradhpo.UnrolledOptimizer(inner, OUTER, unroll_steps=6)
     state, *_ = arguments = warmed(optimizer, problem, stack)
     w, frozen = eqx.partition(state.params, eqx.is_inexact_array)
 
-    def truncated(h):
-        z = (w, state.inner_opt_state)
-        for t in range(steps):
-            live = t >= steps - kept
-            at = h if live else jax.lax.stop_gradient(h)
-            if t == steps - kept:
-                z = jax.lax.stop_gradient(z)
-            batch = jax.tree.map(lambda x, t=t: x[t], stack.batches)
-            loss = lambda w, at=at, b=batch: problem.train_loss(eqx.combine(w, frozen), at, b)
-            updates, s = inner(at).update(jax.grad(loss)(z[0]), z[1], z[0])
-            z = (optax.apply_updates(z[0], updates), s)
-        return problem.val_loss(eqx.combine(z[0], frozen), h, problem.val_batch)
+    def only_if(live, tree):
+        return jax.tree.map(lambda x: jnp.where(live, x, jax.lax.stop_gradient(x)), tree)
 
-    expected = jax.jit(jax.grad(truncated))(state.hyperparams)
+    def truncated(h, kept):
+        def step(z, at_step):
+            t, batch = at_step
+            w, s = only_if(t != 6 - kept, z)
+            at = only_if(t >= 6 - kept, h)
+            loss = lambda w: problem.train_loss(eqx.combine(w, frozen), at, batch)
+            updates, s = inner(at).update(jax.grad(loss)(w), s, w)
+            return (optax.apply_updates(w, updates), s), None
+
+        (w_end, _), _ = jax.lax.scan(
+            step, (w, state.inner_opt_state), (jnp.arange(6), stack.batches)
+        )
+        return problem.val_loss(eqx.combine(w_end, frozen), h, problem.val_batch)
+
+    return arguments, jax.jit(jax.grad(truncated))
+
+
+@pytest.mark.parametrize(
+    ("kept", "checkpoints"), [(1, None), (2, None), (4, None), (6, None), (4, "sqrt"), (5, 2)]
+)
+def test_truncation_keeps_the_last_terms_of_the_sum(kept, checkpoints, frozen_at_first):
+    arguments, by_hand = frozen_at_first
+    optimizer = gradhpo.UnrolledOptimizer(
+        CALLABLE["momentum"], OUTER, unroll_steps=6, truncation=kept, checkpoints=checkpoints
+    )
+    expected = by_hand(arguments[0].hyperparams, kept)
     assert relative_error(optimizer.compute_hypergradient(*arguments), expected) < 1e-11
 
 

@@ -20,9 +20,16 @@ TOY = {
 }  # fmt: skip
 
 
+TOY_INNER = optax.sgd(0.1)
+TOY_LOSSES = gradhpo.LossFunctions(
+    lambda w, a, batch: jnp.sum(jnp.array([2.0, 1.0]) * (w - a) ** 2) / 2,
+    lambda w, a, batch: jnp.sum(w**2) + 10 * jnp.sum(jnp.sin(w) ** 2),
+)
+
+
 @pytest.mark.parametrize(("method", "steps"), list(TOY))
 def test_toy_table(method, steps):
-    inner = optax.sgd(0.1)
+    inner = TOY_INNER
     if method == "exact":
         optimizer = gradhpo.UnrolledOptimizer(inner, unroll_steps=steps)
     elif method.startswith("IFT"):
@@ -34,13 +41,10 @@ def test_toy_table(method, steps):
     else:
         gamma = float(method.removeprefix("gamma "))
         optimizer = gradhpo.GreedyOptimizer(inner, unroll_steps=steps, gamma=gamma)
-    curvature = jnp.array([2.0, 1.0])
-    train_loss = lambda w, a, batch: jnp.sum(curvature * (w - a) ** 2) / 2
-    val_loss = lambda w, a, batch: jnp.sum(w**2) + 10 * jnp.sum(jnp.sin(w) ** 2)
     _, history = gradhpo.run(
         optimizer,
         optimizer.init(jnp.full(2, 2.0), jnp.ones(2)),
-        gradhpo.LossFunctions(train_loss, val_loss),
+        TOY_LOSSES,
         jnp.zeros(1),
         jnp.zeros(1),
         num_steps=1_001,
@@ -53,15 +57,11 @@ def test_toy_table(method, steps):
 
 def test_restarted_far_from_a_minimum_it_points_uphill():
     """The warning in its docstring: outer rate 0.1, parameters reset in every outer step."""
-    curvature = jnp.array([2.0, 1.0])
-    train_loss = lambda w, a, batch: jnp.sum(curvature * (w - a) ** 2) / 2
-    val_loss = lambda w, a, batch: jnp.sum(w**2) + 10 * jnp.sum(jnp.sin(w) ** 2)
-    losses = gradhpo.LossFunctions(train_loss, val_loss)
     found = {}
     for name, cls in (("exact", gradhpo.UnrolledOptimizer), ("greedy", gradhpo.GreedyOptimizer)):
-        optimizer = cls(optax.sgd(0.1), unroll_steps=5)
+        optimizer = cls(TOY_INNER, unroll_steps=5)
         _, history = gradhpo.run(
-            optimizer, optimizer.init(jnp.full(2, 2.0), jnp.ones(2)), losses, None, None,
+            optimizer, optimizer.init(jnp.full(2, 2.0), jnp.ones(2)), TOY_LOSSES, None, None,
             num_steps=200, steps_per_episode=1, reptile_rate=0.0, lr_hyper=0.1, progress=False,
         )  # fmt: skip
         found[name] = history["val_loss"]
@@ -69,11 +69,23 @@ def test_restarted_far_from_a_minimum_it_points_uphill():
     assert found["greedy"][-1] > 2 * found["exact"][-1]
 
 
+RATE, MOMENTUM = 0.002, 0.8
+HEAVY_BALL = relaxed(optax.sgd(RATE, momentum=MOMENTUM))
+
+
+def quartic(w, a, batch):
+    return jnp.sum(jnp.exp(a) * (batch[0] @ w - batch[1]) ** 4) / 4
+
+
+def squares(w, a, batch):
+    return jnp.sum((batch[0] @ w - batch[1]) ** 2) + 0.1 * jnp.sum(a**2)
+
+
 @pytest.mark.parametrize("gamma", [0.0, 0.6, 0.9, 1.0])
 def test_is_its_formula_with_minibatches_and_momentum(gamma):
     """Equation 6 in NumPy: every term with its own gamma^(T-t), no recursion."""
     random = np.random.default_rng(0)
-    steps, n, d, rate, momentum = 6, 5, 3, 0.002, 0.8
+    steps, n, d = 6, 5, 3
     x, y = random.normal(size=(steps, n, d)), random.normal(size=(steps, n))
     x_val, y_val = random.normal(size=(4, d)), random.normal(size=4)
     w, m, a = random.normal(size=d), random.normal(size=d), random.normal(size=n)
@@ -86,20 +98,13 @@ def test_is_its_formula_with_minibatches_and_momentum(gamma):
         residual = x[t] @ point - y[t]
         # gradient sum_i e^{a_i} r_i^3 x_i; its derivative by a_i is e^{a_i} r_i^3 x_i
         mixed = x[t] * (np.exp(a) * residual**3)[:, None]
-        velocity = momentum * velocity + mixed.sum(0)
-        point = point - rate * velocity
-        terms.append(-rate * mixed @ alpha(point))
+        velocity = MOMENTUM * velocity + mixed.sum(0)
+        point = point - RATE * velocity
+        terms.append(-RATE * mixed @ alpha(point))
     direct = 0.2 * a
     expected = direct + sum(gamma ** (steps - 1 - t) * terms[t] for t in range(steps))
 
-    def train_loss(w, a, batch):
-        return jnp.sum(jnp.exp(a) * (batch[0] @ w - batch[1]) ** 4) / 4
-
-    def val_loss(w, a, batch):
-        return jnp.sum((batch[0] @ w - batch[1]) ** 2) + 0.1 * jnp.sum(a**2)
-
-    inner = relaxed(optax.sgd(rate, momentum=momentum))
-    optimizer = gradhpo.GreedyOptimizer(inner, OUTER, unroll_steps=steps, gamma=gamma)
+    optimizer = gradhpo.GreedyOptimizer(HEAVY_BALL, OUTER, unroll_steps=steps, gamma=gamma)
     state = optimizer.init(jnp.asarray(w), jnp.asarray(a))
     state = state.update(
         inner_opt_state=jax.tree.map(
@@ -108,9 +113,9 @@ def test_is_its_formula_with_minibatches_and_momentum(gamma):
     )
     stack = gradhpo.BatchStack((jnp.asarray(x), jnp.asarray(y)))
     val_batch = (jnp.asarray(x_val), jnp.asarray(y_val))
-    found = optimizer.compute_hypergradient(state, stack, val_batch, train_loss, val_loss)
+    found = optimizer.compute_hypergradient(state, stack, val_batch, quartic, squares)
     np.testing.assert_allclose(found, expected, rtol=1e-10)
-    after = optimizer.step(state, stack, val_batch, train_loss, val_loss)
+    after = optimizer.step(state, stack, val_batch, quartic, squares)
     np.testing.assert_allclose(after.params, point, rtol=1e-12)
 
 

@@ -1,6 +1,7 @@
 """Implicit differentiation against the closed forms of the inner optimum."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -119,7 +120,8 @@ def at(problem, optimizer):
     return state, None, None, problem.train_loss, problem.val_loss
 
 
-SGD = optax.sgd(1e-3)
+# Made once: tests that take the same functions share compiled programs.
+SGD, OUTER = optax.sgd(1e-3), optax.sgd(0.1)
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 
 
@@ -136,39 +138,44 @@ def test_closed_forms_with_every_kind_of_solver(make):
     ]
     [(name, expected)] = problem.expected.items()
     for solver in solvers:
-        optimizer = gradhpo.ImplicitOptimizer(SGD, optax.sgd(0.1), linear_solver=solver)
+        optimizer = gradhpo.ImplicitOptimizer(SGD, OUTER, linear_solver=solver)
         found = optimizer.compute_hypergradient(*at(problem, optimizer))[name]
         np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-10, err_msg=str(solver))
     # Damping, and a full-rank Nystrom approximation which is nothing but damping.
-    damped = gradhpo.ImplicitOptimizer(SGD, optax.sgd(0.1), lx.LU(), damping=0.03)
+    damped = gradhpo.ImplicitOptimizer(SGD, OUTER, lx.LU(), damping=0.03)
     nystrom = gradhpo.Nystrom(len(problem.w), 0.01, jax.random.key(0))
-    both = gradhpo.ImplicitOptimizer(SGD, optax.sgd(0.1), nystrom, damping=0.02)
+    both = gradhpo.ImplicitOptimizer(SGD, OUTER, nystrom, damping=0.02)
     expected, found = (o.compute_hypergradient(*at(problem, o))[name] for o in (damped, both))
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-11)
 
 
-def elastic_net(l1, l2):
-    """Section 8.4 with penalties for each feature: ISTA to the optimum, in NumPy."""
+@functools.cache
+def proximal():
+    """Section 8.4: the step of ISTA, its rate for l2 up to 0.1, the losses, the data."""
     x, y, v, u, _ = data(4, features=8)
     a, b = x.T @ x / 30, x.T @ y / 30
-    rate, w = 1 / (np.linalg.eigvalsh(a)[-1] + np.max(l2)), np.zeros(8)
+    rate = 1 / (np.linalg.eigvalsh(a)[-1] + 0.1)
+    aj, bj = jnp.asarray(a), jnp.asarray(b)
+
+    def step(w, h, batch):
+        moved = w - rate * (aj @ w - bj + h["l2"] * w)
+        return jnp.sign(moved) * jax.nn.relu(jnp.abs(moved) - rate * h["l1"])
+
+    return step, rate, half_mse(x, y), half_mse(v, u), (a, b, v, u)
+
+
+def elastic_net(l1, l2):
+    """With penalties for each feature: ISTA to the optimum, in NumPy."""
+    step, rate, loss, val_loss, (a, b, v, u) = proximal()
+    w = np.zeros(8)
     for _ in range(5_000):
         moved = w - rate * (a @ w - b + l2 * w)
         w = np.sign(moved) * np.maximum(np.abs(moved) - rate * l1, 0)
     s = w != 0
     q = np.zeros(8)
     q[s] = np.linalg.solve((a + np.diag(l2))[np.ix_(s, s)], (v.T @ (v @ w - u) / 20)[s])
-    aj, bj = jnp.asarray(a), jnp.asarray(b)
-
-    def proximal_step(w, h, batch):
-        moved = w - rate * (aj @ w - bj + h["l2"] * w)
-        return jnp.sign(moved) * jax.nn.relu(jnp.abs(moved) - rate * h["l1"])
-
-    loss = half_mse(x, y)
-    problem = Closed(
-        w, {"l1": l1, "l2": l2}, loss, half_mse(v, u), {"l1": -q * np.sign(w), "l2": -q * w}, rate
-    )
-    return problem, proximal_step, s
+    expected = {"l1": -q * np.sign(w), "l2": -q * w}
+    return Closed(w, {"l1": l1, "l2": l2}, loss, val_loss, expected, rate), step, s
 
 
 @pytest.mark.parametrize("l2", [0.0, 0.1])
@@ -176,9 +183,7 @@ def test_lasso_and_elastic_net_through_a_proximal_step(l2):
     problem, step, support = elastic_net(np.full(8, 0.25), np.full(8, l2))
     assert 0 < support.sum() < 8
     for solver in (None, lx.GMRES(**TIGHT), lx.LU(), gradhpo.Neumann(3_000, 1.0)):
-        optimizer = gradhpo.ImplicitOptimizer(
-            None, optax.sgd(0.1), linear_solver=solver, update_fn=step
-        )
+        optimizer = gradhpo.ImplicitOptimizer(None, OUTER, linear_solver=solver, update_fn=step)
         found = optimizer.compute_hypergradient(*at(problem, optimizer))
         for name, expected in problem.expected.items():
             np.testing.assert_allclose(found[name], expected, rtol=1e-8, atol=1e-10)
@@ -364,19 +369,26 @@ def test_the_default_solver_on_a_network_in_float32(as_a_user_has_it):
     assert state.get_metric("linear_residual") < 1e-2
 
 
-def shrinking(factor, solver):
-    """The hypergradient with a validation gradient `factor` times that of the step before."""
+@functools.cache
+def moving():
+    """A quadratic problem: its Hessian, two validation gradients, both losses."""
     random = np.random.default_rng(7)
     root = random.normal(size=(30, 30))
     hessian = jnp.asarray(root @ root.T / 30 + 0.1 * np.eye(30))
     target = jnp.asarray(random.normal(size=(2, 30)))
     train_loss = lambda w, h, batch: w @ hessian @ w / 2 - h @ w
     val_loss = lambda w, h, batch: batch[0] * jnp.vdot(batch[1], w)
-    optimizer = gradhpo.ImplicitOptimizer(optax.sgd(0.1), optax.sgd(0.0), solver)
+    return hessian, target, (train_loss, val_loss)
+
+
+def shrinking(factor, solver):
+    """The hypergradient with a validation gradient `factor` times that of the step before."""
+    hessian, target, losses = moving()
+    optimizer = gradhpo.ImplicitOptimizer(OUTER, None, solver)
     state = optimizer.init(jnp.zeros(30), jnp.zeros(30))
     first, second = (jnp.asarray(1.0), target[0]), (jnp.asarray(factor), target[1])
-    state = optimizer.step(state, None, first, train_loss, val_loss)
-    found = optimizer.compute_hypergradient(state, None, second, train_loss, val_loss)
+    state = optimizer.step(state, None, first, *losses, lr_hyper=0.0)
+    found = optimizer.compute_hypergradient(state, None, second, *losses)
     return found, jnp.linalg.solve(hessian, factor * target[1])
 
 
