@@ -54,6 +54,10 @@ class Metadata(dict[str, Any]):
         names = tuple(sorted(self))
         return [(jax.tree_util.DictKey(x), self[x]) for x in names], (names, self.in_memory)
 
+    def tree_flatten(self) -> tuple[list[Any], Any]:
+        names = tuple(sorted(self))  # without keys, which take longer to make than all the rest
+        return [self[name] for name in names], (names, self.in_memory)
+
     @classmethod
     def tree_unflatten(cls, about: Any, values: Iterable[Any]) -> "Metadata":
         names, in_memory = about

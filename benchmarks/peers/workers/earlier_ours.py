@@ -82,7 +82,7 @@ def job(algorithm: str) -> dict:
     elapsed = seconds(lambda: prepared(algorithm)())
     return {
         "seconds": elapsed,
-        "compiled": compiled["jit(_episodes)"],
+        "compiled": compiled["jit(run_episodes)"],
         "peak": resident_mib("VmHWM"),
     }
 
