@@ -7,7 +7,6 @@ from gradhpo.algorithms.greedy import GreedyOptimizer
 from gradhpo.algorithms.implicit_diff import ImplicitOptimizer
 from gradhpo.algorithms.online import OnlineHypergradientOptimizer
 from gradhpo.algorithms.t1_t2 import T1T2Optimizer
-from gradhpo.algorithms.tasks import TaskBatched
 from gradhpo.algorithms.unrolled import DrMADOptimizer, UnrolledOptimizer
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.batches import BatchStack, DataBatch
@@ -44,6 +43,8 @@ from gradhpo.utils.trees import (
 
 
 __version__ = "1.0.0.dev0"
+from gradhpo.wrappers.tasks import TaskBatched
+
 
 __all__ = [
     "ArrayData",

@@ -10,7 +10,7 @@ from gradhpo.core.batches import BatchStack, DrawnStack
 from gradhpo.core.inner import InnerState, InnerUpdate
 from gradhpo.core.inner_optimizer import cast_like
 from gradhpo.core.inputs import Inputs, LossFunctions
-from gradhpo.core.memory import MemoryOfEach
+from gradhpo.core.memory import Memory
 from gradhpo.core.outer import Estimate
 from gradhpo.core.problem import Problem, Validation
 from gradhpo.core.reverse import (
@@ -22,10 +22,9 @@ from gradhpo.core.reverse import (
     square_root,
     unrolled,
 )
-from gradhpo.core.state import BilevelState, inner_state, with_inner_state, with_memory
+from gradhpo.core.state import BilevelState, inner_state, with_inner_state
 from gradhpo.core.types import InnerOptimizer, LossFn, MetricDict, UpdateFn
 from gradhpo.core.visibility import Sees
-from gradhpo.core.wrapper import Wrapper
 from gradhpo.utils.coordinates import map_in_blocks, num_coordinates, ravel, unit_vector, unravel
 from gradhpo.utils.keys import fold_keys, is_key
 from gradhpo.utils.settings import check_count, check_setting, setting
@@ -55,13 +54,12 @@ __all__ = [
     "Inputs",
     "LossFn",
     "LossFunctions",
-    "MemoryOfEach",
+    "Memory",
     "MetricDict",
     "Problem",
     "Sees",
     "UpdateFn",
     "Validation",
-    "Wrapper",
     "accumulation_dtype",
     "along_a_line",
     "cast_like",
@@ -91,5 +89,4 @@ __all__ = [
     "unravel",
     "unrolled",
     "with_inner_state",
-    "with_memory",
 ]

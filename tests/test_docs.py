@@ -137,6 +137,7 @@ def test_imports_point_down():
         "core": ["utils"],
         "solvers": ["utils"],
         "algorithms": ["extend"],
+        "wrappers": ["core", "utils"],
         "data": ["core", "utils"],
         "training": ["algorithms", "core", "data", "utils"],
         "diagnostics": ["algorithms", "core", "data", "training", "utils"],

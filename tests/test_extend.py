@@ -196,8 +196,9 @@ def _names_of_algorithms() -> set[str]:
         names |= set(cls.__dataclass_fields__) - shared
     memories = ("HyperDistillMemory", "ImplicitMemory", "ForwardMemory", "TaskMemory")
     rooms: dict[str, Any] = {}
-    for file in ("online", "implicit_diff", "forward", "tasks"):
-        rooms |= vars(__import__(f"gradhpo.algorithms.{file}", fromlist=["_"]))
+    for file in ("algorithms.online", "algorithms.implicit_diff", "algorithms.forward"):
+        rooms |= vars(__import__(f"gradhpo.{file}", fromlist=["_"]))
+    rooms |= vars(__import__("gradhpo.wrappers.tasks", fromlist=["_"]))
     for memory in memories:
         names |= set(rooms[memory].__dataclass_fields__)
     return names
@@ -284,7 +285,7 @@ class Flawed(F2SA):
 FLAWS = {
     "sees": "Flawed.sees is 'last_update'; it must be one of 'validation'",
     "count": "Flawed.num_inner_steps must be at least 1",
-    "dict": "Flawed.init_memory returned a dict: return an eqx.Module",
+    "dict": "Flawed.init_memory returned a dict: return a gradhpo.extend.Memory",
     "number": r"Flawed.init_memory returned 0\.0 at \.y, which is no array",
     "tuple": r"Flawed.estimate returned a tuple: return Estimate\(z, hypergradient",
     "no memory": "the memory that Flawed.estimate returned does not fit",

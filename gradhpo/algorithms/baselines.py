@@ -71,7 +71,7 @@ class FOOptimizer(Algorithm):
         return True
 
     @property
-    def takes(self) -> str:
+    def derivatives(self) -> str:
         """First derivatives only."""
         return "first derivatives of both losses"
 

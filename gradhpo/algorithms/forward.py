@@ -13,6 +13,7 @@ from gradhpo.extend import (
     Estimate,
     InnerOptimizer,
     InnerState,
+    Memory,
     Problem,
     UpdateFn,
     accumulation_dtype,
@@ -26,7 +27,7 @@ from gradhpo.extend import (
 )
 
 
-class ForwardMemory(eqx.Module):
+class ForwardMemory(Memory):
     """`Z`, the derivative of $z$: leaves like its floating-point ones, `[hyperparams, ...]`."""
 
     Z: InnerState
@@ -98,7 +99,7 @@ class ForwardModeOptimizer(Algorithm):
         return self.unroll_steps
 
     @property
-    def takes(self) -> str:
+    def derivatives(self) -> str:
         """Forward derivatives."""
         return "forward derivatives of the inner update"
 

@@ -16,6 +16,7 @@ from gradhpo.extend import (
     Estimate,
     InnerOptimizer,
     InnerState,
+    Memory,
     MetricDict,
     Problem,
     Sees,
@@ -39,7 +40,7 @@ _MOST_PRODUCTS, _CYCLE = 100, 20
 _ADVICE = "the system is probably singular or not positive: pass damping=1e-3 or more"
 
 
-class ImplicitMemory(eqx.Module):
+class ImplicitMemory(Memory):
     r"""What [`ImplicitOptimizer`][gradhpo.ImplicitOptimizer] carries on, and tells of its solves.
 
     - `adjoint`: the last $q$, a tree like the parameters.
@@ -153,7 +154,7 @@ class ImplicitOptimizer(Algorithm):
         return True
 
     @property
-    def takes(self) -> str:
+    def derivatives(self) -> str:
         """Those of the condition for the optimum."""
         return "derivatives of update_fn" if self.update_fn else "second derivatives of the loss"
 

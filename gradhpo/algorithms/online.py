@@ -20,6 +20,7 @@ from gradhpo.extend import (
     InnerOptimizer,
     InnerState,
     LossFn,
+    Memory,
     MetricDict,
     Problem,
     Sees,
@@ -34,7 +35,7 @@ from gradhpo.extend import (
 )
 
 
-class HyperDistillMemory(eqx.Module):
+class HyperDistillMemory(Memory):
     """What [`OnlineHypergradientOptimizer`][gradhpo.OnlineHypergradientOptimizer] carries on.
 
     - `distilled`: `w_star` and, where there is a distilled data set, `d_star` and `key`.
@@ -178,9 +179,8 @@ class OnlineHypergradientOptimizer(Algorithm):
         return eqx.tree_at(lambda m: m.t, memory, jnp.zeros_like(memory.t))
 
     def finite_part(self, memory: HyperDistillMemory) -> PyTree:
-        """All but the examples, in which a missing value or a mask is no failure."""
-        distilled = memory.distilled
-        return memory.theta, memory.theta_rejected, memory.sum_xy, memory.sum_xx, distilled.w_star
+        """What a step changes; not the examples, in which a missing value or a mask may be NaN."""
+        return memory.theta, memory.distilled.w_star
 
     def estimate(self, problem: Problem, memory: HyperDistillMemory) -> Estimate:
         phi, validation, z, hyperparams = problem

@@ -10,7 +10,7 @@ from gradhpo.algorithms.online import OnlineHypergradientOptimizer
 from gradhpo.extend import Algorithm
 
 
-class Keeps(NamedTuple):
+class StepWeights(NamedTuple):
     r"""The weight of each inner step by its age $T - t$, and what is weighted.
 
     `"exact"`: $\alpha_T A_T\cdots A_{t+1} B_t$. `"right after"`: $\alpha_t B_t$. `"estimate"`: the
@@ -24,7 +24,7 @@ class Keeps(NamedTuple):
 
 def short_horizons(
     algorithm: Algorithm, greedy_gamma: float, distill_gamma: float
-) -> dict[str, Keeps]:
+) -> dict[str, StepWeights]:
     """One step, greedy and HyperDistill, with the inner update of `algorithm`."""
     rule = {"inner_optimizer": algorithm.inner_optimizer, "update_fn": algorithm.update_fn}
     # Made for their checks as well.
@@ -36,7 +36,7 @@ def short_horizons(
         return shares / np.sum(shares)
 
     return {
-        "one step": Keeps(lambda age: (age == 0).astype(float), "exact"),
-        "greedy": Keeps(lambda age: float(greedy.gamma) ** age, "right after"),
-        "HyperDistill": Keeps(spread, "estimate", distilled),
+        "one step": StepWeights(lambda age: (age == 0).astype(float), "exact"),
+        "greedy": StepWeights(lambda age: float(greedy.gamma) ** age, "right after"),
+        "HyperDistill": StepWeights(spread, "estimate", distilled),
     }

@@ -122,7 +122,7 @@ class T1T2Optimizer(Algorithm):
         return self.perturb == "hyperparams"
 
     @property
-    def takes(self) -> str:
+    def derivatives(self) -> str:
         """First derivatives, by the weights or of the validation loss alone."""
         of_update = " and the derivative of the optimizer's update"
         return "first derivatives of both losses" + of_update * (self.perturb == "weights")

@@ -93,11 +93,6 @@ class UnrolledOptimizer(Algorithm):
         return self.unroll_steps if self.truncation is None else self.truncation
 
     @property
-    def saves_memory(self) -> str:
-        """Checkpoints, or fewer terms."""
-        return "UnrolledOptimizer needs less with checkpoints='sqrt' or a truncation."
-
-    @property
     def checkpointing(self) -> Any:
         """`checkpoints`."""
         return self.checkpoints

@@ -15,7 +15,13 @@ from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.inner import InnerState
 from gradhpo.core.inner_optimizer import init_inner_state, resolve
 from gradhpo.core.inputs import Inputs
-from gradhpo.core.memory import are_the_same, check_memory, entries_of, kept_where_it_fits
+from gradhpo.core.memory import (
+    MemoryOfEach,
+    are_the_same,
+    check_memory,
+    entries_of,
+    kept_where_it_fits,
+)
 from gradhpo.core.outer import Estimate, check_estimate, init_outer_state
 from gradhpo.core.problem import Problem, make_problem
 from gradhpo.core.state import BilevelState, inner_state, with_inner_state, with_metrics
@@ -24,7 +30,7 @@ from gradhpo.core.visibility import Sees, check_visible, seen_by
 from gradhpo.utils.settings import check_count, check_inner_rule
 from gradhpo.utils.tracing import TAKES_ALL, differentiation_explained
 from gradhpo.utils.trees import tree_l2_norm, tree_lerp
-from gradhpo.utils.validation import check_same_structure
+from gradhpo.utils.validation import check_same_structure, have_same_structure
 
 
 class Algorithm(BilevelOptimizer):
@@ -112,7 +118,7 @@ class Algorithm(BilevelOptimizer):
         return False
 
     @property
-    def takes(self) -> str:
+    def derivatives(self) -> str:
         """Which derivatives the method takes, for the error where one of them does not exist."""
         return TAKES_ALL
 
@@ -177,11 +183,6 @@ class Algorithm(BilevelOptimizer):
         """A warning for a run without `steps_per_episode`, or `""`."""
         return ""
 
-    @property
-    def saves_memory(self) -> str:
-        """How to do with less memory, for the report of a run that ran out of it, or `""`."""
-        return ""
-
     def with_num_steps(self, num_steps: int) -> "Algorithm | None":
         """The same with so many inner steps per `step`; `None` where their number is fixed."""
         return None
@@ -217,7 +218,10 @@ class Algorithm(BilevelOptimizer):
         return problem._replace(z=z)
 
     def _check_state(self, state: BilevelState) -> None:
-        made_here = "Make the state with this optimizer's init(params, hyperparams)."
+        made_here = (
+            "Make the state with this optimizer's init(params, hyperparams), or take over that of "
+            "another optimizer with adopt(state)."
+        )
         z, shape_of = inner_state(state), eqx.filter_eval_shape
         inner = shape_of(init_inner_state, self.inner_optimizer, z.w, state.hyperparams)
         outer = shape_of(init_outer_state, self.outer_optimizer, state.hyperparams)
@@ -244,15 +248,22 @@ class Algorithm(BilevelOptimizer):
             memory=memory,
         )
 
-    def _adopt(self, state: BilevelState) -> BilevelState:
+    def _adopt(self, state: BilevelState, *, keep_memory: bool) -> BilevelState:
+        if isinstance(state.memory, MemoryOfEach):
+            raise ValueError(
+                f"the state holds several inner problems, and {type(self).__name__} takes one: "
+                "wrap this optimizer in the same way as the one that made the state"
+            )
         z, hyperparams = inner_state(state), state.hyperparams
+        s = init_inner_state(self.inner_optimizer, z.w, hyperparams)
+        z = z._replace(s=z.s if have_same_structure(z.s, s) else s)
         fresh = self.init_memory(z, hyperparams, None, None)
         made = BilevelState.create(
             state.params,
             hyperparams,
             z.s,
             init_outer_state(self.outer_optimizer, hyperparams),
-            kept_where_it_fits(state.memory, fresh),
+            kept_where_it_fits(state.memory, fresh) if keep_memory else fresh,
             z.r,
         )
         return with_metrics(made.update(step=state.step), dict(state.metadata))
@@ -260,7 +271,7 @@ class Algorithm(BilevelOptimizer):
     def _solve(self, inputs: Inputs) -> Estimate:
         problem = self._problem(inputs)
         check_visible(type(self).__name__, self.sees, problem)
-        with differentiation_explained(type(self).__name__, self.takes):
+        with differentiation_explained(type(self).__name__, self.derivatives):
             found = self.estimate(problem, inputs.state.memory)
         check_estimate(type(self).__name__, found, inputs.state)
         return found
@@ -290,11 +301,13 @@ class Algorithm(BilevelOptimizer):
     def _fit(self, inputs: Inputs) -> BilevelState:
         steps = inputs.train_batch.num_steps
         problem = self._problem(inputs, steps)
+        check_visible(type(self).__name__, self.sees, problem)
         return inputs.state.update(memory=self.fit(problem, inputs.state.memory, steps))
 
     def _restart(
         self, state: BilevelState, start: PyTree, reptile_rate: Float[Array, ""]
     ) -> BilevelState:
+        self._check_state(state)
         w = tree_lerp(start, inner_state(state).w, reptile_rate)
         s = init_inner_state(self.inner_optimizer, w, state.hyperparams)
         z = InnerState(w, s, state.model_state)

@@ -139,6 +139,31 @@ class BilevelOptimizer(InnerProblems):
         return self._init_state(params, hyperparams, batch, key)
 
     @checked
+    def adopt(self, state: BilevelState) -> BilevelState:
+        """The state of another optimizer on the same problem, made one of this optimizer.
+
+        Parameters, hyperparameters, running state, the step count, metrics and notes are kept, and
+        the inner optimizer's state if it has the structure and shapes that this optimizer's has.
+        Memory and outer optimizer state are new.
+
+        **Arguments:** `state`: from the other optimizer's `init` or `step`.
+
+        **Returns:** a state for this optimizer's `step` and [`run`][gradhpo.run].
+
+        **Raises:** `ValueError` for a state of another number of inner problems
+        ([`TaskBatched`][gradhpo.TaskBatched]).
+
+        ```python
+        loss = lambda w, h, batch: jnp.sum((w - h) ** 2)
+        cheap = gradhpo.FOOptimizer(optax.sgd(0.1), optax.sgd(0.1))
+        exact = gradhpo.UnrolledOptimizer(optax.sgd(0.1), optax.adam(0.1), unroll_steps=10)
+        state = cheap.step(cheap.init(jnp.ones(3), jnp.zeros(3)), None, None, loss, loss)
+        state = exact.step(exact.adopt(state), None, None, loss, loss)
+        ```
+        """
+        return self._adopt(state, keep_memory=False)
+
+    @checked
     def restart(
         self,
         state: BilevelState,

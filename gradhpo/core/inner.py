@@ -18,12 +18,10 @@ from gradhpo.core.batches import batch_of_step, is_same_each_step
 from gradhpo.core.inner_optimizer import (
     cast_like,
     explained,
-    forget_secants,
-    keeps_last_evaluation,
     resolve,
-    with_evaluation,
 )
 from gradhpo.core.types import InnerOptimizer, LossFn, UpdateFn
+from gradhpo.utils.foreign import forget_secants, last_evaluation, with_evaluation
 from gradhpo.utils.gradients import linearize_gradient
 from gradhpo.utils.trees import tree_zeros_like
 
@@ -217,9 +215,7 @@ class InnerUpdate(eqx.Module):
 
         def body(z, t):
             if evaluated:
-                search = z.s[-1]
-                last = (search.value, search.grad)
-                new_z, loss, _ = self.step_and_gradient(z, hyperparams, t, last)
+                new_z, loss, _ = self.step_and_gradient(z, hyperparams, t, last_evaluation(z.s))
             else:
                 new_z, loss = self.step(z, hyperparams, t, want_loss=t == wanted)
             return new_z, (loss, keep(z))
@@ -236,10 +232,11 @@ class InnerUpdate(eqx.Module):
         The first evaluation is always made, since hyperparameters and batch have changed.
         """
         reusable = self.passes_loss and is_same_each_step(self.train_batch)
-        if not (reusable and keeps_last_evaluation(z.s)):
+        last = last_evaluation(z.s) if reusable else None
+        if last is None:
             return z, False
         loss, gradient = jax.value_and_grad(self.train_loss)(z.w, hyperparams, t)
-        if loss.dtype != z.s[-1].value.dtype:
+        if loss.dtype != last[0].dtype:
             return z, False
         return z._replace(s=with_evaluation(z.s, loss, gradient)), True
 

@@ -23,8 +23,8 @@ def init_inner_state(
     if inner_optimizer is None:
         return ()
     state = resolve(inner_optimizer, hyperparams).init(w)
-    if not isinstance(inner_optimizer, optax.GradientTransformation) and _injected(state):
-        kept = lambda h: _injected(resolve(inner_optimizer, h).init(w))
+    if not isinstance(inner_optimizer, optax.GradientTransformation) and injected_values(state):
+        kept = lambda h: injected_values(resolve(inner_optimizer, h).init(w))
         if any(jax.tree.leaves(visible_leaves(kept, hyperparams))):
             raise ValueError(
                 "inner_optimizer(hyperparams) uses optax.inject_hyperparams, which keeps the "
@@ -34,14 +34,6 @@ def init_inner_state(
                 "optax.inject_hyperparams(optax.sgd)(lambda count: h['rates'][count // 100])"
             )
     return jax.tree.map(strong, state)
-
-
-def _injected(state: PyTree) -> list[PyTree]:
-    """Values that `optax.inject_hyperparams` keeps; those of schedules it makes anew."""
-    kinds = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
-    is_injected = lambda x: isinstance(x, kinds)
-    nodes = filter(is_injected, jax.tree.leaves(state, is_leaf=is_injected))
-    return [value for node in nodes for value in injected_values(node)]
 
 
 def resolve(inner_optimizer: InnerOptimizer, hyperparams: PyTree) -> optax.GradientTransformation:
@@ -72,31 +64,6 @@ def cast_like(new: PyTree, old: PyTree, what: str = "an optimizer state") -> PyT
     return jax.tree.map(
         lambda x, y: x if is_key(x) else jax.lax.convert_element_type(x, y.dtype), new, old
     )
-
-
-def forget_secants(s: PyTree) -> PyTree:
-    """Empties the memory of L-BFGS: differences of gradients of one and the same loss.
-
-    The first difference after the hyperparameters have moved is that of two losses, and no
-    curvature at all.
-    """
-    is_memory = lambda x: isinstance(x, optax.ScaleByLBFGSState)
-    emptied = lambda x: jax.tree.map(jnp.zeros_like, x) if is_memory(x) else x
-    return jax.tree.map(emptied, s, is_leaf=is_memory)
-
-
-def keeps_last_evaluation(s: PyTree) -> bool:
-    """Whether the loss and gradient in a state are those at the new parameters.
-
-    So it is where a line search is the last of a chain: nothing changes its step any more.
-    """
-    last = s[-1:] if type(s) is tuple else ()
-    return any(isinstance(x, optax.ScaleByZoomLinesearchState) for x in last)
-
-
-def with_evaluation(s: tuple, loss: PyTree, gradient: PyTree) -> tuple:
-    """A state that keeps its last evaluation, with this one."""
-    return (*s[:-1], s[-1]._replace(value=loss, grad=gradient))
 
 
 @contextlib.contextmanager

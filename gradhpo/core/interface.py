@@ -54,11 +54,8 @@ class InnerProblems(eqx.Module):
         """The state at step 0, of leaves that were checked."""
 
     @abc.abstractmethod
-    def _adopt(self, state: BilevelState) -> BilevelState:
-        """Another optimizer's state on the same problem as one of this: z and notes are kept.
-
-        So is its memory, as far as it fits; the outer optimizer's state is new.
-        """
+    def _adopt(self, state: BilevelState, *, keep_memory: bool) -> BilevelState:
+        """As `adopt`; or with the memory kept as far as it fits."""
 
     @abc.abstractmethod
     def _solve(self, inputs: Inputs) -> Estimate:

@@ -1,7 +1,7 @@
 """The memory of an algorithm, looked at from outside: its entries, and what of it fits another."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NoReturn
 
 import equinox as eqx
 import jax
@@ -10,7 +10,25 @@ from jaxtyping import PyTree
 from gradhpo.core.types import METRICS
 
 
-class MemoryOfEach(eqx.Module):
+class Memory(eqx.Module):
+    """Base class of what an algorithm carries from step to step: arrays in fields with names.
+
+    ```python
+    class Draws(gradhpo.extend.Memory):
+        count: jax.Array
+
+    memory = Draws(jnp.zeros((), jnp.int32))
+    ```
+    """
+
+    def __getitem__(self, name: str) -> NoReturn:
+        raise TypeError(
+            f"the memory of an algorithm is not a dict: write state.memory.{path_to(self, name)}, "
+            f'or state.get_metric("{name}")'
+        )
+
+
+class MemoryOfEach(Memory):
     """The memory of a wrapper, around that of the optimizer in it; its other fields are its own.
 
     - `of_each`: the memory of the wrapped optimizer, every leaf with one more leading axis.
@@ -44,8 +62,8 @@ def check_memory(name: str, memory: PyTree) -> None:
         return
     if not isinstance(memory, eqx.Module):
         raise TypeError(
-            f"{made} returned a {type(memory).__name__}: return an eqx.Module with its entries as "
-            "fields, by which they are found in state.memory and in the history"
+            f"{made} returned a {type(memory).__name__}: return a gradhpo.extend.Memory with its "
+            "entries as fields, by which they are found in state.memory and in the history"
         )
     for path, leaf in jax.tree_util.tree_leaves_with_path(memory):
         if not eqx.is_array(leaf):

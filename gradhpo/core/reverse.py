@@ -24,7 +24,7 @@ class Cotangent(NamedTuple):
 
 
 class PulledStep(NamedTuple):
-    r"""One step of the way back, for those who look on.
+    r"""One step of the way back, for `pull_through(observe=)`.
 
     The step that `pull` goes back through was taken from `z`, is number `t` and ended at `new_z`;
     `term` is what it adds to $\bar\lambda$, and `bar` the cotangent on this side of it.
@@ -68,18 +68,18 @@ def pull_through(
     num_steps: int,
     hyperparams: PyTree,
     bar: Cotangent,
-    look: Callable[[PulledStep], Any] = lambda step: None,
+    observe: Callable[[PulledStep], Any] = lambda step: None,
 ) -> tuple[Cotangent, Any]:
     """All the way back through steps `first`, `first + 1`, ..., of which `kept` is stacked.
 
     `state_at(kept of one step, its number)` is the state before that step. Returns the cotangent at
-    the start, and what `look` makes of every step, stacked in the order of the steps.
+    the start, and what `observe` makes of every step, stacked in the order of the steps.
     """
 
     def body(bar, at):
         kept, t = at
         step = pull_step(phi, state_at(kept, t), hyperparams, t, bar)
-        return step.bar, look(step)
+        return step.bar, observe(step)
 
     steps = first + jnp.arange(num_steps)
     return jax.lax.scan(body, bar, (kept, steps), length=num_steps, reverse=True)

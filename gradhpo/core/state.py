@@ -60,8 +60,10 @@ class Metadata(dict[str, Any]):
 
     @classmethod
     def tree_unflatten(cls, about: Any, values: Iterable[Any]) -> "Metadata":
-        names, in_memory = about
-        return cls(dict(zip(names, values, strict=True)), in_memory)
+        made = cls.__new__(cls)  # without __init__: a loop over `step` spends its time here
+        names, made.in_memory = about
+        made.update(zip(names, values))  # noqa: B905
+        return made
 
 
 @checked

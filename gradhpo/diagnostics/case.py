@@ -66,7 +66,7 @@ class Case:
 
     def start(self, optimizer: BilevelOptimizer) -> BilevelState:
         """The state of another optimizer where this case begins."""
-        return optimizer._adopt(self.state)
+        return optimizer._adopt(self.state, keep_memory=True)
 
     def compile(
         self, function: Callable, optimizer: BilevelOptimizer, *more: PyTree, start: Any = None

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from gradhpo.algorithms.shares import Keeps, short_horizons
+from gradhpo.algorithms.shares import StepWeights, short_horizons
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.batches import BatchStack
 from gradhpo.core.inner import InnerState
@@ -215,7 +215,7 @@ def _report(
     direct: PyTree,
     estimates: dict[str, PyTree],
     numbers: dict[str, Array],
-    short: dict[str, Keeps],
+    short: dict[str, StepWeights],
 ) -> Horizon:
     g, direct, estimates, by_step = jax.tree.map(
         lambda x: np.asarray(x).astype(np.float64), (g, direct, estimates, numbers)

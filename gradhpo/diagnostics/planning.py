@@ -220,7 +220,7 @@ def _cost_of_step(
             lambda optimizer, inputs, rate: optimizer._advance(inputs, rate),
             optimizer,
             Inputs(
-                optimizer._adopt(state),
+                optimizer._adopt(state, keep_memory=True),
                 _stack_of(train_batch, optimizer.num_inner_steps),
                 val_batch,
                 losses,

@@ -14,6 +14,7 @@ from gradhpo.core.problem import Problem
 from gradhpo.core.reverse import square_root, unrolled
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import InnerOptimizer, UpdateFn
+from gradhpo.core.visibility import Sees
 from gradhpo.core.wrapper import algorithm_of, rewrapped
 from gradhpo.utils.trees import inexact_bytes
 
@@ -24,7 +25,7 @@ FAILURES = (TypeError, ValueError, NotImplementedError, jax.errors.JaxRuntimeErr
 _MOST_BYTES_KEPT = 2**30
 
 
-class ExactReference(Algorithm):
+class ExactHypergradient(Algorithm):
     """Reverse mode through `num_steps` inner steps, kept, or in `num_segments` segments."""
 
     inner_optimizer: InnerOptimizer | None = None
@@ -37,6 +38,10 @@ class ExactReference(Algorithm):
     def num_inner_steps(self) -> int:
         return self.num_steps
 
+    @property
+    def sees(self) -> Sees:
+        return "updates" if self.num_steps > 1 else "last update"
+
     def estimate(self, problem: Problem, memory: None) -> Estimate:
         return unrolled(problem, 0, self.num_steps, self.num_segments)
 
@@ -47,7 +52,7 @@ def exact_reference(
     """For the inner problems of an optimizer, in memory that fits most machines."""
     algorithm = algorithm_of(like)
     size = inexact_bytes((state.params, state.inner_opt_state, state.model_state))
-    exact = ExactReference(
+    exact = ExactHypergradient(
         algorithm.inner_optimizer,
         num_steps=num_steps,
         num_segments=square_root(num_steps) if size * num_steps > _MOST_BYTES_KEPT else None,

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from gradhpo.core.algorithm import Algorithm
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.inputs import LossFunctions
 from gradhpo.core.state import BilevelState, inner_state
@@ -48,7 +49,7 @@ class Driver:
         )
         self.positions = self.feed.positions()
         self._callbacks_saw_all = True  # that the record holds
-        self._advice = algorithm_of(self.optimizer).saves_memory
+        self._advice = _how_to_save_memory(algorithm_of(self.optimizer))
 
     def begin(self, num_steps: int) -> None:
         """A new run, or the one that the checkpoints hold."""
@@ -214,3 +215,14 @@ class Flight:
         if self.reached is None:
             return self.state
         return self.state.update(params=eqx.combine(self.reached, self.state.params))
+
+
+def _how_to_save_memory(algorithm: Algorithm) -> str:
+    """For the report of a run that ran out of memory."""
+    smaller = algorithm.with_less_memory()
+    if smaller is None:
+        return ""
+    names = [field.name for field in dataclasses.fields(smaller)]
+    changed = [x for x in names if getattr(smaller, x) is not getattr(algorithm, x)]
+    settings = ", ".join(f"{name}={getattr(smaller, name)!r}" for name in changed)
+    return f"{type(algorithm).__name__} needs less memory with {settings}."

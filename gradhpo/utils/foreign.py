@@ -9,7 +9,9 @@ from typing import Any
 
 import equinox as eqx
 import jax
-from jaxtyping import PyTree
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
 
 
 # -- beartype ----------------------------------------------------------------------------------
@@ -81,10 +83,42 @@ def keeps_second_moments(inner_opt_state: PyTree) -> bool:
     return any(getattr(key, "name", None) == "nu" for path, _ in paths for key in path)
 
 
-def injected_values(node: Any) -> list[PyTree]:
-    """Of a state of `optax.inject_hyperparams`, the values that no schedule makes anew."""
+def injected_values(inner_opt_state: PyTree) -> list[PyTree]:
+    """What `optax.inject_hyperparams` keeps in a state; a schedule makes its value at each step."""
+    kinds = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
+    is_injected = lambda x: isinstance(x, kinds)
+    nodes: list[Any] = jax.tree.leaves(inner_opt_state, is_leaf=is_injected)
     return [
         value
+        for node in filter(is_injected, nodes)
         for name, value in node.hyperparams.items()
         if name not in getattr(node, "hyperparams_states", {})
     ]
+
+
+def forget_secants(inner_opt_state: PyTree) -> PyTree:
+    """Empties the memory of L-BFGS: differences of gradients of one loss.
+
+    After the hyperparameters have moved, the next difference would be between two losses, which
+    says nothing about curvature.
+    """
+    is_memory = lambda x: isinstance(x, optax.ScaleByLBFGSState)
+    emptied = lambda x: jax.tree.map(jnp.zeros_like, x) if is_memory(x) else x
+    return jax.tree.map(emptied, inner_opt_state, is_leaf=is_memory)
+
+
+def last_evaluation(inner_opt_state: PyTree) -> tuple[Array, PyTree] | None:
+    """The loss and gradient at the new parameters, if a line search keeps them.
+
+    It does so as the last of a chain, where nothing changes its step any more.
+    """
+    search = inner_opt_state[-1] if type(inner_opt_state) is tuple and inner_opt_state else None
+    if isinstance(search, optax.ScaleByZoomLinesearchState):
+        return search.value, search.grad  # pyright: ignore[reportReturnType]
+    return None
+
+
+def with_evaluation(inner_opt_state: tuple, loss: PyTree, gradient: PyTree) -> tuple:
+    """A state that keeps its last evaluation, with this one."""
+    search = inner_opt_state[-1]._replace(value=loss, grad=gradient)
+    return (*inner_opt_state[:-1], search)

@@ -131,14 +131,19 @@ def numbers_as_arrays(batch: PyTree) -> PyTree:
     return jax.tree.map(as_array, batch)
 
 
-def check_same_structure(found: PyTree, expected: PyTree, what: str, remedy: str) -> None:
-    """Two trees agree in structure, shapes and dtypes."""
+def have_same_structure(a: PyTree, b: PyTree) -> bool:
+    """Whether two trees agree in structure, shapes and dtypes."""
 
     def describe(tree):
         kinds = [(getattr(x, "shape", x), getattr(x, "dtype", x)) for x in jax.tree.leaves(tree)]
         return jax.tree.structure(tree), kinds
 
-    if describe(found) != describe(expected):
+    return describe(a) == describe(b)
+
+
+def check_same_structure(found: PyTree, expected: PyTree, what: str, remedy: str) -> None:
+    """Two trees agree in structure, shapes and dtypes."""
+    if not have_same_structure(found, expected):
         shown = lambda tree: eqx.tree_pformat(tree, struct_as_array=True)
         raise ValueError(
             f"{what} does not fit this optimizer: it is\n  {shown(found)}\nbut should be\n  "

@@ -10,26 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from gradhpo.extend import (
-    BatchStack,
-    BilevelOptimizer,
-    BilevelState,
-    DrawnStack,
-    Estimate,
-    InnerState,
-    Inputs,
-    LossFn,
-    MemoryOfEach,
-    MetricDict,
-    Wrapper,
-    check_count,
-    checked,
-    fit_memory,
-    fold_keys,
-    inner_state,
-    with_inner_state,
-    with_memory,
-)
+from gradhpo.core.base import BilevelOptimizer, fit_memory
+from gradhpo.core.batches import BatchStack, DrawnStack
+from gradhpo.core.inner import InnerState
+from gradhpo.core.inputs import Inputs
+from gradhpo.core.memory import MemoryOfEach
+from gradhpo.core.outer import Estimate
+from gradhpo.core.state import BilevelState, inner_state, with_inner_state, with_memory
+from gradhpo.core.types import LossFn, MetricDict
+from gradhpo.core.wrapper import Wrapper
+from gradhpo.utils.keys import fold_keys
+from gradhpo.utils.settings import check_count
+from gradhpo.utils.typecheck import checked
 
 
 class TaskMemory(MemoryOfEach):
@@ -145,14 +137,16 @@ class TaskBatched(Wrapper):
         z, of_each = jax.vmap(of_task)(numbers, examples, keys)
         return with_memory(with_inner_state(state, z), TaskMemory(numbers, of_each))
 
-    def _adopt(self, state: BilevelState) -> BilevelState:
-        z, memory = inner_state(state), state.memory
-        own = (z, memory.of_each if isinstance(memory, TaskMemory) else None)
-        adopt = lambda z, memory: self.optimizer._adopt(_of_task(state, z, memory))
-        of_each = jax.vmap(lambda *own: adopt(*own).memory)(*own)
+    def _adopt(self, state: BilevelState, *, keep_memory: bool) -> BilevelState:
+        memory = self._checked(state.memory)
+        own = inner_state(state), memory.of_each
+
+        def adopt(z, memory):
+            return self.optimizer._adopt(_of_task(state, z, memory), keep_memory=keep_memory)
+
+        z, of_each = jax.vmap(lambda *own: _own(adopt(*own)))(*own)
         of_first = adopt(*jax.tree.map(lambda x: x[0], own))
-        numbers = jnp.arange(self.num_tasks, dtype=jnp.int32)
-        return with_memory(with_inner_state(of_first, z), TaskMemory(numbers, of_each))
+        return with_memory(with_inner_state(of_first, z), TaskMemory(memory.task, of_each))
 
     def _solve(self, inputs: Inputs) -> Estimate:
         every: Estimate = self._over_tasks(self.optimizer._solve, inputs)
@@ -161,7 +155,7 @@ class TaskBatched(Wrapper):
             hypergradient=_mean(every.hypergradient),
             train_loss=_mean(every.train_loss),
             val_loss=_mean(every.val_loss),
-            memory=TaskMemory(inputs.state.memory.task, every.memory),
+            memory=TaskMemory(self._checked(inputs.state.memory).task, every.memory),
         )
 
     def _seen(self, inputs: Inputs) -> list[bool]:
@@ -186,20 +180,20 @@ class TaskBatched(Wrapper):
 
     def _with_memories(self, inputs: Inputs, function: Callable[[Inputs], Any]) -> BilevelState:
         of_each = self._over_tasks(function, inputs)
-        return inputs.state.update(memory=TaskMemory(inputs.state.memory.task, of_each))
+        task = self._checked(inputs.state.memory).task
+        return inputs.state.update(memory=TaskMemory(task, of_each))
 
     def _restart(
         self, state: BilevelState, start: PyTree, reptile_rate: Float[Array, ""]
     ) -> BilevelState:
-        z = inner_state(state)
+        z, memory = inner_state(state), self._checked(state.memory)
         w, start = jax.tree.map(lambda x: jnp.broadcast_to(_mean(x), x.shape), (z.w, start))
 
         def of_task(z, memory, start):
             return _own(self.optimizer._restart(_of_task(state, z, memory), start, reptile_rate))
 
-        z, of_each = jax.vmap(of_task)(z._replace(w=w), state.memory.of_each, start)
-        memory = TaskMemory(state.memory.task, of_each)
-        return with_inner_state(state, z).update(memory=memory)
+        z, of_each = jax.vmap(of_task)(z._replace(w=w), memory.of_each, start)
+        return with_inner_state(state, z).update(memory=TaskMemory(memory.task, of_each))
 
     def _inner_response(self, state: BilevelState, gradient: PyTree) -> PyTree:
         respond = lambda z, g: self.optimizer._inner_response(_of_task(state, z, None), g)
@@ -209,22 +203,32 @@ class TaskBatched(Wrapper):
         return _mean(jax.vmap(self.optimizer._param_norm)(w))
 
     def _scalars(self, memory: TaskMemory) -> MetricDict:
-        of_each = memory.of_each
+        of_each = self._checked(memory).of_each
         return _mean(jax.vmap(self.optimizer._scalars)(of_each)) if jax.tree.leaves(of_each) else {}
 
     def _over_tasks(self, function: Callable[[Inputs], Any], inputs: Inputs) -> Any:
         """`function` of the inputs of every task, results stacked."""
-        state = inputs.state
+        state, memory = inputs.state, self._checked(inputs.state.memory)
         train, train_of = self._per_task("train_batch", inputs.train_batch)
         val, val_of = self._per_task("val_batch", inputs.val_batch)
-        numbers = state.memory.task if isinstance(state.memory, TaskMemory) else None
-        _check_tasks(None if numbers is None else numbers.shape, self.num_tasks)
 
         def of_task(number, z, memory, train, val):
             batches = {"train_batch": train_of(number, train), "val_batch": val_of(number, val)}
             return function(inputs.at(_of_task(state, z, memory), **batches))
 
-        return jax.vmap(of_task)(numbers, inner_state(state), state.memory.of_each, train, val)
+        return jax.vmap(of_task)(memory.task, inner_state(state), memory.of_each, train, val)
+
+    def _checked(self, memory: Any) -> TaskMemory:
+        """The memory of a state, if it was made for these tasks: its parameters would not tell."""
+        if isinstance(memory, TaskMemory) and memory.task.shape == (self.num_tasks,):
+            return memory
+        found = "without a task axis"
+        if isinstance(memory, TaskMemory):
+            found = f"for {memory.task.shape[0]} tasks"
+        raise ValueError(
+            f"the state was made {found}, and TaskBatched has num_tasks={self.num_tasks}: make it "
+            "with this optimizer's init(params, hyperparams), where params are those of one task"
+        )
 
     def _per_task(self, name: str, batch: PyTree) -> tuple[PyTree, Callable[[Array, PyTree], Any]]:
         """What of a batch to map over (tasks first), and how to make a task's batch of its part."""
@@ -260,16 +264,6 @@ def _own(state: BilevelState) -> tuple[InnerState, Any]:
 
 def _of_task(state: BilevelState, z: InnerState, memory: Any) -> BilevelState:
     return with_memory(with_inner_state(state, z), memory)
-
-
-def _check_tasks(shape: tuple[int, ...] | None, num_tasks: int) -> None:
-    """A state was made for so many tasks: its parameters alone would not tell."""
-    if shape != (num_tasks,):
-        found = "without a task axis" if shape is None else f"for {shape[0]} tasks"
-        raise ValueError(
-            f"the state was made {found}, and TaskBatched has num_tasks={num_tasks}: make it with "
-            "this optimizer's init(params, hyperparams), the parameters being those of one task"
-        )
 
 
 def _check_task_axis(tree: PyTree, name: str, num_tasks: int, *, axis: int) -> None:
