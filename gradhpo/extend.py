@@ -20,8 +20,10 @@ from gradhpo.core.reverse import (
     pull_step,
     pull_through,
     square_root,
+    through_start,
     unrolled,
 )
+from gradhpo.core.start import pull_start, push_start
 from gradhpo.core.state import BilevelState, inner_state, with_inner_state
 from gradhpo.core.types import InnerOptimizer, LossFn, MetricDict, UpdateFn
 from gradhpo.core.visibility import Sees
@@ -75,11 +77,14 @@ __all__ = [
     "is_key",
     "map_in_blocks",
     "num_coordinates",
+    "pull_start",
     "pull_step",
     "pull_through",
+    "push_start",
     "ravel",
     "setting",
     "square_root",
+    "through_start",
     "tree_dot",
     "tree_l2_norm",
     "tree_lerp",

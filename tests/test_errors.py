@@ -292,11 +292,6 @@ MISUSES = {
         lambda: one_step(inner_optimizer=lambda h: 0.1).init(W, H), TypeError,
         r"the function returned 0\.1",
     ),
-    "inject_hyperparams in a callable": (
-        lambda: one_step(
-            inner_optimizer=lambda h: optax.inject_hyperparams(optax.sgd)(jnp.mean(h))
-        ).init(W, H), ValueError, r"optax\.inject_hyperparams.*no effect",
-    ),
     "optimizer that needs the loss": (
         needs_extra_arguments, ValueError,
         r"missing.*'value'.*optax\.polyak_sgd\) fit as inner_optimizer of Impl.*update_fn",

@@ -21,6 +21,7 @@ from gradhpo.extend import (
     checked,
     map_in_blocks,
     num_coordinates,
+    push_start,
     ravel,
     unit_vector,
     unravel,
@@ -99,6 +100,11 @@ class ForwardModeOptimizer(Algorithm):
         return self.unroll_steps
 
     @property
+    def differentiates_init(self) -> bool:
+        """Yes: `Z` starts there."""
+        return True
+
+    @property
     def derivatives(self) -> str:
         """Forward derivatives."""
         return "forward derivatives of the inner update"
@@ -142,7 +148,12 @@ class ForwardModeOptimizer(Algorithm):
             tangents = map_in_blocks(along, (tangents, coordinates))
             return (eqx.combine(inexact, rest), tangents), loss
 
-        (z, tangents), losses = jax.lax.scan(body, (z, memory.Z), jnp.arange(self.unroll_steps))
+        tangents = memory.Z
+        if phi.fresh is not None:
+            at_start = lambda i: push_start(phi, z, hyperparams, unit_vector(i, hyperparams))
+            s = jax.tree.map(jnp.add, tangents.s, map_in_blocks(at_start, coordinates))
+            tangents = tangents._replace(s=s)
+        (z, tangents), losses = jax.lax.scan(body, (z, tangents), jnp.arange(self.unroll_steps))
         val_loss, alpha, direct = validation.value_and_grads(z.w, hyperparams)
         wide = accumulation_dtype(z.w)
         alpha = ravel(alpha, wide)

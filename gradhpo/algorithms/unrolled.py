@@ -20,6 +20,7 @@ from gradhpo.extend import (
     cotangent_at_end,
     pull_through,
     square_root,
+    through_start,
     unrolled,
 )
 
@@ -87,6 +88,11 @@ class UnrolledOptimizer(Algorithm):
     def sees(self) -> Sees:
         """All updates that are differentiated."""
         return "updates" if self._differentiated_steps > 1 else "last update"
+
+    @property
+    def differentiates_init(self) -> bool:
+        """Unless the first updates are left out."""
+        return self._differentiated_steps == self.unroll_steps
 
     @property
     def _differentiated_steps(self) -> int:
@@ -167,6 +173,11 @@ class DrMADOptimizer(Algorithm):
         """All updates."""
         return "updates" if self.unroll_steps > 1 else "last update"
 
+    @property
+    def differentiates_init(self) -> bool:
+        """Yes: the line starts at the true $z_0$."""
+        return True
+
     def with_num_steps(self, num_steps: int) -> "DrMADOptimizer":
         """With other `unroll_steps`."""
         return dataclasses.replace(self, unroll_steps=num_steps)
@@ -174,9 +185,10 @@ class DrMADOptimizer(Algorithm):
     def estimate(self, problem: Problem, memory: None) -> Estimate:
         phi, validation, z, hyperparams = problem
         steps = self.unroll_steps
-        _, z, train_loss, line, kept = along_a_line(phi, z, hyperparams, steps)
-        val_loss, alpha, direct = validation.value_and_grads(z.w, hyperparams)
-        bar = cotangent_at_end(alpha, z, direct)
+        _, end, train_loss, line, kept = along_a_line(phi, z, hyperparams, steps)
+        val_loss, alpha, direct = validation.value_and_grads(end.w, hyperparams)
+        bar = cotangent_at_end(alpha, end, direct)
         bar, _ = pull_through(phi, line.at, kept, 0, steps, hyperparams, bar)
+        bar = through_start(phi, z, hyperparams, bar)
         hypergradient = cast_like(bar.hyperparams, direct)
-        return Estimate(z, hypergradient, train_loss, val_loss)
+        return Estimate(end, hypergradient, train_loss, val_loss)

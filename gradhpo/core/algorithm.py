@@ -24,6 +24,7 @@ from gradhpo.core.memory import (
 )
 from gradhpo.core.outer import Estimate, check_estimate, init_outer_state
 from gradhpo.core.problem import Problem, make_problem
+from gradhpo.core.start import started
 from gradhpo.core.state import BilevelState, inner_state, with_inner_state, with_metrics
 from gradhpo.core.types import Declared, InnerOptimizer, MetricDict, UpdateFn
 from gradhpo.core.visibility import Sees, check_visible, seen_by
@@ -107,6 +108,17 @@ class Algorithm(BilevelOptimizer):
         anything that has an effect, because updates are evaluated and not differentiated.
         """
         return "updates"
+
+    @property
+    def differentiates_init(self) -> bool:
+        """Whether the hypergradient includes how $s_0$ depends on the hyperparameters.
+
+        With `False`, the default, those that act in the inner optimizer's `init` are named while
+        tracing. [`unrolled`][gradhpo.extend.unrolled] from step 0 includes it;
+        [`pull_start`][gradhpo.extend.pull_start] and [`push_start`][gradhpo.extend.push_start]
+        are for other algorithms.
+        """
+        return False
 
     @property
     def passes_loss(self) -> bool:
@@ -215,7 +227,7 @@ class Algorithm(BilevelOptimizer):
             self.inner_optimizer, self.update_fn, inputs, steps, self.passes_loss
         )
         z = problem.phi.at_new_hyperparams(problem.z, self.num_inner_steps)
-        return problem._replace(z=z)
+        return problem._replace(z=started(problem.phi, z, problem.hyperparams))
 
     def _check_state(self, state: BilevelState) -> None:
         made_here = (
@@ -246,6 +258,7 @@ class Algorithm(BilevelOptimizer):
             inner_opt_state=z.s,
             outer_opt_state=init_outer_state(self.outer_optimizer, hyperparams),
             memory=memory,
+            fresh=True,
         )
 
     def _adopt(self, state: BilevelState, *, keep_memory: bool) -> BilevelState:
@@ -256,7 +269,8 @@ class Algorithm(BilevelOptimizer):
             )
         z, hyperparams = inner_state(state), state.hyperparams
         s = init_inner_state(self.inner_optimizer, z.w, hyperparams)
-        z = z._replace(s=z.s if have_same_structure(z.s, s) else s)
+        anew = not have_same_structure(z.s, s)
+        z = z._replace(s=s if anew else z.s)
         fresh = self.init_memory(z, hyperparams, None, None)
         made = BilevelState.create(
             state.params,
@@ -265,19 +279,23 @@ class Algorithm(BilevelOptimizer):
             init_outer_state(self.outer_optimizer, hyperparams),
             kept_where_it_fits(state.memory, fresh) if keep_memory else fresh,
             z.r,
+            fresh=anew or (keep_memory and state.fresh),
         )
         return with_metrics(made.update(step=state.step), dict(state.metadata))
 
     def _solve(self, inputs: Inputs) -> Estimate:
         problem = self._problem(inputs)
-        check_visible(type(self).__name__, self.sees, problem)
+        self._check_visible(problem)
         with differentiation_explained(type(self).__name__, self.derivatives):
             found = self.estimate(problem, inputs.state.memory)
         check_estimate(type(self).__name__, found, inputs.state)
         return found
 
     def _seen(self, inputs: Inputs) -> list[bool]:
-        return seen_by(self.sees, self._problem(inputs))
+        return seen_by(self.sees, self._problem(inputs), self.differentiates_init)
+
+    def _check_visible(self, problem: Problem) -> None:
+        check_visible(type(self).__name__, self.sees, problem, self.differentiates_init)
 
     def _outer_loss(self, inputs: Inputs) -> Array:
         phi, validation, z, hyperparams = self._problem(inputs)
@@ -301,7 +319,7 @@ class Algorithm(BilevelOptimizer):
     def _fit(self, inputs: Inputs) -> BilevelState:
         steps = inputs.train_batch.num_steps
         problem = self._problem(inputs, steps)
-        check_visible(type(self).__name__, self.sees, problem)
+        self._check_visible(problem)
         return inputs.state.update(memory=self.fit(problem, inputs.state.memory, steps))
 
     def _restart(
@@ -312,7 +330,7 @@ class Algorithm(BilevelOptimizer):
         s = init_inner_state(self.inner_optimizer, w, state.hyperparams)
         z = InnerState(w, s, state.model_state)
         memory = self._restarted(state.memory, z, state.hyperparams)
-        return with_inner_state(state, z).update(memory=memory)
+        return with_inner_state(state, z).update(memory=memory, fresh=True)
 
     def _restarted(self, memory: Any, z: InnerState, hyperparams: PyTree) -> Any:
         new = self.restart_memory(memory, z, hyperparams)

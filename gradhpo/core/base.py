@@ -100,6 +100,7 @@ class BilevelOptimizer(InnerProblems):
             outer_opt_state=outer_opt_state,
             step=state.step + 1,
             memory=jax.tree.map(keep, estimate.memory, refused),
+            fresh=state.fresh & ~accepted,
         )
         return with_metrics(state, {name: x.astype(dtype) for name, x in metrics.items()})
 

@@ -55,6 +55,9 @@ class InnerUpdate(eqx.Module):
     frozen: PyTree
     train_batch: PyTree
     symmetric: bool = eqx.field(static=True)
+    # Whether `z.s` is what the optimizer's `init` made at these hyperparameters, shape `()`; `None`
+    # where hyperparameters do not act there. What follows from it: core/start.py.
+    fresh: Array | None = None
     # Whether `step` gives optax the loss as well. `vjp` never does: a derivative of what optax
     # makes of the loss would miss its dependence on w and the hyperparameters.
     passes_loss: bool = eqx.field(static=True, default=False)

@@ -14,6 +14,7 @@ from gradhpo.utils.foreign import injected_values, is_missing_argument
 from gradhpo.utils.keys import is_key
 from gradhpo.utils.tracing import visible_leaves
 from gradhpo.utils.validation import strong
+from gradhpo.utils.warn import warn_once
 
 
 def init_inner_state(
@@ -26,9 +27,10 @@ def init_inner_state(
     if not isinstance(inner_optimizer, optax.GradientTransformation) and injected_values(state):
         kept = lambda h: injected_values(resolve(inner_optimizer, h).init(w))
         if any(jax.tree.leaves(visible_leaves(kept, hyperparams))):
-            raise ValueError(
+            warn_once(
                 "inner_optimizer(hyperparams) uses optax.inject_hyperparams, which keeps the "
-                "values from init in its state, so later hyperparameters would have no effect. "
+                "values from init in its state: the hyperparameters of later steps have no effect "
+                "until an episode begins. "
                 "Pass them straight to the optimizer, lambda h: optax.sgd(jnp.exp(h['log_rate'])), "
                 "or as schedules, which are evaluated at every step: lambda h: "
                 "optax.inject_hyperparams(optax.sgd)(lambda count: h['rates'][count // 100])"

@@ -12,6 +12,7 @@ from jaxtyping import Array, PyTree
 from gradhpo.core.batches import BatchStack
 from gradhpo.core.inner import InnerState, InnerUpdate
 from gradhpo.core.inputs import Inputs
+from gradhpo.core.start import act_in_init
 from gradhpo.core.state import inner_state
 from gradhpo.core.types import InnerOptimizer, LossFn, UpdateFn
 from gradhpo.utils.tracing import contains_custom_vjp
@@ -85,7 +86,8 @@ def make_problem(
         hyperparams,
     )
     _trace_loss("val_loss_fn", losses.val_loss, validation.loss, z.w, hyperparams)
-    phi = dataclasses.replace(phi, symmetric=not contains_custom_vjp(program))
+    fresh = state.fresh if act_in_init(phi, z, hyperparams) else None
+    phi = dataclasses.replace(phi, symmetric=not contains_custom_vjp(program), fresh=fresh)
     return Problem(phi, validation, z, hyperparams)
 
 

@@ -13,6 +13,7 @@ from gradhpo.core.inner import InnerState, InnerUpdate, Pull
 from gradhpo.core.inner_optimizer import cast_like
 from gradhpo.core.outer import Estimate
 from gradhpo.core.problem import Problem
+from gradhpo.core.start import pull_start
 from gradhpo.utils.trees import accumulation_dtype, tree_lerp, tree_zeros_like
 
 
@@ -85,8 +86,19 @@ def pull_through(
     return jax.lax.scan(body, bar, (kept, steps), length=num_steps, reverse=True)
 
 
+def through_start(
+    phi: InnerUpdate, z: InnerState, hyperparams: PyTree, bar: Cotangent
+) -> Cotangent:
+    """The last piece of the way back: what the hyperparameters do in the optimizer's `init`."""
+    if phi.fresh is None:
+        return bar
+    term = pull_start(phi, z, hyperparams, bar.z.s)
+    add = lambda total, x: total + x.astype(total.dtype)
+    return bar._replace(hyperparams=jax.tree.map(add, bar.hyperparams, term))
+
+
 def unrolled(problem: Problem, first: int, steps: int, num_segments: int | None = None) -> Estimate:
-    """The exact hypergradient of inner steps from number `first` on.
+    """The exact hypergradient of inner steps from number `first` on, and of `init` before step 0.
 
     Every inner state is kept; or (`num_segments`) only the first of each segment, which is then run
     once more on the way back.
@@ -96,6 +108,8 @@ def unrolled(problem: Problem, first: int, steps: int, num_segments: int | None 
     z, train_loss, pull_back = keep(phi, z, hyperparams, first, steps, *count)
     val_loss, alpha, direct = validation.value_and_grads(z.w, hyperparams)
     bar = pull_back(cotangent_at_end(alpha, z, direct))
+    if first == 0:
+        bar = through_start(phi, problem.z, hyperparams, bar)
     return Estimate(z, cast_like(bar.hyperparams, direct), train_loss, val_loss)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
 from gradhpo.core.inner import InnerState
 from gradhpo.core.memory import entries_of, path_to
@@ -85,6 +85,8 @@ class BilevelState(eqx.Module):
     - `memory`: what the algorithm itself carries from step to step, an object of its own type
         (see its docstring); `None` where it carries nothing.
     - `model_state`: running state of the model; `None` where it has none.
+    - `fresh`: whether the inner optimizer's state is what its `init` made at these
+        hyperparameters, shape `()`, bool: true after `init` and `restart`, false after a `step`.
     - `model` (property): the model that `partition` split, put together again.
 
     The metrics are scalars, float32 or float64 where a parameter is float64, and `nan` before
@@ -107,6 +109,7 @@ class BilevelState(eqx.Module):
     metadata: Metadata = eqx.field(converter=Metadata)
     memory: PyTree = None
     model_state: PyTree = None
+    fresh: Bool[Array, ""] = eqx.field(converter=jnp.asarray, default=False)
 
     def __check_init__(self):
         self.metadata.in_memory = frozenset(entries_of(self.memory))
@@ -120,12 +123,13 @@ class BilevelState(eqx.Module):
         outer_opt_state: PyTree,
         memory: PyTree = None,
         model_state: PyTree = None,
+        fresh: bool | Bool[Array, ""] = False,
     ) -> "BilevelState":
         """A state at step 0, its metrics `nan` and nothing rejected.
 
         **Arguments:** the fields of the same names; "no optimizer state" is `()`, no memory and no
-        model state `None`, the default. They are taken as they are: an optimizer's
-        [`init`][gradhpo.BilevelOptimizer.init] checks them and makes the memory of its algorithm.
+        model state `None`, the default, and `fresh` is `False`. They are not checked: an
+        optimizer's [`init`][gradhpo.BilevelOptimizer.init] does that, and makes the memory.
 
         ```python
         state = gradhpo.BilevelState.create(jnp.ones(3), jnp.zeros(3), (), ())
@@ -143,6 +147,7 @@ class BilevelState(eqx.Module):
             metadata=metrics,  # pyright: ignore[reportArgumentType]
             memory=memory,
             model_state=model_state,
+            fresh=fresh,  # pyright: ignore[reportArgumentType]
         )
 
     def update(
@@ -155,11 +160,13 @@ class BilevelState(eqx.Module):
         metadata: dict[str, Any] | None = None,
         memory: PyTree = None,
         model_state: PyTree = None,
+        fresh: bool | Bool[Array, ""] | None = None,
     ) -> "BilevelState":
         """A new state with some fields replaced.
 
         **Arguments:** the fields of the same names, default `None`, which keeps a field; entries of
-        `metadata` are added to the old ones or replace them.
+        `metadata` are added to the old ones or replace them. With another `inner_opt_state` the
+        state is no longer `fresh`.
 
         **Returns:** a new state; this one stays as it is.
 
@@ -177,6 +184,8 @@ class BilevelState(eqx.Module):
 
         if metadata:
             self._check_notes(metadata)
+        if fresh is None and inner_opt_state is not None:
+            fresh = False
         return BilevelState(
             params=keep(params, self.params),
             hyperparams=keep(hyperparams, self.hyperparams),
@@ -186,6 +195,7 @@ class BilevelState(eqx.Module):
             metadata=self.metadata | (metadata or {}),
             memory=keep(memory, self.memory),
             model_state=keep(model_state, self.model_state),
+            fresh=keep(fresh, self.fresh),
         )
 
     def _check_notes(self, notes: dict[str, Any]) -> None:

@@ -4,58 +4,66 @@ from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 import jax
+import numpy as np
 
 from gradhpo.core.problem import Problem
+from gradhpo.core.start import acting_in_init, started
 from gradhpo.utils.advice import WHO_SEES
 from gradhpo.utils.tracing import visible_leaves
-from gradhpo.utils.validation import leaf_names
+from gradhpo.utils.validation import THE_WHOLE_TREE, leaf_names
 from gradhpo.utils.warn import warn_once
 
 
 # Where a method finds the hyperparameters: in the validation loss alone; also in the condition
 # for the inner optimum; or in how the last inner update changes the parameters; also in what
 # earlier updates leave in the optimizer's state; or (by evaluating updates instead of
-# differentiating them) in whatever has an effect.
+# differentiating them) in anything that has an effect.
 Sees: TypeAlias = Literal["validation", "optimum", "last update", "updates", "everything"]
 
 
-def seen_by(sees: Sees, problem: Problem) -> list[bool]:
-    """For each leaf of the hyperparameters whether a method that looks there can see it."""
+def seen_by(sees: Sees, problem: Problem, with_init: bool = False) -> list[bool]:
+    """For each leaf of the hyperparameters whether a method that looks there can see it.
+
+    `with_init`: also those that act in the inner optimizer's `init`.
+    """
     phi, validation, z, hyperparams = problem
     by_derivative = sees != "everything"
     found = lambda function, tree: jax.tree.leaves(
         visible_leaves(function, tree, by_derivative=by_derivative)
     )
-    directly = found(lambda h: validation.loss(z.w, h), hyperparams)
-    if sees == "validation" or all(directly):
-        return directly
-    by_weights = found(lambda w: validation.loss(w, hyperparams), z.w)
-    if not any(by_weights):
-        return directly
-    if sees == "optimum":
-        inner = lambda h: phi.optimality(z.w, h, 0)[0]
-    else:
-        result = (lambda z: z.w) if sees == "last update" else (lambda z: z)
-        inner = lambda h: result(phi.step(z, h, 0, want_loss=False)[0])
-    return [a or b for a, b in zip(directly, found(inner, hyperparams), strict=True)]
+    ways = [found(lambda h: validation.loss(z.w, h), hyperparams)]
+    looks_on = sees != "validation" or with_init
+    if all(ways[0]) or not looks_on:
+        return ways[0]
+    if any(found(lambda w: validation.loss(w, hyperparams), z.w)):
+        if with_init and phi.fresh is not None:
+            ways.append(found(lambda h: started(phi, z, h).s, hyperparams))
+        if sees == "optimum":
+            ways.append(found(lambda h: phi.optimality(z.w, h, 0)[0], hyperparams))
+        elif sees != "validation":
+            result = (lambda z: z.w) if sees == "last update" else (lambda z: z)
+            after = lambda h: result(phi.step(z, h, 0, want_loss=False)[0])
+            ways.append(found(after, hyperparams))
+    return [any(seen) for seen in zip(*ways, strict=True)]
 
 
-def check_visible(name: str, sees: Sees, problem: Problem) -> None:
-    """Names the hyperparameters whose hypergradient by this method is identically 0."""
-    seen = seen_by(sees, problem)
+def check_visible(name: str, sees: Sees, problem: Problem, with_init: bool) -> None:
+    """Names the hyperparameters whose hypergradient by this method is identically 0, or in part."""
+    seen = seen_by(sees, problem, with_init)
+    if not with_init and sees in ("last update", "updates"):
+        _check_init(name, problem, seen)
     if all(seen):
         return
     names = leaf_names(problem.hyperparams)
     # What each unseen leaf acts through, found only now: most programs never get here.
     through = {kind: seen_by(kind, problem) for kind in _NARROWER}
+    through[_INIT] = seen_by("validation", problem, True)
     of_weights = lambda w: problem.validation.loss(w, problem.hyperparams)
     blind = not any(jax.tree.leaves(visible_leaves(of_weights, problem.z.w)))
     groups: dict[str, list[str]] = {}
     for leaf, here, *elsewhere in zip(names, seen, *through.values(), strict=True):
         if not here:
-            kinds: list[Sees] = [
-                kind for kind, there in zip(_NARROWER, elsewhere, strict=True) if there
-            ]
+            kinds = [kind for kind, there in zip(through, elsewhere, strict=True) if there]
             groups.setdefault(_why(sees, kinds, blind), []).append(leaf)
     if not any(seen):
         whys = (f"{', '.join(leaves)}: {why}" for why, leaves in groups.items())
@@ -64,6 +72,34 @@ def check_visible(name: str, sees: Sees, problem: Problem) -> None:
         warn_once(f"{name} gives a hypergradient of 0 for hyperparams {', '.join(leaves)}: {why}")
 
 
+def _check_init(name: str, problem: Problem, seen: Sequence[bool]) -> None:
+    """Of hyperparameters that are seen, names the entries that act in `init` as well."""
+    acting = acting_in_init(problem.phi, problem.z, problem.hyperparams)
+    entries = [
+        entry
+        for leaf, marks, here in zip(
+            leaf_names(problem.hyperparams), jax.tree.leaves(acting), seen, strict=True
+        )
+        if here and np.any(marks)
+        for entry in _entries(leaf, marks)
+    ]
+    if entries:
+        warn_once(
+            f"{name} leaves out what hyperparams {', '.join(entries)} do in the init of the inner "
+            f"optimizer; {WHO_SEES[_INIT]} see it"
+        )
+
+
+def _entries(leaf: str, marks: np.ndarray) -> list[str]:
+    """`leaf` where all of it is marked, or its marked entries."""
+    if np.all(marks):
+        return [leaf]
+    leaf = leaf.removeprefix(THE_WHOLE_TREE)
+    found = [f"{leaf}{list(map(int, at))}" for at in np.argwhere(marks)]
+    return found if len(found) <= 5 else [*found[:5], f"and {len(found) - 5} more of {leaf}"]
+
+
+_INIT = "init"
 _NARROWER: tuple[Sees, ...] = ("optimum", "last update", "updates")
 _LOOKS_ELSEWHERE: dict[Sees, str] = {
     "validation": "the validation loss does not depend on them, and this method looks nowhere else",
@@ -71,12 +107,15 @@ _LOOKS_ELSEWHERE: dict[Sees, str] = {
     "optimizer change the way to it; a weight decay goes into the loss)",
     "last update": "they act on later updates alone, through the optimizer's state",
 }
+_IN_INIT = "they act in the init of the inner optimizer alone"
 
 
-def _why(sees: Sees, acts_through: Sequence[Sees], blind: bool) -> str:
+def _why(sees: Sees, acts_through: Sequence[str], blind: bool) -> str:
     """Why a leaf is not seen, and what would see it; `blind` validation sees no parameter."""
     if blind:
         return "the validation loss depends on neither the parameters nor on them"
+    if acts_through == [_INIT]:
+        return f"{_IN_INIT}; {WHO_SEES[_INIT]} see them"
     if not acts_through or sees not in _LOOKS_ELSEWHERE:
         return (
             "neither the validation loss nor the inner update depends on them, or they do where "

@@ -94,8 +94,8 @@ def _checked_up(case: Case, optimizer: Algorithm, step_size: float) -> Hypergrad
     problem = case.problem(optimizer, start, case.train_batch, case.val_batch)
     names, notes = leaf_names(problem.hyperparams), []
     marked = lambda marks: tuple(n for n, mark in zip(names, marks, strict=True) if mark)
-    seen = seen_by(optimizer.sees, problem)
-    acting, derived = seen_by("everything", problem), seen_by("updates", problem)
+    seen = seen_by(optimizer.sees, problem, optimizer.differentiates_init)
+    acting, derived = (seen_by(sees, problem, True) for sees in ("everything", "updates"))
 
     own_dtype = _widest(case.state.params)
     is_narrow = own_dtype != jnp.float64

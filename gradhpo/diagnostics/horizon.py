@@ -15,7 +15,8 @@ from gradhpo.core.batches import BatchStack
 from gradhpo.core.inner import InnerState
 from gradhpo.core.inputs import LossFunctions
 from gradhpo.core.problem import Problem
-from gradhpo.core.reverse import PulledStep, cotangent_at_end, pull_through
+from gradhpo.core.reverse import PulledStep, cotangent_at_end, pull_through, through_start
+from gradhpo.core.start import pull_start
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import RealScalarLike
 from gradhpo.core.wrapper import algorithm_of
@@ -46,6 +47,8 @@ class Horizon:
         ($\gamma^{T-t}\alpha_t B_t$) and `"HyperDistill"` ($\theta\gamma^{T-t} v_T$). Those of
         `"exact"` and `direct_share` add up to 1; a negative one pulls the other way.
     - `share_of_leaf[leaf][name]`: the same within one leaf of the hyperparameters.
+    - `direct_share`: that of $\partial L_{val}/\partial\lambda$, and of what hyperparameters do in
+        the inner optimizer's `init`.
     - `norm`, shape `[steps]`: $\|c_t\|$.
     - `cosine_of_last`, shape `[steps]`: at `[K - 1]` the cosine of $g$ with the hypergradient of
         the last K steps alone (`truncation=K`).
@@ -166,17 +169,19 @@ def explain_horizon(
     )
     looked_at = lambda *arguments: _contributions(case.problem(*arguments), case.num_steps)
     with without_warnings(), differentiation_explained("explain_horizon"):
-        g, direct, numbers = case.compile(looked_at, algorithm)()
+        g, direct, before, numbers = case.compile(looked_at, algorithm)()
         estimates = {
             name: case.estimate(x.algorithm)()[0] if any(case.seen(x.algorithm)) else direct
             for name, x in kept.items()
             if x.algorithm is not None
         }
-    return _report(g, direct, estimates, numbers, kept)
+    return _report(g, direct, before, estimates, numbers, kept)
 
 
-def _contributions(problem: Problem, num_steps: int) -> tuple[PyTree, PyTree, dict[str, Array]]:
-    """The exact hypergradient, its direct term, and numbers about what every step adds.
+def _contributions(
+    problem: Problem, num_steps: int
+) -> tuple[PyTree, PyTree, PyTree, dict[str, Array]]:
+    """The exact hypergradient, its direct term, that of `init`, and numbers about every step.
 
     Twice through the kept states: products with the whole hypergradient need it first.
     """
@@ -185,7 +190,8 @@ def _contributions(problem: Problem, num_steps: int) -> tuple[PyTree, PyTree, di
     _, alpha, direct = validation.value_and_grads(end.w, hyperparams)
     bar = cotangent_at_end(alpha, end, direct)
     way_back = (phi, lambda z, _: z, kept, 0, num_steps, hyperparams, bar)
-    g = pull_through(*way_back)[0].hyperparams
+    at_start = through_start(phi, z, hyperparams, pull_through(*way_back)[0])
+    g, before = at_start.hyperparams, pull_start(phi, z, hyperparams, at_start.z.s)
 
     def look(step: PulledStep) -> dict[str, Array]:
         after = jax.grad(validation.loss)(step.new_z.w, hyperparams)
@@ -198,7 +204,7 @@ def _contributions(problem: Problem, num_steps: int) -> tuple[PyTree, PyTree, di
             "last square": _dots(total, total),
         }
 
-    return g, direct, pull_through(*way_back, look)[1]
+    return g, direct, before, pull_through(*way_back, look)[1]
 
 
 def _dots(x: PyTree, y: PyTree) -> Array:
@@ -213,12 +219,13 @@ def _pairs(x: PyTree, y: PyTree) -> Iterator[tuple[Any, Any]]:
 def _report(
     g: PyTree,
     direct: PyTree,
+    before: PyTree,
     estimates: dict[str, PyTree],
     numbers: dict[str, Array],
     short: dict[str, StepWeights],
 ) -> Horizon:
-    g, direct, estimates, by_step = jax.tree.map(
-        lambda x: np.asarray(x).astype(np.float64), (g, direct, estimates, numbers)
+    g, direct, before, estimates, by_step = jax.tree.map(
+        lambda x: np.asarray(x).astype(np.float64), (g, direct, before, estimates, numbers)
     )
     dots = lambda x: np.array([np.vdot(a, b) for a, b in _pairs(x, g)])  # [leaves]
     squares, directs = dots(g), dots(direct)
@@ -238,7 +245,7 @@ def _report(
                 leaf: {name: x[:, i] / squares[i] for name, x in kept.items()}
                 for i, leaf in enumerate(leaf_names(g))
             },
-            direct_share=float(directs.sum() / total),
+            direct_share=float((directs + dots(before)).sum() / total),
             norm=np.sqrt(by_step["square"].sum(axis=1)),
             cosine_of_last=last[::-1],
             length_of_last=np.sqrt(by_step["last square"].sum(axis=1) / total)[::-1],

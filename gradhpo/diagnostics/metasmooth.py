@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, PyTree
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.inputs import LossFunctions
 from gradhpo.core.problem import Problem
+from gradhpo.core.start import started
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import RealScalarLike
 from gradhpo.diagnostics.case import Case, check_one_problem
@@ -143,7 +144,7 @@ def smoothness_along(
     def trained(count):
         move = lambda h, v: h + (count * step_size).astype(h.dtype) * v
         moved = jax.tree.map(move, hyperparams, direction)
-        return phi.rollout(z, moved, 0, num_steps)[0].w
+        return phi.rollout(started(phi, z, moved), moved, 0, num_steps)[0].w
 
     first, second, third = (
         [x[i] for x in jax.tree.leaves(jax.lax.map(trained, jnp.arange(3, dtype=step_size.dtype)))]
@@ -172,7 +173,7 @@ def train_around(case: Case, optimizer: Any, hypergradient: PyTree, step_size: f
 
         def loss(leaves):
             moved = jax.tree.unflatten(treedef, leaves)
-            end, _, _ = phi.rollout(z, moved, 0, case.num_steps)
+            end, _, _ = phi.rollout(started(phi, z, moved), moved, 0, case.num_steps)
             return validation.loss(end.w, moved)
 
         def difference(at):

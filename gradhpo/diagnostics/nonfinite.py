@@ -11,7 +11,8 @@ from jaxtyping import PyTree
 
 from gradhpo.core.inner_optimizer import init_inner_state
 from gradhpo.core.problem import Problem
-from gradhpo.core.reverse import PulledStep, cotangent_at_end, pull_through
+from gradhpo.core.reverse import PulledStep, cotangent_at_end, pull_through, through_start
+from gradhpo.core.start import pull_start
 from gradhpo.diagnostics.metasmooth import difference
 from gradhpo.utils.trees import finite_leaves, tree_dot
 
@@ -50,6 +51,7 @@ _BACKWARD = {
     "cotangent": ("the cotangent of the parameters", _SECOND),
     "term": ("what the step adds to the hypergradient", _SECOND),
 }
+_START = {"init": ("the derivative of the inner optimizer's init", _FIRST)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +125,11 @@ def finiteness(problem: Problem, num_steps: int) -> dict[str, Any]:
     bar, backward_found = pull_through(
         phi, lambda z, _: z, kept, 0, num_steps, hyperparams, bar, look
     )
+    start = pull_start(phi, z, hyperparams, bar.z.s)
+    bar = through_start(phi, z, hyperparams, bar)
     return {
         "hypergradient": bar.hyperparams,
+        "start": {"init": finite_leaves(start)},
         "forward": forward_found,
         "validation": validation_found,
         "backward": backward_found,
@@ -141,7 +146,8 @@ def first_nonfinite(watched: Mapping[str, Any]) -> NonFinite | None:
     found = _first(watched["validation"], _VALIDATION, [None])
     if found is not None:
         return _blaming_data(found, watched["validation"]["val_batch"])
-    return _first(watched["backward"], _BACKWARD, back)
+    found = _first(watched["backward"], _BACKWARD, back)
+    return _first(watched["start"], _START, [None]) if found is None else found
 
 
 def in_the_estimate(watched: Mapping[str, Any], hypergradient: PyTree, suspect: str) -> NonFinite:

@@ -42,6 +42,10 @@ class ExactHypergradient(Algorithm):
     def sees(self) -> Sees:
         return "updates" if self.num_steps > 1 else "last update"
 
+    @property
+    def differentiates_init(self) -> bool:
+        return True
+
     def estimate(self, problem: Problem, memory: None) -> Estimate:
         return unrolled(problem, 0, self.num_steps, self.num_segments)
 

@@ -12,6 +12,7 @@ WHO_SEES = {
     "last update": "OneStepOptimizer, T1T2Optimizer, GreedyOptimizer, "
     "OnlineHypergradientOptimizer (HyperDistill)",
     "updates": "UnrolledOptimizer, DrMADOptimizer, ForwardModeOptimizer",
+    "init": "UnrolledOptimizer without truncation, DrMADOptimizer, ForwardModeOptimizer",
 }
 
 NEEDS_THE_LOSS = (

@@ -12,9 +12,12 @@ from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 
+THE_WHOLE_TREE = "(the whole tree)"
+
+
 def leaf_names(tree: PyTree) -> list[str]:
     """A name as the user would write it for each leaf: `.net.layers[0].weight`, `['w']`."""
-    return [jax.tree_util.keystr(path) or "(the whole tree)" for path, _ in _with_path(tree)]
+    return [jax.tree_util.keystr(path) or THE_WHOLE_TREE for path, _ in _with_path(tree)]
 
 
 def _with_path(tree: PyTree) -> list[tuple[Any, Any]]:

@@ -135,7 +135,8 @@ class TaskBatched(Wrapper):
         numbers = jnp.arange(self.num_tasks, dtype=jnp.int32)
         state = self.optimizer._init_state(params, hyperparams, None, None)
         z, of_each = jax.vmap(of_task)(numbers, examples, keys)
-        return with_memory(with_inner_state(state, z), TaskMemory(numbers, of_each))
+        state = with_inner_state(state, z).update(fresh=True)
+        return with_memory(state, TaskMemory(numbers, of_each))
 
     def _adopt(self, state: BilevelState, *, keep_memory: bool) -> BilevelState:
         memory = self._checked(state.memory)
@@ -146,7 +147,8 @@ class TaskBatched(Wrapper):
 
         z, of_each = jax.vmap(lambda *own: _own(adopt(*own)))(*own)
         of_first = adopt(*jax.tree.map(lambda x: x[0], own))
-        return with_memory(with_inner_state(of_first, z), TaskMemory(memory.task, of_each))
+        adopted = with_inner_state(of_first, z).update(fresh=of_first.fresh)
+        return with_memory(adopted, TaskMemory(memory.task, of_each))
 
     def _solve(self, inputs: Inputs) -> Estimate:
         every: Estimate = self._over_tasks(self.optimizer._solve, inputs)
@@ -193,7 +195,8 @@ class TaskBatched(Wrapper):
             return _own(self.optimizer._restart(_of_task(state, z, memory), start, reptile_rate))
 
         z, of_each = jax.vmap(of_task)(z._replace(w=w), memory.of_each, start)
-        return with_inner_state(state, z).update(memory=TaskMemory(memory.task, of_each))
+        memory = TaskMemory(memory.task, of_each)
+        return with_inner_state(state, z).update(memory=memory, fresh=True)
 
     def _inner_response(self, state: BilevelState, gradient: PyTree) -> PyTree:
         respond = lambda z, g: self.optimizer._inner_response(_of_task(state, z, None), g)
@@ -263,7 +266,7 @@ def _own(state: BilevelState) -> tuple[InnerState, Any]:
 
 
 def _of_task(state: BilevelState, z: InnerState, memory: Any) -> BilevelState:
-    return with_memory(with_inner_state(state, z), memory)
+    return with_memory(with_inner_state(state, z).update(fresh=state.fresh), memory)
 
 
 def _check_task_axis(tree: PyTree, name: str, num_tasks: int, *, axis: int) -> None:

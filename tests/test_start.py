@@ -1,0 +1,246 @@
+"""Hyperparameters in the inner optimizer's `init`: part of the exact hypergradient, or named."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import relaxed
+
+import gradhpo
+
+
+X = jax.random.normal(jax.random.key(0), (12, 3))
+Y = X @ jnp.array([1.0, -2.0, 0.5])
+W = jnp.array([0.3, 0.1, -0.4])
+STEPS = 5
+
+
+def train_loss(w, h, batch):
+    return jnp.mean((X @ w - Y) ** 2) + 0.01 * jnp.sum(w**2)
+
+
+def val_loss(w, h, batch):
+    return jnp.sum((w - 1.0) ** 2)
+
+
+LOSSES = (train_loss, val_loss)
+
+
+def adagrad(h):
+    return optax.adagrad(h[0], initial_accumulator_value=h[1], eps=0.0)
+
+
+def in_both_places(h):
+    return optax.adagrad(h, initial_accumulator_value=h, eps=0.0)
+
+
+def with_velocity(h):
+    """Momentum that starts with a learned velocity for each parameter."""
+
+    def update(gradient, trace, w=None):
+        trace = gradient + 0.9 * trace
+        return -0.05 * jnp.exp(h["log_rate"]) * trace, trace
+
+    return optax.GradientTransformation(lambda w: h["velocity"] + 0.1 * w, update)
+
+
+INNER = {
+    "adagrad": (adagrad, jnp.array([0.1, 0.3])),
+    "one number in both places": (in_both_places, jnp.array(0.2)),
+    "velocity": (
+        with_velocity,
+        {"log_rate": jnp.array(0.1), "velocity": jnp.array([0.5, -1.0, 0.0])},
+    ),
+}
+
+
+def by_jax(inner, h, *, rebuild=True, steps=STEPS, s=None):
+    """The derivative by `jax.grad` through all of training, `init` included or held."""
+
+    def trained(h):
+        w, state = W, inner(h).init(W) if rebuild else s
+        for _ in range(steps):
+            updates, state = inner(h).update(jax.grad(train_loss)(w, h, None), state, w)
+            w = optax.apply_updates(w, updates)
+        return val_loss(w, h, None)
+
+    return jax.grad(trained)(h)
+
+
+def assert_close(found, expected, rtol=1e-10):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-14)
+
+
+EXACT = {
+    "unrolled": lambda inner: gradhpo.UnrolledOptimizer(inner, unroll_steps=STEPS),
+    "checkpoints": lambda inner: gradhpo.UnrolledOptimizer(
+        inner, unroll_steps=STEPS, checkpoints=2
+    ),
+    "forward": lambda inner: gradhpo.ForwardModeOptimizer(inner, unroll_steps=STEPS),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("kind", INNER)
+def test_exact_methods_differentiate_init(kind, name):
+    inner, h = INNER[kind]
+    optimizer = EXACT[name](inner)
+    found = optimizer.compute_hypergradient(optimizer.init(W, h), None, None, *LOSSES)
+    assert_close(found, by_jax(inner, h))
+
+
+@pytest.mark.parametrize("kind", INNER)
+def test_finite_differences_rebuild_the_initial_state(kind):
+    inner, h = INNER[kind]
+    optimizer = EXACT["unrolled"](inner)
+    state = optimizer.init(W, h)
+    differences = gradhpo.finite_difference_hypergradient(optimizer, state, None, None, *LOSSES)
+    assert_close(differences, by_jax(inner, h), rtol=1e-6)
+    report = gradhpo.check_hypergradient(
+        optimizer, state, None, None, gradhpo.LossFunctions(*LOSSES)
+    )
+    assert report.healthy
+    for found in report.finite_differences.values():
+        np.testing.assert_allclose(found.derivative, found.difference, rtol=1e-6)
+
+
+def test_drmad_pulls_its_own_cotangent_through_init():
+    inner, h = INNER["adagrad"]
+    one = gradhpo.DrMADOptimizer(inner, unroll_steps=1)
+    found = one.compute_hypergradient(one.init(W, h), None, None, *LOSSES)
+    assert_close(found, by_jax(inner, h, steps=1))
+    several = gradhpo.DrMADOptimizer(inner, unroll_steps=STEPS)
+    found = several.compute_hypergradient(several.init(W, h), None, None, *LOSSES)
+
+    # Written out: the states on the line from first to last, and the way back through them.
+    s0 = inner(h).init(W)
+    step = lambda w, a, h: _adagrad_step(w, a, h)
+    w, a = W, s0[0].sum_of_squares
+    for _ in range(STEPS):
+        w, a = step(w, a, h)
+    share = np.arange(STEPS) / STEPS
+    line = [(W + x * (w - W), s0[0].sum_of_squares + x * (a - s0[0].sum_of_squares)) for x in share]
+    w_bar, a_bar, h_bar = jax.grad(val_loss)(w, h, None), jnp.zeros(3), jnp.zeros(2)
+    for at in reversed(line):
+        _, pull = jax.vjp(step, *at, h)
+        w_bar, a_bar, term = pull((w_bar, a_bar))
+        h_bar = h_bar + term
+    assert_close(found, h_bar + jnp.array([0.0, jnp.sum(a_bar)]))
+
+
+def _adagrad_step(w, accumulator, h):
+    gradient = jax.grad(train_loss)(w, h, None)
+    accumulator = accumulator + gradient**2
+    return w - h[0] * gradient / jnp.sqrt(accumulator), accumulator
+
+
+def test_only_a_fresh_state_is_differentiated():
+    inner, h = INNER["adagrad"]
+    optimizer = gradhpo.UnrolledOptimizer(inner, optax.sgd(0.0), unroll_steps=STEPS)
+    state = optimizer.init(W, h)
+    assert bool(state.fresh)
+    state = optimizer.step(state, None, None, *LOSSES)
+    assert not bool(state.fresh)
+    back_at_w = state.update(params=W)
+    found = optimizer.compute_hypergradient(back_at_w, None, None, *LOSSES)
+    assert_close(found, by_jax(inner, h, rebuild=False, s=state.inner_opt_state))
+    assert found[1] == 0
+    again = optimizer.restart(state, W, reptile_rate=0.0)
+    assert bool(again.fresh)
+    found = optimizer.compute_hypergradient(again, None, None, *LOSSES)
+    assert_close(found, by_jax(inner, h))
+    assert not bool(state.update(inner_opt_state=state.inner_opt_state).fresh)
+
+
+def test_a_refused_step_leaves_the_state_fresh():
+    optimizer = EXACT["unrolled"](adagrad)
+    bad = lambda w, h, batch: jnp.sum(w) * jnp.nan
+    state = optimizer.init(W, INNER["adagrad"][1])
+    state = optimizer.step(state, None, None, train_loss, bad, lr_hyper=0.1)
+    assert state.get_metric("rejected") == 1
+    assert bool(state.fresh)
+
+
+def test_every_episode_of_run_starts_fresh():
+    """The first step of an episode differentiates `init` at the hyperparameters of its start."""
+    inner, h = INNER["adagrad"]
+    optimizer = gradhpo.UnrolledOptimizer(inner, optax.sgd(0.0), unroll_steps=STEPS)
+    state, history = gradhpo.run(
+        optimizer,
+        optimizer.init(W, h),
+        gradhpo.LossFunctions(*LOSSES),
+        None,
+        None,
+        num_steps=4,
+        steps_per_episode=2,
+        reptile_rate=0.0,
+        progress=False,
+    )
+    assert bool(state.fresh)
+    expected = np.linalg.norm(by_jax(inner, h))
+    np.testing.assert_allclose(history["hypergrad_norm"][[0, 2]], expected, rtol=1e-10)
+    assert abs(history["hypergrad_norm"][1] - expected) > 1e-3
+
+
+def test_tasks():
+    inner, h = INNER["adagrad"]
+    together = gradhpo.TaskBatched(EXACT["unrolled"](inner), 2)
+    state = together.init(W, h)
+    assert bool(state.fresh)
+    assert_close(together.compute_hypergradient(state, None, None, *LOSSES), by_jax(inner, h))
+    stepped = together.step(state, None, None, *LOSSES, lr_hyper=0.1)
+    assert not bool(stepped.fresh)
+    assert bool(together.restart(stepped).fresh)
+
+
+def test_an_adopted_state_is_fresh_if_its_inner_state_is_new():
+    inner, h = INNER["adagrad"]
+    first = gradhpo.OneStepOptimizer(relaxed(optax.adam(0.1)), optax.sgd(0.1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exact = EXACT["unrolled"](inner)
+        assert bool(exact.adopt(first.init(W, h)).fresh)
+        assert not bool(exact.adopt(exact.init(W, h)).fresh)
+
+
+LEFT_OUT = {
+    "OneStepOptimizer": lambda inner: gradhpo.OneStepOptimizer(inner),
+    "T1T2Optimizer": lambda inner: gradhpo.T1T2Optimizer(inner),
+    "GreedyOptimizer": lambda inner: gradhpo.GreedyOptimizer(inner, unroll_steps=2),
+    "OnlineHypergradientOptimizer": lambda inner: gradhpo.OnlineHypergradientOptimizer(inner),
+    "UnrolledOptimizer": lambda inner: gradhpo.UnrolledOptimizer(
+        inner, unroll_steps=STEPS, truncation=2
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_methods_that_leave_it_out_name_the_coordinates(name):
+    optimizer = LEFT_OUT[name](adagrad)
+    state = optimizer.init(W, INNER["adagrad"][1])
+    said = rf"{name} leaves out what hyperparams \[1\] do in the init of the inner optimizer"
+    with pytest.warns(UserWarning, match=said):
+        optimizer.compute_hypergradient(state, None, None, *LOSSES)
+
+
+def test_a_leaf_in_init_alone_is_not_seen():
+    inner = lambda h: optax.adagrad(0.1, initial_accumulator_value=h)
+    for optimizer in (gradhpo.OneStepOptimizer(inner), gradhpo.ImplicitOptimizer(inner)):
+        state = optimizer.init(W, jnp.array(0.3))
+        said = "act in the init of the inner optimizer alone; UnrolledOptimizer without truncation"
+        with pytest.raises(ValueError, match=said):
+            optimizer.compute_hypergradient(state, None, None, *LOSSES)
+
+
+def test_injected_hyperparameters_act_where_training_starts():
+    """They are kept in the state: right in the first episode, and named."""
+    inner = lambda h: optax.inject_hyperparams(optax.sgd)(learning_rate=h)
+    optimizer = gradhpo.UnrolledOptimizer(inner, unroll_steps=STEPS)
+    with pytest.warns(UserWarning, match=r"inject_hyperparams.*until an episode begins.*schedules"):
+        state = optimizer.init(W, jnp.array(0.1))
+    found = optimizer.compute_hypergradient(state, None, None, *LOSSES)
+    assert_close(found, by_jax(optax.sgd, jnp.array(0.1)))
