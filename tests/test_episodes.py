@@ -73,6 +73,7 @@ def test_is_what_a_loop_by_hand_does(rate):
             params=phi,
             inner_opt_state=start(optimizer).inner_opt_state,
             memory=eqx.tree_at(lambda m: m.t, state.memory, jnp.zeros((), jnp.int32)),
+            fresh=True,
         )
         state = optimizer.restart(state, begun.params, rate)
         assert_close(state, by_hand)

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, PyTree
+from jax.core import Tracer
+from jaxtyping import Array, Bool, PyTree
 
 from gradhpo.core.batches import BatchStack
 from gradhpo.core.inputs import Inputs, LossFunctions
@@ -16,6 +18,7 @@ from gradhpo.core.outer import outer_update
 from gradhpo.core.partition import check_disjoint
 from gradhpo.core.state import BilevelState, inner_state, with_inner_state, with_metrics
 from gradhpo.core.types import Declared, LossFn, RealScalarLike
+from gradhpo.core.vanishing import norm_and_moving, warn_of_zeros
 from gradhpo.utils.dispatch import compiled
 from gradhpo.utils.settings import (
     check_outer_optimizer,
@@ -23,7 +26,7 @@ from gradhpo.utils.settings import (
     check_restart,
     outer_rate,
 )
-from gradhpo.utils.tracing import record_trace
+from gradhpo.utils.tracing import count_trace, num_traces, record_trace
 from gradhpo.utils.trees import accumulation_dtype, all_finite, tree_l2_norm
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import (
@@ -66,9 +69,15 @@ class BilevelOptimizer(InnerProblems):
     def __check_init__(self):
         check_outer_optimizer(type(self).__name__, self.outer_optimizer)
 
-    def _advance(self, inputs: Inputs, lr_hyper: RealScalarLike | None) -> BilevelState:
-        """One outer step, for use inside a compiled program. What is not finite is refused."""
+    def _advance(
+        self, inputs: Inputs, lr_hyper: RealScalarLike | None
+    ) -> tuple[BilevelState, Bool[Array, " leaves"]]:
+        """One outer step, for use inside a compiled program. What is not finite is refused.
+
+        Beside the state: for each leaf of the hyperparameters whether its hypergradient is not 0.
+        """
         state, estimate = inputs.state, self._solve(inputs)
+        norm, moving = norm_and_moving(estimate.hypergradient)
         hyperparams, outer_opt_state = outer_update(
             self.outer_optimizer, state, estimate.hypergradient, lr_hyper
         )
@@ -89,7 +98,7 @@ class BilevelOptimizer(InnerProblems):
         metrics = {
             "train_loss": estimate.train_loss,
             "val_loss": estimate.val_loss,
-            "hypergrad_norm": tree_l2_norm(estimate.hypergradient),
+            "hypergrad_norm": norm,
             "param_norm": self._param_norm(z.w),
             "hyperparam_norm": tree_l2_norm(hyperparams),
             "rejected": rejected + (~accepted).astype(rejected.dtype),
@@ -102,7 +111,8 @@ class BilevelOptimizer(InnerProblems):
             memory=jax.tree.map(keep, estimate.memory, refused),
             fresh=state.fresh & ~accepted,
         )
-        return with_metrics(state, {name: x.astype(dtype) for name, x in metrics.items()})
+        metrics = {name: x.astype(dtype) for name, x in metrics.items()}
+        return with_metrics(state, metrics), moving
 
     @checked
     def init(
@@ -234,15 +244,17 @@ class BilevelOptimizer(InnerProblems):
         is missing, refused or negative, and `TypeError` for one that is no number.
         """
         check_outer_rate(self.outer_optimizer is not None, lr_hyper)
-        return _step(
+        inputs = Inputs(
             state,
-            self,
             numbers_as_arrays(train_batch),
             numbers_as_arrays(val_batch),
-            train_loss_fn,
-            val_loss_fn,
-            outer_rate(lr_hyper),
+            LossFunctions(train_loss_fn, val_loss_fn),
         )
+        traces = num_traces()
+        new, moving = _step(inputs, self, outer_rate(lr_hyper))
+        if num_traces() != traces and not isinstance(moving, Tracer):
+            self._warn_of_zeros(inputs, np.asarray(moving))
+        return new
 
     def compute_hypergradient(
         self,
@@ -260,14 +272,22 @@ class BilevelOptimizer(InnerProblems):
         **Returns:** the hypergradient $g$, each leaf with the shape and dtype of its
         hyperparameter. Nothing is refused: it may be non-finite.
         """
-        return _compute_hypergradient(
-            self,
+        inputs = Inputs(
             state,
             numbers_as_arrays(train_batch),
             numbers_as_arrays(val_batch),
-            train_loss_fn,
-            val_loss_fn,
+            LossFunctions(train_loss_fn, val_loss_fn),
         )
+        traces = num_traces()
+        hypergradient, moving = _compute_hypergradient(inputs, self)
+        if num_traces() != traces and not isinstance(moving, Tracer):
+            self._warn_of_zeros(inputs, np.asarray(moving))
+        return hypergradient
+
+    def _warn_of_zeros(self, inputs: Inputs, moving: np.ndarray) -> None:
+        """Once for each program: what follows may wait for the device."""
+        at = lambda state: _compute_hypergradient(inputs.at(state), self)[0]
+        warn_of_zeros(self, inputs, moving, at)
 
 
 # Shapes are checked innermost, while tracing, so that a compiled call pays nothing for it.
@@ -276,33 +296,21 @@ class BilevelOptimizer(InnerProblems):
 @compiled
 @checked
 def _step(
-    state: BilevelState,
-    optimizer: BilevelOptimizer,
-    train_batch: PyTree,
-    val_batch: PyTree,
-    train_loss_fn: Callable,
-    val_loss_fn: Callable,
-    lr_hyper: RealScalarLike | None,
-) -> BilevelState:
-    inputs = Inputs(state, train_batch, val_batch, LossFunctions(train_loss_fn, val_loss_fn))
-    record_trace(
-        "step", optimizer, state, inputs.losses, train_batch=train_batch, val_batch=val_batch
-    )
+    inputs: Inputs, optimizer: BilevelOptimizer, lr_hyper: RealScalarLike | None
+) -> tuple[BilevelState, Bool[Array, " leaves"]]:
+    batches = {"train_batch": inputs.train_batch, "val_batch": inputs.val_batch}
+    record_trace("step", optimizer, inputs.state, inputs.losses, **batches)
     return optimizer._advance(inputs, lr_hyper)
 
 
 @compiled
 @checked
 def _compute_hypergradient(
-    optimizer: BilevelOptimizer,
-    state: BilevelState,
-    train_batch: PyTree,
-    val_batch: PyTree,
-    train_loss_fn: Callable,
-    val_loss_fn: Callable,
-) -> PyTree:
-    losses = LossFunctions(train_loss_fn, val_loss_fn)
-    return optimizer._solve(Inputs(state, train_batch, val_batch, losses)).hypergradient
+    inputs: Inputs, optimizer: BilevelOptimizer
+) -> tuple[PyTree, Bool[Array, " leaves"]]:
+    count_trace()
+    hypergradient = optimizer._solve(inputs).hypergradient
+    return hypergradient, norm_and_moving(hypergradient)[1]
 
 
 @compiled

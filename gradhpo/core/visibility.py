@@ -3,12 +3,16 @@
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
+from gradhpo.core.inner import InnerState, InnerUpdate
 from gradhpo.core.problem import Problem
 from gradhpo.core.start import acting_in_init, started
-from gradhpo.utils.advice import WHO_SEES
+from gradhpo.utils.advice import IGNORES_SIZE, WHO_SEES
 from gradhpo.utils.tracing import visible_leaves
 from gradhpo.utils.validation import THE_WHOLE_TREE, leaf_names
 from gradhpo.utils.warn import warn_once
@@ -41,10 +45,38 @@ def seen_by(sees: Sees, problem: Problem, with_init: bool = False) -> list[bool]
         if sees == "optimum":
             ways.append(found(lambda h: phi.optimality(z.w, h, 0)[0], hyperparams))
         elif sees != "validation":
-            result = (lambda z: z.w) if sees == "last update" else (lambda z: z)
-            after = lambda h: result(phi.step(z, h, 0, want_loss=False)[0])
-            ways.append(found(after, hyperparams))
+            after = lambda h: phi.step(z, h, 0, want_loss=False)[0]
+            ways.append(found(lambda h: after(h).w, hyperparams))
+            further = sees == "everything" or (
+                # What an update leaves in s must come back: signs of it have no derivative.
+                sees == "updates" and _reads_its_state(phi, z, hyperparams)
+            )
+            if further and not all(ways[-1]):
+                ways.append(found(after, hyperparams))
     return [any(seen) for seen in zip(*ways, strict=True)]
+
+
+def _reads_its_state(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> bool:
+    """Whether new parameters have a derivative by the optimizer's state before."""
+    inexact, rest = eqx.partition((z.s, z.r), eqx.is_inexact_array)
+
+    def after(inexact):
+        s, r = eqx.combine(inexact, rest)
+        return phi.step(InnerState(z.w, s, r), hyperparams, 0, want_loss=False)[0].w
+
+    return any(jax.tree.leaves(visible_leaves(after, inexact)))
+
+
+def where_it_is_cut(problem: Problem) -> str:
+    """Where the derivative of what acts on training may be lost."""
+    phi, _, z, hyperparams = problem
+    if phi.update_fn is None:
+        loss = jnp.zeros(())
+        after = lambda gradient: phi.step_and_gradient(z, hyperparams, 0, (loss, gradient))[0].w
+        by_gradient = visible_leaves(after, z.w)  # a gradient is a tree like w
+        if not any(jax.tree.leaves(by_gradient)) and not _reads_its_state(phi, z, hyperparams):
+            return IGNORES_SIZE
+    return "a stop_gradient, round, argmax or a cast to integers on the way to them"
 
 
 def check_visible(name: str, sees: Sees, problem: Problem, with_init: bool) -> None:
@@ -64,7 +96,7 @@ def check_visible(name: str, sees: Sees, problem: Problem, with_init: bool) -> N
     for leaf, here, *elsewhere in zip(names, seen, *through.values(), strict=True):
         if not here:
             kinds = [kind for kind, there in zip(through, elsewhere, strict=True) if there]
-            groups.setdefault(_why(sees, kinds, blind), []).append(leaf)
+            groups.setdefault(_why(sees, kinds, blind, problem), []).append(leaf)
     if not any(seen):
         whys = (f"{', '.join(leaves)}: {why}" for why, leaves in groups.items())
         raise ValueError(f"{name} sees none of the hyperparameters. {'; '.join(whys)}")
@@ -110,7 +142,7 @@ _LOOKS_ELSEWHERE: dict[Sees, str] = {
 _IN_INIT = "they act in the init of the inner optimizer alone"
 
 
-def _why(sees: Sees, acts_through: Sequence[str], blind: bool) -> str:
+def _why(sees: Sees, acts_through: Sequence[str], blind: bool, problem: Problem) -> str:
     """Why a leaf is not seen, and what would see it; `blind` validation sees no parameter."""
     if blind:
         return "the validation loss depends on neither the parameters nor on them"
@@ -118,8 +150,8 @@ def _why(sees: Sees, acts_through: Sequence[str], blind: bool) -> str:
         return f"{_IN_INIT}; {WHO_SEES[_INIT]} see them"
     if not acts_through or sees not in _LOOKS_ELSEWHERE:
         return (
-            "neither the validation loss nor the inner update depends on them, or they do where "
-            "a derivative is cut off: stop_gradient, round, argmax, a cast to integers"
+            "neither the validation loss nor the inner update has a derivative by them. If they do "
+            f"act: {where_it_is_cut(problem)}"
         )
     others = ", ".join(WHO_SEES[kind] for kind in acts_through)
     return f"{_LOOKS_ELSEWHERE[sees]}; {others} see them"

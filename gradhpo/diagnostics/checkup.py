@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import NamedTuple
 
+from gradhpo.core.vanishing import WHY_ZERO
 from gradhpo.diagnostics.comparison import Agreement
 from gradhpo.diagnostics.metasmooth import FiniteDifference
 from gradhpo.diagnostics.nonfinite import NonFinite
@@ -49,7 +50,9 @@ class HypergradientCheck:
     - `finite_differences`: leaf to the derivative of the whole training along a random direction,
         by the exact hypergradient and by differences.
     - `detached`: leaves that change training but have no derivative.
+        `why_detached` says where it may be lost.
     - `unseen`: leaves that this optimizer does not see, though others might.
+    - `vanishing`: leaves that it sees, and whose hypergradient is exactly 0.
     - `uphill_share`: of the inner steps, those whose rule (with a new optimizer state) goes up its
         own training loss.
     - `step_error`: of an estimate that itself takes finite differences (`T1T2Optimizer`).
@@ -67,7 +70,9 @@ class HypergradientCheck:
     precision_by_leaf: dict[str, Agreement]
     finite_differences: dict[str, FiniteDifference]
     detached: tuple[str, ...]
+    why_detached: str
     unseen: tuple[str, ...]
+    vanishing: tuple[str, ...]
     uphill_share: float
     step_error: StepError | None
     metasmoothness: float
@@ -91,8 +96,12 @@ class HypergradientCheck:
         found = [] if self.nonfinite is None else [str(self.nonfinite)]
         if self.detached:
             found.append(
-                f"{', '.join(self.detached)} change training but have no derivative: a "
-                "stop_gradient, a rounding or an integer cast on the way to them"
+                f"{', '.join(self.detached)} change training but have no derivative: "
+                f"{self.why_detached}"
+            )
+        if self.vanishing:
+            found.append(
+                f"the hypergradient of {', '.join(self.vanishing)} is exactly 0: {WHY_ZERO}"
             )
         for leaf, check in self.finite_differences.items():
             if check.contradicts and leaf not in self.detached:

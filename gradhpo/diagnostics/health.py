@@ -14,7 +14,7 @@ from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.inputs import LossFunctions
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import RealScalarLike
-from gradhpo.core.visibility import seen_by
+from gradhpo.core.visibility import seen_by, where_it_is_cut
 from gradhpo.core.wrapper import algorithm_of
 from gradhpo.diagnostics.case import Case, check_one_problem
 from gradhpo.diagnostics.checkup import HypergradientCheck, StepError
@@ -100,6 +100,8 @@ def _checked_up(case: Case, optimizer: Algorithm, step_size: float) -> Hypergrad
     own_dtype = _widest(case.state.params)
     is_narrow = own_dtype != jnp.float64
     own = _Run(case, optimizer, any(seen))
+    moving = [bool(jnp.any(x != 0)) for x in jax.tree.leaves(own.hypergradient)]
+    vanishing = marked([s and not m for s, m in zip(seen, moving, strict=True)])
     other = None
     with jax.enable_x64(True):
         try:
@@ -132,7 +134,9 @@ def _checked_up(case: Case, optimizer: Algorithm, step_size: float) -> Hypergrad
         precision_by_leaf=by_leaf,
         finite_differences=compared(around, watched["hypergradient"]) if watched else {},
         detached=marked([a and not d for a, d in zip(acting, derived, strict=True)]),
+        why_detached=where_it_is_cut(problem),
         unseen=marked([d and not s for d, s in zip(derived, seen, strict=True)]),
+        vanishing=vanishing,
         uphill_share=float(np.mean(watched["forward"]["uphill"])) if watched else float("nan"),
         step_error=own.step_error(),
         metasmoothness=float(around["smoothness"]),

@@ -217,7 +217,7 @@ def _cost_of_step(
     rate = jnp.zeros(()) if optimizer.outer_optimizer is None else None
     with without_warnings():
         return Program(
-            lambda optimizer, inputs, rate: optimizer._advance(inputs, rate),
+            lambda optimizer, inputs, rate: optimizer._advance(inputs, rate)[0],
             optimizer,
             Inputs(
                 optimizer._adopt(state, keep_memory=True),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.inputs import Inputs, LossFunctions
@@ -28,8 +28,13 @@ class Chunk(eqx.Module):
     lr_hyper: Callable | RealScalarLike | None
 
     @compiled
-    def run_steps(self, state: BilevelState, length: int) -> tuple[BilevelState, dict[str, Array]]:
-        """`length` outer steps, and their metrics stacked: all of it may still be at work."""
+    def run_steps(
+        self, state: BilevelState, length: int
+    ) -> tuple[BilevelState, dict[str, Array], Bool[Array, " leaves"]]:
+        """`length` outer steps, their metrics stacked, and which hyperparameters moved in any.
+
+        All of it may still be at work.
+        """
         self._record(state, f"run (chunks of {length})")
         return self._steps(state, jnp.zeros((), jnp.int32), length)
 
@@ -42,12 +47,12 @@ class Chunk(eqx.Module):
         episodes: int,
         length: int,
         steps_per_episode: int,
-    ) -> tuple[BilevelState, PyTree, PyTree, dict[str, Array]]:
+    ) -> tuple[BilevelState, PyTree, PyTree, dict[str, Array], Bool[Array, " leaves"]]:
         """`episodes` times `length` outer steps; either one episode's part, or whole ones.
 
         `start` is where the parameters of the current episode started. Returned are the state,
         where the next (or still the same) episode starts, the parameters that the last step
-        reached, and the metrics stacked.
+        reached, the metrics stacked, and which hyperparameters moved in any step.
         """
         self._record(state, f"run (chunks of {episodes} x {length})")
         arrays, static = eqx.partition(state, eqx.is_array)
@@ -62,7 +67,7 @@ class Chunk(eqx.Module):
                 self.losses,
             )
             state = self.optimizer._begin_episode(episode, steps_per_episode)
-            state, metrics = self._steps(state, position, length)
+            state, metrics, moved = self._steps(state, position, length)
 
             def restarted():
                 new = self.optimizer._restart(state, start, reptile_rate)
@@ -70,13 +75,19 @@ class Chunk(eqx.Module):
 
             ended = state.step % steps_per_episode == 0
             arrays, start = jax.lax.cond(ended, restarted, lambda: (_arrays(state), start))
-            return (arrays, start, inner_state(state).w), metrics
+            return (arrays, start, inner_state(state).w), (metrics, moved)
 
-        (arrays, start, reached), metrics = jax.lax.scan(
+        (arrays, start, reached), (metrics, moved) = jax.lax.scan(
             body, (arrays, start, start), jnp.arange(episodes, dtype=jnp.int32)
         )
         metrics = {name: x.reshape(episodes * length) for name, x in metrics.items()}
-        return eqx.combine(arrays, static), start, reached, metrics
+        return eqx.combine(arrays, static), start, reached, metrics, jnp.any(moved, axis=0)
+
+    def first_inputs(self, state: BilevelState) -> Inputs:
+        """What the first step of the chunk was given."""
+        first = jnp.zeros((), jnp.int32)
+        train = self.train.stack(state.step, first, self.optimizer.num_inner_steps)
+        return Inputs(state, train, self.val.batch(state.step, first), self.losses)
 
     def _record(self, state: BilevelState, what: str) -> None:
         record_trace(
@@ -91,7 +102,7 @@ class Chunk(eqx.Module):
 
     def _steps(
         self, state: BilevelState, first: Array, length: int
-    ) -> tuple[BilevelState, dict[str, Array]]:
+    ) -> tuple[BilevelState, dict[str, Array], Bool[Array, " leaves"]]:
         """Steps whose batches stand at `first` and after in the data of this chunk."""
         # The metrics of a step are outputs, not inputs of the next: carrying them as well makes
         # the compiler copy them at every step (20 us on a CPU, a fifth of a short step).
@@ -108,14 +119,16 @@ class Chunk(eqx.Module):
                 self.losses,
             )
             rate = outer_rate(rate(state.step) if callable(rate) else rate)
-            new = self.optimizer._advance(inputs, rate)
+            new, moving = self.optimizer._advance(inputs, rate)
             metrics = {name: new.metadata[name] for name in METRICS}
             metrics |= self.optimizer._scalars(new.memory)
-            return _arrays(_without(new, measured)), metrics
+            return _arrays(_without(new, measured)), (metrics, moving)
 
-        arrays, metrics = jax.lax.scan(body, arrays, first + jnp.arange(length, dtype=first.dtype))
+        steps = first + jnp.arange(length, dtype=first.dtype)
+        arrays, (metrics, moving) = jax.lax.scan(body, arrays, steps)
         last = {name: metrics[name][-1] for name in measured}
-        return with_metrics(eqx.combine(arrays, static), last), metrics
+        state = with_metrics(eqx.combine(arrays, static), last)
+        return state, metrics, jnp.any(moving, axis=0)
 
 
 def _arrays(tree: PyTree) -> PyTree:

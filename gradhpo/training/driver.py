@@ -13,6 +13,7 @@ from gradhpo.core.algorithm import Algorithm
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.inputs import LossFunctions
 from gradhpo.core.state import BilevelState, inner_state
+from gradhpo.core.vanishing import explain_zeros, vanished
 from gradhpo.core.wrapper import algorithm_of
 from gradhpo.data.sources import Feed
 from gradhpo.training.callbacks import Callbacks
@@ -21,6 +22,7 @@ from gradhpo.training.history import Record
 from gradhpo.training.keeper import Keeper
 from gradhpo.training.stopping import Interrupts, Stopped, failing
 from gradhpo.utils.progress import ProgressBar
+from gradhpo.utils.warn import warn_once
 
 
 @dataclasses.dataclass
@@ -48,6 +50,7 @@ class Driver:
             norm_at_start=float(np.sqrt(np.sum(squares))),
         )
         self.positions = self.feed.positions()
+        self.zeros: list[int] | None = None  # leaves whose hypergradient was 0 in every step
         self._callbacks_saw_all = True  # that the record holds
         self._advice = _how_to_save_memory(algorithm_of(self.optimizer))
 
@@ -147,15 +150,15 @@ class Driver:
             with failing("device error", may_return=may_return, advice=self._advice):
                 chunk = Chunk(self.optimizer, self.losses, train, val, self.rate)
                 if self.steps_per_episode is None:
-                    (state, stacked), reached = chunk.run_steps(state, taken), None
+                    (state, stacked, moved), reached = chunk.run_steps(state, taken), None
                 else:
-                    state, start, reached, stacked = chunk.run_episodes(
+                    state, start, reached, stacked, moved = chunk.run_episodes(
                         state, start, self.reptile_rate, taken // length, length,
                         self.steps_per_episode,
                     )  # fmt: skip
         except Stopped as stopped:
             return [], stopped
-        flight = Flight(state, start, reached, stacked, positions, may_return)
+        flight = Flight(chunk, state, start, reached, stacked, moved, positions, may_return)
         return [flight], None if taken == wanted else self._out_of_data(may_return=True)
 
     def _out_of_data(self, may_return: bool) -> Stopped:
@@ -172,6 +175,13 @@ class Driver:
         """Waits for a chunk, and shows it to the callbacks."""
         with failing("device error", may_return=flight.may_return, advice=self._advice):
             metrics = {name: np.asarray(values) for name, values in flight.metrics.items()}
+            moved = np.asarray(flight.moved)
+        if self.zeros is None:
+            self.zeros = vanished(self.optimizer, flight.chunk.first_inputs(self.state), moved)
+            if self.zeros:
+                warn_once(explain_zeros(self.optimizer, self.state, self.zeros))
+        else:
+            self.zeros = [leaf for leaf in self.zeros if not moved[leaf]]
         self._callbacks_saw_all = False
         self.record.add(metrics)
         self.state, self.start, self.positions = flight.state, flight.start, flight.positions
@@ -199,10 +209,12 @@ class Driver:
 class Flight:
     """A chunk on the device: what it will have made, and where its data end."""
 
+    chunk: Chunk
     state: BilevelState
     start: PyTree
     reached: PyTree  # the parameters after the last step, where these are others than the state's
     metrics: dict[str, Array]
+    moved: Array  # for each leaf of the hyperparameters whether its hypergradient was ever not 0
     positions: dict[str, Any]
     may_return: bool  # whether there are steps to return should this one fail
 

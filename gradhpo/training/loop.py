@@ -13,6 +13,7 @@ from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.inputs import LossFunctions
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import RealScalarLike
+from gradhpo.core.vanishing import explain_zeros
 from gradhpo.core.wrapper import algorithm_of
 from gradhpo.data.sources import Feed, as_source
 from gradhpo.training.callbacks import Callbacks
@@ -176,6 +177,8 @@ def _history(driver: Driver, ending: Stopped, num_steps: int, seconds: float) ->
     said = write_report(ending, record, num_steps, seconds, remark, like_adam, unwritten, behind)
     if driver.reptile_rate != 1 and record.taken % (driver.steps_per_episode or 1) == 0:
         said += " The parameters are those that the next episode starts from."
+    if driver.zeros:
+        said += f" In every step, {explain_zeros(driver.optimizer, driver.state, driver.zeros)}."
     # A run that ends in refused steps has stopped moving: with fixed data, for good.
     stuck, unmeant = record.in_a_row > 0, ending.reason in ("rejected", "data exhausted")
     if stuck or unmeant or ending.error or remark or unwritten:

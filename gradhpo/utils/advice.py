@@ -15,6 +15,12 @@ WHO_SEES = {
     "init": "UnrolledOptimizer without truncation, DrMADOptimizer, ForwardModeOptimizer",
 }
 
+IGNORES_SIZE = (
+    "the step of the inner optimizer ignores the size of the training gradient (Lion, sign "
+    "descent). Train with optax.adam(..., eps_root=1e-16) or optax.sgd, or tune what the inner "
+    "optimizer takes itself, such as its rate"
+)
+
 NEEDS_THE_LOSS = (
     "Transformations that need the loss (optax.lbfgs, optax.polyak_sgd) fit as inner_optimizer of "
     "ImplicitOptimizer, FOOptimizer and T1T2Optimizer(perturb='hyperparams'), which do not "

@@ -1,6 +1,7 @@
 """What the traced program tells: which leaves it can see, and why it was traced again."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -81,6 +82,22 @@ def forget_traces() -> None:
     forget_warnings()
 
 
+# How many programs were traced in this process, so that a call can tell whether it was the first.
+_number = itertools.count(1)
+_last = 0
+
+
+def count_trace() -> None:
+    """Called while a public call is traced."""
+    global _last
+    _last = next(_number)
+
+
+def num_traces() -> int:
+    """How many traces were counted."""
+    return _last
+
+
 def record_trace(
     what: str,
     optimizer: Any,
@@ -94,6 +111,7 @@ def record_trace(
     losses from the same source lines. What may change between its traces without the user
     seeing it is a function object made anew, or the shape of a batch.
     """
+    count_trace()
     without_functions = jax.tree.map(lambda x: None if callable(x) else x, optimizer)
     job = (
         what,

@@ -1,0 +1,87 @@
+"""A hypergradient of exactly 0 where the method sees the hyperparameter: said, with its reason."""
+
+from collections.abc import Callable, Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PyTree
+
+from gradhpo.core.inputs import Inputs
+from gradhpo.core.interface import InnerProblems
+from gradhpo.core.state import BilevelState
+from gradhpo.utils.trees import accumulation_dtype, tree_l2_norm
+from gradhpo.utils.validation import leaf_names
+from gradhpo.utils.warn import warn_once, without_warnings
+
+
+WHY_ZERO = (
+    "a stop_gradient, a rounding or a comparison stands on the way, a unit is dead, or nothing in "
+    "these batches depends on them. gradhpo.check_hypergradient compares with differences"
+)
+
+
+def norm_and_moving(hypergradient: PyTree) -> tuple[Float[Array, ""], Bool[Array, " leaves"]]:
+    """The Euclidean norm, and for each leaf whether anything in it is not exactly 0.
+
+    Scaled by the largest entry, whose square may be out of range.
+    """
+    dtype = accumulation_dtype(hypergradient)
+    leaves = [x.astype(dtype) for x in jax.tree.leaves(hypergradient)]
+    largest = jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in leaves])
+    top = jnp.max(largest)
+    scale = jnp.where((top > 0) & jnp.isfinite(top), top, 1)
+    return scale * tree_l2_norm([x / scale for x in leaves]), largest != 0
+
+
+def vanished(optimizer: InnerProblems, inputs: Inputs, moving: np.ndarray) -> list[int]:
+    """Which leaves have a hypergradient of 0 although the method sees them."""
+    if np.all(moving):
+        return []
+    with without_warnings():
+        seen = optimizer._seen(inputs)
+    return [i for i, here in enumerate(seen) if here and not moving[i]]
+
+
+def warn_of_zeros(
+    optimizer: InnerProblems,
+    inputs: Inputs,
+    moving: np.ndarray,
+    hypergradient_at: Callable[[BilevelState], PyTree],
+) -> None:
+    """Warns of leaves whose hypergradient is 0 here, and 0 beside as well.
+
+    At parameters of 0, say, a penalty on them has no derivative: one step on it has one.
+    """
+    zeros = vanished(optimizer, inputs, moving)
+    if not zeros:
+        return
+    with without_warnings():
+        beside = jax.tree.leaves(hypergradient_at(_beside(inputs.state)))
+    zeros = [i for i in zeros if not np.any(np.asarray(beside[i]) != 0)]
+    if zeros:
+        warn_once(explain_zeros(optimizer, inputs.state, zeros))
+
+
+def explain_zeros(optimizer: InnerProblems, state: BilevelState, leaves: Sequence[int]) -> str:
+    """What is 0, and why."""
+    names = leaf_names(state.hyperparams)
+    return (
+        f"{type(optimizer).__name__}: the hypergradient of hyperparams "
+        f"{', '.join(names[i] for i in leaves)} is exactly 0: {WHY_ZERO}"
+    )
+
+
+def _beside(state: BilevelState) -> BilevelState:
+    """A state close by: parameters and hyperparameters moved by a hundredth."""
+    random = np.random.default_rng(1)
+
+    def move(x):
+        if not eqx.is_inexact_array(x):
+            return x
+        by = 0.01 * random.normal(size=x.shape) * np.maximum(1, np.abs(np.asarray(x, float)))
+        return x + jnp.asarray(by, x.dtype)
+
+    params, hyperparams = jax.tree.map(move, (state.params, state.hyperparams))
+    return state.update(params=params, hyperparams=hyperparams)
