@@ -2,6 +2,7 @@
 
 from gradhpo.algorithms.baselines import FOOptimizer, OneStepOptimizer
 from gradhpo.algorithms.discount import update_w_star
+from gradhpo.algorithms.fixed import FixedOptimizer
 from gradhpo.algorithms.forward import ForwardModeOptimizer
 from gradhpo.algorithms.greedy import GreedyOptimizer
 from gradhpo.algorithms.implicit_diff import ImplicitOptimizer
@@ -13,7 +14,7 @@ from gradhpo.core.batches import BatchStack, DataBatch
 from gradhpo.core.inputs import LossFunctions
 from gradhpo.core.partition import model_loss, partition
 from gradhpo.core.state import BilevelState
-from gradhpo.core.types import InnerOptimizer, LossFn, MetricDict, RealScalarLike, UpdateFn
+from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, MetricDict, RealScalarLike, UpdateFn
 from gradhpo.data.arrays import ArrayData
 from gradhpo.data.loaders import iterate
 from gradhpo.diagnostics.compare import compare_hypergradients
@@ -40,10 +41,10 @@ from gradhpo.utils.trees import (
     tree_normalize,
     tree_zeros_like,
 )
+from gradhpo.wrappers.tasks import TaskBatched
 
 
 __version__ = "1.0.0.dev0"
-from gradhpo.wrappers.tasks import TaskBatched
 
 
 __all__ = [
@@ -58,7 +59,9 @@ __all__ = [
     "DrMADOptimizer",
     "EarlyStopping",
     "FOOptimizer",
+    "FixedOptimizer",
     "ForwardModeOptimizer",
+    "GradFn",
     "GreedyOptimizer",
     "History",
     "ImplicitOptimizer",

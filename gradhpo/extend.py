@@ -25,7 +25,7 @@ from gradhpo.core.reverse import (
 )
 from gradhpo.core.start import pull_start, push_start
 from gradhpo.core.state import BilevelState, inner_state, with_inner_state
-from gradhpo.core.types import InnerOptimizer, LossFn, MetricDict, UpdateFn
+from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, MetricDict, UpdateFn
 from gradhpo.core.visibility import Sees
 from gradhpo.utils.coordinates import map_in_blocks, num_coordinates, ravel, unit_vector, unravel
 from gradhpo.utils.keys import fold_keys, is_key
@@ -50,6 +50,7 @@ __all__ = [
     "Cotangent",
     "DrawnStack",
     "Estimate",
+    "GradFn",
     "InnerOptimizer",
     "InnerState",
     "InnerUpdate",

@@ -192,6 +192,7 @@ def phi_of(problem: Problem, inner_optimizer=None, update_fn=None, symmetric=Tru
     w, frozen = eqx.partition(problem.params, eqx.is_inexact_array)
     phi = InnerUpdate(
         inner_optimizer=inner_optimizer,
+        grad_fn=None,
         update_fn=update_fn,
         train_loss_fn=problem.train_loss,
         frozen=frozen,

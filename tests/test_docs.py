@@ -26,7 +26,7 @@ TIMED = {"diagnostics.md", "training.md"}
 # Pages that show memory as the compiler counts it, which jax 0.12 does up to 8 % lower than 0.10.
 COMPILED = {"how_to/scaling.md"}
 # Names for annotations: they are documented where they are used.
-ALIASES = {"InnerOptimizer", "LossFn", "MetricDict", "RealScalarLike", "UpdateFn"}
+ALIASES = {"GradFn", "InnerOptimizer", "LossFn", "MetricDict", "RealScalarLike", "UpdateFn"}
 PUBLIC = sorted(set(gradhpo.__all__) - ALIASES)
 
 

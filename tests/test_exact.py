@@ -106,7 +106,8 @@ def test_t1_t2_of_a_vanishing_validation_gradient_is_zero_not_nan():
     val_loss = lambda w, h, batch: 0 * jnp.sum(w)
     optimizer = gradhpo.T1T2Optimizer(optax.sgd(0.1), optax.sgd(0.1))
     state = optimizer.init(jnp.ones(2), jnp.zeros(2))
-    found = optimizer.compute_hypergradient(state, None, None, train_loss, val_loss)
+    with pytest.warns(UserWarning, match="is exactly 0"):
+        found = optimizer.compute_hypergradient(state, None, None, train_loss, val_loss)
     np.testing.assert_array_equal(found, np.zeros(2))
 
 

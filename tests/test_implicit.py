@@ -399,6 +399,7 @@ def test_a_warm_start_does_no_harm_where_the_validation_gradient_changes(factor)
     assert jnp.linalg.norm(found - exact) < 0.9 * jnp.linalg.norm(exact)
 
 
+@pytest.mark.filterwarnings("ignore:.*is exactly 0")
 def test_no_validation_gradient_no_hypergradient():
     for solver in (None, lx.CG(rtol=1e-6, atol=1e-6, max_steps=5), lx.GMRES(**TIGHT)):
         found, _ = shrinking(0.0, solver)

@@ -130,7 +130,7 @@ def test_eps_root_cures_it(name):
     assert history.stop_reason == "num_steps"
 
 
-@pytest.mark.parametrize("name", ["adafactor", "rmsprop", "adagrad", "adabelief", "lion"])
+@pytest.mark.parametrize("name", ["adafactor", "rmsprop", "adagrad", "adabelief"])
 def test_these_have_no_such_root(name):
     _, history = constant_feature(getattr(optax, name)(0.1))
     assert history["rejected"][-1] == 0
@@ -207,7 +207,7 @@ def test_unseen_leaves_are_named_with_the_methods_that_see_them(getkey):
     [said] = found["OneStepOptimizer"]
     assert said.startswith(
         "OneStepOptimizer gives a hypergradient of 0 for hyperparams ['nothing']: neither the "
-        "validation loss nor the inner update depends on them, or they do where"
+        "validation loss nor the inner update has a derivative by them"
     )
 
 

@@ -7,6 +7,7 @@ import optax
 from gradhpo.extend import (
     Algorithm,
     Estimate,
+    GradFn,
     InnerOptimizer,
     InnerState,
     Problem,
@@ -33,10 +34,15 @@ class FOOptimizer(Algorithm):
         differentiate the inner update, refuse them.
     - `outer_optimizer`: an optax transformation for the hyperparameters; `None` (the default)
         means plain gradient descent with the `lr_hyper` given to `step`.
+    - `grad_fn`: for `inner_optimizer`, in place of the gradient of the training loss,
+        `(params, hyperparams, batch) -> gradient`, a tree like the parameters (clipped and noised
+        as in DP-SGD, at another point as in SAM, a semi-gradient). The training loss is then a
+        metric alone.
     - `update_fn`: in place of `inner_optimizer`, `(params, hyperparams, batch) -> params`.
 
-    **Raises:** `ValueError` for both or neither of `inner_optimizer` and `update_fn`; `TypeError`
-    for one that is neither an optax transformation nor a function. So do all optimizers.
+    **Raises:** `ValueError` for both or neither of `inner_optimizer` and `update_fn`, or a
+    `grad_fn` without an `inner_optimizer`; `TypeError` for one that is neither an optax
+    transformation nor a function. So do all optimizers.
 
     ```python
     loss = lambda w, h, batch: jnp.sum((w - h) ** 2)
@@ -53,6 +59,7 @@ class FOOptimizer(Algorithm):
 
     inner_optimizer: InnerOptimizer | None = None
     outer_optimizer: optax.GradientTransformation | None = None
+    grad_fn: GradFn | None = None
     update_fn: UpdateFn | None = None
 
     @property
@@ -107,6 +114,7 @@ class OneStepOptimizer(Algorithm):
 
     inner_optimizer: InnerOptimizer | None = None
     outer_optimizer: optax.GradientTransformation | None = None
+    grad_fn: GradFn | None = None
     update_fn: UpdateFn | None = None
 
     @property

@@ -11,6 +11,7 @@ from jaxtyping import Array, PyTree
 from gradhpo.extend import (
     Algorithm,
     Estimate,
+    GradFn,
     InnerOptimizer,
     InnerState,
     Memory,
@@ -56,7 +57,7 @@ class ForwardModeOptimizer(Algorithm):
 
     **Arguments:**
 
-    - `inner_optimizer`, `outer_optimizer`, `update_fn`: as for
+    - `inner_optimizer`, `outer_optimizer`, `grad_fn`, `update_fn`: as for
         [`FOOptimizer`][gradhpo.FOOptimizer].
     - `unroll_steps`: inner steps $T$ per `step`, at least 1; default 1.
 
@@ -89,6 +90,7 @@ class ForwardModeOptimizer(Algorithm):
     inner_optimizer: InnerOptimizer | None = None
     outer_optimizer: optax.GradientTransformation | None = None
     unroll_steps: int = eqx.field(static=True, default=1)
+    grad_fn: GradFn | None = None
     update_fn: UpdateFn | None = None
 
     def __check_init__(self):

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from gradhpo.extend import (
     Algorithm,
     Estimate,
+    GradFn,
     InnerOptimizer,
     InnerState,
     Problem,
@@ -45,7 +46,7 @@ class GreedyOptimizer(Algorithm):
 
     **Arguments:**
 
-    - `inner_optimizer`, `outer_optimizer`, `update_fn`: as for
+    - `inner_optimizer`, `outer_optimizer`, `grad_fn`, `update_fn`: as for
         [`FOOptimizer`][gradhpo.FOOptimizer].
     - `unroll_steps`: inner steps $T$ per `step`, at least 1; default 1.
     - `gamma`: the discount $\gamma \in [0, 1]$, shape `()`, default 0.9. At 0 only the last step
@@ -71,6 +72,7 @@ class GreedyOptimizer(Algorithm):
     outer_optimizer: optax.GradientTransformation | None = None
     unroll_steps: int = eqx.field(static=True, default=1)
     gamma: Float[Array, ""] = eqx.field(converter=setting, default=0.9)
+    grad_fn: GradFn | None = None
     update_fn: UpdateFn | None = None
 
     def __check_init__(self):

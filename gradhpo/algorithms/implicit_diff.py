@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PyTree
 from gradhpo.extend import (
     Algorithm,
     Estimate,
+    GradFn,
     InnerOptimizer,
     InnerState,
     Memory,
@@ -82,7 +83,7 @@ class ImplicitOptimizer(Algorithm):
 
     **Arguments:**
 
-    - `inner_optimizer`, `outer_optimizer`, `update_fn`: as for
+    - `inner_optimizer`, `outer_optimizer`, `grad_fn`, `update_fn`: as for
         [`FOOptimizer`][gradhpo.FOOptimizer]. On a whole data set, `optax.lbfgs()` needs the fewest
         steps; with `inner_steps` above 1 its memory is emptied at the start of every `step`.
     - `linear_solver`: any `lineax` solver (`lineax.CG`, `lineax.GMRES`, `lineax.BiCGStab`,
@@ -132,6 +133,7 @@ class ImplicitOptimizer(Algorithm):
     linear_solver: lx.AbstractLinearSolver | None = None
     inner_steps: int = eqx.field(static=True, default=1)
     damping: Float[Array, ""] = eqx.field(converter=setting, default=0.0)
+    grad_fn: GradFn | None = None
     update_fn: UpdateFn | None = None
 
     def __check_init__(self):

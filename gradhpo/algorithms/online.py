@@ -17,6 +17,7 @@ from gradhpo.extend import (
     BatchStack,
     BilevelState,
     Estimate,
+    GradFn,
     InnerOptimizer,
     InnerState,
     LossFn,
@@ -71,7 +72,7 @@ class OnlineHypergradientOptimizer(Algorithm):
 
     **Arguments:**
 
-    - `inner_optimizer`, `outer_optimizer`, `update_fn`: as for
+    - `inner_optimizer`, `outer_optimizer`, `grad_fn`, `update_fn`: as for
         [`FOOptimizer`][gradhpo.FOOptimizer].
     - `distillation_weight`: $\theta$ before its first estimate, shape `()`, default 0.1. To set
         $\theta$ by hand set this; what is written into the memory is overwritten.
@@ -123,6 +124,7 @@ class OnlineHypergradientOptimizer(Algorithm):
     gamma: Float[Array, ""] = eqx.field(converter=setting, default=0.99)
     estimation_period: int | None = eqx.field(static=True, default=50)
     normalize: bool = eqx.field(static=True, default=False)
+    grad_fn: GradFn | None = None
     update_fn: UpdateFn | None = None
 
     def __check_init__(self):

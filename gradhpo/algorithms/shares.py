@@ -26,7 +26,11 @@ def short_horizons(
     algorithm: Algorithm, greedy_gamma: float, distill_gamma: float
 ) -> dict[str, StepWeights]:
     """One step, greedy and HyperDistill, with the inner update of `algorithm`."""
-    rule = {"inner_optimizer": algorithm.inner_optimizer, "update_fn": algorithm.update_fn}
+    rule = {
+        "inner_optimizer": algorithm.inner_optimizer,
+        "grad_fn": algorithm.grad_fn,
+        "update_fn": algorithm.update_fn,
+    }
     # Made for their checks as well.
     greedy = GreedyOptimizer(gamma=greedy_gamma, **rule)
     distilled = OnlineHypergradientOptimizer(gamma=distill_gamma, **rule)

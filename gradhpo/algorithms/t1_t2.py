@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PyTree
 from gradhpo.extend import (
     Algorithm,
     Estimate,
+    GradFn,
     InnerOptimizer,
     InnerState,
     InnerUpdate,
@@ -58,7 +59,7 @@ class T1T2Optimizer(Algorithm):
 
     **Arguments:**
 
-    - `inner_optimizer`, `outer_optimizer`: as for [`FOOptimizer`][gradhpo.FOOptimizer].
+    - `inner_optimizer`, `outer_optimizer`, `grad_fn`: as for [`FOOptimizer`][gradhpo.FOOptimizer].
     - `inner_steps`: inner steps $T$ per `step`, at least 1; default 1.
     - `epsilon`: length of the perturbation of the weights (default 0.01, as in DARTS), or of
         one hyperparameter (there 1e-4 is better in float64); positive, shape `()`. A
@@ -95,6 +96,7 @@ class T1T2Optimizer(Algorithm):
     inner_steps: int = eqx.field(static=True, default=1)
     epsilon: Float[Array, ""] = eqx.field(converter=setting, default=0.01)
     perturb: Literal["weights", "hyperparams"] = eqx.field(static=True, default="weights")
+    grad_fn: GradFn | None = None
     update_fn: UpdateFn | None = None
 
     def __check_init__(self):

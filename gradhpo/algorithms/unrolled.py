@@ -9,6 +9,7 @@ import optax
 from gradhpo.extend import (
     Algorithm,
     Estimate,
+    GradFn,
     InnerOptimizer,
     Problem,
     Sees,
@@ -38,7 +39,7 @@ class UnrolledOptimizer(Algorithm):
 
     **Arguments:**
 
-    - `inner_optimizer`, `outer_optimizer`, `update_fn`: as for
+    - `inner_optimizer`, `outer_optimizer`, `grad_fn`, `update_fn`: as for
         [`FOOptimizer`][gradhpo.FOOptimizer].
     - `unroll_steps`: inner steps $T$ per `step`, at least 1; default 1.
     - `truncation`: keep only the last K terms of the sum; `None` (the default) keeps all.
@@ -70,6 +71,7 @@ class UnrolledOptimizer(Algorithm):
     unroll_steps: int = eqx.field(static=True, default=1)
     truncation: int | None = eqx.field(static=True, default=None)
     checkpoints: int | Literal["sqrt"] | None = eqx.field(static=True, default=None)
+    grad_fn: GradFn | None = None
     update_fn: UpdateFn | None = None
 
     def __check_init__(self):
@@ -135,7 +137,7 @@ class DrMADOptimizer(Algorithm):
 
     **Arguments:**
 
-    - `inner_optimizer`, `outer_optimizer`, `update_fn`: as for
+    - `inner_optimizer`, `outer_optimizer`, `grad_fn`, `update_fn`: as for
         [`FOOptimizer`][gradhpo.FOOptimizer].
     - `unroll_steps`: inner steps $T$ per `step`, at least 1; with 1, the default, it is exact.
 
@@ -158,6 +160,7 @@ class DrMADOptimizer(Algorithm):
     inner_optimizer: InnerOptimizer | None = None
     outer_optimizer: optax.GradientTransformation | None = None
     unroll_steps: int = eqx.field(static=True, default=1)
+    grad_fn: GradFn | None = None
     update_fn: UpdateFn | None = None
 
     def __check_init__(self):

@@ -26,7 +26,7 @@ from gradhpo.core.outer import Estimate, check_estimate, init_outer_state
 from gradhpo.core.problem import Problem, make_problem
 from gradhpo.core.start import started
 from gradhpo.core.state import BilevelState, inner_state, with_inner_state, with_metrics
-from gradhpo.core.types import Declared, InnerOptimizer, MetricDict, UpdateFn
+from gradhpo.core.types import Declared, GradFn, InnerOptimizer, MetricDict, UpdateFn
 from gradhpo.core.visibility import Sees, check_visible, seen_by
 from gradhpo.utils.settings import check_count, check_inner_rule
 from gradhpo.utils.tracing import TAKES_ALL, differentiation_explained
@@ -38,7 +38,7 @@ class Algorithm(BilevelOptimizer):
     r"""Base class of the algorithms, for those of your own too.
 
     A subclass has the fields `inner_optimizer`, `outer_optimizer` and `update_fn`, settings of its
-    own between them, and must supply
+    own between them (and `grad_fn` before `update_fn`, if it takes one), and must supply
 
     - `num_inner_steps`: how many inner steps one `step` takes;
     - `estimate(problem, memory)`: those inner steps and the hypergradient at their end, as an
@@ -77,15 +77,17 @@ class Algorithm(BilevelOptimizer):
 
     if TYPE_CHECKING:
         inner_optimizer = Declared[InnerOptimizer | None]()
+        grad_fn = Declared[GradFn | None]()
         update_fn = Declared[UpdateFn | None]()
     else:
         inner_optimizer: eqx.AbstractVar[InnerOptimizer | None]
         outer_optimizer: eqx.AbstractVar[optax.GradientTransformation | None]
         update_fn: eqx.AbstractVar[UpdateFn | None]
+        grad_fn = None  # a field of the algorithms that take one
 
     def __check_init__(self):
         name = type(self).__name__
-        check_inner_rule(name, self.inner_optimizer, self.update_fn)
+        check_inner_rule(name, self.inner_optimizer, self.grad_fn, self.update_fn)
         if self.sees not in get_args(Sees):
             raise ValueError(
                 f"{name}.sees is {self.sees!r}; it must be one of "
@@ -133,6 +135,11 @@ class Algorithm(BilevelOptimizer):
     def derivatives(self) -> str:
         """Which derivatives the method takes, for the error where one of them does not exist."""
         return TAKES_ALL
+
+    @property
+    def tunes(self) -> bool:
+        """Whether a step moves the hyperparameters; default `True`."""
+        return True
 
     # -- memory --------------------------------------------------------------------------------
 
@@ -223,9 +230,8 @@ class Algorithm(BilevelOptimizer):
         """The problem of one `step` (or of so many inner steps), after all checks."""
         self._check_state(inputs.state)
         steps = self.num_inner_steps if num_steps is None else num_steps
-        problem = make_problem(
-            self.inner_optimizer, self.update_fn, inputs, steps, self.passes_loss
-        )
+        rule = self.inner_optimizer, self.grad_fn, self.update_fn
+        problem = make_problem(*rule, inputs, steps, self.passes_loss)
         z = problem.phi.at_new_hyperparams(problem.z, self.num_inner_steps)
         return problem._replace(z=started(problem.phi, z, problem.hyperparams))
 
@@ -292,10 +298,13 @@ class Algorithm(BilevelOptimizer):
         return found
 
     def _seen(self, inputs: Inputs) -> list[bool]:
+        if not self.tunes:
+            return [False] * len(jax.tree.leaves(inputs.state.hyperparams))
         return seen_by(self.sees, self._problem(inputs), self.differentiates_init)
 
     def _check_visible(self, problem: Problem) -> None:
-        check_visible(type(self).__name__, self.sees, problem, self.differentiates_init)
+        if self.tunes:
+            check_visible(type(self).__name__, self.sees, problem, self.differentiates_init)
 
     def _outer_loss(self, inputs: Inputs) -> Array:
         phi, validation, z, hyperparams = self._problem(inputs)

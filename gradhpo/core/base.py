@@ -1,5 +1,6 @@
 """What every optimizer offers: `init`, `step` and `compute_hypergradient`."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, PyTree
 
 from gradhpo.core.batches import BatchStack
-from gradhpo.core.inputs import Inputs, LossFunctions
+from gradhpo.core.inputs import Inputs, LossFunctions, inputs_of
 from gradhpo.core.interface import InnerProblems
 from gradhpo.core.outer import outer_update
 from gradhpo.core.partition import check_disjoint
@@ -24,6 +25,7 @@ from gradhpo.utils.settings import (
     check_outer_optimizer,
     check_outer_rate,
     check_restart,
+    check_tunes,
     outer_rate,
 )
 from gradhpo.utils.tracing import count_trace, num_traces, record_trace
@@ -78,9 +80,11 @@ class BilevelOptimizer(InnerProblems):
         """
         state, estimate = inputs.state, self._solve(inputs)
         norm, moving = norm_and_moving(estimate.hypergradient)
-        hyperparams, outer_opt_state = outer_update(
-            self.outer_optimizer, state, estimate.hypergradient, lr_hyper
-        )
+        hyperparams, outer_opt_state = state.hyperparams, state.outer_opt_state
+        if self.tunes:
+            hyperparams, outer_opt_state = outer_update(
+                self.outer_optimizer, state, estimate.hypergradient, lr_hyper
+            )
         old = (inner_state(state), state.outer_opt_state)
         new = (estimate.z, outer_opt_state)
         accepted = (
@@ -243,17 +247,13 @@ class BilevelOptimizer(InnerProblems):
         outputs, or a data source as a batch. At each call, `ValueError` for an `lr_hyper` that
         is missing, refused or negative, and `TypeError` for one that is no number.
         """
-        check_outer_rate(self.outer_optimizer is not None, lr_hyper)
-        inputs = Inputs(
-            state,
-            numbers_as_arrays(train_batch),
-            numbers_as_arrays(val_batch),
-            LossFunctions(train_loss_fn, val_loss_fn),
-        )
+        check_outer_rate(self, lr_hyper)
+        train_batch, val_batch = numbers_as_arrays(train_batch), numbers_as_arrays(val_batch)
+        given = state, train_batch, val_batch, train_loss_fn, val_loss_fn
         traces = num_traces()
-        new, moving = _step(inputs, self, outer_rate(lr_hyper))
+        new, moving = _step(self, *given, outer_rate(lr_hyper))
         if num_traces() != traces and not isinstance(moving, Tracer):
-            self._warn_of_zeros(inputs, np.asarray(moving))
+            self._warn_of_zeros(inputs_of(*given), moving)
         return new
 
     def compute_hypergradient(
@@ -272,22 +272,23 @@ class BilevelOptimizer(InnerProblems):
         **Returns:** the hypergradient $g$, each leaf with the shape and dtype of its
         hyperparameter. Nothing is refused: it may be non-finite.
         """
-        inputs = Inputs(
-            state,
-            numbers_as_arrays(train_batch),
-            numbers_as_arrays(val_batch),
-            LossFunctions(train_loss_fn, val_loss_fn),
-        )
+        check_tunes(self)
+        train_batch, val_batch = numbers_as_arrays(train_batch), numbers_as_arrays(val_batch)
+        given = state, train_batch, val_batch, train_loss_fn, val_loss_fn
         traces = num_traces()
-        hypergradient, moving = _compute_hypergradient(inputs, self)
+        hypergradient, moving = _compute_hypergradient(self, *given)
         if num_traces() != traces and not isinstance(moving, Tracer):
-            self._warn_of_zeros(inputs, np.asarray(moving))
+            self._warn_of_zeros(inputs_of(*given), moving)
         return hypergradient
 
-    def _warn_of_zeros(self, inputs: Inputs, moving: np.ndarray) -> None:
-        """Once for each program: what follows may wait for the device."""
-        at = lambda state: _compute_hypergradient(inputs.at(state), self)[0]
-        warn_of_zeros(self, inputs, moving, at)
+    def _warn_of_zeros(self, inputs: Inputs, moving: Array) -> list[int]:
+        """After the first call of a program, where waiting for the device is no matter."""
+
+        def at(state: BilevelState) -> PyTree:
+            given = inputs.train_batch, inputs.val_batch, *dataclasses.astuple(inputs.losses)
+            return _compute_hypergradient(self, state, *given)[0]
+
+        return warn_of_zeros(self, inputs, np.asarray(moving), at)
 
 
 # Shapes are checked innermost, while tracing, so that a compiled call pays nothing for it.
@@ -296,19 +297,33 @@ class BilevelOptimizer(InnerProblems):
 @compiled
 @checked
 def _step(
-    inputs: Inputs, optimizer: BilevelOptimizer, lr_hyper: RealScalarLike | None
+    optimizer: BilevelOptimizer,
+    state: BilevelState,
+    train_batch: PyTree,
+    val_batch: PyTree,
+    train_loss_fn: Callable,
+    val_loss_fn: Callable,
+    lr_hyper: RealScalarLike | None,
 ) -> tuple[BilevelState, Bool[Array, " leaves"]]:
-    batches = {"train_batch": inputs.train_batch, "val_batch": inputs.val_batch}
-    record_trace("step", optimizer, inputs.state, inputs.losses, **batches)
+    inputs = inputs_of(state, train_batch, val_batch, train_loss_fn, val_loss_fn)
+    record_trace(
+        "step", optimizer, state, inputs.losses, train_batch=train_batch, val_batch=val_batch
+    )
     return optimizer._advance(inputs, lr_hyper)
 
 
 @compiled
 @checked
 def _compute_hypergradient(
-    inputs: Inputs, optimizer: BilevelOptimizer
+    optimizer: BilevelOptimizer,
+    state: BilevelState,
+    train_batch: PyTree,
+    val_batch: PyTree,
+    train_loss_fn: Callable,
+    val_loss_fn: Callable,
 ) -> tuple[PyTree, Bool[Array, " leaves"]]:
     count_trace()
+    inputs = inputs_of(state, train_batch, val_batch, train_loss_fn, val_loss_fn)
     hypergradient = optimizer._solve(inputs).hypergradient
     return hypergradient, norm_and_moving(hypergradient)[1]
 

@@ -20,7 +20,7 @@ from gradhpo.core.inner_optimizer import (
     explained,
     resolve,
 )
-from gradhpo.core.types import InnerOptimizer, LossFn, UpdateFn
+from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, UpdateFn
 from gradhpo.utils.foreign import forget_secants, last_evaluation, with_evaluation
 from gradhpo.utils.gradients import linearize_gradient
 from gradhpo.utils.trees import tree_zeros_like
@@ -50,6 +50,7 @@ class InnerUpdate(eqx.Module):
     """
 
     inner_optimizer: InnerOptimizer | None
+    grad_fn: GradFn | None
     update_fn: UpdateFn | None
     train_loss_fn: LossFn
     frozen: PyTree
@@ -70,6 +71,19 @@ class InnerUpdate(eqx.Module):
         """What the user's loss returns, which `make_problem` checks to be a scalar."""
         return self.train_loss_fn(eqx.combine(w, self.frozen), hyperparams, self.batch(t))
 
+    def gradient(self, w: PyTree, hyperparams: PyTree, t: ArrayLike) -> PyTree:
+        """What the inner optimizer is given: the training gradient, or what `grad_fn` returns."""
+        if self.grad_fn is None:
+            return jax.grad(self.train_loss)(w, hyperparams, t)
+        returned = self.grad_fn(eqx.combine(w, self.frozen), hyperparams, self.batch(t))
+        gradient = eqx.filter(returned, eqx.is_inexact_array)
+        if jax.tree.map(jnp.shape, gradient) != jax.tree.map(jnp.shape, w):
+            raise ValueError(
+                "grad_fn must return a gradient of the structure and shapes of the params:\n"
+                f"  {eqx.tree_pformat(w)}\nbut it returned\n  {eqx.tree_pformat(gradient)}"
+            )
+        return cast_like(gradient, w)
+
     def at_new_hyperparams(self, z: InnerState, num_steps: int) -> InnerState:
         """The z that `num_steps` inner steps start from once the hyperparameters have moved.
 
@@ -84,16 +98,41 @@ class InnerUpdate(eqx.Module):
     ) -> tuple[InnerState, Array]:
         """`(z', training loss before the update)`.
 
-        The loss costs nothing beside its gradient. Beside an `update_fn` it is extra work,
-        done only where `want_loss`; elsewhere it is `nan`.
+        The loss costs nothing beside its gradient. Beside a `grad_fn` or an `update_fn` it is
+        extra work, done only where `want_loss`; elsewhere it is `nan`.
         """
         if self.update_fn is not None:
-            compute = lambda: self.train_loss(z.w, hyperparams, t)
-            skip = lambda: jnp.full_like(jax.eval_shape(compute), jnp.nan)
             new_w = self._updated_by_hand(z.w, hyperparams, t)
-            return z._replace(w=new_w), jax.lax.cond(want_loss, compute, skip)
-        new_z, loss, _ = self.step_and_gradient(z, hyperparams, t)
+            return z._replace(w=new_w), self._loss_if(want_loss, z.w, hyperparams, t)
+        evaluation = None
+        if self.grad_fn is not None and not self.passes_loss:
+            loss = self._loss_if(want_loss, z.w, hyperparams, t)
+            evaluation = loss, self.gradient(z.w, hyperparams, t)
+        new_z, loss, _ = self.step_and_gradient(z, hyperparams, t, evaluation)
         return new_z, loss
+
+    def _loss_if(self, wanted: ArrayLike, w: PyTree, hyperparams: PyTree, t: ArrayLike) -> Array:
+        compute = lambda: self.train_loss(w, hyperparams, t)
+        skip = lambda: jnp.full_like(jax.eval_shape(compute), jnp.nan)
+        return jax.lax.cond(wanted, compute, skip)
+
+    def _loss_and_gradient(
+        self, w: PyTree, hyperparams: PyTree, t: ArrayLike
+    ) -> tuple[Array, PyTree]:
+        if self.grad_fn is None:
+            return jax.value_and_grad(self.train_loss)(w, hyperparams, t)
+        return self.train_loss(w, hyperparams, t), self.gradient(w, hyperparams, t)
+
+    def _linearized(
+        self, w: PyTree, hyperparams: PyTree, t: ArrayLike
+    ) -> tuple[Array, PyTree, Callable[[PyTree], tuple[PyTree, PyTree]]]:
+        """The loss, the gradient, and the products of a cotangent on it with its derivatives."""
+        if self.grad_fn is None:
+            return linearize_gradient(
+                lambda w, h: self.train_loss(w, h, t), w, hyperparams, symmetric=self.symmetric
+            )
+        gradient, pull = jax.vjp(lambda w, h: self.gradient(w, h, t), w, hyperparams)
+        return self.train_loss(w, hyperparams, t), gradient, pull
 
     def step_and_gradient(
         self,
@@ -102,12 +141,12 @@ class InnerUpdate(eqx.Module):
         t: ArrayLike,
         evaluation: tuple[Array, PyTree] | None = None,
     ) -> tuple[InnerState, Array, PyTree]:
-        """`(z', loss, training gradient)`; only with an `inner_optimizer`.
+        """`(z', loss, gradient)`; only with an `inner_optimizer`.
 
         `evaluation` is the loss and its gradient where they are known already.
         """
         if evaluation is None:
-            evaluation = jax.value_and_grad(self.train_loss)(z.w, hyperparams, t)
+            evaluation = self._loss_and_gradient(z.w, hyperparams, t)
         loss, gradient = evaluation
         of_loss = {}
         if self.passes_loss:
@@ -128,9 +167,7 @@ class InnerUpdate(eqx.Module):
         """
         if self.update_fn is not None:
             return self._vjp_by_hand(z, hyperparams, t)
-        loss, gradient, second_derivatives = linearize_gradient(
-            lambda w, h: self.train_loss(w, h, t), z.w, hyperparams, symmetric=self.symmetric
-        )
+        loss, gradient, second_derivatives = self._linearized(z.w, hyperparams, t)
         s_inexact, s_rest = eqx.partition(z.s, eqx.is_inexact_array)
 
         def optimizer_update(gradient, s_inexact, w, hyperparams):
@@ -177,13 +214,12 @@ class InnerUpdate(eqx.Module):
     ) -> tuple[PyTree, Callable[[PyTree], tuple[PyTree, PyTree]]]:
         r"""What vanishes at the inner optimum, and the products with its derivatives.
 
-        $F = \nabla_w L_{train}$, or $F = w - \Phi(w, \lambda)$ beside an `update_fn`; with it
+        $F = \nabla_w L_{train}$ (or what `grad_fn` returns), or $F = w - \Phi(w, \lambda)$
+        beside an `update_fn`; with it
         $v \mapsto (v^\top \partial F/\partial w,\; v^\top \partial F/\partial\lambda)$.
         """
         if self.update_fn is None:
-            _, gradient, products = linearize_gradient(
-                lambda w, h: self.train_loss(w, h, t), w, hyperparams, symmetric=self.symmetric
-            )
+            _, gradient, products = self._linearized(w, hyperparams, t)
             return gradient, products
         new, _, pull = self.vjp(InnerState(w, ()), hyperparams, t)
 
@@ -238,7 +274,7 @@ class InnerUpdate(eqx.Module):
         last = last_evaluation(z.s) if reusable else None
         if last is None:
             return z, False
-        loss, gradient = jax.value_and_grad(self.train_loss)(z.w, hyperparams, t)
+        loss, gradient = self._loss_and_gradient(z.w, hyperparams, t)
         if loss.dtype != last[0].dtype:
             return z, False
         return z._replace(s=with_evaluation(z.s, loss, gradient)), True

@@ -49,3 +49,14 @@ class Inputs(eqx.Module):
     def at(self, state: BilevelState, **batches: Any) -> "Inputs":
         """From another state; with other batches if some are given."""
         return dataclasses.replace(self, state=state, **batches)
+
+
+def inputs_of(
+    state: BilevelState,
+    train_batch: PyTree,
+    val_batch: PyTree,
+    train_loss_fn: Callable,
+    val_loss_fn: Callable,
+) -> Inputs:
+    """From what `step` is called with."""
+    return Inputs(state, train_batch, val_batch, LossFunctions(train_loss_fn, val_loss_fn))

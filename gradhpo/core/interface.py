@@ -27,6 +27,11 @@ class InnerProblems(eqx.Module):
 
     @property
     @abc.abstractmethod
+    def tunes(self) -> bool:
+        """Whether a step moves the hyperparameters."""
+
+    @property
+    @abc.abstractmethod
     def reads_ahead(self) -> bool:
         """Whether the batches of an episode are looked at before it is run."""
 

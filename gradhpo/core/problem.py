@@ -14,7 +14,7 @@ from gradhpo.core.inner import InnerState, InnerUpdate
 from gradhpo.core.inputs import Inputs
 from gradhpo.core.start import act_in_init
 from gradhpo.core.state import inner_state
-from gradhpo.core.types import InnerOptimizer, LossFn, UpdateFn
+from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, UpdateFn
 from gradhpo.utils.tracing import contains_custom_vjp
 from gradhpo.utils.validation import check_arity, check_scalar, check_single_batch
 
@@ -53,6 +53,7 @@ class Problem(NamedTuple):
 
 def make_problem(
     inner_optimizer: InnerOptimizer | None,
+    grad_fn: GradFn | None,
     update_fn: UpdateFn | None,
     inputs: Inputs,
     num_steps: int,
@@ -64,12 +65,14 @@ def make_problem(
     """
     _check_batches(inputs, num_steps)
     state, losses = inputs.state, inputs.losses
-    if update_fn is not None:
-        check_arity(update_fn, "update_fn", "params, hyperparams, batch")
+    for name, function in (("grad_fn", grad_fn), ("update_fn", update_fn)):
+        if function is not None:
+            check_arity(function, name, "params, hyperparams, batch")
     frozen = eqx.filter(state.params, eqx.is_inexact_array, inverse=True)
     z, hyperparams = inner_state(state), state.hyperparams
     phi = InnerUpdate(
         inner_optimizer=inner_optimizer,
+        grad_fn=grad_fn,
         update_fn=update_fn,
         train_loss_fn=losses.train_loss,
         frozen=frozen,
@@ -86,8 +89,9 @@ def make_problem(
         hyperparams,
     )
     _trace_loss("val_loss_fn", losses.val_loss, validation.loss, z.w, hyperparams)
+    symmetric = grad_fn is None and not contains_custom_vjp(program)
     fresh = state.fresh if act_in_init(phi, z, hyperparams) else None
-    phi = dataclasses.replace(phi, symmetric=not contains_custom_vjp(program), fresh=fresh)
+    phi = dataclasses.replace(phi, symmetric=symmetric, fresh=fresh)
     return Problem(phi, validation, z, hyperparams)
 
 

@@ -16,6 +16,9 @@ LossFn: TypeAlias = Callable[[PyTree, PyTree, PyTree], Array]
 UpdateFn: TypeAlias = Callable[[PyTree, PyTree, PyTree], PyTree]
 """One step of a hand-written inner update, `(params, hyperparams, batch) -> params`."""
 
+GradFn: TypeAlias = Callable[[PyTree, PyTree, PyTree], PyTree]
+"""A training gradient written by hand, `(params, hyperparams, batch) -> gradient`."""
+
 InnerOptimizer: TypeAlias = (
     optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation]
 )

@@ -49,19 +49,20 @@ def warn_of_zeros(
     inputs: Inputs,
     moving: np.ndarray,
     hypergradient_at: Callable[[BilevelState], PyTree],
-) -> None:
-    """Warns of leaves whose hypergradient is 0 here, and 0 beside as well.
+) -> list[int]:
+    """Warns of leaves whose hypergradient is 0 here, and 0 beside as well; which these are.
 
     At parameters of 0, say, a penalty on them has no derivative: one step on it has one.
     """
     zeros = vanished(optimizer, inputs, moving)
     if not zeros:
-        return
+        return []
     with without_warnings():
         beside = jax.tree.leaves(hypergradient_at(_beside(inputs.state)))
     zeros = [i for i in zeros if not np.any(np.asarray(beside[i]) != 0)]
     if zeros:
         warn_once(explain_zeros(optimizer, inputs.state, zeros))
+    return zeros
 
 
 def explain_zeros(optimizer: InnerProblems, state: BilevelState, leaves: Sequence[int]) -> str:

@@ -30,6 +30,11 @@ class Wrapper(BilevelOptimizer):
         return self.optimizer.num_inner_steps
 
     @property
+    def tunes(self) -> bool:
+        """As `optimizer`."""
+        return self.optimizer.tunes
+
+    @property
     def reads_ahead(self) -> bool:
         """As `optimizer`."""
         return self.optimizer.reads_ahead

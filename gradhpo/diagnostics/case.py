@@ -17,6 +17,7 @@ from gradhpo.core.state import BilevelState, with_inner_state
 from gradhpo.core.types import MetricDict
 from gradhpo.core.wrapper import algorithm_of, same_wrappers
 from gradhpo.diagnostics.cost import Program, on_device
+from gradhpo.utils.settings import check_tunes
 from gradhpo.utils.validation import check_single_batch, numbers_as_arrays
 
 
@@ -54,6 +55,8 @@ class Case:
             num_steps = train_batch.num_steps
         else:
             num_steps = max(optimizer.num_inner_steps for optimizer in optimizers.values())
+        for optimizer in optimizers.values():
+            check_tunes(optimizer)
         check_horizon(optimizers, num_steps)
         train_batch, val_batch = on_device(numbers_as_arrays((train_batch, val_batch)))
         return cls(state, train_batch, val_batch, losses, num_steps)

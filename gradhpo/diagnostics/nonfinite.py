@@ -84,7 +84,7 @@ def finiteness(problem: Problem, num_steps: int) -> dict[str, Any]:
     phi, validation, z, hyperparams = problem
 
     def forward(z, t):
-        gradient = jax.grad(phi.train_loss)(z.w, hyperparams, t)
+        gradient = phi.gradient(z.w, hyperparams, t)
         new, loss = phi.step(z, hyperparams, t)
         # The rule itself, without the momentum that may carry a good one uphill for a while.
         fresh = z._replace(s=init_inner_state(phi.inner_optimizer, z.w, hyperparams))
@@ -112,7 +112,7 @@ def finiteness(problem: Problem, num_steps: int) -> dict[str, Any]:
     def look(step: PulledStep) -> dict[str, Any]:
         found = {}
         if phi.update_fn is None:
-            gradient = jax.grad(phi.train_loss)(step.z.w, hyperparams, step.t)
+            gradient = phi.gradient(step.z.w, hyperparams, step.t)
             through = phi.optimizer_vjp(gradient, step.z, hyperparams, step.bar_after.z.w)
             found["through_optimizer"] = finite_leaves(through[0])
         return found | {

@@ -13,7 +13,7 @@ from gradhpo.core.outer import Estimate
 from gradhpo.core.problem import Problem
 from gradhpo.core.reverse import square_root, unrolled
 from gradhpo.core.state import BilevelState
-from gradhpo.core.types import InnerOptimizer, UpdateFn
+from gradhpo.core.types import GradFn, InnerOptimizer, UpdateFn
 from gradhpo.core.visibility import Sees
 from gradhpo.core.wrapper import algorithm_of, rewrapped
 from gradhpo.utils.trees import inexact_bytes
@@ -32,6 +32,7 @@ class ExactHypergradient(Algorithm):
     outer_optimizer: optax.GradientTransformation | None = None
     num_steps: int = eqx.field(static=True, default=1)
     num_segments: int | None = eqx.field(static=True, default=None)
+    grad_fn: GradFn | None = None
     update_fn: UpdateFn | None = None
 
     @property
@@ -60,6 +61,7 @@ def exact_reference(
         algorithm.inner_optimizer,
         num_steps=num_steps,
         num_segments=square_root(num_steps) if size * num_steps > _MOST_BYTES_KEPT else None,
+        grad_fn=algorithm.grad_fn,
         update_fn=algorithm.update_fn,
     )
     return rewrapped(like, exact)

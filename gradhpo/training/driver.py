@@ -13,7 +13,6 @@ from gradhpo.core.algorithm import Algorithm
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.inputs import LossFunctions
 from gradhpo.core.state import BilevelState, inner_state
-from gradhpo.core.vanishing import explain_zeros, vanished
 from gradhpo.core.wrapper import algorithm_of
 from gradhpo.data.sources import Feed
 from gradhpo.training.callbacks import Callbacks
@@ -22,7 +21,6 @@ from gradhpo.training.history import Record
 from gradhpo.training.keeper import Keeper
 from gradhpo.training.stopping import Interrupts, Stopped, failing
 from gradhpo.utils.progress import ProgressBar
-from gradhpo.utils.warn import warn_once
 
 
 @dataclasses.dataclass
@@ -177,11 +175,9 @@ class Driver:
             metrics = {name: np.asarray(values) for name, values in flight.metrics.items()}
             moved = np.asarray(flight.moved)
         if self.zeros is None:
-            self.zeros = vanished(self.optimizer, flight.chunk.first_inputs(self.state), moved)
-            if self.zeros:
-                warn_once(explain_zeros(self.optimizer, self.state, self.zeros))
-        else:
-            self.zeros = [leaf for leaf in self.zeros if not moved[leaf]]
+            inputs = flight.chunk.first_inputs(self.state)
+            self.zeros = self.optimizer._warn_of_zeros(inputs, flight.moved)
+        self.zeros = [leaf for leaf in self.zeros if not moved[leaf]]
         self._callbacks_saw_all = False
         self.record.add(metrics)
         self.state, self.start, self.positions = flight.state, flight.start, flight.positions

@@ -120,7 +120,7 @@ def run(
     check_count("chunk_size", chunk_size)
     check_count("max_rejections", max_rejections)
     check_episodes(num_steps, steps_per_episode, reptile_rate, int(state.step))
-    check_outer_rate(optimizer.outer_optimizer is not None, lr_hyper)
+    check_outer_rate(optimizer, lr_hyper)
     rate = lr_hyper if callable(lr_hyper) else outer_rate(lr_hyper)
     feed = Feed(
         as_source(train_data, "train_data", optimizer.num_inner_steps),

@@ -37,8 +37,13 @@ def check_count(name: str, value: int, *, most: int | None = None) -> None:
         raise ValueError(f"{name} must be at least 1{upper}, got {name}={value}")
 
 
-def check_inner_rule(name: str, inner_optimizer: Any, update_fn: Any) -> None:
+def check_inner_rule(name: str, inner_optimizer: Any, grad_fn: Any, update_fn: Any) -> None:
     """Exactly one of the two ways to say what an inner step is."""
+    if grad_fn is not None and inner_optimizer is None:
+        raise ValueError(
+            f"{name} got a grad_fn without an inner_optimizer, which takes the gradient: pass "
+            "inner_optimizer=optax.sgd(0.1) as well (an update_fn computes its own gradient)"
+        )
     if inner_optimizer is None and update_fn is None:
         raise ValueError(
             f"{name} needs an inner update: pass inner_optimizer=optax.sgd(0.1) (or a function "
@@ -56,11 +61,15 @@ def check_inner_rule(name: str, inner_optimizer: Any, update_fn: Any) -> None:
             f"{name}(inner_optimizer=...) must be an optax.GradientTransformation or a function "
             f"hyperparams -> optax.GradientTransformation, got {inner_optimizer!r}"
         )
-    if not (update_fn is None or callable(update_fn)):
-        raise TypeError(
-            f"{name}(update_fn=...) must be a function (params, hyperparams, batch) -> params, "
-            f"got {update_fn!r}"
-        )
+    for argument, function, result in (
+        ("grad_fn", grad_fn, "gradient"),
+        ("update_fn", update_fn, "params"),
+    ):
+        if not (function is None or callable(function)):
+            raise TypeError(
+                f"{name}({argument}=...) must be a function (params, hyperparams, batch) -> "
+                f"{result}, got {function!r}"
+            )
 
 
 def check_outer_optimizer(name: str, outer_optimizer: Any) -> None:
@@ -71,7 +80,16 @@ def check_outer_optimizer(name: str, outer_optimizer: Any) -> None:
         )
 
 
-def check_outer_rate(has_outer_optimizer: bool, lr_hyper: Any) -> None:
+def check_outer_rate(optimizer: Any, lr_hyper: Any) -> None:
+    """`lr_hyper` is given where an optimizer has no `outer_optimizer`, and only there."""
+    if not optimizer.tunes:
+        if lr_hyper is not None:
+            raise ValueError(
+                f"got lr_hyper={lr_hyper!r} although {type(optimizer).__name__} leaves the "
+                "hyperparameters as they are: leave lr_hyper out"
+            )
+        return
+    has_outer_optimizer = optimizer.outer_optimizer is not None
     if has_outer_optimizer and lr_hyper is not None:
         raise ValueError(
             f"got lr_hyper={lr_hyper!r} although the optimizer has an outer_optimizer, which "
@@ -81,6 +99,15 @@ def check_outer_rate(has_outer_optimizer: bool, lr_hyper: Any) -> None:
         raise ValueError(
             "the optimizer has outer_optimizer=None, so step needs a step size: pass "
             "lr_hyper=0.1, or construct with outer_optimizer=optax.adam(1e-2)"
+        )
+
+
+def check_tunes(optimizer: Any) -> None:
+    """There is a hypergradient."""
+    if not optimizer.tunes:
+        raise TypeError(
+            f"{type(optimizer).__name__} leaves the hyperparameters as they are and computes no "
+            "hypergradient: use another optimizer, and its adopt(state) for a state of this one"
         )
 
 
