@@ -32,6 +32,7 @@ from gradhpo.training.history import History
 from gradhpo.training.loop import run
 from gradhpo.training.sign_descent import sign_descent
 from gradhpo.training.smoothing import moving_average
+from gradhpo.utils.detached import detach
 from gradhpo.utils.gradients import vjp_wrt_both, vjp_wrt_lambda
 from gradhpo.utils.logging import CSVLogger, JSONLinesLogger
 from gradhpo.utils.trees import (
@@ -83,6 +84,7 @@ __all__ = [
     "check_hypergradient",
     "compare_hypergradients",
     "compare_over_batches",
+    "detach",
     "explain_horizon",
     "finite_difference_hypergradient",
     "iterate",

@@ -11,7 +11,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from jaxtyping import Array, Float, TypeCheckError, jaxtyped
 
-from gradhpo.utils import foreign, tracing
+from gradhpo.utils import foreign, programs
 from gradhpo.utils.typecheck import beartype, checked
 
 
@@ -82,7 +82,7 @@ def test_operations_have_the_names_that_are_looked_for():
     assert "linear_solve" in names_in(solve, x)
     assert names_in(jax.vmap(solve), jnp.ones(3)) & set(foreign.OPEN_LOOPS)
     assert any(map(foreign.is_custom_vjp, names_in(own_rule, x)))
-    assert tracing.contains_custom_vjp(jax.make_jaxpr(own_rule)(x).jaxpr)
+    assert programs.contains_custom_vjp(jax.make_jaxpr(own_rule)(x).jaxpr)
     draws = {
         "uniform": lambda key: jax.random.uniform(key),
         "gamma": lambda key: jax.random.gamma(key, 2.0),

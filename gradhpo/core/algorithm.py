@@ -231,7 +231,8 @@ class Algorithm(BilevelOptimizer):
         self._check_state(inputs.state)
         steps = self.num_inner_steps if num_steps is None else num_steps
         rule = self.inner_optimizer, self.grad_fn, self.update_fn
-        problem = make_problem(*rule, inputs, steps, self.passes_loss)
+        differentiates = self.tunes and self.sees not in ("validation", "everything")
+        problem = make_problem(*rule, inputs, steps, self.passes_loss, differentiates)
         z = problem.phi.at_new_hyperparams(problem.z, self.num_inner_steps)
         return problem._replace(z=started(problem.phi, z, problem.hyperparams))
 

@@ -15,8 +15,9 @@ from gradhpo.core.inputs import Inputs
 from gradhpo.core.start import act_in_init
 from gradhpo.core.state import inner_state
 from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, UpdateFn
-from gradhpo.utils.tracing import contains_custom_vjp
-from gradhpo.utils.validation import check_arity, check_scalar, check_single_batch
+from gradhpo.utils.programs import contains_custom_vjp, inputs_read, stops_a_function_of
+from gradhpo.utils.validation import check_arity, check_scalar, check_single_batch, leaf_names
+from gradhpo.utils.warn import warn_once
 
 
 class Validation(eqx.Module):
@@ -58,8 +59,11 @@ def make_problem(
     inputs: Inputs,
     num_steps: int,
     passes_loss: bool,
+    differentiates: bool = True,
 ) -> Problem:
     r"""The problem of `num_steps` inner steps, after the checks of batches and losses.
+
+    `differentiates`: whether the method differentiates the training gradient.
 
     Runs while tracing, once for each compilation.
     """
@@ -88,11 +92,43 @@ def make_problem(
         z.w,
         hyperparams,
     )
-    _trace_loss("val_loss_fn", losses.val_loss, validation.loss, z.w, hyperparams)
+    of_validation = _trace_loss("val_loss_fn", losses.val_loss, validation.loss, z.w, hyperparams)
     symmetric = grad_fn is None and not contains_custom_vjp(program)
+    if grad_fn is update_fn is None:
+        if differentiates:
+            _check_stops(program, z.w, hyperparams)
+        _check_trained(program, of_validation, z.w)
     fresh = state.fresh if act_in_init(phi, z, hyperparams) else None
     phi = dataclasses.replace(phi, symmetric=symmetric, fresh=fresh)
     return Problem(phi, validation, z, hyperparams)
+
+
+def _check_stops(program: Jaxpr, w: PyTree, hyperparams: PyTree) -> None:
+    """What is stopped as a function of the parameters is missing in second derivatives."""
+    of_w = [True] * len(jax.tree.leaves(w)) + [False] * len(jax.tree.leaves(hyperparams))
+    if stops_a_function_of(program, of_w):
+        warn_once(
+            "train_loss_fn stops the gradient of something that depends on the parameters "
+            "(jax.lax.stop_gradient). How that changes in later inner steps is then missing in the "
+            "hypergradient: write gradhpo.detach(x), which the training gradient treats as a "
+            "constant too. gradhpo.check_hypergradient shows whether it matters"
+        )
+
+
+def _check_trained(of_training: Jaxpr, of_validation: Jaxpr, w: PyTree) -> None:
+    """What validation reads is trained: running statistics of another framework are not."""
+    names = leaf_names(w)
+    trained = inputs_read(of_training, by_derivative=True)
+    read = inputs_read(of_validation, by_derivative=False)
+    # The hyperparameters come after them.
+    untrained = [name for name, a, b in zip(names, trained, read, strict=False) if b and not a]
+    if untrained:
+        shown = ", ".join(untrained[:5]) + (", ..." if len(untrained) > 5 else "")
+        warn_once(
+            f"val_loss_fn reads params {shown}, and train_loss_fn has no derivative by them: they "
+            "keep their first values, but for the inner optimizer's weight decay. Running "
+            "statistics of a BatchNorm are not parameters; close over what should stay constant"
+        )
 
 
 def _check_batches(inputs: Inputs, num_steps: int) -> None:

@@ -46,6 +46,10 @@ NO_CALLBACK_DERIVATIVE = "callbacks do not support"
 OPEN_LOOPS = ("while", "linear_solve", "vprim")
 RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "random_gamma")
 
+STOP_GRADIENT = "stop_gradient"
+MAXIMA = ("reduce_max", "reduce_min", "argmax", "argmin", "cummax", "pmax")
+LOOPS, BRANCHES = ("scan", "while"), ("cond",)
+
 
 def is_custom_vjp(operation: str) -> bool:
     """Whether an operation of a traced program is a call of a function with a `custom_vjp`."""

@@ -7,11 +7,10 @@ from typing import Any
 
 import equinox as eqx
 import jax
-from jax.extend.core import Jaxpr, jaxprs_in_params
 from jaxtyping import PyTree
 
 from gradhpo.utils.advice import on_missing_rule
-from gradhpo.utils.foreign import NO_DERIVATIVE, is_custom_vjp
+from gradhpo.utils.foreign import NO_DERIVATIVE
 from gradhpo.utils.warn import forget_warnings, warn_once
 
 
@@ -59,15 +58,6 @@ def visible_leaves(
         # A trace of its own, so that nothing of this reaches the program around it.
         jax.eval_shape(probe, *leaves)
     return jax.tree.unflatten(treedef, seen)
-
-
-def contains_custom_vjp(program: Jaxpr) -> bool:
-    """Whether a `custom_vjp` is called anywhere in a traced program."""
-    return any(
-        is_custom_vjp(eqn.primitive.name)
-        or any(contains_custom_vjp(inner) for inner in jaxprs_in_params(eqn.params))
-        for eqn in program.eqns
-    )
 
 
 # Which jobs were traced, and how often, in this process. A function made anew in a loop is a new

@@ -1,0 +1,43 @@
+"""Parameters that a training loss treats as constants."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from gradhpo.utils.typecheck import checked
+
+
+@checked
+def detach(tree: PyTree) -> PyTree:
+    r"""An identity that the training gradient treats as a constant, and the hypergradient does not.
+
+    `jax.lax.stop_gradient` on a function of the parameters in a training loss (a target network,
+    BYOL, self-distillation, a semi-gradient) is constant in every derivative: how it changes from
+    one inner step to the next is then missing in $A_t$, and the hypergradient is wrong. Write
+    `detach` instead: the training gradient stays as it is, and its derivatives are complete.
+
+    The Hessian of such a loss is not symmetric: [`ImplicitOptimizer`][gradhpo.ImplicitOptimizer]
+    takes GMRES for it, and refuses CG and Cholesky.
+
+    **Arguments:** `tree`: any pytree; leaves that are not floating-point arrays pass through.
+
+    **Returns:** the same tree.
+
+    ```python
+    def train_loss(w, h, batch):
+        target = gradhpo.detach(0.9 * w)  # held in this step, but a function of w
+        return jnp.sum((w - target) ** 2 * h + (w - batch) ** 2)
+
+    assert jnp.allclose(jax.grad(train_loss)(1.0, 2.0, 1.0), 2 * 0.1 * 2.0)
+    ```
+    """
+    return jax.tree.map(lambda x: _detach(x) if eqx.is_inexact_array(x) else x, tree)
+
+
+@jax.custom_vjp
+def _detach(x: Array) -> Array:
+    return x
+
+
+_detach.defvjp(lambda x: (x, None), lambda _, bar: (jnp.zeros_like(bar),))

@@ -1,0 +1,96 @@
+"""What a traced program tells: what it depends on, and what it does with it."""
+
+from collections.abc import Sequence
+
+from jax.extend.core import Jaxpr, Literal, jaxprs_in_params
+
+from gradhpo.utils.foreign import BRANCHES, LOOPS, MAXIMA, STOP_GRADIENT, is_custom_vjp
+
+
+def contains_custom_vjp(program: Jaxpr) -> bool:
+    """Whether a `custom_vjp` is called anywhere in a traced program."""
+    return any(
+        is_custom_vjp(eqn.primitive.name)
+        or any(contains_custom_vjp(inner) for inner in jaxprs_in_params(eqn.params))
+        for eqn in program.eqns
+    )
+
+
+def inputs_read(program: Jaxpr, *, by_derivative: bool) -> list[bool]:
+    """For each input whether the results depend on it, by way of a derivative or at all."""
+    return _read(program, [True] * len(program.outvars), by_derivative)
+
+
+def _read(program: Jaxpr, needed: Sequence[bool], by_derivative: bool) -> list[bool]:
+    live = {v for v, here in zip(program.outvars, needed, strict=True) if here and _is_variable(v)}
+    for eqn in reversed(program.eqns):
+        results = [v in live for v in eqn.outvars]
+        if not any(results) or (by_derivative and eqn.primitive.name == STOP_GRADIENT):
+            continue
+        read = [True] * len(eqn.invars)
+        inside = list(jaxprs_in_params(eqn.params))
+        if len(inside) == 1 and eqn.primitive.name not in LOOPS:
+            [inner] = inside
+            if (len(inner.invars), len(inner.outvars)) == (len(eqn.invars), len(eqn.outvars)):
+                read = _read(inner, results, by_derivative)
+        live |= {v for v, here in zip(eqn.invars, read, strict=True) if here and _is_variable(v)}
+    return [v in live for v in program.invars]
+
+
+def _is_variable(v: object) -> bool:
+    return not isinstance(v, Literal)
+
+
+# How a value depends on marked inputs: not at all, by maxima alone, or otherwise.
+_NOT, _BY_MAXIMA, _OTHERWISE = range(3)
+
+
+def stops_a_function_of(program: Jaxpr, marked: Sequence[bool]) -> bool:
+    """Whether `stop_gradient` stands between marked inputs and the result of a traced program.
+
+    On a maximum it does no harm: softmax and logsumexp subtract one, which changes nothing.
+    """
+    return _followed(program, [_OTHERWISE if mark else _NOT for mark in marked])[1]
+
+
+def _followed(program: Jaxpr, levels: list[int]) -> tuple[list[int], bool]:
+    """The levels of the results, and whether a stop was found on the way."""
+    level = dict(zip(program.invars, levels, strict=True))
+    of = lambda v: level.get(v, _NOT) if _is_variable(v) else _NOT
+    found, live = False, _needed(program)
+    for eqn in program.eqns:
+        before = [of(v) for v in eqn.invars]
+        after = [max(before, default=_NOT)] * len(eqn.outvars)
+        for inner in jaxprs_in_params(eqn.params):
+            after, found_inside = _inside(eqn.primitive.name, inner, before, len(eqn.outvars))
+            found |= found_inside and any(v in live for v in eqn.outvars)
+        if eqn.primitive.name in MAXIMA:
+            after = [min(x, _BY_MAXIMA) for x in after]
+        if eqn.primitive.name == STOP_GRADIENT and eqn.outvars[0] in live:
+            found |= before[0] == _OTHERWISE
+        for v, x in zip(eqn.outvars, after, strict=True):
+            level[v] = max(level.get(v, _NOT), x)
+    return [of(v) for v in program.outvars], found
+
+
+def _inside(name: str, inner: Jaxpr, before: list[int], results: int) -> tuple[list[int], bool]:
+    """The same within an operation that has a program of its own."""
+    most = max(before, default=_NOT)
+    if name in BRANCHES:
+        before = before[1:]
+    if len(before) != len(inner.invars):
+        before = [most] * len(inner.invars)
+    after, found = _followed(inner, before)
+    if name in LOOPS:  # what one turn makes is what the next one begins with
+        after, found = _followed(inner, [max(x, *after) if x else x for x in before])
+        after = [max(after, default=_NOT)] * results
+    return (after if len(after) == results else [most] * results), found
+
+
+def _needed(program: Jaxpr) -> set:
+    """The variables that the results need."""
+    live = set(filter(_is_variable, program.outvars))
+    for eqn in reversed(program.eqns):
+        if any(v in live for v in eqn.outvars):
+            live |= set(filter(_is_variable, eqn.invars))
+    return live

@@ -1,0 +1,219 @@
+"""A stop_gradient on a function of the parameters is named, and `detach` is right in its place."""
+
+import warnings
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import assert_same
+from problems import relaxed
+
+import gradhpo
+
+
+X = jax.random.normal(jax.random.key(0), (8, 3))
+Y = jnp.sin(X @ jnp.array([1.0, -2.0, 0.5]))
+START = {"w": jnp.array([0.3, 0.1, -0.4]), "head": jnp.array([0.5, -0.5, 0.2])}
+SGD = relaxed(optax.sgd(0.1))
+STEPS = 6
+
+
+def semi_gradient(stop):
+    """As in temporal differences: the target is a function of the same parameters."""
+
+    def loss(p, h, batch):
+        target = stop(jnp.tanh(X[::-1] @ p["w"])) + Y
+        return jnp.mean((X @ p["w"] - target) ** 2) + jnp.exp(h) * jnp.sum(p["w"] ** 2)
+
+    return loss
+
+
+def self_distillation(stop):
+    """BYOL without its moving average: a head predicts what the other view is mapped to."""
+
+    def loss(p, h, batch):
+        one, other = jnp.tanh(X @ p["w"]), jnp.tanh((X + 0.1) @ p["w"])
+        fits = 3 * jnp.mean((one * jnp.sum(p["head"]) - stop(other)) ** 2) + jnp.mean(one - Y)
+        return fits + jnp.exp(h) * sum(jnp.sum(x**2) for x in jax.tree.leaves(p))
+
+    return loss
+
+
+KINDS = {"semi-gradient": semi_gradient, "self-distillation": self_distillation}
+
+
+def val_loss(p, h, batch):
+    return jnp.mean((X @ p["w"] - 1.0) ** 2)
+
+
+METHODS = {
+    "unrolled": lambda: gradhpo.UnrolledOptimizer(SGD, unroll_steps=STEPS),
+    "forward": lambda: gradhpo.ForwardModeOptimizer(SGD, unroll_steps=STEPS),
+}
+
+
+def hypergradients(loss, optimizer=None):
+    optimizer = METHODS["unrolled"]() if optimizer is None else optimizer
+    given = (optimizer.init(START, jnp.array(-2.0)), None, None, loss, val_loss)
+    found = optimizer.compute_hypergradient(*given)
+    return found, gradhpo.finite_difference_hypergradient(optimizer, *given)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_detach_is_exact(kind, method):
+    found, differences = hypergradients(KINDS[kind](gradhpo.detach), METHODS[method]())
+    np.testing.assert_allclose(found, differences, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stop_gradient_is_not_and_is_named_with_the_line_to_write(kind):
+    loss = KINDS[kind](jax.lax.stop_gradient)
+    with pytest.warns(UserWarning, match=r"train_loss_fn stops the gradient.*gradhpo\.detach\(x\)"):
+        found, differences = hypergradients(loss)
+    assert abs(found - differences) > 0.02 * abs(differences)
+    # The training itself is the same.
+    gradient = lambda stop: jax.grad(KINDS[kind](stop))(START, jnp.array(-2.0), None)
+    assert_same(gradient(gradhpo.detach), gradient(jax.lax.stop_gradient))
+
+
+def test_the_checkup_decides_by_numbers():
+    check = lambda stop: gradhpo.check_hypergradient(
+        METHODS["unrolled"](),
+        METHODS["unrolled"]().init(START, jnp.array(-2.0)),
+        None,
+        None,
+        gradhpo.LossFunctions(semi_gradient(stop), val_loss),
+    )
+    assert any("gradhpo.detach" in x for x in check(jax.lax.stop_gradient).findings)
+    assert check(gradhpo.detach).healthy
+
+
+def test_one_step_of_every_kind_equals_the_derivative_of_that_step():
+    loss = semi_gradient(gradhpo.detach)
+
+    def after(h):
+        gradient = jax.grad(loss)(START, h, None)
+        return val_loss(jax.tree.map(lambda x, g: x - 0.1 * g, START, gradient), h, None)
+
+    expected = jax.grad(after)(jnp.array(-2.0))
+    for optimizer in (
+        gradhpo.OneStepOptimizer(SGD),
+        gradhpo.T1T2Optimizer(SGD),
+        gradhpo.GreedyOptimizer(SGD),
+        gradhpo.DrMADOptimizer(SGD),
+    ):
+        found = optimizer.compute_hypergradient(
+            optimizer.init(START, jnp.array(-2.0)), None, None, loss, val_loss
+        )
+        np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+
+def warns_of(loss, optimizer=None):
+    """Whether tracing a step with this loss names a stop_gradient."""
+    optimizer = gradhpo.OneStepOptimizer(SGD) if optimizer is None else optimizer
+    state = optimizer.init(START, jnp.array(-2.0))
+    both = lambda p, h, batch: val_loss(p, h, batch) + h**2
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        jax.eval_shape(lambda s: optimizer.compute_hypergradient(s, None, None, loss, both), state)
+    return any("stops the gradient" in str(warning.message) for warning in said)
+
+
+def decayed(of_params):
+    return lambda p, h, batch: of_params(p) + jnp.exp(h) * jnp.sum(p["w"] ** 2)
+
+
+STOP = jax.lax.stop_gradient
+LOGITS = lambda p: X @ jnp.outer(p["w"], p["head"])
+LABELS = jnp.arange(8) % 3
+HARMLESS = {
+    "softmax": lambda p: -jnp.mean(jnp.log(jax.nn.softmax(LOGITS(p)))[:, 0]),
+    "log_softmax": lambda p: -jnp.mean(jax.nn.log_softmax(LOGITS(p))[:, 0]),
+    "logsumexp": lambda p: jnp.mean(jax.nn.logsumexp(LOGITS(p), axis=1)),
+    "masked softmax": lambda p: jnp.sum(
+        jax.nn.softmax(LOGITS(p), where=jnp.arange(3)[None] < 2) ** 2
+    ),
+    "optax, integers": lambda p: jnp.mean(
+        optax.softmax_cross_entropy_with_integer_labels(LOGITS(p), LABELS)
+    ),
+    "optax, one hot": lambda p: jnp.mean(
+        optax.softmax_cross_entropy(LOGITS(p), jax.nn.one_hot(LABELS, 3))
+    ),
+    "optax, sigmoid": lambda p: jnp.mean(
+        optax.sigmoid_binary_cross_entropy(LOGITS(p)[:, 0], jnp.ones(8))
+    ),
+    "within scan, checkpoint and jit": lambda p: jax.lax.scan(
+        jax.checkpoint(lambda c, x: (c + jax.jit(jax.nn.logsumexp)(c * x * p["w"]), None)),
+        jnp.zeros(()),
+        jnp.arange(3.0),
+    )[0],
+    "of data": lambda p: jnp.sum(p["w"] * STOP(jnp.mean(X, 0))),
+    "not used": lambda p: (STOP(p["w"]), jnp.sum(p["w"]))[1],
+}
+HARMFUL = {
+    "in scan": lambda p: jax.lax.scan(
+        lambda c, x: (STOP(jnp.tanh(c * x)) + p["w"], None), p["w"], jnp.arange(1.0, 3.0)
+    )[0].sum(),
+    "in jit": lambda p: jax.jit(lambda w: jnp.sum(w * STOP(w)))(p["w"]),
+    "in checkpoint": lambda p: jax.checkpoint(lambda w: jnp.sum(w * STOP(w)))(p["w"]),
+    "in cond": lambda p: jax.lax.cond(
+        X[0, 0] > 0, lambda w: jnp.sum(w * STOP(w)), lambda w: jnp.sum(w), p["w"]
+    ),
+    "of a mean beside a maximum": lambda p: jnp.sum(p["w"] * STOP(jnp.mean(p["w"]) + p["w"].max())),
+}
+
+
+@pytest.mark.parametrize("kind", HARMLESS)
+def test_what_does_no_harm_is_not_named(kind):
+    assert not warns_of(decayed(HARMLESS[kind]))
+
+
+@pytest.mark.parametrize("kind", HARMFUL)
+def test_it_is_found_within_programs(kind):
+    assert warns_of(decayed(HARMFUL[kind]))
+
+
+def test_layers_of_equinox_are_not_named():
+    keys = jax.random.split(jax.random.key(0), 5)
+    layers = (
+        eqx.nn.Conv2d(1, 2, 3, key=keys[0]),
+        eqx.nn.GroupNorm(1, 2),
+        eqx.nn.MultiheadAttention(2, 4, key=keys[1]),
+        eqx.nn.LayerNorm(4),
+        eqx.nn.GRUCell(4, 3, key=keys[2]),
+        eqx.nn.Linear(3, 1, key=keys[3]),
+        eqx.nn.MaxPool2d(2, 2),
+        eqx.nn.PReLU(),
+        eqx.nn.WeightNorm(eqx.nn.Linear(4, 4, key=keys[4])),
+        eqx.nn.RMSNorm(4),
+    )
+
+    def loss(layers, h, batch):
+        conv, group, attend, norm, cell, linear, pool, prelu, weight_norm, rms = layers
+        image = prelu(group(conv(jnp.ones((1, 6, 6)))))
+        rows = pool(image).reshape(2, 4)
+        rows = jax.vmap(lambda x: rms(weight_norm(norm(x))))(attend(rows, rows, rows))
+        hidden = cell(rows[0], jnp.zeros(3))
+        return linear(hidden)[0] ** 2 + h * jnp.sum(hidden**2)
+
+    optimizer = gradhpo.OneStepOptimizer(SGD)
+    state = optimizer.init(layers, jnp.array(0.1))
+    compute = lambda s: optimizer.compute_hypergradient(s, None, None, loss, loss)
+    eqx.filter_eval_shape(compute, state)  # a warning would be an error
+
+
+def test_methods_that_do_not_differentiate_the_gradient_are_not_told():
+    loss = semi_gradient(STOP)
+    assert not warns_of(loss, gradhpo.FOOptimizer(SGD))
+    assert not warns_of(loss, gradhpo.T1T2Optimizer(SGD, perturb="hyperparams"))
+
+
+def test_detach_keeps_other_leaves():
+    tree = {"a": jnp.ones(2), "n": jnp.arange(2), "f": jnp.tanh}
+    found = gradhpo.detach(tree)
+    assert found["f"] is jnp.tanh
+    assert found["n"] is tree["n"]
