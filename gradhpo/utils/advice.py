@@ -1,12 +1,12 @@
-"""Which public class to use instead: the one place outside `algorithms/` where texts name them.
+"""Which public class to use instead: outside `algorithms/`, only texts in this file name them.
 
-Everything else that is said of an algorithm, the algorithm says itself.
+Everything else about an algorithm, the algorithm says itself.
 """
 
 from gradhpo.utils import foreign
 
 
-# Who differentiates what, from the narrowest to the widest.
+# Which classes differentiate what, from the narrowest to the widest.
 WHO_SEES = {
     "optimum": "ImplicitOptimizer",
     "last update": "OneStepOptimizer, T1T2Optimizer, GreedyOptimizer, "
@@ -37,7 +37,7 @@ _MISSING_RULES = {
 
 
 def on_missing_rule(said: str) -> str | None:
-    """What to write where JAX `said` that a rule of differentiation is missing."""
+    """What to write if JAX `said` that a differentiation rule is missing."""
     return next((advice for rule, advice in _MISSING_RULES.items() if rule in said), None)
 
 
