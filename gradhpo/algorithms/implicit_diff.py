@@ -257,13 +257,13 @@ class ImplicitOptimizer(Algorithm):
         if failures:
             return (
                 f"The linear solver failed {failures:.0f} times; the hypergradients of those steps "
-                f"are not to be trusted. In general {why}."
+                f"cannot be trusted. In general {why}."
             )
         if np.mean(residuals > 1) > 0.5:
             return (
                 f"In {np.sum(residuals > 1)} of {len(residuals)} steps the linear system was left "
                 "with a residual larger than its right-hand side (linear_residual, median "
-                f"{np.median(residuals):.0e}), so that the adjoint is worse than none; {why}."
+                f"{np.median(residuals):.0e}), so the adjoint is worse than none; {why}."
             )
         return ""
 
@@ -278,9 +278,9 @@ def _best_multiple(y: PyTree, product: PyTree, target: PyTree) -> PyTree:
 def _check_fits(solver: lx.AbstractLinearSolver, symmetric: bool) -> None:
     if isinstance(solver, lx.CG | lx.Cholesky) and not symmetric:
         raise ValueError(
-            f"ImplicitOptimizer(linear_solver=lineax.{type(solver).__name__}(...)) solves "
-            "symmetric systems; that of an update_fn, or of a loss with a custom_vjp, need not be "
-            "one: use lineax.GMRES, lineax.BiCGStab, lineax.LU, gradhpo.Neumann, or None for the "
+            f"ImplicitOptimizer(linear_solver=lineax.{type(solver).__name__}(...)) needs "
+            "a symmetric system, which an update_fn or a custom_vjp in the loss may not give: "
+            "use lineax.GMRES, lineax.BiCGStab, lineax.LU, gradhpo.Neumann, or None for the "
             "default; a rule that is the true derivative can be written as custom_jvp"
         )
 

@@ -155,8 +155,9 @@ class OnlineHypergradientOptimizer(Algorithm):
             return ""
         return (
             "run without steps_per_episode never fits the theta of OnlineHypergradientOptimizer, "
-            "which happens where an episode begins: pass steps_per_episode, or estimation_period="
-            "None to the optimizer if distillation_weight (or your own estimate_theta) is meant"
+            "which is fitted at the start of an episode: pass steps_per_episode, or "
+            "estimation_period=None to the optimizer to keep distillation_weight (or the result of "
+            "your own estimate_theta)"
         )
 
     def init_memory(

@@ -156,14 +156,14 @@ def check_optimizers(optimizers: Mapping[str, BilevelOptimizer]) -> BilevelOptim
         raise ValueError("optimizers is empty; pass a dict of name to optimizer")
     taken = {"reference", "training alone"} & set(optimizers)
     if taken:
-        raise ValueError(f"optimizers has the name {taken.pop()!r}, which a report needs itself")
+        raise ValueError(f"optimizers has the name {taken.pop()!r}, which the report reserves")
     first = next(iter(optimizers.values()))
     others = [name for name, optimizer in optimizers.items() if not same_wrappers(first, optimizer)]
     if others:
         around = {name: _around(optimizer) for name, optimizer in optimizers.items()}
         raise ValueError(
             f"optimizers are for different numbers of inner problems, {around}: wrap all of them "
-            "alike, or none"
+            "the same way, or none"
         )
     return first
 
@@ -183,8 +183,8 @@ def check_one_problem(name: str, optimizer: BilevelOptimizer) -> None:
     """Some diagnostics look into one inner problem."""
     if optimizer is not algorithm_of(optimizer):
         raise TypeError(
-            f"{name}(optimizer={type(optimizer).__name__}(...)) would look into several inner "
-            "problems at once: pass the optimizer that it wraps, with the state and the batches of "
+            f"{name}(optimizer={type(optimizer).__name__}(...)) would look at several inner "
+            "problems: pass the optimizer that it wraps, with the state and the batches of "
             "one of them"
         )
 

@@ -104,8 +104,8 @@ class HypergradientCheck:
                 )
             elif check.erratic and leaf not in self.detached:
                 found.append(
-                    f"{leaf}: nothing vouches for its derivative of {check.derivative:.4g}, since "
-                    "trainings beside it contradict one another (differences of "
+                    f"{leaf}: nothing confirms its derivative of {check.derivative:.4g}, since "
+                    "nearby trainings contradict each other (differences of "
                     f"{check.difference:.4g} ± {check.uncertainty:.0e} at steps of 1e-3 to 1e-6): "
                     "training jumps there; look again with a shorter horizon, with "
                     "eps_root=1e-8 (Adam), or with smooth activations"

@@ -188,7 +188,7 @@ def trains_otherwise(val_loss: float, expected: float) -> bool:
 def another_training(val_loss: float, expected: float) -> str:
     """A remark if two losses differ at the end of what should be the same training."""
     return (
-        f"trains to another validation loss ({val_loss:.4g}) than the first optimizer "
+        f"reaches another validation loss ({val_loss:.4g}) than the first optimizer "
         f"({expected:.4g}); unless both have the same inner update, comparing them means nothing"
     )
 
@@ -198,4 +198,4 @@ def _described(reference: Any, num_steps: int) -> str:
         return f"the exact hypergradient of {num_steps} inner steps"
     if isinstance(reference, BilevelOptimizer):
         return type(reference).__name__
-    return "the reference that was given"
+    return "the given reference"

@@ -85,7 +85,9 @@ class Program:
     def _memory(self) -> Any:
         found = self._compiled.memory_analysis()
         if found is None:
-            raise NotImplementedError(f"the compiler for {jax.default_backend()} counts no memory")
+            raise NotImplementedError(
+                f"the compiler for {jax.default_backend()} does not report memory"
+            )
         return found
 
     def has(self, operations: Container[str]) -> bool:

@@ -118,7 +118,7 @@ def _checked_up(case: Case, optimizer: Algorithm, step_size: float) -> Hypergrad
         notes.append(f"the exact hypergradient, though not this estimate, is {exact}")
     precision, by_leaf = None, {}
     if own.draws_random_numbers:
-        notes.append("random numbers are drawn, others in another precision: not compared")
+        notes.append("random numbers differ between precisions: not compared")
     elif any(seen) and narrow is not None and wide is not None:
         pair = {"narrow": narrow.hypergradient}, wide.hypergradient
         precision, by_leaf = agreement(*pair), agreement_by_leaf(*pair)
@@ -176,7 +176,7 @@ class _Run:
             with differentiation_explained("the exact hypergradient"):
                 return case.compile(looking, self.optimizer)()
         except FAILURES as error:
-            note = f"the exact hypergradient cannot be had here: {_first_line(error)}"
+            note = f"the exact hypergradient is not available here: {_first_line(error)}"
             if note not in notes:
                 notes.append(note)
             return None

@@ -107,8 +107,8 @@ class HypergradientNoise:
         ]
         text = (
             f"Hypergradients after {self.num_steps} inner steps over {self.num_draws} draws of the "
-            "data; bias and noise in lengths of the reference's mean; draws needed: averaged, or "
-            "in batches so many times as large, they have as much signal as noise\n\n"
+            "data; bias and noise in lengths of the reference's mean; draws needed: how many "
+            "draws to average, or how many times as large a batch, for as much signal as noise\n\n"
         )
         notes = [
             f"{name} does not see {', '.join(leaves)}, which counts as bias"

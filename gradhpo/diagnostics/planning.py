@@ -73,7 +73,7 @@ class Plan:
             "per inner step",
             "temporary",
             "batches and state",
-            "in all",
+            "total",
             "",
         ]
         rows, notes = [], []
@@ -96,7 +96,7 @@ class Plan:
                 bytes_of(row.cost.total_bytes),
                 remark,
             ])  # fmt: skip
-        limit = "" if self.max_bytes is None else f"; {bytes_of(self.max_bytes)} are there"
+        limit = "" if self.max_bytes is None else f"; {bytes_of(self.max_bytes)} available"
         if any(row.cost is not None and row.cost.at_least for row in self.rows):
             notes.append(OPEN_LOOPS)
         head_line = f"One step of each, compiled but not run{limit}"

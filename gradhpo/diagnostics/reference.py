@@ -74,7 +74,7 @@ def reference_explained(given: bool) -> Iterator[None]:
         if given:
             raise
         raise ValueError(
-            "the default reference, the exact hypergradient, cannot be had here; pass "
+            "the default reference, the exact hypergradient, is not available here; pass "
             "reference=an optimizer (compare_hypergradients also takes an array: "
             f"gradhpo.finite_difference_hypergradient(...)). {type(error).__name__}: {error}"
         ) from error

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 
-OPEN_LOOPS = ">: loops of linear solvers, and of a length found only in the run, are counted once"
+OPEN_LOOPS = ">: loops in linear solvers, and loops of a length known only at run time, count once"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -96,7 +96,7 @@ class Nystrom(lx.AbstractLinearSolver[_LowRank]):
         size = num_coordinates(like)
         if self.rank > size:
             raise ValueError(
-                f"Nystrom(rank={self.rank}) of an operator of size {size}: the rank can be no "
+                f"Nystrom(rank={self.rank}) of an operator of size {size}: the rank cannot be "
                 f"larger; write rank={size} for the exact inverse"
             )
         dtype = accumulation_dtype(jax.tree.map(lambda x: jnp.zeros((), x.dtype), like))

@@ -47,8 +47,7 @@ class _FileLogger(abc.ABC):
         size = self._path.stat().st_size if self._path.exists() else 0
         if size and not (resumed or self._append or self._began):
             raise ValueError(
-                f"{self._path} already holds something: pass another path, or append=True to add "
-                "to it"
+                f"{self._path} already has content: pass another path, or append=True to add to it"
             )
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._began, self._resumed = True, resumed
@@ -77,7 +76,7 @@ class _FileLogger(abc.ABC):
         """Lines written after the checkpoint will be written again."""
         self._resumed, place = False, int(self.memory)
         if file.tell() < place:
-            warn(f"{self._path} is shorter than this run had left it: it goes on at its end")
+            warn(f"{self._path} is shorter than this run left it: new lines go to its end")
         else:
             file.truncate(place)
             file.seek(place)

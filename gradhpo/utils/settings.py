@@ -124,7 +124,7 @@ def check_episodes(
         raise ValueError(
             f"the state has taken {step} steps, which is not a whole number of episodes of "
             f"steps_per_episode={steps_per_episode}, and where its episode started is not known; "
-            "to begin one here: optimizer.restart(state).update(step=jnp.zeros((), jnp.int32))"
+            "to start one here: optimizer.restart(state).update(step=jnp.zeros((), jnp.int32))"
         )
 
 

@@ -103,11 +103,11 @@ def record_trace(
         _source(losses.val_loss),
     )
     changing = {
-        "the optimizer (an optax object or update_fn made anew)": optimizer,
-        "train_loss_fn (a function made anew)": losses.train_loss,
-        "val_loss_fn (a function made anew)": losses.val_loss,
-        "the state (a function in it made anew, or a note that is no array)": state,
-    } | {f"{name} (its shapes, or a function made anew)": x for name, x in batches.items()}
+        "the optimizer (a new optax object or update_fn)": optimizer,
+        "train_loss_fn (a new function)": losses.train_loss,
+        "val_loss_fn (a new function)": losses.val_loss,
+        "the state (a new function in it, or a note that is not an array)": state,
+    } | {f"{name} (its shapes, or a new function)": x for name, x in batches.items()}
     now = {name: _fingerprint(value) for name, value in changing.items()}
     count, before = _traces.get(job, (0, now))
     _traces[job] = (count + 1, now)
@@ -115,8 +115,8 @@ def record_trace(
         changed = [name for name in now if now[name] != before[name]]
         warn_once(
             f"{type(optimizer).__name__}: {what} was traced and compiled {count + 1} times for "
-            f"the same job; since the last time this changed: {', '.join(changed) or 'nothing'}"
-            ". Make losses and optimizers once, outside the loop, and keep batch shapes fixed."
+            f"the same job; changed since the last time: {', '.join(changed) or 'nothing'}"
+            ". Create losses and optimizers once, outside the loop, and keep batch shapes fixed."
         )
 
 
