@@ -222,7 +222,7 @@ class TaskBatched(Wrapper):
         return jax.vmap(of_task)(memory.task, inner_state(state), memory.of_each, train, val)
 
     def _checked(self, memory: Any) -> TaskMemory:
-        """The memory of a state, if it was made for these tasks: its parameters would not tell."""
+        """The memory of a state made for these tasks; its parameters alone would not tell."""
         if isinstance(memory, TaskMemory) and memory.task.shape == (self.num_tasks,):
             return memory
         found = "without a task axis"
