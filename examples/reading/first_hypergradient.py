@@ -271,4 +271,4 @@ at = {steps: values[steps - 1] for steps in (10, STEPS, 1_000)}
 print(f"\nafter  {'  '.join(f'{name:>9}' for name in STYLES)}")
 for steps, row in at.items():
     print(f"{steps:5}  {'  '.join(f'{value:+9.5f}' for value in row)}")
-print(f"\npictures in {options.output} and beside it")
+print(f"\npictures in {options.output} and next to it")
