@@ -1,12 +1,12 @@
-"""Makes the pictures under docs/images, and keeps what each script printed beside its picture.
+"""Makes the pictures under docs/images, and saves each script's output next to its picture.
 
     python docs/figures.py                          # all of them, about 20 minutes on 2 slow cores
     python docs/figures.py regularisation           # some
     python docs/figures.py --quick --into out/      # smoke tests, never into docs/images
 
-A picture is made by the script of its name, in a process of its own, as
-`python examples/<name>.py --output docs/images/<name>.png`; what it prints goes to `<name>.txt`
-beside it. Seconds in these texts are those of the machine that made them.
+Each picture is made by the script of the same name, in its own process, as
+`python examples/<name>.py --output docs/images/<name>.png`; its output goes to `<name>.txt` next to
+the picture. Seconds in these texts come from the machine that made them.
 """
 
 import argparse
@@ -41,7 +41,7 @@ names["ax"].figure.savefig(output, dpi=150)
 
 class Figure(NamedTuple):
     script: str  # under examples/, or a page under docs/
-    options: tuple[str, ...] = ()  # what differs from the run that examples/README.md reports
+    options: tuple[str, ...] = ()  # differences from the run that examples/README.md reports
     others: tuple[str, ...] = ()  # endings of the further pictures that the script saves
 
 
@@ -65,7 +65,7 @@ FIGURES = {
 
 
 def limited(picture: Path) -> None:
-    """The picture itself if it is small enough, else in the 256 colours that suit it best."""
+    """The picture itself if it is small enough, otherwise in the 256 colours that suit it best."""
     if picture.stat().st_size > MOST_BYTES:
         with Image.open(picture) as image:
             image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
@@ -76,7 +76,7 @@ def limited(picture: Path) -> None:
 
 
 def make(name: str, into: Path, quick: bool) -> None:
-    """Runs one script; its pictures and what it printed land in `into`."""
+    """Runs one script; its pictures and its output go to `into`."""
     figure, picture = FIGURES[name], into / f"{name}.png"
     options = ["--quick"] if quick else list(figure.options)
     own = {
@@ -85,7 +85,7 @@ def make(name: str, into: Path, quick: bool) -> None:
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
     }
     started = time.perf_counter()
-    # Into a folder of its own first: a script that fails leaves the old picture.
+    # Into a temporary folder first: a script that fails leaves the old picture.
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch) / picture.name
         if figure.script.endswith(".md"):

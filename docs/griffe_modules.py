@@ -1,6 +1,6 @@
 """Signatures of Equinox modules for the API reference, which parses source and runs nothing.
 
-A module is a dataclass by its metaclass, so nothing in its source says what `__init__` takes.
+A module is a dataclass by its metaclass, so its source does not show what `__init__` takes.
 """
 
 import importlib
@@ -22,7 +22,7 @@ class ModuleSignatures(griffe.Extension):
             return
         parameters = [griffe.Parameter("self", kind=griffe.ParameterKind.positional_or_keyword)]
         for name, parameter in inspect.signature(found).parameters.items():
-            # A setting is an array once it is stored, and any number before.
+            # A setting becomes an array when it is stored, and may be any number before.
             is_setting = name in cls.members and "converter=setting" in str(cls.members[name].value)
             written = "RealScalarLike" if is_setting else _annotation(cls, found, name)
             default = None if parameter.default is parameter.empty else repr(parameter.default)
@@ -34,7 +34,7 @@ class ModuleSignatures(griffe.Extension):
 
 
 def _annotation(cls: griffe.Class, found: type, name: str) -> Any:
-    """The annotation in the class that declares the field; of a base, as the source has it."""
+    """The annotation in the class that declares the field, or in a base class, as written there."""
     if name in cls.members:
         return cls.members[name].annotation
     for base in found.__mro__[1:]:

@@ -1,8 +1,8 @@
-"""What the site is made of besides the pages here: README, the examples, their results; formulas.
+"""Site pages from outside this folder (README, examples, their results), and formulas.
 
-Texts that live elsewhere in the repository become pages, so that nothing is written twice, and
-links between files of the repository become links between pages. Formulas become MathML while the
-site is built: a browser needs no script for them, and no network.
+Texts elsewhere in the repository become pages, so that nothing is written twice, and links between
+files of the repository become links between pages. Formulas become MathML while the site is built:
+a browser needs neither a script nor the network for them.
 """
 
 import ast
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 READING = sorted(path.stem for path in (ROOT / "examples" / "reading").glob("*.py"))
 RESULTS = sorted(path.name for path in (ROOT / "benchmarks" / "results").glob("*.txt"))
-# Files of the repository that are pages, or parts of them.
+# Files of the repository that become pages, or parts of pages.
 PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
@@ -57,7 +57,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    if page.file.generated_by:  # its links are those of the site already
+    if page.file.generated_by:  # its links already point to pages
         return markdown
     return _relinked(markdown, f"docs/{page.file.src_uri}", page.file.src_uri)
 
@@ -75,7 +75,7 @@ def _mathml(found: re.Match[str]) -> str:
 
 
 def _relinked(text: str, source: str, page: str) -> str:
-    """Links between files of the repository, seen from `source`, as links from `page`."""
+    """Turns links between files of the repository, relative to `source`, into links from `page`."""
 
     def link(found: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source), found[2]))
@@ -87,7 +87,7 @@ def _relinked(text: str, source: str, page: str) -> str:
 
 
 def _example(source: str, code: str) -> str:
-    """What an example is about, its picture and its results, and the program itself."""
+    """The page of an example: its topic, picture, results, and the program itself."""
     name = Path(source).stem
     title, about = (ast.get_docstring(ast.parse(code)) or "").split("\n", 1)
     results = (ROOT / "examples" / "README.md").read_text().split("\n## ")[1:]
@@ -107,16 +107,16 @@ def _example(source: str, code: str) -> str:
 
 
 def _results(name: str, root: str) -> tuple[str, str]:
-    """The picture of a script and what it prints, as docs/figures.py has kept them."""
+    """The picture and the output of a script, as docs/figures.py saved them."""
     picture, printed = (ROOT / "docs" / "images" / f"{name}.{ending}" for ending in ("png", "txt"))
     return (
-        f"![What the program draws]({root}/docs/images/{picture.name})" if picture.exists() else "",
-        f"## What it prints\n\n{_printed(printed.read_text())}" if printed.exists() else "",
+        f"![The program's picture]({root}/docs/images/{picture.name})" if picture.exists() else "",
+        f"## Output\n\n{_printed(printed.read_text())}" if printed.exists() else "",
     )
 
 
 def _printed(text: str) -> str:
-    """What a program has printed: tables as tables, the rest as it stands."""
+    """The output of a program: tables as tables, the rest verbatim."""
     parts = []
     for is_table, lines in itertools.groupby(text.splitlines(), lambda x: x.startswith("|")):
         block = "\n".join(lines).strip("\n")
@@ -125,7 +125,7 @@ def _printed(text: str) -> str:
 
 
 def _reading(source: str, code: str) -> str:
-    """A script in cells as a page: its texts, and its code between them."""
+    """A script in cells as a page: its texts, with its code between them."""
     parts = []
     for cell in re.split(r"^# %%", code, flags=re.MULTILINE)[1:]:
         head, body = cell.split("\n", 1)

@@ -1,15 +1,15 @@
 """Compressed sensing: the penalty of basis pursuit denoising, by three ways around its kink.
 
-A signal of 200 numbers, 10 of them not 0, is measured 80 times with noise. It is taken to be the x
+A signal of 200 numbers, 10 of them not 0, is measured 80 times with noise. The estimate is the x
 with the smallest |Ax - y|^2 / (2 * 80) + lambda |x|_1, and 40 more measurements, held out, choose
-lambda. That optimum has kinks, and can be differentiated implicitly nevertheless:
+lambda. That optimum has kinks, but can still be differentiated implicitly:
 
-- it is the fixed point of a proximal gradient step (ISTA), handed over as `update_fn`,
+- it is the fixed point of a proximal gradient step (ISTA), passed as `update_fn`,
 - and of a Split Bregman sweep over (x, d, b), whose matrix is factorised once: another `update_fn`;
-- or the kink is smoothed, |x| = sqrt(x^2 + eps^2), and there is a training loss as usual.
+- or the kink is smoothed, |x| = sqrt(x^2 + eps^2), which gives an ordinary training loss.
 
-The second table lets eps go to 0 at a fixed lambda: the hypergradient tends to that of the proximal
-step, while the inner problem gets ever harder and x has not a single zero.
+The second table lets eps go to 0 at a fixed lambda: the hypergradient approaches that of the
+proximal step, while the inner problem becomes harder and x has not a single zero.
 
     python examples/compressed_sensing.py            # 5 signals, about 40 seconds on 2 cores
     python examples/compressed_sensing.py --help
@@ -32,7 +32,7 @@ from jaxtyping import Array, PyTree
 import gradhpo
 
 
-jax.config.update("jax_enable_x64", True)  # optima to 1e-10, which float32 cannot tell apart
+jax.config.update("jax_enable_x64", True)  # optima to 1e-10, too fine for float32
 
 LENGTH, SPIKES = 200, 10
 MEASURED, HELD_OUT = 80, 40
@@ -41,7 +41,7 @@ START = 0.05  # lambda; with much more the signal is 0, and so is the hypergradi
 SMALLEST, LARGEST = 1e-3, 0.2  # lambdas of the grid
 FIXED = 0.02  # lambda of the second table
 WIDTH = 1e-3  # eps in the first table
-COUPLING = 0.1  # mu of Split Bregman: how firmly it holds x and d together
+COUPLING = 0.1  # mu of Split Bregman: how tightly it couples x and d
 
 
 class Measurements(NamedTuple):
@@ -63,7 +63,7 @@ class Trial(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Of one row of the first table, for one signal."""
+    """One row of the first table, for one signal."""
 
     penalty: float
     val_loss: float
@@ -76,7 +76,7 @@ class Result(NamedTuple):
 
 
 class Smoothing(NamedTuple):
-    """Of one row of the second table, for one signal."""
+    """One row of the second table, for one signal."""
 
     hypergradient: float
     difference: float  # relative to the hypergradient of the proximal step
@@ -116,7 +116,7 @@ def val_loss(params: PyTree, hyperparams: dict[str, Array], batch: Measurements)
 
 
 def objective(params: PyTree, hyperparams: dict[str, Array], batch: Measurements) -> Array:
-    """What a fixed point minimises. It is reported; the updates below do the work."""
+    """What a fixed point minimises. It is only reported; the updates below do the work."""
     x = signal_of(params)
     return half_squares(x, batch) + jnp.exp(hyperparams["log_penalty"]) * jnp.sum(jnp.abs(x))
 
@@ -131,7 +131,7 @@ def proximal_step(x: Array, hyperparams: dict[str, Array], batch: Measurements) 
 
 
 def bregman_sweep(params: PyTree, hyperparams: dict[str, Array], batch: Measurements) -> PyTree:
-    """x follows the measurements, d the penalty, and b adds up what still parts the two."""
+    """x follows the measurements, d the penalty, and b accumulates the difference of the two."""
     d, b = params["d"], params["b"]
     right = batch.a.T @ batch.y / len(batch.y) + COUPLING * (d - b)
     x = jax.scipy.linalg.cho_solve((batch.factor, True), right)
@@ -146,7 +146,7 @@ def smoothed(x: Array, hyperparams: dict[str, Array], batch: Measurements) -> Ar
 
 
 def descent(hyperparams: dict[str, Array]) -> optax.GradientTransformation:
-    """As fast as the curvature allows, 1 of the squared error, lambda / eps of the penalty at 0."""
+    """As fast as the curvature allows: 1 (squared error) plus lambda / eps (penalty at 0)."""
     curvature = 1 + jnp.exp(hyperparams["log_penalty"] - hyperparams["log_width"])
     return optax.sgd(1 / curvature, momentum=0.97, nesterov=True)
 
@@ -158,8 +158,8 @@ class Method(NamedTuple):
     hyperparams: dict[str, float]
 
 
-# There is one lambda: the sign of its hypergradient and ever shorter steps find it quickly. The
-# width is among the hyperparameters for `descent` to know it, and stays where it is.
+# There is one lambda: the sign of its hypergradient and shrinking steps find it quickly. The width
+# is among the hyperparameters so that `descent` knows it, but it does not change.
 FIND = gradhpo.sign_descent(1.0, tolerance=0.0)
 OUTER = optax.multi_transform(
     {"find": FIND, "keep": optax.set_to_zero()}, {"log_penalty": "find", "log_width": "keep"}
@@ -194,7 +194,7 @@ def error(signal: np.ndarray, data: Data) -> float:
 
 
 def result(data: Data, tried: list[Trial], key: Callable, seconds: float) -> Result:
-    """The trial for which `key` is least."""
+    """The trial with the smallest `key`."""
     penalty, loss, signal = best = min(tried, key=key)
     nonzeros = int(np.sum(best.signal != 0))
     far = error(signal, data)
@@ -202,12 +202,12 @@ def result(data: Data, tried: list[Trial], key: Callable, seconds: float) -> Res
 
 
 def tune(method: Method, data: Data, steps: int) -> Result:
-    """One fit in each outer step; like the grid, it keeps the one that validates best."""
+    """One fit per outer step; like the grid, it keeps the one that validates best."""
     optimizer, loss, params, hyperparams = method
     started, tried = time.perf_counter(), []
     state = optimizer.init(params, jax.tree.map(jnp.asarray, hyperparams))
     for _ in range(steps):
-        # That of the fit which this step begins with.
+        # The lambda of the fit that this step starts with.
         penalty = float(jnp.exp(state.hyperparams["log_penalty"]))
         state = optimizer.step(state, data.train, data.val, loss, val_loss)
         signal = np.asarray(signal_of(state.params))
@@ -217,7 +217,7 @@ def tune(method: Method, data: Data, steps: int) -> Result:
 
 @jax.jit
 def fitted_to_grid(penalties: Array, batch: Measurements) -> Array:
-    """Proximal steps for each lambda, from the signal of the one before."""
+    """Proximal steps for each lambda, starting from the previous signal."""
 
     def fit(x: Array, penalty: Array) -> tuple[Array, Array]:
         hyperparams = {"log_penalty": jnp.log(penalty)}
@@ -228,7 +228,7 @@ def fitted_to_grid(penalties: Array, batch: Measurements) -> Array:
 
 
 def search(data: Data, count: int) -> tuple[Result, Result]:
-    """Of a grid of lambdas, the one that validates best, and the one that is best in truth."""
+    """From a grid of lambdas, the one that validates best, and the one with the smallest error."""
     started = time.perf_counter()
     penalties = np.geomspace(LARGEST, SMALLEST, count)
     signals = np.asarray(fitted_to_grid(jnp.asarray(penalties), data.train))
@@ -248,7 +248,7 @@ def experiment(data: Data, steps: int, count: int) -> dict[str, Result]:
     return rows | {name: tune(method, data, steps) for name, method in METHODS.items()}
 
 
-# The second table. LU here: it needs the whole matrix, and leaves no doubt about the reference.
+# The second table. LU here: it uses the whole matrix, and leaves no doubt about the reference.
 REFERENCE = gradhpo.ImplicitOptimizer(None, None, lx.LU(), 5_000, update_fn=proximal_step)
 SMOOTH = gradhpo.ImplicitOptimizer(
     descent, None, lx.CG(rtol=1e-10, atol=1e-10, max_steps=2_000), inner_steps=250

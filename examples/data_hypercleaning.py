@@ -1,9 +1,9 @@
 """Clean a data set by gradient: one weight per training example, 1,000 hyperparameters.
 
-The data are scikit-learn's 1,797 handwritten digits. A part of the training labels is
-replaced by wrong ones; 100 digits with true labels are the validation set. Every training
-example i has a weight sigmoid(a_i) in the training loss, and the a_i follow the hypergradient
-of the validation loss while the network trains, all on one budget of inner steps.
+The data are scikit-learn's 1,797 handwritten digits. Some of the training labels are replaced by
+wrong ones; 100 digits with true labels form the validation set. Every training example i has a
+weight sigmoid(a_i) in the training loss, and the a_i follow the hypergradient of the validation
+loss while the network trains. All methods have the same budget of inner steps.
 
     python examples/data_hypercleaning.py            # 3 seeds, about a minute on 2 cores
     python examples/data_hypercleaning.py --help
@@ -34,7 +34,7 @@ INNER_OPTIMIZER = optax.sgd(0.05, momentum=0.9)
 
 
 class Model(eqx.Module):
-    """The network, and one weight (before the sigmoid) for each training example."""
+    """The network, and one weight (before the sigmoid) per training example."""
 
     net: eqx.nn.MLP
     example_weights: Float[Array, " examples"]
@@ -58,7 +58,7 @@ class Result(NamedTuple):
 
 
 def load_data(noise: float, val_size: int, seed: int) -> Data:
-    """Shuffled digits in [0, 1]; a fraction `noise` of training labels made wrong."""
+    """Shuffled digits in [0, 1]; a fraction `noise` of the training labels is wrong."""
     x, y = load_digits(return_X_y=True)
     random = np.random.default_rng(seed)
     order = random.permutation(len(x))
@@ -108,7 +108,7 @@ evaluate = eqx.filter_jit(plain_loss)
 
 @eqx.filter_jit
 def train_for(steps: int, params, opt_state, hyperparams, data: Callable, start: Array):
-    """Plain training: what every optax user writes."""
+    """Plain training, as every optax user writes it."""
     arrays, static = eqx.partition(params, eqx.is_inexact_array)
 
     def body(carry, step):
@@ -122,7 +122,7 @@ def train_for(steps: int, params, opt_state, hyperparams, data: Callable, start:
 
 
 def train_untuned(arrays: tuple[Array, Array], data: Data, inner_steps: int, seed: int) -> Result:
-    """All examples count alike."""
+    """All examples have the same weight."""
     params, hyperparams = gradhpo.partition(new_model(seed), lambda m: m.example_weights)
     opt_state = INNER_OPTIMIZER.init(eqx.filter(params, eqx.is_inexact_array))
     source = gradhpo.ArrayData(arrays, min(BATCH_SIZE, len(arrays[0])), jax.random.key(seed))
@@ -155,7 +155,7 @@ def train_tuned(
     source = gradhpo.ArrayData(
         (*data.train, jnp.arange(TRAIN_SIZE)), BATCH_SIZE, jax.random.key(seed)
     )
-    # The example batch and the key are for HyperDistill's distilled data; the others need none.
+    # The example batch and the key are for HyperDistill's distilled data; the others ignore them.
     state = optimizer.init(params, hyperparams, batch=source(0), key=jax.random.key(seed))
     episode = EPISODES.get(name)
     steps = inner_steps // optimizer.num_inner_steps
@@ -201,12 +201,12 @@ OPTIMIZERS = {
         INNER_OPTIMIZER, optax.adam(0.05), unroll_steps=20
     ),
 }
-# HyperDistill looks back to the start of an episode; each goes on from the parameters before.
+# HyperDistill looks back to the start of an episode; each continues from the previous parameters.
 EPISODES = {"tuned, HyperDistill": 20}
 
 
 def experiment(data: Data, inner_steps: int, seed: int) -> dict[str, Result | str]:
-    """Every row of the table for one seed; a row that cannot be is the reason why."""
+    """Every row of the table for one seed; if a row is not possible, the reason."""
     both = tuple(jnp.concatenate(pair) for pair in zip(data.train, data.val, strict=True))
     rows: dict[str, Result | str] = {
         "untuned, training set": train_untuned(data.train, data, inner_steps, seed),
@@ -246,7 +246,7 @@ def table(runs: list[dict[str, Result | str]]) -> str:
 
 
 def picture(rows: dict[str, Result | str], data: Data, path: Path) -> None:
-    """Weights of clean and corrupted examples, losses, and the digits trusted least."""
+    """Weights of clean and corrupted examples, losses, and the least trusted digits."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

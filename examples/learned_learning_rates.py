@@ -1,10 +1,10 @@
 """One learning rate for every parameter of a network, learned while it trains.
 
-Five Gaussian classes in 20 dimensions, 20 % of the training labels wrong. A network trains for
-20 steps from one fixed starting point, and again, 60 times: the hyperparameters are its learning
-rates, one for every weight and bias (softplus of an unconstrained number), and all start equal.
-All methods have the same budget of inner steps; what they are compared by is the error that
-the last episode leaves on clean data.
+Five Gaussian classes in 20 dimensions, 20 % of the training labels wrong. A network trains for 20
+steps from a fixed starting point, 60 times over. The hyperparameters are its learning rates, one
+for every weight and bias (softplus of an unconstrained number), and all start equal. All methods
+have the same budget of inner steps; they are compared by the error of the last episode on clean
+data.
 
     python examples/learned_learning_rates.py            # 3 seeds, about 2 minutes on 2 cores
     python examples/learned_learning_rates.py --help
@@ -46,7 +46,7 @@ class Result(NamedTuple):
 
 
 def load_data(seed: int) -> Data:
-    """500 training examples with wrong labels among them; 500 and 2,000 clean ones."""
+    """500 training examples, some with wrong labels; 500 and 2,000 clean ones."""
     random = np.random.default_rng(seed)
     centres = random.normal(size=(CLASSES, FEATURES)) * 0.6
 
@@ -61,13 +61,13 @@ def load_data(seed: int) -> Data:
 
 
 def per_parameter(raw_rates: PyTree) -> optax.GradientTransformation:
-    """Gradient descent with a rate of its own for every number in the parameters."""
+    """Gradient descent with a separate rate for every number in the parameters."""
     scale = lambda raw, gradient: -jax.nn.softplus(raw) * gradient
     return optax.stateless(lambda gradients, _: jax.tree.map(scale, raw_rates, gradients))
 
 
-# A loss is a function of (parameters, hyperparameters, batch). These hyperparameters act in the
-# inner optimizer alone, so neither loss looks at them.
+# A loss is a function of (parameters, hyperparameters, batch). These hyperparameters act only in
+# the inner optimizer, so neither loss uses them.
 def cross_entropy(net: eqx.nn.MLP, raw_rates: PyTree, batch: tuple[Array, Array]) -> Array:
     x, y = batch
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(jax.vmap(net)(x), y))
@@ -76,7 +76,7 @@ def cross_entropy(net: eqx.nn.MLP, raw_rates: PyTree, batch: tuple[Array, Array]
 LOSSES = gradhpo.LossFunctions(cross_entropy, cross_entropy)
 ONLINE, WHOLE = optax.adam(0.01), optax.adam(0.1)  # an outer update per step, or per episode
 
-# Each with how many of its steps make an episode.
+# Each with the number of its steps in an episode.
 OPTIMIZERS = {
     "first order": (gradhpo.FOOptimizer(per_parameter, ONLINE), STEPS),
     "one step": (gradhpo.OneStepOptimizer(per_parameter, ONLINE), STEPS),
@@ -125,7 +125,7 @@ def finished(
 
 
 def experiment(data: Data, episodes: int, seed: int, names: list[str]) -> dict[str, Result | str]:
-    """Every row of the table for one seed; a row that cannot be is the reason why."""
+    """Every row of the table for one seed; if a row is not possible, the reason."""
     k1, k2 = jax.random.split(jax.random.key(seed))
     net = eqx.nn.MLP(FEATURES, CLASSES, WIDTH, 1, key=k1)
     source = gradhpo.ArrayData(data.train, batch_size=100, key=k2)

@@ -1,23 +1,24 @@
 """A schedule of learning rate and momentum over 2,000 steps, learned by forward mode.
 
-A small network learns scikit-learn's handwritten digits, with wrong labels among those it is
-trained on. Learning rate and momentum are each one number for every window of steps, and these
-numbers follow the hypergradient of the validation loss after the last step. Forward mode keeps
-nothing of the path, so its memory does not grow with the number of steps.
+A small network learns scikit-learn's handwritten digits, with wrong labels in the training set.
+Learning rate and momentum each have one number per window of steps, and these numbers follow the
+hypergradient of the validation loss after the last step. Forward mode stores nothing of the path,
+so its memory does not grow with the number of steps.
 
 The settings are those of Micaelli and Storkey (NeurIPS 2021, arXiv:2007.07869): everything starts
 at 0, every outer step trains from the same start, and `gradhpo.sign_descent` moves each number by
-0.1 against the sign of its hypergradient, by half of the last step where that sign changes.
+0.1 against the sign of its hypergradient, and by half of the previous step whenever that sign
+changes.
 
-The learned schedule is compared with the best constant learning rate and with the best cosine
-decay of a grid, each with the best of three momenta, and with the best of 100 random schedules of
-the same windows, which cost about as much. Every row is the best of its trainings on the same
-validation set, and all trainings have the same start and the same batches.
+The learned schedule is compared with the best constant learning rate and the best cosine decay of a
+grid, each with the best of three momenta, and with the best of 100 random schedules of the same
+windows, which cost about as much. Every row is the best of its trainings on the same validation
+set, and all trainings have the same start and the same batches.
 
-Forward mode has lower losses than both grids, at several times their cost; the accuracies are too
-close to tell apart. It does not beat random schedules: 100 trainings suffice to find ten good
-numbers (over seeds 0 to 5 they reach a validation loss of 0.715 and a test loss of 0.738, forward
-mode 0.722 and 0.734).
+Forward mode reaches lower losses than both grids, at several times their cost; the accuracies are
+too close to distinguish. It does not beat random schedules: 100 trainings are enough to find ten
+good numbers (over seeds 0 to 5 they reach a validation loss of 0.715 and a test loss of 0.738,
+forward mode 0.722 and 0.734).
 
     python examples/learned_schedule.py            # 3 seeds, about a minute on 2 cores
     python examples/learned_schedule.py --help
@@ -67,7 +68,7 @@ class Result(NamedTuple):
 
 
 def load_data(noise: float, seed: int) -> Data:
-    """Shuffled digits in [0, 1]; a fraction `noise` of training labels made wrong."""
+    """Shuffled digits in [0, 1]; a fraction `noise` of the training labels is wrong."""
     x, y = load_digits(return_X_y=True)
     random = np.random.default_rng(seed)
     order = random.permutation(len(x))
@@ -85,15 +86,15 @@ def load_data(noise: float, seed: int) -> Data:
 
 
 def scheduled_sgd(schedule: PyTree, window: int) -> optax.GradientTransformation:
-    """Gradient descent whose rate and momentum are each constant over `window` steps."""
+    """Gradient descent whose rate and momentum are constant over each `window` of steps."""
     return optax.inject_hyperparams(optax.sgd)(
         learning_rate=lambda count: schedule["rates"][count // window],
         momentum=lambda count: schedule["momenta"][count // window],
     )
 
 
-# A loss is a function of (parameters, hyperparameters, batch). A schedule acts in the inner
-# optimizer alone, so the loss does not look at it.
+# A loss is a function of (parameters, hyperparameters, batch). A schedule acts only in the inner
+# optimizer, so the loss does not use it.
 def cross_entropy(net: eqx.nn.MLP, schedule: PyTree, batch: tuple[Array, Array]) -> Array:
     x, y = batch
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(jax.vmap(net)(x), y))
@@ -152,7 +153,7 @@ def grid(shape: np.ndarray) -> list[PyTree]:
 
 
 def at_random(count: int, steps: int, windows: int, seed: int) -> list[PyTree]:
-    """Schedules of the same windows, from the range of the grids."""
+    """Schedules with the same windows, from the range of the grids."""
     random = np.random.default_rng(seed)
     of_steps = lambda x: jnp.asarray(np.repeat(x, steps // windows), jnp.float32)
     rates = np.exp(random.uniform(np.log(RATES[0]), np.log(RATES[-1]), (count, windows)))
@@ -165,7 +166,7 @@ def at_random(count: int, steps: int, windows: int, seed: int) -> list[PyTree]:
 def best_of(
     schedules: list[PyTree], net: eqx.nn.MLP, batches: gradhpo.ArrayData, data: Data
 ) -> Result:
-    """The best in validation loss."""
+    """The training with the best validation loss."""
     tried = [finished(net, schedule, batches, data) for schedule in schedules]
     # A rate that makes training diverge has no validation loss to compare.
     best = min(tried, key=lambda row: np.nan_to_num(row.val_loss, nan=np.inf))
@@ -180,8 +181,8 @@ def best_of(
 def within_bounds() -> optax.GradientTransformation:
     """Shortens an outer update so that rates stay at least 0 and momenta in [0, 1).
 
-    The hyperparameters themselves are projected, not clipped where they are used: a number
-    beyond its bound would have the hypergradient 0 there, and never come back.
+    The hyperparameters themselves are projected, not clipped where they are used: beyond its bound,
+    a clipped number would have a hypergradient of 0, and never come back.
     """
 
     def update(updates, schedule):
@@ -198,7 +199,7 @@ def forward_mode(steps: int, windows: int) -> gradhpo.ForwardModeOptimizer:
         lambda schedule: scheduled_sgd(schedule, window),
         optax.chain(
             # The mean over the steps of a window instead of their sum, as in the paper. Signs do
-            # not mind; another outer optimizer would.
+            # not depend on this; another outer optimizer would.
             optax.scale(1 / window),
             gradhpo.sign_descent({"rates": 0.1, "momenta": 0.1}, decay=0.5, tolerance=0.05),
             within_bounds(),
@@ -208,7 +209,7 @@ def forward_mode(steps: int, windows: int) -> gradhpo.ForwardModeOptimizer:
 
 
 class Repeated(eqx.Module):
-    """The same batches for every training: those that the other rows of the table see."""
+    """The same batches for every training, as in the other rows of the table."""
 
     batches: gradhpo.ArrayData
     period: int = eqx.field(static=True)
@@ -228,14 +229,14 @@ def learned(
     windows: int,
     outer_steps: int,
 ) -> Result:
-    """What forward mode and sign descent find from 0: the best in validation loss, as elsewhere.
+    """The training with the best validation loss by forward mode and sign descent from 0.
 
-    The last is mostly the best. But a step of 0.1 to one side can go too far.
+    The last training is usually the best, but a step of 0.1 can go too far.
     """
     steps = optimizer.unroll_steps
     start = {"rates": jnp.zeros(windows), "momenta": jnp.zeros(windows)}
     path = [start]
-    clock = [time.perf_counter()]  # the first step compiles, and is left out of seconds_each
+    clock = [time.perf_counter()]  # the first step compiles, and does not count in seconds_each
 
     def record(state, metrics):
         clock.append(time.perf_counter())
@@ -317,7 +318,7 @@ def table(runs: list[dict[str, Result]]) -> str:
 
 
 def picture(rows: dict[str, Result], path: Path) -> None:
-    """Both schedules of one seed, and the validation loss of the trainings on the way."""
+    """Both schedules of one seed, and the validation loss of its trainings."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -368,7 +369,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Result]]:
         f"learning rates and {options.windows} momenta over {options.steps} steps"
     )
     started = time.perf_counter()
-    # Made once: a new function object would be a new compilation for every seed.
+    # Created once: a new function object would be a new compilation for every seed.
     optimizer = forward_mode(options.steps, options.windows)
     runs = [experiment(optimizer, seed, options) for seed in range(options.seeds)]
     print(f"\nmean ± standard deviation over {options.seeds} seed(s)\n\n{table(runs)}")

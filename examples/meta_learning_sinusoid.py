@@ -1,10 +1,10 @@
 """Few-shot regression of sine waves: the layers of a network are the hyperparameters.
 
-Every task is a sine of its own amplitude and phase, known at ten points. The last layer of a
-network learns a task in 30 steps; the three layers beneath it are hyperparameters, shared by
-all tasks and moved by hypergradients of the error at ten other points while the tasks are
-learned, ten at a time (`TaskBatched`). Where the last layer starts is learned by Reptile.
-After training, 1,000 new tasks measure how well the network learns from ten points.
+Every task is a sine with its own amplitude and phase, known at ten points. The last layer of a
+network learns a task in 30 steps. The three layers below it are hyperparameters, shared by all
+tasks; they follow hypergradients of the error at ten other points while the tasks are learned, ten
+at a time (`TaskBatched`). Reptile learns the starting point of the last layer. After training,
+1,000 new tasks measure how well the network learns from ten points.
 
     python examples/meta_learning_sinusoid.py            # 5 seeds, about 10 minutes on 2 cores
     python examples/meta_learning_sinusoid.py --help
@@ -133,7 +133,7 @@ def meta_learn(optimizer: gradhpo.BilevelOptimizer, episodes: int, seed: int) ->
         progress=False,
     )
     seconds = time.perf_counter() - started
-    # All tasks have restarted from one point: any of them is it.
+    # All tasks have restarted from the same point: any of them will do.
     first = jax.tree.map(lambda x: x[0] if eqx.is_inexact_array(x) else x, state.params)
     errors = errors_on_new_tasks(first, state.hyperparams, jax.random.key(10_000 + seed), 1_000)
     theta = history["theta"][-1] if "theta" in history else np.nan

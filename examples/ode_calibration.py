@@ -1,17 +1,18 @@
 """Calibrating a population of cells: hypergradients through an ODE solver.
 
-The state of cell i follows dx/dt = -x + p_i u(t), x(0) = q, with a known input u(t). Each of the
-24 cells has a gain p_i of its own; the initial condition q is the same for all. The gains are
-fitted to four late, noisy observations of each cell (the inner problem: least squares, and a
-prior that pulls the gains together). By then a cell has all but forgotten where it started. The
-validation data are four early observations of the same cells, and three hyperparameters are
-tuned by the error there: q, and the mean and the strength of the prior.
+The state of cell i follows dx/dt = -x + p_i u(t), x(0) = q, with a known input u(t). Each of the 24
+cells has its own gain p_i; all share the initial condition q. The gains are fitted to four late,
+noisy observations of each cell (the inner problem: least squares, and a prior that pulls the gains
+together). By then a cell has all but forgotten its start. The validation data are four early
+observations of the same cells, and three hyperparameters are tuned on the error there: q, and the
+mean and the strength of the prior.
 
-The model is linear and true, so that a joint fit of q and all gains to both sets of data is hard
-to beat. Its row is in the table; tuning is to come near it.
+The model is linear and correct, so a joint fit of q and all gains to both sets of data is hard to
+beat. Its row is in the table; tuning should come close to it.
 
-That takes second derivatives of a loss that contains `diffrax.diffeqsolve`: write
-`adjoint=diffrax.DirectAdjoint()`. With diffrax's default the program ends in the library's advice.
+This needs second derivatives of a loss that contains `diffrax.diffeqsolve`: write
+`adjoint=diffrax.DirectAdjoint()`. With diffrax's default, the program ends with the library's
+advice.
 
     python examples/ode_calibration.py                       # 3 seeds, about a minute on 2 cores
     python examples/ode_calibration.py --adjoint checkpoint  # diffrax's default, and the advice
@@ -43,11 +44,11 @@ EARLY, LATE = np.linspace(0.1, 1.0, 4), np.linspace(2.0, END, 4)
 WHOLE = np.linspace(0.0, END, 41)
 START = {"q": 0.0, "prior_mean": 1.0, "log_prior_strength": -4.0}  # a weak prior
 
-# Steps of constant size. A controller would choose them by the parameters, so that derivatives
-# would be those of the choice as well; on a fixed grid the numerical solution is one smooth
-# function, and its derivatives of every order are exact. It is cheap too: DirectAdjoint pays for
-# `max_steps` steps whatever the solve takes, and here it takes them all. 16 (it rounds up to
-# powers of 16) of this fifth-order method are right to 2e-6.
+# Steps of constant size. A controller would choose them from the parameters, and derivatives would
+# include that choice; on a fixed grid the numerical solution is one smooth function, and its
+# derivatives of every order are exact. It is cheap too: DirectAdjoint pays for `max_steps` steps
+# however many the solve takes, and here it takes all of them. 16 steps (it rounds up to powers of
+# 16) of this fifth-order method are accurate to 2e-6.
 SOLVER_STEPS = 16
 ADJOINTS = {
     "direct": diffrax.DirectAdjoint(),
@@ -55,11 +56,11 @@ ADJOINTS = {
     "backsolve": diffrax.BacksolveAdjoint(),
 }
 
-# A gain's second derivative is about 2, so that a step leaves 40 % of its distance to the optimum.
-# The next outer step goes on from there.
+# A gain's second derivative is about 2, so a step leaves 40 % of its distance to the optimum. The
+# next outer step continues from there.
 INNER_STEPS = 10
 INNER = optax.sgd(0.3)
-# optax.trace(0) changes nothing: it keeps the last hypergradient where it can be looked at.
+# optax.trace(0) changes nothing: it stores the last hypergradient, where it can be read.
 OUTER = optax.chain(optax.trace(decay=0.0), optax.adam(0.1))
 OPTIMIZERS = {
     "tuned, implicit": gradhpo.ImplicitOptimizer(INNER, OUTER, inner_steps=INNER_STEPS),
@@ -126,14 +127,14 @@ class Calibration(eqx.Module):
         return jnp.mean((self.states(gains, hyperparams["q"], batch.times) - batch.values) ** 2)
 
     def penalised_error(self, gains: Array, hyperparams: PyTree, batch: Observations) -> Array:
-        """The training loss, a sum over the cells: no gain's step depends on how many there are."""
+        """The training loss, a sum over the cells: a gain's step is independent of their number."""
         strength = jnp.exp(hyperparams["log_prior_strength"])
         penalty = strength * jnp.sum((gains - hyperparams["prior_mean"]) ** 2)
         return CELLS * self.error(gains, hyperparams, batch) + penalty
 
 
-# The equation is linear, so all this has closed forms, which make the data, the rows that need no
-# hypergradient, and finite differences that owe nothing to the solver or the library.
+# The equation is linear, so all this has closed forms. They give the data, the rows that need no
+# hypergradient, and finite differences that are independent of the solver and the library.
 
 
 def closed_form(times: Array) -> tuple[np.ndarray, np.ndarray]:
@@ -161,7 +162,7 @@ def fit_gains(hyperparams: dict[str, float], batch: Observations) -> np.ndarray:
 
 
 def fit_q_too(batch: Observations) -> dict[str, float]:
-    """The q of the joint fit of q and the gains, with the prior left at its start."""
+    """The q of the joint fit of q and the gains, with the prior at its start."""
     at_q = lambda q: START | {"q": q}
 
     def residuals(q: float) -> np.ndarray:
@@ -229,14 +230,14 @@ def result(
 def tune(
     optimizer: gradhpo.BilevelOptimizer, losses: gradhpo.LossFunctions, data: Data, steps: int
 ) -> tuple[dict[str, float], Result]:
-    """The hyperparameters found, and their row of the table."""
+    """The tuned hyperparameters, and their row of the table."""
     hypergradients, path = [], [START["q"]]
 
     def record(state: gradhpo.BilevelState, _: dict[str, np.ndarray]) -> None:
         hypergradients.append(state.outer_opt_state[0].trace)
         path.append(float(state.hyperparams["q"]))
 
-    # From the optimum at the start, where implicit differentiation is exact at once.
+    # From the optimum at the start, where implicit differentiation is exact immediately.
     gains, started = jnp.asarray(fit_gains(START, data.train)), time.perf_counter()
     state, _ = gradhpo.run(
         optimizer,
@@ -245,7 +246,7 @@ def tune(
         data.train,
         data.val,
         num_steps=steps,
-        chunk_size=1,  # the callback is to see every step
+        chunk_size=1,  # so that the callback sees every step
         callbacks=[record],
         progress=False,
     )
@@ -278,7 +279,7 @@ def experiment(
     }
     for name in names:
         hyperparams, rows[name] = tune(OPTIMIZERS[name], losses, data, steps)
-        # What is held out for tuning can serve the gains once the tuning is done.
+        # Data held out for tuning can serve the gains once the tuning is done.
         if name == "tuned, implicit":
             refitted = untuned(hyperparams, data.both)._replace(
                 outer_steps=steps, seconds=rows[name].seconds
@@ -303,7 +304,7 @@ def table(runs: list[dict[str, Result]]) -> str:
 
 
 def picture(runs: list[dict[str, Result]], data: Data, path: Path) -> None:
-    """The first seed: three cells (least, middle and largest gain), and q as it is tuned."""
+    """The first seed: three cells (least, middle and largest gain), and q while it is tuned."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -364,10 +365,10 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Result]]:
         f"t = {LATE[0]:.1f} to {LATE[-1]:.1f}, validation at {EARLY[0]:.1f} to {EARLY[-1]:.1f}"
     )
     started = time.perf_counter()
-    # The same bound methods throughout: a function made anew is compiled anew.
+    # The same bound methods throughout: a new function would compile again.
     calibration = Calibration(ADJOINTS[options.adjoint])
     losses = gradhpo.LossFunctions(calibration.penalised_error, calibration.error)
-    with jax.enable_x64(True):  # so that rounding has no part in the comparison of hypergradients
+    with jax.enable_x64(True):  # so that rounding does not affect the comparison of hypergradients
         data = [load_data(seed) for seed in range(options.seeds)]
         try:
             runs = [experiment(losses, each, options.steps, names) for each in data]

@@ -1,18 +1,18 @@
 """Momentum for every coordinate, and Adam's own three numbers, learned by unrolling.
 
 **Momentum.** Gradient descent with momentum goes down a quadratic bowl with 30 curvatures h from
-flat (0.01) to steep (1), with one momentum coefficient for every coordinate. All start near 0.
-High momentum is found where the ground is flat, close to the values known to be best over
-infinitely many steps, (1 - sqrt(rate h))^2. Over 100 steps the best ones are a little higher:
-with them a coordinate swings through the minimum just as training ends, which makes the loss
-there smaller than any use would notice. So what was tuned for 100 steps is also measured after
-150, where nothing is left of this: it is then about as good as the asymptotic values.
+flat (0.01) to steep (1), with one momentum coefficient per coordinate. All start near 0. Tuning
+finds high momentum in flat directions, close to the values known to be best over infinitely many
+steps, (1 - sqrt(rate h))^2. Over 100 steps the best ones are a little higher: with them a
+coordinate swings through the minimum just as training ends, which makes the loss there smaller than
+any use would notice. So momenta tuned for 100 steps are also measured after 150, where this effect
+is gone: they are then about as good as the asymptotic values.
 
 **Adam.** The learning rate, b1 and b2 of Adam follow the hypergradient of the validation loss at
 the end of short trainings of a small network on scikit-learn's digits. They are compared with
-Adam's defaults and with the best learning rate of a grid at the default b1 and b2, all on
-trainings from starting points and with orders of batches that none of them was chosen by. Nearly
-all of the gain over the defaults is the learning rate's, and a grid of ten is far cheaper.
+Adam's defaults and with the best learning rate of a grid at the default b1 and b2, all on trainings
+with new starting points and new orders of batches. Nearly all of the gain over the defaults comes
+from the learning rate, and a grid of ten is far cheaper.
 
     python examples/optimizer_hyperparameters.py            # 3 seeds, about a minute on 2 cores
     python examples/optimizer_hyperparameters.py --help
@@ -36,8 +36,8 @@ from sklearn.datasets import load_digits
 import gradhpo
 
 
-# The squared distance of a steep coordinate from its minimum falls to 1e-54, and its
-# hypergradient with it: below the range of float32.
+# The squared distance of a steep coordinate from its minimum falls to 1e-54, and so does its
+# hypergradient: below the range of float32.
 jax.config.update("jax_enable_x64", True)
 
 COORDINATES, RATE, BOWL_STEPS = 30, 0.5, 100
@@ -79,7 +79,7 @@ class Run(NamedTuple):
 
 
 def momentum_of_each(logits: PyTree) -> optax.GradientTransformation:
-    """Gradient descent with a momentum of its own for every number in the parameters."""
+    """Gradient descent with a separate momentum for every number in the parameters."""
     init = lambda params: jax.tree.map(jnp.zeros_like, params)
 
     def update(gradients, velocity, params=None):
@@ -110,8 +110,8 @@ def descend(w: Array, logits: Array, curvatures: Array, steps: int) -> Array:
 
 
 # Steep coordinates arrive long before the end and have tiny hypergradients, so each one moves by
-# the sign of its own. Short steps from near 0 end at the first value with which a coordinate
-# arrives exactly, just above the asymptotic one; further up there are more such values.
+# its own sign. Short steps from near 0 end at the first value with which a coordinate arrives
+# exactly, just above the asymptotic one; there are more such values further up.
 BOWL_OPTIMIZER = gradhpo.UnrolledOptimizer(
     momentum_of_each, gradhpo.sign_descent(0.1, tolerance=0.0), unroll_steps=BOWL_STEPS
 )
@@ -190,7 +190,7 @@ class Data(NamedTuple):
 
 
 def load_data(seed: int) -> Data:
-    """1,000 digits to train on, 300 to tune by, 497 to test on, shuffled."""
+    """1,000 digits to train on, 300 to tune on, 497 to test on, shuffled."""
     x, y = load_digits(return_X_y=True)
     order = np.random.default_rng(seed).permutation(len(x))
     part = lambda rows: (jnp.asarray(x[rows] / 16), jnp.asarray(y[rows]))
@@ -226,8 +226,8 @@ def measure(net: eqx.nn.MLP, batch: tuple[Array, Array]) -> tuple[Array, Array]:
 
 
 def new_net(key: Array) -> eqx.nn.MLP:
-    # A smooth activation: relu's kinks are jumps in the training gradient, which no
-    # derivative of the path of training sees.
+    # A smooth activation: relu's kinks are jumps in the training gradient, which no derivative of
+    # the training path sees.
     return eqx.nn.MLP(64, 10, WIDTH, 1, activation=jnp.tanh, key=key)
 
 
@@ -242,7 +242,7 @@ def fresh_trainings(raw: PyTree, data: Data, seed: int) -> tuple[float, float]:
     return float(test_loss), float(accuracy)
 
 
-# Made once: a new function object would be a new compilation for every seed.
+# Created once: a new function object would be a new compilation for every seed.
 ADAM_OPTIMIZER = gradhpo.UnrolledOptimizer(adam, optax.adam(0.15), unroll_steps=ADAM_STEPS)
 ADAM_LOSSES = gradhpo.LossFunctions(cross_entropy, cross_entropy)
 
@@ -286,7 +286,7 @@ def tune_adam(seed: int, outer_steps: int) -> tuple[dict[str, Adam], np.ndarray]
 
 
 def bowl_table(runs: list[Run]) -> str:
-    """Losses span many orders of magnitude, so the exponents are what is averaged."""
+    """Losses span many orders of magnitude, so the exponents are averaged."""
     lines = [
         f"{'log10 of the loss after':28}{f'{BOWL_STEPS} steps':>16}"
         f"{f'{3 * BOWL_STEPS // 2} steps':>16}"
@@ -351,7 +351,7 @@ COLOURS = ("tab:blue", "tab:orange", "tab:green")
 
 
 def as_small(path: np.ndarray) -> np.ndarray:
-    """Rate, 1 - b1 and 1 - b2, each over the outer steps, from the defaults on."""
+    """Rate, 1 - b1 and 1 - b2, each over the outer steps, starting at the defaults."""
     rate, b1, b2 = np.vstack([list(DEFAULT.values()), path]).T
     return np.stack([rate, 1 - b1, 1 - b2])
 

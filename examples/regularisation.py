@@ -1,21 +1,22 @@
 """One penalty for every feature: ridge and elastic net tuned by implicit differentiation.
 
 scikit-learn's diabetes data: 442 patients, 10 features. Weights are fitted to 150 patients, the
-penalties are chosen by 100 others, the rest judge. A grid of 100 fits has room for one penalty
-(100 values) or two (10 x 10 pairs) that all features share. A hypergradient moves 10 or 20 at
-once: all start at 0.01, and 10 fits, each from the weights of the fit before, must do.
+penalties are chosen on 100 others, and the rest are the test set. A grid of 100 fits has room for
+one penalty (100 values) or two (10 x 10 pairs) shared by all features. A hypergradient moves 10 or
+20 together: all start at 0.01, and have 10 fits, each starting from the previous weights.
 
-Where training has converged, the weights of ridge regression are a function of the penalties,
-and implicit differentiation needs nothing but that optimum. Unrolling, to compare, differentiates
+Once training has converged, the weights of ridge regression are a function of the penalties, and
+implicit differentiation needs nothing but that optimum. For comparison, unrolling differentiates
 the 300 steps that led there, and finds the same. The elastic net has kinks: its optimum is the
-fixed point of a proximal gradient step, which is handed over as `update_fn`. Where an l1 penalty
-has set a weight to 0 the hypergradient of its penalties is 0 as well, and what is out stays out:
-hence the small penalties at the start (with 0.1, the elastic net of 20 falls behind the grid).
+fixed point of a proximal gradient step, which is passed as `update_fn`. If an l1 penalty has set a
+weight to 0, the hypergradient of its penalties is 0 as well, and the weight stays 0: hence the
+small penalties at the start (with 0.1, the elastic net with 20 penalties falls behind the grid).
 
-With a penalty for each feature the validation loss falls below that of the grid. With shared ones
-ten fits come level with ridge's grid, and to within 0.3 % of the elastic net's. The test loss does
-not fall: 100 patients are few to choose 10 or 20 penalties by. With --validation 200 it falls by 1
-to 2 % on average, in 3 of 5 splits; with weights refitted to all known patients, hardly at all.
+With one penalty per feature, the validation loss falls below that of the grid. With shared
+penalties, ten fits match ridge's grid, and come within 0.3 % of the elastic net's. The test loss
+does not fall: 100 patients are too few to choose 10 or 20 penalties. With --validation 200 it falls
+by 1 to 2 % on average, in 3 of 5 splits; with weights refitted to all known patients, hardly at
+all.
 
     python examples/regularisation.py            # 5 splits, about 30 seconds on 2 cores
     python examples/regularisation.py --help
@@ -59,8 +60,11 @@ class Data(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Of one row of the table, on one split. Losses are mean squared errors of a target with
-    variance 1; `nan` where there is none. Refitted: on training and validation set together."""
+    """One row of the table, for one split.
+
+    Losses are mean squared errors of a target with variance 1; `nan` if there is none. Refitted: on
+    training and validation set together.
+    """
 
     val_loss: float
     test_loss: float
@@ -73,7 +77,7 @@ class Result(NamedTuple):
 
 
 def load_data(seed: int, val_size: int) -> Data:
-    """A random split; mean 0 and variance 1 on what is not the test set, so no intercept."""
+    """A random split; mean 0 and variance 1 outside the test set, so no intercept."""
     x, y = load_diabetes(return_X_y=True)
     order = np.random.default_rng(seed).permutation(len(x))
     end = TRAIN_SIZE + val_size
@@ -97,7 +101,7 @@ def squared_error(w: Array, hyperparams: dict[str, Array], batch: Batch) -> Arra
     return jnp.mean((batch.x @ w - batch.y) ** 2)
 
 
-# A penalty of shape () serves all features, one of shape (10,) each its own: the sums broadcast.
+# A penalty of shape () serves all features, one of shape (10,) has one per feature: both broadcast.
 def ridge_loss(w: Array, hyperparams: dict[str, Array], batch: Batch) -> Array:
     penalty = jnp.sum(jnp.exp(hyperparams["log_l2"]) * w**2)
     return (squared_error(w, hyperparams, batch) + penalty) / 2
@@ -109,10 +113,10 @@ def elastic_net_loss(w: Array, hyperparams: dict[str, Array], batch: Batch) -> A
 
 
 def ridge_descent(hyperparams: dict[str, Array]) -> optax.GradientTransformation:
-    """Gradient descent with momentum, each weight at a rate that its own penalty allows.
+    """Gradient descent with momentum, with a rate per weight that depends on its own penalty.
 
-    One rate for all would have to fall with the largest penalty. The squared error's own curvature
-    is about 4.5 here; 6 leaves a margin.
+    A shared rate would have to fall with the largest penalty. The squared error's own curvature is
+    about 4.5 here; 6 leaves a margin.
     """
     rates = 1 / (6 + jnp.exp(hyperparams["log_l2"]))
     scaled = optax.stateless(lambda gradient, _: -rates * gradient)
@@ -172,13 +176,13 @@ def tune(
     data: Data,
     fits: int,
 ) -> Result:
-    """One fit in each outer step; like the grid, it keeps the fit that validates best."""
+    """One fit per outer step; like the grid, it keeps the fit that validates best."""
     started = time.perf_counter()
     start = {name: jnp.full(shape, np.log(START)) for name, shape in shapes.items()}
     state = optimizer.init(jnp.zeros(FEATURES), start)
     tried, residuals = [], []
     for _ in range(fits):
-        penalties = state.hyperparams  # those of the fit that this step begins with
+        penalties = state.hyperparams  # those of the fit that this step starts with
         state = optimizer.step(state, data.train, data.val, losses.train_loss, losses.val_loss)
         tried.append((float(state.metadata["val_loss"]), state.params, penalties))
         residuals.append(float(state.get_metric("inner_residual", np.nan)))
@@ -242,7 +246,7 @@ def experiment(data: Data, fits: int, side: int, tuned: list[str]) -> dict[str, 
     few = np.geomspace(SMALLEST, LARGEST, side)
     pairs = [{"l1": l1, "l2": l2} for l1 in few for l2 in few]
     folds = side**2 * FOLDS
-    # scikit-learn's ridge adds up the squared errors of the examples, its other models average.
+    # scikit-learn's ridge sums the squared errors of the examples; its other models average them.
     alphas = many * len(data.both.y)
     common = {"fit_intercept": False, "cv": FOLDS}
     ratios = np.linspace(0.1, 1, side)

@@ -1,12 +1,11 @@
 """Where each algorithm fails: four small tables.
 
-- Greedy, restarted from far away at every outer step: the bowl with waves of its paper.
+- Greedy, restarted from far away at every outer step: the bowl with waves from its paper.
 - Implicit differentiation before training has converged: penalties of a logistic regression.
-- DrMAD where the path of training is not straight: example weights, by inner learning rate.
-- One step through a fresh Adam: its `eps_root` decides.
+- DrMAD where the training path is not straight: example weights, by inner learning rate.
+- One step through a fresh Adam: the result depends on `eps_root`.
 
-The text of docs/which_algorithm.md is about these tables; the problems are those of
-which_algorithm.py.
+docs/which_algorithm.md discusses these tables; the problems are those of which_algorithm.py.
 
     python examples/where_algorithms_fail.py            # half a minute on 2 slow cores
     python examples/where_algorithms_fail.py --help
@@ -42,7 +41,7 @@ def cosine(a: Any, b: Any) -> float:
 
 
 def greedy_on_cold_restarts(outer_steps: list[int]) -> Rows:
-    """A bowl with waves; greedy tunes it, and the exact hypergradient is computed beside it."""
+    """A bowl with waves: tuned by greedy, with the exact hypergradient for comparison."""
     train = lambda w, a, batch: (w[0] - a[0]) ** 2 + (w[1] - a[1]) ** 2 / 2
     val = lambda w, a, batch: jnp.sum(w**2) + 10 * jnp.sum(jnp.sin(w) ** 2)
     inner, outer = optax.sgd(0.1), optax.sgd(1e-4)
@@ -70,7 +69,7 @@ def greedy_on_cold_restarts(outer_steps: list[int]) -> Rows:
 
 
 def implicit_before_convergence(seed: int, counts: list[int]) -> Rows:
-    """Penalties alone; forward mode has the exact hypergradient at every step on the way."""
+    """Penalties alone; forward mode has the exact hypergradient at every step."""
     problem = penalties(seed)
     h, pair = problem.state.hyperparams, (problem.losses.train_loss, problem.losses.val_loss)
     arguments = (problem.source, problem.val, *pair)
@@ -94,7 +93,7 @@ def implicit_before_convergence(seed: int, counts: list[int]) -> Rows:
 
 
 def descend(params: Any, h: Any, batch: Any) -> Any:
-    """Gradient descent whose rate is data: another rate is no other program."""
+    """Gradient descent whose rate is data: another rate does not recompile."""
     data, rate = batch
     gradients = eqx.filter_grad(lambda params: weighted_loss(params, h, data))(params)
     return eqx.apply_updates(params, jax.tree.map(lambda g: -rate * g, gradients))
@@ -143,7 +142,7 @@ def off_the_straight_line(seed: int, rates: list[float]) -> Rows:
 
 
 def fresh_adam(seed: int, counts: list[int]) -> Rows:
-    """One step's hypergradient beside itself with another eps_root, along one training."""
+    """One step's hypergradient compared with itself at another eps_root, along one training."""
     small, large = (optax.adam(3e-3, eps_root=eps) for eps in (1e-16, 1e-8))
     problem, rows = example_weights(seed, small), {}
     makers = [gradhpo.OneStepOptimizer(inner) for inner in (small, large)]

@@ -1,16 +1,16 @@
 """Which algorithm? Every estimator on four problems, compared by gradhpo's own diagnostics.
 
-Cosine, length and signs of each estimated hypergradient beside the exact one of the same inner
-steps, with what it costs; then bias against noise, the horizon inner step by inner step, and small
-tables of what fails where. What is tuned:
+Cosine, length and signs of each estimated hypergradient compared with the exact one of the same
+inner steps, and its cost; then bias against noise, the horizon inner step by inner step, and small
+tables of where each one fails. The hyperparameters:
 
 - 1,000 example weights, 30 % of the labels wrong (digits);
 - one learning rate for each of 4,810 parameters (digits);
 - 30 penalties of a logistic regression, with its learning rate and momentum (breast cancer);
 - 8 mixing weights of activations in two hidden layers, as in DARTS (digits).
 
-All data ship with scikit-learn. The text of docs/which_algorithm.md is about these tables and those
-of where_algorithms_fail.py.
+All data ship with scikit-learn. docs/which_algorithm.md discusses these tables and those of
+where_algorithms_fail.py.
 
     python examples/which_algorithm.py            # about 5 minutes on 2 slow cores
     python examples/which_algorithm.py --seed 1 --only "mixing weights"
@@ -35,14 +35,14 @@ from sklearn.datasets import load_breast_cancer, load_digits
 import gradhpo
 
 
-STEPS = 20  # inner steps of the horizon, unless said otherwise
+STEPS = 20  # inner steps of the horizon, unless stated otherwise
 BATCH_SIZE = 50
 MOMENTUM = optax.sgd(0.05, momentum=0.9)
 Rows = dict[str, dict[str, Any]]  # a table: row to column to cell
 
 
 class Problem(NamedTuple):
-    """Where to start, on what data; `source` draws batches by their number, or is one for all."""
+    """Where to start, on which data; `source` draws batches by number, or is one batch for all."""
 
     inner: Any
     state: gradhpo.BilevelState
@@ -57,7 +57,7 @@ class Problem(NamedTuple):
 
 
 def estimators(inner: Any, steps: int, implicit: Any, *, forward: bool = False) -> dict[str, Any]:
-    """All of them over one horizon; forward mode where hyperparameters are few."""
+    """All of them over one horizon; forward mode if there are few hyperparameters."""
     found = {
         "first order": gradhpo.FOOptimizer(inner),
         "one step": gradhpo.OneStepOptimizer(inner),
@@ -81,7 +81,7 @@ def new_state(inner: Any, params: Any, hyperparams: Any, source: Any) -> gradhpo
 
 
 def trained(problem: Problem, steps: int) -> Problem:
-    """The same problem later: plain inner steps, the hyperparameters held still."""
+    """The same problem later: plain inner steps, with the hyperparameters held fixed."""
     plain = gradhpo.UnrolledOptimizer(problem.inner, unroll_steps=steps, truncation=1)
     data = (problem.batches(steps, first=10_000), problem.val)
     pair = (problem.losses.train_loss, problem.losses.val_loss)
@@ -114,7 +114,7 @@ def unweighted_loss(model: Any, batch: tuple[Array, Array]) -> Array:
 
 
 def example_weights(seed: int, inner: Any = MOMENTUM) -> Problem:
-    """Hyper-cleaning: the validation loss does not contain what is tuned."""
+    """Hyper-cleaning: the hyperparameters are not in the validation loss."""
     (x, y), val = digits(seed, 1_000, 100)
     random = np.random.default_rng(seed)
     wrong = random.random(len(y)) < 0.3
@@ -127,7 +127,7 @@ def example_weights(seed: int, inner: Any = MOMENTUM) -> Problem:
 
 
 def by_parameter(raw: Any) -> optax.GradientTransformation:
-    """Gradient descent with a rate of its own for every number in the parameters."""
+    """Gradient descent with a separate rate for every number in the parameters."""
     scale = lambda r, g: -jax.nn.softplus(r) * g
     return optax.stateless(lambda gradients, _: jax.tree.map(scale, raw, gradients))
 
@@ -137,7 +137,7 @@ def plain_loss(net: Any, raw: Any, batch: tuple[Array, Array]) -> Array:
 
 
 def learning_rates(seed: int) -> Problem:
-    """The hyperparameters act in the inner optimizer alone."""
+    """The hyperparameters act only in the inner optimizer."""
     train, val = digits(seed, 1_000, 500)
     net = eqx.nn.MLP(64, 10, 64, 1, key=jax.random.key(seed))
     raw = jax.tree.map(lambda x: jnp.full_like(x, -2.0), eqx.filter(net, eqx.is_inexact_array))
@@ -165,7 +165,7 @@ def unpenalised(w: Array, h: dict[str, Array], batch: tuple[Array, Array]) -> Ar
 
 
 def penalties(seed: int) -> Problem:
-    """A convex problem, full batches: one penalty for each feature, a rate, a momentum."""
+    """A convex problem, full batches: one penalty per feature, a rate, a momentum."""
     x, y = load_breast_cancer(return_X_y=True)
     x = (x - x.mean(axis=0)) / x.std(axis=0)
     order = np.random.default_rng(seed).permutation(len(x))
@@ -185,7 +185,7 @@ OPERATIONS = (lambda x: x, jnp.tanh, lambda x: jnp.maximum(x, 0), jnp.sin)
 
 
 class Mixed(eqx.Module):
-    """A network whose activations are mixtures: softmax of logits, one for each operation."""
+    """A network whose activations are mixtures: a softmax over logits, one per operation."""
 
     layers: list[eqx.nn.Linear]
     logits: list[Array]
@@ -209,7 +209,7 @@ def mixed_loss(model: Mixed, batch: tuple[Array, Array]) -> Array:
 
 
 def mixing_weights(seed: int) -> Problem:
-    """Differentiable architecture search: both losses contain what is tuned."""
+    """Differentiable architecture search: both losses contain the hyperparameters."""
     train, val = digits(seed, 800, 400)
     model = Mixed((64, 32, 32, 10), jax.random.key(seed))
     params, hyperparams = gradhpo.partition(model, lambda m: m.logits)
@@ -237,7 +237,7 @@ def table(rows: Rows) -> str:
 
 
 def rows_of(report: Any) -> Rows:
-    """What `compare_hypergradients` found; costs in those of training alone."""
+    """What `compare_hypergradients` found; costs relative to training alone."""
     training, rows = report.costs["training alone"], {}
     for name in ("reference", *report.hypergradients):
         if name in report.hypergradients and report.sees_none(name):
@@ -256,7 +256,7 @@ def rows_of(report: Any) -> Rows:
 
 
 def leaves_of(report: Any) -> Rows:
-    """Cosine and length of every leaf; of the exact one the length itself."""
+    """Cosine and length of every leaf; for the exact hypergradient, the length itself."""
     leaves = [leaf.strip("[]'") for leaf in report.per_leaf]
     norms = [float(jnp.linalg.norm(x)) for x in jax.tree.leaves(report.reference)]
     rows: Rows = {"exact": {leaf: f"{n:.1e}" for leaf, n in zip(leaves, norms, strict=True)}}
@@ -273,7 +273,7 @@ def leaves_of(report: Any) -> Rows:
 
 
 class Session:
-    """What a run of this script has found: tables by title, reports for the figures."""
+    """Results of a run of this script: tables by title, reports for the figures."""
 
     def __init__(self, quick: bool):
         self.quick, self.tables, self.reports, self.seconds = quick, {}, {}, {}
@@ -347,7 +347,7 @@ def tell_learning_rates(session: Session, seed: int) -> None:
     problem = learning_rates(seed)
     everyone = estimators(problem.inner, STEPS, SHORT_SERIES)
     total = lambda g: float(sum(jnp.sum(x) for x in jax.tree.leaves(g)))
-    # Of all rates together: 1 raises them as the exact one does, below 0 lowers what it raises.
+    # For all rates together: 1 raises them as the exact one does, below 0 lowers what it raises.
     pull = lambda g, exact: total(g) / total(exact)
     session.compare("tuned: learning rates, at the start", problem, everyone, pull=pull)
     later = trained(problem, 300)
@@ -443,7 +443,7 @@ def overview(session: Session) -> Any:
 
 
 def pictures(session: Session, path: Path) -> None:
-    """The overview in `path`; beside it one of the library's own figures of each kind."""
+    """The overview in `path`, and one of the library's own figures of each kind next to it."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -1,7 +1,7 @@
-"""What an algorithm is written against: the public interface for extensions.
+"""The public interface for extensions, which every algorithm is written against.
 
-The algorithms of the library use nothing else, and neither does the page that
-[writes one](../own_algorithm.md) from a paper's equation to its tests.
+The library's own algorithms use nothing else, and neither does the page that [writes a new
+one](../own_algorithm.md) from a paper's equation to its tests.
 """
 
 from gradhpo.core.algorithm import Algorithm

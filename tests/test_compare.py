@@ -301,7 +301,7 @@ def test_what_is_cut_off_is_0_in_the_reference_as_well():
         ({"train_batch": lambda t: t}, "train_batch is a function or a data source"),
         ({"losses": (train_loss, val_loss)}, "losses must not be"),
         ({"reference": jnp.zeros(5)}, "reference must be an optimizer, or a tree like"),
-        ({"optimizers": {"reference": ONE}}, "which a report needs itself"),
+        ({"optimizers": {"reference": ONE}}, "which the report reserves"),
         ({"optimizers": {"a": ONE, "b": gradhpo.TaskBatched(ONE, 2)}}, "numbers of inner problems"),
     ],
 )  # fmt: skip

@@ -247,7 +247,7 @@ def test_loggers_add_to_their_own_file_only(tmp_path):
     run(3, callbacks=[logger])
     assert len(path.read_text().splitlines()) == 7
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="already holds something: pass another path"):
+    with pytest.raises(ValueError, match="already has content: pass another path"):
         run(3, callbacks=[gradhpo.CSVLogger(path)])
     assert path.read_bytes() == before
     run(3, callbacks=[gradhpo.CSVLogger(path, append=True)])
@@ -260,7 +260,7 @@ def test_a_log_that_was_shortened_goes_on_with_a_warning(tmp_path):
     path = tmp_path / "log.jsonl"
     run(6, callbacks=[gradhpo.JSONLinesLogger(path)], checkpoint=tmp_path)
     path.write_text("")
-    with pytest.warns(UserWarning, match="is shorter than this run had left it"):
+    with pytest.warns(UserWarning, match="is shorter than this run left it"):
         run(9, callbacks=[gradhpo.JSONLinesLogger(path)], checkpoint=tmp_path)
     assert len(path.read_text().splitlines()) == 3
 

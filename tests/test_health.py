@@ -258,7 +258,7 @@ def test_differences_that_contradict_one_another_vouch_for_nothing():
     report = check(unrolled(), losses=gradhpo.LossFunctions(loss, val_loss))
     assert report.finite_differences["['decay']"].erratic
     assert not report.finite_differences["['shift']"].erratic
-    assert "nothing vouches for its derivative" in report.findings[0]
+    assert "nothing confirms its derivative" in report.findings[0]
     assert not report.healthy
 
 
@@ -370,7 +370,7 @@ def test_what_cannot_be_measured_is_noted(as_a_user_has_it):
     optimizer = gradhpo.T1T2Optimizer(update_fn=opaque, perturb="hyperparams")
     state = optimizer.init(jnp.ones(4), jnp.zeros(4))
     report = gradhpo.check_hypergradient(optimizer, state, None, None, losses)
-    assert "the exact hypergradient cannot be had here" in str(report)
+    assert "the exact hypergradient is not available here" in str(report)
 
 
 def test_bad_input():

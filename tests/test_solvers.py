@@ -114,7 +114,7 @@ def test_nystrom_draws_different_columns(getkey):
 
 def test_solvers_refuse_what_they_cannot_do(getkey):
     h, v = positive(3)
-    with pytest.raises(ValueError, match="rank can be no larger; write rank=3"):
+    with pytest.raises(ValueError, match="rank cannot be larger; write rank=3"):
         solve(h, v, gradhpo.Nystrom(4, 0.1, getkey()))
     plain = lx.MatrixLinearOperator(jnp.asarray(h))
     with pytest.raises(ValueError, match=r"needs a symmetric operator.*lineax.GMRES"):

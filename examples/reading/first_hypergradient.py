@@ -2,15 +2,15 @@
 # # A first hypergradient
 #
 # A hypergradient is the derivative of a validation loss with respect to a hyperparameter. Here we
-# compute one by hand, in pure JAX, and then by gradhpo, exactly and by two approximations. The
-# problem is logistic regression of scikit-learn's breast cancer data, with 60 patients to train
-# on, a fifth of them with the wrong diagnosis, and the other 509 to validate on. The
-# hyperparameter is the logarithm of the weight decay.
+# compute one by hand, in pure JAX, and then with gradhpo, exactly and by approximations. The
+# problem is logistic regression on scikit-learn's breast cancer data: 60 patients for training, a
+# fifth of them with the wrong diagnosis, and the other 509 for validation. The hyperparameter is
+# the logarithm of the weight decay.
 #
 #     python examples/reading/first_hypergradient.py            # about 20 seconds on 2 slow cores
 #     python examples/reading/first_hypergradient.py --help
 #
-# The cells run in order, in an editor that knows `# %%` or as one script.
+# The cells run in order, in an editor that supports `# %%` or as one script.
 
 # %%
 import argparse
@@ -37,8 +37,8 @@ jax.config.update("jax_enable_x64", True)  # finite differences need it
 # %% [markdown]
 # ## The problem
 #
-# `train_loss` is what training minimises: the error on the training patients, and a penalty of the
-# weights. `val_loss` is what we care about: the error on the others, without a penalty.
+# Training minimises `train_loss`: the error on the training patients plus a penalty on the weights.
+# We care about `val_loss`: the error on the other patients, without a penalty.
 
 # %%
 x, y = load_breast_cancer(return_X_y=True)
@@ -99,12 +99,12 @@ print(f"hypergradient by hand           {by_hand:+.8f}")
 print(f"central difference              {difference:+.8f}")
 
 # %% [markdown]
-# It is negative: more decay would help. Two short cuts are as quickly written.
+# It is negative: more decay would help. Two shortcuts are just as quick to write.
 #
-# Implicit differentiation says that training ends where the gradient of the training loss is 0.
+# Implicit differentiation assumes that training ends where the gradient of the training loss is 0.
 # That equation makes $w$ a function of the log decay, and its derivative takes one linear system
-# with the Hessian. One step differentiates only the last step, as if the parameters before it had
-# not depended on the log decay.
+# with the Hessian. One step differentiates only the last step, as if the earlier parameters did not
+# depend on the log decay.
 
 # %%
 mixed = jax.jacfwd(jax.grad(train_loss), argnums=1)
@@ -123,11 +123,11 @@ print(f"implicit by hand                {implicit_by_hand:+.8f}")
 print(f"one step by hand                {one_step_by_hand:+.8f}")
 
 # %% [markdown]
-# ## By gradhpo
+# ## With gradhpo
 #
-# The same three, and two more. An optimizer owns the inner optimizer and the estimate;
+# The same three estimates, and greedy. An optimizer combines the inner optimizer and the estimate;
 # `compute_hypergradient` trains from the state and returns the estimate at the end. One step takes
-# one inner step only, so it starts from a state that was trained for 99.
+# only one inner step, so it starts from a state trained for 99 steps.
 
 # %%
 sgd = optax.sgd(RATE)
@@ -156,15 +156,15 @@ for name, value in references.items():
 
 # %% [markdown]
 # One step and greedy have the wrong sign. One step of decay shrinks the parameters along
-# themselves, and that alone would raise the validation error. What decay does over a hundred steps
-# is something else: it changes in which directions the parameters grow, and only a derivative of
-# the whole path sees that. Implicit differentiation has the sign, and is three times too long: it
-# gives the effect at the optimum, and training is not there yet.
+# themselves, and that alone would raise the validation error. Over a hundred steps, decay does
+# something else: it changes the directions in which the parameters grow, and only a derivative of
+# the whole path sees that. Implicit differentiation has the right sign, but is three times too
+# long: it gives the effect at the optimum, which training has not reached yet.
 #
-# ## Downhill
+# ## Going downhill
 #
 # Twelve steps of gradient descent on the log decay, each with a training of 100 steps from 0
-# (`steps_per_episode=1, reptile_rate=0.0`: every outer step begins anew).
+# (`steps_per_episode=1, reptile_rate=0.0`: every outer step starts over).
 
 # %%
 optimizer = gradhpo.UnrolledOptimizer(sgd, unroll_steps=STEPS)
@@ -191,8 +191,8 @@ print(f"validation loss {loss:.4f} -> {history['val_loss'][-1]:.4f}")
 # %% [markdown]
 # ## Pictures
 #
-# The two levels: training for several decays, and the validation loss at its end as a function of
-# the decay, with the tangent that the hypergradient is.
+# The two levels: training for several decays, and the final validation loss as a function of the
+# decay, with its tangent, whose slope is the hypergradient.
 
 # %%
 options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -219,8 +219,8 @@ figure.savefig(options.output.with_stem(options.output.stem + "_levels"), dpi=15
 plt.close(figure)
 
 # %% [markdown]
-# The estimates, for every decay after 100 steps, and for one decay after every number of steps.
-# The second needs no new training: forward mode carries the derivative of the parameters along.
+# The estimates, for every decay after 100 steps, and for one decay after each number of steps. The
+# second needs no new training: forward mode carries the derivative of the parameters along.
 
 # %%
 
@@ -255,7 +255,7 @@ middles, slopes = (grid[1:] + grid[:-1]) / 2, np.diff(curve) / np.diff(grid)
 every = slice(None, None, max(1, len(slopes) // 12))
 left.plot(middles[every], slopes[every], "o", ms=4, color="0.3", label="finite differences")
 left.set(xlabel="log decay", ylabel="hypergradient", title=f"after {STEPS} steps")
-left.set(ylim=(-0.01, 0.04))  # greedy goes on beyond
+left.set(ylim=(-0.01, 0.04))  # greedy continues beyond
 left.legend()
 
 values = np.asarray(along_the_way(log_decay))
@@ -271,4 +271,4 @@ at = {steps: values[steps - 1] for steps in (10, STEPS, 1_000)}
 print(f"\nafter  {'  '.join(f'{name:>9}' for name in STYLES)}")
 for steps, row in at.items():
     print(f"{steps:5}  {'  '.join(f'{value:+9.5f}' for value in row)}")
-print(f"\npictures in {options.output} and beside it")
+print(f"\npictures in {options.output} and next to it")

@@ -1,12 +1,12 @@
 # %% [markdown]
 # # Short-horizon bias
 #
-# A learning rate that is best for the next ten steps is not the best for the next thousand. Noise
-# falls at once when the rate falls, and progress along flat directions is lost only later. So
-# whoever tunes a rate by what a few steps show makes it too small (Wu, Ren, Liao and Grosse,
-# *Understanding Short-Horizon Bias in Stochastic Meta-Optimization*, ICLR 2018). This script shows
-# it on the problem of that paper, a noisy quadratic, with hypergradients over horizons of 1 to
-# 1,000 steps.
+# The learning rate that is best for the next ten steps is not the best for the next thousand. When
+# the rate falls, noise falls immediately, and progress along flat directions is lost only later. So
+# a rate tuned over a few steps comes out too small (Wu, Ren, Liao and Grosse, *Understanding
+# Short-Horizon Bias in Stochastic Meta-Optimization*, ICLR 2018). This script shows the effect on
+# the problem of that paper, a noisy quadratic, with hypergradients over horizons of 1 to 1,000
+# steps.
 #
 #     python examples/reading/short_horizon.py            # about 15 seconds on 2 slow cores
 #     python examples/reading/short_horizon.py --help
@@ -39,8 +39,8 @@ HORIZONS = [steps for steps in (1, 3, 10, 30, 100, 300, 1_000) if steps <= LONGE
 # The loss is $\frac12\sum_i h_i w_i^2$, and SGD sees the gradient $h_i(w_i - c_i)$ of a minibatch
 # whose optimum $c_i$ has mean 0 and variance $1/h_i$. No sampling is needed, since the second
 # moments $m_i = \mathbb{E}\,w_i^2$ follow an exact recursion, $m_i' = (1 - \eta h_i)^2 m_i +
-# \eta^2 h_i$, and the expected loss is $\frac12\sum_i h_i m_i$. The recursion is the inner update:
-# `update_fn` takes any. The only hyperparameter is $\log\eta$.
+# \eta^2 h_i$, and the expected loss is $\frac12\sum_i h_i m_i$. The recursion is the inner update,
+# passed as `update_fn`. The only hyperparameter is $\log\eta$.
 
 # %%
 h = jnp.geomspace(1e-3, 1.0, 30)
@@ -56,8 +56,8 @@ def expected_loss(m, log_rate, batch):
 
 
 # %% [markdown]
-# We begin in the middle of training, after 300 steps with a rate of 0.3: the steep directions are
-# down to their noise, the flat ones are still far away.
+# We start in the middle of training, after 300 steps with a rate of 0.3: the steep directions are
+# down to their noise, and the flat ones are still far from their optimum.
 
 # %%
 START_RATE = 0.3
@@ -70,8 +70,8 @@ print(f"{expected_loss(start, 0, None):.2f} after 300 steps with rate {START_RAT
 # %% [markdown]
 # ## The hypergradient by horizon
 #
-# Forward mode has the hypergradient of all steps so far after each of them, so that one training
-# of 1,000 steps gives the derivative for every horizon. `lr_hyper=0` holds the rate still.
+# After each step, forward mode has the hypergradient of all steps so far, so one training of 1,000
+# steps gives the derivative for every horizon. `lr_hyper=0` keeps the rate fixed.
 
 # %%
 forward = gradhpo.ForwardModeOptimizer(update_fn=second_moments)
@@ -89,13 +89,13 @@ for steps in HORIZONS:
     print(f"{steps:7}  {derivatives[steps - 1]:+19.4f}")
 
 # %% [markdown]
-# Up to about 100 steps the derivative is positive: a smaller rate looks better. Beyond, it is
-# negative. The training is the same; only the moment of judging differs.
+# Up to about 100 steps the derivative is positive: a smaller rate looks better. Beyond that, it is
+# negative. The training is the same; only the time at which we judge it differs.
 #
 # ## Tuned rates by horizon
 #
-# Each horizon is tuned until it has the rate that it wants: from the same start again for each
-# outer step (`steps_per_episode=1, reptile_rate=0.0`), by signs, since only one number is tuned.
+# Each horizon is tuned until its rate converges: every outer step starts from the same point
+# (`steps_per_episode=1, reptile_rate=0.0`) and follows the sign, since only one number is tuned.
 # Then all the rates train for the same 1,000 steps.
 
 
@@ -132,8 +132,8 @@ closed = float(jnp.sum(h**2 * start) / jnp.sum(h**3 * start + h**2))
 print(f"best rate for one step in closed form: {closed:.4f}")
 
 # %% [markdown]
-# One step wants half the rate that the training has, ten steps even less, and 1,000 steps want
-# more than it has. In the long run the rate that is best for ten steps costs 60 % in loss.
+# One step prefers half the current rate, ten steps even less, and 1,000 steps more than the current
+# rate. In the long run, the rate that is best for ten steps costs 60 % in loss.
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")

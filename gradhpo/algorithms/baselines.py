@@ -21,28 +21,29 @@ from gradhpo.extend import (
 class FOOptimizer(Algorithm):
     r"""First order: the direct term, $g = \partial L_{val}/\partial\lambda\,(w_1)$.
 
-    One inner step, then the derivative of the validation loss with the parameters held
-    fixed. It sees only hyperparameters that the validation loss itself contains; when it
-    contains none of them, tracing raises `ValueError`.
+    One inner step, then the derivative of the validation loss with the parameters held fixed. It
+    sees only hyperparameters that appear in the validation loss itself; if none does, tracing
+    raises `ValueError`.
 
     **Arguments:**
 
-    - `inner_optimizer`: an optax transformation, or a function of the hyperparameters that
-        returns one. Those that need the loss (`optax.lbfgs`, `optax.polyak_sgd`) get its `value`,
-        `grad` and `value_fn` here, from [`ImplicitOptimizer`][gradhpo.ImplicitOptimizer], and from
-        [`T1T2Optimizer`][gradhpo.T1T2Optimizer] with `perturb="hyperparams"`; the others, which
-        differentiate the inner update, refuse them.
+    - `inner_optimizer`: an optax transformation, or a function of the hyperparameters that returns
+        one. Optimizers that need the loss (`optax.lbfgs`, `optax.polyak_sgd`) get its `value`,
+        `grad` and `value_fn` from this class, from
+        [`ImplicitOptimizer`][gradhpo.ImplicitOptimizer], and from
+        [`T1T2Optimizer`][gradhpo.T1T2Optimizer] with `perturb="hyperparams"`; the other algorithms
+        differentiate the inner update and refuse them.
     - `outer_optimizer`: an optax transformation for the hyperparameters; `None` (the default)
         means plain gradient descent with the `lr_hyper` given to `step`.
-    - `grad_fn`: for `inner_optimizer`, in place of the gradient of the training loss,
-        `(params, hyperparams, batch) -> gradient`, a tree like the parameters (clipped and noised
-        as in DP-SGD, at another point as in SAM, a semi-gradient). The training loss is then a
-        metric alone.
-    - `update_fn`: in place of `inner_optimizer`, `(params, hyperparams, batch) -> params`.
+    - `grad_fn`: replaces the gradient of the training loss that `inner_optimizer` takes,
+        `(params, hyperparams, batch) -> gradient`, a tree like the parameters: clipped per example
+        (DP-SGD), taken at another point (SAM), a semi-gradient. The training loss is then only a
+        metric.
+    - `update_fn`: replaces `inner_optimizer`, `(params, hyperparams, batch) -> params`.
 
     **Raises:** `ValueError` for both or neither of `inner_optimizer` and `update_fn`, or a
-    `grad_fn` without an `inner_optimizer`; `TypeError` for one that is neither an optax
-    transformation nor a function. So do all optimizers.
+    `grad_fn` without an `inner_optimizer`; `TypeError` if one of them is neither an optax
+    transformation nor a function. The same holds for all optimizers.
 
     ```python
     loss = lambda w, h, batch: jnp.sum((w - h) ** 2)
@@ -93,10 +94,10 @@ class FOOptimizer(Algorithm):
 class OneStepOptimizer(Algorithm):
     r"""One step: $g = \partial L_{val}/\partial\lambda + \alpha_1 B_1$, exact through one step.
 
-    $\alpha_1 = \partial L_{val}/\partial w\,(w_1)$ and $B_1 = \partial\Phi/\partial\lambda$ at
-    the step that was just taken, through the inner optimizer's state and settings as well.
+    $\alpha_1 = \partial L_{val}/\partial w\,(w_1)$ and $B_1 = \partial\Phi/\partial\lambda$ at the
+    step just taken, including the inner optimizer's state and settings.
 
-    **Arguments:** as for [`FOOptimizer`][gradhpo.FOOptimizer]; so is what it raises.
+    **Arguments:** as for [`FOOptimizer`][gradhpo.FOOptimizer], with the same errors.
 
     ```python
     train_loss = lambda w, h, batch: jnp.sum((w - h) ** 2)

@@ -11,14 +11,14 @@ from gradhpo.extend import checked, tree_lerp
 def geometric_sum(gamma: Real[ArrayLike, ""], t: Real[ArrayLike, ""]) -> Float[Array, ""]:
     r"""$\sum_{i<t} \gamma^i = (1 - \gamma^t)/(1 - \gamma)$ for $\gamma \in [0, 1]$, $t \ge 0$.
 
-    Exact at both ends ($\gamma = 0$: 1, $\gamma = 1$: t) and accurate next to 1, where the
+    Exact at both ends ($\gamma = 0$: 1, $\gamma = 1$: t) and accurate close to 1, where the
     quotient as written cancels.
     """
     gamma = jnp.asarray(gamma, jnp.result_type(gamma if eqx.is_array(gamma) else float))
     t = jnp.asarray(t, gamma.dtype)
     inside = (gamma > 0) & (gamma < 1)
     safe = jnp.where(inside, gamma, 0.5)  # keeps derivatives finite at both ends
-    # log1p keeps the digits of a gamma next to 1, and has no logarithm for one next to 0.
+    # log1p keeps the digits of a gamma close to 1, but has no logarithm for a gamma close to 0.
     log = jnp.where(safe > 0.5, jnp.log1p(jnp.maximum(safe, 0.5) - 1), jnp.log(safe))
     between = jnp.expm1(t * log) / (safe - 1)
     return jnp.where(inside, between, jnp.where(gamma <= 0, jnp.minimum(t, 1), t))
@@ -26,7 +26,7 @@ def geometric_sum(gamma: Real[ArrayLike, ""], t: Real[ArrayLike, ""]) -> Float[A
 
 @checked
 def past_share(gamma: Real[ArrayLike, ""], t: Real[ArrayLike, ""]) -> Float[Array, ""]:
-    r"""$p_t = (\gamma - \gamma^t)/(1 - \gamma^t)$: what of a discounted mean is older than step t.
+    r"""$p_t = (\gamma - \gamma^t)/(1 - \gamma^t)$: the share of a discounted mean before step t.
 
     For $t \ge 1$; 0 at $t = 1$, and $(t - 1)/t$ at $\gamma = 1$.
     """

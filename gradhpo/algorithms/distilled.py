@@ -1,4 +1,4 @@
-"""One point and one batch that stand for a stretch of training, and the regression on them."""
+"""One point and one batch that represent a stretch of training, and the regression on them."""
 
 import dataclasses
 from typing import Any
@@ -31,8 +31,8 @@ from gradhpo.extend import (
 class Distilled(eqx.Module):
     r"""$w^*$, a discounted mean of the parameters, and $D^*$, examples drawn in the same shares.
 
-    `w_star` is kept in float32 or float64: steps of a hundredth of a difference are lost in
-    bfloat16. Without `d_star` (and `key`) the current batch takes its place.
+    `w_star` is kept in float32 or float64: bfloat16 would lose steps of a hundredth of a
+    difference. Without `d_star` (and `key`) the current batch is used instead.
     """
 
     w_star: PyTree
@@ -41,7 +41,7 @@ class Distilled(eqx.Module):
 
     @classmethod
     def create(cls, w: PyTree, batch: PyTree, key: Array | None) -> "Distilled":
-        """Of an example batch and a key, or of neither."""
+        """Made from an example batch and a key, or from neither."""
         if (batch is None) != (key is None):
             given, missing = ("batch", "key") if key is None else ("key", "batch")
             raise ValueError(
@@ -56,11 +56,11 @@ class Distilled(eqx.Module):
         return cls(jax.tree.map(lambda x: x.astype(wide), w), batch, key)
 
     def add(self, w: PyTree, batch: PyTree, share: Float[Array, ""]) -> "Distilled":
-        r"""With `share` of what was there before and `1 - share` of `(w, batch)`.
+        r"""Keeps `share` of the earlier content and takes `1 - share` from `(w, batch)`.
 
-        Of the data every slot is replaced with probability `1 - share`, independently: the
-        sizes stay fixed and the expected shares are those of $w^*$. Rounding them to whole
-        numbers of examples would stop at the first share below half an example.
+        Every slot of the data is replaced with probability `1 - share`, independently: the sizes
+        stay fixed and the expected shares are those of $w^*$. Rounding the shares to whole numbers
+        of examples would stop at the first share below half an example.
         """
         wide = jax.tree.map(lambda x, like: x.astype(like.dtype), w, self.w_star)
         w_star = tree_lerp(wide, self.w_star, share)
@@ -87,14 +87,14 @@ class Distilled(eqx.Module):
     def product(
         self, phi: InnerUpdate, z: InnerState, hyperparams: PyTree, t: ArrayLike, alpha: PyTree
     ) -> PyTree:
-        r"""$\alpha\,\partial\Phi(w^*, \lambda; D^*)/\partial\lambda$, but for $w^*$ at `z`.
+        r"""$\alpha\,\partial\Phi(w^*, \lambda; D^*)/\partial\lambda$ at `z`, except for $w^*$.
 
-        `alpha` is a cotangent on the parameters alone. What is no example in a batch (a PRNG
-        key) is that of step `t`.
+        `alpha` is a cotangent on the parameters alone. Anything in a batch that is not an example
+        (a PRNG key) is taken from step `t`.
         """
         if self.d_star is not None:
             batch = eqx.combine(self.d_star, phi.batch(t))
-            # Not the batch itself: its keys have been folded with t already.
+            # Not the batch itself: its keys are already folded with t.
             phi = dataclasses.replace(phi, train_batch=DrawnStack(lambda t: batch))
         _, _, pull = phi.vjp(z._replace(w=cast_like(self.w_star, alpha)), hyperparams, t)
         return pull(InnerState(alpha))[1]
@@ -105,8 +105,8 @@ def regress(
 ) -> tuple[Array, Array, Array | None]:
     r"""$\sum_s x_s y_s$ and $\sum_s x_s^2$ of one episode (algorithm 4), and the next key.
 
-    On the way back along the line, after s steps, `bar` has the hypergradient $g^{SO}_s$ of
-    the last s steps, and `distilled` what their distilled point and data would be.
+    Going back along the line, after s steps `bar` holds the hypergradient $g^{SO}_s$ of the last s
+    steps, and `distilled` what their distilled point and data would be.
     """
     phi, validation, z, hyperparams = problem
     last, end, _, line, kept = along_a_line(phi, z, hyperparams, num_steps)
@@ -134,5 +134,5 @@ def regress(
 
 
 def _is_examples(x: Any) -> bool:
-    """Whether a leaf of a batch holds one entry for each example."""
+    """Whether a leaf of a batch has one entry per example."""
     return eqx.is_array(x) and x.ndim > 0 and not is_key(x)

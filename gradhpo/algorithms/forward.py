@@ -30,7 +30,7 @@ from gradhpo.extend import (
 
 
 class ForwardMemory(Memory):
-    """`Z`, the derivative of $z$: leaves like its floating-point ones, `[hyperparams, ...]`."""
+    """`Z`, the derivative of $z$: shaped like its floating-point leaves, `[hyperparams, ...]`."""
 
     Z: InnerState
 
@@ -46,14 +46,15 @@ class ForwardModeOptimizer(Algorithm):
     g = \frac{\partial L_{val}}{\partial\lambda} + \alpha_T Z_T,$$
 
     from `step` to `step`: with `unroll_steps=1` every inner step gives the hypergradient of all
-    steps since `init` (or since the episode began), real-time hyperparameter optimization. The
-    steps before were taken with the hyperparameters of their time, and so were their derivatives.
+    steps since `init` (or since the start of the episode): real-time hyperparameter optimization.
+    Earlier steps, and their derivatives, used the hyperparameters of that time.
 
-    Memory is $O(P \cdot H)$ for $P$ parameters and $H$ hyperparameters, for ten inner steps and
-    for ten thousand; time is one training gradient and at most two more per hyperparameter. So
-    it is for a few hyperparameters and long horizons: learning rates, momenta, schedules of them.
-    `Z` has the dtype of the parameters: in bfloat16 what a step adds is lost after some hundreds
-    of them. Updates need a forward derivative only (an `update_fn` may contain a `while_loop`).
+    Memory is $O(P \cdot H)$ for $P$ parameters and $H$ hyperparameters, regardless of the number of
+    inner steps; time is one training gradient and at most two more per hyperparameter. Use it for a
+    few hyperparameters and long horizons: learning rates, momenta and their schedules. `Z` has the
+    dtype of the parameters: in bfloat16 it loses the contribution of further steps after some
+    hundreds of them. Updates need only a forward derivative (an `update_fn` may contain a
+    `while_loop`).
 
     **Arguments:**
 
@@ -63,7 +64,7 @@ class ForwardModeOptimizer(Algorithm):
 
     The memory, `state.memory`: `Z`, with `Z.w` like the parameters and `Z.s` like the optimizer
     state (the floating-point part of both), each leaf with a leading axis of length $H$ over the
-    hyperparameters in the order of their leaves; 0 at `init` and where an episode begins.
+    hyperparameters in the order of their leaves; 0 at `init` and at the start of an episode.
 
     **Raises:** `ValueError` for `unroll_steps < 1`.
 
@@ -112,7 +113,7 @@ class ForwardModeOptimizer(Algorithm):
         return "forward derivatives of the inner update"
 
     def with_num_steps(self, num_steps: int) -> "ForwardModeOptimizer":
-        """With other `unroll_steps`."""
+        """The same optimizer with other `unroll_steps`."""
         return dataclasses.replace(self, unroll_steps=num_steps)
 
     def init_memory(
@@ -127,7 +128,7 @@ class ForwardModeOptimizer(Algorithm):
     def restart_memory(
         self, memory: ForwardMemory, z: InnerState, hyperparams: PyTree
     ) -> ForwardMemory:
-        """`Z` = 0 again: the new start is taken not to depend on the hyperparameters."""
+        """`Z` = 0 again: the new start is assumed not to depend on the hyperparameters."""
         return jax.tree.map(jnp.zeros_like, memory)
 
     def estimate(self, problem: Problem, memory: ForwardMemory) -> Estimate:

@@ -33,16 +33,15 @@ class GreedyOptimizer(Algorithm):
     $$g = \frac{\partial L_{val}}{\partial\lambda}(w_T) + \sum_{t=1}^{T} \gamma^{T-t}\,
     \alpha_t B_t,\qquad \alpha_t = \frac{\partial L_{val}}{\partial w}(w_t),$$
 
-    the exact sum with each $\alpha_T A_T\cdots A_{t+1}$ replaced by $\gamma^{T-t}\alpha_t$:
-    what an inner step does is judged by the validation gradient right after it. Computed as
-    $h \leftarrow \gamma h + \alpha_t B_t$ in one forward scan, one product and one validation
-    gradient a step.
+    the exact sum with each $\alpha_T A_T\cdots A_{t+1}$ replaced by $\gamma^{T-t}\alpha_t$: each
+    inner step is judged by the validation gradient right after it. Computed as
+    $h \leftarrow \gamma h + \alpha_t B_t$ in one forward scan, with one product and one validation
+    gradient per step.
 
-    It is a good idea where parameters are carried on from `step` to `step` and the validation
-    gradient turns slowly. Where it turns within the horizon (a long `unroll_steps` from a
-    starting point far from any minimum, restarted each time) the sum can point uphill:
-    shorten the horizon, lower `gamma`, or compare with
-    [`UnrolledOptimizer`][gradhpo.UnrolledOptimizer].
+    It works well if parameters carry over from `step` to `step` and the validation gradient turns
+    slowly. If that gradient turns within the horizon (a long `unroll_steps` from a starting point
+    far from any minimum, restarted each time), the sum can point uphill: shorten the horizon, lower
+    `gamma`, or compare with [`UnrolledOptimizer`][gradhpo.UnrolledOptimizer].
 
     **Arguments:**
 
@@ -50,7 +49,7 @@ class GreedyOptimizer(Algorithm):
         [`FOOptimizer`][gradhpo.FOOptimizer].
     - `unroll_steps`: inner steps $T$ per `step`, at least 1; default 1.
     - `gamma`: the discount $\gamma \in [0, 1]$, shape `()`, default 0.9. At 0 only the last step
-        counts, as in [`T1T2Optimizer`][gradhpo.T1T2Optimizer]; at 1 all count alike.
+        counts, as in [`T1T2Optimizer`][gradhpo.T1T2Optimizer]; at 1 all steps count equally.
 
     **Raises:** `ValueError` for `gamma` outside [0, 1] or `unroll_steps < 1`.
 
@@ -90,12 +89,12 @@ class GreedyOptimizer(Algorithm):
         return "last update"
 
     def with_num_steps(self, num_steps: int) -> "GreedyOptimizer":
-        """With other `unroll_steps`."""
+        """The same optimizer with other `unroll_steps`."""
         return dataclasses.replace(self, unroll_steps=num_steps)
 
     def estimate(self, problem: Problem, memory: None) -> Estimate:
         phi, validation, z, hyperparams = problem
-        # Many small terms are added up: in bfloat16 the sum would stall.
+        # The sum has many small terms: in bfloat16 it would stall.
         wide = accumulation_dtype(hyperparams)
         gamma = self.gamma.astype(wide)
 
@@ -113,7 +112,7 @@ class GreedyOptimizer(Algorithm):
         carry = (z, zero)
         if last:
             carry, _ = jax.lax.scan(body, carry, jnp.arange(last))
-        # The last step stands apart: it alone needs both losses and the direct term.
+        # The last step is separate: it alone needs both losses and the direct term.
         z, total = carry
         z, train_loss, pull = phi.vjp(z, hyperparams, last)
         val_loss, alpha, direct = validation.value_and_grads(z.w, hyperparams)

@@ -1,4 +1,4 @@
-r"""Implicit differentiation: the hypergradient of the inner optimum, not of the way to it."""
+r"""Implicit differentiation: the hypergradient of the inner optimum, not of the path to it."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -34,15 +34,15 @@ from gradhpo.extend import (
 )
 
 
-# Products of the default solvers, each of which costs two training gradients. GMRES counts
-# cycles of so many.
+# Products of the default solvers, each of which costs two training gradients. GMRES counts cycles
+# of this many products.
 _MOST_PRODUCTS, _CYCLE = 100, 20
-# Where a solver has no `advice` of its own.
+# Used if a solver has no `advice`.
 _ADVICE = "the system is probably singular or not positive: pass damping=1e-3 or more"
 
 
 class ImplicitMemory(Memory):
-    r"""What [`ImplicitOptimizer`][gradhpo.ImplicitOptimizer] carries on, and tells of its solves.
+    r"""What [`ImplicitOptimizer`][gradhpo.ImplicitOptimizer] carries over, with its solve metrics.
 
     - `adjoint`: the last $q$, a tree like the parameters.
     - `inner_residual`, `linear_residual`, `linear_iterations`, `linear_failures`: shape `()`.
@@ -59,52 +59,52 @@ class ImplicitMemory(Memory):
 class ImplicitOptimizer(Algorithm):
     r"""Implicit differentiation at the parameters that `inner_steps` inner steps reach.
 
-    Where training has converged, $\nabla_w L_{train} = 0$ defines $w$ as a function of
-    $\lambda$, and
+    Once training has converged, $\nabla_w L_{train} = 0$ defines $w$ as a function of $\lambda$,
+    and
 
     $$g = \frac{\partial L_{val}}{\partial\lambda} -
     q^\top \frac{\partial^2 L_{train}}{\partial w\,\partial\lambda},\qquad
     (H + \rho I)\, q = \nabla_w L_{val},\qquad H = \nabla_w^2 L_{train},$$
 
-    with $\rho$ = `damping`. No path is differentiated: memory $O(P)$, and the activations of one
-    training gradient, whatever the number of steps; two training gradients per product of the
-    linear solver, and only products with $H$ (unless the solver asks for the matrix). Beside an
-    `update_fn` (a proximal step, a Split Bregman sweep, any contraction $w = \Phi(w, \lambda)$) the
-    transposed fixed-point equation
-    $(I + \rho I - \partial\Phi/\partial w)^\top q = \nabla_w L_{val}$ is solved and
+    with $\rho$ = `damping`. No path is differentiated, so for any number of steps the memory is
+    $O(P)$ plus the activations of one training gradient. Each product of the linear solver costs
+    two training gradients, and only products with $H$ are needed (unless the solver asks for the
+    matrix). With an `update_fn` (a proximal step, a Split Bregman sweep, any contraction
+    $w = \Phi(w, \lambda)$) it solves the transposed fixed-point equation
+    $(I + \rho I - \partial\Phi/\partial w)^\top q = \nabla_w L_{val}$ instead, and
     $g = \partial L_{val}/\partial\lambda + q^\top \partial\Phi/\partial\lambda$.
 
-    It does not see what only changes the way to the optimum: learning rates and other settings
-    of the inner optimizer. It takes the minimum of the training loss for the place where training
-    ends: decay that the inner optimizer adds by itself (`optax.adamw`) moves that place, and
-    has to be written into the loss here, or into an `update_fn`. A starting point
-    ($w = w_0 + \delta$) has a hypergradient of 0. Far from the optimum the hypergradient is
-    biased: look at `inner_residual`. With minibatches, $H$ is that of the last one.
+    It does not see hyperparameters that only change the path to the optimum: learning rates and
+    other settings of the inner optimizer. It assumes that training ends at the minimum of the
+    training loss. Decay that the inner optimizer adds by itself (`optax.adamw`) moves that point,
+    so write it into the loss, or into an `update_fn`. A starting point ($w = w_0 + \delta$) has a
+    hypergradient of 0. Far from the optimum the hypergradient is biased: look at `inner_residual`.
+    With minibatches, $H$ is the Hessian on the last one.
 
     **Arguments:**
 
     - `inner_optimizer`, `outer_optimizer`, `grad_fn`, `update_fn`: as for
         [`FOOptimizer`][gradhpo.FOOptimizer]. On a whole data set, `optax.lbfgs()` needs the fewest
-        steps; with `inner_steps` above 1 its memory is emptied at the start of every `step`.
+        steps; with `inner_steps` above 1 its memory is cleared at the start of every `step`.
     - `linear_solver`: any `lineax` solver (`lineax.CG`, `lineax.GMRES`, `lineax.BiCGStab`,
         `lineax.LU`, `lineax.Cholesky`, ...), [`Neumann`][gradhpo.Neumann] or
-        [`Nystrom`][gradhpo.Nystrom]. The system is scaled to a right-hand side of length 1;
-        with `norm=gradhpo.tree_l2_norm` tolerances are relative to it, with lineax's default every
-        component must meet them. `None`: `lineax.CG` for a loss, `lineax.GMRES` for an
-        `update_fn` (or a loss with a `custom_vjp`, whose $H$ need not be symmetric), about 100
-        products at most and tolerances of about 2e-5 in float32, 4e-11 in float64.
+        [`Nystrom`][gradhpo.Nystrom]. The system is scaled to a right-hand side of length 1; with
+        `norm=gradhpo.tree_l2_norm` tolerances are relative to it, with lineax's default every
+        component must meet them. `None` means `lineax.CG` for a loss, and `lineax.GMRES` for an
+        `update_fn` (or a loss with a `custom_vjp`, whose $H$ need not be symmetric), with at most
+        about 100 products and tolerances of about 2e-5 in float32, 4e-11 in float64.
     - `inner_steps`: inner steps per `step`, at least 1; default 1.
     - `damping`: $\rho \ge 0$, shape `()`, default 0, for an $H$ that is singular or not positive.
 
-    The memory, `state.memory`: `adjoint`, the last $q$, from whose best multiple iterative solvers
-    start, and its own metrics (`state.get_metric("linear_residual")`): `inner_residual`,
+    The memory, `state.memory`: `adjoint`, the last $q$ (iterative solvers start from its best
+    multiple), and its own metrics (`state.get_metric("linear_residual")`): `inner_residual`,
     $\|\nabla_w L_{train}\|$ (or $\|w - \Phi(w)\|$) at the end of the inner steps;
-    `linear_residual`, what is left of the linear system relative to its right-hand side;
-    `linear_iterations` as the solver counts them (0 for direct solvers, cycles of 20 products
-    for `lineax.GMRES`); `linear_failures`, how many solves so far the solver itself gave up
-    (singular, diverged). Reaching `max_steps` is no failure, but a `linear_residual` above 1 is
-    worse than no solve. Nothing is raised; a finite hypergradient of a failed solve is followed
-    like any other, and the report of `run` tells.
+    `linear_residual`, the residual of the linear system relative to its right-hand side;
+    `linear_iterations` as the solver counts them (0 for direct solvers, cycles of 20 products for
+    `lineax.GMRES`); `linear_failures`, the number of solves so far that the solver itself gave up
+    (singular, diverged). Reaching `max_steps` is not a failure, but a `linear_residual` above 1 is
+    worse than no solve. Nothing is raised: a finite hypergradient of a failed solve is followed
+    like any other, and the report of `run` mentions it.
 
     **Raises:** `ValueError` for `inner_steps < 1` or a negative `damping`; while tracing, for a
     solver that does not fit the operator.
@@ -157,22 +157,22 @@ class ImplicitOptimizer(Algorithm):
 
     @property
     def derivatives(self) -> str:
-        """Those of the condition for the optimum."""
+        """Derivatives in the optimality condition."""
         return "derivatives of update_fn" if self.update_fn else "second derivatives of the loss"
 
     @property
     def suspect(self) -> str:
-        """The linear system."""
+        """A linear system that is singular."""
         return "a singular linear system: pass damping=1e-3 or more"
 
     def with_num_steps(self, num_steps: int) -> "ImplicitOptimizer":
-        """With other `inner_steps`."""
+        """The same optimizer with other `inner_steps`."""
         return dataclasses.replace(self, inner_steps=num_steps)
 
     def init_memory(
         self, z: InnerState, hyperparams: PyTree, batch: PyTree, key: Array | None
     ) -> ImplicitMemory:
-        """An adjoint of 0. It outlives episodes: the optimum is where it was."""
+        """An adjoint of 0. It survives episodes: the optimum has not moved."""
         dtype = accumulation_dtype(z.w)
         unknown = jnp.full((), jnp.nan, dtype)
         adjoint = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), z.w)
@@ -183,7 +183,7 @@ class ImplicitOptimizer(Algorithm):
         return memory.adjoint
 
     def after_refusal(self, old: ImplicitMemory, new: ImplicitMemory) -> ImplicitMemory:
-        """The metrics tell of a refused step as well."""
+        """The metrics describe a refused step as well."""
         return eqx.tree_at(lambda m: m.adjoint, new, old.adjoint)
 
     def estimate(self, problem: Problem, memory: ImplicitMemory) -> Estimate:
@@ -199,11 +199,11 @@ class ImplicitOptimizer(Algorithm):
         symmetric = phi.update_fn is None and phi.symmetric
         solver = _default_solver(symmetric, w) if self.linear_solver is None else self.linear_solver
         _check_fits(solver, symmetric)
-        # Its own numbers as well: lineax asks for their shapes, and JAX warns where they are
-        # float64, as they are made under x64, and x64 is off.
+        # Its own numbers as well: lineax asks for their shapes, and JAX warns if they are float64
+        # (made under x64) while x64 is off.
         solver = jax.tree.map(lambda x: x.astype(wide) if eqx.is_inexact_array(x) else x, solver)
-        # lineax.CG takes a curvature below 200 eps n for a singularity, whatever the scale of the
-        # system: in float32 that is 0.24 for 10,000 parameters. So it gets a larger system.
+        # lineax.CG takes a curvature below 200 eps n for a singularity, at any scale of the system:
+        # in float32 that is 0.24 for 10,000 parameters. So it gets a larger system.
         size = 200.0 * num_coordinates(w) if isinstance(solver, lx.CG) else 1.0
         damping = self.damping.astype(wide)
         norm = tree_l2_norm(alpha).astype(wide)
@@ -230,14 +230,14 @@ class ImplicitOptimizer(Algorithm):
         result = solution.result
         failed = (result != lx.RESULTS.successful) & (result != lx.RESULTS.max_steps_reached)
         inner_residual = tree_l2_norm(residual)
-        # Where the inner training has blown up, the solver is not to blame.
+        # If the inner training has blown up, the solver is not to blame.
         failed &= jnp.isfinite(norm) & jnp.isfinite(inner_residual)
         q = scaled(size, solution.value)
         reached, mixed = product(q)
         hypergradient = jax.tree.map(
             lambda x, y: x - (norm * y.astype(wide)).astype(x.dtype), direct, mixed
         )
-        # What a solve that failed has left is nothing to start from.
+        # A failed solve is no starting point for the next one.
         adjoint = jax.tree.map(lambda q: jnp.where(failed, 0, norm * q), q)
         residual_left = tree_l2_norm(jax.tree.map(jnp.subtract, unit, reached))
         memory = ImplicitMemory(
@@ -252,26 +252,26 @@ class ImplicitOptimizer(Algorithm):
     def remarks(
         self, before: MetricDict, metrics: Mapping[str, np.ndarray], copies: int = 1
     ) -> str:
-        """Solves that failed, or left more than they solved."""
+        """Solves that failed, or left a larger residual than they started with."""
         failures = copies * (metrics["linear_failures"][-1] - before["linear_failures"])
         residuals = metrics["linear_residual"]
         why = getattr(self.linear_solver, "advice", _ADVICE)
         if failures:
             return (
                 f"The linear solver failed {failures:.0f} times; the hypergradients of those steps "
-                f"are not to be trusted. In general {why}."
+                f"cannot be trusted. In general {why}."
             )
         if np.mean(residuals > 1) > 0.5:
             return (
                 f"In {np.sum(residuals > 1)} of {len(residuals)} steps the linear system was left "
                 "with a residual larger than its right-hand side (linear_residual, median "
-                f"{np.median(residuals):.0e}), so that the adjoint is worse than none; {why}."
+                f"{np.median(residuals):.0e}), so the adjoint is worse than none; {why}."
             )
         return ""
 
 
 def _best_multiple(y: PyTree, product: PyTree, target: PyTree) -> PyTree:
-    """The multiple of `y` whose product is nearest to the target: never worse than 0."""
+    """The multiple of `y` whose product is closest to the target: never worse than 0."""
     square = tree_dot(product, product)
     share = tree_dot(product, target) / jnp.where(square > 0, square, 1)
     return jax.tree.map(lambda x: share.astype(x.dtype) * x, y)
@@ -280,18 +280,18 @@ def _best_multiple(y: PyTree, product: PyTree, target: PyTree) -> PyTree:
 def _check_fits(solver: lx.AbstractLinearSolver, symmetric: bool) -> None:
     if isinstance(solver, lx.CG | lx.Cholesky) and not symmetric:
         raise ValueError(
-            f"ImplicitOptimizer(linear_solver=lineax.{type(solver).__name__}(...)) solves "
-            "symmetric systems; that of an update_fn, or of a loss with a custom_vjp, need not be "
-            "one: use lineax.GMRES, lineax.BiCGStab, lineax.LU, gradhpo.Neumann, or None for the "
+            f"ImplicitOptimizer(linear_solver=lineax.{type(solver).__name__}(...)) needs "
+            "a symmetric system, which an update_fn or a custom_vjp in the loss may not give: "
+            "use lineax.GMRES, lineax.BiCGStab, lineax.LU, gradhpo.Neumann, or None for the "
             "default; a rule that is the true derivative can be written as custom_jvp"
         )
 
 
 def _default_solver(symmetric: bool, w: PyTree) -> lx.AbstractLinearSolver:
     tolerance = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(w)) ** (2 / 3)
-    # The Euclidean norm: lineax's own holds every component to the tolerance.
+    # The Euclidean norm: lineax's own applies the tolerance to every component.
     settings = {"rtol": tolerance, "atol": tolerance, "norm": tree_l2_norm}
     if symmetric:
         return lx.CG(**settings, max_steps=_MOST_PRODUCTS)
-    # The first cycle that is counted only looks at the start.
+    # The first cycle that lineax counts only looks at the start.
     return lx.GMRES(**settings, max_steps=_MOST_PRODUCTS // _CYCLE + 1, restart=_CYCLE)

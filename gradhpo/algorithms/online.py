@@ -1,4 +1,4 @@
-r"""HyperDistill: the hypergradient of a whole episode, distilled into one product a step."""
+r"""HyperDistill: the hypergradient of a whole episode, distilled into one product per step."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -37,12 +37,12 @@ from gradhpo.extend import (
 
 
 class HyperDistillMemory(Memory):
-    """What [`OnlineHypergradientOptimizer`][gradhpo.OnlineHypergradientOptimizer] carries on.
+    """What [`OnlineHypergradientOptimizer`][gradhpo.OnlineHypergradientOptimizer] carries over.
 
-    - `distilled`: `w_star` and, where there is a distilled data set, `d_star` and `key`.
+    - `distilled`: `w_star` and, with a distilled data set, `d_star` and `key`.
     - `t`: steps of the episode so far, shape `()`, int32.
     - `theta`, `theta_rejected`: the coefficient, and how many estimates of it were refused; `()`.
-    - `sum_xy`, `sum_xx`: of the last estimations, shape `[memory_size]`, the newest first.
+    - `sum_xy`, `sum_xx`: from the last estimations, shape `[memory_size]`, newest first.
     """
 
     distilled: Distilled
@@ -63,36 +63,37 @@ class OnlineHypergradientOptimizer(Algorithm):
     \theta\,\frac{1 - \gamma^t}{1 - \gamma}\,v_t,\qquad
     v_t = \alpha_t\,\frac{\partial\Phi(w^*_t, \lambda; D^*_t)}{\partial\lambda},$$
 
-    where $\alpha_t = \partial L_{val}/\partial w\,(w_t)$. One product at a distilled point
-    $w^*_t$ (a mean of $w_0, \dots, w_{t-1}$ with weights $\gamma^{t-i}$) and on a distilled
-    batch $D^*_t$ stands for the sum over all steps of the episode. The scalar $\theta$ is
-    fitted by [`estimate_theta`][gradhpo.OnlineHypergradientOptimizer.estimate_theta], which
-    [`run`][gradhpo.run] calls by itself when it is given `steps_per_episode`. Memory and cost
-    of a step do not depend on the length of the episode.
+    where $\alpha_t = \partial L_{val}/\partial w\,(w_t)$. A single product at a distilled point
+    $w^*_t$ (a mean of $w_0, \dots, w_{t-1}$ with weights $\gamma^{t-i}$) and on a distilled batch
+    $D^*_t$ represents the sum over all steps of the episode.
+    [`estimate_theta`][gradhpo.OnlineHypergradientOptimizer.estimate_theta] fits the scalar
+    $\theta$; [`run`][gradhpo.run] calls it by itself if you pass `steps_per_episode`. Memory and
+    cost of a step do not depend on the length of the episode.
 
     **Arguments:**
 
     - `inner_optimizer`, `outer_optimizer`, `grad_fn`, `update_fn`: as for
         [`FOOptimizer`][gradhpo.FOOptimizer].
     - `distillation_weight`: $\theta$ before its first estimate, shape `()`, default 0.1. To set
-        $\theta$ by hand set this; what is written into the memory is overwritten.
-    - `memory_size`: over how many past estimations $\theta$ is fitted; default 10 (1: the paper).
+        $\theta$ by hand, set this; a value written into the memory is overwritten.
+    - `memory_size`: the number of past estimations that $\theta$ is fitted to; default 10 (1: the
+        paper).
     - `gamma`: the discount $\gamma \in [0, 1]$, shape `()`, default 0.99. At 0, with
-        `distillation_weight=1`, this is [`OneStepOptimizer`][gradhpo.OneStepOptimizer]; at 1
-        the factor is $t$ and $w^*_t$ the plain mean.
-    - `estimation_period`: `run` fits $\theta$ anew before the first episode and every so many
-        episodes after it, default 50; `None` keeps `distillation_weight`.
-    - `normalize`: the paper's rule for a validation loss that does not contain the
-        hyperparameters: no $\theta$, but a step along $v_t/\|v_t\|_2$, so
+        `distillation_weight=1`, this is [`OneStepOptimizer`][gradhpo.OneStepOptimizer]; at 1 the
+        factor is $t$ and $w^*_t$ the plain mean.
+    - `estimation_period`: `run` fits $\theta$ before the first episode and again every
+        `estimation_period` episodes, default 50; `None` keeps `distillation_weight`.
+    - `normalize`: the paper's rule for a validation loss that does not contain the hyperparameters:
+        no $\theta$, but a step along $v_t/\|v_t\|_2$, so
         $g_t = \partial L_{val}/\partial\lambda + v_t/\|v_t\|_2$. `False` by default: an outer
-        optimizer such as Adam hardly sees the scale, and plain gradient descent needs it.
+        optimizer such as Adam hardly depends on the scale, and plain gradient descent needs it.
 
-    Give `init` an example `batch` and a `key` to keep the distilled data set $D^*$; without
-    them $D^*_t = D_t$, which is the same when every step has the same batch.
+    Give `init` an example `batch` and a `key` to keep the distilled data set $D^*$. Without them
+    $D^*_t = D_t$, which is the same if every step has the same batch.
 
     The memory, `state.memory`: the episode clock `t`, `theta`, `sum_xy` and `sum_xx` of the last
     estimations, `theta_rejected` (estimates refused as non-finite), and `distilled` with `w_star`
-    and, given a distilled data set, `d_star` and `key`. `state.get_metric("theta")` finds any of
+    and, with a distilled data set, `d_star` and `key`. `state.get_metric("theta")` finds any of
     them.
 
     **Raises:** `ValueError` for `gamma` outside [0, 1], a `distillation_weight` that is not finite,
@@ -136,7 +137,7 @@ class OnlineHypergradientOptimizer(Algorithm):
 
     @property
     def num_inner_steps(self) -> int:
-        """1: every inner step has its hypergradient."""
+        """1: every inner step has its own hypergradient."""
         return 1
 
     @property
@@ -146,18 +147,19 @@ class OnlineHypergradientOptimizer(Algorithm):
 
     @property
     def reads_ahead(self) -> bool:
-        """Whether an episode begins with an estimate of theta."""
+        """Whether an episode starts with an estimate of theta."""
         return self.estimation_period is not None and not self.normalize
 
     @property
     def without_episodes(self) -> str:
-        """Theta is fitted where an episode begins."""
+        """Theta is fitted at the start of an episode."""
         if not self.reads_ahead:
             return ""
         return (
             "run without steps_per_episode never fits the theta of OnlineHypergradientOptimizer, "
-            "which happens where an episode begins: pass steps_per_episode, or estimation_period="
-            "None to the optimizer if distillation_weight (or your own estimate_theta) is meant"
+            "which is fitted at the start of an episode: pass steps_per_episode, or "
+            "estimation_period=None to the optimizer to keep distillation_weight (or the result of "
+            "your own estimate_theta)"
         )
 
     def init_memory(
@@ -177,7 +179,7 @@ class OnlineHypergradientOptimizer(Algorithm):
     def restart_memory(
         self, memory: HyperDistillMemory, z: InnerState, hyperparams: PyTree
     ) -> HyperDistillMemory:
-        """The clock starts anew; at t = 1 the distilled point and data are replaced whole."""
+        """Resets the clock; at t = 1 the distilled point and data are replaced completely."""
         return eqx.tree_at(lambda m: m.t, memory, jnp.zeros_like(memory.t))
 
     def finite_part(self, memory: HyperDistillMemory) -> PyTree:
@@ -221,21 +223,21 @@ class OnlineHypergradientOptimizer(Algorithm):
     ) -> BilevelState:
         r"""Fits $\theta$ on the training steps that `train_batches` make. Compiled.
 
-        Trains from `state` through all $T$ batches, goes back along the straight line between
-        the two ends (DrMAD) and regresses the second-order part $g^{SO}_s$ of the
-        hypergradient of the last $s$ steps on what a step would estimate for them, for
-        $s = 1, \dots, T$: $\theta = x^\top y/x^\top x$ with
-        $x_s = \|v_s\|_2\,(1 - \gamma^s)/(1 - \gamma)$ and $y_s = v_s^\top g^{SO}_s/\|v_s\|_2$,
-        summed over the last `memory_size` estimations. Memory does not depend on $T$.
+        Trains from `state` through all $T$ batches, goes back along the straight line between the
+        two ends (DrMAD), and regresses the second-order part $g^{SO}_s$ of the hypergradient of the
+        last $s$ steps on the estimate that a step would make for them, for $s = 1, \dots, T$:
+        $\theta = x^\top y/x^\top x$ with $x_s = \|v_s\|_2\,(1 - \gamma^s)/(1 - \gamma)$ and
+        $y_s = v_s^\top g^{SO}_s/\|v_s\|_2$, summed over the last `memory_size` estimations. Memory
+        does not depend on $T$.
 
-        **Arguments:** `train_batches` is a [`BatchStack`][gradhpo.BatchStack] of $T$ batches;
-        the rest as for [`step`][gradhpo.BilevelOptimizer.step].
+        **Arguments:** `train_batches` is a [`BatchStack`][gradhpo.BatchStack] of $T$ batches; the
+        rest as for [`step`][gradhpo.BilevelOptimizer.step].
 
-        **Returns:** the state with a new `memory.theta`. The parameters are where they
-        were. An estimate that says nothing ($v_s = 0$) leaves $\theta$ as it was; one that
-        comes out non-finite as well, and `memory.theta_rejected` counts it.
+        **Returns:** the state with a new `memory.theta`. The parameters are unchanged. An estimate
+        without information ($v_s = 0$) leaves $\theta$ unchanged; so does a non-finite one, which
+        `memory.theta_rejected` counts.
 
-        **Raises:** as `step`; `TypeError` for `train_batches` that are no `BatchStack`.
+        **Raises:** as `step`; `TypeError` if `train_batches` is not a `BatchStack`.
 
         ```python
         loss = lambda w, h, batch: jnp.sum((w - h) ** 2 * batch)
@@ -254,7 +256,7 @@ class OnlineHypergradientOptimizer(Algorithm):
         assert self.estimation_period is not None
         due = step % (self.estimation_period * num_steps) == 0
         steps = num_steps * self.num_inner_steps
-        # The branches return only what they change: all else would be copied.
+        # The branches return only what they change: everything else would be copied.
         changed = lambda m: (m.theta, m.theta_rejected, m.sum_xy, m.sum_xx, m.distilled.key)
         anew = lambda: changed(self.fit(problem, memory, steps))
         fitted = jax.lax.cond(due, anew, lambda: changed(memory))

@@ -1,4 +1,4 @@
-"""What methods of a short horizon keep of the inner steps of an episode, for a diagram of them."""
+"""What short-horizon methods keep of the inner steps of an episode, for a diagram of them."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -11,7 +11,7 @@ from gradhpo.extend import Algorithm
 
 
 class StepWeights(NamedTuple):
-    r"""The weight of each inner step by its age $T - t$, and what is weighted.
+    r"""The weight of each inner step by its age $T - t$, and the quantity that is weighted.
 
     `"exact"`: $\alpha_T A_T\cdots A_{t+1} B_t$. `"right after"`: $\alpha_t B_t$. `"estimate"`: the
     estimate at the end by `algorithm`, spread over the steps.
@@ -31,7 +31,7 @@ def short_horizons(
         "grad_fn": algorithm.grad_fn,
         "update_fn": algorithm.update_fn,
     }
-    # Made for their checks as well.
+    # Created for their checks as well.
     greedy = GreedyOptimizer(gamma=greedy_gamma, **rule)
     distilled = OnlineHypergradientOptimizer(gamma=distill_gamma, **rule)
 

@@ -31,9 +31,9 @@ from gradhpo.extend import (
 
 @checked
 class T1T2Optimizer(Algorithm):
-    r"""T1-T2 with the finite differences of DARTS: no second derivative is taken.
+    r"""T1-T2 with the finite differences of DARTS: no second derivatives.
 
-    `inner_steps` inner steps, then the hypergradient through the last one,
+    Takes `inner_steps` inner steps, then the hypergradient through the last one,
     $g = \partial L_{val}/\partial\lambda + \alpha_T B_T$, with $\alpha_T B_T$ by central
     differences.
 
@@ -45,7 +45,7 @@ class T1T2Optimizer(Algorithm):
         \frac{\nabla_\lambda L_{train}(w_{T-1} + \varepsilon v) -
         \nabla_\lambda L_{train}(w_{T-1} - \varepsilon v)}{2\varepsilon}.$$
 
-        What reaches $\lambda$ through the inner optimizer itself (a learning rate, say) is
+        Effects on $\lambda$ through the inner optimizer itself (such as a learning rate) are
         differentiated exactly.
 
     - `perturb="hyperparams"`: for every coordinate $i$ of every leaf,
@@ -54,22 +54,22 @@ class T1T2Optimizer(Algorithm):
         $$\frac{\Phi(w, \lambda + \varepsilon e_i) - \Phi(w, \lambda - \varepsilon e_i)}
         {2\varepsilon}.$$
 
-        Two inner steps per coordinate, but it needs no derivative of $\Phi$, so `update_fn` may
-        be opaque (a `jax.pure_callback` with `vmap_method="sequential"`).
+        It takes two inner steps per coordinate, but needs no derivative of $\Phi$, so `update_fn`
+        may be opaque (a `jax.pure_callback` with `vmap_method="sequential"`).
 
     **Arguments:**
 
     - `inner_optimizer`, `outer_optimizer`, `grad_fn`: as for [`FOOptimizer`][gradhpo.FOOptimizer].
     - `inner_steps`: inner steps $T$ per `step`, at least 1; default 1.
-    - `epsilon`: length of the perturbation of the weights (default 0.01, as in DARTS), or of
-        one hyperparameter (there 1e-4 is better in float64); positive, shape `()`. A
-        perturbation that is lost in rounding, as in bfloat16, measures nothing.
+    - `epsilon`: length of the perturbation of the weights (default 0.01, as in DARTS), or of one
+        hyperparameter (there 1e-4 is better in float64); positive, shape `()`. A perturbation that
+        is lost in rounding, as in bfloat16, measures nothing.
     - `perturb`: `"weights"` (the default) or `"hyperparams"`.
-    - `update_fn`: in place of `inner_optimizer`; needs `perturb="hyperparams"`.
+    - `update_fn`: replaces `inner_optimizer`; needs `perturb="hyperparams"`.
 
-    With Adam in float32 use `eps_root=1e-8` and not less: where a gradient is exactly 0, the
-    update's derivative is about `1 / sqrt(eps_root)`, and the other components of $v$ would
-    drown in rounding.
+    With Adam in float32 use `eps_root=1e-8`, not less: where a gradient is exactly 0, the update's
+    derivative is about `1 / sqrt(eps_root)`, and the other components of $v$ would drown in
+    rounding.
 
     **Raises:** `ValueError` for `epsilon <= 0`, `inner_steps < 1`, or an `update_fn` with
     `perturb="weights"`.
@@ -115,7 +115,8 @@ class T1T2Optimizer(Algorithm):
 
     @property
     def sees(self) -> Sees:
-        """The last update's derivative, or by differences whatever has an effect."""
+        """The derivative of the last update, or everything with an effect if taken by
+        differences."""
         return "last update" if self.perturb == "weights" else "everything"
 
     @property
@@ -125,7 +126,7 @@ class T1T2Optimizer(Algorithm):
 
     @property
     def derivatives(self) -> str:
-        """First derivatives, by the weights or of the validation loss alone."""
+        """First derivatives, with respect to the weights or of the validation loss alone."""
         of_update = " and the derivative of the optimizer's update"
         return "first derivatives of both losses" + of_update * (self.perturb == "weights")
 
@@ -135,7 +136,7 @@ class T1T2Optimizer(Algorithm):
         return f"a step lost in rounding: epsilon={float(self.epsilon):g} is too small"
 
     def with_num_steps(self, num_steps: int) -> "T1T2Optimizer":
-        """With other `inner_steps`."""
+        """The same optimizer with other `inner_steps`."""
         return dataclasses.replace(self, inner_steps=num_steps)
 
     def with_difference_step(self, factor: float) -> "T1T2Optimizer":
@@ -147,8 +148,8 @@ class T1T2Optimizer(Algorithm):
         last = self.inner_steps - 1
         before, _, _ = phi.rollout(z, hyperparams, 0, last)
         if self.perturb == "weights" and not phi.symmetric:
-            # Perturbing w measures the transposed derivative; with a custom_vjp in the loss it
-            # is another one, and only the reverse product is right.
+            # Perturbing w measures the transposed derivative; with a custom_vjp in the loss the two
+            # differ, and only the reverse product is right.
             z, train_loss, pull = phi.vjp(before, hyperparams, last)
             val_loss, alpha, direct = validation.value_and_grads(z.w, hyperparams)
             _, through_update = pull(InnerState(alpha))
@@ -205,7 +206,7 @@ class T1T2Optimizer(Algorithm):
             def product(coordinate):
                 (plus, above), (minus, below) = (after(coordinate, e) for e in (epsilon, -epsilon))
                 change = tree_dot(alpha, jax.tree.map(jnp.subtract, plus, minus))
-                # By the step that was really taken, after rounding; none at all gives nan.
+                # Uses the step that was really taken, after rounding; no step at all gives nan.
                 return change.astype(leaf.dtype) / (above - below)
 
             if leaf.size == 0:

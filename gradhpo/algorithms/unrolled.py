@@ -32,10 +32,10 @@ class UnrolledOptimizer(Algorithm):
 
     $$g = \frac{\partial L_{val}}{\partial\lambda} + \alpha_T\sum_{t=1}^{T} A_T\cdots A_{t+1} B_t:$$
 
-    a forward scan keeps the inner states, a backward scan pulls the cotangent through them,
-    parameters and optimizer state alike ($g \leftarrow g + \bar z B_t$, then
-    $\bar z \leftarrow \bar z A_t$, from $\bar z = \alpha_T$ at $t = T$ to $t = 1$).
-    No activation is kept from one inner step to another.
+    a forward scan keeps the inner states, and a backward scan pulls the cotangent through them, for
+    parameters and optimizer state ($g \leftarrow g + \bar z B_t$, then
+    $\bar z \leftarrow \bar z A_t$, from $\bar z = \alpha_T$ at $t = T$ to $t = 1$). No activations
+    are kept between inner steps.
 
     **Arguments:**
 
@@ -45,8 +45,8 @@ class UnrolledOptimizer(Algorithm):
     - `truncation`: keep only the last K terms of the sum; `None` (the default) keeps all.
     - `checkpoints`: `None` (the default) keeps every inner state, memory $O(P \cdot T)$. A number
         of segments, or `"sqrt"` for $\lceil\sqrt T\rceil$ of them, keeps the first state of each
-        and runs each segment once more on the way back: memory $O(P\sqrt T)$ with `"sqrt"`,
-        one more forward pass. Applies to the steps that `truncation` leaves.
+        segment and runs each segment once more on the backward pass: memory $O(P\sqrt T)$ with
+        `"sqrt"`, for one more forward pass. Applies to the steps that `truncation` leaves.
 
     **Raises:** `ValueError` for counts below 1, `truncation > unroll_steps`, or more
     checkpoints than steps.
@@ -88,7 +88,7 @@ class UnrolledOptimizer(Algorithm):
 
     @property
     def sees(self) -> Sees:
-        """All updates that are differentiated."""
+        """All differentiated updates."""
         return "updates" if self._differentiated_steps > 1 else "last update"
 
     @property
@@ -110,7 +110,7 @@ class UnrolledOptimizer(Algorithm):
         return dataclasses.replace(self, checkpoints="sqrt") if self.checkpoints is None else None
 
     def with_num_steps(self, num_steps: int) -> "UnrolledOptimizer":
-        """With other `unroll_steps`."""
+        """The same optimizer with other `unroll_steps`."""
         return dataclasses.replace(self, unroll_steps=num_steps)
 
     def estimate(self, problem: Problem, memory: None) -> Estimate:
@@ -126,14 +126,13 @@ class UnrolledOptimizer(Algorithm):
 class DrMADOptimizer(Algorithm):
     r"""The hypergradient of `unroll_steps` inner steps along a straight line, in memory $O(P)$.
 
-    The backward pass of [`UnrolledOptimizer`][gradhpo.UnrolledOptimizer], with the inner
-    states that it would have to keep replaced by points on the line from the first to the
-    last,
+    The backward pass of [`UnrolledOptimizer`][gradhpo.UnrolledOptimizer], but the inner states that
+    it would have to keep are replaced by points on the line from the first to the last,
 
     $$\hat z_t = (1 - t/T)\,z_0 + (t/T)\,z_T,$$
 
-    parameters and optimizer state alike (step counts are true ones). An approximation,
-    as good as the path of training is straight.
+    for parameters and optimizer state alike (step counts are exact). It is an approximation, as
+    good as the training path is straight.
 
     **Arguments:**
 
@@ -182,7 +181,7 @@ class DrMADOptimizer(Algorithm):
         return True
 
     def with_num_steps(self, num_steps: int) -> "DrMADOptimizer":
-        """With other `unroll_steps`."""
+        """The same optimizer with other `unroll_steps`."""
         return dataclasses.replace(self, unroll_steps=num_steps)
 
     def estimate(self, problem: Problem, memory: None) -> Estimate:

@@ -1,4 +1,4 @@
-"""An optimizer of one inner problem: what an algorithm supplies, and what it gets for it."""
+"""An optimizer for one inner problem: what an algorithm supplies, and what it gets in return."""
 
 import abc
 from collections.abc import Mapping
@@ -35,19 +35,19 @@ from gradhpo.utils.validation import check_same_structure, have_same_structure
 
 
 class Algorithm(BilevelOptimizer):
-    r"""Base class of the algorithms, for those of your own too.
+    r"""Base class of the algorithms, including your own.
 
-    A subclass has the fields `inner_optimizer`, `outer_optimizer` and `update_fn`, settings of its
-    own between them (and `grad_fn` before `update_fn`, if it takes one), and must supply
+    A subclass has the fields `inner_optimizer`, `outer_optimizer` and `update_fn`, its own settings
+    between them (and `grad_fn` before `update_fn`, if it takes one), and must supply
 
     - `num_inner_steps`: how many inner steps one `step` takes;
     - `estimate(problem, memory)`: those inner steps and the hypergradient at their end, as an
         [`Estimate`][gradhpo.extend.Estimate].
 
     Everything else has a default: a method that differentiates all of its inner updates, carries
-    nothing from step to step and learns nothing from an episode before it is run. What it gets are
+    nothing from step to step and learns nothing from an episode before it runs. In return it gets
     `init`, `step`, `compute_hypergradient`, `restart`, the outer update, the refusal of non-finite
-    steps, checks of input, and a place in `run`, `TaskBatched` and all diagnostics.
+    steps, input checks, and support in `run`, `TaskBatched` and all diagnostics.
 
     ```python
     from gradhpo.extend import Algorithm, Estimate
@@ -102,11 +102,11 @@ class Algorithm(BilevelOptimizer):
 
     @property
     def sees(self) -> Sees:
-        """Where the method finds the hyperparameters; what it does not see is named while tracing.
+        """Where the method finds the hyperparameters; tracing names those it does not see.
 
-        `"validation"`: in the validation loss alone. `"optimum"`: also in the condition for the
+        `"validation"`: only in the validation loss. `"optimum"`: also in the condition for the
         inner optimum. `"last update"`: also in how the last inner update changes the parameters.
-        `"updates"`, the default: also in what earlier updates leave behind. `"everything"`: in
+        `"updates"`, the default: also in the effects of earlier updates. `"everything"`: in
         anything that has an effect, because updates are evaluated and not differentiated.
         """
         return "updates"
@@ -115,25 +115,25 @@ class Algorithm(BilevelOptimizer):
     def differentiates_init(self) -> bool:
         """Whether the hypergradient includes how $s_0$ depends on the hyperparameters.
 
-        With `False`, the default, those that act in the inner optimizer's `init` are named while
-        tracing. [`unrolled`][gradhpo.extend.unrolled] from step 0 includes it;
-        [`pull_start`][gradhpo.extend.pull_start] and [`push_start`][gradhpo.extend.push_start]
-        are for other algorithms.
+        With `False`, the default, hyperparameters that act in the inner optimizer's `init` are
+        named while tracing. [`unrolled`][gradhpo.extend.unrolled] from step 0 includes this
+        dependence; [`pull_start`][gradhpo.extend.pull_start] and
+        [`push_start`][gradhpo.extend.push_start] are for other algorithms.
         """
         return False
 
     @property
     def passes_loss(self) -> bool:
-        """Whether optax is given the loss as well, which `optax.lbfgs` needs; default `False`.
+        """Whether optax also gets the loss, which `optax.lbfgs` needs; default `False`.
 
-        Right only where the inner update is not differentiated: its derivative would miss what
-        optax makes of the loss.
+        Correct only if the inner update is not differentiated: its derivative would miss what optax
+        does with the loss.
         """
         return False
 
     @property
     def derivatives(self) -> str:
-        """Which derivatives the method takes, for the error where one of them does not exist."""
+        """The derivatives that the method takes, for the error if one of them does not exist."""
         return TAKES_ALL
 
     @property
@@ -146,16 +146,16 @@ class Algorithm(BilevelOptimizer):
     def init_memory(
         self, z: InnerState, hyperparams: PyTree, batch: PyTree, key: Array | None
     ) -> Any:
-        """What is carried from step to step, at step 0: an `eqx.Module` of arrays, or `None`.
+        """What carries over from step to step, at step 0: an `eqx.Module` of arrays, or `None`.
 
-        Floating-point scalars among its fields are metrics. `batch` and `key` are what `init` was
-        given. A field that is `None` without them may hold anything with them: states are checked
-        against the memory that is made without.
+        Floating-point scalars among its fields are metrics. `batch` and `key` are the arguments of
+        `init`. A field that is `None` without them may hold anything with them: states are checked
+        against the memory that is made without them.
         """
         return None
 
     def restart_memory(self, memory: Any, z: InnerState, hyperparams: PyTree) -> Any:
-        """The memory at the start of an episode, which begins at `z`; by default it stays."""
+        """The memory at the start of an episode, from `z`; by default it is unchanged."""
         return memory
 
     @property
@@ -171,11 +171,11 @@ class Algorithm(BilevelOptimizer):
         return memory
 
     def fit(self, problem: Problem, memory: Any, num_steps: int) -> Any:
-        """The memory with what is estimated from an episode, for methods that do so on request."""
+        """The memory with an estimate from an episode, for methods that do so on request."""
         raise TypeError(f"{type(self).__name__} has nothing to estimate from an episode")
 
     def finite_part(self, memory: Any) -> PyTree:
-        """What of a new memory must be finite for a step to be accepted; by default all of it.
+        """The part of a new memory that must be finite to accept a step; by default all of it.
 
         Only selects: under a wrapper every array has one more axis.
         """
@@ -190,10 +190,10 @@ class Algorithm(BilevelOptimizer):
     def remarks(
         self, before: MetricDict, metrics: Mapping[str, np.ndarray], copies: int = 1
     ) -> str:
-        """What the report of a run should add, or `""`; `run` warns with it as well.
+        """What the report of a run should add, or `""`; `run` also warns with it.
 
-        `before` are the scalars of the memory where the run began, `metrics` those of all steps,
-        means over so many `copies` of the inner problem.
+        `before` are the scalars of the memory at the start of the run, `metrics` those of all
+        steps, as means over `copies` of the inner problem.
         """
         return ""
 
@@ -203,31 +203,31 @@ class Algorithm(BilevelOptimizer):
         return ""
 
     def with_num_steps(self, num_steps: int) -> "Algorithm | None":
-        """The same with so many inner steps per `step`; `None` where their number is fixed."""
+        """The same optimizer with this number of inner steps; `None` if the number is fixed."""
         return None
 
     def with_less_memory(self) -> "Algorithm | None":
-        """The same in less memory, at more work; `None` where there is no such setting."""
+        """The same optimizer with less memory, at more work; `None` if there is no such setting."""
         return None
 
     @property
     def checkpointing(self) -> Any:
-        """The setting by which `with_less_memory` saves memory, as `plan` shows it, or `None`."""
+        """The setting with which `with_less_memory` saves memory, as `plan` shows it, or `None`."""
         return None
 
     def with_difference_step(self, factor: float) -> "Algorithm | None":
-        """The same with its finite-difference step scaled; `None` for a method that takes none."""
+        """The same optimizer with its finite-difference step scaled; `None` if it takes none."""
         return None
 
     @property
     def suspect(self) -> str:
-        """What is usually to blame for a non-finite estimate where the exact one is finite."""
+        """What usually causes a non-finite estimate while the exact hypergradient is finite."""
         return "a product that only this method takes"
 
     # -- for one inner problem -----------------------------------------------------------------
 
     def _problem(self, inputs: Inputs, num_steps: int | None = None) -> Problem:
-        """The problem of one `step` (or of so many inner steps), after all checks."""
+        """The problem of one `step` (or of this number of inner steps), after all checks."""
         self._check_state(inputs.state)
         steps = self.num_inner_steps if num_steps is None else num_steps
         rule = self.inner_optimizer, self.grad_fn, self.update_fn
@@ -315,7 +315,7 @@ class Algorithm(BilevelOptimizer):
     def _begin_episode(self, inputs: Inputs, num_steps: int) -> BilevelState:
         state = inputs.state
         begins = state.step % num_steps == 0
-        # Also here, and not only where the last episode ended: there may have been steps between.
+        # Also here, not only at the end of the last episode: there may have been steps in between.
         new = self._restarted(state.memory, inner_state(state), state.hyperparams)
         choose = lambda x, y: x if x is y else jnp.where(begins, x, y)
         state = state.update(memory=jax.tree.map(choose, new, state.memory))

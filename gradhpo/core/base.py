@@ -43,14 +43,14 @@ from gradhpo.utils.validation import (
 class BilevelOptimizer(InnerProblems):
     r"""Base class of all optimizers: `init`, `step`, `compute_hypergradient`.
 
-    With $z_t = \Phi(z_{t-1}, \lambda; D_t)$ for parameters and inner optimizer state, and
-    $A_t, B_t$ its derivatives by $z_{t-1}$ and $\lambda$, each estimates or computes
+    With $z_t = \Phi(z_{t-1}, \lambda; D_t)$ for parameters and inner optimizer state, and its
+    derivatives $A_t, B_t$ with respect to $z_{t-1}$ and $\lambda$, each estimates or computes
 
     $$g = \frac{\mathrm{d} L_{val}}{\mathrm{d}\lambda} = \frac{\partial L_{val}}{\partial\lambda} +
     \alpha_T \sum_{t=1}^{T} A_T \cdots A_{t+1} B_t,\qquad
     \alpha_T = \frac{\partial L_{val}}{\partial w}(w_T).$$
 
-    Algorithms derive from [`gradhpo.extend.Algorithm`][gradhpo.extend.Algorithm], which fills in
+    Algorithms derive from [`gradhpo.extend.Algorithm`][gradhpo.extend.Algorithm], which implements
     the private methods for one inner problem.
 
     ```python
@@ -66,7 +66,7 @@ class BilevelOptimizer(InnerProblems):
         outer_optimizer = Declared[optax.GradientTransformation | None]()
     else:
         outer_optimizer: eqx.AbstractVar[optax.GradientTransformation | None]
-        """Takes the hypergradient; `None`: plain descent by the `lr_hyper` given to `step`."""
+        """Takes the hypergradient; `None`: plain descent with the `lr_hyper` given to `step`."""
 
     def __check_init__(self):
         check_outer_optimizer(type(self).__name__, self.outer_optimizer)
@@ -74,9 +74,9 @@ class BilevelOptimizer(InnerProblems):
     def _advance(
         self, inputs: Inputs, lr_hyper: RealScalarLike | None
     ) -> tuple[BilevelState, Bool[Array, " leaves"]]:
-        """One outer step, for use inside a compiled program. What is not finite is refused.
+        """One outer step, for use inside a compiled program. Refuses non-finite results.
 
-        Beside the state: for each leaf of the hyperparameters whether its hypergradient is not 0.
+        Also returns, for each leaf of the hyperparameters, whether its hypergradient is not 0.
         """
         state, estimate = inputs.state, self._solve(inputs)
         norm, moving = norm_and_moving(estimate.hypergradient)
@@ -133,14 +133,14 @@ class BilevelOptimizer(InnerProblems):
 
         - `params`: parameters to train, any pytree with at least one floating-point array.
         - `hyperparams`: hyperparameters to tune, any pytree of floating-point arrays.
-        - `batch`, `key`: an example of a training batch (only its shapes matter) and a
-            PRNG key, for [`OnlineHypergradientOptimizer`][gradhpo.OnlineHypergradientOptimizer]
-            to keep a distilled data set; the other algorithms ignore them. Default `None`.
+        - `batch`, `key`: an example of a training batch (only its shapes matter) and a PRNG key.
+            With them [`OnlineHypergradientOptimizer`][gradhpo.OnlineHypergradientOptimizer] keeps a
+            distilled data set; the other algorithms ignore them. Default `None`.
 
         **Returns:** a [`BilevelState`][gradhpo.BilevelState] whose structure, shapes and dtypes
         every `step` keeps.
 
-        **Raises:** `TypeError` for complex leaves, hyperparameters that are no floating-point
+        **Raises:** `TypeError` for complex leaves, hyperparameters that are not floating-point
         arrays, or a `batch` that is a data source or a `BatchStack`; `ValueError` for NaN, nothing
         to train or to tune, running state (BatchNorm), or `params` and `hyperparams` that are
         swapped or overlap.
@@ -155,17 +155,17 @@ class BilevelOptimizer(InnerProblems):
 
     @checked
     def adopt(self, state: BilevelState) -> BilevelState:
-        """The state of another optimizer on the same problem, made one of this optimizer.
+        """Turns the state of another optimizer on the same problem into a state of this one.
 
         Parameters, hyperparameters, running state, the step count, metrics and notes are kept, and
-        the inner optimizer's state if it has the structure and shapes that this optimizer's has.
+        so is the inner optimizer's state if it has the structure and shapes of this optimizer's.
         Memory and outer optimizer state are new.
 
         **Arguments:** `state`: from the other optimizer's `init` or `step`.
 
         **Returns:** a state for this optimizer's `step` and [`run`][gradhpo.run].
 
-        **Raises:** `ValueError` for a state of another number of inner problems
+        **Raises:** `ValueError` for a state with another number of inner problems
         ([`TaskBatched`][gradhpo.TaskBatched]).
 
         ```python
@@ -185,20 +185,20 @@ class BilevelOptimizer(InnerProblems):
         start: PyTree = None,
         reptile_rate: RealScalarLike = 1.0,
     ) -> BilevelState:
-        r"""A new episode, for loops of your own: what [`run`][gradhpo.run] does between two.
+        r"""A new episode, for your own loops: what [`run`][gradhpo.run] does between two episodes.
 
         The parameters move to $\phi - \mathtt{reptile\_rate}\,(\phi - w)$; inner optimizer state
-        and the memory of the episode start anew; the rest of the state stays.
+        and the memory of the episode are reset; the rest of the state stays.
 
         **Arguments:**
 
         - `state`: at the end of an episode; its parameters are $w$.
         - `start`: $\phi$, the `params` at its start; needed unless the rate is 1.
-        - `reptile_rate`: in [0, 1], default 1. 1 goes on from $w$, 0 goes back to $\phi$.
+        - `reptile_rate`: in [0, 1], default 1. 1 continues from $w$, 0 goes back to $\phi$.
 
         **Returns:** the state at the start of the next episode.
 
-        **Raises:** `ValueError` for a rate outside [0, 1], or one that is not 1 without `start`.
+        **Raises:** `ValueError` for a rate outside [0, 1], or a rate other than 1 without `start`.
 
         ```python
         loss = lambda w, h, batch: jnp.sum((w - h) ** 2)
@@ -226,26 +226,26 @@ class BilevelOptimizer(InnerProblems):
 
         **Arguments:**
 
-        - `state`: from `init` or from the `step` before.
+        - `state`: from `init` or from the previous `step`.
         - `train_batch`: any pytree of arrays, used for every inner step (PRNG keys made by
-            `jax.random.key` are folded with the inner index; make a new key for each `step`),
-            or a [`BatchStack`][gradhpo.BatchStack] with one batch for each.
+            `jax.random.key` are folded with the inner index; make a new key for each `step`), or a
+            [`BatchStack`][gradhpo.BatchStack] with one batch per inner step.
         - `val_batch`: any pytree of arrays.
-        - `train_loss_fn`, `val_loss_fn`: `(params, hyperparams, batch) -> scalar`. Make them
-            once: a function made anew is compiled anew.
+        - `train_loss_fn`, `val_loss_fn`: `(params, hyperparams, batch) -> scalar`. Create them
+            once: every new function is compiled again.
         - `lr_hyper`: the step size of $\lambda \leftarrow \lambda - \mathtt{lr\_hyper}\cdot g$,
             shape `()`, needed with `outer_optimizer=None` and refused otherwise.
 
-        **Returns:** the next state, while the device may still be at work on it
-        (`jax.block_until_ready(state)` waits, for timing say). If anything in it came out
-        non-finite, params, hyperparams, optimizer states and memory keep their old values, and
-        the metric `rejected` counts it.
+        **Returns:** the next state, while the device may still be working on it
+        (`jax.block_until_ready(state)` waits, for example for timing). If anything in it is
+        non-finite, params, hyperparams, optimizer states and memory keep their old values, and the
+        metric `rejected` counts the step.
 
-        **Raises:** while tracing, `ValueError` for a loss that is no real scalar, a `BatchStack` of
-        another length than `num_inner_steps` (or as `val_batch`), a state of another optimizer, or
-        no hyperparameter that this method can see; `TypeError` for a loss of other arguments or
-        outputs, or a data source as a batch. At each call, `ValueError` for an `lr_hyper` that
-        is missing, refused or negative, and `TypeError` for one that is no number.
+        **Raises:** while tracing, `ValueError` for a loss that is not a real scalar, a `BatchStack`
+        whose length is not `num_inner_steps` (or one as `val_batch`), a state of another optimizer,
+        or no hyperparameter that this method can see; `TypeError` for a loss with other arguments
+        or outputs, or a data source as a batch. At each call, `ValueError` for an `lr_hyper` that
+        is missing, refused or negative, and `TypeError` for one that is not a number.
         """
         check_outer_rate(self, lr_hyper)
         train_batch, val_batch = numbers_as_arrays(train_batch), numbers_as_arrays(val_batch)
@@ -266,8 +266,7 @@ class BilevelOptimizer(InnerProblems):
     ) -> PyTree:
         """The hypergradient that `step` would follow, a tree like `state.hyperparams`.
 
-        Arguments and errors as for [`step`][gradhpo.BilevelOptimizer.step]; the state stays as it
-        is.
+        Arguments and errors as for [`step`][gradhpo.BilevelOptimizer.step]; the state is unchanged.
 
         **Returns:** the hypergradient $g$, each leaf with the shape and dtype of its
         hyperparameter. Nothing is refused: it may be non-finite.
@@ -343,7 +342,7 @@ def fit_memory(
     train_loss_fn: LossFn,
     val_loss_fn: LossFn,
 ) -> BilevelState:
-    """What `run` does before an episode for an algorithm that reads ahead, at once. Compiled."""
+    """What `run` does before an episode for an algorithm that reads ahead. Compiled."""
     batches = numbers_as_arrays(train_batches), numbers_as_arrays(val_batch)
     return _fit_memory(state, optimizer, *batches, train_loss_fn, val_loss_fn)
 

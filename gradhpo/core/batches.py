@@ -1,4 +1,4 @@
-"""Batches, and stacks of them: one for each inner step."""
+"""Batches, and stacks of them with one batch per inner step."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -22,8 +22,8 @@ class DataBatch(eqx.Module):
     - `inputs`: array, or pytree of arrays, each of shape `[batch, ...]`.
     - `targets`: array, or pytree of arrays, each of shape `[batch, ...]`.
 
-    **Raises:** `ValueError` when the leading axes differ, when an array has none (shape `()`), or
-    when there is no array at all.
+    **Raises:** `ValueError` if the leading axes differ, if an array has none (shape `()`), or if
+    there is no array at all.
 
     ```python
     batch = gradhpo.DataBatch(inputs=jnp.ones((32, 64)), targets=jnp.zeros(32))
@@ -47,12 +47,12 @@ class BatchStack(eqx.Module):
 
     **Arguments:**
 
-    - `batches`: a batch whose every array has one more leading axis, the inner steps:
+    - `batches`: a batch in which every array has an extra leading axis, the inner steps:
         `[inner steps, batch, ...]`.
 
-    **Raises:** `ValueError` when the leading axes differ, when an array has none, or when there is
-    no array at all; `TypeError` for a list, which [`of`][gradhpo.BatchStack.of] stacks. `step`
-    raises `ValueError` when their length is not the optimizer's `num_inner_steps`.
+    **Raises:** `ValueError` if the leading axes differ, if an array has none, or if there is no
+    array at all; `TypeError` for a list, which [`of`][gradhpo.BatchStack.of] stacks. `step` raises
+    `ValueError` if the length is not the optimizer's `num_inner_steps`.
 
     ```python
     b1, b2 = jnp.zeros((32, 64)), jnp.ones((32, 64))
@@ -73,15 +73,15 @@ class BatchStack(eqx.Module):
 
     @classmethod
     def of(cls, batches: Iterable[Any]) -> "BatchStack":
-        """Stacks batches of one structure and one shape, in the order of the inner steps.
+        """Stacks batches of the same structure and shape, in the order of the inner steps.
 
         **Arguments:**
 
         - `batches`: one batch for each inner step, any iterable.
 
-        **Returns:** a `BatchStack`, its arrays of shape `[inner steps, *shape of one]`.
+        **Returns:** a `BatchStack`, with arrays of shape `[inner steps, *shape of one]`.
 
-        **Raises:** `ValueError` for no batch, or for shapes that differ from the first one's.
+        **Raises:** `ValueError` if there is no batch, or if shapes differ from those of the first.
         """
         batches = list(batches)
         if len(batches) == 0:
@@ -109,8 +109,8 @@ class BatchStack(eqx.Module):
 class DrawnStack(eqx.Module):
     """A `BatchStack` that is never stored: batch t is made where it is used.
 
-    Where so many inner steps share one batch (`shared_by`), its PRNG keys are folded with
-    their number, as for a batch that is no stack.
+    If `shared_by` inner steps share one batch, its PRNG keys are folded with their number, as for a
+    batch that is not a stack.
     """
 
     draw: Callable[[Array], PyTree]
@@ -123,13 +123,13 @@ class DrawnStack(eqx.Module):
 
 
 def batch_of_step(train_batch: PyTree, t: ArrayLike) -> PyTree:
-    """The t-th of a stack, or the one batch of all inner steps with its PRNG keys folded with t."""
+    """Batch t of a stack, or the one batch of all inner steps with its PRNG keys folded with t."""
     if isinstance(train_batch, BatchStack | DrawnStack):
         return train_batch.at(t)
     return fold_keys(train_batch, t)
 
 
 def is_same_each_step(train_batch: PyTree) -> bool:
-    """Whether `batch_of_step` is one and the same for all inner steps."""
+    """Whether `batch_of_step` is the same for all inner steps."""
     is_stack = isinstance(train_batch, BatchStack | DrawnStack)
     return not is_stack and not any(map(is_key, jax.tree.leaves(train_batch)))

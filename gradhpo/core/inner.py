@@ -1,8 +1,8 @@
 r"""$\Phi$: the one differentiable inner update, and its pullback.
 
-An inner step takes $z = (w, s, r)$, parameters, optimizer state and running state of the model, to
-$z' = \Phi(z, \lambda; D_t)$. Here $w$ is the floating-point part of the user's params; the
-rest of them (functions, integer arrays) is constant through training and kept aside.
+An inner step takes $z = (w, s, r)$, the parameters, optimizer state and running state of the model,
+to $z' = \Phi(z, \lambda; D_t)$. Here $w$ is the floating-point part of the user's params; the rest
+of them (functions, integer arrays) is constant during training and kept separately.
 """
 
 from collections.abc import Callable
@@ -27,11 +27,11 @@ from gradhpo.utils.trees import tree_zeros_like
 
 
 class InnerState(NamedTuple):
-    r"""$z = (w, s, r)$, or a cotangent of it, whose `None` parts count as 0.
+    r"""$z = (w, s, r)$, or a cotangent of it, in which `None` parts count as 0.
 
     - `w`: the floating-point part of the parameters.
-    - `s`: the inner optimizer's state; `()` beside an `update_fn`.
-    - `r`: running state of the model; `None` where it has none.
+    - `s`: the inner optimizer's state; `()` with an `update_fn`.
+    - `r`: running state of the model; `None` if it has none.
     """
 
     w: PyTree
@@ -45,8 +45,8 @@ Pull: TypeAlias = Callable[[InnerState], tuple[InnerState, PyTree]]
 class InnerUpdate(eqx.Module):
     r"""$\Phi$ on the training data of one outer step.
 
-    Built inside the compiled step by `core.problem.make_problem`; lives no longer.
-    Inner steps are numbered from `t = 0`.
+    Built inside the compiled step by `core.problem.make_problem`, and used only there. Inner steps
+    are numbered from `t = 0`.
     """
 
     inner_optimizer: InnerOptimizer | None
@@ -57,10 +57,10 @@ class InnerUpdate(eqx.Module):
     train_batch: PyTree
     symmetric: bool = eqx.field(static=True)
     # Whether `z.s` is what the optimizer's `init` made at these hyperparameters, shape `()`; `None`
-    # where hyperparameters do not act there. What follows from it: core/start.py.
+    # if no hyperparameters act there. core/start.py has the consequences.
     fresh: Array | None = None
-    # Whether `step` gives optax the loss as well. `vjp` never does: a derivative of what optax
-    # makes of the loss would miss its dependence on w and the hyperparameters.
+    # Whether `step` also gives the loss to optax. `vjp` never does: the derivative would miss how
+    # what optax does with the loss depends on w and the hyperparameters.
     passes_loss: bool = eqx.field(static=True, default=False)
 
     def batch(self, t: ArrayLike) -> PyTree:
@@ -68,7 +68,7 @@ class InnerUpdate(eqx.Module):
         return batch_of_step(self.train_batch, t)
 
     def train_loss(self, w: PyTree, hyperparams: PyTree, t: ArrayLike) -> Any:
-        """What the user's loss returns, which `make_problem` checks to be a scalar."""
+        """The result of the user's loss, which `make_problem` checks to be a scalar."""
         return self.train_loss_fn(eqx.combine(w, self.frozen), hyperparams, self.batch(t))
 
     def gradient(self, w: PyTree, hyperparams: PyTree, t: ArrayLike) -> PyTree:
@@ -87,7 +87,7 @@ class InnerUpdate(eqx.Module):
     def at_new_hyperparams(self, z: InnerState, num_steps: int) -> InnerState:
         """The z that `num_steps` inner steps start from once the hyperparameters have moved.
 
-        L-BFGS remembers differences of gradients, the first of which would be that of two losses.
+        L-BFGS remembers differences of gradients, the first of which would be between two losses.
         """
         if self.passes_loss and num_steps > 1:
             return z._replace(s=forget_secants(z.s))
@@ -98,8 +98,8 @@ class InnerUpdate(eqx.Module):
     ) -> tuple[InnerState, Array]:
         """`(z', training loss before the update)`.
 
-        The loss costs nothing beside its gradient. Beside a `grad_fn` or an `update_fn` it is
-        extra work, done only where `want_loss`; elsewhere it is `nan`.
+        The loss comes free with its gradient. With a `grad_fn` or an `update_fn` it is extra work,
+        done only if `want_loss`; otherwise it is `nan`.
         """
         if self.update_fn is not None:
             new_w = self._updated_by_hand(z.w, hyperparams, t)
@@ -143,7 +143,7 @@ class InnerUpdate(eqx.Module):
     ) -> tuple[InnerState, Array, PyTree]:
         """`(z', loss, gradient)`; only with an `inner_optimizer`.
 
-        `evaluation` is the loss and its gradient where they are known already.
+        `evaluation` is the loss and its gradient, if they are already known.
         """
         if evaluation is None:
             evaluation = self._loss_and_gradient(z.w, hyperparams, t)
@@ -160,10 +160,10 @@ class InnerUpdate(eqx.Module):
     ) -> tuple[InnerState, Array, Pull]:
         r"""`(z', loss, pull)`, where `pull(z_bar)` is $(\bar z A_t, \bar z B_t)$.
 
-        First the optimizer's own update is transposed, which is element-wise and carries
-        what reaches $\lambda$ through it; that leaves a cotangent on the training gradient,
-        whose two second-derivative products come from one linearization, shared with the
-        gradient that the step needs anyway.
+        First the optimizer's own update is transposed, which is element-wise and carries the
+        effects on $\lambda$ through it. That leaves a cotangent on the training gradient, whose two
+        second-derivative products come from one linearization, shared with the gradient that the
+        step needs anyway.
         """
         if self.update_fn is not None:
             return self._vjp_by_hand(z, hyperparams, t)
@@ -215,7 +215,7 @@ class InnerUpdate(eqx.Module):
         r"""What vanishes at the inner optimum, and the products with its derivatives.
 
         $F = \nabla_w L_{train}$ (or what `grad_fn` returns), or $F = w - \Phi(w, \lambda)$
-        beside an `update_fn`; with it
+        with an `update_fn`; and
         $v \mapsto (v^\top \partial F/\partial w,\; v^\top \partial F/\partial\lambda)$.
         """
         if self.update_fn is None:
@@ -242,9 +242,8 @@ class InnerUpdate(eqx.Module):
     ) -> tuple[InnerState, Array, PyTree]:
         """Inner steps from number `first` on: `(z', last loss, kept)`.
 
-        Stacks in `kept` what `keep` takes of the z before each step. The loss of no steps is
-        `nan`. Beside an `update_fn` the loss is computed at step `loss_at` alone, by default
-        the last.
+        `kept` stacks what `keep` takes from the z before each step. The loss of zero steps is
+        `nan`. With an `update_fn` the loss is computed only at step `loss_at`, by default the last.
         """
         if num_steps == 0:
             return z, jnp.asarray(jnp.nan), None
@@ -267,8 +266,8 @@ class InnerUpdate(eqx.Module):
     ) -> tuple[InnerState, bool]:
         """`z` with the loss at `w` in its line search, and whether every step finds it there.
 
-        The search has evaluated the parameters that it ends at: half of the work of most steps.
-        The first evaluation is always made, since hyperparameters and batch have changed.
+        The search has evaluated the parameters that it ends at: half of the work of most steps. The
+        first evaluation is always made, since hyperparameters and batch have changed.
         """
         reusable = self.passes_loss and is_same_each_step(self.train_batch)
         last = last_evaluation(z.s) if reusable else None

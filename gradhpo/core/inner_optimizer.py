@@ -53,9 +53,9 @@ def resolve(inner_optimizer: InnerOptimizer, hyperparams: PyTree) -> optax.Gradi
 
 
 def cast_like(new: PyTree, old: PyTree, what: str = "an optimizer state") -> PyTree:
-    """The incoming dtypes, strongly: a float64 rate must not widen bfloat16 moments.
+    """Casts to the incoming dtypes, strongly: a float64 rate must not widen bfloat16 moments.
 
-    Refuses new shapes, which come of hyperparameters that broadcast against parameters.
+    Refuses new shapes, which come from hyperparameters that broadcast against parameters.
     """
     shapes = [[jnp.shape(x) for x in jax.tree.leaves(tree)] for tree in (new, old)]
     if shapes[0] != shapes[1]:
@@ -70,7 +70,7 @@ def cast_like(new: PyTree, old: PyTree, what: str = "an optimizer state") -> PyT
 
 @contextlib.contextmanager
 def explained(which: str = "inner") -> Iterator[None]:
-    """Says in the user's terms what optax cannot do inside a traced update."""
+    """Explains in the user's terms what optax cannot do inside a traced update."""
     try:
         yield
     except jax.errors.ConcretizationTypeError as error:

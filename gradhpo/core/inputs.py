@@ -1,4 +1,4 @@
-"""What a step is given: losses, and the state and batches that they are evaluated on."""
+"""The inputs of a step: losses, and the state and batches that they are evaluated on."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from gradhpo.utils.typecheck import checked
 class LossFunctions(eqx.Module):
     r"""The two losses of a bilevel problem, $\min_\lambda L_{val}(w_T(\lambda), \lambda)$.
 
-    $w_T(\lambda)$ is what training on $L_{train}$ makes of the parameters in $T$ inner steps.
+    $w_T(\lambda)$ is the result of training on $L_{train}$ for $T$ inner steps.
 
     **Arguments:**
 
@@ -24,7 +24,7 @@ class LossFunctions(eqx.Module):
     - `val_loss`: `(params, hyperparams, batch) -> scalar`, minimised by the outer
         optimizer over the hyperparameters.
 
-    **Raises:** `TypeError` for one that is no function.
+    **Raises:** `TypeError` for a loss that is not a function.
 
     ```python
     losses = gradhpo.LossFunctions(
@@ -39,7 +39,7 @@ class LossFunctions(eqx.Module):
 
 
 class Inputs(eqx.Module):
-    """State, batches and losses of one `step`, which travel together."""
+    """State, batches and losses of one `step`, passed as one object."""
 
     state: BilevelState
     train_batch: PyTree
@@ -47,7 +47,7 @@ class Inputs(eqx.Module):
     losses: LossFunctions
 
     def at(self, state: BilevelState, **batches: Any) -> "Inputs":
-        """From another state; with other batches if some are given."""
+        """The same inputs with another state, and with other batches if given."""
         return dataclasses.replace(self, state=state, **batches)
 
 

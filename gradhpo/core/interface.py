@@ -1,4 +1,4 @@
-"""What an optimizer has to know of its inner problems, be they one or many."""
+"""What an optimizer must know about its inner problems, whether one or many."""
 
 import abc
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ from gradhpo.core.types import MetricDict
 class InnerProblems(eqx.Module):
     """The abstract half of `BilevelOptimizer`.
 
-    `Algorithm` fills it in for one inner problem, wrappers for several. Names without an underscore
-    are those that an algorithm may change.
+    `Algorithm` implements it for one inner problem, wrappers for several. Names without an
+    underscore are those that an algorithm may override.
     """
 
     @property
@@ -33,42 +33,42 @@ class InnerProblems(eqx.Module):
     @property
     @abc.abstractmethod
     def reads_ahead(self) -> bool:
-        """Whether the batches of an episode are looked at before it is run."""
+        """Whether the batches of an episode are read before it runs."""
 
     @abc.abstractmethod
     def finite_part(self, memory: PyTree) -> PyTree:
-        """What of a new memory must be finite for a step to be accepted. Only selects."""
+        """The part of a new memory that must be finite to accept a step. Only selects."""
 
     @abc.abstractmethod
     def after_refusal(self, old: PyTree, new: PyTree) -> PyTree:
-        """The memory after a refused step, put together from both. Only selects."""
+        """The memory after a refused step, combined from both. Only selects."""
 
     @abc.abstractmethod
     def remarks(
         self, before: MetricDict, metrics: Mapping[str, np.ndarray], copies: int = 1
     ) -> str:
-        """What the report of a run should add; metrics are means over so many `copies`."""
+        """What the report of a run should add; metrics are means over `copies` problems."""
 
-    # What wrappers and the other parts of the library ask of an optimizer of any number of inner
+    # What wrappers and the other parts of the library ask of an optimizer with any number of inner
     # problems.
 
     @abc.abstractmethod
     def _init_state(
         self, params: PyTree, hyperparams: PyTree, batch: PyTree, key: Array | None
     ) -> BilevelState:
-        """The state at step 0, of leaves that were checked."""
+        """The state at step 0, from leaves that were checked."""
 
     @abc.abstractmethod
     def _adopt(self, state: BilevelState, *, keep_memory: bool) -> BilevelState:
-        """As `adopt`; or with the memory kept as far as it fits."""
+        """As `adopt`; or with as much of the memory as fits."""
 
     @abc.abstractmethod
     def _solve(self, inputs: Inputs) -> Estimate:
-        """Advances the inner problem by `num_inner_steps`; the hypergradient at its end."""
+        """Advances the inner problem by `num_inner_steps`, and returns its hypergradient."""
 
     @abc.abstractmethod
     def _seen(self, inputs: Inputs) -> list[bool]:
-        """For each leaf of the hyperparameters whether this method can see it."""
+        """For each leaf of the hyperparameters, whether this method can see it."""
 
     @abc.abstractmethod
     def _outer_loss(self, inputs: Inputs) -> Array:
@@ -76,7 +76,7 @@ class InnerProblems(eqx.Module):
 
     @abc.abstractmethod
     def _begin_episode(self, inputs: Inputs, num_steps: int) -> BilevelState:
-        """The state once the algorithm knows of an episode of `num_steps` steps, not yet run."""
+        """The state after the algorithm has read ahead an episode of `num_steps` steps."""
 
     @abc.abstractmethod
     def _fit(self, inputs: Inputs) -> BilevelState:
@@ -90,7 +90,7 @@ class InnerProblems(eqx.Module):
 
     @abc.abstractmethod
     def _inner_response(self, state: BilevelState, gradient: PyTree) -> PyTree:
-        """What the inner optimizer makes of a gradient; `None` beside an `update_fn`."""
+        """What the inner optimizer makes of a gradient; `None` with an `update_fn`."""
 
     @abc.abstractmethod
     def _param_norm(self, w: PyTree) -> Array:
@@ -98,4 +98,4 @@ class InnerProblems(eqx.Module):
 
     @abc.abstractmethod
     def _scalars(self, memory: PyTree) -> MetricDict:
-        """What of the memory is a metric: the scalars in it."""
+        """The part of the memory that counts as metrics: its scalars."""

@@ -1,4 +1,4 @@
-"""The memory of an algorithm, looked at from outside: its entries, and what of it fits another."""
+"""The memory of an algorithm, seen from outside: its entries, and which parts fit another one."""
 
 import dataclasses
 from typing import Any, NoReturn
@@ -11,7 +11,7 @@ from gradhpo.core.types import METRICS
 
 
 class Memory(eqx.Module):
-    """Base class of what an algorithm carries from step to step: arrays in fields with names.
+    """Base class of what an algorithm carries from step to step: arrays in named fields.
 
     ```python
     class Draws(gradhpo.extend.Memory):
@@ -29,7 +29,7 @@ class Memory(eqx.Module):
 
 
 class MemoryOfEach(Memory):
-    """The memory of a wrapper, around that of the optimizer in it; its other fields are its own.
+    """The memory of a wrapper, around that of the wrapped optimizer; other fields are its own.
 
     - `of_each`: the memory of the wrapped optimizer, every leaf with one more leading axis.
     """
@@ -38,9 +38,9 @@ class MemoryOfEach(Memory):
 
 
 def entries_of(memory: PyTree) -> dict[str, PyTree]:
-    """What an algorithm's memory holds, by the names of its fields; through wrappers as well.
+    """The contents of an algorithm's memory, by the names of its fields; through wrappers as well.
 
-    Modules in it are not looked into: they may be trees like the user's own parameters.
+    Does not look into modules in it: they may be trees like the user's own parameters.
     """
     if not isinstance(memory, eqx.Module):
         return {}
@@ -82,7 +82,7 @@ def check_memory(name: str, memory: PyTree) -> None:
 def kept_where_it_fits(found: PyTree, expected: PyTree) -> PyTree:
     """The parts of a memory that have the structure, shape and dtype of those of another one.
 
-    The other's parts stand in for the rest; where it has `None`, anything fits.
+    The other memory's parts replace the rest; if it has `None`, anything fits.
     """
     one_level = lambda tree: jax.tree.flatten(tree, is_leaf=lambda x: x is not tree)
     (parts, kind), (others, expected_kind) = one_level(found), one_level(expected)
@@ -100,6 +100,6 @@ def _kind_of(leaf: Any) -> Any:
 
 
 def are_the_same(a: PyTree, b: PyTree) -> bool:
-    """Whether two trees hold the very same leaves."""
+    """Whether two trees hold exactly the same leaves."""
     (a, kind_of_a), (b, kind_of_b) = map(jax.tree.flatten, (a, b))
     return kind_of_a == kind_of_b and all(x is y for x, y in zip(a, b, strict=True))

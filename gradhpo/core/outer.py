@@ -33,7 +33,7 @@ class Estimate(eqx.Module):
 
 
 def check_estimate(name: str, found: Any, state: BilevelState) -> None:
-    """What the `estimate` of an algorithm returned can follow upon this state."""
+    """Checks that the result of an algorithm's `estimate` can follow this state."""
     made = f"{name}.estimate returned"
     write = "return Estimate(z, hypergradient, train_loss, val_loss, memory)"
     if not isinstance(found, Estimate):
@@ -54,7 +54,7 @@ def check_estimate(name: str, found: Any, state: BilevelState) -> None:
 def init_outer_state(
     outer_optimizer: optax.GradientTransformation | None, hyperparams: PyTree
 ) -> PyTree:
-    """The outer optimizer's state; `()` where there is none."""
+    """The outer optimizer's state; `()` if there is none."""
     if outer_optimizer is None:
         return ()
     return jax.tree.map(strong, outer_optimizer.init(hyperparams))

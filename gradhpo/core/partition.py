@@ -1,4 +1,4 @@
-"""Splitting one model into what is trained and what is tuned."""
+"""Splits one model into a trained and a tuned part."""
 
 import weakref
 from collections.abc import Callable
@@ -13,9 +13,9 @@ from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import check_arity
 
 
-# The two halves of a model look alike, so only the arrays themselves tell which is which. What
-# `partition` handed out as hyperparameters is remembered by identity, for as long as the first
-# of the arrays lives, so that `init` can refuse the wrong order instead of training the
+# The two halves of a model look alike, so only the arrays themselves tell which is which. The
+# arrays that `partition` returned as hyperparameters are remembered by identity, for as long as the
+# first of them lives, so that `init` can refuse the wrong order instead of training the
 # hyperparameters and tuning the weights.
 _handed_out: dict[int, frozenset[int]] = {}
 
@@ -46,12 +46,12 @@ def partition(model: PyTree, where: Callable[[Any], Any]) -> tuple[PyTree, PyTre
     - `where`: `model -> node`, or a tuple or list of nodes, as in `eqx.tree_at`. A node is
         one leaf or a whole subtree (a layer, a list of layers).
 
-    **Returns:** `(params, hyperparams)`, two trees with the structure of `model` and `None`
+    **Returns:** `(params, hyperparams)`, two trees with the structure of `model`, each with `None`
     where the other has the leaf. Every floating-point array inside the selected nodes is a
-    hyperparameter; everything else, integer arrays and functions inside a selected subtree
-    included, stays in `params`. `eqx.combine(params, hyperparams)` is the model again.
+    hyperparameter; everything else, including integer arrays and functions inside a selected
+    subtree, stays in `params`. `eqx.combine(params, hyperparams)` is the model again.
 
-    **Raises:** `ValueError` when nothing is selected, when an integer or boolean array or a Python
+    **Raises:** `ValueError` if nothing is selected, if an integer or boolean array or a Python
     number is selected by itself, or a complex array anywhere.
 
     ```python
@@ -83,7 +83,7 @@ def _check_selected(nodes: Any, by_itself: Any) -> None:
         )
     for node in by_itself if isinstance(by_itself, (tuple, list)) else [by_itself]:
         if not jax.tree_util.all_leaves([node]):
-            continue  # a subtree: what is not a floating-point array in it stays in params
+            continue  # a subtree: all but its floating-point arrays stays in params
         if not eqx.is_inexact_array(node):
             found = node.dtype if eqx.is_array(node) else repr(node)
             raise ValueError(
@@ -103,10 +103,10 @@ def _check_selected(nodes: Any, by_itself: Any) -> None:
 
 
 def check_disjoint(params: PyTree, hyperparams: PyTree) -> None:
-    """Refuses hyperparameters that are parameters too, and the two in the wrong order."""
+    """Refuses hyperparameters that are also parameters, and the two in the wrong order."""
     (mine, shape_of_mine), (others, shape_of_others) = map(_with_holes, (params, hyperparams))
     halves = shape_of_mine == shape_of_others and any(x is None for x in others)
-    # The very same arrays: a learning rate for each parameter is a tree like params on purpose.
+    # Exactly the same arrays: a learning rate for each parameter is a tree like params on purpose.
     if halves and any(eqx.is_array(x) and x is y for x, y in zip(mine, others, strict=True)):
         raise ValueError(
             "params still contains arrays of hyperparams, so they would be trained and tuned at "
@@ -121,7 +121,7 @@ def check_disjoint(params: PyTree, hyperparams: PyTree) -> None:
 
 
 def _with_holes(tree: PyTree) -> tuple[list[Any], Any]:
-    """Leaves and structure, `None` being a leaf."""
+    """Leaves and structure, with `None` as a leaf."""
     return jax.tree.flatten(tree, is_leaf=lambda x: x is None)
 
 
@@ -147,16 +147,16 @@ class _ModelLoss(eqx.Module):
 def model_loss(fn: Callable) -> Callable:
     """Turns `fn(model, batch) -> scalar` into a loss `(params, hyperparams, batch) -> scalar`.
 
-    Make it once, outside the training loop: a new loss object is a new compilation.
+    Create it once, outside the training loop: a new loss object triggers a new compilation.
 
     **Arguments:**
 
     - `fn`: `(model, batch) -> scalar`, a real array of shape `()`.
 
-    **Returns:** a loss for trees that [`partition`][gradhpo.partition] made, which puts them
-    together again; it raises `ValueError` for two that are not halves of one model.
+    **Returns:** a loss for trees from [`partition`][gradhpo.partition], which combines them again;
+    it raises `ValueError` for two trees that are not halves of one model.
 
-    **Raises:** `TypeError` where `fn` cannot be called as `fn(model, batch)`.
+    **Raises:** `TypeError` if `fn` cannot be called as `fn(model, batch)`.
 
     ```python
     def mean_square(model, batch):

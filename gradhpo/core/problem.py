@@ -28,7 +28,7 @@ class Validation(eqx.Module):
     val_batch: PyTree
 
     def loss(self, w: PyTree, hyperparams: PyTree) -> Any:
-        """What the user's loss returns, which `make_problem` checks to be a scalar."""
+        """The result of the user's loss, which `make_problem` checks to be a scalar."""
         return self.val_loss_fn(eqx.combine(w, self.frozen), hyperparams, self.val_batch)
 
     def value_and_grads(self, w: PyTree, hyperparams: PyTree) -> tuple[Array, PyTree, PyTree]:
@@ -38,7 +38,7 @@ class Validation(eqx.Module):
 
 
 class Problem(NamedTuple):
-    r"""What an algorithm is given: all that one `step` is about.
+    r"""What an algorithm receives: everything about one `step`.
 
     - `phi`: $\Phi$, the inner update on the training data.
     - `validation`: the validation loss on its batch.
@@ -61,11 +61,11 @@ def make_problem(
     passes_loss: bool,
     differentiates: bool = True,
 ) -> Problem:
-    r"""The problem of `num_steps` inner steps, after the checks of batches and losses.
+    r"""The problem of `num_steps` inner steps, after checking batches and losses.
 
     `differentiates`: whether the method differentiates the training gradient.
 
-    Runs while tracing, once for each compilation.
+    Runs while tracing, once per compilation.
     """
     _check_batches(inputs, num_steps)
     state, losses = inputs.state, inputs.losses
@@ -148,7 +148,7 @@ def _check_batches(inputs: Inputs, num_steps: int) -> None:
 def _trace_loss(
     name: str, function: LossFn, on_batch: Callable, w: PyTree, hyperparams: PyTree
 ) -> Jaxpr:
-    """The traced program of a loss, once its arity and its output are what they must be."""
+    """The traced program of a loss, after checking its arity and its output."""
     remedy = "; a loss fn(model, batch) becomes one of these by gradhpo.model_loss(fn)"
     check_arity(function, name, "params, hyperparams, batch", remedy)
 

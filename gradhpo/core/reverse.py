@@ -1,4 +1,4 @@
-r"""Reverse mode through a sequence of inner steps, from wherever their states come."""
+r"""Reverse mode through a sequence of inner steps, wherever their states come from."""
 
 import math
 from collections.abc import Callable
@@ -18,17 +18,17 @@ from gradhpo.utils.trees import accumulation_dtype, tree_lerp, tree_zeros_like
 
 
 class Cotangent(NamedTuple):
-    r"""$(\bar z, \bar\lambda)$ on the way back."""
+    r"""$(\bar z, \bar\lambda)$ on the backward pass."""
 
     z: InnerState
     hyperparams: PyTree
 
 
 class PulledStep(NamedTuple):
-    r"""One step of the way back, for `pull_through(observe=)`.
+    r"""One step of the backward pass, for `pull_through(observe=)`.
 
-    The step that `pull` goes back through was taken from `z`, is number `t` and ended at `new_z`;
-    `term` is what it adds to $\bar\lambda$, and `bar` the cotangent on this side of it.
+    The step that `pull` goes back through started at `z`, has number `t` and ended at `new_z`;
+    `term` is its contribution to $\bar\lambda$, and `bar` the cotangent before it.
     """
 
     z: InnerState
@@ -41,9 +41,9 @@ class PulledStep(NamedTuple):
 
 
 def cotangent_at_end(alpha: PyTree, z: InnerState, hyper_bar: PyTree) -> Cotangent:
-    """Where the way back starts: the outer loss sees the parameters, not the rest of `z`.
+    """Start of the backward pass: the outer loss sees the parameters, not the rest of `z`.
 
-    Many small terms are added up for the hyperparameters: in bfloat16 the sum would stall.
+    The hyperparameters accumulate many small terms: in bfloat16 the sum would stall.
     """
     wide = accumulation_dtype(hyper_bar)
     s_bar, r_bar = tree_zeros_like(eqx.filter((z.s, z.r), eqx.is_inexact_array))
@@ -71,10 +71,10 @@ def pull_through(
     bar: Cotangent,
     observe: Callable[[PulledStep], Any] = lambda step: None,
 ) -> tuple[Cotangent, Any]:
-    """All the way back through steps `first`, `first + 1`, ..., of which `kept` is stacked.
+    """The whole backward pass through steps `first`, `first + 1`, ..., with `kept` stacked.
 
     `state_at(kept of one step, its number)` is the state before that step. Returns the cotangent at
-    the start, and what `observe` makes of every step, stacked in the order of the steps.
+    the start, and the results of `observe` for every step, stacked in the order of the steps.
     """
 
     def body(bar, at):
@@ -89,7 +89,7 @@ def pull_through(
 def through_start(
     phi: InnerUpdate, z: InnerState, hyperparams: PyTree, bar: Cotangent
 ) -> Cotangent:
-    """The last piece of the way back: what the hyperparameters do in the optimizer's `init`."""
+    """The last part of the backward pass: what hyperparameters do in the optimizer's `init`."""
     if phi.fresh is None:
         return bar
     term = pull_start(phi, z, hyperparams, bar.z.s)
@@ -100,8 +100,8 @@ def through_start(
 def unrolled(problem: Problem, first: int, steps: int, num_segments: int | None = None) -> Estimate:
     """The exact hypergradient of inner steps from number `first` on, and of `init` before step 0.
 
-    Every inner state is kept; or (`num_segments`) only the first of each segment, which is then run
-    once more on the way back.
+    Keeps every inner state; or (`num_segments`) only the first of each segment, which then runs
+    once more on the backward pass.
     """
     phi, validation, z, hyperparams = problem
     keep, count = (_keeping_all, ()) if num_segments is None else (_keeping_starts, (num_segments,))
@@ -113,7 +113,7 @@ def unrolled(problem: Problem, first: int, steps: int, num_segments: int | None 
     return Estimate(z, cast_like(bar.hyperparams, direct), train_loss, val_loss)
 
 
-# Both run the steps forward, and return the end, the last training loss, and the way back.
+# Both run the steps forward, and return the end, the last training loss, and the backward pass.
 Kept: TypeAlias = tuple[InnerState, Array, Callable[[Cotangent], Cotangent]]
 
 
@@ -165,7 +165,7 @@ def _through_kept(
 
 
 def _segments(first: int, steps: int, count: int) -> list[tuple[Array, int]]:
-    """`count` segments that cover the steps, as groups of one length: (their starts, length).
+    """`count` segments that cover the steps, in groups of equal length: (their starts, length).
 
     The lengths differ by at most 1, so there are at most two groups, and two programs.
     """
@@ -184,12 +184,12 @@ def square_root(steps: int) -> int:
 
 
 class Line(eqx.Module):
-    r"""The straight line from $z_0$ to $z_T$ that stands in for the inner states (DrMAD).
+    r"""The straight line from $z_0$ to $z_T$ that replaces the inner states (DrMAD).
 
-    Parameters, optimizer state and running state are interpolated alike: Adam's moments of the
-    start with parameters of the end would be a point that no training ever visits. What is not
-    a floating-point number cannot be interpolated and is kept as it was before each step; in
-    most optimizers that is a step count, four bytes a step.
+    Parameters, optimizer state and running state are all interpolated: Adam's initial moments with
+    final parameters would be a point that training never visits. Values that are not floating-point
+    numbers cannot be interpolated and are kept from before each step; in most optimizers that is a
+    step count, four bytes per step.
     """
 
     start: InnerState
@@ -204,14 +204,14 @@ class Line(eqx.Module):
 
 
 def not_interpolated(z: InnerState) -> PyTree:
-    """What a [`Line`][gradhpo.core.reverse.Line] needs to have kept of every state."""
+    """What a [`Line`][gradhpo.core.reverse.Line] must keep of every state."""
     return eqx.filter(z, eqx.is_inexact_array, inverse=True)
 
 
 def along_a_line(
     phi: InnerUpdate, z: InnerState, hyperparams: PyTree, num_steps: int
 ) -> tuple[InnerState, InnerState, Array, Line, PyTree]:
-    """Steps from 0 on: `(z_{T-1}, z_T, last loss, line, kept)`, the last for `line.at`."""
+    """Steps from 0 on: `(z_{T-1}, z_T, last loss, line, kept)`, where `kept` is for `line.at`."""
 
     def body(carry, t):
         z, _ = carry

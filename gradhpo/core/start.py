@@ -1,6 +1,6 @@
 r"""Hyperparameters that act in the inner optimizer's `init`: $s_0 = \mathrm{init}(w_0, \lambda)$.
 
-Where there are none (`phi.fresh` is `None`) every function does nothing, at no cost.
+If there are none (`phi.fresh` is `None`), every function does nothing, at no cost.
 """
 
 import equinox as eqx
@@ -27,10 +27,10 @@ def started(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> InnerState:
 
 
 def pull_start(phi: InnerUpdate, z: InnerState, hyperparams: PyTree, s_bar: PyTree) -> PyTree:
-    r"""$\bar s_0\,\partial\mathrm{init}/\partial\lambda$ where z is fresh, else 0.
+    r"""$\bar s_0\,\partial\mathrm{init}/\partial\lambda$ where z is fresh, otherwise 0.
 
-    `z` is where the inner steps start, `s_bar` a cotangent on the floating-point part of its `s`;
-    the result is a tree like the hyperparameters.
+    `z` is where the inner steps start, and `s_bar` a cotangent on the floating-point part of its
+    `s`; the result is a tree like the hyperparameters.
     """
     fresh = phi.fresh
     if fresh is None:
@@ -40,7 +40,7 @@ def pull_start(phi: InnerUpdate, z: InnerState, hyperparams: PyTree, s_bar: PyTr
 
 
 def push_start(phi: InnerUpdate, z: InnerState, hyperparams: PyTree, direction: PyTree) -> PyTree:
-    r"""$\partial\mathrm{init}/\partial\lambda\cdot v$ where z is fresh, else 0; like $s$.
+    r"""$\partial\mathrm{init}/\partial\lambda\cdot v$ where z is fresh, otherwise 0; like $s$.
 
     `direction` is a tree like the hyperparameters.
     """
@@ -83,7 +83,7 @@ def acting_in_init(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> PyTr
 
 
 def _read_by_a_step(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> PyTree:
-    """Marks the leaves of $s$ that a step reads: a schedule overwrites what it left there."""
+    """Marks the leaves of $s$ that a step reads: a schedule overwrites what `init` left there."""
     inexact, rest = eqx.partition(z.s, eqx.is_inexact_array)
     after = lambda s: phi.step(z._replace(s=eqx.combine(s, rest)), hyperparams, 0)[0]
     return visible_leaves(after, inexact)

@@ -19,7 +19,7 @@ from gradhpo.utils.typecheck import checked
 
 @jax.tree_util.register_pytree_with_keys_class
 class Metadata(dict[str, Any]):
-    """Metrics of the last step and notes of the user: a dict that says where the rest has gone.
+    """Metrics of the last step and the user's notes: a dict that knows where other entries went.
 
     `in_memory` names what the algorithm keeps in `state.memory`, as the state says.
     """
@@ -40,7 +40,7 @@ class Metadata(dict[str, Any]):
         )
 
     def get(self, key: str, default: Any = None) -> Any:
-        """As of any dict; raises `KeyError` for what has moved to `state.memory`."""
+        """As for any dict; raises `KeyError` for entries that have moved to `state.memory`."""
         return self[key] if key in self or key in self.in_memory else default
 
     def __or__(self, other: Mapping[str, Any]) -> "Metadata":  # pyright: ignore
@@ -55,7 +55,7 @@ class Metadata(dict[str, Any]):
         return [(jax.tree_util.DictKey(x), self[x]) for x in names], (names, self.in_memory)
 
     def tree_flatten(self) -> tuple[list[Any], Any]:
-        names = tuple(sorted(self))  # without keys, which take longer to make than all the rest
+        names = tuple(sorted(self))  # without keys, which take longer to make than everything else
         return [self[name] for name in names], (names, self.in_memory)
 
     @classmethod
@@ -70,29 +70,29 @@ class Metadata(dict[str, Any]):
 class BilevelState(eqx.Module):
     r"""State of a bilevel optimization: an immutable pytree.
 
-    Made by an optimizer's `init`, advanced by its `step`. Structure, shapes and dtypes never
-    change between steps, so that loops compile once and `jax.lax.scan` can carry it.
+    Made by an optimizer's `init`, advanced by its `step`. Structure, shapes and dtypes never change
+    between steps, so that loops compile once and `jax.lax.scan` can carry it.
 
     **Fields:**
 
-    - `params`: the parameters $w$ (with whatever else the model holds).
+    - `params`: the parameters $w$ (with anything else that the model holds).
     - `hyperparams`: the hyperparameters $\lambda$, floating-point arrays.
-    - `inner_opt_state`, `outer_opt_state`: optax states; `()` where there is none.
+    - `inner_opt_state`, `outer_opt_state`: optax states; `()` if there is none.
     - `step`: how often `step` was called, shape `()`, int32.
-    - `metadata`: the metrics of the last step, and notes of your own that you add with `update`
-        and that travel along. Numbers that change belong in arrays, `jnp.asarray(epoch)`: for
-        another text or Python number `step` is compiled anew.
-    - `memory`: what the algorithm itself carries from step to step, an object of its own type
-        (see its docstring); `None` where it carries nothing.
-    - `model_state`: running state of the model; `None` where it has none.
-    - `fresh`: whether the inner optimizer's state is what its `init` made at these
-        hyperparameters, shape `()`, bool: true after `init` and `restart`, false after a `step`.
-    - `model` (property): the model that `partition` split, put together again.
+    - `metadata`: the metrics of the last step, and your own notes, which you add with `update` and
+        which stay with the state. Store numbers that change as arrays, `jnp.asarray(epoch)`: every
+        new text or Python number compiles `step` again.
+    - `memory`: what the algorithm itself carries from step to step, an object of its own type (see
+        its docstring); `None` if it carries nothing.
+    - `model_state`: running state of the model; `None` if it has none.
+    - `fresh`: whether the inner optimizer's state is what its `init` made at these hyperparameters,
+        shape `()`, bool: true after `init` and `restart`, false after a `step`.
+    - `model` (property): the model that `partition` split, combined again.
 
-    The metrics are scalars, float32 or float64 where a parameter is float64, and `nan` before
-    the first step: `train_loss` (last inner step, before its update), `val_loss` (at $w_T$,
-    before the outer update), `hypergrad_norm`, `param_norm`, `hyperparam_norm` (Euclidean),
-    and `rejected` (how many steps so far were refused for a non-finite value; 0 at first).
+    The metrics are scalars, float32 (float64 if a parameter is float64), and `nan` before the first
+    step: `train_loss` (last inner step, before its update), `val_loss` (at $w_T$, before the outer
+    update), `hypergrad_norm`, `param_norm`, `hyperparam_norm` (Euclidean), and `rejected` (how many
+    steps so far were refused for a non-finite value; initially 0).
 
     ```python
     optimizer = gradhpo.FOOptimizer(optax.sgd(0.1), optax.sgd(0.1))
@@ -125,10 +125,10 @@ class BilevelState(eqx.Module):
         model_state: PyTree = None,
         fresh: bool | Bool[Array, ""] = False,
     ) -> "BilevelState":
-        """A state at step 0, its metrics `nan` and nothing rejected.
+        """A state at step 0, with metrics `nan` and nothing rejected.
 
-        **Arguments:** the fields of the same names; "no optimizer state" is `()`, no memory and no
-        model state `None`, the default, and `fresh` is `False`. They are not checked: an
+        **Arguments:** the fields of the same names; without an optimizer state pass `()`. Memory
+        and model state default to `None`, and `fresh` to `False`. They are not checked: an
         optimizer's [`init`][gradhpo.BilevelOptimizer.init] does that, and makes the memory.
 
         ```python
@@ -164,11 +164,11 @@ class BilevelState(eqx.Module):
     ) -> "BilevelState":
         """A new state with some fields replaced.
 
-        **Arguments:** the fields of the same names, default `None`, which keeps a field; entries of
+        **Arguments:** the fields of the same names; the default `None` keeps a field. Entries of
         `metadata` are added to the old ones or replace them. With another `inner_opt_state` the
         state is no longer `fresh`.
 
-        **Returns:** a new state; this one stays as it is.
+        **Returns:** a new state; this one is unchanged.
 
         **Raises:** `ValueError` for an entry of `metadata` that is a metric, or in the algorithm's
         `memory`.
@@ -218,9 +218,9 @@ class BilevelState(eqx.Module):
         **Arguments:**
 
         - `key`: its name.
-        - `default`: what to return where there is none; by default that is an error.
+        - `default`: what to return if there is none; without it, that is an error.
 
-        **Raises:** `KeyError`, which lists the names, for an unknown one without a `default`.
+        **Raises:** `KeyError`, which lists the names, for an unknown name without a `default`.
         """
         if key in self.metadata:
             return self.metadata[key]
@@ -236,7 +236,7 @@ class BilevelState(eqx.Module):
     def model(self) -> PyTree:
         """`eqx.combine(params, hyperparams)`: what [`partition`][gradhpo.partition] split.
 
-        **Raises:** `ValueError` where the two are not halves of one model.
+        **Raises:** `ValueError` if the two are not halves of one model.
         """
         return combine(self.params, self.hyperparams)
 

@@ -1,4 +1,4 @@
-"""The vocabulary: names for the functions and numbers that a user hands over."""
+"""Type aliases for the functions and numbers that a user passes."""
 
 from collections.abc import Callable
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -42,9 +42,9 @@ _T = TypeVar("_T")
 
 
 class Declared(Generic[_T]):
-    """For type checkers: an attribute that subclasses have as a field, and that is none here.
+    """For type checkers: an attribute that subclasses have as a field, but this class does not.
 
-    To them `equinox.AbstractVar` declares a field, which would come first in every `__init__`.
+    To them, `equinox.AbstractVar` declares a field, which would come first in every `__init__`.
     """
 
     def __get__(self, instance: Any, owner: Any = None) -> _T: ...  # pyright: ignore

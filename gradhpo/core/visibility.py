@@ -18,15 +18,15 @@ from gradhpo.utils.validation import THE_WHOLE_TREE, leaf_names
 from gradhpo.utils.warn import warn_once
 
 
-# Where a method finds the hyperparameters: in the validation loss alone; also in the condition
-# for the inner optimum; or in how the last inner update changes the parameters; also in what
-# earlier updates leave in the optimizer's state; or (by evaluating updates instead of
-# differentiating them) in anything that has an effect.
+# Where a method finds the hyperparameters: only in the validation loss; also in the condition for
+# the inner optimum; or in how the last inner update changes the parameters; also in what earlier
+# updates leave in the optimizer's state; or (by evaluating updates instead of differentiating them)
+# in anything that has an effect.
 Sees: TypeAlias = Literal["validation", "optimum", "last update", "updates", "everything"]
 
 
 def seen_by(sees: Sees, problem: Problem, with_init: bool = False) -> list[bool]:
-    """For each leaf of the hyperparameters whether a method that looks there can see it.
+    """For each leaf of the hyperparameters, whether a method that looks there can see it.
 
     `with_init`: also those that act in the inner optimizer's `init`.
     """
@@ -87,7 +87,7 @@ def check_visible(name: str, sees: Sees, problem: Problem, with_init: bool) -> N
     if all(seen):
         return
     names = leaf_names(problem.hyperparams)
-    # What each unseen leaf acts through, found only now: most programs never get here.
+    # How each unseen leaf acts, computed only now: most programs never need it.
     through = {kind: seen_by(kind, problem) for kind in _NARROWER}
     through[_INIT] = seen_by("validation", problem, True)
     of_weights = lambda w: problem.validation.loss(w, problem.hyperparams)
@@ -105,7 +105,7 @@ def check_visible(name: str, sees: Sees, problem: Problem, with_init: bool) -> N
 
 
 def _check_init(name: str, problem: Problem, seen: Sequence[bool]) -> None:
-    """Of hyperparameters that are seen, names the entries that act in `init` as well."""
+    """Names the entries of visible hyperparameters that also act in `init`."""
     acting = acting_in_init(problem.phi, problem.z, problem.hyperparams)
     entries = [
         entry
@@ -123,7 +123,7 @@ def _check_init(name: str, problem: Problem, seen: Sequence[bool]) -> None:
 
 
 def _entries(leaf: str, marks: np.ndarray) -> list[str]:
-    """`leaf` where all of it is marked, or its marked entries."""
+    """`leaf` if all of it is marked, otherwise its marked entries."""
     if np.all(marks):
         return [leaf]
     leaf = leaf.removeprefix(THE_WHOLE_TREE)

@@ -1,4 +1,4 @@
-"""Optimizers around another optimizer."""
+"""Optimizers that wrap another optimizer."""
 
 import dataclasses
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ class Wrapper(BilevelOptimizer):
 
     @property
     def outer_optimizer(self) -> optax.GradientTransformation | None:
-        """That of the wrapped optimizer."""
+        """The outer optimizer of the wrapped optimizer."""
         return self.optimizer.outer_optimizer
 
     @property
@@ -36,7 +36,7 @@ class Wrapper(BilevelOptimizer):
 
     @property
     def reads_ahead(self) -> bool:
-        """As `optimizer`."""
+        """As for `optimizer`."""
         return self.optimizer.reads_ahead
 
 

@@ -18,31 +18,31 @@ from gradhpo.utils.validation import check_leading_axis
 
 @checked
 class ArrayData(eqx.Module):
-    """Minibatches of arrays that fit on the device, shuffled anew in every epoch.
+    """Minibatches of arrays that fit on the device, reshuffled in every epoch.
 
     A traceable `index -> batch`, a pure function of `(key, index)`: a run can be replayed or
     resumed exactly. Every example is drawn once per epoch; a batch may span two epochs, so no
-    example is dropped. With `batch_size` equal to the number of examples every batch is the
-    whole data set in its own order.
+    example is dropped. With `batch_size` equal to the number of examples, every batch is the whole
+    data set in its original order.
 
     **Arguments:**
 
     - `arrays`: pytree of arrays `[examples, ...]` that agree on the first axis.
     - `batch_size`: examples per batch, at most the number of examples (unless with
         `replacement`).
-    - `key`: PRNG key of the draws. Two sources with one key and as many examples draw the same
-        examples: the training and the validation part of the same tasks, say.
-    - `replacement`: draw every example of every batch independently, default `False`. There are
-        no epochs then.
-    - `with_indices`: batches are `(batch, indices)`, default `False`, to look up what lives per
+    - `key`: PRNG key of the draws. Two sources with the same key and the same number of examples
+        draw the same examples: for example, the training and the validation part of the same tasks.
+    - `replacement`: draw every example of every batch independently, default `False`. There are no
+        epochs then.
+    - `with_indices`: batches are `(batch, indices)`, default `False`, to look up values per
         example: a weight, a label, a margin that is a hyperparameter.
-    - `hold`: serve every batch for so many indices in a row, default 1. `run` draws
-        `optimizer.num_inner_steps` training batches for each validation batch: with that number
-        here, both parts of a pair stay together.
+    - `hold`: repeat every batch for `hold` consecutive indices, default 1. `run` draws
+        `optimizer.num_inner_steps` training batches per validation batch: with that number here,
+        both parts of a pair stay together.
 
-    **Raises:** `ValueError` when leading axes differ, for no example, a `batch_size` or `hold`
-    below 1, several keys, and (unless with `replacement`) for a `batch_size` above the number of
-    examples, or $2^{32}$ and more as a product with it.
+    **Raises:** `ValueError` if leading axes differ, if there is no example, for a `batch_size` or
+    `hold` below 1, several keys, and (unless with `replacement`) for a `batch_size` above the
+    number of examples, or one whose product with it is $2^{32}$ or more.
 
     ```python
     x, y = jnp.ones((1000, 64)), jnp.zeros(1000)
@@ -92,9 +92,9 @@ class ArrayData(eqx.Module):
 
     @checked
     def num_batches(self, epochs: float | int = 1) -> int:
-        """How many batches draw so many epochs (default 1), rounded up, each counted `hold` times.
+        """How many batches draw `epochs` epochs (default 1), rounded up, each counted `hold` times.
 
-        **Raises:** `ValueError` for `epochs` that are not positive and finite.
+        **Raises:** `ValueError` if `epochs` is not positive and finite.
         """
         if not 0 < epochs < math.inf:
             raise ValueError(f"epochs must be positive, got epochs={epochs}")
@@ -111,7 +111,7 @@ class ArrayData(eqx.Module):
 
     @checked
     def indices(self, index: Int[ArrayLike, ""]) -> Int[Array, " batch"]:
-        """Which examples batch number `index` holds, shape `[batch_size]`."""
+        """The examples in batch number `index`, shape `[batch_size]`."""
         _check_index("index", index)
         return _indices(self, jnp.asarray(index))
 
@@ -139,8 +139,8 @@ def _stack(data: ArrayData, first: Array, count: int) -> BatchStack:
 
 
 def stacked(draw: Callable[[Array], PyTree], first: Array, count: int) -> BatchStack:
-    """Batches number `first` and after of any function of their number."""
-    if count == 1:  # under `vmap` a loop that draws, as ArrayData's, is dearer
+    """Batches number `first` and after, from any function of their number."""
+    if count == 1:  # under `vmap`, a loop that draws, like ArrayData's, costs more
         return BatchStack(jax.tree.map(lambda x: jnp.asarray(x)[None], draw(first)))
     return BatchStack(jax.vmap(draw)(first + jnp.arange(count, dtype=first.dtype)))
 
@@ -161,7 +161,7 @@ def _indices(data: ArrayData, index: Array) -> Array:
     if data.replacement:
         key = jax.random.fold_in(data.key, index)
         return jax.random.randint(key, (size,), 0, n, jnp.int32)
-    # index * size counts the examples drawn so far, without leaving 32 bits.
+    # index * size counts the examples drawn so far, without exceeding 32 bits.
     rounds, rest = jnp.divmod(index.astype(jnp.uint32), jnp.uint32(n))
     drawn = rest * jnp.uint32(size) + jnp.arange(size, dtype=jnp.uint32)
     epoch = rounds * jnp.uint32(size) + drawn // jnp.uint32(n)
@@ -179,9 +179,9 @@ def _permute(
 ) -> UInt32[Array, " batch"]:
     """Images under a pseudorandom permutation of 0 to n - 1, without storing it.
 
-    A Feistel network permutes the next power of two; what lands outside is permuted again
-    until it is inside, which keeps it a bijection. A stored permutation would cost a sort of
-    all examples for every batch, or a state that a pure function of the index cannot have.
+    A Feistel network permutes the next power of two; a result outside the range is permuted again
+    until it is inside, which keeps the map bijective. A stored permutation would cost a sort of all
+    examples for every batch, or a state that a pure function of the index cannot have.
     """
     bits = max((n - 1).bit_length(), 2)
     low = jnp.uint32(2 ** (bits // 2) - 1)
@@ -199,7 +199,7 @@ def _permute(
         x = jnp.where(outside, network(x), x)
         return x, x >= jnp.uint32(n)
 
-    # All count as outside at first: so the network is traced and compiled once.
+    # All count as outside at first, so that the network is traced and compiled once.
     start = (position, jnp.ones_like(position, bool))
     return jax.lax.while_loop(lambda carry: jnp.any(carry[1]), again, start)[0]
 

@@ -1,4 +1,4 @@
-"""What loaders yield as arrays: NumPy, JAX, and by way of NumPy those of other libraries."""
+"""What loaders yield, as arrays: NumPy, JAX, and other libraries' arrays through NumPy."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ from gradhpo.utils.validation import strong
 
 
 def native_dtype(dtype: Any) -> Any:
-    """In the byte order of this machine, which JAX takes all arrays to be in."""
+    """In this machine's byte order, which JAX assumes for all arrays."""
     return dtype.newbyteorder("=") if isinstance(dtype, np.dtype) else dtype
 
 
 def as_array(x: Any, which: str) -> np.ndarray | Array:
-    """What a loader yields as an array: tensors of other libraries by way of NumPy."""
+    """What a loader yields, as an array: tensors of other libraries through NumPy."""
     if isinstance(x, jax.Array) and is_key(x):
         return x
     try:

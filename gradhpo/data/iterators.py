@@ -1,4 +1,4 @@
-"""Iterators: read in pieces of one chunk, checked batch by batch, and found again on resuming."""
+"""Iterators: read one chunk at a time, checked batch by batch, and restored on resuming."""
 
 import collections
 import math
@@ -50,7 +50,7 @@ class Buffer:
             rows[place] = leaf
 
     def leaves(self, place: int) -> list[Any]:
-        """The leaves of a batch: views, where they are not keys."""
+        """The leaves of a batch: views, unless they are keys."""
         return [rows[place] for rows in self._rows]
 
     def batch(self, place: int) -> Any:
@@ -59,16 +59,16 @@ class Buffer:
         return jax.tree.unflatten(self._structure, leaves)
 
     def stacked(self, *lead: int) -> Any:
-        """The first batches as one, with these leading axes: views again."""
+        """The first batches as one, with these leading axes: again as views."""
         leaves = [_reshaped(rows[: math.prod(lead)], lead) for rows in self._rows]
         return jax.tree.unflatten(self._structure, leaves)
 
 
 class Waiting:
-    """Batches that are drawn and not handed out yet.
+    """Batches that are drawn and not yet handed out.
 
-    Each is copied once, to where the device will read it, as some loaders fill the same arrays
-    again.
+    Each is copied once, to where the device will read it, because some loaders reuse the same
+    arrays.
     """
 
     def __init__(self, kind: Kind):
@@ -80,24 +80,24 @@ class Waiting:
         return self._count
 
     def add(self, leaves: Sequence[Any], room: int) -> None:
-        """Puts a batch behind the others, as one of `room` many."""
+        """Appends a batch, to a buffer with room for `room` batches."""
         if self._buffer.size < room:
             self._move(self._buffer, range(self._count), room)
         self._buffer.put(self._count, leaves)
         self._count += 1
 
     def hand_out(self, count: int) -> Buffer:
-        """A buffer that begins with the first `count` batches. The others wait on."""
+        """A buffer that starts with the first `count` batches. The others keep waiting."""
         out = self._buffer
         self._move(out, range(count, self._count), max(1, self._count - count))
         return out
 
     def take_back(self, buffer: Buffer) -> None:
-        """A buffer that nothing reads any more, to be written to again."""
+        """A buffer that nothing reads any more, to be reused."""
         self._free.append(buffer)
 
     def batches(self) -> list[Any]:
-        """All of them."""
+        """All of the waiting batches."""
         return [self._buffer.batch(place) for place in range(self._count)]
 
     def _move(self, old: Buffer, places: range, size: int) -> None:
@@ -105,7 +105,7 @@ class Waiting:
         new = self._free.pop() if self._free else Buffer(self.kind, size)
         for number, place in enumerate(places):
             new.put(number, old.leaves(place))
-        # Last of all: an interrupt finds either buffer whole.
+        # Last of all, so that an interrupt finds either buffer complete.
         self._buffer, self._count = new, len(places)
 
 
@@ -115,7 +115,7 @@ def _reshaped(rows: Any, lead: tuple[int, ...]) -> np.ndarray | Array:
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array that XLA can read in place on a CPU, which takes a multiple of 64 bytes."""
+    """An empty array that XLA can read in place on a CPU, which needs 64-byte alignment."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
@@ -129,18 +129,18 @@ class FromIterator(Source):
 
     def __init__(self, name: str, iterator: Any, per_step: int | None):
         self.name, self._iterator, self._per_step = name, iterator, per_step
-        self._waiting: Waiting | None = None  # until a first batch says for what there is room
-        # Handed out, and not done yet: how many batches of which buffer.
+        self._waiting: Waiting | None = None  # until the first batch shows how many fit
+        # Handed out and still in use: how many batches of which buffer.
         self._taken: collections.deque[tuple[Buffer, int]] = collections.deque()
         self.failure = None
-        # A run that resumes can draw the earlier batches again only from an untouched iterator.
+        # A resumed run can draw the earlier batches again only from an untouched iterator.
         self._untouched = is_untouched(iterator)
         self._drawn = iterator.drawn if isinstance(iterator, Repeated) else 0
         self._position = self._here()
-        self._last: PyTree = None  # batch before that position, to be described
+        self._last: PyTree = None  # the batch before that position, to be described
 
     def draws_like(self, other: Source) -> bool:
-        """Whether both draw from one iterator."""
+        """Whether both draw from the same iterator."""
         return isinstance(other, FromIterator) and self._iterator is other._iterator
 
     def described(self) -> Any:
@@ -168,7 +168,7 @@ class FromIterator(Source):
         assert self._waiting is not None  # since something was drawn
         buffer = self._waiting.hand_out(count)
         self._taken.append((buffer, count))
-        # The state of an iterator that gave more than is used, or failed, is past its place.
+        # An iterator that yielded more than is used, or failed, has a state past its position.
         past = self._ahead or self.failure is not None
         self._position = self._here() | ({"state": None} if past else {})
         self._last = buffer.batch(count - 1)
@@ -197,7 +197,7 @@ class FromIterator(Source):
                 self.failure = error
 
     def _checked(self, batch: Any) -> tuple[list[Any], Waiting]:
-        """The leaves as arrays, alike in structure, shapes and dtypes to those that wait."""
+        """The leaves as arrays, with the same structure, shapes and dtypes as those that wait."""
         which = f"{self.name} (batch {self._drawn})"
         # PyTorch's loader yields lists; a list of arrays is a list of batches elsewhere.
         leaves, structure = jax.tree.flatten(tuple(batch) if type(batch) is list else batch)
@@ -219,7 +219,7 @@ class FromIterator(Source):
 
     @property
     def _ahead(self) -> int:
-        """How many batches are drawn, and not handed out yet."""
+        """How many batches are drawn and not yet handed out."""
         return len(self._waiting) if self._waiting is not None else 0
 
     # -- resuming ------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ class FromIterator(Source):
             )
 
     def resume(self, position: dict[str, Any]) -> None:
-        """Brings the iterator to a `position`: by seeking, else by drawing what came before."""
+        """Brings the iterator to a `position`: by seeking, or by drawing what came before."""
         last = position.get("last")
         if position["state"] is not None:
             seek(self._iterator, position["state"])
@@ -272,7 +272,7 @@ class FromIterator(Source):
         self._position = position
 
     def _described(self, batch: PyTree) -> Any:
-        """What `position` says of a batch."""
+        """What `position` stores about a batch."""
         leaves, waiting = self._checked(batch)
         kept = Buffer(waiting.kind, 1)
         kept.put(0, leaves)

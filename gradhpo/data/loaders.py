@@ -10,28 +10,27 @@ from typing import Any
 from gradhpo.utils.typecheck import checked
 
 
-# What libraries call the pair: grain's iterators the first, PyTorch's stateful loaders the second.
+# Libraries' names for the pair: grain's iterators the first, PyTorch's stateful loaders the second.
 _SEEKING = (("get_state", "set_state"), ("state_dict", "load_state_dict"))
 
 
 @checked
 def iterate(loader: Iterable[Any]) -> Iterator[Any]:
-    """An endless iterator over the batches of any loader, from its start again at its end.
+    """An endless iterator over the batches of any loader, which restarts it at its end.
 
     **Arguments:**
 
-    - `loader`: anything that `iter` accepts: a list of batches, a `torch.utils.data.DataLoader`,
-        a `grain` data set. A generator can be passed through only once; `run` stops where it
-        ends.
+    - `loader`: anything that `iter` accepts: a list of batches, a `torch.utils.data.DataLoader`, a
+        `grain` data set. A generator can be passed through only once; `run` stops at its end.
 
-    **Returns:** an iterator, to be given to [`run`][gradhpo.run].
+    **Returns:** an iterator to pass to [`run`][gradhpo.run].
 
-    **Raises:** `TypeError` for what cannot be iterated over.
+    **Raises:** `TypeError` for a `loader` that cannot be iterated over.
 
-    A run that is resumed seeks to its place where the loader (or the iterator that it makes) has
-    `get_state` and `set_state`, or `state_dict` and `load_state_dict`, whose state can be
-    written as JSON. Otherwise it draws all earlier batches once more: pass a loader that shuffles
-    the same way each time that it is made, and a new one to the run that resumes.
+    A resumed run seeks to its position if the loader (or the iterator that it makes) has
+    `get_state` and `set_state`, or `state_dict` and `load_state_dict`, with a state that can be
+    written as JSON. Otherwise it draws all earlier batches again: pass a loader that shuffles the
+    same way each time it is created, and create a new one for the resumed run.
 
     ```python
     batches = gradhpo.iterate([jnp.zeros(3), jnp.ones(3)])
@@ -71,12 +70,12 @@ class Repeated(Iterator[Any]):
         return self._pass
 
     def give_back(self, batches: list[Any]) -> None:
-        """Batches that were drawn last and not used come next once more."""
+        """The batches that were drawn last and not used come next again."""
         self._returned = batches + self._returned
         self.drawn -= len(batches)
 
     def get_state(self) -> Any:
-        """Which pass it is and where the loader is in it; `None` if it cannot tell."""
+        """The number of the pass and the loader's position in it; `None` if it cannot tell."""
         of_loader = _seeking(self._loader) is not None
         place = state_of(self._loader if of_loader else self._pass)
         if self._returned or place is None:
@@ -84,12 +83,12 @@ class Repeated(Iterator[Any]):
         return {"passes": 0 if of_loader else self._passes, "place": place}
 
     def set_state(self, state: Any) -> None:
-        """Back to where `get_state` was taken, from a loader made anew or from the same one."""
+        """Back to the `get_state` position, from a newly created loader or from the same one."""
         self._returned, self._pass = [], None
         if _seeking(self._loader):
             seek(self._loader, state["place"])
             return
-        # A loader may shuffle anew for every pass: it is asked for as many, and never for more.
+        # A loader may reshuffle for every pass: it is asked for that many, and never for more.
         if self._passes >= state["passes"]:
             raise ValueError(
                 "gradhpo.iterate(loader) has been drawn from already: to resume a run pass one of "
@@ -101,7 +100,7 @@ class Repeated(Iterator[Any]):
 
 
 def state_of(iterator: Any) -> Any:
-    """The position of an iterator that can seek, as JSON can hold it; else `None`."""
+    """The position of an iterator that can seek, as JSON can hold it; otherwise `None`."""
     names = _seeking(iterator)
     if names is None:
         return None
@@ -113,24 +112,24 @@ def state_of(iterator: Any) -> Any:
 
 
 def seek(iterator: Any, state: Any) -> None:
-    """Brings an iterator to where `state_of` was taken."""
+    """Brings an iterator to the position of `state_of`."""
     names = _seeking(iterator)
     if names is None:
         raise ValueError(f"a {type(iterator).__name__} cannot seek")
     getattr(iterator, names[1])(_read(state))
 
 
-# Iterators that a run has begun to draw from. Most can neither seek nor tell, and are given to a
-# second run as objects: only here is it known that batches of theirs are gone.
+# Iterators that a run has started to draw from. Most can neither seek nor report their position,
+# and a second run gets them as objects: only this set knows that some of their batches are gone.
 _drawn_from: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def is_untouched(iterator: Any) -> bool:
-    """Whether nothing was drawn yet, as far as one can tell; from now on something may be."""
+    """Whether nothing was drawn yet, as far as we can tell; from now on something may be."""
     try:
         seen = iterator in _drawn_from
         _drawn_from.add(iterator)
-    except TypeError:  # it takes no reference, as those of lists
+    except TypeError:  # it does not support weak references, like iterators of lists
         seen = False
     if isinstance(iterator, Repeated):
         return not seen and iterator.drawn == 0

@@ -1,7 +1,7 @@
 """The one protocol of all sources of batches, and the sources that live on the device.
 
-A run asks a `Source` for the batches of a chunk between two compiled calls; what it gets are
-`Batches`, from which the compiled chunk draws.
+A run asks a `Source` for the batches of a chunk between two compiled calls. It gets `Batches`, from
+which the compiled chunk draws.
 """
 
 import abc
@@ -22,7 +22,7 @@ class Batches(eqx.Module):
     """What a compiled chunk draws from.
 
     `step` counts the outer steps of the state, `position` those of the chunk, and `count` is the
-    number of inner steps of each.
+    number of inner steps in each.
     """
 
     @abc.abstractmethod
@@ -89,51 +89,51 @@ class Fetched(Batches):
 
 
 class Source(abc.ABC):
-    """Where the batches of a run come from; by default from the device, without end or failure."""
+    """Where the batches of a run come from; by default the device, without end or failure."""
 
     from_host = False
     failure: Exception | None = None
-    """What went wrong in drawing."""
+    """The error while drawing."""
 
     @abc.abstractmethod
     def fetch(self, steps: int) -> Batches:
-        """The batches of the next `steps` steps, for which `draw` said that there are some."""
+        """The batches of the next `steps` steps, which `draw` has confirmed to exist."""
 
     @abc.abstractmethod
     def described(self) -> Any:
-        """What tells these data from others, as far as that can be told, as JSON can hold it."""
+        """What distinguishes these data from others, as far as possible, as JSON can hold it."""
 
     def bytes_per_step(self) -> int:
         """Host memory that the batches of one step take."""
         return 0
 
     def draw(self, steps: int, *, in_part: bool) -> int:
-        """Draws what `steps` steps need, and says for how many there are batches.
+        """Draws what `steps` steps need, and returns for how many steps there are batches.
 
-        What goes wrong is raised once there are none, or with `in_part=False` if one is missing.
+        An error is raised once there are none, or with `in_part=False` if one is missing.
         """
         return steps
 
-    # Empty, and not abstract: a source on the device has nothing to do there.
+    # Empty, not abstract: a source on the device has nothing to do there.
 
     def release_oldest(self) -> None:  # noqa: B027
         """The steps of the oldest `fetch` are done: nothing reads its batches any more."""
 
     def close(self) -> None:  # noqa: B027
-        """What was drawn and not used goes back, where that is possible."""
+        """Batches that were drawn and not used go back, if possible."""
 
     def position(self) -> dict[str, Any] | None:
         """Where the steps handed out so far end, as JSON can hold it; `None` if nothing moves."""
         return None
 
     def check_can_resume(self) -> None:  # noqa: B027
-        """A run that keeps checkpoints begins with a source that can be found again."""
+        """A run that keeps checkpoints must start with a source that can be restored."""
 
     def resume(self, position: dict[str, Any]) -> None:  # noqa: B027
         """Brings the source to a `position`."""
 
     def draws_like(self, other: "Source") -> bool:
-        """Whether what one draws is missing in the other."""
+        """Whether drawing from one takes batches away from the other."""
         return False
 
 

@@ -1,4 +1,4 @@
-"""The sources of a run: what kind each of them is, and both of them together."""
+"""The sources of a run: the kind of each, and both of them together."""
 
 import inspect
 from typing import Any
@@ -15,12 +15,12 @@ from gradhpo.utils.keys import is_key
 from gradhpo.utils.validation import check_arity
 
 
-# Batches of an iterator wait, those of two chunks; more than this would only cost memory.
+# Batches of an iterator wait, for two chunks; more than this would only cost memory.
 _MOST_BYTES_FETCHED = 64 * 2**20
 
 
 def as_source(data: Any, name: str, per_step: int | None) -> Source:
-    """What kind of data this is. `per_step` is the inner steps, or `None` for one batch."""
+    """The kind of source for these data. `per_step`: inner steps, or `None` for one batch."""
     if isinstance(data, list) or (
         isinstance(data, tuple) and any(isinstance(x, (DataBatch, dict)) for x in data)
     ):
@@ -66,21 +66,21 @@ class Feed:
 
     @property
     def from_host(self) -> bool:
-        """Whether any of the two is an iterator."""
+        """Whether either of the two is an iterator."""
         return self._train.from_host or self._val.from_host
 
     def affordable(self, chunk_size: int) -> int:
-        """The size of a chunk whose batches do not take too much memory."""
+        """A chunk size whose batches do not take too much memory."""
         needed = self._train.bytes_per_step() + self._val.bytes_per_step()
         return max(1, min(chunk_size, _MOST_BYTES_FETCHED // max(needed, 1)))
 
     def draw_chunk(
         self, steps: int, multiple: int, *, in_part: bool
     ) -> tuple[Batches, Batches, int] | None:
-        """What a chunk of up to `steps` steps sees of each, and how many steps that are.
+        """What a chunk of up to `steps` steps gets from each source, and how many steps that is.
 
-        Fewer where an iterator has ended, or (`in_part`) before one that has failed; `None` for
-        less than `multiple` of them.
+        Fewer if an iterator has ended, or (`in_part`) before one that has failed; `None` for less
+        than `multiple` of them.
         """
         taken = min(source.draw(steps, in_part=in_part) for source in self._sources.values())
         taken -= taken % multiple
@@ -88,7 +88,7 @@ class Feed:
 
     @property
     def failure(self) -> Exception | None:
-        """What went wrong in drawing."""
+        """The error while drawing."""
         return self._train.failure or self._val.failure
 
     def release_oldest(self) -> None:
@@ -97,12 +97,12 @@ class Feed:
             source.release_oldest()
 
     def close(self) -> None:
-        """What was drawn and not used goes back, where that is possible."""
+        """Batches that were drawn and not used go back, if possible."""
         for source in self._sources.values():
             source.close()
 
     def described(self) -> dict[str, Any]:
-        """What tells the data of a run from other data, as far as that can be told."""
+        """What distinguishes the data of a run from other data, as far as possible."""
         return {name: source.described() for name, source in self._sources.items()}
 
     def positions(self) -> dict[str, Any]:

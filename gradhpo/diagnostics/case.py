@@ -1,4 +1,4 @@
-"""Estimators followed along a horizon of inner steps, the hyperparameters held still."""
+"""Follows estimators along a horizon of inner steps, with the hyperparameters held fixed."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -23,9 +23,9 @@ from gradhpo.utils.validation import check_single_batch, numbers_as_arrays
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Where to start, on what data, and how far: all that is the same for every estimator.
+    """Where to start, on which data, and how far: everything that is the same for every estimator.
 
-    Programs are functions of `(optimizer, start, train_batch, val_batch, ...)`, `start` being the
+    Programs are functions of `(optimizer, start, train_batch, val_batch, ...)`; `start` is the
     state of the optimizer at the start of an episode.
     """
 
@@ -64,11 +64,11 @@ class Case:
     def inputs(
         self, start: BilevelState, train_batch: PyTree, val_batch: PyTree, first: Any = 0
     ) -> Inputs:
-        """For use inside a program, from inner step `first` on."""
+        """For use inside a program, starting at inner step `first`."""
         return Inputs(start, drawn(train_batch, first), val_batch, self.losses)
 
     def start(self, optimizer: BilevelOptimizer) -> BilevelState:
-        """The state of another optimizer where this case begins."""
+        """The state of another optimizer at the start of this case."""
         return optimizer._adopt(self.state, keep_memory=True)
 
     def compile(
@@ -78,9 +78,9 @@ class Case:
         return Program(function, optimizer, start, self.train_batch, self.val_batch, *more)
 
     def estimate(self, optimizer: BilevelOptimizer) -> Program:
-        """`at_end`, from where `run` would begin the episode."""
+        """`at_end`, starting where `run` would start the episode."""
         start = self.start(optimizer)
-        if optimizer.reads_ahead:  # else nothing worth a compilation
+        if optimizer.reads_ahead:  # otherwise there is nothing to compile
             start = eqx.combine(self.compile(self.begin, optimizer, start=start)(), start)
         else:
             start = self.begin(optimizer, start, self.train_batch, self.val_batch)
@@ -93,7 +93,7 @@ class Case:
         train_batch: PyTree,
         val_batch: PyTree,
     ) -> BilevelState:
-        """What `run` does where an episode of so many inner steps begins."""
+        """What `run` does at the start of an episode with this number of inner steps."""
         start = start.update(step=jnp.zeros_like(start.step))
         inputs = self.inputs(start, train_batch, val_batch)
         return optimizer._begin_episode(inputs, self.num_steps // optimizer.num_inner_steps)
@@ -105,7 +105,7 @@ class Case:
         train_batch: PyTree,
         val_batch: PyTree,
     ) -> tuple[PyTree, Array, MetricDict]:
-        """What the optimizer has at the end of the horizon.
+        """The optimizer's results at the end of the horizon.
 
         Its hypergradient, the validation loss, and its own metrics (residuals of a solver).
         """
@@ -116,7 +116,7 @@ class Case:
             state = eqx.combine(carry[0], static)
             inputs = self.inputs(state, train_batch, val_batch, k * per_step)
             estimate = optimizer._solve(inputs)
-            # The inner problem goes on; nothing is refused.
+            # The inner problem continues; nothing is refused.
             state = with_inner_state(state, estimate.z).update(memory=estimate.memory)
             arrays = eqx.filter(state, eqx.is_array)
             return (arrays, estimate.hypergradient), estimate.val_loss
@@ -132,7 +132,7 @@ class Case:
         return self.compile(along, optimizer)
 
     def seen(self, optimizer: BilevelOptimizer) -> list[bool]:
-        """For each leaf of the hyperparameters whether the optimizer can see it."""
+        """For each leaf of the hyperparameters, whether the optimizer can see it."""
         at = (self.start(optimizer), self.train_batch, self.val_batch)
         return optimizer._seen(self.inputs(*at))
 
@@ -143,30 +143,30 @@ class Case:
         train_batch: PyTree,
         val_batch: PyTree,
     ) -> Problem:
-        """For use inside a program; of an optimizer for one inner problem."""
+        """For use inside a program; for an optimizer on one inner problem."""
         inputs = self.inputs(start, train_batch, val_batch)
         return algorithm_of(optimizer)._problem(inputs)
 
 
 def drawn(train_batch: PyTree, first: Any = 0) -> DrawnStack:
-    """The batches from inner step `first` on, also where a `step` takes only some of them."""
+    """The batches from inner step `first` on, even if a `step` takes only some of them."""
     return DrawnStack(lambda t: batch_of_step(train_batch, first + t))
 
 
 def check_optimizers(optimizers: Mapping[str, BilevelOptimizer]) -> BilevelOptimizer:
-    """The first of them, if they can be compared."""
+    """The first of the optimizers, if they can be compared."""
     if not optimizers:
         raise ValueError("optimizers is empty; pass a dict of name to optimizer")
     taken = {"reference", "training alone"} & set(optimizers)
     if taken:
-        raise ValueError(f"optimizers has the name {taken.pop()!r}, which a report needs itself")
+        raise ValueError(f"optimizers has the name {taken.pop()!r}, which the report reserves")
     first = next(iter(optimizers.values()))
     others = [name for name, optimizer in optimizers.items() if not same_wrappers(first, optimizer)]
     if others:
         around = {name: _around(optimizer) for name, optimizer in optimizers.items()}
         raise ValueError(
             f"optimizers are for different numbers of inner problems, {around}: wrap all of them "
-            "alike, or none"
+            "the same way, or none"
         )
     return first
 
@@ -186,8 +186,8 @@ def check_one_problem(name: str, optimizer: BilevelOptimizer) -> None:
     """Some diagnostics look into one inner problem."""
     if optimizer is not algorithm_of(optimizer):
         raise TypeError(
-            f"{name}(optimizer={type(optimizer).__name__}(...)) would look into several inner "
-            "problems at once: pass the optimizer that it wraps, with the state and the batches of "
+            f"{name}(optimizer={type(optimizer).__name__}(...)) would look at several inner "
+            "problems: pass the optimizer that it wraps, with the state and the batches of "
             "one of them"
         )
 

@@ -1,4 +1,4 @@
-"""The report of `check_hypergradient`: what was measured, and what to think of it."""
+"""The report of `check_hypergradient`: what was measured, and how to judge it."""
 
 import dataclasses
 import math
@@ -11,12 +11,12 @@ from gradhpo.diagnostics.nonfinite import NonFinite
 from gradhpo.diagnostics.tables import aligned, number
 
 
-# Above these (below, for smoothness) a measurement becomes a finding.
+# A measurement above these (for smoothness, below) becomes a finding.
 MOST_ROUNDING, MOST_STEP_ERROR, MOST_UPHILL, LEAST_SMOOTHNESS = 0.05, 0.01, 0.5, 0.5
 
 
 class StepError(NamedTuple):
-    """How much an estimate by finite differences changes with its own step, relatively.
+    """How much an estimate by finite differences changes with its own step, in relative terms.
 
     `halved`: from `epsilon` to half of it; `much_smaller`: the same at a hundredth of `epsilon`.
     """
@@ -26,10 +26,10 @@ class StepError(NamedTuple):
 
     @property
     def finding(self) -> str:
-        """What is wrong with `epsilon`; empty if the estimate changes by 1 % at most."""
+        """What is wrong with `epsilon`; empty if the estimate changes by at most 1 %."""
         if self.halved <= MOST_STEP_ERROR:
             return ""
-        # Truncation falls with the step, rounding grows.
+        # The truncation error falls with the step, rounding grows.
         kind = "large" if self.much_smaller < self.halved else "small (rounding)"
         changed = "leaves NaN" if math.isnan(self.halved) else f"is {self.halved:.1%} away"
         return f"epsilon is too {kind}: the estimate with half of it {changed}"
@@ -42,22 +42,22 @@ class HypergradientCheck:
     **Fields:**
 
     - `findings`: what is wrong, in words, with the remedy; `healthy` if there is nothing.
-    - `nonfinite`: where the NaN or infinity of the estimate or of the validation loss comes from,
-        or `None`.
+    - `nonfinite`: the source of a NaN or infinity in the estimate or in the validation loss, or
+        `None`.
     - `precision`, `precision_by_leaf`: agreement of the estimate in the parameters' own precision
-        (`narrow`, float32 if that is float64) with the estimate in float64; `None` where random
-        numbers are drawn, which are others in another precision.
-    - `finite_differences`: leaf to the derivative of the whole training along a random direction,
-        by the exact hypergradient and by differences.
-    - `detached`: leaves that change training but have no derivative.
-        `why_detached` says where it may be lost.
+        (`narrow`, or float32 if that is float64) with the estimate in float64; `None` if random
+        numbers are drawn, which differ between precisions.
+    - `finite_differences`: maps a leaf to the derivative of the whole training along a random
+        direction, by the exact hypergradient and by differences.
+    - `detached`: leaves that change training but have no derivative; `why_detached` says where it
+        may be lost.
     - `unseen`: leaves that this optimizer does not see, though others might.
-    - `vanishing`: leaves that it sees, and whose hypergradient is exactly 0.
-    - `uphill_share`: of the inner steps, those whose rule (with a new optimizer state) goes up its
+    - `vanishing`: leaves that it sees but whose hypergradient is exactly 0.
+    - `uphill_share`: the share of inner steps whose rule (with a new optimizer state) increases its
         own training loss.
-    - `step_error`: of an estimate that itself takes finite differences (`T1T2Optimizer`).
+    - `step_error`: for an estimate that itself takes finite differences (`T1T2Optimizer`).
     - `metasmoothness`: see [`metasmoothness`][gradhpo.metasmoothness], at `step_size`; `diverges`
-        if a training on that way ends with a NaN or an infinity.
+        if one of its trainings ends with a NaN or an infinity.
     - `notes`: what could not be measured, and why.
     """
 
@@ -114,8 +114,8 @@ class HypergradientCheck:
                 )
             elif check.erratic and leaf not in self.detached:
                 found.append(
-                    f"{leaf}: nothing vouches for its derivative of {check.derivative:.4g}, since "
-                    "trainings beside it contradict one another (differences of "
+                    f"{leaf}: nothing confirms its derivative of {check.derivative:.4g}, since "
+                    "nearby trainings contradict each other (differences of "
                     f"{check.difference:.4g} ± {check.uncertainty:.0e} at steps of 1e-3 to 1e-6): "
                     "training jumps there; look again with a shorter horizon, with "
                     "eps_root=1e-8 (Adam), or with smooth activations"

@@ -1,4 +1,4 @@
-"""How good, and how dear, each estimate of the hypergradient is on a problem of your own."""
+"""How accurate, and how expensive, each estimate of the hypergradient is on your problem."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ from gradhpo.utils.validation import leaf_names
 from gradhpo.utils.warn import without_warnings
 
 
-# Validation losses further apart than this (relatively) do not come of rounding.
+# Validation losses that differ by more than this (in relative terms) are not due to rounding.
 _SAME_LOSS = 1e-3
 
 
@@ -36,27 +36,27 @@ def compare_hypergradients(
     *,
     reference: BilevelOptimizer | PyTree | None = None,
 ) -> HypergradientComparison:
-    r"""Runs every estimator from one state on the same data, and compares what they return.
+    r"""Runs every estimator from one state on the same data, and compares the results.
 
-    All train through one horizon of inner steps with the hyperparameters held still, and all
-    hypergradients are those at its end. An optimizer that takes fewer inner steps per `step`
-    (one step, HyperDistill) takes as many `step`s as fit, as it would in a run that starts here:
-    memory is that of a new episode, and HyperDistill fits $\theta$ first (not with
-    `estimation_period=None`; the fit, due once in so many episodes, is not in its costs). The
-    state is left as it is.
+    All estimators train through the same horizon of inner steps with the hyperparameters held
+    fixed, and all hypergradients are taken at its end. An optimizer that takes fewer inner steps
+    per `step` (one step, HyperDistill) takes as many `step`s as fit, as it would in a run that
+    starts here: its memory is that of a new episode, and HyperDistill fits $\theta$ first (unless
+    `estimation_period=None`; its costs exclude the fit, which is due only once every several
+    episodes). The state is left unchanged.
 
     **Arguments:**
 
-    - `optimizers`: name to optimizer. All with the inner optimizer (or `update_fn`) that the
+    - `optimizers`: name to optimizer. All must have the inner optimizer (or `update_fn`) that the
         state was made with; outer optimizers do not matter.
-    - `state`: where to start, from `init` of any of them, or from the middle of a run.
-    - `train_batch`: a [`BatchStack`][gradhpo.BatchStack], whose length is the horizon; or one
-        batch for all steps, the horizon being that of the longest optimizer.
+    - `state`: where to start: from `init` of any of them, or from the middle of a run.
+    - `train_batch`: a [`BatchStack`][gradhpo.BatchStack], whose length is the horizon; or one batch
+        for all steps, where the horizon is that of the longest optimizer.
     - `val_batch`: one batch, as for [`step`][gradhpo.BilevelOptimizer.step].
     - `losses`: the [`LossFunctions`][gradhpo.LossFunctions].
-    - `reference`: what to compare with: an optimizer, or a tree like the hyperparameters (a
-        closed form, finite differences). `None` (the default): the exact hypergradient of the
-        whole horizon, by [`UnrolledOptimizer`][gradhpo.UnrolledOptimizer].
+    - `reference`: what to compare with: an optimizer, or a tree like the hyperparameters (a closed
+        form, finite differences). `None` (the default): the exact hypergradient of the whole
+        horizon, by [`UnrolledOptimizer`][gradhpo.UnrolledOptimizer].
 
     **Returns:** a [report][gradhpo.diagnostics.comparison.HypergradientComparison].
     `report.cosine[name]`, `.norm_ratio[name]`, `.relative_error[name]` and `.sign_agreement[name]`
@@ -66,17 +66,17 @@ def compare_hypergradients(
     \mathtt{norm\_ratio} = \frac{\|g\|}{\|r\|},\quad
     \mathtt{relative\_error} = \frac{\|g - r\|}{\|r\|},$$
 
-    (signs: the share that agrees), `report.per_leaf[leaf].cosine[name]` and so on leaf by leaf;
-    `report.flops[name]`, `.temporary_bytes[name]`, `.seconds[name]` are the costs of the whole
-    horizon, with an estimate at each `step` of the optimizer. `report.metrics[name]` has what a
-    method says of itself at the end (residuals of a linear solver, theta). `str(report)` is a
-    table, `report.plot()` a figure. Hyperparameters that a method cannot see are
-    in `report.unseen[name]`, methods that do not work on this problem in `report.failed[name]`,
+    (signs: the share that agrees); `report.per_leaf[leaf].cosine[name]` and so on do so leaf by
+    leaf. `report.flops[name]`, `.temporary_bytes[name]` and `.seconds[name]` are the costs of the
+    whole horizon, with an estimate at each `step` of the optimizer. `report.metrics[name]` holds
+    what a method reports about itself at the end (residuals of a linear solver, theta).
+    `str(report)` is a table, `report.plot()` a figure. `report.unseen[name]` lists hyperparameters
+    that a method cannot see, and `report.failed[name]` methods that do not work on this problem,
     with the reason.
 
-    **Raises:** `ValueError` for a horizon that an optimizer does not divide, no optimizers, one
-    that is called `"reference"` or `"training alone"`, different numbers of tasks, or a `reference`
-    of other shapes; `TypeError` for a list of batches; and what
+    **Raises:** `ValueError` for a horizon that is not a multiple of an optimizer's inner steps, no
+    optimizers, an optimizer called `"reference"` or `"training alone"`, different numbers of tasks,
+    or a `reference` of other shapes; `TypeError` for a list of batches; and what
     [`step`][gradhpo.BilevelOptimizer.step] raises for losses and batches.
 
     ```python
@@ -115,7 +115,7 @@ def compare_hypergradients(
             with without_warnings():
                 seen = case.seen(optimizer)
             unseen[name] = tuple(leaf for leaf, s in zip(names, seen, strict=True) if not s)
-            if not any(seen):  # a `step` of it would raise and say so
+            if not any(seen):  # a `step` of it would raise an error that says so
                 found[name] = jax.tree.map(np.zeros_like, expected)
                 continue
             made = _estimated(case, optimizer)
@@ -149,7 +149,7 @@ class _Estimated:
 
 
 def _like(hyperparams: PyTree, reference: Any) -> PyTree:
-    """The reference that was given, which may have another precision."""
+    """The given reference, which may have another precision."""
     given = jax.tree.map(np.asarray, reference)
     shapes = [jax.tree.map(np.shape, tree) for tree in (given, hyperparams)]
     if shapes[0] != shapes[1]:
@@ -161,7 +161,7 @@ def _like(hyperparams: PyTree, reference: Any) -> PyTree:
 
 
 def _estimated(case: Case, optimizer: BilevelOptimizer) -> _Estimated:
-    with without_warnings():  # what a method does not see is in the report
+    with without_warnings():  # the report says what a method does not see
         program = case.estimate(optimizer)
         (hypergradient, val_loss, metrics), seconds = program.timed()
     cost = dataclasses.replace(program.cost, seconds=seconds)
@@ -170,7 +170,7 @@ def _estimated(case: Case, optimizer: BilevelOptimizer) -> _Estimated:
 
 
 def _remark(name: str, made: _Estimated, trained_loss: float) -> dict[str, str]:
-    """What the numbers alone would not tell about an estimate."""
+    """What the numbers alone would not say about an estimate."""
     leaves = jax.tree.leaves(made.hypergradient)
     if not all(np.all(np.isfinite(leaf)) for leaf in leaves):
         return {name: "not finite; gradhpo.check_hypergradient says where that comes from"}
@@ -180,15 +180,15 @@ def _remark(name: str, made: _Estimated, trained_loss: float) -> dict[str, str]:
 
 
 def trains_otherwise(val_loss: float, expected: float) -> bool:
-    """Whether two validation losses are further apart than rounding would have them."""
+    """Whether two validation losses differ by more than rounding explains."""
     apart = abs(val_loss - expected)
     return not math.isfinite(expected) or apart > _SAME_LOSS * max(abs(expected), 1e-30)
 
 
 def another_training(val_loss: float, expected: float) -> str:
-    """What to make of two losses at the end of what should be one training."""
+    """A remark if two losses differ at the end of what should be the same training."""
     return (
-        f"trains to another validation loss ({val_loss:.4g}) than the first optimizer "
+        f"reaches another validation loss ({val_loss:.4g}) than the first optimizer "
         f"({expected:.4g}); unless both have the same inner update, comparing them means nothing"
     )
 
@@ -198,4 +198,4 @@ def _described(reference: Any, num_steps: int) -> str:
         return f"the exact hypergradient of {num_steps} inner steps"
     if isinstance(reference, BilevelOptimizer):
         return type(reference).__name__
-    return "the reference that was given"
+    return "the given reference"

@@ -1,4 +1,4 @@
-"""How near estimates of a hypergradient come to a reference, and the report of that."""
+"""How close estimates of a hypergradient are to a reference, and the report about it."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -14,19 +14,19 @@ from gradhpo.diagnostics.tables import OPEN_LOOPS, aligned, bytes_of, flops_of, 
 from gradhpo.utils.validation import leaf_names
 
 
-# More leaves than this are in the report, but not in its text.
+# The report's text shows at most this many leaves.
 _MOST_LEAVES = 12
 
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    r"""Of estimates $g$, by name, with a reference $r$. Computed in float64.
+    r"""Agreement of estimates $g$, by name, with a reference $r$. Computed in float64.
 
-    - `cosine`: $g \cdot r / (\|g\| \|r\|)$; `nan` where one of them is 0.
+    - `cosine`: $g \cdot r / (\|g\| \|r\|)$; `nan` if one of them is 0.
     - `norm_ratio`: $\|g\| / \|r\|$.
     - `relative_error`: $\|g - r\| / \|r\|$.
-    - `sign_agreement`: share of the coordinates with the same sign, of those where one of the
-        two is not 0.
+    - `sign_agreement`: share of the coordinates with the same sign, among those where at least one
+        of the two is not 0.
     """
 
     cosine: dict[str, float]
@@ -44,7 +44,7 @@ def agreement(estimates: Mapping[str, PyTree], reference: PyTree) -> Agreement:
 
 
 def agreement_by_leaf(estimates: Mapping[str, PyTree], reference: PyTree) -> dict[str, Agreement]:
-    """Leaf of the hyperparameters to the agreement there."""
+    """Maps each leaf of the hyperparameters to the agreement there."""
     split = {name: jax.tree.leaves(tree) for name, tree in estimates.items()}
     return {
         leaf: agreement({name: leaves[i] for name, leaves in split.items()}, part)
@@ -60,7 +60,7 @@ def _row(tree: PyTree) -> np.ndarray:
 
 
 def _scaled(measure: Callable) -> Callable:
-    """Of unit-sized rows, so that squares of tiny or huge numbers neither vanish nor overflow."""
+    """For rows scaled to unit size, so that squares neither vanish nor overflow."""
 
     def of_scaled(g: np.ndarray, r: np.ndarray) -> Any:
         size = max(np.max(np.abs(g), initial=0), np.max(np.abs(r), initial=0))
@@ -96,18 +96,18 @@ def _sign_agreement(g: np.ndarray, r: np.ndarray) -> Any:
 class HypergradientComparison:
     r"""What [`compare_hypergradients`][gradhpo.compare_hypergradients] found.
 
-    **Fields** (dicts by the name of the optimizer, unless said otherwise):
+    **Fields** (dicts by the name of the optimizer, unless stated otherwise):
 
-    - `cosine`, `norm_ratio`, `relative_error`, `sign_agreement`: over all coordinates, of the
-        estimate $g$ with the reference $r$: $g \cdot r/(\|g\|\|r\|)$, $\|g\|/\|r\|$,
-        $\|g - r\|/\|r\|$, and the share of equal signs where one of the two is not 0.
-    - `per_leaf`: leaf of the hyperparameters to the same four.
-    - `flops`, `temporary_bytes`, `seconds`: of the whole horizon. `costs` has more, and also
+    - `cosine`, `norm_ratio`, `relative_error`, `sign_agreement`: over all coordinates, for the
+        estimate $g$ and the reference $r$: $g \cdot r/(\|g\|\|r\|)$, $\|g\|/\|r\|$,
+        $\|g - r\|/\|r\|$, and the share of equal signs where at least one of the two is not 0.
+    - `per_leaf`: maps each leaf of the hyperparameters to the same four.
+    - `flops`, `temporary_bytes`, `seconds`: for the whole horizon. `costs` has more, including
         those of `"training alone"` and of the `"reference"`.
-    - `metrics`: of the optimizers that have some of their own, at the end of the horizon.
-    - `unseen`: leaves that an optimizer cannot see, where there are any.
+    - `metrics`: the optimizers' own metrics, if any, at the end of the horizon.
+    - `unseen`: leaves that an optimizer cannot see, if there are any.
     - `failed`: why an optimizer does not work on this problem. It is in no other dict.
-    - `remarks`: what else is to be known of an estimate.
+    - `remarks`: other facts about an estimate.
     - `hypergradients`, and `reference`, one tree: what was compared.
     - `num_steps`: inner steps of the horizon.
     """
@@ -127,7 +127,7 @@ class HypergradientComparison:
 
     @property
     def cosine(self) -> dict[str, float]:
-        """Of the angle with the reference; `nan` where one of the two is 0."""
+        """Of the angle with the reference; `nan` if one of the two is 0."""
         return self.overall.cosine
 
     @property
@@ -152,7 +152,7 @@ class HypergradientComparison:
 
     @property
     def temporary_bytes(self) -> dict[str, int]:
-        """Memory of the whole horizon besides arguments and results."""
+        """Memory of the whole horizon, excluding arguments and results."""
         return {name: cost.temporary_bytes for name, cost in self.costs.items()}
 
     @property
@@ -189,7 +189,7 @@ class HypergradientComparison:
         return "\n\n".join(parts + (["\n".join(notes)] if notes else []))
 
     def plot(self) -> Any:
-        """A `matplotlib` figure: agreement, length and costs, one row for each optimizer."""
+        """A `matplotlib` figure: agreement, length and costs, one row per optimizer."""
         return draw_comparison(self)
 
     def _about_the_reference(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a compiled program costs: work and memory by the compiler's count, time by the clock."""
+"""What a compiled program costs: work and memory as the compiler counts, time by the clock."""
 
 import dataclasses
 import functools
@@ -19,14 +19,14 @@ from gradhpo.utils.foreign import OPEN_LOOPS
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one program.
+    """The costs of one program.
 
-    - `flops`: floating-point operations, loops counted as often as they run, and of branches the
-        dearest, taken or not. A loop whose length
-        is found only while it runs, or inside a linear solver, counts once: then `at_least`.
-    - `temporary_bytes`: memory that the program needs besides its arguments and results.
-    - `total_bytes`: with them.
-    - `seconds`: of one run, `nan` if it was not run.
+    - `flops`: floating-point operations. Loops count as often as they run; of several branches, the
+        most expensive counts, taken or not. A loop inside a linear solver, or one whose length is
+        found only at run time, counts once: then `at_least` is true.
+    - `temporary_bytes`: memory that the program needs in addition to its arguments and results.
+    - `total_bytes`: the same, including them.
+    - `seconds`: for one run, `nan` if it was not run.
     """
 
     flops: float
@@ -39,8 +39,8 @@ class Cost:
 class Program:
     """A compiled function of pytrees, for the arrays that it was made with.
 
-    Arrays may be `jax.ShapeDtypeStruct`s where it is to be looked at and not to be run. What is
-    not an array is part of the program; of the result only the arrays are returned.
+    Arrays may be `jax.ShapeDtypeStruct`s if the program is only inspected and not run. Everything
+    that is not an array is part of the program; only the arrays of the result are returned.
     """
 
     def __init__(self, function: Callable, *arguments: PyTree):
@@ -54,7 +54,7 @@ class Program:
         self._compiled = self._lowered.compile()
 
     def __call__(self, *arguments: PyTree) -> Any:
-        """The result, for other arguments of the same kind if some are given."""
+        """The result, for other arguments of the same kind if given."""
         arrays = eqx.filter(on_device(arguments), _is_array) if arguments else self._arrays
         return jax.block_until_ready(self._compiled(arrays))
 
@@ -69,7 +69,7 @@ class Program:
 
     @property
     def flops_with_loops_once(self) -> float:
-        """As the compiler counts: the body of a loop once, however often it runs."""
+        """As the compiler counts: the body of a loop counts once, however often it runs."""
         return _flops(self._compiled)
 
     @property
@@ -85,7 +85,9 @@ class Program:
     def _memory(self) -> Any:
         found = self._compiled.memory_analysis()
         if found is None:
-            raise NotImplementedError(f"the compiler for {jax.default_backend()} counts no memory")
+            raise NotImplementedError(
+                f"the compiler for {jax.default_backend()} does not report memory"
+            )
         return found
 
     def has(self, operations: Container[str]) -> bool:
@@ -105,7 +107,7 @@ class Program:
 
 
 def on_device(tree: PyTree) -> PyTree:
-    """NumPy arrays as arguments of a program: as constants of it they would be compiled in."""
+    """NumPy arrays become arguments of a program: as constants they would be compiled in."""
     return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, tree)
 
 
@@ -119,19 +121,20 @@ def _flops(program: Any) -> float:
 
 
 def _beyond_once(program: Jaxpr) -> float:
-    """What to add to a count that has the body of a loop once."""
+    """What to add to a count that includes the body of a loop once."""
     return math.fsum(_of_operation(eqn) for eqn in program.eqns)
 
 
 def _of_operation(eqn: Any) -> float:
     if eqn.primitive.name == "scan":
         length, unroll, body = (eqn.params[name] for name in ("length", "unroll", "jaxpr"))
-        # Of an unrolled loop the compiler sees some copies of the body, and those left over.
+        # For an unrolled loop the compiler sees several copies of the body, and the remaining
+        # steps.
         copies = length if unroll >= length else unroll + length % unroll
         once = _once(body)
         return length * (once + _beyond_once(body.jaxpr)) - copies * once
     if eqn.primitive.name == "cond":
-        # The compiler counts the dearest branch; which one that is, loops may change.
+        # The compiler counts the most expensive branch; loops may change which one that is.
         branches = eqn.params["branches"]
         beyond = [_beyond_once(branch.jaxpr) for branch in branches]
         if not any(beyond):
@@ -147,7 +150,7 @@ def _once(program: ClosedJaxpr) -> float:
 
 
 def _primitives(program: Jaxpr) -> Iterator[str]:
-    """The names of all operations, those within others included."""
+    """The names of all operations, including nested ones."""
     for eqn in program.eqns:
         yield eqn.primitive.name
         for inner in jaxprs_in_params(eqn.params):

@@ -26,7 +26,7 @@ def figure(columns: int, *, height: float, width: float, sharey: bool = False) -
 
 
 def _log_scale(axis: Any, values: Any) -> None:
-    """Plain numbers at few places; matplotlib's own minor labels run into one another."""
+    """Plain numbers at few positions; matplotlib's own minor labels overlap."""
     from matplotlib import ticker
 
     values = np.asarray([x for x in values if np.isfinite(x) and x > 0])
@@ -38,7 +38,7 @@ def _log_scale(axis: Any, values: Any) -> None:
 
 
 def draw_comparison(report: Any) -> Any:
-    """Of a `HypergradientComparison`: cosine, length, time and memory, a row for each."""
+    """For a `HypergradientComparison`: cosine, length, time and memory, one row per optimizer."""
     names = [name for name in report.hypergradients if not report.sees_none(name)]
     rows = np.arange(len(names))
     made, (cosine, norm, seconds, memory) = figure(
@@ -90,7 +90,7 @@ def draw_comparison(report: Any) -> Any:
 
 
 def draw_noise(report: Any) -> Any:
-    """Of a `HypergradientNoise`: mean squared error, split into bias and variance."""
+    """For a `HypergradientNoise`: mean squared error, split into bias and variance."""
     names = list(report.overall)
     rows = np.arange(len(names))
     bias = np.square([report.overall[name].bias for name in names])
@@ -120,7 +120,7 @@ def draw_noise(report: Any) -> Any:
 
 
 def draw_horizon(report: Any) -> Any:
-    """Of a `Horizon`: the share of every inner step, and the cosine of every truncation."""
+    """For a `Horizon`: the share of every inner step, and the cosine of every truncation."""
     steps = np.arange(1, report.num_steps + 1)
     made, (share, cosine) = figure(2, height=3.8, width=11.0)
     share.axhline(0, color=GREY, lw=0.8)

@@ -35,12 +35,12 @@ def finite_difference_hypergradient(
     $$g_i \approx \frac{F(\lambda + h_i e_i) - F(\lambda - h_i e_i)}{2 h_i},\qquad
     h_i = \mathtt{epsilon}\cdot\max(1, |\lambda_i|).$$
 
-    $w_T(\lambda)$ is what the optimizer's `num_inner_steps` inner steps make of `state`, so
-    this is the exact hypergradient of that many steps up to rounding and $O(\epsilon^2)$, at
-    two inner optimizations per coordinate. (`OnlineHypergradientOptimizer` looks further back
-    than the one step that it takes: compare it with an `UnrolledOptimizer` over the episode.)
-    Use float64: in lower
-    precision the differences are mostly rounding noise, and a warning says so.
+    $w_T(\lambda)$ is the result of the optimizer's `num_inner_steps` inner steps from `state`, so
+    this is the exact hypergradient of that many steps up to rounding and $O(\epsilon^2)$, at the
+    cost of two inner optimizations per coordinate. (`OnlineHypergradientOptimizer` looks further
+    back than the one step that it takes: compare it with an `UnrolledOptimizer` over the episode.)
+    Use float64: in lower precision the differences are mostly rounding noise, and a warning says
+    so.
 
     **Arguments:**
 

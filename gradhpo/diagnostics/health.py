@@ -45,26 +45,26 @@ def check_hypergradient(
     *,
     step_size: RealScalarLike = 0.1,
 ) -> HypergradientCheck:
-    r"""Looks for what makes a hypergradient wrong without making it fail.
+    r"""Looks for faults that make a hypergradient wrong without making it fail.
 
-    In one call: the estimate in the precision of the parameters against float64; the exact
-    hypergradient of the same inner steps against finite differences of the whole training, along
-    a random direction of every leaf; leaves whose effect is cut off from differentiation; inner
-    steps that go uphill; the step of a method that itself takes finite differences;
-    [`metasmoothness`][gradhpo.metasmoothness]; and for a NaN the leaf, the inner step and the
-    usual suspect. It compiles some four programs and trains, in float64, eight times for every
-    leaf, and keeps all inner states: for some tens of inner steps, before the long run.
+    One call checks: the estimate in the precision of the parameters against float64; the exact
+    hypergradient of the same inner steps against finite differences of the whole training, along a
+    random direction of every leaf; leaves whose effect is cut off from differentiation; inner steps
+    that go uphill; the step of a method that itself takes finite differences;
+    [`metasmoothness`][gradhpo.metasmoothness]; and for a NaN, the leaf, the inner step and the
+    usual suspect. It compiles about four programs, trains eight times per leaf in float64, and
+    keeps all inner states: use it for a few tens of inner steps, before the long run.
 
     **Arguments:**
 
-    - `optimizer`: any but `TaskBatched`.
+    - `optimizer`: any except `TaskBatched`.
     - `state`, `train_batch`, `val_batch`, `losses`: as for
         [`compare_hypergradients`][gradhpo.compare_hypergradients]. The losses must also run on
-        float64 inputs; what they hold in float32 themselves stays so.
+        float64 inputs; arrays that they hold in float32 themselves stay float32.
     - `step_size`: size of an outer step, for the metasmoothness; positive, default 0.1.
 
     **Returns:** a [report][gradhpo.diagnostics.checkup.HypergradientCheck]: `report.findings`,
-    `report.healthy`, and the measurements. `str(report)` tells all of it.
+    `report.healthy`, and the measurements. `str(report)` shows all of it.
 
     **Raises:** `TypeError` for `TaskBatched`; `ValueError` for `step_size <= 0`; what
     [`step`][gradhpo.BilevelOptimizer.step] raises for losses and batches.
@@ -85,7 +85,7 @@ def check_hypergradient(
     check_one_problem("check_hypergradient", optimizer)
     check_setting("step_size", jnp.asarray(step_size), lambda x: x > 0, "positive")
     case = Case.create(state, train_batch, val_batch, losses, {type(optimizer).__name__: optimizer})
-    with without_warnings():  # the report says it all
+    with without_warnings():  # the report says everything
         return _checked_up(case, algorithm_of(optimizer), float(np.asarray(step_size)))
 
 
@@ -120,7 +120,7 @@ def _checked_up(case: Case, optimizer: Algorithm, step_size: float) -> Hypergrad
         notes.append(f"the exact hypergradient, though not this estimate, is {exact}")
     precision, by_leaf = None, {}
     if own.draws_random_numbers:
-        notes.append("random numbers are drawn, others in another precision: not compared")
+        notes.append("random numbers differ between precisions: not compared")
     elif any(seen) and narrow is not None and wide is not None:
         pair = {"narrow": narrow.hypergradient}, wide.hypergradient
         precision, by_leaf = agreement(*pair), agreement_by_leaf(*pair)
@@ -147,12 +147,12 @@ def _checked_up(case: Case, optimizer: Algorithm, step_size: float) -> Hypergrad
 
 
 class _Run:
-    """An optimizer along a case in one precision: its estimate, and the exact way with eyes on."""
+    """An optimizer on a case in one precision: the estimate, and the monitored exact one."""
 
     def __init__(self, case: Case, optimizer: Algorithm, sees_any: bool):
         self.case, self.optimizer, self._sees_any = case, optimizer, sees_any
         self._program = case.estimate(optimizer) if sees_any else None
-        if self._program is None:  # a `step` would raise, and say that it sees nothing
+        if self._program is None:  # a `step` would raise an error: it sees nothing
             self.hypergradient = jax.tree.map(jnp.zeros_like, case.state.hyperparams)
         else:
             self.hypergradient = self._program()[0]
@@ -173,20 +173,20 @@ class _Run:
         return self._program is not None and self._program.has(RANDOM)
 
     def watched(self, notes: list[str]) -> dict[str, Any] | None:
-        """What `finiteness` returns, or `None` and a note where derivatives do not exist."""
+        """What `finiteness` returns, or `None` and a note if derivatives do not exist."""
         case = self.case
         looking = lambda *arguments: finiteness(case.problem(*arguments), case.num_steps)
         try:
             with differentiation_explained("the exact hypergradient"):
                 return case.compile(looking, self.optimizer)()
         except FAILURES as error:
-            note = f"the exact hypergradient cannot be had here: {_first_line(error)}"
+            note = f"the exact hypergradient is not available here: {_first_line(error)}"
             if note not in notes:
                 notes.append(note)
             return None
 
     def step_error(self) -> StepError | None:
-        """Of a method of finite differences, whose step is traced: nothing else is compiled."""
+        """For a method of finite differences, whose step is traced: nothing else is compiled."""
         program, case, optimizer = self._program, self.case, self.optimizer
         if program is None or optimizer.with_difference_step(1.0) is None:
             return None
@@ -204,7 +204,7 @@ class _Run:
 
 
 def _where(run: _Run, watched: dict[str, Any] | None, notes: list[str]) -> NonFinite | None:
-    """Where a non-finite estimate comes from; first on the exact way, and if not there, in it."""
+    """The source of a non-finite estimate: first in the exact computation, then in the estimate."""
     if _is_finite(run.hypergradient):
         return None
     watched = run.watched(notes) if watched is None else watched

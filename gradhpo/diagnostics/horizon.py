@@ -1,4 +1,4 @@
-"""Where the hypergradient comes from: what every inner step contributes, and what is kept of it."""
+"""Where the hypergradient comes from: what each inner step contributes, and what others keep."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -39,20 +39,21 @@ _MOST_ROWS = 12
 class Horizon:
     r"""What [`explain_horizon`][gradhpo.explain_horizon] found.
 
-    With $c_t = \alpha_T A_T \cdots A_{t+1} B_t$, what inner step $t$ contributes to the exact
+    With the contribution $c_t = \alpha_T A_T \cdots A_{t+1} B_t$ of inner step $t$ to the exact
     hypergradient $g = \partial L_{val}/\partial\lambda + \sum_t c_t$:
 
-    - `share[name]`, shape `[steps]`: $x_t \cdot g/\|g\|^2$, for what is kept of step $t$ by
-        `"exact"` ($x_t = c_t$), `"one step"` ($c_T$ at the end, else 0), `"greedy"`
-        ($\gamma^{T-t}\alpha_t B_t$) and `"HyperDistill"` ($\theta\gamma^{T-t} v_T$). Those of
-        `"exact"` and `direct_share` add up to 1; a negative one pulls the other way.
+    - `share[name]`, shape `[steps]`: $x_t \cdot g/\|g\|^2$, where $x_t$ is what `name` keeps of
+        step $t$: `"exact"` ($x_t = c_t$), `"one step"` ($c_T$ at the end, otherwise 0), `"greedy"`
+        ($\gamma^{T-t}\alpha_t B_t$) and `"HyperDistill"` ($\theta\gamma^{T-t} v_T$). The shares of
+        `"exact"` and `direct_share` add up to 1; a negative share pulls the other way.
     - `share_of_leaf[leaf][name]`: the same within one leaf of the hyperparameters.
     - `direct_share`: that of $\partial L_{val}/\partial\lambda$, and of what hyperparameters do in
         the inner optimizer's `init`.
     - `norm`, shape `[steps]`: $\|c_t\|$.
     - `cosine_of_last`, shape `[steps]`: at `[K - 1]` the cosine of $g$ with the hypergradient of
         the last K steps alone (`truncation=K`).
-    - `length_of_last`, shape `[steps]`: the length of that truncated one, relative to $\|g\|$.
+    - `length_of_last`, shape `[steps]`: the length of that truncated hypergradient, relative to
+        $\|g\|$.
     - `hypergradient`: $g$.
     """
 
@@ -72,8 +73,8 @@ class Horizon:
     def steps_needed(self, cosine: float = 0.99) -> int:
         """The smallest truncation from which on the cosine stays at least `cosine` (default 0.99).
 
-        It has the direction, not the length: see `length_of_last`. Raises `ValueError` where the
-        hypergradient is not finite.
+        This is about the direction, not the length: see `length_of_last`. Raises `ValueError` if
+        the hypergradient is not finite.
         """
         if not np.all(np.isfinite(self.norm)):
             raise ValueError(f"the hypergradient is not finite; {_LOOK_AT}")
@@ -125,21 +126,21 @@ def explain_horizon(
 ) -> Horizon:
     r"""What each inner step contributes to the exact hypergradient, and what others keep of it.
 
-    A method of short horizon keeps the last bars of this diagram. Where the early ones matter, or
-    point the other way, its hypergradient is biased: short-horizon bias, which makes learning
-    rates too small.
+    A short-horizon method keeps the last bars of this diagram. If the early ones matter, or point
+    the other way, its hypergradient is biased: short-horizon bias, which makes learning rates too
+    small.
 
     **Arguments:**
 
-    - `optimizer`: any; it only says what an inner step is, and how many there are if
-        `train_batch` is one batch. Not a `TaskBatched`.
+    - `optimizer`: any; it only defines the inner step, and the number of steps if `train_batch` is
+        one batch. Not a `TaskBatched`.
     - `state`, `train_batch`, `val_batch`, `losses`: as for
         [`compare_hypergradients`][gradhpo.compare_hypergradients].
     - `greedy_gamma`, `distill_gamma`: the discounts of greedy and of HyperDistill, in [0, 1].
 
     **Returns:** a [`Horizon`][gradhpo.diagnostics.horizon.Horizon], with the equations.
-    `str(report)` is a table, `report.plot()` a figure. Memory is that of the exact hypergradient
-    without checkpoints, time about twice.
+    `str(report)` is a table, `report.plot()` a figure. It takes the memory of the exact
+    hypergradient without checkpoints, and about twice its time.
 
     **Raises:** what [`step`][gradhpo.BilevelOptimizer.step] raises; `ValueError` for a discount
     outside [0, 1]; `TypeError` for `TaskBatched`.
@@ -160,7 +161,7 @@ def explain_horizon(
         ICLR 2018, arXiv:1803.02021.
     """
     check_one_problem("explain_horizon", optimizer)
-    # A stack has a length of its own, whatever the optimizer takes in a step.
+    # A stack has its own length, whatever the optimizer takes in a step.
     longest = {} if isinstance(train_batch, BatchStack) else {type(optimizer).__name__: optimizer}
     case = Case.create(state, train_batch, val_batch, losses, longest)
     algorithm = algorithm_of(optimizer)
@@ -183,7 +184,7 @@ def _contributions(
 ) -> tuple[PyTree, PyTree, PyTree, dict[str, Array]]:
     """The exact hypergradient, its direct term, that of `init`, and numbers about every step.
 
-    Twice through the kept states: products with the whole hypergradient need it first.
+    Goes through the kept states twice: products with the whole hypergradient need it first.
     """
     phi, validation, z, hyperparams = problem
     end, _, kept = phi.rollout(z, hyperparams, 0, num_steps, keep=lambda z: z)

@@ -1,4 +1,4 @@
-"""How training answers to a step of the hyperparameters: smoothly, and as a derivative says?"""
+"""How training responds to a step of the hyperparameters: smoothly, and as the derivative says?"""
 
 from typing import Any, NamedTuple
 
@@ -21,17 +21,17 @@ from gradhpo.utils.validation import check_same_structure, leaf_names
 from gradhpo.utils.warn import without_warnings
 
 
-# Steps of the differences, relative to the largest number of a leaf (1 at least). Of two next to
-# one another the pair that agrees best is believed, up to ten times what it disagrees by.
+# Steps of the differences, relative to the largest number of a leaf (at least 1). Of the pairs of
+# neighbouring steps, the one that agrees best is believed, up to ten times its disagreement.
 _EPSILONS = np.array([1e-3, 1e-4, 1e-5, 1e-6])
 
 
 class FiniteDifference(NamedTuple):
     """The derivative along a random direction of one leaf, in float64.
 
-    `derivative` by the exact hypergradient, `difference` by trainings on both sides, known up to
-    `uncertainty` (`inf` where they say nothing). `erratic` if differences over several steps
-    contradict one another, so that nothing was checked.
+    `derivative` comes from the exact hypergradient, `difference` from trainings on both sides,
+    known up to `uncertainty` (`inf` if they say nothing). `erratic` if differences over several
+    steps contradict each other, so that nothing was checked.
     """
 
     derivative: float
@@ -57,32 +57,32 @@ def metasmoothness(
     direction: PyTree = None,
     step_size: RealScalarLike = 0.1,
 ) -> float:
-    r"""How far a derivative predicts what training does, in three trainings: in [-1, 1].
+    r"""How well a derivative predicts what training does, from three trainings: in [-1, 1].
 
-    With the parameters $w(\lambda)$ that training ends with, $\Delta_1 = w(\lambda + hv) -
-    w(\lambda)$, $\Delta_2 = w(\lambda + 2hv) - w(\lambda + hv)$ and $d = |\Delta_1 + \Delta_2|$,
+    With the final parameters $w(\lambda)$ of training, $\Delta_1 = w(\lambda + hv) - w(\lambda)$,
+    $\Delta_2 = w(\lambda + 2hv) - w(\lambda + hv)$ and $d = |\Delta_1 + \Delta_2|$,
 
     $$S = \operatorname{sign}(\Delta_1)^\top \operatorname{diag}(d/\|d\|_1)
     \operatorname{sign}(\Delta_2):$$
 
-    1 where every parameter moves on in the direction in which it began, near 0 where the second
-    step has nothing to do with the first, so that following a derivative by a step of that size is
-    of no use. Larger batches, smooth activations, normalisation and smaller inner learning rates
+    This is 1 if every parameter continues in the direction in which it started, and near 0 if the
+    second step is unrelated to the first, so that following a derivative by a step of that size is
+    useless. Larger batches, smooth activations, normalisation and smaller inner learning rates
     raise it; so does a smaller `step_size`.
 
     **Arguments:**
 
     - `optimizer`, `state`, `train_batch`, `val_batch`, `losses`: as for
         [`compare_hypergradients`][gradhpo.compare_hypergradients]; not a `TaskBatched`.
-    - `direction`: $v$, a tree like the hyperparameters. `None`: minus the signs of the
-        optimizer's hypergradient, the way in which an outer Adam sets out.
-    - `step_size`: $h > 0$, the size of an outer step; give your own: 0.1 is usual for the logarithm
-        of a learning rate (the default), and large for the rate itself.
+    - `direction`: $v$, a tree like the hyperparameters. `None`: minus the signs of the optimizer's
+        hypergradient, the direction of the first step of an outer Adam.
+    - `step_size`: $h > 0$, the size of an outer step; pass your own: 0.1 (the default) is usual for
+        the logarithm of a learning rate, and large for the rate itself.
 
-    **Returns:** $S$; `nan` where no parameter moves, where one of the trainings diverges, or where
-    the hypergradient that is to be followed is not finite.
+    **Returns:** $S$; `nan` if no parameter moves, if one of the trainings diverges, or if the
+    hypergradient to follow is not finite.
 
-    **Raises:** `ValueError` for `step_size <= 0` or a `direction` that is no tree like the
+    **Raises:** `ValueError` for `step_size <= 0` or a `direction` that is not a tree like the
     hyperparameters; `TypeError` for `TaskBatched`; what [`step`][gradhpo.BilevelOptimizer.step]
     raises for losses and batches.
 
@@ -126,19 +126,19 @@ def metasmoothness(
 
 
 def downhill(hypergradient: PyTree) -> PyTree:
-    """The way in which an outer Adam sets out; not along what is not finite."""
+    """The direction of the first step of an outer Adam; 0 where it is not finite."""
     return jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), -jnp.sign(g), 0), hypergradient)
 
 
 def difference(x: Array, y: Array) -> Array:
-    """`x - y`, and 0 where an infinity (a mask) stays what it is."""
+    """`x - y`, and 0 where an infinity (a mask) is unchanged."""
     return jnp.where(x == y, 0, x - y)
 
 
 def smoothness_along(
     problem: Problem, num_steps: int, direction: PyTree, step_size: Float[Array, ""]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Metasmoothness, inside a compiled program; and how far the parameters move in all."""
+    """Metasmoothness, inside a compiled program; and the total movement of the parameters."""
     phi, _, z, hyperparams = problem
 
     def trained(count):
@@ -159,7 +159,7 @@ def smoothness_along(
 
 
 def train_around(case: Case, optimizer: Any, hypergradient: PyTree, step_size: float) -> Any:
-    """Trainings beside the hyperparameters, for every leaf and epsilon, and two steps downhill."""
+    """Trainings around the hyperparameters, for every leaf and epsilon, and two steps downhill."""
 
     def function(optimizer, start, train_batch, val_batch, hypergradient, epsilons, step_size):
         problem = case.problem(optimizer, start, train_batch, val_batch)
@@ -204,7 +204,7 @@ def train_around(case: Case, optimizer: Any, hypergradient: PyTree, step_size: f
 
 
 def compared(around: Any, hypergradient: PyTree) -> dict[str, FiniteDifference]:
-    """Leaf to the derivative by the exact hypergradient beside the differences."""
+    """Maps each leaf to the derivative by the exact hypergradient and the differences."""
     rows = zip(
         leaf_names(hypergradient),
         jax.tree.leaves(hypergradient),
@@ -213,7 +213,7 @@ def compared(around: Any, hypergradient: PyTree) -> dict[str, FiniteDifference]:
         strict=True,
     )
     loss = around["loss"]
-    # A loss that is returned in float32 is known to that, whatever it was computed in.
+    # A loss returned in float32 is known only to that precision, whatever it was computed in.
     rounding = 4 * np.finfo(loss.dtype).eps * abs(float(loss)) / _EPSILONS
     return {
         leaf: _compared(float(np.vdot(g, direction)), differences, rounding, abs(float(loss)))
@@ -227,7 +227,7 @@ def _compared(
     gaps = 10 * np.abs(np.diff(differences))
     uncertainty = gaps + rounding[1:]
     usable = np.isfinite(uncertainty)
-    # No difference at all, over a small step, is what a loss rounded inside would show as well.
+    # A loss that is rounded inside would also show no difference at all over a small step.
     usable &= (differences[1:] != 0) | (differences[0] == 0) & (derivative == 0)
     if not np.any(usable):
         erratic = not np.all(np.isfinite(differences[1:])) and bool(np.isfinite(loss))

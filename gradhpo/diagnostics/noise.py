@@ -1,4 +1,4 @@
-"""What many draws of an estimate say of it, and the report of `compare_over_batches`."""
+"""Statistics of an estimate over many draws, and the report of `compare_over_batches`."""
 
 import dataclasses
 import math
@@ -14,21 +14,21 @@ from gradhpo.diagnostics.tables import aligned, number
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    r"""Of one estimate over draws of the data; lengths are relative to $\|\bar r\|$.
+    r"""Statistics of one estimate over draws of the data; lengths are relative to $\|\bar r\|$.
 
     With $\bar g$ the mean, $\Sigma$ the covariance between draws, and $\bar r$ the mean of the
     reference:
 
     - `mean`, `standard_error`: trees like the hyperparameters; the error is that of the mean.
     - `cosine`: of $\bar g$ with $\bar r$.
-    - `bias`: $\|\bar g - \bar r\|/\|\bar r\|$, and `bias_error`, the length of its standard
-        error: a bias below it is none that these draws can show.
-    - `noise`: $\sqrt{\operatorname{tr}\Sigma}/\|\bar r\|$, of a single draw.
-    - `signal_to_noise`: $\|\mathrm{E}\,g\|/\sqrt{\operatorname{tr}\Sigma}$ of a single draw,
-        $\|\mathrm{E}\,g\|^2$ estimated by
-        $\|\bar g\|^2 - \operatorname{tr}\Sigma/n$ (0 if that is negative).
-    - `draws_needed`: the square of its inverse, so many draws averaged (or batches so many times
-        as large) have as much signal as noise; `inf` where no signal was found.
+    - `bias`: $\|\bar g - \bar r\|/\|\bar r\|$, and `bias_error`, the length of its standard error:
+        these draws cannot show a bias below it.
+    - `noise`: $\sqrt{\operatorname{tr}\Sigma}/\|\bar r\|$, for a single draw.
+    - `signal_to_noise`: $\|\mathrm{E}\,g\|/\sqrt{\operatorname{tr}\Sigma}$ for a single draw, with
+        $\|\mathrm{E}\,g\|^2$ estimated by $\|\bar g\|^2 - \operatorname{tr}\Sigma/n$ (0 if that is
+        negative).
+    - `draws_needed`: the square of its inverse. The mean of this many draws (or batches larger by
+        this factor) has as much signal as noise; `inf` if no signal was found.
     """
 
     mean: PyTree
@@ -47,14 +47,14 @@ class HypergradientNoise:
 
     **Fields:**
 
-    - `overall`: name of the optimizer (and `"reference"`) to its
+    - `overall`: maps the name of an optimizer (and `"reference"`) to its
         [moments][gradhpo.diagnostics.noise.Moments]; `mean`, `standard_error`, `signal_to_noise`,
         `bias` and `draws_needed` are those of `overall` by name.
-    - `per_leaf`: leaf of the hyperparameters to the same.
-    - `unseen`: leaves that an optimizer cannot see, where there are any.
-    - `nonfinite`: how many draws were left out because an optimizer's hypergradient or the
-        reference was not finite there.
-    - `failed`: why an optimizer does not work on this problem. `remarks`: what else is to be known.
+    - `per_leaf`: maps each leaf of the hyperparameters to the same.
+    - `unseen`: leaves that an optimizer cannot see, if there are any.
+    - `nonfinite`: number of draws left out because an optimizer's hypergradient or the reference
+        was not finite there.
+    - `failed`: why an optimizer does not work on this problem. `remarks`: other facts about it.
     - `num_draws`, `num_steps`.
     """
 
@@ -74,22 +74,22 @@ class HypergradientNoise:
 
     @property
     def standard_error(self) -> dict[str, PyTree]:
-        """That of the mean, a tree like the hyperparameters."""
+        """Standard error of the mean, a tree like the hyperparameters."""
         return {name: x.standard_error for name, x in self.overall.items()}
 
     @property
     def signal_to_noise(self) -> dict[str, float]:
-        """Of a single draw."""
+        """For a single draw."""
         return {name: x.signal_to_noise for name, x in self.overall.items()}
 
     @property
     def bias(self) -> dict[str, float]:
-        """Distance of the mean to that of the reference, relative to its length."""
+        """Distance of the mean to the mean of the reference, relative to its length."""
         return {name: x.bias for name, x in self.overall.items()}
 
     @property
     def draws_needed(self) -> dict[str, float]:
-        """So many draws averaged have as much signal as noise."""
+        """The mean of this many draws has as much signal as noise."""
         return {name: x.draws_needed for name, x in self.overall.items()}
 
     def __str__(self) -> str:
@@ -107,8 +107,8 @@ class HypergradientNoise:
         ]
         text = (
             f"Hypergradients after {self.num_steps} inner steps over {self.num_draws} draws of the "
-            "data; bias and noise in lengths of the reference's mean; draws needed: averaged, or "
-            "in batches so many times as large, they have as much signal as noise\n\n"
+            "data; bias and noise in lengths of the reference's mean; draws needed: how many "
+            "draws to average, or how many times as large a batch, for as much signal as noise\n\n"
         )
         notes = [
             f"{name} does not see {', '.join(leaves)}, which counts as bias"
@@ -131,7 +131,7 @@ def finite_draws(draws: PyTree) -> np.ndarray:
 
 
 def moments_of(draws: PyTree, reference: PyTree) -> Moments:
-    """Of trees whose leaves have one more leading axis, the draws."""
+    """For trees whose leaves have an extra leading axis, the draws."""
     g, r = _rows(draws), _rows(reference)
     count = len(g)
     if count < 2:

@@ -31,8 +31,8 @@ _DATA = "the data: the batch holds a NaN or an infinity in its leaf {}"
 _RANGE = "a log, an exp or a division that has left its range"
 _DIVERGED = "training that diverges: a smaller learning rate, or clipped gradients"
 
-# What can be non-finite in one inner step, in the order in which it is computed, and on the way
-# back. Of each: how it is called, and the usual suspect.
+# What can be non-finite in one inner step, in the order in which it is computed, and on the
+# backward pass; each with its name and the usual suspect.
 _FORWARD = {
     "train_loss": ("the training loss", _RANGE),
     "gradient": ("the training gradient", _FIRST),
@@ -56,12 +56,12 @@ _START = {"init": ("the derivative of the inner optimizer's init", _FIRST)}
 
 @dataclasses.dataclass(frozen=True)
 class NonFinite:
-    """The first non-finite number on the way through training, validation, and back.
+    """The first non-finite number in training, validation, and the backward pass.
 
     - `what`: a training gradient, a cotangent, ...
-    - `leaf`: the leaf of it; empty for a scalar.
-    - `inner_step`: at which inner step, from 0; `None` at validation.
-    - `suspect`: what usually causes that, with the remedy.
+    - `leaf`: its leaf; empty for a scalar.
+    - `inner_step`: its inner step, from 0; `None` at validation.
+    - `suspect`: the usual cause, with the remedy.
     """
 
     what: str
@@ -76,17 +76,17 @@ class NonFinite:
 
 
 def finiteness(problem: Problem, num_steps: int) -> dict[str, Any]:
-    """The exact `hypergradient`, and for everything on the way to it whether it is finite.
+    """The exact `hypergradient`, and whether each intermediate value is finite.
 
     Leaf by leaf; steps come first. `uphill`: whether one step from there, with a new optimizer
-    state, raises its own training loss, to first order.
+    state, increases its own training loss, to first order.
     """
     phi, validation, z, hyperparams = problem
 
     def forward(z, t):
         gradient = phi.gradient(z.w, hyperparams, t)
         new, loss = phi.step(z, hyperparams, t)
-        # The rule itself, without the momentum that may carry a good one uphill for a while.
+        # The rule itself, without the momentum that may carry a good step uphill for a while.
         fresh = z._replace(s=init_inner_state(phi.inner_optimizer, z.w, hyperparams))
         ruled, _ = phi.step(fresh, hyperparams, t, want_loss=False)
         found = {
@@ -137,7 +137,7 @@ def finiteness(problem: Problem, num_steps: int) -> dict[str, Any]:
 
 
 def first_nonfinite(watched: Mapping[str, Any]) -> NonFinite | None:
-    """What `finiteness` found first, in the order of the exact computation."""
+    """The first non-finite value in `finiteness`, in the order of the exact computation."""
     num_steps = len(np.asarray(watched["forward"]["train_loss"]))
     onwards, back = range(num_steps), range(num_steps)[::-1]
     found = _first(watched["forward"], _FORWARD, onwards)
@@ -151,7 +151,7 @@ def first_nonfinite(watched: Mapping[str, Any]) -> NonFinite | None:
 
 
 def in_the_estimate(watched: Mapping[str, Any], hypergradient: PyTree, suspect: str) -> NonFinite:
-    """Of an estimate that is not finite although the exact hypergradient is."""
+    """For an estimate that is not finite although the exact hypergradient is."""
     if watched:
         steps = range(len(np.asarray(watched["forward"]["train_loss"])))
         found = _first(watched["forward"], _ON_THE_WAY, steps)
@@ -163,7 +163,7 @@ def in_the_estimate(watched: Mapping[str, Any], hypergradient: PyTree, suspect: 
 
 
 def _blaming_data(found: NonFinite, batch: PyTree) -> NonFinite:
-    """Data that are not finite are the suspect, but no failure where nothing comes of them."""
+    """Data that are not finite are the suspect, but not a failure if they have no effect."""
     for path, finite in jax.tree_util.tree_leaves_with_path(batch):
         finite = np.asarray(finite)
         if not (finite if found.inner_step is None else finite[found.inner_step]):

@@ -39,9 +39,9 @@ def compare_over_batches(
 ) -> HypergradientNoise:
     r"""Bias and noise of every estimator, over draws of the training and validation batches.
 
-    A biased estimator with little noise and an exact one that is nearly all noise both exist; one
-    batch does not tell them apart. Each of `num_draws` draws has its own training batches and
-    its own validation batch, the same ones for all estimators; all start from `state`.
+    An estimator may be biased with little noise, or exact and almost all noise; one batch does not
+    tell the two apart. Each of `num_draws` draws has its own training batches and its own
+    validation batch, the same for all estimators; all start from `state`.
 
     **Arguments:**
 
@@ -61,12 +61,13 @@ def compare_over_batches(
     \mathtt{signal\_to\_noise}^2 = \frac{\|\bar g\|^2 - \operatorname{tr}\Sigma/n}
     {\operatorname{tr}\Sigma} = \frac{1}{\mathtt{draws\_needed}},$$
 
-    a negative numerator counting as 0. `report.mean[name]`, `.standard_error[name]`, `.bias[name]`,
-    `.signal_to_noise[name]` and `.draws_needed[name]`, also for the `"reference"`; the same leaf
-    by leaf in `report.per_leaf`. `str(report)` is a table, `report.plot()` a figure.
+    where a negative numerator counts as 0. `report.mean[name]`, `.standard_error[name]`,
+    `.bias[name]`, `.signal_to_noise[name]` and `.draws_needed[name]` also exist for the
+    `"reference"`; `report.per_leaf` has the same leaf by leaf. `str(report)` is a table,
+    `report.plot()` a figure.
 
-    **Raises:** `ValueError` for fewer than two draws, a horizon that an optimizer does not divide,
-    an iterator that ends too early, or optimizers that
+    **Raises:** `ValueError` for fewer than two draws, a horizon that is not a multiple of an
+    optimizer's inner steps, an iterator that ends too early, or optimizers that
     [`compare_hypergradients`][gradhpo.compare_hypergradients] refuses.
 
     ```python

@@ -1,4 +1,4 @@
-"""What will fit: flops and memory of a step, by compiling it and nothing else."""
+"""What will fit: flops and memory of a step, from compiling it without running it."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -28,9 +28,9 @@ class Planned:
     """One optimizer at one horizon.
 
     - `name`, `num_steps`: the optimizer, and its inner steps per `step`.
-    - `optimizer`: ready for use, with the `checkpoints` that were chosen.
-    - `cost`: of a `step`; `None` where it does not work, and `failed` says why.
-    - `fits`: whether `max_bytes` suffice; `None` where no limit was given.
+    - `optimizer`: ready for use, with the chosen `checkpoints`.
+    - `cost`: of a `step`; `None` if it does not work, and `failed` says why.
+    - `fits`: whether `max_bytes` is enough; `None` if no limit was given.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Planned:
 
     @property
     def checkpoints(self) -> Any:
-        """Those of an `UnrolledOptimizer`, else `None`."""
+        """The `checkpoints` of an `UnrolledOptimizer`, otherwise `None`."""
         return algorithm_of(self.optimizer).checkpointing
 
 
@@ -50,7 +50,7 @@ class Planned:
 class Plan:
     """What [`plan`][gradhpo.plan] found: `rows`, and `plan[name, steps]` for one of them.
 
-    Another name or horizon raises `KeyError`; `max_bytes` is the limit that was given.
+    Another name or horizon raises `KeyError`; `max_bytes` is the given limit.
     """
 
     rows: tuple[Planned, ...]
@@ -73,7 +73,7 @@ class Plan:
             "per inner step",
             "temporary",
             "batches and state",
-            "in all",
+            "total",
             "",
         ]
         rows, notes = [], []
@@ -96,7 +96,7 @@ class Plan:
                 bytes_of(row.cost.total_bytes),
                 remark,
             ])  # fmt: skip
-        limit = "" if self.max_bytes is None else f"; {bytes_of(self.max_bytes)} are there"
+        limit = "" if self.max_bytes is None else f"; {bytes_of(self.max_bytes)} available"
         if any(row.cost is not None and row.cost.at_least for row in self.rows):
             notes.append(OPEN_LOOPS)
         head_line = f"One step of each, compiled but not run{limit}"
@@ -114,28 +114,29 @@ def plan(
     horizons: Sequence[int] = (),
     max_bytes: int | None = None,
 ) -> Plan:
-    """What a step of each optimizer costs at each horizon, found without running anything.
+    """What a step of each optimizer costs at each horizon, without running anything.
 
     Every step is compiled for the shapes that are passed. Memory is the compiler's own figure for
-    the program that a `step` then runs; flops are its count for that program before it is
-    optimised, made right for loops (of branches, the dearest).
+    the program that a `step` then runs; flops are its count for that program before optimisation,
+    corrected for loops (of several branches, the most expensive counts).
 
     **Arguments:**
 
     - `optimizers`: name to optimizer.
     - `state`, `train_batch`, `val_batch`: as for [`step`][gradhpo.BilevelOptimizer.step]; `losses`:
-        the [`LossFunctions`][gradhpo.LossFunctions]. Of a [`BatchStack`][gradhpo.BatchStack] the
-        length does not matter: it is taken as long as each horizon needs it.
+        the [`LossFunctions`][gradhpo.LossFunctions]. The length of a
+        [`BatchStack`][gradhpo.BatchStack] does not matter: each horizon takes the length that it
+        needs.
     - `horizons`: inner steps per `step` to try, in `unroll_steps` or `inner_steps`; optimizers
-        that have no such setting appear once. Empty: every optimizer as it is.
-    - `max_bytes`: the memory that there is, for arguments, results and temporaries together. An
-        `UnrolledOptimizer` that keeps every inner state (`checkpoints=None`) and does not fit
-        is tried with `checkpoints="sqrt"`: every number of segments costs the same one more
-        forward pass, and that one has the least memory.
+        without such a setting appear once. If empty, every optimizer keeps its own number.
+    - `max_bytes`: the available memory, for arguments, results and temporaries together. An
+        `UnrolledOptimizer` that keeps every inner state (`checkpoints=None`) and does not fit is
+        tried with `checkpoints="sqrt"`: any number of segments costs the same one more forward
+        pass, and this one needs the least memory.
 
     **Returns:** a [`Plan`][gradhpo.diagnostics.planning.Plan]: `plan[name, steps].cost.flops`,
     `.cost.temporary_bytes`, `.fits`, `.checkpoints`, and `.optimizer`, ready for use; `.failed`
-    where an optimizer does not work, at all or at this horizon. `str(plan)` is a table.
+    if an optimizer does not work, at all or at this horizon. `str(plan)` is a table.
 
     **Raises:** `ValueError` for horizons or `max_bytes` below 1, and for optimizers that
     [`compare_hypergradients`][gradhpo.compare_hypergradients] refuses.
@@ -187,7 +188,7 @@ def _planned(
     algorithm = algorithm_of(optimizer)
     try:
         chosen = algorithm if horizon is None else algorithm.with_num_steps(horizon)
-        assert chosen is not None  # `plan` asked first
+        assert chosen is not None  # `plan` checks this first
         if horizon is not None and chosen.num_inner_steps != horizon:
             raise ValueError(
                 f"{type(chosen).__name__}.with_num_steps({horizon}) takes {chosen.num_inner_steps} "
@@ -236,7 +237,7 @@ def _has_horizon(optimizer: BilevelOptimizer) -> bool:
 
 
 def _stack_of(train_batch: PyTree, count: int) -> PyTree:
-    """A stack of `count` batches, of which there are only the shapes."""
+    """A stack of `count` batches that has only shapes."""
     if not isinstance(train_batch, BatchStack):
         return train_batch
     shape = lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype)

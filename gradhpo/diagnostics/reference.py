@@ -19,14 +19,14 @@ from gradhpo.core.wrapper import algorithm_of, rewrapped
 from gradhpo.utils.trees import inexact_bytes
 
 
-# What a method that does not work on a problem raises while it is traced, compiled or run.
+# What a method raises while it is traced, compiled or run if it does not work on a problem.
 FAILURES = (TypeError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError)
-# Above this many bytes of inner states some of them are computed twice instead of kept.
+# Above this many bytes of inner states, some of them are recomputed instead of kept.
 _MOST_BYTES_KEPT = 2**30
 
 
 class ExactHypergradient(Algorithm):
-    """Reverse mode through `num_steps` inner steps, kept, or in `num_segments` segments."""
+    """Reverse mode through `num_steps` inner steps, all kept or in `num_segments` segments."""
 
     inner_optimizer: InnerOptimizer | None = None
     outer_optimizer: optax.GradientTransformation | None = None
@@ -54,7 +54,7 @@ class ExactHypergradient(Algorithm):
 def exact_reference(
     like: BilevelOptimizer, state: BilevelState, num_steps: int
 ) -> BilevelOptimizer:
-    """For the inner problems of an optimizer, in memory that fits most machines."""
+    """For the inner problems of an optimizer, in memory that fits on most machines."""
     algorithm = algorithm_of(like)
     size = inexact_bytes((state.params, state.inner_opt_state, state.model_state))
     exact = ExactHypergradient(
@@ -69,14 +69,14 @@ def exact_reference(
 
 @contextlib.contextmanager
 def reference_explained(given: bool) -> Iterator[None]:
-    """Says what to pass where the default reference does not exist."""
+    """Says what to pass if the default reference does not exist."""
     try:
         yield
     except FAILURES as error:
         if given:
             raise
         raise ValueError(
-            "the default reference, the exact hypergradient, cannot be had here; pass "
+            "the default reference, the exact hypergradient, is not available here; pass "
             "reference=an optimizer (compare_hypergradients also takes an array: "
             f"gradhpo.finite_difference_hypergradient(...)). {type(error).__name__}: {error}"
         ) from error

@@ -4,11 +4,11 @@ import math
 from collections.abc import Sequence
 
 
-OPEN_LOOPS = ">: loops of linear solvers, and of a length found only in the run, are counted once"
+OPEN_LOOPS = ">: loops in linear solvers, and loops of a length known only at run time, count once"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells under one another: the first column to the left, the others to the right."""
+    """Rows of aligned cells: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *rest in rows:
@@ -19,7 +19,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: float, digits: int = 3) -> str:
-    """A plain number of a few digits; a dash for none."""
+    """A plain number of a few digits; a dash for a missing one."""
     if math.isnan(value):
         return "-"
     return f"{value:.{digits}f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.1e}"

@@ -18,22 +18,22 @@ _State: TypeAlias = lx.AbstractLinearOperator
 
 @checked
 class Neumann(lx.AbstractLinearSolver[_State]):
-    r"""The first terms of the Neumann series of an inverse, a solver for `lineax`.
+    r"""The first terms of the Neumann series of an inverse, as a solver for `lineax`.
 
     $$A^{-1} v \approx \eta \sum_{k=0}^{K} (I - \eta A)^k\, v =
     A^{-1}\bigl(I - (I - \eta A)^{K+1}\bigr) v,\qquad K = \mathtt{terms} - 1,$$
 
-    which is what so many steps of gradient descent with rate $\eta$ = `step_size` make of the
-    linear system; $K$ products with $A$ and no more. It converges where all eigenvalues of $A$
-    lie between 0 and $2/\eta$. Short series are meant: they forget directions in which $A$ is
+    which equals that number of gradient descent steps with rate $\eta$ = `step_size` on the linear
+    system; it takes exactly $K$ products with $A$. It converges if all eigenvalues of $A$ lie
+    between 0 and $2/\eta$. It is meant for short series: they forget directions in which $A$ is
     flat, as training for a few steps would.
 
     **Arguments:**
 
-    - `terms`: how many terms, at least 1. One gives $\eta v$.
-    - `step_size`: $\eta$, positive, shape `()`. The learning rate of the inner problem is a
-        good choice; too large a one makes the series diverge, which the result of the solve
-        tells (`lineax.RESULTS.breakdown`).
+    - `terms`: number of terms, at least 1. One term gives $\eta v$.
+    - `step_size`: $\eta$, positive, shape `()`. The learning rate of the inner problem is a good
+        choice; if it is too large, the series diverges, and the solve reports
+        `lineax.RESULTS.breakdown`.
 
     **Raises:** `ValueError` for `terms < 1` or `step_size <= 0`.
 
@@ -55,14 +55,15 @@ class Neumann(lx.AbstractLinearSolver[_State]):
     advice: ClassVar[str] = (
         "the series diverges: pass a smaller step_size, below 2 / (largest curvature)"
     )
-    """What to do where its solutions are not to be trusted."""
+    """What to do if its solutions cannot be trusted."""
 
     def __check_init__(self):
         check_count("terms", self.terms)
         check_setting("step_size", self.step_size, lambda x: x > 0, "positive")
 
     def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]) -> _State:
-        """The linearised operator: what of it does not depend on the vector is done once."""
+        """The linearised operator, so that the part that does not depend on the vector is done
+        once."""
         return lx.linearise(operator)
 
     def compute(
@@ -84,7 +85,7 @@ class Neumann(lx.AbstractLinearSolver[_State]):
         products, first = self.terms - 1, tree_l2_norm(vector)
         carry = (vector, vector, first)
         (last, total, before), _ = jax.lax.scan(body, carry, None, length=products)
-        # The terms of an unsymmetric operator may grow for a while and fall in the end.
+        # The terms of an unsymmetric operator may grow for a while and shrink in the end.
         size = tree_l2_norm(last)
         grows = (size > first) & (size > before)
         result = lx.RESULTS.where(grows, lx.RESULTS.breakdown, lx.RESULTS.successful)
@@ -92,13 +93,13 @@ class Neumann(lx.AbstractLinearSolver[_State]):
         return jax.tree.map(scaled, total), result, statistics
 
     def transpose(self, state: _State, options: dict[str, Any]) -> tuple[_State, dict[str, Any]]:
-        """The same series of the transposed operator."""
+        """The same series for the transposed operator."""
         return state.transpose(), {}
 
     def conj(self, state: _State, options: dict[str, Any]) -> tuple[_State, dict[str, Any]]:
-        """The same series of the conjugated operator."""
+        """The same series for the conjugated operator."""
         return lx.conj(state), {}
 
     def assume_full_rank(self) -> bool:
-        """A Neumann series has a limit only where the operator is invertible."""
+        """A Neumann series has a limit only if the operator is invertible."""
         return True

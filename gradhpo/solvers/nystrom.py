@@ -21,7 +21,7 @@ from gradhpo.utils.typecheck import checked
 
 
 class _LowRank(NamedTuple):
-    r"""$A_r = B^\top \operatorname{diag}(\mathtt{signs})\, B$, and what is added to it."""
+    r"""$A_r = B^\top \operatorname{diag}(\mathtt{signs})\, B$, and the shift added to it."""
 
     b: Array  # [rank, n]
     signs: Array  # [rank]
@@ -30,7 +30,7 @@ class _LowRank(NamedTuple):
 
 @checked
 class Nystrom(lx.AbstractLinearSolver[_LowRank]):
-    r"""Solves with a low-rank picture of a symmetric operator, a solver for `lineax`.
+    r"""Solves with a low-rank approximation of a symmetric operator, as a solver for `lineax`.
 
     From `rank` columns of $A$, drawn at random, with rows $C = A_{K\cdot}$ and their own block
     $M = A_{KK}$,
@@ -40,21 +40,21 @@ class Nystrom(lx.AbstractLinearSolver[_LowRank]):
 
     It costs `rank` products with $A$ and no iteration: for a positive semidefinite $A$ nothing can
     diverge. (With negative curvature among few columns it can be far off.) With full rank it is
-    $(A + \rho I)^{-1}$. Where $M$ is singular (dead units) its null space is left out.
+    $(A + \rho I)^{-1}$. If $M$ is singular (dead units), its null space is left out.
 
     **Arguments:**
 
-    - `rank`: how many columns; 5 to 10 are usual. At least 1, at most the size of $A$.
-    - `damping`: $\rho$, positive, shape `()`; 0.01 to 0.1 are usual. Directions that the columns
-        do not show are divided by it, so that the result can be too long by their curvature over
-        $\rho$ (`linear_residual` above 1 says so): use an outer optimizer such as Adam, which
-        does not mind, or a larger one. The `damping` of
+    - `rank`: number of columns; 5 to 10 are usual. At least 1, at most the size of $A$.
+    - `damping`: $\rho$, positive, shape `()`; 0.01 to 0.1 are usual. Directions that the columns do
+        not cover are divided by it, so the result can be too long by their curvature over $\rho$
+        (`linear_residual` above 1 says so): use an outer optimizer that does not depend on the
+        length, such as Adam, or a larger damping. The `damping` of
         [`ImplicitOptimizer`][gradhpo.ImplicitOptimizer] adds to it.
-    - `key`: a PRNG key for the columns, the same ones in every solve; one is drawn from each of
-        `rank` equal pieces of the parameters.
+    - `key`: a PRNG key for the columns, which are the same in every solve; one is drawn from each
+        of `rank` equal pieces of the parameters.
 
     **Raises:** `ValueError` for `rank < 1` or `damping <= 0`; while tracing, for a rank larger than
-    the operator, or an operator that is not symmetric (that of an `update_fn`).
+    the operator, or an operator that is not symmetric (as with an `update_fn`).
 
     ```python
     solver = gradhpo.Nystrom(rank=5, damping=0.01, key=jax.random.key(0))
@@ -76,14 +76,14 @@ class Nystrom(lx.AbstractLinearSolver[_LowRank]):
     advice: ClassVar[str] = (
         "its length cannot be trusted: use an outer Adam, a larger damping or rank"
     )
-    """What to do where its solutions are not to be trusted."""
+    """What to do if its solutions cannot be trusted."""
 
     def __check_init__(self):
         check_count("rank", self.rank)
         check_setting("damping", self.damping, lambda x: x > 0, "positive")
 
     def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]) -> _LowRank:
-        """Draws the columns. `options["shift"]`: which multiple of I is in the operator, default 0.
+        """Draws the columns. `options["shift"]`: the multiple of I in the operator, default 0.
 
         **Raises:** `ValueError` for an operator that is smaller than `rank`, or not symmetric.
         """
@@ -96,12 +96,12 @@ class Nystrom(lx.AbstractLinearSolver[_LowRank]):
         size = num_coordinates(like)
         if self.rank > size:
             raise ValueError(
-                f"Nystrom(rank={self.rank}) of an operator of size {size}: the rank can be no "
+                f"Nystrom(rank={self.rank}) of an operator of size {size}: the rank cannot be "
                 f"larger; write rank={size} for the exact inverse"
             )
         dtype = accumulation_dtype(jax.tree.map(lambda x: jnp.zeros((), x.dtype), like))
         shift = jnp.asarray(options.get("shift", 0.0), dtype)
-        # One coordinate from each of equal pieces: different ones without sorting all of them.
+        # One coordinate from each of equal pieces: distinct without sorting all of them.
         edges = jnp.asarray([i * size // self.rank for i in range(self.rank + 1)])
         chosen = jax.random.randint(self.key, (self.rank,), edges[:-1], edges[1:])
 
@@ -111,7 +111,7 @@ class Nystrom(lx.AbstractLinearSolver[_LowRank]):
 
         rows = map_in_blocks(row, chosen)
         values, vectors = jnp.linalg.eigh(rows[:, chosen])
-        # What has no curvature among the columns has none to invert.
+        # A direction without curvature among the columns has none to invert.
         magnitudes = jnp.abs(values)
         kept = magnitudes > self.rank * jnp.finfo(dtype).eps * jnp.max(magnitudes)
         scale = jnp.where(kept, 1 / jnp.sqrt(jnp.where(kept, magnitudes, 1)), 0)
@@ -141,5 +141,5 @@ class Nystrom(lx.AbstractLinearSolver[_LowRank]):
         return state, {}
 
     def assume_full_rank(self) -> bool:
-        """What it inverts is a damped operator."""
+        """It inverts a damped operator."""
         return True

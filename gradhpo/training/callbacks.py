@@ -1,4 +1,4 @@
-"""The callbacks of a run together: started, called, asked whether to stop, and remembered."""
+"""The callbacks of a run together: started, called, asked whether to stop, and restored."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,8 +15,8 @@ from gradhpo.utils.validation import check_arity
 class Callbacks:
     """Functions `(state, metrics) -> bool | None`.
 
-    One with a memory also has `start(state, resumed) -> memory` and the attribute `memory`, a
-    pytree of arrays whose structure stays; it may have `stopped`, whether it has stopped the run
+    A callback with a memory also has `start(state, resumed) -> memory` and the attribute `memory`,
+    a pytree of arrays with a fixed structure. It may have `stopped`, whether it has stopped the run
     for good, and `stop_reason`.
     """
 
@@ -41,11 +41,11 @@ class Callbacks:
 
     @property
     def names(self) -> list[str]:
-        """Those with a memory, by their classes."""
+        """Callbacks with a memory, by their classes."""
         return [type(callback).__name__ for callback in self._remembering]
 
     def start(self, state: BilevelState, resumed: bool) -> None:
-        """Before the first step, or before those that an earlier session has left."""
+        """Before the first step, or before continuing the steps of an earlier session."""
         for callback in self._all:
             if hasattr(callback, "memory"):
                 callback.memory = callback.start(state, resumed)
@@ -55,7 +55,7 @@ class Callbacks:
 
     @property
     def remembering(self) -> list[Any]:
-        """Those with a memory."""
+        """Callbacks with a memory."""
         return list(self._remembering)
 
     @property
@@ -68,8 +68,8 @@ class Callbacks:
         return next((_reason(c) for c in self._all if getattr(c, "stopped", False)), None)
 
     def __call__(self, state: BilevelState, metrics: Mapping[str, np.ndarray]) -> str | None:
-        """Calls all, since a logger after the one that stops must not miss a chunk."""
-        # Each has a dict of its own to add to.
+        """Calls all of them, since a logger after the one that stops must not miss a chunk."""
+        # Each gets its own dict to add to.
         answers = [_is_true(callback(state, dict(metrics))) for callback in self._all]
         for callback, kind in zip(self._remembering, self._kinds, strict=True):
             if _kind(callback.memory) != kind:
@@ -92,5 +92,5 @@ def _reason(callback: Any) -> str:
 
 
 def _is_true(answer: Any) -> bool:
-    """Whether a callback said `True`; comparisons of metrics say it as a NumPy boolean."""
+    """Whether a callback returned `True`; comparisons of metrics return a NumPy boolean."""
     return isinstance(answer, (bool, np.bool_, jax.Array)) and bool(np.all(answer))

@@ -30,25 +30,24 @@ _NAME = re.compile(r"step-\d{10}\.ckpt")
 @checked
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """Where `run` keeps checkpoints, how often it writes one, and how many stay.
+    """Where `run` keeps checkpoints, how often it writes one, and how many it keeps.
 
-    `run(..., checkpoint="runs/digits")` is short for `checkpoint=Checkpoint("runs/digits")`. A
-    checkpoint is written before the first step, then at the end of the first chunk after
-    `every_steps` or `every_seconds`, whichever comes first, and where the run ends (unless a
-    callback failed, which has not seen all of the last chunk). Each is one
-    file `step-0000001000.ckpt`, which appears whole or not at all; the history is beside them, in
-    `metrics.bin`.
+    `run(..., checkpoint="runs/digits")` is short for `checkpoint=Checkpoint("runs/digits")`. `run`
+    writes a checkpoint before the first step, then at the end of the first chunk after
+    `every_steps` or `every_seconds`, whichever comes first, and at the end of the run (unless a
+    callback failed, which has not seen all of the last chunk). Each is one file
+    `step-0000001000.ckpt`, written atomically; the history is next to them, in `metrics.bin`.
 
     **Arguments:**
 
-    - `directory`: a path, made if it is not there. One directory holds one run. Other files in it,
-        a log say, are left alone.
-    - `every_steps`: steps between two, at least 1; default `None`, by the clock alone.
+    - `directory`: a path, created if it does not exist. One directory holds one run. Other files in
+        it, such as a log, are left alone.
+    - `every_steps`: steps between two checkpoints, at least 1; default `None`, by the clock alone.
     - `every_seconds`: seconds between two, default 60; `float("inf")` for by steps alone.
-    - `keep`: the newest so many stay, at least 1; default 2.
+    - `keep`: how many of the newest to keep, at least 1; default 2.
 
     **Raises:** `ValueError` for an empty `directory`, `every_steps < 1`, `keep < 1` or negative
-    `every_seconds`; `TypeError` for what is no path or number.
+    `every_seconds`; `TypeError` for anything that is not a path or number.
 
     ```python
     checkpoint = gradhpo.Checkpoint("runs/digits", every_seconds=600.0, keep=3)
@@ -71,7 +70,7 @@ class Checkpoint:
 
     @classmethod
     def of(cls, value: "str | Path | Checkpoint") -> "Checkpoint":
-        """Settings from what [`run`][gradhpo.run] was given: a `Checkpoint`, or its directory."""
+        """Settings from the argument of [`run`][gradhpo.run]: a `Checkpoint`, or its directory."""
         return value if isinstance(value, Checkpoint) else cls(value)
 
 
@@ -79,21 +78,21 @@ class Checkpoint:
 def load_checkpoint(
     path: str | Path, state: BilevelState, callbacks: Sequence[Callable] = ()
 ) -> tuple[BilevelState, History]:
-    """State and history of a run from its checkpoints, to look at or to go on from elsewhere.
+    """State and history of a run from its checkpoints, to inspect or to continue from elsewhere.
 
     **Arguments:**
 
     - `path`: the directory of the run (its newest checkpoint), or one file in it.
     - `state`: any state of the same optimizer and model, from `optimizer.init`: it gives the
         structure and is not changed.
-    - `callbacks`: those whose memory is wanted: `best = gradhpo.BestState()` in
-        `callbacks=[best]` has `best.state` afterwards. Default: none.
+    - `callbacks`: those whose memory you want: `best = gradhpo.BestState()` in `callbacks=[best]`
+        has `best.state` afterwards. Default: none.
 
-    **Returns:** `(state, history)` at that checkpoint. Where only the history is damaged, a warning
+    **Returns:** `(state, history)` at that checkpoint. If only the history is damaged, a warning
     says so and the history is empty.
 
-    **Raises:** `ValueError` where there is none, one that is damaged or of another structure, or
-    one without the memory of such a callback.
+    **Raises:** `ValueError` if there is no checkpoint, if it is damaged or has another structure,
+    or if it has no memory for such a callback.
 
     ```python
     import tempfile
@@ -140,7 +139,7 @@ def read_memories(
     callbacks: Callbacks,
     all_of_them: bool = True,
 ) -> None:
-    """Gives each callback the memory of one of its class, in their order."""
+    """Gives each callback the memory of one of the same class, in order."""
     left = callbacks.remembering
     for name, leaves in zip(header["callbacks"], header["leaves"]["memories"], strict=True):
         mine = next((x for x in left if type(x).__name__ == name), None)
@@ -166,7 +165,7 @@ def checkpoints_in(directory: Path) -> list[Path]:
 
 
 def check_leaves(path: Path, found: list, expected: list) -> None:
-    """What is in a checkpoint has the structure that it is read into."""
+    """The contents of a checkpoint have the structure that they are read into."""
     if found == expected:
         return
     theirs, ours = ({name: rest for name, *rest in leaves} for leaves in (found, expected))

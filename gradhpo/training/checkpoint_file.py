@@ -1,4 +1,4 @@
-"""One checkpoint in one file: whole or not there, and checked before anything of it is used."""
+"""One checkpoint in one file: complete or absent, and checked before any of it is used."""
 
 import contextlib
 import io
@@ -23,7 +23,7 @@ _FORMAT = 2
 
 
 def write_file(path: Path, header: str, tree: PyTree) -> None:
-    """Writes beside the place and renames: whoever reads finds all of it or nothing.
+    """Writes a temporary file and renames it: readers find all of it or nothing.
 
     `header` is JSON, in one line.
     """
@@ -46,13 +46,13 @@ def write_file(path: Path, header: str, tree: PyTree) -> None:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a file is one of ours, whole or not."""
+    """Whether a file is one of ours, complete or not."""
     with open(path, "rb") as file:
         return file.read(len(_MAGIC)) == _MAGIC
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], io.BytesIO]:
-    """The header, and the leaves as a file for `read_tree`; `ValueError` for what is not whole."""
+    """The header, and the leaves as a file for `read_tree`; `ValueError` if it is not complete."""
     with open(path, "rb") as file:
         first, content = file.readline(200).split(), file.read()
     if not first or first[0] != _MAGIC:
@@ -109,7 +109,7 @@ def _read_leaf(file: io.BytesIO, like: Any) -> Any:
 
 
 def _sync_directory(directory: Path) -> None:
-    """The renaming itself survives a loss of power, where the file system can promise that."""
+    """Makes the renaming survive a power failure, if the file system can promise that."""
     if os.name == "posix":
         handle = os.open(directory, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""What is compiled of a run: many steps in one scan, and episodes around them."""
+"""The compiled part of a run: many steps in one scan, and episodes around them."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -31,9 +31,9 @@ class Chunk(eqx.Module):
     def run_steps(
         self, state: BilevelState, length: int
     ) -> tuple[BilevelState, dict[str, Array], Bool[Array, " leaves"]]:
-        """`length` outer steps, their metrics stacked, and which hyperparameters moved in any.
+        """`length` outer steps, their stacked metrics, and which hyperparameters ever moved.
 
-        All of it may still be at work.
+        The device may still be at work.
         """
         self._record(state, f"run (chunks of {length})")
         return self._steps(state, jnp.zeros((), jnp.int32), length)
@@ -48,11 +48,11 @@ class Chunk(eqx.Module):
         length: int,
         steps_per_episode: int,
     ) -> tuple[BilevelState, PyTree, PyTree, dict[str, Array], Bool[Array, " leaves"]]:
-        """`episodes` times `length` outer steps; either one episode's part, or whole ones.
+        """`episodes` times `length` outer steps; either part of one episode, or whole ones.
 
-        `start` is where the parameters of the current episode started. Returned are the state,
-        where the next (or still the same) episode starts, the parameters that the last step
-        reached, the metrics stacked, and which hyperparameters moved in any step.
+        `start` holds the initial parameters of the current episode. Returns the state, the initial
+        parameters of the next (or still the same) episode, the parameters that the last step
+        reached, the stacked metrics, and which hyperparameters ever moved.
         """
         self._record(state, f"run (chunks of {episodes} x {length})")
         arrays, static = eqx.partition(state, eqx.is_array)
@@ -103,7 +103,7 @@ class Chunk(eqx.Module):
     def _steps(
         self, state: BilevelState, first: Array, length: int
     ) -> tuple[BilevelState, dict[str, Array], Bool[Array, " leaves"]]:
-        """Steps whose batches stand at `first` and after in the data of this chunk."""
+        """Steps whose batches are at `first` and after in the data of this chunk."""
         # The metrics of a step are outputs, not inputs of the next: carrying them as well makes
         # the compiler copy them at every step (20 us on a CPU, a fifth of a short step).
         measured = {name: state.metadata[name] for name in METRICS if name != "rejected"}
@@ -148,8 +148,8 @@ def chunk_shapes(
 ) -> list[tuple[int, int]]:
     """`(episodes, steps of each)` of every chunk: at most two different ones in a run.
 
-    Whole episodes where one fits a chunk (or where it must), else parts of one. A run that has
-    `taken` some steps goes on with the chunks that it would have had.
+    Whole episodes if one fits into a chunk (or if it must), otherwise parts of one. A run that has
+    already `taken` some steps continues with the same chunks as an uninterrupted one.
     """
     if steps_per_episode is None:
         return [(1, length) for length in _pieces(taken, num_steps, chunk_size)]
@@ -171,7 +171,7 @@ def chunk_shapes(
 
 
 def _pieces(done: int, total: int, most: int) -> list[int]:
-    """What is left of pieces of `most` once `done` of the total is done."""
+    """What remains of pieces of `most` once `done` of the total is done."""
     pieces = []
     while done < total:
         pieces.append(min(most - done % most, total - done))

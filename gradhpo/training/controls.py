@@ -1,7 +1,8 @@
-"""Callbacks that watch a run: the best state, when to stop early, how long to go on.
+"""Callbacks that watch a run: the best state, when to stop early, how long to continue.
 
 A callback with a memory has `start(state, resumed) -> memory`, called before the first step, and
-the attribute `memory`, a pytree of arrays of fixed structure: `run` sets it, checkpoints keep it.
+the attribute `memory`, a pytree of arrays with a fixed structure: `run` sets it, checkpoints keep
+it.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from gradhpo.utils.typecheck import checked
 
 
 class Best(eqx.Module):
-    """The lowest value so far, the step that it was found at, and the state after that step."""
+    """The lowest value so far, its step, and the state after that step."""
 
     value: np.ndarray
     step: np.ndarray
@@ -30,19 +31,19 @@ class Best(eqx.Module):
 class BestState:
     """Keeps the state with the lowest validation loss: a callback for `run`.
 
-    Looks where a chunk ends, since there the state is known whose loss the last metric is (its
+    Looks only at the ends of chunks, where the state that belongs to the last loss is known (its
     parameters; the hyperparameters are one outer update ahead). Values that are not finite and
-    steps that were rejected do not count.
+    rejected steps do not count.
 
     **Arguments:**
 
-    - `metric`: the name of a metric, default `"val_loss"`, or a function `state -> number` for
-        what should be small: a loss on all validation data where batches are noisy, an error rate.
+    - `metric`: the name of a metric, default `"val_loss"`, or a function `state -> number` to be
+        minimised: a loss on all validation data if batches are noisy, an error rate.
 
     **Afterwards:** `.state`, `.value` and `.step` (`None`, `inf` and 0 if nothing counted).
 
     **Raises:** `TypeError` for a `metric` that is neither; `ValueError`, within a run, for a name
-    that is no metric of it.
+    that is not one of its metrics.
 
     ```python
     loss = lambda w, h, batch: jnp.sum((w - h) ** 2 * batch)
@@ -95,7 +96,7 @@ class BestState:
 
     @property
     def step(self) -> int:
-        """The step that it was found at, or 0."""
+        """The step of the lowest value, or 0."""
         return 0 if self.memory is None else int(self.memory.step)
 
 
@@ -104,8 +105,8 @@ class EarlyStopping:
 
     **Arguments:**
 
-    - `patience`: steps without a new lowest value after which the run stops (where a chunk ends),
-        at least 1.
+    - `patience`: steps without a new lowest value after which the run stops (at the end of a
+        chunk), at least 1.
     - `metric`: as for [`BestState`][gradhpo.BestState].
     - `min_delta`: by how much a value must be below the lowest one to count, default 0.
 
@@ -170,16 +171,16 @@ class EarlyStopping:
 
     @property
     def stopped(self) -> bool:
-        """Whether patience is at its end: a run that is resumed there does not go on."""
+        """Whether patience has run out: a run that is resumed there does not continue."""
         _, since, step = self._seen
         return bool(step - since >= self._patience)
 
 
 class TimeLimit:
-    """Stops a run at the end of the first chunk after so many seconds: a callback for `run`.
+    """Stops a run at the end of the first chunk after `seconds`: a callback for `run`.
 
-    Counts from the start of each call of `run`, compilation included. A run with a checkpoint goes
-    on when it is called once more, with the full time again. The `stop_reason` of the history is
+    Counts from the start of each call of `run`, including compilation. A run with a checkpoint
+    continues when it is called again, with the full time again. The `stop_reason` of the history is
     `"time limit"`.
 
     **Arguments:**
@@ -202,7 +203,7 @@ class TimeLimit:
         self._seconds, self._started = seconds, time.monotonic()
 
     def start(self, state: BilevelState, resumed: bool) -> None:
-        """The time begins."""
+        """The clock starts."""
         self._started = time.monotonic()
 
     def __call__(self, state: BilevelState, metrics: Mapping[str, np.ndarray]) -> bool:

@@ -25,7 +25,7 @@ from gradhpo.utils.progress import ProgressBar
 
 @dataclasses.dataclass
 class Driver:
-    """How far a run has come. `state`, `start` and `record` change at the end of a chunk only."""
+    """How far a run has come. `state`, `start` and `record` change only at the end of a chunk."""
 
     optimizer: BilevelOptimizer
     losses: LossFunctions
@@ -49,11 +49,11 @@ class Driver:
         )
         self.positions = self.feed.positions()
         self.zeros: list[int] | None = None  # leaves whose hypergradient was 0 in every step
-        self._callbacks_saw_all = True  # that the record holds
+        self._callbacks_saw_all = True  # of what the record holds
         self._advice = _how_to_save_memory(algorithm_of(self.optimizer))
 
     def begin(self, num_steps: int) -> None:
-        """A new run, or the one that the checkpoints hold."""
+        """A new run, or the one in the checkpoints."""
         if self.keeper is None or not self.keeper.holds_a_run:
             if self.keeper is not None:
                 self.feed.check_can_resume()
@@ -75,8 +75,8 @@ class Driver:
         """Takes the steps, and says why it stopped.
 
         The device has a chunk to work on while the host draws batches for another one, logs and
-        saves. Where a chunk stops the run, the one after it is forgotten: the state is the one
-        that the callbacks have seen.
+        saves. If a chunk stops the run, the next one is discarded: the state is the one that the
+        callbacks have seen.
         """
         waiting = collections.deque(shapes)
         flying: collections.deque[Flight] = collections.deque()
@@ -99,14 +99,14 @@ class Driver:
         except Stopped as stopped:
             return stopped
         except KeyboardInterrupt:
-            if interrupts.asked:  # the second one
+            if interrupts.asked:  # the second interrupt
                 raise
             return Stopped("interrupted")
         return Stopped("num_steps")
 
     def finish(self, ending: Stopped) -> None:
         """Keeps the end."""
-        # What a failing callback has missed is repeated from the checkpoint before.
+        # The steps that a failing callback missed are repeated from the previous checkpoint.
         if self._callbacks_saw_all and self.record.may_return:
             self.save(ending.reason)
 
@@ -117,7 +117,7 @@ class Driver:
                 "callbacks": self.callbacks.names,
                 "positions": self.positions,
             }
-            # In this order `load_checkpoint` finds what it can ask for at the beginning.
+            # In this order `load_checkpoint` finds everything that it can ask for at the start.
             parts = {
                 "state": self.state,
                 "memories": self.callbacks.memory,
@@ -193,7 +193,7 @@ class Driver:
         self._stop_if_over()
 
     def _stop_if_over(self) -> None:
-        """What ends a run also keeps one that is resumed at its end from going on."""
+        """The reason for ending a run also keeps one that is resumed at its end from continuing."""
         reason = self.callbacks.stopped()
         if reason is not None:
             raise Stopped(reason)
@@ -203,22 +203,22 @@ class Driver:
 
 @dataclasses.dataclass
 class Flight:
-    """A chunk on the device: what it will have made, and where its data end."""
+    """A chunk on the device: its future results, and where its data end."""
 
     chunk: Chunk
     state: BilevelState
     start: PyTree
-    reached: PyTree  # the parameters after the last step, where these are others than the state's
+    reached: PyTree  # the parameters after the last step, if they differ from the state's
     metrics: dict[str, Array]
     moved: Array  # for each leaf of the hyperparameters whether its hypergradient was ever not 0
     positions: dict[str, Any]
-    may_return: bool  # whether there are steps to return should this one fail
+    may_return: bool  # whether there are steps to return if this one fails
 
     @property
     def measured(self) -> BilevelState:
         """The state whose parameters were measured last.
 
-        Where an episode has ended `state` stands at the start of the next one already.
+        If an episode has ended, `state` is already at the start of the next one.
         """
         if self.reached is None:
             return self.state

@@ -118,11 +118,11 @@ class History(Mapping[str, np.ndarray]):
         """Draws metrics over steps with matplotlib.
 
         **Arguments:** names of `metrics`, by default both losses; `ax` to draw into, by default a
-        new one; the rest goes to `ax.plot`.
+        new one; everything else goes to `ax.plot`.
 
         **Returns:** `ax`.
 
-        **Raises:** `KeyError` for a name that is no metric, `ImportError` without matplotlib.
+        **Raises:** `KeyError` for a name that is not a metric, `ImportError` without matplotlib.
         """
         import matplotlib.pyplot as plt
 

@@ -1,4 +1,4 @@
-"""What tells one run from another, for the checkpoints of both."""
+"""What distinguishes one run from another, for the checkpoints of both."""
 
 import contextlib
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from gradhpo.utils.dispatch import compiled
 def identity(
     optimizer: BilevelOptimizer, state: BilevelState, feed: Feed, **settings: Any
 ) -> dict[str, Any]:
-    """Optimizer, settings, starting point and data, as far as they can be told, as JSON."""
+    """Optimizer, settings, starting point and data, as far as they can be compared, as JSON."""
     weights = inner_state(state).w
     return {
         "optimizer": described(optimizer),
@@ -38,7 +38,7 @@ def _response(
     update: Callable, optimizer: BilevelOptimizer, state: BilevelState, like: PyTree
 ) -> Any:
     """What an optimizer makes of a gradient of 1: a rate or a decay is hidden in its functions."""
-    # Some need more than a gradient: they cannot be told.
+    # Some need more than a gradient: they cannot be compared.
     with contextlib.suppress(Exception):
         return described(update(optimizer, state, jax.tree.map(jnp.ones_like, like)))
 

@@ -1,4 +1,4 @@
-"""What writes the checkpoints of a run, and finds the last one."""
+"""Writes the checkpoints of a run, and finds the last one."""
 
 import contextlib
 import json
@@ -34,9 +34,9 @@ except ImportError:  # not on Windows
 
 
 def _locked(path: Path) -> tuple[IO[bytes], bool]:
-    """A file that one process holds, and whether it does (some file systems have no locks).
+    """A file locked by one process, and whether it is (some file systems have no locks).
 
-    The system lets go of it however that process ends.
+    The system releases it however that process ends.
     """
     file, held = open(path, "ab"), False
     if fcntl is not None:
@@ -91,7 +91,7 @@ class Keeper:
         return self._found is not None
 
     def check_resumable(self, num_steps: int) -> None:
-        """The checkpoint is one of the run that was asked for."""
+        """The checkpoint belongs to the requested run."""
         assert self._found is not None
         differing = differences(self._header["description"], self._description)
         taken = self._header["taken"]
@@ -134,7 +134,7 @@ class Keeper:
         return by_steps or time.monotonic() - self._tried_at >= self._settings.every_seconds
 
     def save(self, taken: int, parts: dict[str, PyTree], header: dict[str, Any]) -> None:
-        """Writes a checkpoint. A full disk must not end a run: it is noted, and tried again."""
+        """Writes a checkpoint. A full disk must not end a run: it is noted, and retried later."""
         path = self._directory / f"step-{taken:010d}.ckpt"
         if not self._same:  # for every checkpoint of this session
             leaves: dict[str, Any] = {name: leaves_of(part) for name, part in parts.items()}
@@ -156,13 +156,13 @@ class Keeper:
                 raise
             self.failures.append(f"{type(error).__name__}: {error}")
         self._tried_step, self._tried_at = taken, time.monotonic()
-        with contextlib.suppress(OSError):  # what is left over is tidied up the next time
+        with contextlib.suppress(OSError):  # leftovers are removed the next time
             self._tidy_up()
 
     def _tidy_up(self) -> None:
         if not self._tidied:
             self._tidied = True
-            for torn in self._directory.glob(".step-*.ckpt.tmp"):  # of a process that was killed
+            for torn in self._directory.glob(".step-*.ckpt.tmp"):  # from a process that was killed
                 with contextlib.suppress(OSError):
                     torn.unlink()
         while len(self._there) > self._settings.keep:
@@ -172,13 +172,13 @@ class Keeper:
             del self._there[0]
 
     def _check_alone(self) -> None:
-        """Where there is no lock, another run shows by its checkpoints."""
+        """If there is no lock, another run shows by its checkpoints."""
         other = set(checkpoints_in(self._directory)) - self._known
         if other:
             raise OSError(f"{min(other)} was written by another run in the same directory")
 
     def close(self) -> None:
-        """Another run may have the directory."""
+        """Another run may use the directory."""
         self._lock.close()
 
 

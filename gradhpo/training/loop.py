@@ -1,4 +1,4 @@
-"""The loop that owns a run: chunks of many steps, each one compiled scan."""
+"""The loop of a run: chunks of many steps, each one compiled scan."""
 
 import contextlib
 import time
@@ -53,48 +53,49 @@ def run(
     r"""Runs many outer steps, as chunks of one compiled `lax.scan` each.
 
     Every step draws `optimizer.num_inner_steps` training batches (as a `BatchStack`) and one
-    validation batch. Python runs between chunks only; the caller's state is left intact.
+    validation batch. Python runs only between chunks; the caller's state is left intact.
 
     **Arguments:**
 
-    - `optimizer`, `state`: an optimizer, and a state from its `init` or from an earlier run,
-        which is continued (batch numbers follow `state.step`).
+    - `optimizer`, `state`: an optimizer, and a state from its `init` or from an earlier run, which
+        is continued (batch numbers follow `state.step`).
     - `losses`: the [`LossFunctions`][gradhpo.LossFunctions].
     - `train_data`, `val_data`: a traceable function `index -> batch` such as
         [`ArrayData`][gradhpo.ArrayData]; an iterator (see [`iterate`][gradhpo.iterate]); or a
         pytree of arrays, one batch for all steps.
-    - `num_steps`: outer steps to take, at least 1; counted with those of a checkpoint.
-    - `steps_per_episode`: restart the inner problem after so many steps, a divisor of
-        `num_steps`: the parameters at the start of an episode move by
-        $\phi \leftarrow \phi - \mathtt{reptile\_rate}\,(\phi - w)$ towards those at its end, all
-        start again from $\phi$, with a new inner optimizer state, and the memory of the
-        algorithm with a new episode. `None` (the default): one long training.
-    - `reptile_rate`: in [0, 1]. 1, the default, goes on from $w$, 0 is a cold restart from where
-        the run began. The state that is returned after whole episodes has been restarted too: its
-        parameters are $\phi$. To have those of a training with the final hyperparameters, run
-        one more episode without `steps_per_episode`. A run that was stopped within an episode
-        returns the state as it stands.
+    - `num_steps`: outer steps to take, at least 1; includes those of a checkpoint.
+    - `steps_per_episode`: restart the inner problem after this number of steps, a divisor of
+        `num_steps`. The initial parameters of an episode move by
+        $\phi \leftarrow \phi - \mathtt{reptile\_rate}\,(\phi - w)$ towards its final ones, all
+        restart from $\phi$ with a new inner optimizer state, and the memory of the algorithm starts
+        a new episode. `None` (the default): one long training.
+    - `reptile_rate`: in [0, 1]. 1, the default, continues from $w$; 0 is a cold restart from where
+        the run started. The state returned after whole episodes has been restarted too: its
+        parameters are $\phi$. To get parameters trained with the final hyperparameters, run one
+        more episode without `steps_per_episode`. A run that was stopped within an episode returns
+        the state at that point.
     - `lr_hyper`: for `outer_optimizer=None`, a number or a traceable schedule `step -> rate`.
-    - `chunk_size`: steps per compiled call, default 100, rounded down to whole episodes where one
+    - `chunk_size`: steps per compiled call, default 100, rounded down to whole episodes if one
         fits. An iterator's chunk is kept under 64 MiB (but holds a whole episode for an algorithm
         that looks ahead, [`OnlineHypergradientOptimizer`][gradhpo.OnlineHypergradientOptimizer]).
-    - `callbacks`: called as `callback(state, metrics)` after each chunk, `metrics` being a dict
-        of arrays `[steps in the chunk]`; one that returns `True` stops the run. Ready-made:
+    - `callbacks`: called as `callback(state, metrics)` after each chunk, where `metrics` is a dict
+        of arrays `[steps in the chunk]`; one that returns `True` stops the run. Built-in:
         [`EarlyStopping`][gradhpo.EarlyStopping], [`BestState`][gradhpo.BestState],
         [`TimeLimit`][gradhpo.TimeLimit], [`JSONLinesLogger`][gradhpo.JSONLinesLogger],
         [`CSVLogger`][gradhpo.CSVLogger].
-    - `max_rejections`: stop after so many steps in a row were rejected as non-finite; default 10.
+    - `max_rejections`: stop after this many consecutive steps were rejected as non-finite; default
+        10.
     - `progress`: show a progress bar, default `True`.
     - `checkpoint`: a directory (or a [`Checkpoint`][gradhpo.Checkpoint]) to save the run in;
-        default `None`. Where it holds one already, that is resumed, and comes out bit for bit as if
-        it had never been interrupted; `state` is then the state that the run began with.
+        default `None`. If it already holds a run, `run` resumes it, and the result is bit for bit
+        that of an uninterrupted run; `state` must then be the state that the run started from.
 
-    **Returns:** `(state, history)`, see [`History`][gradhpo.History]. Ctrl-C returns them too,
-    after the chunk at work; a second one raises.
+    **Returns:** `(state, history)`, see [`History`][gradhpo.History]. Ctrl-C also returns them,
+    after the current chunk; a second one raises.
 
-    **Raises:** `TypeError` or `ValueError` for misuse, before the first step is taken, and
-    whatever fails within the first chunk. What fails later (an iterator, a callback, the device)
-    ends the run: a warning says so, and state and history so far are returned.
+    **Raises:** `TypeError` or `ValueError` for misuse, before the first step is taken, and any
+    failure within the first chunk. A later failure (an iterator, a callback, the device) ends the
+    run: a warning says so, and `run` returns the state and history so far.
 
     ```python
     train_loss = lambda w, h, batch: jnp.mean((w - h) ** 2 * batch)
@@ -148,14 +149,14 @@ def run(
         state=state,
     )
     started = time.perf_counter()
-    # Whatever happens, batches that were not used go back and the directory is free again.
+    # In any case, unused batches go back and the directory is released.
     with (
         contextlib.closing(feed),
         contextlib.closing(keeper) if keeper else contextlib.nullcontext(),
     ):
         driver.begin(num_steps)
         taken = driver.record.taken
-        # An estimate from the batches of an episode cannot wait for those still to come.
+        # An estimate from the batches of an episode cannot wait for later batches.
         whole = feed.from_host and optimizer.reads_ahead
         size = feed.affordable(chunk_size)
         shapes = chunk_shapes(num_steps, size, steps_per_episode, whole, taken)
@@ -167,7 +168,7 @@ def run(
 
 
 def _history(driver: Driver, ending: Stopped, num_steps: int, seconds: float) -> History:
-    """What the run has to tell, with a warning where it did not end as it was meant to."""
+    """What the run has to report, with a warning if it did not end as intended."""
     record, metrics = driver.record, driver.record.metrics()
     remark = _remark(driver, metrics) if record.taken else ""
     unwritten = [] if driver.keeper is None else driver.keeper.failures
@@ -187,7 +188,7 @@ def _history(driver: Driver, ending: Stopped, num_steps: int, seconds: float) ->
 
 
 def _remark(driver: Driver, metrics: dict[str, np.ndarray]) -> str:
-    """What the algorithm has to say. A run that was taken must not be lost to its report."""
+    """The algorithm's remarks. A completed run must not be lost to its report."""
     try:
         return driver.optimizer.remarks(driver.before, metrics, 1)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The metrics of a run on disk: rows that are only ever added."""
+"""The metrics of a run on disk: rows that are only appended."""
 
 import os
 import zlib
@@ -14,10 +14,10 @@ _STATE = (
 
 
 class MetricsFile:
-    """Rows of float64, one for each step, in which every metric's dtype is exact.
+    """Rows of float64, one per step, which hold every metric's dtype exactly.
 
     A checkpoint says how many of the rows belong to it. Rows beyond that come from steps that the
-    run has lost, and are written over.
+    run has lost, and are overwritten.
     """
 
     def __init__(self, path: Path):
@@ -45,7 +45,7 @@ class MetricsFile:
         self._checksum = zlib.crc32(rows, self._checksum)
 
     def check_absent(self) -> None:
-        """A run that begins writes over nothing."""
+        """A new run does not overwrite anything."""
         if self.path.exists() and self.path.stat().st_size:
             raise ValueError(
                 f"{self.path} is there, without a checkpoint beside it: move it away, or pass "
@@ -57,7 +57,7 @@ class MetricsFile:
         return {"rows": self._rows, "dtypes": self._dtypes, "checksum": self._checksum}
 
     def read(self, header: dict[str, Any]) -> dict[str, np.ndarray]:
-        """The metrics of a checkpoint with this header, after which `add` goes on."""
+        """The metrics of a checkpoint with this header, after which `add` continues."""
         self._rows, self._checksum = header["rows"], header["checksum"]
         self._dtypes = header["dtypes"]
         if self._rows == 0:

@@ -1,4 +1,4 @@
-"""What a run says at its end: how many steps, how many refused, and why it stopped."""
+"""What a run reports at its end: how many steps, how many refused, and why it stopped."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from gradhpo.training.history import Record
 from gradhpo.training.stopping import Stopped
 
 
-_GROWN = 100.0  # no noise does that
+_GROWN = 100.0  # more than noise
 
 
 def write_report(
@@ -19,9 +19,9 @@ def write_report(
     unwritten: list[str],
     last_checkpoint: int | None,
 ) -> str:
-    """The sentences, in the order in which they matter.
+    """The sentences, in order of importance.
 
-    `remark` is what the algorithm says; `second_moments` tells of an inner optimizer like Adam;
+    `remark` comes from the algorithm; `second_moments` indicates an inner optimizer like Adam;
     `unwritten` are the checkpoints that failed, `last_checkpoint` says after how many steps the
     last one was written if that is not the end.
     """
@@ -92,7 +92,7 @@ def _on_rejections(record: Record, second_moments: bool) -> list[str]:
             "only the hypergradient was not: something that is differentiated has no finite "
             f"derivative. {adam if second_moments else overflow}"
         ]
-    if record.in_a_row:  # it ended so
+    if record.in_a_row:  # the run ended this way
         return [
             "Usual causes: a learning rate too high (inner or outer), a momentum of 1 or more, or "
             "NaN in the data."
@@ -101,7 +101,7 @@ def _on_rejections(record: Record, second_moments: bool) -> list[str]:
 
 
 def _on_divergence(record: Record) -> list[str]:
-    """A loss that has blown up without becoming infinite is refused by nobody."""
+    """A loss that has blown up without becoming infinite, which nothing refuses."""
     metrics = record.metrics()
     paths = {
         "training loss": metrics["train_loss"],

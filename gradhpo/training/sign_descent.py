@@ -1,4 +1,4 @@
-"""Sign descent: an outer update for hypergradients whose scale means nothing."""
+"""Sign descent: an outer update for hypergradients whose scale is meaningless."""
 
 from typing import Any, NamedTuple
 
@@ -22,30 +22,31 @@ class SignDescentState(NamedTuple):
 def sign_descent(
     step_size: PyTree, decay: float = 0.5, tolerance: float = 0.05
 ) -> optax.GradientTransformation:
-    r"""Steps of given length against the sign of the hypergradient, halved where it flips.
+    r"""Steps of given length against the sign of the hypergradient, halved when it flips.
 
-    Every coordinate for itself,
+    For every coordinate separately,
 
     $$\lambda_i \leftarrow \lambda_i - \delta_i\, \operatorname{sign}(g_i);$$
 
-    where the sign is another one than before, first
-    $\delta_i \leftarrow \mathtt{decay}\cdot\delta_i$. A coordinate whose sign has flipped rests for
-    good once $\delta_i < \mathtt{tolerance}\cdot|\lambda_i|$. For long horizons, whose
-    hypergradients are of very different lengths early and late: about ten outer steps find each
-    value to within `tolerance`. From 0, a step and its half back may land on 0 once more.
+    where, if the sign has changed, first $\delta_i \leftarrow \mathtt{decay}\cdot\delta_i$. A
+    coordinate whose sign has flipped stops for good once
+    $\delta_i < \mathtt{tolerance}\cdot|\lambda_i|$. It is meant for long horizons, whose
+    hypergradients have very different lengths early and late: about ten outer steps find each value
+    to within `tolerance`. From 0, a step and its half back may land on 0 once more.
 
     **Arguments:**
 
-    - `step_size`: the first $\delta$, positive: one number, or a tree of numbers that is a prefix
+    - `step_size`: the initial $\delta$, positive: one number, or a tree of numbers that is a prefix
         of the hyperparameters, such as `{"rates": 0.1, "weight_decay": 3e-4}`.
     - `decay`: in (0, 1), default 0.5.
-    - `tolerance`: at least 0, default 0.05, relative to $|\lambda_i|$, as suits rates and momenta
-        themselves. 0 never rests: right for hyperparameters that are stored as logarithms.
+    - `tolerance`: at least 0, default 0.05, relative to $|\lambda_i|$, which suits rates and
+        momenta themselves. With 0 no coordinate ever stops: use it for hyperparameters stored as
+        logarithms.
 
     **Returns:** an `optax.GradientTransformation`, for `outer_optimizer`.
 
-    **Raises:** `ValueError` for a setting out of its range, or (in `init`) a `step_size` that is no
-    prefix of the hyperparameters; `TypeError` for one that is no number.
+    **Raises:** `ValueError` for a setting out of its range, or (in `init`) a `step_size` that is
+    not a prefix of the hyperparameters; `TypeError` for one that is not a number.
 
     ```python
     loss = lambda w, rates, batch: jnp.sum(w**2 * jnp.arange(1.0, 4.0))
@@ -85,7 +86,7 @@ def sign_descent(
         return SignDescentState(first_sizes(params), jax.tree.map(jnp.zeros_like, params))
 
     def moved(first: Array, size: Array, sign: Array, x: Array) -> Array:
-        # Only a sign that has flipped tells that the value is near.
+        # Only a sign that has flipped shows that the value is near.
         rests = (size < first) & (size < tolerance * jnp.abs(x))
         return jnp.where(rests, jnp.zeros_like(x), -size * sign)
 
@@ -99,7 +100,7 @@ def sign_descent(
         signs = jax.tree.map(jnp.sign, updates)
         shorter = lambda size, old, new: jnp.where(old * new < 0, decay * size, size)
         step_sizes = jax.tree.map(shorter, state.step_sizes, state.signs, signs)
-        # A hypergradient of exactly 0 says nothing of the side on which the optimum lies.
+        # A hypergradient of exactly 0 does not say on which side the optimum lies.
         remembered = jax.tree.map(
             lambda old, new: jnp.where(new == 0, old, new), state.signs, signs
         )

@@ -1,4 +1,4 @@
-"""Smoothing of hypergradients in time, where optax has no transformation for it."""
+"""Smoothing of hypergradients over time, for which optax has no transformation."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from gradhpo.utils.typecheck import checked
 
 
 class MovingAverageState(NamedTuple):
-    """How many updates there were, and the last `window` of them, the oldest overwritten first."""
+    """The number of updates so far, and the last `window` of them, overwritten oldest first."""
 
     number: Int[Array, ""]
     last: PyTree
@@ -20,19 +20,19 @@ class MovingAverageState(NamedTuple):
 
 @checked
 def moving_average(window: int) -> optax.GradientTransformation:
-    r"""The mean of the last `window` updates, for `optax.chain` in front of an outer optimizer.
+    r"""The mean of the last `window` updates, for `optax.chain` before an outer optimizer.
 
     Hypergradients of minibatches are noisy;
 
     $$\bar g_t = \frac 1n \sum_{i=0}^{n-1} g_{t-i},\qquad n = \min(\mathtt{window}, t),$$
 
     has a variance up to `window` times smaller and lags by half a window. Unlike `optax.ema` it
-    forgets wholly: an outlier has no effect after `window` steps. Keeps `window` copies of the
-    hyperparameters.
+    forgets completely: an outlier has no effect after `window` steps. It keeps `window` copies of
+    the hyperparameters.
 
     **Arguments:**
 
-    - `window`: how many updates, at least 1.
+    - `window`: number of updates, at least 1.
 
     **Returns:** an `optax.GradientTransformation`.
 
@@ -56,7 +56,7 @@ def moving_average(window: int) -> optax.GradientTransformation:
     ) -> tuple[PyTree, MovingAverageState]:
         slot = state.number % window
         last = jax.tree.map(lambda old, new: old.at[slot].set(new), state.last, updates)
-        # From one full window on it goes round, so that a long run does not overflow it.
+        # From one full window on it wraps around, so that a long run does not overflow it.
         number = jnp.where(state.number + 1 < 2 * window, state.number + 1, window)
         filled = jnp.minimum(number, window)
         means = jax.tree.map(lambda x: jnp.sum(x, axis=0) / filled.astype(x.dtype), last)

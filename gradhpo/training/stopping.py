@@ -1,4 +1,4 @@
-"""How a run comes to its end before its last step."""
+"""How a run ends before its last step."""
 
 import contextlib
 import signal
@@ -25,9 +25,9 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def failing(reason: str, *, may_return: bool, advice: str = "") -> Iterator[None]:
-    """What fails inside ends the run; raised as it is while there is nothing to return.
+    """A failure inside ends the run; it is raised as is while there is nothing to return.
 
-    `advice` says how to do with less memory.
+    `advice` says how to reduce memory.
     """
     try:
         yield
@@ -48,7 +48,7 @@ def failing(reason: str, *, may_return: bool, advice: str = "") -> Iterator[None
 
 
 class Interrupts:
-    """Within it Ctrl-C asks the run to stop after the chunk at work; a second one raises.
+    """Inside, Ctrl-C asks the run to stop after the current chunk; a second one raises.
 
     A handler that the user has set is left alone, and outside the main thread there are none.
     """

@@ -1,12 +1,12 @@
-"""Which public class to use instead: the one place outside `algorithms/` where texts name them.
+"""Which public class to use instead: outside `algorithms/`, only texts in this file name them.
 
-Everything else that is said of an algorithm, the algorithm says itself.
+Everything else about an algorithm, the algorithm says itself.
 """
 
 from gradhpo.utils import foreign
 
 
-# Who differentiates what, from the narrowest to the widest.
+# Which classes differentiate what, from the narrowest to the widest.
 WHO_SEES = {
     "optimum": "ImplicitOptimizer",
     "last update": "OneStepOptimizer, T1T2Optimizer, GreedyOptimizer, "
@@ -24,7 +24,7 @@ IGNORES_SIZE = (
 NEEDS_THE_LOSS = (
     "Transformations that need the loss (optax.lbfgs, optax.polyak_sgd) fit as inner_optimizer of "
     "ImplicitOptimizer, FOOptimizer and T1T2Optimizer(perturb='hyperparams'), which do not "
-    "differentiate the update; elsewhere an update_fn can do the same"
+    "differentiate the update; for other methods write an update_fn"
 )
 
 _ODE = (
@@ -32,9 +32,9 @@ _ODE = (
     "of diffrax's other adjoints cannot be differentiated again"
 )
 _MISSING_RULES = {
-    foreign.NO_REVERSE: f"{_ODE}; in place of a while_loop use lax.scan, or ForwardModeOptimizer "
-    "with an update_fn",
-    foreign.NO_FORWARD: f"{_ODE}; in place of a custom_vjp of your own write a custom_jvp, or use "
+    foreign.NO_REVERSE: f"{_ODE}; instead of a while_loop use lax.scan, or "
+    "ForwardModeOptimizer with an update_fn",
+    foreign.NO_FORWARD: f"{_ODE}; instead of your own custom_vjp write a custom_jvp, or use "
     "UnrolledOptimizer",
     foreign.NO_TANGENT: _ODE,
     foreign.NO_CALLBACK_DERIVATIVE: "for an opaque function use T1T2Optimizer(update_fn=..., "
@@ -43,7 +43,7 @@ _MISSING_RULES = {
 
 
 def on_missing_rule(said: str) -> str | None:
-    """What to write where JAX `said` that a rule of differentiation is missing."""
+    """What to write if JAX `said` that a differentiation rule is missing."""
     return next((advice for rule, advice in _MISSING_RULES.items() if rule in said), None)
 
 
@@ -64,7 +64,7 @@ INSTEAD = {
     "where": "a function of the model: lambda m: m.log_weight_decay",
     "inner_optimizer": "an optax transformation such as optax.sgd(0.1), or a function of the "
     "hyperparameters that returns one",
-    "outer_optimizer": "an optax transformation such as optax.adam(0.01) (of an optax.MultiSteps "
+    "outer_optimizer": "an optax transformation such as optax.adam(0.01) (for an optax.MultiSteps "
     "its .gradient_transformation()), or None",
     "update_fn": "a function (params, hyperparams, batch) -> params",
     "coordinates": "whole numbers, e.g. [0, 1, 2]",
@@ -72,7 +72,7 @@ INSTEAD = {
     "0.1), or None",
     "key": "jax.random.key(0)",
     "checkpoint": 'the path of a directory, "runs/digits", or gradhpo.Checkpoint("runs/digits")',
-    "loader": "a list of batches or a data loader; call a generator function, and give an "
-    "ArrayData to run as it is",
+    "loader": "a list of batches or a data loader; call a generator function, and pass an "
+    "ArrayData to run directly",
     "batch_size": "a whole number, after the arrays as one pytree: ArrayData((x, y), 128, key)",
 }

@@ -1,4 +1,4 @@
-"""A pytree as one row of numbers: its length, unit vectors, and work on them in blocks."""
+"""A pytree as one vector of numbers: its length, unit vectors, and work on it in blocks."""
 
 import itertools
 from collections.abc import Callable
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PyTree
 
 
-# Coordinates that are worked on side by side: enough to fill the vector units, few enough that
-# this many copies of what belongs to one (parameters, activations) fit.
+# Number of coordinates that are processed in parallel: enough to fill the vector units, few enough
+# that as many copies of parameters and activations fit into memory.
 _AT_ONCE = 16
 
 
@@ -45,7 +45,7 @@ def unit_vector(coordinate: ArrayLike, like: PyTree) -> PyTree:
 
 
 def map_in_blocks(function: Callable[[Any], PyTree], over: PyTree) -> PyTree:
-    """`function` of every row of `over` (leading axes alike), a block of them at a time."""
+    """`function` of every row of `over` (along the leading axes), a block of rows at a time."""
     leaves = jax.tree.leaves(over)
     if any(leaf.size == 0 for leaf in leaves):
         return jax.vmap(function)(over)  # jax.lax.map cannot cut an empty array into blocks

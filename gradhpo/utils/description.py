@@ -1,4 +1,4 @@
-"""What identifies a run, so that a checkpoint of another one is not taken for it."""
+"""What identifies a run, so that the checkpoint of another run is not mistaken for its own."""
 
 import dataclasses
 import zlib
@@ -13,10 +13,11 @@ from gradhpo.utils.keys import is_key
 
 
 def described(value: Any) -> Any:
-    """A setting, a module or a tree of arrays as JSON; `None` for functions, which cannot be told.
+    """A setting, a module or a tree of arrays as JSON; `None` for functions.
 
-    Of a module its settings by name. Of floating-point arrays their norm and a weighted sum, which
-    differ between data sets and starting points, and not between machines; of others a checksum.
+    A module is described by its settings, by name. Floating-point arrays are described by their
+    norm and a weighted sum, which differ between data sets and starting points, but not between
+    machines; other arrays by a checksum.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -38,7 +39,7 @@ def described(value: Any) -> Any:
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """Where two descriptions differ, each in a line."""
+    """The differences between two descriptions, one per line."""
     if isinstance(old, dict) and isinstance(new, dict):
         if "values" in old and "values" in new:
             (norm, total), (norm_now, total_now) = old["values"], new["values"]
@@ -61,7 +62,7 @@ def _two_numbers(leaves: list[Any]) -> list[float]:
     square, total = 0.0, 0.0
     for number, leaf in enumerate(leaves):
         x = np.nan_to_num(_sample(leaf).astype(np.float64), posinf=0, neginf=0)
-        # The golden ratio spreads the weights evenly; another start for every leaf.
+        # The golden ratio spreads the weights evenly; every leaf starts elsewhere.
         weights = (np.arange(1, x.size + 1) * 0.6180339887498949 + 0.7548776662466927 * number) % 1
         square += float(x @ x)
         total += float(x @ (weights - 0.5))
@@ -77,6 +78,6 @@ def _checksum(leaves: list[Any]) -> int:
 
 
 def _sample(x: Any) -> np.ndarray:
-    """A million entries tell two data sets apart as well as all of them would."""
+    """A million entries distinguish two data sets as well as all of them would."""
     flat = jnp.ravel(x) if isinstance(x, jax.Array) else np.ravel(x)
     return np.asarray(flat[:: flat.size // 10**6] if flat.size > 10**6 else flat)

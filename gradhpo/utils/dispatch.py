@@ -1,7 +1,7 @@
-"""How every public call is compiled: it returns at once, while the device is still at work.
+"""How every public call is compiled: it returns immediately, while the device is still working.
 
-`eqx.filter_jit` waits for the result (to explain runtime errors), and takes a millisecond for the
-many leaves of a model: more than a small step itself.
+`eqx.filter_jit` waits for the result (to explain runtime errors), and takes a millisecond for a
+model with many leaves: more than a small step itself.
 """
 
 import functools
@@ -19,7 +19,7 @@ _ARRAY = object()  # where one stood
 
 @jax.tree_util.register_pytree_node_class
 class _Static:
-    """What of a result is no array: known once it is traced, and part of its structure."""
+    """The non-array part of a result: known once it is traced, and part of its structure."""
 
     def __init__(self, value: Any):
         self.value = value
@@ -35,15 +35,15 @@ class _Static:
 def compiled(function: _T) -> _T:
     """Compiles a function of positional arguments.
 
-    Everything that is no array is static, in the arguments and in the result.
+    Everything that is not an array is static, in the arguments and in the result.
     """
 
-    @functools.wraps(function)  # its name is that of the program, for profilers
+    @functools.wraps(function)  # profilers show this name for the program
     def on_arrays(static: Any, arrays: list[Any]) -> tuple[_Static, list[Any]]:
         static, arrays = _split(function(*_joined(static, arrays)))
         return _Static(static), arrays
 
-    del on_arrays.__wrapped__  # its signature is its own
+    del on_arrays.__wrapped__  # it has a different signature
     program = jax.jit(on_arrays, static_argnums=0)
 
     @functools.wraps(function)
@@ -55,9 +55,9 @@ def compiled(function: _T) -> _T:
 
 
 def _split(tree: Any) -> tuple[tuple[tuple[Any, ...], Any], list[Any]]:
-    """What is static, hashable, and the arrays.
+    """The static parts, hashable, and the arrays.
 
-    One flattening of all: `eqx.partition` and `eqx.combine` take many.
+    Flattens everything once: `eqx.partition` and `eqx.combine` flatten many times.
     """
     leaves, treedef = jax.tree.flatten(tree)
     are_arrays = list(map(eqx.is_array, leaves))

@@ -1,6 +1,6 @@
-"""What is read of other libraries beyond their documented interfaces: wording and private shapes.
+"""What we rely on in other libraries beyond their documented interfaces: wording and private state.
 
-All of it stands here, and each entry has a test that fails when the other library changes it
+All of it is in this file, and each entry has a test that fails when the other library changes it
 (`tests/test_foreign.py`).
 """
 
@@ -24,7 +24,7 @@ _COMPLAINT = re.compile(
 
 
 def refused_argument(complaint: str) -> tuple[str, str, str] | None:
-    """Of jaxtyping's report of a bad argument: its name, its value, and the type that it needs."""
+    """From jaxtyping's report of a bad argument: name, value, and expected type."""
     found = _COMPLAINT.search(complaint)
     if found is None:
         return None
@@ -34,15 +34,15 @@ def refused_argument(complaint: str) -> tuple[str, str, str] | None:
 
 # -- JAX ---------------------------------------------------------------------------------------
 
-# What JAX and Equinox raise where a rule of differentiation is missing, and how they say so.
+# What JAX and Equinox raise if a differentiation rule is missing, and their wording.
 NO_DERIVATIVE = (TypeError, ValueError, NotImplementedError, RuntimeError)
 NO_REVERSE = "Reverse-mode differentiation does not work"
 NO_FORWARD = "can't apply forward-mode"
 NO_TANGENT = "Unexpected tangent"
 NO_CALLBACK_DERIVATIVE = "callbacks do not support"
 
-# Names of operations: loops whose length only the run finds, with lineax's solvers, which hide
-# theirs (also when mapped); and random numbers, which differ between precisions.
+# Names of operations: loops whose length is known only at run time, including lineax's solvers,
+# which hide theirs (also under vmap); and random numbers, which differ between precisions.
 OPEN_LOOPS = ("while", "linear_solve", "vprim")
 RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "random_gamma")
 
@@ -65,7 +65,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def is_missing_argument(error: TypeError) -> bool:
-    """Whether a call failed for an argument that it was not given."""
+    """Whether a call failed because an argument was missing."""
     return "missing" in str(error) and "argument" in str(error)
 
 
@@ -73,7 +73,7 @@ def is_missing_argument(error: TypeError) -> bool:
 
 
 def runtime_check(error: Exception) -> Exception | None:
-    """What `eqx.error_if` said, without everything around it; `None` for another error."""
+    """The message of `eqx.error_if`, without its surroundings; `None` for another error."""
     _, marker, said = str(error).partition("_EquinoxRuntimeError: ")
     return eqx.EquinoxRuntimeError(said.partition("\n\n\n---")[0].strip()) if marker else None
 
@@ -82,13 +82,13 @@ def runtime_check(error: Exception) -> Exception | None:
 
 
 def keeps_second_moments(inner_opt_state: PyTree) -> bool:
-    """Whether an optax state has the field `nu`, as Adam's and its relatives' have."""
+    """Whether an optax state has the field `nu`, as Adam's and its relatives' do."""
     paths = jax.tree_util.tree_flatten_with_path(inner_opt_state)[0]
     return any(getattr(key, "name", None) == "nu" for path, _ in paths for key in path)
 
 
 def injected_values(inner_opt_state: PyTree) -> list[PyTree]:
-    """What `optax.inject_hyperparams` keeps in a state; a schedule makes its value at each step."""
+    """What `optax.inject_hyperparams` keeps in a state; schedules recompute theirs every step."""
     kinds = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
     is_injected = lambda x: isinstance(x, kinds)
     nodes: list[Any] = jax.tree.leaves(inner_opt_state, is_leaf=is_injected)

@@ -1,4 +1,4 @@
-"""The derivative products that every algorithm is made of."""
+"""The derivative products that every algorithm is built from."""
 
 from collections.abc import Callable
 
@@ -24,10 +24,10 @@ def vjp_wrt_both(
     - `params`, `hyperparams`, `batch`: where to differentiate.
     - `cotangent`: a tree like `params`.
 
-    **Returns:** `(params part, hyperparams part)`, trees like `params` and `hyperparams`
-    with `None` in place of leaves that are not floating-point arrays.
+    **Returns:** `(params part, hyperparams part)`, trees like `params` and `hyperparams` with
+    `None` for leaves that are not floating-point arrays.
 
-    **Raises:** `ValueError` for a cotangent that is no tree like `params`.
+    **Raises:** `ValueError` for a cotangent that is not a tree like `params`.
 
     ```python
     update = lambda w, rate, batch: w - rate * 2 * w
@@ -54,7 +54,7 @@ def vjp_wrt_lambda(
 ) -> PyTree:
     r"""The product $v^\top \partial\Phi/\partial\lambda$ alone, a tree like `hyperparams`.
 
-    Arguments and errors as in [`vjp_wrt_both`][gradhpo.vjp_wrt_both], whose second part it is.
+    Arguments and errors as in [`vjp_wrt_both`][gradhpo.vjp_wrt_both]; this is its second part.
 
     ```python
     update = lambda w, rate, batch: w - rate * 2 * w
@@ -69,13 +69,14 @@ def vjp_wrt_lambda(
 def linearize_gradient(
     loss: Callable[[PyTree, PyTree], Array], params: PyTree, hyperparams: PyTree, *, symmetric: bool
 ) -> tuple[Array, PyTree, Callable[[PyTree], tuple[PyTree, PyTree]]]:
-    r"""The loss, its gradient, and both second-derivative products, the primal shared.
+    r"""The loss, its gradient, and both second-derivative products, with a shared primal.
 
-    Returns $L$, $g = \nabla_w L$ and the function $v \mapsto (v^\top \partial g/\partial w,\;
-    v^\top \partial g/\partial\lambda)$. Second derivatives are symmetric, so both are the
-    one forward derivative of $\nabla_{(w,\lambda)} L$ along $(v, 0)$ (mixed mode): no
-    activation outlives the step. With a `custom_vjp` inside the loss the gradient field need
-    not be symmetric and `symmetric=False` transposes it (reverse over reverse).
+    Returns $L$, $g = \nabla_w L$ and the function
+    $v \mapsto (v^\top \partial g/\partial w,\; v^\top \partial g/\partial\lambda)$. Second
+    derivatives are symmetric, so both products come from one forward derivative of
+    $\nabla_{(w,\lambda)} L$ along $(v, 0)$ (mixed mode): no activation outlives the step. With a
+    `custom_vjp` inside the loss, the Jacobian of the gradient need not be symmetric, and
+    `symmetric=False` transposes it (reverse over reverse).
 
     ??? cite "Reference"
 

@@ -17,10 +17,10 @@ from gradhpo.utils.warn import warn
 
 
 class _FileLogger(abc.ABC):
-    """A line for every so many steps.
+    """A line every `every` steps.
 
-    The memory is the length of the file: a run that is resumed cuts off what was written after its
-    checkpoint, and the file comes out as if nothing had happened.
+    The memory is the length of the file: a resumed run cuts off everything after its checkpoint,
+    and the file ends up as if nothing had happened.
     """
 
     @checked
@@ -40,15 +40,14 @@ class _FileLogger(abc.ABC):
 
     @abc.abstractmethod
     def _text(self, columns: dict[str, list], first: bool) -> str:
-        """A line for each row of these columns; `None` is not written."""
+        """One line per row of these columns; `None` is not written."""
 
     def start(self, state: Any, resumed: bool) -> np.ndarray:
-        """The memory before the first step; a file that is another run's is not added to."""
+        """The memory before the first step; refuses to add to the file of another run."""
         size = self._path.stat().st_size if self._path.exists() else 0
         if size and not (resumed or self._append or self._began):
             raise ValueError(
-                f"{self._path} already holds something: pass another path, or append=True to add "
-                "to it"
+                f"{self._path} already has content: pass another path, or append=True to add to it"
             )
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._began, self._resumed = True, resumed
@@ -74,10 +73,10 @@ class _FileLogger(abc.ABC):
             self.memory = np.asarray(file.tell())
 
     def _cut(self, file: IO[bytes]) -> None:
-        """What was written after the checkpoint comes again."""
+        """Lines written after the checkpoint will be written again."""
         self._resumed, place = False, int(self.memory)
         if file.tell() < place:
-            warn(f"{self._path} is shorter than this run had left it: it goes on at its end")
+            warn(f"{self._path} is shorter than this run left it: new lines go to its end")
         else:
             file.truncate(place)
             file.seek(place)
@@ -86,19 +85,20 @@ class _FileLogger(abc.ABC):
 class JSONLinesLogger(_FileLogger):
     """Writes metrics as JSON Lines, `{"step": 1, "train_loss": 0.5, ...}`: a callback for `run`.
 
-    Numbers that JSON does not have (`nan`, `inf`) are `null`. Written at the end of every chunk.
+    `nan` and `inf`, which JSON lacks, become `null`. Written at the end of every chunk.
 
     **Arguments:**
 
-    - `path`: the file; its directory is made if it is not there.
-    - `every`: a line for every so many steps, default 1.
-    - `append`: whether a file that is there is added to, default `False`: an error. A run that is
-        resumed from a checkpoint goes on with its own file.
-    - `extra`: a function `state -> {name: number}`, called where a chunk ends, for what is no
-        metric: hyperparameters themselves. It stands in the line of the last step of a chunk.
+    - `path`: the file; its directory is created if it does not exist.
+    - `every`: write a line every `every` steps, default 1.
+    - `append`: whether to add to an existing file; default `False`: an existing file is an error. A
+        run that is resumed from a checkpoint continues its own file.
+    - `extra`: a function `state -> {name: number}`, called at the end of a chunk, for values that
+        are not metrics, such as the hyperparameters. They go into the line of the last step of the
+        chunk.
 
-    **Raises:** `ValueError` for a `path` that is a directory or `every < 1`; where `run` begins,
-    for a file that holds something already, without `append=True`.
+    **Raises:** `ValueError` for a `path` that is a directory or `every < 1`; when `run` starts, for
+    a file that already has content, without `append=True`.
 
     ```python
     rate = lambda state: {"rate": jnp.exp(state.hyperparams["log_rate"])}
@@ -107,7 +107,7 @@ class JSONLinesLogger(_FileLogger):
     """
 
     def _text(self, columns: dict[str, list], first: bool) -> str:
-        # Column by column, and numbers as JSON writes them: ten times as quick as row by row.
+        # Column by column, with numbers formatted by JSON: ten times as fast as row by row.
         written = [
             [f"{name}: {_number(x)}, " if x is not None else "" for x in column]
             for name, column in zip(map(json.dumps, columns), columns.values(), strict=True)
@@ -120,11 +120,11 @@ def _number(x: float | int) -> str:
 
 
 class CSVLogger(_FileLogger):
-    """Writes metrics as CSV with a line of names: a callback for `run`.
+    """Writes metrics as CSV with a header line: a callback for `run`.
 
-    Numbers as Python writes them, `nan` and `inf` included. Written at the end of every chunk.
+    Numbers are formatted by Python, including `nan` and `inf`. Written at the end of every chunk.
 
-    **Arguments:** as for [`JSONLinesLogger`][gradhpo.JSONLinesLogger]; so is what it raises.
+    **Arguments:** as for [`JSONLinesLogger`][gradhpo.JSONLinesLogger], with the same errors.
 
     ```python
     logger = gradhpo.CSVLogger("runs/digits/log.csv", every=10)

@@ -1,4 +1,4 @@
-"""Progress of a run: a bar where one can be drawn, lines in a log."""
+"""Progress of a run: a bar where one can be drawn, otherwise lines in a log."""
 
 import contextlib
 import os
@@ -15,11 +15,11 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class ProgressBar:
-    """Counts steps and shows the last losses, with an estimate of the time that is left.
+    """Counts steps and shows the last losses, with an estimate of the remaining time.
 
-    The first chunk includes compilation and says nothing of those to come: the clock of the
-    estimate starts after it. Without a terminal or a notebook a line is printed every ten seconds,
-    and one at the end.
+    The first chunk includes compilation and does not predict the others: the clock of the estimate
+    starts after it. Without a terminal or a notebook, a line is printed every ten seconds, and one
+    at the end.
     """
 
     def __init__(self, total: int, *, done: int = 0, shown: bool = True):
@@ -47,14 +47,14 @@ class ProgressBar:
 
     @contextlib.contextmanager
     def _whatever_the_terminal_does(self) -> Iterator[None]:
-        """One that was closed must not take the run with it."""
+        """A stream that was closed must not end the run."""
         try:
             yield
         except (OSError, ValueError):
             self._lines, self._bar.disable = False, True
 
     def advance(self, steps: int, metrics: Mapping[str, np.ndarray]) -> None:
-        """Moves on by a chunk of steps with these metrics."""
+        """Advances by a chunk of steps with these metrics."""
         with self._whatever_the_terminal_does():
             self._advance(steps, metrics)
 

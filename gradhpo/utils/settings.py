@@ -1,4 +1,4 @@
-"""Checks of what optimizers and `run` are told: numbers, counts, rules. Each with its remedy."""
+"""Checks of the settings of optimizers and `run`: numbers, counts, rules. Each names its remedy."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, PyTree
 
 
 def setting(value: Any) -> Array:
-    """Converter for numeric fields: an array leaf, so that a new value is no new program."""
+    """Converter for numeric fields: an array leaf, so that a new value does not recompile."""
     if isinstance(value, bool) or not (
         eqx.is_array_like(value) and jnp.issubdtype(jnp.result_type(value), jnp.number)
     ):
@@ -21,7 +21,7 @@ def setting(value: Any) -> Array:
 
 
 def check_setting(name: str, value: Array, good: Callable[[np.ndarray], Any], rule: str) -> None:
-    """`good` must hold for a setting whose value is known (a traced one is taken on trust)."""
+    """`good` must hold for a setting whose value is known (a traced one is trusted)."""
     if isinstance(value, Tracer) or not eqx.is_array(value):
         return
     if not np.all(good(np.asarray(value))):
@@ -38,7 +38,7 @@ def check_count(name: str, value: int, *, most: int | None = None) -> None:
 
 
 def check_inner_rule(name: str, inner_optimizer: Any, grad_fn: Any, update_fn: Any) -> None:
-    """Exactly one of the two ways to say what an inner step is."""
+    """Exactly one of the two ways to define an inner step."""
     if grad_fn is not None and inner_optimizer is None:
         raise ValueError(
             f"{name} got a grad_fn without an inner_optimizer, which takes the gradient: pass "
@@ -124,14 +124,14 @@ def outer_rate(value: Any) -> ArrayLike | None:
     if isinstance(value, (int, float)) and value < 0:
         raise ValueError(f"lr_hyper must not be negative, got {value}: the step is -lr_hyper * g")
     dtype = jnp.result_type(float)
-    # A number goes to the device with the call that uses it; by itself it takes 0.1 ms a step.
+    # A number goes to the device with the call that uses it; on its own it takes 0.1 ms per step.
     return (np if isinstance(value, (int, float)) else jnp).asarray(value, dtype)
 
 
 def check_episodes(
     num_steps: int, steps_per_episode: int | None, reptile_rate: Any, step: int
 ) -> None:
-    """A run is so many whole episodes, and begins where one begins."""
+    """A run consists of whole episodes, and starts at the start of one."""
     rate = np.asarray(reptile_rate)
     check_setting("reptile_rate", jnp.asarray(rate), _is_share, "in [0, 1]")
     if steps_per_episode is None:
@@ -151,12 +151,12 @@ def check_episodes(
         raise ValueError(
             f"the state has taken {step} steps, which is not a whole number of episodes of "
             f"steps_per_episode={steps_per_episode}, and where its episode started is not known; "
-            "to begin one here: optimizer.restart(state).update(step=jnp.zeros((), jnp.int32))"
+            "to start one here: optimizer.restart(state).update(step=jnp.zeros((), jnp.int32))"
         )
 
 
 def check_restart(start: PyTree, reptile_rate: Any) -> None:
-    """What `restart` needs besides the state."""
+    """What `restart` needs in addition to the state."""
     check_setting("reptile_rate", jnp.asarray(reptile_rate), _is_share, "in [0, 1]")
     if start is None and not isinstance(reptile_rate, Tracer) and np.any(reptile_rate != 1):
         raise ValueError(

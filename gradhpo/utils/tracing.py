@@ -1,4 +1,4 @@
-"""What the traced program tells: which leaves it can see, and why it was traced again."""
+"""What a traced program reveals: which leaves it can see, and why it was traced again."""
 
 import contextlib
 import itertools
@@ -19,7 +19,7 @@ TAKES_ALL = "second derivatives of the training loss, or derivatives of the inne
 
 @contextlib.contextmanager
 def differentiation_explained(name: str, takes: str = TAKES_ALL) -> Iterator[None]:
-    """Says what to write where the derivatives that a method `takes` do not exist."""
+    """Says what to write if the derivatives that a method `takes` do not exist."""
     try:
         yield
     except NO_DERIVATIVE as error:
@@ -37,11 +37,11 @@ def visible_leaves(
 ) -> PyTree:
     """Marks the leaves of `tree` in which the derivative of `function` can be non-zero.
 
-    Unless `by_derivative`, the leaves on which it depends at all.
+    Unless `by_derivative`, marks the leaves on which it depends at all.
 
-    Read off the traced linear program: a leaf that no operation of it takes as input has a
-    derivative of exactly 0 everywhere. A function without a forward derivative (an opaque
-    callback, a `custom_vjp`) cannot be read; then every leaf counts as visible.
+    Reads the traced linear program: a leaf that no operation takes as input has a derivative of
+    exactly 0 everywhere. A function without a forward derivative (an opaque callback, a
+    `custom_vjp`) cannot be read; then every leaf counts as visible.
     """
     leaves, treedef = jax.tree.flatten(tree)
     seen = [True] * len(leaves)
@@ -55,7 +55,7 @@ def visible_leaves(
         seen[:] = [id(v) in used for v in program.invars]
 
     with contextlib.suppress(*NO_DERIVATIVE):
-        # A trace of its own, so that nothing of this reaches the program around it.
+        # A separate trace, so that nothing of this reaches the surrounding program.
         jax.eval_shape(probe, *leaves)
     return jax.tree.unflatten(treedef, seen)
 
@@ -67,7 +67,7 @@ _traces: dict[Any, tuple[int, dict[str, int]]] = {}
 
 
 def forget_traces() -> None:
-    """Starts the count of traces, and of what was said, anew."""
+    """Resets the counts of traces, and of what was said."""
     _traces.clear()
     forget_warnings()
 
@@ -95,11 +95,11 @@ def record_trace(
     losses: Any,
     **batches: PyTree,
 ) -> None:
-    """Called while a step or a chunk is traced: at the fifth trace of a job says what changed.
+    """Called while a step or a chunk is traced: at the fifth trace of a job, says what changed.
 
-    "A job" is one optimizer class with the same counts, the same state structure, and
-    losses from the same source lines. What may change between its traces without the user
-    seeing it is a function object made anew, or the shape of a batch.
+    "A job" is one optimizer class with the same counts, the same state structure, and losses from
+    the same source lines. Between its traces, a function object may have been created again, or the
+    shape of a batch may have changed, without the user seeing it.
     """
     count_trace()
     without_functions = jax.tree.map(lambda x: None if callable(x) else x, optimizer)
@@ -111,11 +111,11 @@ def record_trace(
         _source(losses.val_loss),
     )
     changing = {
-        "the optimizer (an optax object or update_fn made anew)": optimizer,
-        "train_loss_fn (a function made anew)": losses.train_loss,
-        "val_loss_fn (a function made anew)": losses.val_loss,
-        "the state (a function in it made anew, or a note that is no array)": state,
-    } | {f"{name} (its shapes, or a function made anew)": x for name, x in batches.items()}
+        "the optimizer (a new optax object or update_fn)": optimizer,
+        "train_loss_fn (a new function)": losses.train_loss,
+        "val_loss_fn (a new function)": losses.val_loss,
+        "the state (a new function in it, or a note that is not an array)": state,
+    } | {f"{name} (its shapes, or a new function)": x for name, x in batches.items()}
     now = {name: _fingerprint(value) for name, value in changing.items()}
     count, before = _traces.get(job, (0, now))
     _traces[job] = (count + 1, now)
@@ -123,8 +123,8 @@ def record_trace(
         changed = [name for name in now if now[name] != before[name]]
         warn_once(
             f"{type(optimizer).__name__}: {what} was traced and compiled {count + 1} times for "
-            f"the same job; since the last time this changed: {', '.join(changed) or 'nothing'}"
-            ". Make losses and optimizers once, outside the loop, and keep batch shapes fixed."
+            f"the same job; changed since the last time: {', '.join(changed) or 'nothing'}"
+            ". Create losses and optimizers once, outside the loop, and keep batch shapes fixed."
         )
 
 
@@ -136,6 +136,6 @@ def _fingerprint(tree: PyTree) -> int:
 
 
 def _source(function: Any) -> tuple:
-    """Where the code of a function or of a module around one was written."""
+    """Where the code of a function, or of a module around one, was written."""
     codes = [getattr(x, "__code__", None) for x in [function, *jax.tree.leaves(function)]]
     return (type(function), *(code for code in codes if code is not None))

@@ -1,8 +1,7 @@
 """Pytree algebra, on the floating-point array leaves of a tree.
 
-All other leaves (integer arrays, functions, strings) are not numbers to be optimised: they are
-passed through unchanged and count for nothing in norms and products, so whole Equinox models may be
-given.
+All other leaves (integer arrays, functions, strings) are not optimised: they pass through unchanged
+and do not count in norms and products, so you can pass whole Equinox models.
 """
 
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from gradhpo.utils.typecheck import checked
 
 
 def accumulation_dtype(tree: PyTree) -> jnp.dtype:
-    """float32, or float64 where a leaf is float64: sums over bfloat16 lose everything."""
+    """float32, or float64 if a leaf is float64: sums over bfloat16 lose everything."""
     leaves = jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))
     wide = any(leaf.dtype == jnp.float64 for leaf in leaves)
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
@@ -38,7 +37,7 @@ def _map_inexact(function: Callable, tree: PyTree, *rest: PyTree) -> PyTree:
 def tree_zeros_like(tree: PyTree) -> PyTree:
     """Zeros with the shape and dtype of every array leaf, integer arrays included.
 
-    Leaves that are no arrays or numbers (functions, strings) stay as they are.
+    Leaves that are neither arrays nor numbers (functions, strings) stay unchanged.
 
     ```python
     zeros = gradhpo.tree_zeros_like({"w": jnp.ones(3)})
@@ -51,8 +50,8 @@ def tree_zeros_like(tree: PyTree) -> PyTree:
 def tree_l2_norm(tree: PyTree) -> Real[Array, ""]:
     r"""Euclidean norm over all floating-point leaves together, $\sqrt{\sum_i x_i^2}$.
 
-    Accumulated in float32, or float64 where a leaf is float64; so is the result, shape `()`. An
-    empty tree has norm 0.
+    Accumulated in float32, or float64 if a leaf is float64, which is also the dtype of the result,
+    shape `()`. An empty tree has norm 0.
 
     ```python
     assert gradhpo.tree_l2_norm({"a": jnp.array([3.0]), "b": jnp.array(4.0)}) == 5.0
@@ -81,7 +80,7 @@ def tree_dot(a: PyTree, b: PyTree) -> Real[Array, ""]:
     r"""Inner product over all floating-point leaves together, $\sum_i a_i b_i$.
 
     Accumulated like [`tree_l2_norm`][gradhpo.tree_l2_norm], shape `()`. Raises `ValueError` for
-    trees of two structures.
+    trees of different structure.
 
     ```python
     assert gradhpo.tree_dot({"a": jnp.array([1.0, 2.0])}, {"a": jnp.array([3.0, 4.0])}) == 11.0
@@ -95,10 +94,10 @@ def tree_dot(a: PyTree, b: PyTree) -> Real[Array, ""]:
 def tree_lerp(a: PyTree, b: PyTree, t: Real[ArrayLike, ""]) -> PyTree:
     r"""Straight line from `a` (at `t = 0`) to `b` (at `t = 1`): $(1 - t)\,a + t\,b$.
 
-    A tree like `a`, with its dtypes; leaves that are not floating-point arrays are those of `a`.
-    Where both ends are the same number so is every point between, an infinity included; at `t = 0`
-    nothing of `b` is looked at. `t` has the shape `()`. Raises `ValueError` for trees of two
-    structures.
+    Returns a tree like `a`, with its dtypes; leaves that are not floating-point arrays come from
+    `a`. If both ends are the same number, so is every point between, including an infinity; at
+    `t = 0` nothing in `b` is read. `t` has the shape `()`. Raises `ValueError` for trees of
+    different structure.
 
     ```python
     middle = gradhpo.tree_lerp({"w": jnp.zeros(2)}, {"w": jnp.ones(2)}, 0.5)
@@ -117,10 +116,10 @@ def tree_lerp(a: PyTree, b: PyTree, t: Real[ArrayLike, ""]) -> PyTree:
 
 
 def finite_leaves(tree: PyTree, unless_as_in: PyTree | None = None) -> PyTree:
-    """For each floating-point leaf whether all of its numbers are finite.
+    """For each floating-point leaf, whether all of its numbers are finite.
 
     With `unless_as_in`, a number that is the same in that tree counts as finite: parameters may
-    hold an infinity on purpose (an attention mask), and so may optimizer states (a best value).
+    contain an infinity on purpose (an attention mask), and so may optimizer states (a best value).
     """
     inexact = eqx.filter(tree, eqx.is_inexact_array)
     if unless_as_in is None:

@@ -1,4 +1,4 @@
-"""beartype checks with messages for people."""
+"""beartype checks with readable messages."""
 
 import functools
 import inspect
@@ -16,7 +16,7 @@ _T = TypeVar("_T", bound=Callable)
 
 
 def checked(thing: _T) -> _T:
-    """Checks annotations of a function, or of a module's constructor, at every call.
+    """Checks the annotations of a function, or of a module's constructor, at every call.
 
     Goes directly on the `def` or `class`, under `filter_jit`.
     """
@@ -36,14 +36,14 @@ def _explained(function: Callable) -> Callable:
             message = _for_people(function, str(error))
             if message is None:
                 raise
-        # Outside the handler: what beartype and jaxtyping said before helps nobody.
+        # Outside the handler: the earlier messages of beartype and jaxtyping help nobody.
         raise TypeError(message)
 
     return wrapper
 
 
 def _for_people(function: Callable, complaint: str) -> str | None:
-    """One sentence of the checker's page, or `None` if it is about something else."""
+    """One sentence from the checker's report, or `None` if it is about something else."""
     found = refused_argument(complaint)
     if found is None:
         return None

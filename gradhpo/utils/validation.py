@@ -16,7 +16,7 @@ THE_WHOLE_TREE = "(the whole tree)"
 
 
 def leaf_names(tree: PyTree) -> list[str]:
-    """A name as the user would write it for each leaf: `.net.layers[0].weight`, `['w']`."""
+    """Each leaf's name as the user would write it: `.net.layers[0].weight`, `['w']`."""
     return [jax.tree_util.keystr(path) or THE_WHOLE_TREE for path, _ in _with_path(tree)]
 
 
@@ -62,7 +62,7 @@ def check_single_batch(batch: PyTree, name: str) -> None:
 
 
 def prepare_params(params: PyTree) -> PyTree:
-    """Parameters as strong arrays, or an error that says what cannot be trained."""
+    """Parameters as strongly typed arrays, or an error that says what cannot be trained."""
     is_state = lambda x: isinstance(x, (eqx.nn.State, eqx.nn.StateIndex))
     for node in jax.tree.leaves(params, is_leaf=is_state):
         if is_state(node):
@@ -82,7 +82,7 @@ def prepare_params(params: PyTree) -> PyTree:
 
 
 def prepare_hyperparams(hyperparams: PyTree) -> PyTree:
-    """Hyperparameters as strong floating-point arrays, or an error that names the leaf."""
+    """Hyperparameters as strongly typed floating-point arrays, or an error that names the leaf."""
     _refuse_complex(hyperparams, "hyperparams")
     if not jax.tree.leaves(hyperparams):
         raise ValueError(
@@ -119,7 +119,7 @@ def _refuse_nan(tree: PyTree, what: str) -> None:
     for path, leaf in _with_path(tree):
         if isinstance(leaf, Tracer) or not eqx.is_inexact_array(leaf):
             continue
-        # By NumPy where that can be: jnp would compile two programs for every shape.
+        # With NumPy if possible: jnp would compile two programs per shape.
         elsewhere = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
         if bool(np.any(np.isnan(leaf if elsewhere else np.asarray(leaf)))):
             raise ValueError(
@@ -129,7 +129,7 @@ def _refuse_nan(tree: PyTree, what: str) -> None:
 
 
 def numbers_as_arrays(batch: PyTree) -> PyTree:
-    """Python numbers in a batch become arrays, so that a new value is no new program."""
+    """Python numbers in a batch become arrays, so that a new value does not recompile."""
     as_array = lambda x: np.asarray(x, jnp.result_type(x)) if _is_python_number(x) else x
     return jax.tree.map(as_array, batch)
 
@@ -161,7 +161,7 @@ def check_arity(function: Callable, name: str, arguments: str, remedy: str = "")
     """The function can be called with the positional arguments that it will get."""
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some callables have none: the call itself will tell
+    except (TypeError, ValueError):  # some callables have no signature: the call itself will tell
         return
     try:
         signature.bind(*arguments.split(", "))

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """A warning that points at the first line outside this library and those beneath it."""
+    """A warning that points at the first line outside this library and the packages below it."""
     beneath = {"gradhpo", "equinox", "jax", "jaxtyping", "beartype", "contextlib", "functools"}
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and _package(frame) in beneath:
@@ -18,12 +18,12 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
 
 # What was said in this process. Every compilation finds the same thing again, and no object of the
 # user's outlives them all. Python's registry of warnings is global state of the same kind, but it
-# counts by lines, and one line of a user's program may be told several things.
+# counts by line, and one line of a user's program may trigger several warnings.
 _said: set[str] = set()
 
 
 def warn_once(message: str) -> None:
-    """A warning that is given once in a process: tracing again finds the same thing again."""
+    """A warning that is given once per process: tracing again finds the same thing again."""
     if message not in _said:
         _said.add(message)
         warn(message)
@@ -31,7 +31,7 @@ def warn_once(message: str) -> None:
 
 @contextlib.contextmanager
 def without_warnings() -> Iterator[None]:
-    """Keeps quiet what a report says instead, and lets it be said later."""
+    """Suppresses warnings whose content is in a report, so that they can be given later."""
     said = set(_said)
     try:
         with warnings.catch_warnings():

@@ -1,1 +1,1 @@
-"""Optimizers around another optimizer."""
+"""Optimizers that wrap another optimizer."""

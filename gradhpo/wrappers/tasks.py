@@ -1,4 +1,4 @@
-r"""Many tasks at once with hyperparameters in common: the meta-batch of meta-learning."""
+r"""Many tasks in parallel with shared hyperparameters: the meta-batch of meta-learning."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ from gradhpo.utils.typecheck import checked
 
 
 class TaskMemory(MemoryOfEach):
-    """What [`TaskBatched`][gradhpo.TaskBatched] carries on.
+    """What [`TaskBatched`][gradhpo.TaskBatched] carries over.
 
     - `task`: the number of each task, shape `[tasks]`, int32.
     - `of_each`: the memory of the wrapped optimizer, every leaf with a leading task axis.
@@ -37,29 +37,29 @@ class TaskMemory(MemoryOfEach):
 
 @checked
 class TaskBatched(Wrapper):
-    r"""Runs any optimizer on `num_tasks` tasks side by side, with shared hyperparameters.
+    r"""Runs any optimizer on `num_tasks` tasks in parallel, with shared hyperparameters.
 
-    Parameters, inner optimizer state, the optimizer's own memory and all batches carry a
-    leading task axis; `init` broadcasts the parameters to all tasks. The hypergradient is the
-    mean $g = \frac 1N \sum_{i=1}^{N} g_i$ over the $N$ = `num_tasks` tasks, as are the metrics.
-    Where an episode ends ([`run`][gradhpo.run] with `steps_per_episode`), all tasks start again
-    from one point, to which Reptile has moved by the mean of what they have learned.
+    Parameters, inner optimizer state, the optimizer's own memory and all batches have a leading
+    task axis; `init` broadcasts the parameters to all tasks. The hypergradient is the mean
+    $g = \frac 1N \sum_{i=1}^{N} g_i$ over the $N$ = `num_tasks` tasks, and so are the metrics. At
+    the end of an episode ([`run`][gradhpo.run] with `steps_per_episode`), all tasks restart from a
+    common point, to which Reptile has moved by the mean of what they have learned.
 
     **Arguments:**
 
-    - `optimizer`: any other optimizer; its `outer_optimizer` moves the hyperparameters.
+    - `optimizer`: any other optimizer; its `outer_optimizer` updates the hyperparameters.
     - `num_tasks`: how many tasks, at least 1.
 
     The state: `params` and `inner_opt_state` have the task axis, `hyperparams` do not;
-    `memory.task` numbers the tasks, and `memory.of_each` is the memory of `optimizer`, tasks
-    first (`state.get_metric("theta")` finds what is in it). After a `run` of whole episodes all
-    tasks are at the point that was meta-learned, so that any of them is it:
+    `memory.task` numbers the tasks, and `memory.of_each` is the memory of `optimizer`, tasks first
+    (`state.get_metric("theta")` finds its entries). After a `run` of whole episodes all tasks are
+    at the meta-learned point, so you can take any of them:
     `first = jax.tree.map(lambda x: x[0], eqx.filter(state.params, eqx.is_inexact_array))`, and as a
     model `eqx.combine(first, state.params, state.hyperparams)`.
 
     Batches: every array has the shape `[tasks, ...]`, in a `BatchStack`
-    `[inner steps, tasks, ...]`. What has no axis (or in a `BatchStack` only that of the
-    steps) is shared, PRNG keys folded with the number of the task.
+    `[inner steps, tasks, ...]`. Leaves without an axis (or in a `BatchStack` with only the axis of
+    the steps) are shared, and PRNG keys are folded with the number of the task.
 
     **Raises:** `ValueError` for `num_tasks < 1` or a `TaskBatched` in a `TaskBatched`; while
     tracing, for an array in a batch without the task axis, or a state of other tasks.
@@ -99,27 +99,27 @@ class TaskBatched(Wrapper):
     ) -> BilevelState:
         """Fits the coefficient of every task of a wrapped `OnlineHypergradientOptimizer`.
 
-        As [its own][gradhpo.OnlineHypergradientOptimizer.estimate_theta], on a
+        Works like [its own method][gradhpo.OnlineHypergradientOptimizer.estimate_theta], on a
         `BatchStack` of `[inner steps, tasks, ...]` arrays.
 
         **Returns:** the state with a new `memory.of_each.theta`, shape `[tasks]`.
 
-        **Raises:** `TypeError` around any other optimizer.
+        **Raises:** `TypeError` if it wraps any other optimizer.
         """
         return fit_memory(self, state, train_batches, val_batch, train_loss_fn, val_loss_fn)
 
     def finite_part(self, memory: TaskMemory) -> PyTree:
-        """As `optimizer`."""
+        """As for `optimizer`."""
         return self.optimizer.finite_part(memory.of_each)
 
     def after_refusal(self, old: TaskMemory, new: TaskMemory) -> TaskMemory:
-        """As `optimizer`: one refused task refuses the step of all."""
+        """As for `optimizer`: one refused task refuses the step for all."""
         return TaskMemory(old.task, self.optimizer.after_refusal(old.of_each, new.of_each))
 
     def remarks(
         self, before: MetricDict, metrics: Mapping[str, np.ndarray], copies: int = 1
     ) -> str:
-        """As `optimizer`, of all tasks."""
+        """As for `optimizer`, over all tasks."""
         return self.optimizer.remarks(before, metrics, copies * self.num_tasks)
 
     def _init_state(
@@ -210,7 +210,7 @@ class TaskBatched(Wrapper):
         return _mean(jax.vmap(self.optimizer._scalars)(of_each)) if jax.tree.leaves(of_each) else {}
 
     def _over_tasks(self, function: Callable[[Inputs], Any], inputs: Inputs) -> Any:
-        """`function` of the inputs of every task, results stacked."""
+        """`function` of the inputs of every task, with results stacked."""
         state, memory = inputs.state, self._checked(inputs.state.memory)
         train, train_of = self._per_task("train_batch", inputs.train_batch)
         val, val_of = self._per_task("val_batch", inputs.val_batch)
@@ -222,7 +222,7 @@ class TaskBatched(Wrapper):
         return jax.vmap(of_task)(memory.task, inner_state(state), memory.of_each, train, val)
 
     def _checked(self, memory: Any) -> TaskMemory:
-        """The memory of a state, if it was made for these tasks: its parameters would not tell."""
+        """The memory of a state made for these tasks; its parameters alone would not tell."""
         if isinstance(memory, TaskMemory) and memory.task.shape == (self.num_tasks,):
             return memory
         found = "without a task axis"
@@ -234,7 +234,7 @@ class TaskBatched(Wrapper):
         )
 
     def _per_task(self, name: str, batch: PyTree) -> tuple[PyTree, Callable[[Array, PyTree], Any]]:
-        """What of a batch to map over (tasks first), and how to make a task's batch of its part."""
+        """What to map over in a batch (tasks first), and how to rebuild a task's batch."""
         if isinstance(batch, DrawnStack):
 
             def drawn_for(number, nothing):
@@ -270,7 +270,7 @@ def _of_task(state: BilevelState, z: InnerState, memory: Any) -> BilevelState:
 
 
 def _check_task_axis(tree: PyTree, name: str, num_tasks: int, *, axis: int) -> None:
-    """Every array of a batch has one entry for each task."""
+    """Every array of a batch has one entry per task."""
     layout = "[tasks, ...]" if axis == 0 else "[inner steps, tasks, ...]"
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if leaf.shape[axis] != num_tasks:
