@@ -339,7 +339,7 @@ def test_the_fifth_trace_of_one_job_warns_and_says_what_changed():
 
 @pytest.mark.parametrize(
     ("anew", "message"),
-    [("optimizer", "the optimizer"), ("train_batch", "changed: train_batch")],
+    [("optimizer", "the optimizer"), ("train_batch", "since the last time: train_batch")],
 )
 def test_the_warning_names_optimizers_and_ragged_batches(anew, message):
     optimizer = build("one step")

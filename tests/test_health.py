@@ -1,10 +1,16 @@
 """`check_hypergradient` finds seeded faults, each in one call; metasmoothness is its formula."""
 
+import codecs
+import contextlib
+import io
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jaxtyping import Array
 from problems import relaxed
 
 import gradhpo
@@ -426,3 +432,74 @@ def test_metasmoothness_at_its_ends():
     )
     with pytest.raises(ValueError, match="direction does not fit"):
         smoothness(turning, 0.1, jnp.ones(4))
+
+
+def test_how_far_a_derivative_holds():
+    """A ripple of width 1e-5: right at 1e-6, and gone at any step of use."""
+    at = HYPERPARAMS["decay"]
+    ripple = lambda h: 1e-5 * jnp.sin((h["decay"] - at) / 1e-5)
+    rippled = lambda w, h, batch: train_loss(w, h, batch) + 5 * ripple(h) * w[0]
+    report = check(unrolled(), losses=gradhpo.LossFunctions(rippled, val_loss))
+    found = report.finite_differences
+    assert found["['decay']"].width == 1e-6
+    assert found["['shift']"].width >= 1e-2
+    assert "holds up to" in str(report)
+    assert any("holds (to 10 %) only for steps up to 1e-06" in x for x in report.findings)
+
+
+class Block(eqx.Module):
+    embedding: Array
+    attention: eqx.nn.MultiheadAttention
+    norm: eqx.nn.LayerNorm
+    mlp: eqx.nn.MLP
+    log_decay: Array
+
+    def __init__(self, key):
+        k = jax.random.split(key, 3)
+        self.embedding = 0.5 * jax.random.normal(k[0], (27, 16))
+        self.attention = eqx.nn.MultiheadAttention(2, 16, use_key_bias=True, key=k[1])
+        self.norm = eqx.nn.LayerNorm(16)
+        self.mlp = eqx.nn.MLP(16, 27, 32, 1, jax.nn.gelu, key=k[2])
+        self.log_decay = jnp.array(-8.0)
+
+    def __call__(self, letters):
+        x = self.embedding[letters]
+        normed = jax.vmap(self.norm)(x)
+        x = x + self.attention(normed, normed, normed, mask=jnp.tril(jnp.ones((8, 8), bool)))
+        return jax.vmap(self.mlp)(x)
+
+
+@pytest.mark.slow
+def test_a_fresh_adam_in_a_transformer_holds_for_tiny_steps_and_a_warm_one_for_larger(
+    as_a_user_has_it,
+):
+    """Letters of the Zen of Python; what docs/how_to/fixed.md says of it."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        import this
+    letters = [c for c in codecs.decode(this.s, "rot13").lower() if c.isalpha() or c == " "]
+    codes = np.array([0 if c == " " else ord(c) - 96 for c in letters])
+    windows = np.lib.stride_tricks.sliding_window_view(codes, 9)
+    batches = windows[:400], windows[410:550]
+
+    def error(model, letters):
+        logits = jax.vmap(model)(letters[:, :-1])
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, letters[:, 1:]))
+
+    def penalised(model, letters):
+        weights = eqx.filter(model, eqx.is_inexact_array)
+        weights = eqx.tree_at(lambda m: m.log_decay, weights, None)
+        return error(model, letters) + jnp.exp(model.log_decay) * gradhpo.tree_l2_norm(weights) ** 2
+
+    parts = gradhpo.partition(Block(jax.random.key(0)), lambda m: m.log_decay)
+    losses = gradhpo.LossFunctions(gradhpo.model_loss(penalised), gradhpo.model_loss(error))
+    adam = optax.adam(3e-3, eps_root=1e-16)
+    fixed, exact = gradhpo.FixedOptimizer(adam), gradhpo.UnrolledOptimizer(adam, unroll_steps=10)
+    fresh = fixed.init(*parts)
+    warm, _ = gradhpo.run(fixed, fresh, losses, *batches, num_steps=30, progress=False)
+    width = {}
+    for name, state in (("fresh", exact.init(*parts)), ("warm", exact.adopt(warm))):
+        report = gradhpo.check_hypergradient(exact, state, *batches, losses)
+        [found] = report.finite_differences.values()
+        width[name] = found.width
+    assert width["fresh"] <= 1e-4
+    assert width["warm"] >= 1e-2

@@ -114,7 +114,9 @@ def test_a_data_function_made_anew_for_every_run_is_named():
         for _ in range(5):
             run(optimizer, lambda i: (X, Y), num_steps=3)
 
-    with pytest.warns(UserWarning, match="run .chunks of 3. was traced.*changed: train_data"):
+    with pytest.warns(
+        UserWarning, match="run .chunks of 3. was traced.*since the last time: train_data"
+    ):
         five_runs()
 
 

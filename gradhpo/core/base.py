@@ -1,6 +1,5 @@
 """What every optimizer offers: `init`, `step` and `compute_hypergradient`."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -284,8 +283,9 @@ class BilevelOptimizer(InnerProblems):
         """After the first call of a program, where waiting for the device is no matter."""
 
         def at(state: BilevelState) -> PyTree:
-            given = inputs.train_batch, inputs.val_batch, *dataclasses.astuple(inputs.losses)
-            return _compute_hypergradient(self, state, *given)[0]
+            batches, losses = (inputs.train_batch, inputs.val_batch), inputs.losses
+            functions = losses.train_loss, losses.val_loss
+            return _compute_hypergradient(self, state, *batches, *functions)[0]
 
         return warn_of_zeros(self, inputs, np.asarray(moving), at)
 

@@ -13,6 +13,8 @@ from gradhpo.diagnostics.tables import aligned, number
 
 # A measurement above these (for smoothness, below) becomes a finding.
 MOST_ROUNDING, MOST_STEP_ERROR, MOST_UPHILL, LEAST_SMOOTHNESS = 0.05, 0.01, 0.5, 0.5
+# Outer steps smaller than this, relative to a leaf, are of little use.
+LEAST_WIDTH = 1e-3
 
 
 class StepError(NamedTuple):
@@ -48,11 +50,13 @@ class HypergradientCheck:
         (`narrow`, or float32 if that is float64) with the estimate in float64; `None` if random
         numbers are drawn, which differ between precisions.
     - `finite_differences`: maps a leaf to the derivative of the whole training along a random
-        direction, by the exact hypergradient and by differences.
+        direction, by the exact hypergradient and by differences, and the `width` up to which the
+        two agree: how far an outer step can trust it.
     - `detached`: leaves that change training but have no derivative; `why_detached` says where it
         may be lost.
     - `unseen`: leaves that this optimizer does not see, though others might.
     - `vanishing`: leaves that it sees but whose hypergradient is exactly 0.
+    - `val_loss`: the validation loss at the end.
     - `uphill_share`: the share of inner steps whose rule (with a new optimizer state) increases its
         own training loss.
     - `step_error`: for an estimate that itself takes finite differences (`T1T2Optimizer`).
@@ -73,6 +77,7 @@ class HypergradientCheck:
     why_detached: str
     unseen: tuple[str, ...]
     vanishing: tuple[str, ...]
+    val_loss: float
     uphill_share: float
     step_error: StepError | None
     metasmoothness: float
@@ -90,6 +95,11 @@ class HypergradientCheck:
         """Relative error of the estimate in the narrow precision; `nan` if not measured."""
         return float("nan") if self.precision is None else self.precision.relative_error["narrow"]
 
+    def _is_narrow(self, check: FiniteDifference) -> bool:
+        """Whether a derivative that matters holds for very small steps alone."""
+        matters = abs(check.derivative) * LEAST_WIDTH > 1e-6 * abs(self.val_loss)
+        return 0 < check.width < LEAST_WIDTH and matters
+
     @property
     def findings(self) -> tuple[str, ...]:
         """What is wrong, in words, with the remedy."""
@@ -104,7 +114,16 @@ class HypergradientCheck:
                 f"the hypergradient of {', '.join(self.vanishing)} is exactly 0: {WHY_ZERO}"
             )
         for leaf, check in self.finite_differences.items():
-            if check.contradicts and leaf not in self.detached:
+            if leaf in self.detached:
+                continue
+            if self._is_narrow(check):
+                found.append(
+                    f"{leaf}: its derivative holds (to 10 %) only for steps up to "
+                    f"{check.width:.0e}, and outer steps are larger. A fresh Adam does this: train "
+                    "first, with gradhpo.FixedOptimizer and then adopt(state); or take a smaller "
+                    "inner rate"
+                )
+            elif check.contradicts:
                 found.append(
                     f"{leaf}: the derivative along a random direction is {check.derivative:.4g}, "
                     f"but trainings on both sides differ by {check.difference:.4g}: part of its "
@@ -112,7 +131,7 @@ class HypergradientCheck:
                     "derivatives too), a custom derivative rule is wrong, or "
                     "there is a kink (relu, abs) right here"
                 )
-            elif check.erratic and leaf not in self.detached:
+            elif check.erratic:
                 found.append(
                     f"{leaf}: nothing confirms its derivative of {check.derivative:.4g}, since "
                     "nearby trainings contradict each other (differences of "
@@ -157,9 +176,11 @@ class HypergradientCheck:
             rows.append(["change with half of epsilon", number(self.step_error.halved)])
         parts = [f"{self.name} after {self.num_steps} inner steps", aligned(rows)]
         if self.finite_differences:
-            table = [["exact, along a random direction", "derivative", "differences", "±"]]
+            head = ["exact, along a random direction", "derivative", "differences", "±"]
+            table = [[*head, "holds up to"]]
             for leaf, check in self.finite_differences.items():
-                table.append([leaf, *(f"{x:.6g}" for x in check[:2]), f"{check[2]:.0e}"])
+                numbers = (f"{x:.6g}" for x in check[:2])
+                table.append([leaf, *numbers, f"{check[2]:.0e}", f"{check.width:.0e}"])
             parts.append(aligned(table))
         notes = list(self.notes)
         if self.unseen:

@@ -137,6 +137,7 @@ def _checked_up(case: Case, optimizer: Algorithm, step_size: float) -> Hypergrad
         why_detached=where_it_is_cut(problem),
         unseen=marked([d and not s for d, s in zip(derived, seen, strict=True)]),
         vanishing=vanishing,
+        val_loss=float(around["loss"]),
         uphill_share=float(np.mean(watched["forward"]["uphill"])) if watched else float("nan"),
         step_error=own.step_error(),
         metasmoothness=float(around["smoothness"]),
