@@ -18,10 +18,10 @@ from gradhpo.extend import (
 
 @checked
 class FixedOptimizer(Algorithm):
-    r"""Trains and leaves the hyperparameters as they are.
+    r"""Trains and leaves the hyperparameters unchanged.
 
-    Everything that [`run`][gradhpo.run] offers, without tuning: the untuned baseline on the same
-    batches, a warm-up before another optimizer takes over by its
+    It offers everything that [`run`][gradhpo.run] does, without tuning: the untuned baseline on the
+    same batches, a warm-up before another optimizer takes over with its
     [`adopt`][gradhpo.BilevelOptimizer.adopt], the final training with tuned hyperparameters.
 
     **Arguments:**
@@ -81,7 +81,7 @@ class FixedOptimizer(Algorithm):
         return "first derivatives of the training loss"
 
     def with_num_steps(self, num_steps: int) -> "FixedOptimizer":
-        """With other `inner_steps`."""
+        """The same optimizer with other `inner_steps`."""
         return FixedOptimizer(
             self.inner_optimizer,
             inner_steps=num_steps,

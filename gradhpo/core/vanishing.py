@@ -1,4 +1,4 @@
-"""A hypergradient of exactly 0 where the method sees the hyperparameter: said, with its reason."""
+"""Reports a hypergradient of exactly 0 for a visible hyperparameter, with the reason."""
 
 from collections.abc import Callable, Sequence
 
@@ -23,7 +23,7 @@ WHY_ZERO = (
 
 
 def norm_and_moving(hypergradient: PyTree) -> tuple[Float[Array, ""], Bool[Array, " leaves"]]:
-    """The Euclidean norm, and for each leaf whether anything in it is not exactly 0.
+    """The Euclidean norm, and for each leaf whether any entry is not exactly 0.
 
     Scaled by the largest entry, whose square may be out of range.
     """
@@ -50,9 +50,9 @@ def warn_of_zeros(
     moving: np.ndarray,
     hypergradient_at: Callable[[BilevelState], PyTree],
 ) -> list[int]:
-    """Warns of leaves whose hypergradient is 0 here, and 0 beside as well; which these are.
+    """Warns about leaves whose hypergradient is 0 here and also nearby, and returns them.
 
-    At parameters of 0, say, a penalty on them has no derivative: one step on it has one.
+    For example, a penalty has no derivative at parameters of 0, but has one a step away.
     """
     zeros = vanished(optimizer, inputs, moving)
     if not zeros:
@@ -66,7 +66,7 @@ def warn_of_zeros(
 
 
 def explain_zeros(optimizer: InnerProblems, state: BilevelState, leaves: Sequence[int]) -> str:
-    """What is 0, and why."""
+    """Which hypergradients are 0, and why."""
     names = leaf_names(state.hyperparams)
     return (
         f"{type(optimizer).__name__}: the hypergradient of hyperparams "
@@ -75,7 +75,7 @@ def explain_zeros(optimizer: InnerProblems, state: BilevelState, leaves: Sequenc
 
 
 def _beside(state: BilevelState) -> BilevelState:
-    """A state close by: parameters and hyperparameters moved by a hundredth."""
+    """A nearby state: parameters and hyperparameters moved by a hundredth."""
     random = np.random.default_rng(1)
 
     def move(x):

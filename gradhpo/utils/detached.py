@@ -13,9 +13,9 @@ def detach(tree: PyTree) -> PyTree:
     r"""An identity that the training gradient treats as a constant, and the hypergradient does not.
 
     `jax.lax.stop_gradient` on a function of the parameters in a training loss (a target network,
-    BYOL, self-distillation, a semi-gradient) is constant in every derivative: how it changes from
+    BYOL, self-distillation, a semi-gradient) makes it constant in every derivative. Its change from
     one inner step to the next is then missing in $A_t$, and the hypergradient is wrong. Write
-    `detach` instead: the training gradient stays as it is, and its derivatives are complete.
+    `detach` instead: the training gradient is unchanged, and its derivatives are complete.
 
     The Hessian of such a loss is not symmetric: [`ImplicitOptimizer`][gradhpo.ImplicitOptimizer]
     takes GMRES for it, and refuses CG and Cholesky.

@@ -1,4 +1,4 @@
-"""What a traced program tells: what it depends on, and what it does with it."""
+"""What a traced program depends on, and what it does with it."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ def contains_custom_vjp(program: Jaxpr) -> bool:
 
 
 def inputs_read(program: Jaxpr, *, by_derivative: bool) -> list[bool]:
-    """For each input whether the results depend on it, by way of a derivative or at all."""
+    """For each input, whether the results depend on it, through a derivative or at all."""
     return _read(program, [True] * len(program.outvars), by_derivative)
 
 
@@ -41,14 +41,14 @@ def _is_variable(v: object) -> bool:
     return not isinstance(v, Literal)
 
 
-# How a value depends on marked inputs: not at all, by maxima alone, or otherwise.
+# How a value depends on marked inputs: not at all, only through maxima, or otherwise.
 _NOT, _BY_MAXIMA, _OTHERWISE = range(3)
 
 
 def stops_a_function_of(program: Jaxpr, marked: Sequence[bool]) -> bool:
-    """Whether `stop_gradient` stands between marked inputs and the result of a traced program.
+    """Whether `stop_gradient` comes between marked inputs and the result of a traced program.
 
-    On a maximum it does no harm: softmax and logsumexp subtract one, which changes nothing.
+    It is harmless on a maximum: softmax and logsumexp subtract one, which changes nothing.
     """
     return _followed(program, [_OTHERWISE if mark else _NOT for mark in marked])[1]
 
@@ -74,14 +74,14 @@ def _followed(program: Jaxpr, levels: list[int]) -> tuple[list[int], bool]:
 
 
 def _inside(name: str, inner: Jaxpr, before: list[int], results: int) -> tuple[list[int], bool]:
-    """The same within an operation that has a program of its own."""
+    """The same inside an operation that contains a program."""
     most = max(before, default=_NOT)
     if name in BRANCHES:
         before = before[1:]
     if len(before) != len(inner.invars):
         before = [most] * len(inner.invars)
     after, found = _followed(inner, before)
-    if name in LOOPS:  # what one turn makes is what the next one begins with
+    if name in LOOPS:  # the results of one iteration are the inputs of the next
         after, found = _followed(inner, [max(x, *after) if x else x for x in before])
         after = [max(after, default=_NOT)] * results
     return (after if len(after) == results else [most] * results), found
