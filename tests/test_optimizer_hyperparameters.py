@@ -229,3 +229,50 @@ def test_the_starting_point_is_a_hyperparameter_of_those_who_see_the_way():
     differences = gradhpo.finite_difference_hypergradient(exact, *arguments)
     np.testing.assert_allclose(found, differences, rtol=1e-7)
     assert np.all(np.abs(found) > 0.1)
+
+
+# -- other precisions, and guards -----------------------------------------------------------
+
+
+def in_half_precision(inner):
+    """A feature that is always 0, in float16: NaN unless Adam is told what is not 0 there."""
+    half = lambda *x: jnp.asarray(x, jnp.float16)
+    x, y = half([1.0, 0.0], [2.0, 0.0]), half(1.0, -1.0)
+    train_loss = lambda w, h, batch: jnp.mean((x @ w - y) ** 2) * jnp.exp(h)
+    val_loss = lambda w, h, batch: jnp.sum((w - 0.5) ** 2)
+    optimizer = gradhpo.UnrolledOptimizer(relaxed(inner), optax.sgd(0.01), unroll_steps=3)
+    state = optimizer.init(half(0.0, 0.0), half(0.0)[0])
+    losses = gradhpo.LossFunctions(train_loss, val_loss)
+    return gradhpo.run(optimizer, state, losses, None, None, num_steps=12, progress=False)
+
+
+def test_the_advice_for_float16_is_not_0_there():
+    with pytest.warns(
+        RuntimeWarning, match=r"float32, cast to float16.*eps_root=1e-4\) is the least"
+    ):
+        in_half_precision(optax.adam(0.1, eps_root=1e-16))
+    _, history = in_half_precision(optax.adam(0.1, eps_root=1e-4))
+    assert history["rejected"][-1] == 0
+
+
+@pytest.mark.parametrize(
+    "guard", [lambda x: optax.chain(optax.zero_nans(), x), lambda x: optax.apply_if_finite(x, 5)]
+)
+def test_a_guard_in_the_inner_optimizer_is_explained(guard):
+    with pytest.warns(RuntimeWarning, match=r"optax\.zero_nans.*jnp\.where\(bad, safe, x\)"):
+        constant_feature(guard(optax.adam(0.1)))
+
+
+def test_bfloat16_whose_rounding_hides_the_signal_is_a_finding():
+    """Validation errors that nearly cancel: the sign of the hypergradient is lost."""
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.normal(size=(64, 8)), jnp.bfloat16)
+    y = x @ jnp.ones(8, jnp.bfloat16) + jnp.asarray(random.normal(size=64), jnp.bfloat16)
+    error = lambda w, batch: jnp.mean((batch[0] @ w - batch[1]) ** 2)
+    train_loss = lambda w, h, batch: error(w, batch) + jnp.exp(h) * jnp.sum(w**2)
+    optimizer = gradhpo.UnrolledOptimizer(relaxed(optax.sgd(0.1)), unroll_steps=40)
+    state = optimizer.init(jnp.zeros(8, jnp.bfloat16), jnp.asarray(-8.0, jnp.bfloat16))
+    losses = gradhpo.LossFunctions(train_loss, lambda w, h, batch: error(w, batch))
+    report = gradhpo.check_hypergradient(optimizer, state, (x, y), (x, y), losses)
+    assert report.rounding > 0.5
+    assert any(x.startswith("rounding: in bfloat16") for x in report.findings)

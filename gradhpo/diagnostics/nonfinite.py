@@ -19,7 +19,8 @@ from gradhpo.utils.trees import finite_leaves, tree_dot
 
 _INNER_OPTIMIZER = (
     "the derivative of the inner optimizer: a square root of exactly 0, as in Adam where a "
-    "gradient is 0; give it eps_root=1e-16 (1e-8 for a method of finite differences in float32)"
+    "gradient is 0; give it eps_root=1e-16 (1e-8 for a method of finite differences in float32, "
+    "1e-4 in float16). optax.zero_nans and optax.apply_if_finite do not make a derivative finite"
 )
 _SAFE = "jnp.where around a NaN branch (put a safe value inside the branch)"
 _FIRST = f"a sqrt, a norm or a division at exactly 0 in that loss, or {_SAFE}"

@@ -25,7 +25,7 @@ from gradhpo.training.identity import identity
 from gradhpo.training.keeper import Keeper
 from gradhpo.training.report import write_report
 from gradhpo.training.stopping import Interrupts, Stopped
-from gradhpo.utils.foreign import keeps_second_moments
+from gradhpo.utils.advice import on_nan_derivative, on_nan_loss
 from gradhpo.utils.progress import ProgressBar
 from gradhpo.utils.settings import check_count, check_episodes, check_outer_rate, outer_rate
 from gradhpo.utils.typecheck import checked
@@ -172,10 +172,11 @@ def _history(driver: Driver, ending: Stopped, num_steps: int, seconds: float) ->
     record, metrics = driver.record, driver.record.metrics()
     remark = _remark(driver, metrics) if record.taken else ""
     unwritten = [] if driver.keeper is None else driver.keeper.failures
-    like_adam = keeps_second_moments(driver.state.inner_opt_state)
+    inner = driver.state.inner_opt_state
+    advice = on_nan_derivative(inner), on_nan_loss(inner)
     saved = None if driver.keeper is None else driver.keeper.saved_step
     behind = saved if saved != record.taken else None
-    said = write_report(ending, record, num_steps, seconds, remark, like_adam, unwritten, behind)
+    said = write_report(ending, record, num_steps, seconds, remark, advice, unwritten, behind)
     if driver.reptile_rate != 1 and record.taken % (driver.steps_per_episode or 1) == 0:
         said += " The parameters are those that the next episode starts from."
     if driver.zeros:

@@ -15,15 +15,15 @@ def write_report(
     num_steps: int,
     seconds: float,
     remark: str,
-    second_moments: bool,
+    advice: tuple[str, str],
     unwritten: list[str],
     last_checkpoint: int | None,
 ) -> str:
     """The sentences, in order of importance.
 
-    `remark` comes from the algorithm; `second_moments` indicates an inner optimizer like Adam;
-    `unwritten` are the checkpoints that failed, `last_checkpoint` says after how many steps the
-    last one was written if that is not the end.
+    `remark` comes from the algorithm; `advice` is for derivatives, and for losses, that are not
+    finite; `unwritten` are the checkpoints that failed; `last_checkpoint` says after how many steps
+    the last one was written, if that is not the end.
     """
     earlier = f" ({record.resumed_at} of them before it was resumed)" if record.resumed_at else ""
     sentences = [
@@ -33,7 +33,7 @@ def write_report(
     if remark:
         sentences.append(remark)
     else:
-        sentences += _on_rejections(record, second_moments) + _on_divergence(record)
+        sentences += _on_rejections(record, *advice) + _on_divergence(record)
     if unwritten:
         sentences.append(
             f"{len(unwritten)} checkpoints could not be written; the last time: {unwritten[-1]}."
@@ -77,26 +77,15 @@ def _why(ending: Stopped, record: Record) -> str:
     return reasons.get(ending.reason, f"A callback stopped the run: {ending.reason}.")
 
 
-def _on_rejections(record: Record, second_moments: bool) -> list[str]:
+def _on_rejections(record: Record, on_derivatives: str, on_losses: str) -> list[str]:
     if record.of_derivatives:
-        adam = (
-            "With Adam and its relatives that is the square root at a gradient of exactly 0 (a "
-            "dead unit, an input that is always 0): use optax.adam(..., eps_root=1e-16)."
-        )
-        overflow = (
-            "Over many steps a derivative may overflow: a learning rate too high, a momentum or "
-            "beta of 1 or more."
-        )
         return [
             f"In {record.of_derivatives} of the rejected steps both losses were finite and "
             "only the hypergradient was not: something that is differentiated has no finite "
-            f"derivative. {adam if second_moments else overflow}"
+            f"derivative. {on_derivatives}"
         ]
     if record.in_a_row:  # the run ended this way
-        return [
-            "Usual causes: a learning rate too high (inner or outer), a momentum of 1 or more, or "
-            "NaN in the data."
-        ]
+        return [on_losses]
     return []
 
 

@@ -3,6 +3,10 @@
 Everything else about an algorithm, the algorithm says itself.
 """
 
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
 from gradhpo.utils import foreign
 
 
@@ -26,6 +30,49 @@ NEEDS_THE_LOSS = (
     "ImplicitOptimizer, FOOptimizer and T1T2Optimizer(perturb='hyperparams'), which do not "
     "differentiate the update; for other methods write an update_fn"
 )
+
+_GUARDED = (
+    "A guard in the inner optimizer (optax.zero_nans, optax.apply_if_finite) makes the update "
+    "finite, but not its derivative: write jnp.where(bad, safe, x) inside the loss."
+)
+
+
+def on_nan_derivative(inner_opt_state: PyTree) -> str:
+    """Why a derivative may not be finite where the losses are, by the inner optimizer's state."""
+    if foreign.guards_updates(inner_opt_state):
+        return _GUARDED
+    if not foreign.keeps_second_moments(inner_opt_state):
+        return (
+            "Over many steps a derivative may overflow: a learning rate too high, a momentum or "
+            "beta of 1 or more."
+        )
+    setting = _IN_HALF if _is_half(inner_opt_state) else "optax.adam(..., eps_root=1e-16)"
+    return (
+        "With Adam and its relatives that is the square root at a gradient of exactly 0 (a dead "
+        f"unit, an input that is always 0): use {setting}."
+    )
+
+
+def on_nan_loss(inner_opt_state: PyTree) -> str:
+    """Why a loss may not be finite, by the inner optimizer's state."""
+    usual = (
+        "Usual causes: a learning rate too high (inner or outer), a momentum of 1 or more, or NaN "
+        "in the data."
+    )
+    if foreign.keeps_second_moments(inner_opt_state) and _is_half(inner_opt_state):
+        return f"{usual} Adam's usual eps is 0 in float16: use {_IN_HALF}."
+    return usual
+
+
+_IN_HALF = (
+    "parameters in float32, cast to float16 inside the loss (in float16 itself 1e-8 and 1e-16 are 0, "
+    "and optax.adam(..., eps_root=1e-4) is the least that keeps derivatives finite)"
+)
+
+
+def _is_half(inner_opt_state: PyTree) -> bool:
+    return any(x.dtype == jnp.float16 for x in jax.tree.leaves(inner_opt_state))
+
 
 _ODE = (
     "around an ODE solve pass adjoint=diffrax.DirectAdjoint() and a small max_steps: the gradients "

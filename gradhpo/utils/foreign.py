@@ -87,6 +87,13 @@ def keeps_second_moments(inner_opt_state: PyTree) -> bool:
     return any(getattr(key, "name", None) == "nu" for path, _ in paths for key in path)
 
 
+def guards_updates(inner_opt_state: PyTree) -> bool:
+    """Whether an optax state is that of a guard against non-finite updates."""
+    kinds = (optax.ZeroNansState, optax.ApplyIfFiniteState)
+    is_guard = lambda x: isinstance(x, kinds)
+    return any(map(is_guard, jax.tree.leaves(inner_opt_state, is_leaf=is_guard)))
+
+
 def injected_values(inner_opt_state: PyTree) -> list[PyTree]:
     """What `optax.inject_hyperparams` keeps in a state; schedules recompute theirs every step."""
     kinds = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
