@@ -65,8 +65,8 @@ def on_nan_loss(inner_opt_state: PyTree) -> str:
 
 
 _IN_HALF = (
-    "parameters in float32, cast to float16 inside the loss (in float16 itself 1e-8 and 1e-16 are 0, "
-    "and optax.adam(..., eps_root=1e-4) is the least that keeps derivatives finite)"
+    "parameters in float32, cast to float16 inside the loss (in float16 itself 1e-8 and 1e-16 are "
+    "0, and optax.adam(..., eps_root=1e-4) is the least that keeps derivatives finite)"
 )
 
 
