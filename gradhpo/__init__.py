@@ -30,6 +30,7 @@ from gradhpo.training.checkpoint import Checkpoint, load_checkpoint
 from gradhpo.training.controls import BestState, EarlyStopping, TimeLimit
 from gradhpo.training.history import History
 from gradhpo.training.loop import run
+from gradhpo.training.monitor import Monitor
 from gradhpo.training.sign_descent import sign_descent
 from gradhpo.training.smoothing import moving_average
 from gradhpo.utils.detached import detach
@@ -71,6 +72,7 @@ __all__ = [
     "LossFn",
     "LossFunctions",
     "MetricDict",
+    "Monitor",
     "Neumann",
     "Nystrom",
     "OneStepOptimizer",

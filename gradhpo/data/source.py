@@ -13,9 +13,9 @@ import jax
 from jaxtyping import Array, PyTree
 
 from gradhpo.core.batches import BatchStack, DrawnStack
-from gradhpo.data.arrays import stacked
+from gradhpo.data.arrays import ArrayData, stacked
 from gradhpo.utils.description import described
-from gradhpo.utils.keys import fold_keys
+from gradhpo.utils.keys import fold_keys, is_key
 
 
 class Batches(eqx.Module):
@@ -132,6 +132,11 @@ class Source(abc.ABC):
     def resume(self, position: dict[str, Any]) -> None:  # noqa: B027
         """Brings the source to a `position`."""
 
+    @property
+    def num_examples(self) -> int | None:
+        """How many examples there are in all, or `None` if that is not known."""
+        return None
+
     def draws_like(self, other: "Source") -> bool:
         """Whether drawing from one takes batches away from the other."""
         return False
@@ -148,3 +153,14 @@ class OnDevice(Source):
 
     def described(self) -> Any:
         return described(self._batches)
+
+    @property
+    def num_examples(self) -> int | None:
+        batches = self._batches
+        if isinstance(batches, Generated) and isinstance(batches.function, ArrayData):
+            return batches.function.num_examples
+        arrays = [x for x in jax.tree.leaves(batches) if eqx.is_array(x) and not is_key(x)]
+        lengths = {x.shape[0] if x.ndim else None for x in arrays}
+        # A single array may be anything; several of one length are examples with their labels.
+        are_examples = isinstance(batches, Fixed) and len(arrays) > 1 and len(lengths) == 1
+        return lengths.pop() if are_examples else None

@@ -69,6 +69,11 @@ class Feed:
         """Whether either of the two is an iterator."""
         return self._train.from_host or self._val.from_host
 
+    @property
+    def val_examples(self) -> int | None:
+        """How many validation examples there are, if that is known."""
+        return self._val.num_examples
+
     def affordable(self, chunk_size: int) -> int:
         """A chunk size whose batches do not take too much memory."""
         needed = self._train.bytes_per_step() + self._val.bytes_per_step()

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from gradhpo.core.state import BilevelState
+from gradhpo.training.monitor import Monitor
 from gradhpo.utils.validation import check_arity
 
 
@@ -37,6 +38,7 @@ class Callbacks:
                     "rename the attribute"
                 )
         self._all: list[Any] = list(callbacks)
+        self._monitors = [callback for callback in self._all if isinstance(callback, Monitor)]
         self._remembering = [callback for callback in self._all if hasattr(callback, "memory")]
 
     @property
@@ -62,6 +64,21 @@ class Callbacks:
     def memory(self) -> list[PyTree]:
         """What they remember."""
         return [callback.memory for callback in self._remembering]
+
+    @property
+    def monitored(self) -> list[str]:
+        """The names of what monitors measure."""
+        return [name for monitor in self._monitors for name in monitor.names]
+
+    def measure(self, state: BilevelState) -> tuple[dict[str, float], Exception | None]:
+        """What monitors measure at the end of a chunk, `nan` for what failed; and the failure."""
+        values: dict[str, float] = dict.fromkeys(self.monitored, np.nan)
+        for monitor in self._monitors:
+            try:
+                values |= monitor.measure(state)
+            except Exception as error:
+                return values, error
+        return values, None
 
     def stopped(self) -> str | None:
         """Why a resumed run has nothing left to do."""

@@ -13,6 +13,7 @@ from gradhpo.core.inputs import Inputs, LossFunctions
 from gradhpo.core.state import BilevelState, inner_state, with_metrics
 from gradhpo.core.types import METRICS, RealScalarLike
 from gradhpo.data.source import Batches
+from gradhpo.training.recorded import recorded
 from gradhpo.utils.dispatch import compiled
 from gradhpo.utils.settings import outer_rate
 from gradhpo.utils.tracing import record_trace
@@ -26,6 +27,7 @@ class Chunk(eqx.Module):
     train: Batches
     val: Batches
     lr_hyper: Callable | RealScalarLike | None
+    record: Callable | None = None
 
     @compiled
     def run_steps(
@@ -80,7 +82,7 @@ class Chunk(eqx.Module):
         (arrays, start, reached), (metrics, moved) = jax.lax.scan(
             body, (arrays, start, start), jnp.arange(episodes, dtype=jnp.int32)
         )
-        metrics = {name: x.reshape(episodes * length) for name, x in metrics.items()}
+        metrics = {name: x.reshape(-1, *x.shape[2:]) for name, x in metrics.items()}
         return eqx.combine(arrays, static), start, reached, metrics, jnp.any(moved, axis=0)
 
     def first_inputs(self, state: BilevelState) -> Inputs:
@@ -121,7 +123,7 @@ class Chunk(eqx.Module):
             rate = outer_rate(rate(state.step) if callable(rate) else rate)
             new, moving = self.optimizer._advance(inputs, rate)
             metrics = {name: new.metadata[name] for name in METRICS}
-            metrics |= self.optimizer._scalars(new.memory)
+            metrics |= self.optimizer._scalars(new.memory) | recorded(new, self.record)
             return _arrays(_without(new, measured)), (metrics, moving)
 
         steps = first + jnp.arange(length, dtype=first.dtype)

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -30,6 +31,7 @@ class Driver:
     optimizer: BilevelOptimizer
     losses: LossFunctions
     rate: Any
+    record_fn: Callable | None
     steps_per_episode: int | None
     reptile_rate: Float[Array, ""]
     max_rejections: int
@@ -146,7 +148,7 @@ class Driver:
             train, val, taken = drawn
             positions = self.feed.positions() if self.keeper is not None else {}
             with failing("device error", may_return=may_return, advice=self._advice):
-                chunk = Chunk(self.optimizer, self.losses, train, val, self.rate)
+                chunk = Chunk(self.optimizer, self.losses, train, val, self.rate, self.record_fn)
                 if self.steps_per_episode is None:
                     (state, stacked, moved), reached = chunk.run_steps(state, taken), None
                 else:
@@ -179,11 +181,15 @@ class Driver:
             self.zeros = self.optimizer._warn_of_zeros(inputs, flight.moved)
         self.zeros = [leaf for leaf in self.zeros if not moved[leaf]]
         self._callbacks_saw_all = False
+        measured, failure = self.callbacks.measure(flight.measured)
+        metrics |= _at_the_end(measured, len(metrics["rejected"]))
         self.record.add(metrics)
         self.state, self.start, self.positions = flight.state, flight.start, flight.positions
         self.feed.release_oldest()
         bar.advance(len(metrics["rejected"]), metrics)
         with failing("callback error", may_return=flight.may_return):
+            if failure is not None:
+                raise failure
             reason = self.callbacks(flight.measured, metrics)
         self._callbacks_saw_all = True
         if self.keeper is not None:
@@ -199,6 +205,11 @@ class Driver:
             raise Stopped(reason)
         if self.record.longest >= self.max_rejections:
             raise Stopped("rejected")
+
+
+def _at_the_end(values: Mapping[str, float], length: int) -> dict[str, np.ndarray]:
+    """One value for each step of a chunk: `nan` but for the last."""
+    return {name: np.array([*[np.nan] * (length - 1), x]) for name, x in values.items()}
 
 
 @dataclasses.dataclass

@@ -23,9 +23,11 @@ from gradhpo.training.driver import Driver
 from gradhpo.training.history import History
 from gradhpo.training.identity import identity
 from gradhpo.training.keeper import Keeper
+from gradhpo.training.recorded import check_record, recorded_names
 from gradhpo.training.report import write_report
 from gradhpo.training.stopping import Interrupts, Stopped
 from gradhpo.utils.advice import on_nan_derivative, on_nan_loss
+from gradhpo.utils.coordinates import num_coordinates
 from gradhpo.utils.progress import ProgressBar
 from gradhpo.utils.settings import check_count, check_episodes, check_outer_rate, outer_rate
 from gradhpo.utils.typecheck import checked
@@ -49,6 +51,7 @@ def run(
     max_rejections: int = 10,
     progress: bool = True,
     checkpoint: str | Path | Checkpoint | None = None,
+    record: Callable | None = None,
 ) -> tuple[BilevelState, History]:
     r"""Runs many outer steps, as chunks of one compiled `lax.scan` each.
 
@@ -89,6 +92,10 @@ def run(
     - `checkpoint`: a directory (or a [`Checkpoint`][gradhpo.Checkpoint]) to save the run in;
         default `None`. If it already holds a run, `run` resumes it, and the result is bit for bit
         that of an uninterrupted run; `state` must then be the state that the run started from.
+
+    - `record`: a traceable function `state -> {name: array}`, evaluated after each outer update and
+        stacked in the history, shape `[steps, ...]`; default `None`. Hyperparameters of shape `()`
+        are recorded without it, as `hyperparams.decay`, or as `hyperparams` if there is only one.
 
     **Returns:** `(state, history)`, see [`History`][gradhpo.History]. Ctrl-C also returns them,
     after the current chunk; a second one raises.
@@ -131,15 +138,19 @@ def run(
     if missing and steps_per_episode is None:
         warn_once(missing)
     watching = Callbacks(callbacks)
+    names = check_record(optimizer, state, record)
+    _check_monitored(watching.monitored, [*recorded_names(optimizer, state), *names])
     keeper = None
     if checkpoint is not None:
         settings = {"steps_per_episode": steps_per_episode, "reptile_rate": reptile_rate}
+        settings |= {"record": ", ".join(names), "monitored": ", ".join(watching.monitored)}
         about = identity(optimizer, state, feed, lr_hyper=rate, **settings)
         keeper = Keeper(Checkpoint.of(checkpoint), about)
     driver = Driver(
         optimizer=optimizer,
         losses=losses,
         rate=rate,
+        record_fn=record,
         steps_per_episode=steps_per_episode,
         reptile_rate=jnp.asarray(reptile_rate, jnp.result_type(float)),
         max_rejections=max_rejections,
@@ -160,11 +171,20 @@ def run(
         whole = feed.from_host and optimizer.reads_ahead
         size = feed.affordable(chunk_size)
         shapes = chunk_shapes(num_steps, size, steps_per_episode, whole, taken)
-        bar = ProgressBar(num_steps, done=taken, shown=progress)
+        bar = ProgressBar(num_steps, done=taken, shown=progress, monitored=watching.monitored)
         with Interrupts() as interrupts, bar:
             ending = driver.go(shapes, bar, interrupts)
             driver.finish(ending)
     return driver.state, _history(driver, ending, num_steps, time.perf_counter() - started)
+
+
+def _check_monitored(monitored: list[str], ours: list[str]) -> None:
+    """Every name stands for one metric."""
+    taken = {name for name in monitored if name in ours or monitored.count(name) > 1}
+    if taken:
+        raise ValueError(
+            f"Monitor measures {taken.pop()!r}, which run records already: give it another name"
+        )
 
 
 def _history(driver: Driver, ending: Stopped, num_steps: int, seconds: float) -> History:
@@ -176,7 +196,20 @@ def _history(driver: Driver, ending: Stopped, num_steps: int, seconds: float) ->
     advice = on_nan_derivative(inner), on_nan_loss(inner)
     saved = None if driver.keeper is None else driver.keeper.saved_step
     behind = saved if saved != record.taken else None
-    said = write_report(ending, record, num_steps, seconds, remark, advice, unwritten, behind)
+    alone = driver.optimizer is algorithm_of(driver.optimizer)
+    examples = driver.feed.val_examples if alone and driver.optimizer.tunes else None
+    said = write_report(
+        ending,
+        record,
+        num_steps,
+        seconds,
+        remark,
+        advice,
+        unwritten,
+        behind,
+        driver.callbacks.monitored,
+        (examples, num_coordinates(driver.state.hyperparams)),
+    )
     if driver.reptile_rate != 1 and record.taken % (driver.steps_per_episode or 1) == 0:
         said += " The parameters are those that the next episode starts from."
     if driver.zeros:

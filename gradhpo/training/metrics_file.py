@@ -1,5 +1,6 @@
 """The metrics of a run on disk: rows that are only appended."""
 
+import math
 import os
 import zlib
 from pathlib import Path
@@ -14,7 +15,7 @@ _STATE = (
 
 
 class MetricsFile:
-    """Rows of float64, one per step, which hold every metric's dtype exactly.
+    """Rows of float64, one per step, which hold every metric's dtype exactly (int64 to 2^53).
 
     A checkpoint says how many of the rows belong to it. Rows beyond that come from steps that the
     run has lost, and are overwritten.
@@ -23,6 +24,7 @@ class MetricsFile:
     def __init__(self, path: Path):
         self.path = path
         self._dtypes: dict[str, str] = {}
+        self._shapes: dict[str, list[int]] = {}  # of one step
         self._rows, self._checksum = 0, 0
 
     def add(self, metrics: dict[str, np.ndarray]) -> None:
@@ -30,7 +32,9 @@ class MetricsFile:
         if not metrics:
             return
         self._dtypes = {name: str(x.dtype) for name, x in metrics.items()}
-        rows = np.stack([x.astype("<f8") for x in metrics.values()], axis=1).tobytes()
+        self._shapes = {name: list(x.shape[1:]) for name, x in metrics.items()}
+        columns = [x.astype("<f8").reshape(len(x), -1) for x in metrics.values()]
+        rows = np.concatenate(columns, axis=1).tobytes()
         end = self._bytes()
         with open(self.path, "r+b" if self.path.exists() else "w+b") as file:
             found = os.fstat(file.fileno()).st_size
@@ -54,12 +58,13 @@ class MetricsFile:
 
     def header(self) -> dict[str, Any]:
         """What a checkpoint keeps, for `read`."""
-        return {"rows": self._rows, "dtypes": self._dtypes, "checksum": self._checksum}
+        about = {"dtypes": self._dtypes, "shapes": self._shapes}
+        return {"rows": self._rows, **about, "checksum": self._checksum}
 
     def read(self, header: dict[str, Any]) -> dict[str, np.ndarray]:
         """The metrics of a checkpoint with this header, after which `add` continues."""
         self._rows, self._checksum = header["rows"], header["checksum"]
-        self._dtypes = header["dtypes"]
+        self._dtypes, self._shapes = header["dtypes"], header["shapes"]
         if self._rows == 0:
             return {}
         size = self.path.stat().st_size if self.path.exists() else 0
@@ -75,13 +80,20 @@ class MetricsFile:
                 f"{self.path} is damaged (its checksum does not fit); nothing was used or changed. "
                 + _STATE
             )
-        table = np.frombuffer(rows, "<f8").reshape(self._rows, len(self._dtypes))
+        table = np.frombuffer(rows, "<f8").reshape(self._rows, -1)
+        ends = np.cumsum(self._widths())[:-1]
         return {
-            name: table[:, i].astype(dtype) for i, (name, dtype) in enumerate(self._dtypes.items())
+            name: columns.astype(dtype).reshape(-1, *self._shapes[name])
+            for (name, dtype), columns in zip(
+                self._dtypes.items(), np.split(table, ends, axis=1), strict=True
+            )
         }
 
+    def _widths(self) -> list[int]:
+        return [math.prod(shape) for shape in self._shapes.values()]
+
     def _row_bytes(self) -> int:
-        return 8 * len(self._dtypes)
+        return 8 * sum(self._widths())
 
     def _bytes(self) -> int:
         return self._rows * self._row_bytes()

@@ -1,5 +1,7 @@
 """What a run reports at its end: how many steps, how many refused, and why it stopped."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from gradhpo.training.history import Record
@@ -7,6 +9,7 @@ from gradhpo.training.stopping import Stopped
 
 
 _GROWN = 100.0  # more than noise
+_RISEN = 0.02  # a monitored loss, relative to its lowest value
 
 
 def write_report(
@@ -18,12 +21,15 @@ def write_report(
     advice: tuple[str, str],
     unwritten: list[str],
     last_checkpoint: int | None,
+    monitored: Sequence[str],
+    sizes: tuple[int | None, int],
 ) -> str:
     """The sentences, in order of importance.
 
     `remark` comes from the algorithm; `advice` is for derivatives, and for losses, that are not
     finite; `unwritten` are the checkpoints that failed; `last_checkpoint` says after how many steps
-    the last one was written, if that is not the end.
+    the last one was written, if that is not the end; `sizes` are the numbers of validation examples
+    and of hyperparameters.
     """
     earlier = f" ({record.resumed_at} of them before it was resumed)" if record.resumed_at else ""
     sentences = [
@@ -34,6 +40,8 @@ def write_report(
         sentences.append(remark)
     else:
         sentences += _on_rejections(record, *advice) + _on_divergence(record)
+    if ending.error is None:
+        sentences += _on_over_fitting(record, monitored, *sizes)
     if unwritten:
         sentences.append(
             f"{len(unwritten)} checkpoints could not be written; the last time: {unwritten[-1]}."
@@ -108,6 +116,36 @@ def _on_divergence(record: Record) -> list[str]:
         f"Does it diverge? {_capital(', '.join(grown))}: usually a learning rate too high (inner "
         "or outer), or a momentum of 1 or more. gradhpo.BestState keeps the state from before."
     ]
+
+
+def _on_over_fitting(
+    record: Record, monitored: Sequence[str], examples: int | None, hyperparams: int
+) -> list[str]:
+    """A monitored loss that rises while the validation loss falls, and what there is to fit."""
+    metrics = record.metrics()
+    sentences = []
+    for name in monitored:
+        is_loss = "loss" in name.lower() or "error" in name.lower()
+        at = np.flatnonzero(np.isfinite(metrics[name])) if is_loss else np.zeros(0, int)
+        if len(at) < 2:
+            continue
+        values, val = metrics[name][at], metrics["val_loss"][at]
+        lowest = int(np.argmin(values))
+        if values[-1] > (1 + _RISEN) * values[lowest] and val[-1] < val[lowest]:
+            sentences.append(
+                f"{name} has risen from {values[lowest]:.3g} after {at[lowest] + 1} steps to "
+                f"{values[-1]:.3g}, while the validation loss fell from {val[lowest]:.3g} to "
+                f"{val[-1]:.3g}: the hyperparameters fit the validation set. Stop there "
+                f"(EarlyStopping(metric={name!r})), tune fewer hyperparameters, penalise them, or "
+                "validate on more examples."
+            )
+    if examples is not None and hyperparams:
+        each = examples / hyperparams
+        sentences.append(
+            f"{examples:,} validation examples for {hyperparams:,} hyperparameters, {each:.3g} "
+            "for each."
+        )
+    return sentences
 
 
 def _capital(text: str) -> str:

@@ -54,6 +54,7 @@ class _FileLogger(abc.ABC):
         return np.asarray(size)
 
     def __call__(self, state: Any, metrics: Mapping[str, np.ndarray]) -> None:
+        metrics = {name: x for name, x in metrics.items() if x.ndim == 1}
         last, length = int(state.step), len(next(iter(metrics.values())))
         first = last + 1 - length
         due = slice(-first % self._every, None, self._every)  # steps count from 1

@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -22,7 +22,10 @@ class ProgressBar:
     at the end.
     """
 
-    def __init__(self, total: int, *, done: int = 0, shown: bool = True):
+    def __init__(
+        self, total: int, *, done: int = 0, shown: bool = True, monitored: Sequence[str] = ()
+    ):
+        self._shown = _SHOWN | {name: name for name in monitored}
         self._lines = shown and not _can_draw()
         self._bar = tqdm(
             total=total, initial=done, disable=not shown or self._lines, unit="step",
@@ -60,7 +63,7 @@ class ProgressBar:
 
     def _advance(self, steps: int, metrics: Mapping[str, np.ndarray]) -> None:
         self._done += steps
-        last = {short: float(metrics[name][-1]) for short, name in _SHOWN.items()}
+        last = {short: float(metrics[name][-1]) for short, name in self._shown.items()}
         self._last = ", ".join(f"{short}={value:.3g}" for short, value in last.items())
         self._bar.set_postfix_str(self._last, refresh=False)
         if self._warm:

@@ -1,0 +1,59 @@
+"""What a run records of every state, besides its metrics."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from gradhpo.core.base import BilevelOptimizer
+from gradhpo.core.state import BilevelState
+from gradhpo.core.types import METRICS
+
+
+RecordFn: TypeAlias = Callable[[BilevelState], dict[str, Array]]
+
+
+def scalar_hyperparams(hyperparams: PyTree) -> dict[str, Array]:
+    """Hyperparameters of shape `()`, by name: `hyperparams.decay`, or `hyperparams` alone."""
+    return {
+        ".".join(["hyperparams", *([name] if name else [])]): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(hyperparams)
+        for name in [jax.tree_util.keystr(path, simple=True, separator=".")]
+        if eqx.is_array(leaf) and leaf.shape == ()
+    }
+
+
+def recorded(state: BilevelState, record: RecordFn | None) -> dict[str, Array]:
+    """Scalar hyperparameters, and what the user's function returns."""
+    return scalar_hyperparams(state.hyperparams) | ({} if record is None else record(state))
+
+
+def recorded_names(optimizer: BilevelOptimizer, state: BilevelState) -> list[str]:
+    """What every run of this optimizer records."""
+    scalars = optimizer._scalars(state.memory)
+    return [*METRICS, *scalars, *scalar_hyperparams(state.hyperparams)]
+
+
+def check_record(optimizer: BilevelOptimizer, state: BilevelState, record: Any) -> list[str]:
+    """The names that `record` returns, once they and their values can be recorded."""
+    if record is None:
+        return []
+    found = eqx.filter_eval_shape(record, state)
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise TypeError(
+            f"record returned {found!r}; it must return a dict of name to array: "
+            "record=lambda state: {'norm': jnp.linalg.norm(state.hyperparams)}"
+        )
+    ours = recorded_names(optimizer, state)
+    for name, value in found.items():
+        if name in ours:
+            raise ValueError(
+                f"record returned {name!r}, which run records already: give it another name"
+            )
+        is_number = lambda x: jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool
+        if not isinstance(value, jax.ShapeDtypeStruct) or not is_number(value):
+            raise TypeError(f"record returned {value!r} for {name!r}, which is not an array")
+    return sorted(found)

@@ -1,0 +1,227 @@
+"""What `run` records beside its metrics (`record`, `Monitor`), and what its report makes of it."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import assert_same
+from problems import relaxed
+
+import gradhpo
+
+
+SGD, OUTER = relaxed(optax.sgd(0.1)), relaxed(optax.sgd(0.2))
+OPTIMIZER = gradhpo.OneStepOptimizer(SGD, OUTER)
+H = {"decay": jnp.array(0.5), "target": jnp.zeros(3)}
+X = jnp.arange(12.0).reshape(4, 3) / 12
+
+
+def train_loss(w, h, batch):
+    return jnp.sum((w - h["target"]) ** 2) + h["decay"] * jnp.sum(w**2) + 0 * jnp.sum(batch)
+
+
+def val_loss(w, h, batch):
+    return jnp.sum((w - 1.0) ** 2) + h["decay"] ** 2 + 0 * jnp.sum(batch[0])
+
+
+LOSSES = gradhpo.LossFunctions(train_loss, val_loss)
+DATA = gradhpo.ArrayData(X, 2, jax.random.key(0))
+VAL = (X, X[:, 0])
+
+
+def run(optimizer=OPTIMIZER, hyperparams=H, val_data=VAL, losses=LOSSES, **settings):
+    state = optimizer.init(jnp.full(3, 0.2), hyperparams)
+    settings = {"num_steps": 6, "progress": False} | settings
+    return gradhpo.run(optimizer, state, losses, DATA, val_data, **settings)
+
+
+def by_hand(num_steps=6):
+    """The states after each step."""
+    state = OPTIMIZER.init(jnp.full(3, 0.2), H)
+    for t in range(num_steps):
+        state = OPTIMIZER.step(state, DATA(t), VAL, train_loss, val_loss)
+        yield state
+
+
+def test_record_and_scalar_hyperparameters_are_those_after_each_step():
+    record = lambda state: {
+        "norm": jnp.linalg.norm(state.params),
+        "target": state.hyperparams["target"],
+        "count": state.step,
+    }
+    _, history = run(record=record, chunk_size=4)
+    states = list(by_hand())
+    expected = [float(s.hyperparams["decay"]) for s in states]
+    np.testing.assert_allclose(history["hyperparams.decay"], expected, rtol=1e-12)
+    targets = np.stack([s.hyperparams["target"] for s in states])
+    assert history["target"].shape == (6, 3)
+    np.testing.assert_allclose(history["target"], targets, rtol=1e-12)
+    norms = [np.linalg.norm(s.params) for s in states]
+    np.testing.assert_allclose(history["norm"], norms, rtol=1e-12)
+    assert history["count"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert "hyperparams.target" not in history
+
+
+def test_a_bare_scalar_and_nested_names():
+    loss = lambda w, h, batch: jnp.sum((w - h) ** 2)
+    _, history = run(hyperparams=jnp.array(0.5), losses=gradhpo.LossFunctions(loss, loss))
+    assert history["hyperparams"].shape == (6,)
+
+    nested = {"a": [jnp.array(0.5)], "b": {"c": jnp.array(0.1)}}
+    of = lambda w, h, batch: jnp.sum((w - h["a"][0] - h["b"]["c"]) ** 2)
+    _, history = run(hyperparams=nested, losses=gradhpo.LossFunctions(of, of))
+    assert {"hyperparams.a.0", "hyperparams.b.c"} <= set(history)
+
+
+def test_in_episodes_it_is_the_state_before_the_restart():
+    record = lambda state: {"w": state.params}
+    state, history = run(record=record, steps_per_episode=3, reptile_rate=0.0)
+    assert history["w"].shape == (6, 3)
+    assert_same(state.params, jnp.full(3, 0.2))
+    assert np.all(history["w"][[2, 5]] != 0.2)
+
+
+def test_it_survives_a_checkpoint(tmp_path):
+    record = lambda state: {"target": state.hyperparams["target"], "count": state.step}
+    monitor = lambda: gradhpo.Monitor({"test_loss": lambda s: jnp.sum(s.params**2)})
+    _, whole = run(record=record, callbacks=[monitor()], chunk_size=2)
+    for steps in (2, 6):
+        _, history = run(
+            record=record,
+            callbacks=[monitor()],
+            chunk_size=2,
+            num_steps=steps,
+            checkpoint=tmp_path,
+        )
+    for name in whole:
+        np.testing.assert_array_equal(history[name], whole[name])
+    with pytest.raises(ValueError, match=r"another run.*record"):
+        run(num_steps=6, checkpoint=tmp_path, callbacks=[monitor()])
+    with pytest.raises(ValueError, match=r"another run.*monitored"):
+        run(num_steps=6, checkpoint=tmp_path, record=record)
+
+
+BAD = {
+    "a metric": (lambda s: {"val_loss": s.step}, ValueError, "'val_loss', which run records"),
+    "a hyperparameter": (
+        lambda s: {"hyperparams.decay": s.step}, ValueError, "'hyperparams.decay', which run"
+    ),
+    "an array": (lambda s: s.params, TypeError, "must return a dict of name to array"),
+    "a tree": (lambda s: {"all": {"w": s.params}}, TypeError, "which is not an array"),
+    "a key": (lambda s: {"key": jax.random.key(0)}, TypeError, "which is not an array"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_records(case):
+    record, kind, said = BAD[case]
+    with pytest.raises(kind, match=said):
+        run(record=record)
+
+
+def test_the_memory_of_an_algorithm_has_its_names():
+    optimizer = gradhpo.OnlineHypergradientOptimizer(SGD, OUTER, estimation_period=None)
+    with pytest.raises(ValueError, match="'theta', which run records already"):
+        run(optimizer, record=lambda s: {"theta": s.step})
+
+
+# -- monitors ----------------------------------------------------------------------------------
+
+
+def test_a_monitor_measures_at_the_ends_of_chunks_before_the_others():
+    seen = []
+    test = gradhpo.Monitor({"test_loss": lambda s: jnp.sum((s.params - 0.5) ** 2)})
+    watch = lambda state, metrics: seen.append(metrics["test_loss"])
+    _, history = run(callbacks=[watch, test], chunk_size=4)
+    states = list(by_hand())
+    expected = np.full(6, np.nan)
+    for i in (3, 5):
+        expected[i] = np.sum((np.asarray(states[i].params) - 0.5) ** 2)
+    np.testing.assert_allclose(history["test_loss"], expected, rtol=1e-12)
+    np.testing.assert_allclose(np.concatenate(seen), expected, rtol=1e-12)
+
+
+def test_early_stopping_and_the_best_state_watch_it():
+    rising = gradhpo.Monitor({"test_loss": lambda s: 1.0 + float(s.step)})
+    best = gradhpo.BestState(metric="test_loss")
+    stopping = gradhpo.EarlyStopping(patience=3, metric="test_loss")
+    _, history = run(callbacks=[best, stopping, rising], num_steps=60, chunk_size=2)
+    assert history.stop_reason == "early stopping"
+    assert best.step == 2
+    assert len(history["test_loss"]) == 6
+
+
+def test_loggers_and_the_bar_show_it(tmp_path, capsys):
+    test = gradhpo.Monitor({"test_loss": lambda s: 0.125})
+    logger = gradhpo.JSONLinesLogger(tmp_path / "log.jsonl")
+    record = lambda s: {"target": s.hyperparams["target"]}
+    run(callbacks=[logger, test], chunk_size=3, record=record, progress=True)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["test_loss"] for line in lines] == [None, None, 0.125, None, None, 0.125]
+    assert "hyperparams.decay" in lines[0]
+    assert "target" not in lines[0]
+    assert "test_loss=0.125" in capsys.readouterr().err
+
+
+def test_a_monitor_that_fails_ends_the_run_and_loses_nothing():
+    def fails_late(state):
+        if state.step > 3:
+            raise OSError("gone")
+        return 0.5
+
+    with pytest.warns(RuntimeWarning, match="A callback failed: OSError: gone"):
+        state, history = run(callbacks=[gradhpo.Monitor({"test": fails_late})], chunk_size=3)
+    assert history.stop_reason == "callback error"
+    assert len(history["val_loss"]) == state.step == 6
+    np.testing.assert_array_equal(np.isfinite(history["test"]), [0, 0, 1, 0, 0, 0])
+
+
+def test_bad_monitors():
+    with pytest.raises(ValueError, match="functions is empty"):
+        gradhpo.Monitor({})
+    with pytest.raises(TypeError, match="functions"):
+        gradhpo.Monitor(lambda state: 1.0)
+    with pytest.raises(ValueError, match="'val_loss', which run records already"):
+        run(callbacks=[gradhpo.Monitor({"val_loss": lambda s: 1.0})])
+    one = gradhpo.Monitor({"test": lambda s: 1.0})
+    with pytest.raises(ValueError, match="'test', which run records already"):
+        run(callbacks=[one, gradhpo.Monitor({"test": lambda s: 1.0})])
+    with pytest.raises(ValueError, match="'test', which run records already"):
+        run(callbacks=[one], record=lambda s: {"test": s.step})
+    with pytest.raises(TypeError, match=r"'test' returned .* return one real number"):
+        run(callbacks=[gradhpo.Monitor({"test": lambda s: s.params})])
+
+
+# -- the report --------------------------------------------------------------------------------
+
+
+def rising_from(lowest):
+    return lambda s: 1.0 + abs(float(s.step) - lowest) / 10
+
+
+def test_the_report_speaks_of_over_fitting():
+    test = gradhpo.Monitor({"test_loss": rising_from(4)})
+    _, history = run(callbacks=[test], chunk_size=2, num_steps=8)
+    assert "test_loss has risen from 1 after 4 steps to 1.4, while the validation" in history.report
+    assert "EarlyStopping(metric='test_loss')" in history.report
+    assert "4 validation examples for 4 hyperparameters, 1 for each" in history.report
+
+
+def test_the_report_is_quiet_where_nothing_rises():
+    for name, function in (
+        ("test_loss", lambda s: 1 / float(s.step)),
+        ("accuracy", rising_from(2)),  # higher is better
+    ):
+        monitor = gradhpo.Monitor({name: function})
+        _, history = run(callbacks=[monitor], chunk_size=2, num_steps=8)
+        assert "has risen" not in history.report
+
+
+def test_how_many_examples_there_are_is_known_of_arrays_alone():
+    assert "4 validation examples" in run(val_data=gradhpo.ArrayData(VAL, 2, DATA.key))[1].report
+    assert "examples" not in run(val_data=lambda i: VAL)[1].report
+    fixed = gradhpo.FixedOptimizer(SGD)
+    assert "examples" not in run(fixed)[1].report
