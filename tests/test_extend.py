@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jaxtyping import Array, PyTree
 from helpers import assert_same
+from jaxtyping import Array, PyTree
 from problems import relaxed
 
 import gradhpo
