@@ -176,6 +176,23 @@ def test_an_inner_optimizer_of_the_hyperparameters_restarts_at_the_new_ones():
     assert history.stop_reason == "num_steps"
 
 
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: gradhpo.TaskBatched(x, 2)])
+def test_the_inner_optimizer_begins_where_the_episode_does(wrap):
+    """One that keeps parameters: those of the new start, after Reptile."""
+    pulled = lambda g, anchor, w: (-0.1 * g - 0.05 * (w - anchor), anchor)
+    inner = optax.GradientTransformation(lambda w: w, pulled)
+    optimizer = wrap(gradhpo.OneStepOptimizer(inner, OUTER))
+    begun = start(optimizer)
+    batch = jnp.stack([X[:8], X[8:16]]).astype(float) if begun.params.ndim == 2 else data()(0)
+    ended = optimizer.step(begun, batch, batch, *losses())
+    assert_close(ended.inner_opt_state, begun.params)
+    state = optimizer.restart(ended, begun.params, 0.25)
+    moved = np.mean(np.atleast_2d(ended.params - begun.params), axis=0)
+    assert np.all(np.abs(moved) > 1e-3)
+    assert_close(state.params, np.asarray(begun.params) + 0.25 * moved)
+    assert_close(state.inner_opt_state, state.params)
+
+
 def test_an_iterator_that_ends_within_an_episode_leaves_whole_ones():
     optimizer = hyperdistill()
     source = data()

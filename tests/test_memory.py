@@ -1,5 +1,8 @@
 """The algorithm's memory apart from metrics and notes, and running state that is carried along."""
 
+import dataclasses
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -96,6 +99,8 @@ def test_running_state_is_carried_everywhere(name, tasks, tmp_path):
         assert_carried(state_after)
         assert not np.array_equal(state_after.hyperparams, state.hyperparams)
         assert_carried(step(state_after, jnp.nan * batch), rejected=1)
+        assert_carried(again := optimizer._adopt(state_after))
+        assert (again.step, again.get_metric("val_loss")) == (1, state_after.get_metric("val_loss"))
     losses = gradhpo.LossFunctions(train_loss, val_loss)
     # Chunks of one episode: one program for all of them.
     run = lambda num_steps: gradhpo.run(
@@ -121,6 +126,32 @@ def test_running_state_that_is_not_finite_refuses_the_step():
     after = optimizer.step(state, BATCH, BATCH, LOSSES.train_loss, LOSSES.val_loss)
     assert after.get_metric("rejected") == 1
     np.testing.assert_array_equal(after.model_state, np.ones(2))
+    np.testing.assert_array_equal(after.hyperparams, state.hyperparams)
+
+
+class Counted(eqx.Module):
+    number: jax.Array
+
+
+def test_a_memory_that_is_not_finite_refuses_the_step():
+    """Though everything else of the step is as good as ever."""
+
+    class Breaking(gradhpo.OneStepOptimizer):
+        def init_memory(self, z, hyperparams, batch, key):
+            return Counted(jnp.zeros(()))
+
+        def estimate(self, problem, memory: Any):
+            found = super().estimate(problem, None)
+            memory = Counted(memory.number + jnp.where(memory.number < 1, 1, jnp.inf))
+            return dataclasses.replace(found, memory=memory)
+
+    optimizer = Breaking(SGD, SGD)
+    step = lambda state: optimizer.step(state, BATCH, BATCH, LOSSES.train_loss, LOSSES.val_loss)
+    state = step(optimizer.init(jnp.zeros(3), jnp.zeros(3)))
+    after = step(state)
+    assert (state.get_metric("rejected"), after.get_metric("rejected")) == (0, 1)
+    assert (state.get_metric("number"), after.get_metric("number")) == (1, 1)
+    np.testing.assert_array_equal(after.params, state.params)
     np.testing.assert_array_equal(after.hyperparams, state.hyperparams)
 
 

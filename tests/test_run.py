@@ -255,6 +255,26 @@ def test_single_rejections_do_not_stop_the_run():
     assert "3 rejected" in history.report
 
 
+def spoilt(*steps):
+    """Data that are bad at these steps."""
+    return lambda i: (X, jnp.where(jnp.isin(i, jnp.asarray(steps, i.dtype)), jnp.nan, Y))
+
+
+def test_rejections_in_a_row_are_counted_over_chunks_and_end_with_a_good_step():
+    optimizer = unrolled(steps=1)
+    settings = {"num_steps": 13, "max_rejections": 4}
+    # Whole chunks of bad steps, with a good chunk between them.
+    state, history = run(optimizer, spoilt(3, 4, 5, 9, 10, 11), **settings)
+    assert history.stop_reason == "num_steps"
+    assert "(steps 4, 5, 6, 10, 11, ...)" in history.report
+    # As `state.step` counts them, also where a run goes on.
+    _, history = run(optimizer, spoilt(14), state=state, num_steps=3)
+    assert "1 rejected as non-finite (step 15)" in history.report
+    with pytest.warns(RuntimeWarning, match="4 steps in a row"):
+        _, history = run(optimizer, spoilt(1, 2, 3, 4), **settings)
+    assert history.stop_reason == "rejected"
+
+
 def test_an_iterator_that_ends_returns_what_was_done():
     batches = [(np.asarray(X), np.asarray(Y))] * 14  # four whole steps of three batches
     with pytest.warns(RuntimeWarning, match="An iterator ended"):
