@@ -292,6 +292,7 @@ def test_how_often(tmp_path):
         return seen, steps_saved(directory)
 
     assert saved() == ([0, 0, 0, 0], 12)
+    assert saved(every_steps=3) == ([0, 3, 6, 9], 12)
     assert saved(every_steps=4) == ([0, 0, 6, 6], 12)
     assert saved(every_seconds=0) == ([0, 3, 6, 9], 12)
     assert saved(every_seconds=float("inf")) == ([0, 0, 0, 0], 12)

@@ -361,6 +361,16 @@ def test_from_the_middle_of_a_run():
     assert report.relative_error["forward"] < 1e-10
 
 
+def test_what_was_learned_before_is_compared_as_it_is():
+    """A theta of one's own, which nothing fits anew."""
+    optimizer = gradhpo.OnlineHypergradientOptimizer(SGD, OUTER, estimation_period=None)
+    batches = gradhpo.BatchStack(jnp.zeros(STEPS))
+    state = optimizer.init(jnp.asarray(START), HYPERPARAMS)
+    fitted = optimizer.estimate_theta(state, batches, None, train_loss, val_loss)
+    report = gradhpo.compare_hypergradients({"": optimizer}, fitted, batches, None, LOSSES)
+    assert report.metrics[""]["theta"] == fitted.memory.theta != state.memory.theta
+
+
 def test_bfloat16(as_a_user_has_it):
     """In their own precision, compared in float64."""
     inner, short = optax.sgd(0.1), jnp.bfloat16

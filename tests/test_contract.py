@@ -212,6 +212,19 @@ def test_a_nan_batch_costs_a_step_and_nothing_else(name):
     assert not np.array_equal(recovered.params, state.params)
 
 
+def test_a_hypergradient_that_is_infinite_is_refused_though_clipping_hides_it():
+    """The root of 0 in the validation loss: nothing else of the step is infinite."""
+    optimizer = gradhpo.OneStepOptimizer(PLAIN, optax.chain(optax.clip(1.0), optax.sgd(0.1)))
+    state = start(optimizer, hyperparams=jnp.zeros(3))
+    rooted = lambda w, h, batch: jnp.sum(jnp.square(w - 1)) + jnp.sum(jnp.sqrt(h))
+    after = optimizer.step(state, jnp.zeros(2), None, train_loss, rooted)
+    assert after.metadata["rejected"] == 1
+    assert np.isfinite(after.metadata["val_loss"])
+    assert after.metadata["hypergrad_norm"] == np.inf
+    kept = ("params", "hyperparams", "inner_opt_state", "outer_opt_state")
+    assert_same([getattr(after, k) for k in kept], [getattr(state, k) for k in kept])
+
+
 @every
 def test_jit_vmap_and_scan(name):
     optimizer = build(name)

@@ -11,6 +11,7 @@ from helpers import assert_same
 from problems import OUTER, relaxed
 
 import gradhpo
+from gradhpo.core.batches import batch_of_step
 from gradhpo.data.arrays import _permute
 from gradhpo.data.iterators import Buffer
 from gradhpo.data.sources import Feed, as_source
@@ -110,10 +111,11 @@ def test_indices_come_with_the_batch():
         np.testing.assert_array_equal(indices, data.indices(3))
 
 
-def test_pairs_stay_together_over_a_step():
+@pytest.mark.parametrize("replacement", [False, True])
+def test_pairs_stay_together_over_a_step(replacement):
     """Two sources with one key: the tasks that a step trains on are those it validates on."""
-    train = gradhpo.ArrayData(jnp.arange(10), 4, KEY, hold=3)
-    val = gradhpo.ArrayData(100 + jnp.arange(10), 4, KEY)
+    train = gradhpo.ArrayData(jnp.arange(10), 4, KEY, replacement, hold=3)
+    val = gradhpo.ArrayData(100 + jnp.arange(10), 4, KEY, replacement)
     for step in range(6):
         for t in range(3):
             np.testing.assert_array_equal(train(3 * step + t) + 100, val(step))
@@ -139,6 +141,27 @@ def test_a_function_of_the_index_may_return_numbers_and_keys(count):
         batch, expected = found.at(t), draw(2 * count + t)
         assert_same(*(jax.random.key_data(x.pop("key")) for x in (batch, expected)))
         assert_same(batch, expected)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("kind", ["function", "ArrayData", "iterator", "one batch with a key"])
+def test_what_is_read_ahead_are_the_batches_of_the_steps(kind, count):
+    """Batch t of a whole episode is inner step `t % count` of its outer step `t // count`."""
+    data = gradhpo.ArrayData((X, Y), 4, KEY)
+    made = {
+        "function": lambda index: {"x": X[index % 10], "i": index},
+        "ArrayData": data,
+        "iterator": (jax.tree.map(np.asarray, data(7 + i)) for i in range(20)),
+        "one batch with a key": (X, KEY),
+    }
+    source = as_source(made[kind], "train_data", count)
+    assert source.draw(5, in_part=False) == 5
+    batches, (step, position) = source.fetch(5), jnp.asarray([2, 1], jnp.int32)
+    ahead = batches.drawn(step, position, count)
+    for t in range(3 * count):
+        later = t // count
+        stack = batches.stack(step + later, position + later, count)
+        assert_same(ahead.at(t), batch_of_step(stack, t % count))
 
 
 def test_number_of_batches_of_some_epochs():

@@ -128,21 +128,3 @@ def test_displayed_formulas_stand_alone():
         for before, formula, after in zip(parts[:-2:2], parts[1::2], parts[2::2], strict=True):
             alone = before.rstrip(" ").endswith("\n\n") and re.match(r'\n\n|\n *"""', after)
             assert alone, f"{file}: a blank line before and after $${formula}$$"
-
-
-def test_imports_point_down():
-    """diagnostics -> training -> algorithms, data -> core -> utils; algorithms use `extend`."""
-    below = {
-        "utils": [],
-        "core": ["utils"],
-        "solvers": ["utils"],
-        "algorithms": ["extend"],
-        "wrappers": ["core", "utils"],
-        "data": ["core", "utils"],
-        "training": ["algorithms", "core", "data", "utils"],
-        "diagnostics": ["algorithms", "core", "data", "training", "utils"],
-    }
-    for room, allowed in below.items():
-        for file in (ROOT / "gradhpo" / room).glob("*.py"):
-            used = set(re.findall(r"^from gradhpo\.(\w+)", file.read_text(), re.MULTILINE)) - {room}
-            assert used <= set(allowed), f"{file} imports {used - set(allowed)}"

@@ -35,6 +35,11 @@ def data():
     return gradhpo.ArrayData(X.astype(float), batch_size=8, key=jax.random.key(1))
 
 
+def val_data():
+    """Other batches at every step, of another size."""
+    return gradhpo.ArrayData(X.astype(float), batch_size=5, key=jax.random.key(3))
+
+
 def hyperdistill(period=2, **settings):
     return gradhpo.OnlineHypergradientOptimizer(SGD, OUTER, estimation_period=period, **settings)
 
@@ -43,11 +48,12 @@ def start(optimizer, **examples):
     return optimizer.init(jnp.full(3, 0.1), jnp.full(3, -3.0), **examples)
 
 
-def run(optimizer, state=None, source=None, **settings):
+def run(optimizer, state=None, source=None, val=None, **settings):
     state = start(optimizer) if state is None else state
     settings = {"num_steps": 24, "steps_per_episode": 6, "progress": False} | settings
     source = data() if source is None else source
-    return gradhpo.run(optimizer, state, LOSSES, source, X[:10].astype(float), **settings)
+    val = X[:10].astype(float) if val is None else val
+    return gradhpo.run(optimizer, state, LOSSES, source, val, **settings)
 
 
 def assert_close(found, expected, rtol=1e-12):
@@ -56,17 +62,20 @@ def assert_close(found, expected, rtol=1e-12):
 
 @pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
 def test_is_what_a_loop_by_hand_does(rate):
-    """Six steps, Reptile, a new optimizer state, a new clock; theta before episodes 0, 2, ..."""
-    optimizer = hyperdistill()
-    found, history = run(optimizer, reptile_rate=rate)
-    state, source, thetas = start(optimizer), data(), []
+    """Six steps, Reptile, a new optimizer state, a new clock; theta before episodes 0, 2, ...
+
+    Theta is for the end of the episode, so it takes the validation batch of its last step.
+    """
+    optimizer, source, val = hyperdistill(), data(), val_data()
+    found, history = run(optimizer, val=val, reptile_rate=rate)
+    state, thetas = start(optimizer), []
     for episode in range(4):
         stack = gradhpo.BatchStack.of([source(6 * episode + t) for t in range(6)])
         if episode % 2 == 0:
-            state = optimizer.estimate_theta(state, stack, X[:10].astype(float), *losses())
+            state = optimizer.estimate_theta(state, stack, val(6 * episode + 5), *losses())
         begun = state
         for t in range(6):
-            state = optimizer.step(state, stack.at(t), X[:10].astype(float), *losses())
+            state = optimizer.step(state, stack.at(t), val(6 * episode + t), *losses())
             thetas.append(state.memory.theta)
         phi = begun.params - rate * (begun.params - state.params)
         by_hand = state.update(
@@ -89,14 +98,17 @@ def losses():
 def test_chunks_and_sources_make_no_difference():
     """Chunks of several episodes, of one, of parts of one; arrays, or an iterator over them."""
     optimizer = hyperdistill()
-    source = data()
+    source, val = data(), val_data()
     examples = {"batch": source(0), "key": jax.random.key(2)}
     results = [
-        run(optimizer, start(optimizer, **examples), chunk_size=chunk_size)
+        run(optimizer, start(optimizer, **examples), val=val, chunk_size=chunk_size)
         for chunk_size in (100, 4)
     ]
-    batches = (source(i) for i in itertools.count())
-    results.append(run(optimizer, start(optimizer, **examples), batches, chunk_size=4))
+    # Iterators: in chunks of two episodes, and of one where 4 steps would not hold it.
+    for chunk_size in (12, 4):
+        iterators = map(source, itertools.count()), map(val, itertools.count())
+        begun = start(optimizer, **examples)
+        results.append(run(optimizer, begun, *iterators, chunk_size=chunk_size))
     for state, history in results[1:]:
         assert_close(state, results[0][0], rtol=1e-10)
         assert_close(dict(history), dict(results[0][1]), rtol=1e-10)
@@ -163,6 +175,23 @@ def test_an_inner_optimizer_of_the_hyperparameters_restarts_at_the_new_ones():
     assert state.hyperparams["log_rate"] != -3.0
     np.testing.assert_array_equal(state.params, np.ones(3))
     assert history.stop_reason == "num_steps"
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: gradhpo.TaskBatched(x, 2)])
+def test_the_inner_optimizer_begins_where_the_episode_does(wrap):
+    """One that keeps parameters: those of the new start, after Reptile."""
+    pulled = lambda g, anchor, w: (-0.1 * g - 0.05 * (w - anchor), anchor)
+    inner = optax.GradientTransformation(lambda w: w, pulled)
+    optimizer = wrap(gradhpo.OneStepOptimizer(inner, OUTER))
+    begun = start(optimizer)
+    batch = jnp.stack([X[:8], X[8:16]]).astype(float) if begun.params.ndim == 2 else data()(0)
+    ended = optimizer.step(begun, batch, batch, *losses())
+    assert_close(ended.inner_opt_state, begun.params)
+    state = optimizer.restart(ended, begun.params, 0.25)
+    moved = np.mean(np.atleast_2d(ended.params - begun.params), axis=0)
+    assert np.all(np.abs(moved) > 1e-3)
+    assert_close(state.params, np.asarray(begun.params) + 0.25 * moved)
+    assert_close(state.inner_opt_state, state.params)
 
 
 def test_an_iterator_that_ends_within_an_episode_leaves_whole_ones():

@@ -103,6 +103,12 @@ def online(**changes):
     return gradhpo.OnlineHypergradientOptimizer(SGD, **changes)
 
 
+def estimate_theta(optimizer, state):
+    tasks = (2,) * isinstance(optimizer, gradhpo.TaskBatched)
+    batches = gradhpo.BatchStack(jnp.ones((4, *tasks, 3)))
+    return optimizer.estimate_theta(state, batches, jnp.ones((*tasks, 3)), train_loss, val_loss)
+
+
 def foreign_inner_state():
     adam = one_step(inner_optimizer=optax.adam(0.1))
     return step(optimizer=one_step(), state=adam.init(W, H))
@@ -380,6 +386,25 @@ MISUSES = {
     "HyperDistill with a state of one step": (
         lambda: step(online(outer_optimizer=SGD), one_step().init(W, H)), ValueError,
         r"state.memory does not fit(.|\n)*init\(params, hyperparams\)",
+    ),
+    "theta of HyperDistill from a state of one step": (
+        lambda: estimate_theta(online(outer_optimizer=SGD), one_step().init(W, H)), ValueError,
+        r"state.memory does not fit(.|\n)*init\(params, hyperparams\)",
+    ),
+    "theta of HyperDistill from a state of implicit differentiation": (
+        lambda: estimate_theta(online(outer_optimizer=SGD), implicit().init(W, H)), ValueError,
+        r"state.memory does not fit(.|\n)*init\(params, hyperparams\)",
+    ),
+    "theta of tasks from a state of one": (
+        lambda: estimate_theta(gradhpo.TaskBatched(online(), 2), online().init(W, H)), ValueError,
+        "made without a task axis.*num_tasks=2",
+    ),
+    "theta of tasks from a state of other tasks": (
+        lambda: estimate_theta(
+            gradhpo.TaskBatched(online(outer_optimizer=SGD), 2),
+            gradhpo.TaskBatched(one_step(), 2).init(W, H),
+        ),
+        ValueError, r"state.memory does not fit(.|\n)*init\(params, hyperparams\)",
     ),
     "tasks with a state of one": (
         lambda: step(gradhpo.TaskBatched(one_step(), 3), one_step().init(W, H)), ValueError,

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jax.extend.core import jaxprs_in_params
+from jax.extend.random import threefry_2x32
 from jaxtyping import Array, Float, TypeCheckError, jaxtyped
 
 from gradhpo.utils import foreign, programs
@@ -83,23 +84,74 @@ def test_operations_have_the_names_that_are_looked_for():
     assert names_in(jax.vmap(solve), jnp.ones(3)) & set(foreign.OPEN_LOOPS)
     assert any(map(foreign.is_custom_vjp, names_in(own_rule, x)))
     assert programs.contains_custom_vjp(jax.make_jaxpr(own_rule)(x).jaxpr)
-    draws = {
-        "uniform": lambda key: jax.random.uniform(key),
-        "gamma": lambda key: jax.random.gamma(key, 2.0),
-        "rbg": lambda key: jax.random.bits(jax.random.wrap_key_data(key, impl="rbg")),
-    }
-    for name, draw in draws.items():
-        key = jnp.zeros(4, jnp.uint32) if name == "rbg" else jax.random.key(0)
-        assert names_in(draw, key) & set(foreign.RANDOM), name
+
+
+DRAWS = (
+    jax.random.bits,
+    jax.random.normal,
+    lambda key: jax.random.gamma(key, 2.0),
+    lambda key: jax.random.permutation(key, 5),
+    lambda key: jax.random.categorical(key, jnp.zeros(3)),
+)
+
+
+def test_random_numbers_are_found_in_a_trace():
+    """By the public ways to draw them, with keys of every kind; no name is looked for in vain."""
+    seen = set()
+    for kind in ("threefry2x32", "rbg", "unsafe_rbg"):
+        with jax.default_prng_impl(kind):
+            for key in (jax.random.key(0), jax.random.PRNGKey(0)):
+                for draw in DRAWS:
+                    found = names_in(draw, key) & set(foreign.RANDOM)
+                    assert found, (kind, draw)
+                    seen |= found
+    # What these are made of, which may be called by itself.
+    words = jnp.zeros(4, jnp.uint32)
+    for draw in (
+        lambda words: threefry_2x32(words[:2], words),
+        lambda words: jax.lax.rng_bit_generator(words, (3,)),
+    ):
+        found = names_in(draw, words) & set(foreign.RANDOM)
+        assert found
+        seen |= found
+    assert seen == set(foreign.RANDOM)
+    without = lambda key: jax.random.split(jax.random.fold_in(key, 1))
+    assert not names_in(without, jax.random.key(0)) & set(foreign.RANDOM)
 
 
 def test_what_a_failed_call_says():
     with pytest.raises(TypeError) as caught:
         (lambda x: x)()  # pyright: ignore[reportCallIssue]
     assert foreign.is_missing_argument(caught.value)
-    assert foreign.is_out_of_memory(MemoryError())
-    assert foreign.is_out_of_memory(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"))
-    assert not foreign.is_out_of_memory(ValueError("no"))
+
+
+# An exbibyte, for which there are no addresses: it fails at once, and nothing is written to.
+ABSURD = 2**57
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        lambda: jnp.zeros(ABSURD),
+        lambda: jax.jit(lambda x: x + jnp.ones(ABSURD))(1.0),
+        lambda: jax.device_put(np.broadcast_to(np.zeros(1), (ABSURD,))),
+        lambda: np.zeros(ABSURD),
+    ],
+)
+def test_an_allocation_that_fails_is_told_from_other_errors(allocate):
+    with pytest.raises((jax.errors.JaxRuntimeError, MemoryError)) as caught:
+        jax.block_until_ready(allocate())
+    assert foreign.is_out_of_memory(caught.value)
+
+
+def test_another_error_at_run_time_is_not_out_of_memory():
+    def fails(x):
+        raise ValueError("no")
+
+    x = jnp.zeros(())
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no") as caught:
+        jax.block_until_ready(jax.jit(lambda x: jax.pure_callback(fails, x, x))(x))
+    assert not foreign.is_out_of_memory(caught.value)
 
 
 def test_a_check_at_run_time_is_found_in_what_jax_raises():

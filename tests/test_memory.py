@@ -1,5 +1,8 @@
 """The algorithm's memory apart from metrics and notes, and running state that is carried along."""
 
+import dataclasses
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from problems import relaxed
+from test_contract import ADAM, OPTIMIZERS, build, train_loss, val_loss
 
 import gradhpo
 
@@ -62,29 +66,51 @@ def test_a_scalar_note_is_no_metric_of_a_run():
     assert "theta" in history
 
 
+RUNNING = {
+    "mean": jnp.arange(1.0, 4.0),
+    "layers": [{"count": jnp.asarray(4, jnp.int32)}, {"seen": jnp.array([True, False])}],
+}
+
+
+def of_task(number):
+    """Running state that tells the tasks apart."""
+    return jax.tree.map(lambda x: x if x.dtype == bool else x + number, RUNNING)
+
+
 @pytest.mark.parametrize("tasks", [None, 2])
-def test_running_state_is_carried_everywhere(tasks, tmp_path):
-    """Nothing reads it yet: it comes back as it was, in float, integer and bool."""
-    optimizer = gradhpo.DrMADOptimizer(relaxed(optax.adam(0.1, eps_root=1e-8)), SGD, unroll_steps=3)
-    batch = BATCH
-    running = {"mean": jnp.arange(3.0), "count": jnp.asarray(4), "seen": jnp.asarray(True)}
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "tasks"])
+def test_running_state_is_carried_everywhere(name, tasks, tmp_path):
+    """Nothing reads it yet: it comes back as it was, by every optimizer, in every dtype."""
+    optimizer, batch, running = build(name, ADAM, SGD), BATCH, RUNNING
     if tasks:
         optimizer, batch = gradhpo.TaskBatched(optimizer, tasks), jnp.zeros((tasks, 2))
-        running = jax.tree.map(lambda x: jnp.stack([x] * tasks), running)
-    state = optimizer.init(jnp.zeros(3), jnp.zeros(3)).update(model_state=running)
+        running = jax.tree.map(lambda *x: jnp.stack(x), *map(of_task, range(tasks)))
+    state = optimizer.init(jnp.zeros(3), jnp.full(3, -1.0))
+    # With the memory that fits: forward mode has a derivative of the running state as well.
+    state = optimizer.adopt(state.update(model_state=running))
 
-    def assert_carried(found):
-        assert found.get_metric("rejected") == 0
+    def assert_carried(found, rejected=0):
+        assert found.get_metric("rejected") == rejected
         assert eqx.tree_equal(found.model_state, running)
 
-    assert_carried(optimizer.step(state, batch, batch, LOSSES.train_loss, LOSSES.val_loss))
-    run = lambda num_steps, **settings: gradhpo.run(
-        optimizer, state, LOSSES, batch, batch, num_steps=num_steps, progress=False, **settings
-    )[0]
-    assert_carried(run(4, steps_per_episode=2, reptile_rate=0.5))
-    run(2, checkpoint=tmp_path)
-    assert_carried(run(4, checkpoint=tmp_path))
-    assert_carried(gradhpo.load_checkpoint(tmp_path, state)[0])
+    step = lambda state, batch: optimizer.step(state, batch, BATCH, train_loss, val_loss)
+    if not tasks:
+        state_after = step(state, batch)
+        assert_carried(state_after)
+        assert not np.array_equal(state_after.hyperparams, state.hyperparams)
+        assert_carried(step(state_after, jnp.nan * batch), rejected=1)
+        assert_carried(again := optimizer.adopt(state_after))
+        assert (again.step, again.get_metric("val_loss")) == (1, state_after.get_metric("val_loss"))
+    losses = gradhpo.LossFunctions(train_loss, val_loss)
+    # Chunks of one episode: one program for all of them.
+    run = lambda num_steps: gradhpo.run(
+        optimizer, state, losses, batch, batch, num_steps=num_steps, steps_per_episode=2,
+        reptile_rate=0.5, chunk_size=2, checkpoint=tmp_path, progress=False,
+    )[0]  # fmt: skip
+    assert_carried(run(2))
+    another = state.update(model_state=jax.tree.map(jnp.zeros_like, running))
+    assert_carried(gradhpo.load_checkpoint(tmp_path, another)[0])
+    assert_carried(run(4))
 
 
 def test_running_state_that_is_not_finite_refuses_the_step():
@@ -100,6 +126,32 @@ def test_running_state_that_is_not_finite_refuses_the_step():
     after = optimizer.step(state, BATCH, BATCH, LOSSES.train_loss, LOSSES.val_loss)
     assert after.get_metric("rejected") == 1
     np.testing.assert_array_equal(after.model_state, np.ones(2))
+    np.testing.assert_array_equal(after.hyperparams, state.hyperparams)
+
+
+class Counted(eqx.Module):
+    number: jax.Array
+
+
+def test_a_memory_that_is_not_finite_refuses_the_step():
+    """Though everything else of the step is as good as ever."""
+
+    class Breaking(gradhpo.OneStepOptimizer):
+        def init_memory(self, z, hyperparams, batch, key):
+            return Counted(jnp.zeros(()))
+
+        def estimate(self, problem, memory: Any):
+            found = super().estimate(problem, None)
+            memory = Counted(memory.number + jnp.where(memory.number < 1, 1, jnp.inf))
+            return dataclasses.replace(found, memory=memory)
+
+    optimizer = Breaking(SGD, SGD)
+    step = lambda state: optimizer.step(state, BATCH, BATCH, LOSSES.train_loss, LOSSES.val_loss)
+    state = step(optimizer.init(jnp.zeros(3), jnp.zeros(3)))
+    after = step(state)
+    assert (state.get_metric("rejected"), after.get_metric("rejected")) == (0, 1)
+    assert (state.get_metric("number"), after.get_metric("number")) == (1, 1)
+    np.testing.assert_array_equal(after.params, state.params)
     np.testing.assert_array_equal(after.hyperparams, state.hyperparams)
 
 

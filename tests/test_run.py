@@ -29,32 +29,97 @@ def run(optimizer, train_data, val_data=(X, Y), state=None, **settings):
     return gradhpo.run(optimizer, state, LOSSES, train_data, val_data, **settings)
 
 
-def test_run_is_step_called_by_hand():
-    optimizer, data = unrolled(), gradhpo.ArrayData((X, Y), 4, jax.random.key(1))
-    state, seen = start(optimizer), []
-    for k in range(7):
-        stack = gradhpo.BatchStack.of([data(3 * k + t) for t in range(3)])
-        state = optimizer.step(state, stack, (X, Y), train_loss, val_loss)
+# Sources that change from step to step, a size for each: a batch in the other's place would show.
+CHANGING = {
+    "train": gradhpo.ArrayData((X, Y), 4, jax.random.key(1)),
+    "val": gradhpo.ArrayData((X, Y), 3, jax.random.key(2)),
+}
+NOISE = {"train": jax.random.key(3), "val": jax.random.key(4)}
+FIRST, STEPS, INNER = 2, 6, 3  # the run goes on from step 2
+
+
+def source_of(kind, side):
+    """A source, and the batch that it has at number i (of an inner step, or of a step)."""
+    data = CHANGING[side]
+    # An iterator begins where it is, not at the step of the state.
+    first = FIRST * (INNER if side == "train" else 1)
+    batches = [jax.tree.map(np.asarray, data(first + i)) for i in range(STEPS * INNER)]
+    at_first = lambda i: data(0)
+    sources = {
+        "function": (
+            lambda i: jax.tree.map(jnp.sin, data(i)),
+            lambda i: jax.tree.map(jnp.sin, data(i)),
+        ),
+        "ArrayData": (data, data),
+        "iterator": (iter(batches), data),
+        "iterate": (gradhpo.iterate(batches), data),
+        "a cycle": (gradhpo.iterate(batches[:5]), lambda i: batches[(i - first) % 5]),
+        "one batch": (data(0), at_first),
+        "one batch with a key": ((*data(0), NOISE[side]), at_first),
+        "all of it": (gradhpo.ArrayData((X, Y), 10, NOISE[side]), lambda i: (X, Y)),
+    }
+    return sources[kind]
+
+
+def noisy(loss):
+    """With noise in the targets where the batch has a key for it."""
+
+    def on(w, h, batch):
+        x, y, *keys = batch
+        return loss(w, h, (x, y + jax.random.normal(keys[0], y.shape) if keys else y))
+
+    return on
+
+
+NOISY = gradhpo.LossFunctions(noisy(train_loss), noisy(val_loss))
+FIXED = ("one batch", "one batch with a key", "all of it")
+
+
+@pytest.mark.parametrize(
+    ("of_train", "of_val"),
+    [
+        ("function", "function"),
+        ("ArrayData", "ArrayData"),
+        ("iterator", "iterator"),
+        ("iterate", "iterate"),
+        ("one batch with a key", "one batch with a key"),
+        ("function", "iterator"),
+        ("iterator", "function"),
+        ("a cycle", "ArrayData"),
+        ("ArrayData", "a cycle"),
+        ("one batch", "ArrayData"),
+        ("all of it", "iterate"),
+        ("iterate", "one batch"),
+    ],
+)
+def test_every_kind_of_source_is_a_loop_over_step(of_train, of_val):
+    optimizer = unrolled(steps=INNER)
+    (train, train_at), (val, val_at) = source_of(of_train, "train"), source_of(of_val, "val")
+
+    def folded(batch, kind, side, step):
+        return (*batch, jax.random.fold_in(NOISE[side], step)) if "key" in kind else batch
+
+    state = begun = start(optimizer).update(step=jnp.asarray(FIRST, jnp.int32))
+    seen = []
+    for k in range(FIRST, FIRST + STEPS):
+        if of_train in FIXED:
+            train_batch = folded(train_at(k), of_train, "train", k)
+        else:
+            train_batch = gradhpo.BatchStack.of([train_at(INNER * k + t) for t in range(INNER)])
+        val_batch = folded(val_at(k), of_val, "val", k)
+        state = optimizer.step(state, train_batch, val_batch, NOISY.train_loss, NOISY.val_loss)
         seen.append(state.metadata)
-    found, history = run(optimizer, data)
+    found, history = gradhpo.run(
+        optimizer, begun, NOISY, train, val, num_steps=STEPS, chunk_size=4, progress=False
+    )
     assert_same(found, state, rtol=1e-12)
     assert set(history) == set(METRICS)
     for name in METRICS:
         np.testing.assert_allclose(history[name], [m[name] for m in seen], rtol=1e-12)
     assert history.stop_reason == "num_steps"
-    assert "7 of 7 steps" in history.report
-
-
-def test_all_kinds_of_data_give_the_same_run():
-    """A function, an iterator of the same batches, and what a list becomes."""
-    optimizer, data = unrolled(), gradhpo.ArrayData((X, Y), 4, jax.random.key(1))
-    expected, _ = run(optimizer, data)
-    batches = [jax.tree.map(np.asarray, data(i)) for i in range(21)]
-    for train_data in (lambda i: data(i), iter(batches), gradhpo.iterate(batches)):
-        found, _ = run(optimizer, train_data)
-        assert_same(found, expected, rtol=1e-12)
-    found, _ = run(optimizer, data, val_data=gradhpo.iterate([(X, Y)]))
-    assert_same(found, expected, rtol=1e-12)
+    assert "6 of 6 steps" in history.report
+    if of_val not in FIXED:
+        assert len(set(np.round(history["val_loss"], 6).tolist())) == STEPS
 
 
 def test_continuing_is_one_long_run():
@@ -190,6 +255,26 @@ def test_single_rejections_do_not_stop_the_run():
     assert history.stop_reason == "num_steps"
     assert state.metadata["rejected"] == 3
     assert "3 rejected" in history.report
+
+
+def spoilt(*steps):
+    """Data that are bad at these steps."""
+    return lambda i: (X, jnp.where(jnp.isin(i, jnp.asarray(steps, i.dtype)), jnp.nan, Y))
+
+
+def test_rejections_in_a_row_are_counted_over_chunks_and_end_with_a_good_step():
+    optimizer = unrolled(steps=1)
+    settings = {"num_steps": 13, "max_rejections": 4}
+    # Whole chunks of bad steps, with a good chunk between them.
+    state, history = run(optimizer, spoilt(3, 4, 5, 9, 10, 11), **settings)
+    assert history.stop_reason == "num_steps"
+    assert "(steps 4, 5, 6, 10, 11, ...)" in history.report
+    # As `state.step` counts them, also where a run goes on.
+    _, history = run(optimizer, spoilt(14), state=state, num_steps=3)
+    assert "1 rejected as non-finite (step 15)" in history.report
+    with pytest.warns(RuntimeWarning, match="4 steps in a row"):
+        _, history = run(optimizer, spoilt(1, 2, 3, 4), **settings)
+    assert history.stop_reason == "rejected"
 
 
 def test_an_iterator_that_ends_returns_what_was_done():

@@ -9,6 +9,7 @@ from gradhpo.diagnostics.comparison import Agreement
 from gradhpo.diagnostics.metasmooth import FiniteDifference
 from gradhpo.diagnostics.nonfinite import NonFinite
 from gradhpo.diagnostics.tables import aligned, number
+from gradhpo.utils.advice import WARM_UP
 
 
 # A measurement above these (for smoothness, below) becomes a finding.
@@ -119,9 +120,7 @@ class HypergradientCheck:
             if self._is_narrow(check):
                 found.append(
                     f"{leaf}: its derivative holds (to 10 %) only for steps up to "
-                    f"{check.width:.0e}, and outer steps are larger. A fresh Adam does this: train "
-                    "first, with gradhpo.FixedOptimizer and then adopt(state); or take a smaller "
-                    "inner rate"
+                    f"{check.width:.0e}, and outer steps are larger. {WARM_UP}"
                 )
             elif check.contradicts:
                 found.append(

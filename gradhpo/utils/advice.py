@@ -31,6 +31,11 @@ NEEDS_THE_LOSS = (
     "differentiate the update; for other methods write an update_fn"
 )
 
+WARM_UP = (
+    "A fresh Adam does this: train first, with gradhpo.FixedOptimizer and then adopt(state); or "
+    "take a smaller inner rate"
+)
+
 _GUARDED = (
     "A guard in the inner optimizer (optax.zero_nans, optax.apply_if_finite) makes the update "
     "finite, but not its derivative: write jnp.where(bad, safe, x) inside the loss."

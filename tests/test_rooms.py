@@ -1,0 +1,256 @@
+"""Who may know whom: imports point down, and the generic rooms know no algorithm."""
+
+import ast
+import importlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import equinox as eqx
+import pytest
+
+import gradhpo
+from gradhpo.core.memory import MemoryOfEach
+from gradhpo.core.wrapper import Wrapper
+from gradhpo.extend import Algorithm, BilevelOptimizer, Memory
+
+
+PACKAGE = Path(gradhpo.__file__).parent
+# diagnostics -> training -> algorithms, data -> core, solvers -> utils; algorithms use `extend`.
+BELOW = {
+    "utils": set(),
+    "core": {"utils"},
+    "solvers": {"utils"},
+    "algorithms": {"extend"},
+    "wrappers": {"core", "utils"},
+    "data": {"core", "utils"},
+    "training": {"algorithms", "core", "data", "utils"},
+    "diagnostics": {"algorithms", "core", "data", "training", "utils"},
+}
+
+
+def imported(node: ast.AST, room: str) -> list[str]:
+    """What of gradhpo a node imports, in full: `gradhpo.core.base.BilevelOptimizer`."""
+    names = []
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        above = ["gradhpo", room][: 3 - node.level] if node.level else []
+        module = ".".join([*above, *filter(None, [node.module])])
+        names = [f"{module}.{alias.name}" for alias in node.names]
+    elif isinstance(node, ast.Call) and re.search("import_(module|_)$", ast.unparse(node.func)):
+        names = [str(x.value) for x in node.args if isinstance(x, ast.Constant)]
+    return [name for name in names if name.split(".")[0] == "gradhpo"]
+
+
+def rooms_of(source: str, room: str) -> set[str]:
+    """The other rooms that a file imports from, wherever in it; `gradhpo` is the package itself."""
+    names = [name for node in ast.walk(ast.parse(source)) for name in imported(node, room)]
+    return {[*name.split("."), "gradhpo"][1] for name in names} - {room}
+
+
+@pytest.mark.parametrize("room", list(BELOW))
+def test_imports_point_down(room):
+    for file in (PACKAGE / room).glob("*.py"):
+        above = rooms_of(file.read_text(), room) - BELOW[room]
+        assert not above, f"{file} imports {above}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from gradhpo.training.loop import run",
+        "import gradhpo.training.loop as loop",
+        "from gradhpo import training",
+        "import gradhpo",
+        "from ..training import loop",
+        "def f():\n    from gradhpo.training.loop import run",
+        "if TYPE_CHECKING:\n    from gradhpo.training.loop import run",
+        "loop = importlib.import_module('gradhpo.training.loop')",
+    ],
+)
+def test_an_import_that_points_up_is_seen(line):
+    assert rooms_of(line, "core") - BELOW["core"]
+
+
+# -- generic rooms ---------------------------------------------------------------------------------
+
+GENERIC = ["core", "training", "data", "diagnostics"]
+
+
+def _modules_of_algorithms() -> list[type]:
+    """Every module in `algorithms/` and `wrappers/`: optimizers, their memories, parts of both."""
+    found = []
+    for file in [*(PACKAGE / "algorithms").glob("*.py"), *(PACKAGE / "wrappers").glob("*.py")]:
+        name = f"gradhpo.{file.parent.stem}.{file.stem}"
+        classes = [x for x in vars(importlib.import_module(name)).values() if isinstance(x, type)]
+        found += [x for x in classes if issubclass(x, eqx.Module) and x.__module__ == name]
+    return found
+
+
+def _own_names() -> set[str]:
+    """Settings, public methods, and what memories hold, but for what all algorithms have."""
+    common = {*dir(Algorithm), *dir(Wrapper), *dir(Memory)}
+    common |= {"inner_optimizer", "grad_fn", "update_fn", "optimizer"}
+    common |= set(MemoryOfEach.__annotations__)
+    names = set()
+    for cls in _modules_of_algorithms():
+        names |= set(cls.__dataclass_fields__)
+        if issubclass(cls, BilevelOptimizer):
+            names |= {name for name in vars(cls) if not name.startswith("_")}
+    return names - common
+
+
+CLASSES = {cls.__name__ for cls in _modules_of_algorithms()}
+NAMES = CLASSES | _own_names()
+# The vocabulary of the whole library, which memories share: a PRNG key, and an inner step's number.
+# They count as fields of an object alone.
+WORDS = {"key", "t"}
+PROSE = re.compile(
+    r"\w*(distill|t1-?t2|drmad|darts|greedy|neumann|nystr[oö]m|f2sa|implicit|unroll"
+    r"|(forward|reverse)[ _-]?mode|first[ _-]order|one-step|truncation|truncated)\w*",
+    re.IGNORECASE,
+)
+# What stands in generic rooms all the same, by its place and its exact form.
+ALLOWED = {
+    "core/reverse.py": {
+        "def unrolled": "reverse mode is the tool of several algorithms and of the reference",
+    },
+    "training/callbacks.py": {"text: checkpoints": "those of a run, on disk"},
+    "training/report.py": {"text: checkpoints": "those of a run, on disk"},
+    "data/arrays.py": {
+        "self.key": "the PRNG key of ArrayData",
+        "data.key": "the PRNG key of ArrayData",
+    },
+    "diagnostics/reference.py": {
+        "import gradhpo.core.reverse.unrolled": "the exact reference, by reverse mode",
+        "unrolled": "the exact reference, by reverse mode",
+    },
+    "diagnostics/finite_difference.py": {
+        "epsilon": "the step of its own differences",
+        "(epsilon)": "the step of its own differences",
+        "check_setting('epsilon')": "the step of its own differences",
+    },
+    "diagnostics/metasmooth.py": {
+        "epsilon": "the step of its own differences",
+        "jax.random.key": "makes a PRNG key",
+    },
+    "diagnostics/nonfinite.py": {"step.t": "the number of a PulledStep"},
+    "diagnostics/checkup.py": {
+        "text: epsilon": "the setting that `with_difference_step` scales, as its users know it",
+    },
+    "diagnostics/cost.py": {
+        "unroll": "the parameter of a scan in JAX's traced programs",
+        "('unroll')": "the parameter of a scan in JAX's traced programs",
+    },
+    "diagnostics/drawing.py": {"text: truncation": "of the sum that a Horizon shows"},
+    "diagnostics/horizon.py": {
+        "import gradhpo.algorithms.shares.StepWeights": "the room that knows the methods",
+        "import gradhpo.algorithms.shares.short_horizons": "the room that knows the methods",
+        "(greedy_gamma)": "handed on to that room",
+        "greedy_gamma": "handed on to that room",
+        "(distill_gamma)": "handed on to that room",
+        "distill_gamma": "handed on to that room",
+    },
+    "diagnostics/planning.py": {
+        "def checkpoints": "the public name of `checkpointing` in a Plan",
+        "row.checkpoints": "the public name of `checkpointing` in a Plan",
+        "text: checkpoints": "the public name of `checkpointing` in a Plan",
+    },
+}
+
+
+def knows(source: str, room: str) -> Iterator[tuple[int, str]]:
+    """Where a file names an algorithm, or what only some algorithms have: line and form."""
+    tree = ast.parse(source)
+    nodes = list(ast.walk(tree))
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    first = [node.body[0] for node in nodes if isinstance(node, documented) and node.body]
+    docstrings = {id(node.value) for node in first if isinstance(node, ast.Expr)}
+    callers = {
+        id(argument): ast.unparse(node.func)
+        for node in nodes
+        if isinstance(node, ast.Call)
+        for argument in node.args
+    }
+    named = lambda name: name in NAMES - WORDS or PROSE.search(name)
+    for node in nodes:
+        forms = []
+        for name in imported(node, room):
+            if {"algorithms", "wrappers"} & set(name.split(".")) or named(name.split(".")[-1]):
+                forms.append(f"import {name}")
+        if isinstance(node, ast.Attribute) and (node.attr in WORDS or named(node.attr)):
+            forms.append(ast.unparse(node))
+        if isinstance(node, ast.Name) and named(node.id):
+            forms.append(node.id)
+        if isinstance(node, ast.arg) and named(node.arg):
+            forms.append(f"({node.arg})")
+        if isinstance(node, ast.keyword) and named(node.arg or ""):
+            forms.append(f"{node.arg}=")
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and named(node.name):
+            forms.append(f"def {node.name}")
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if node.value in NAMES | {"unroll"}:
+                forms.append(f"{callers.get(id(node), '')}({node.value!r})")
+            elif id(node) not in docstrings:
+                words = set(re.findall(r"\w+", node.value)) & (NAMES - WORDS)
+                words |= {found[0] for found in PROSE.finditer(node.value)}
+                forms += [f"text: {word}" for word in words]
+        for form in forms:
+            yield getattr(node, "lineno", 0), form
+
+
+def test_generic_rooms_know_no_algorithm():
+    found = {}
+    for room in GENERIC:
+        for file in (PACKAGE / room).glob("*.py"):
+            place = f"{room}/{file.name}"
+            for line, form in knows(file.read_text(), room):
+                assert form in ALLOWED.get(place, {}), f"{place}:{line}: {form}"
+                found.setdefault(place, set()).add(form)
+    assert found == {place: set(forms) for place, forms in ALLOWED.items()}  # nothing outdated
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'hasattr(method, "epsilon")',
+        'hasattr(method, "checkpoints")',
+        'getattr(method, "truncation", None)',
+        '"theta" in vars(memory)',
+        "method.checkpoints",
+        "method.epsilon",
+        "memory.t",
+        "memory.distilled.key",
+        "optimizer.estimate_theta(state)",
+        "dataclasses.replace(method, gamma=0.5)",
+        "isinstance(memory, HyperDistillMemory)",
+        'type(method).__name__ == "GreedyOptimizer"',
+        "from gradhpo.algorithms.online import HyperDistillMemory",
+        "import gradhpo.algorithms.unrolled",
+        "from gradhpo import algorithms",
+        "from gradhpo import ImplicitOptimizer",
+        "def f():\n    from gradhpo.algorithms.shares import spread",
+        "if TYPE_CHECKING:\n    from gradhpo.wrappers.tasks import TaskMemory",
+        "importlib.import_module('gradhpo.algorithms.forward')",
+        "def f(state, truncation): pass",
+        "def f(state, *, unroll_steps=1): pass",
+        "def f(implicit_solver): pass",
+        "lambda gamma: 0",
+        "def is_implicit(method): pass",
+        'raise ValueError("use implicit differentiation")',
+        'raise ValueError(f"{name} unrolls all of its steps")',
+        'raise ValueError("forward mode has no such product")',
+        'raise ValueError("reverse-mode through the steps")',
+        'raise ValueError("a Neumann series diverges")',
+        'raise ValueError("pass a larger damping")',
+        'warn("HyperDistill fits theta first")',
+        'warn("the greedy sum points uphill")',
+    ],
+)
+def test_what_knows_an_algorithm_is_seen(line):
+    """In every file of the generic rooms, whatever else that file may say."""
+    for room in GENERIC:
+        forms = {form for _, form in knows(line, room)}
+        for file in (PACKAGE / room).glob("*.py"):
+            assert forms - set(ALLOWED.get(f"{room}/{file.name}", {})), file
