@@ -116,6 +116,10 @@ ALLOWED = {
     "core/reverse.py": {
         "def unrolled": "reverse mode is the tool of several algorithms and of the reference",
     },
+    "core/inner.py": {"self.key": "the PRNG key of a Start"},
+    "core/start.py": {"jax.random.key": "makes a PRNG key"},
+    "training/start.py": {"('key')": "the argument of run"},
+    "training/loop.py": {"start.key": "the PRNG key of a Start"},
     "training/callbacks.py": {"text: checkpoints": "those of a run, on disk"},
     "training/report.py": {"text: checkpoints": "those of a run, on disk"},
     "data/arrays.py": {

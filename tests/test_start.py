@@ -244,3 +244,118 @@ def test_injected_hyperparameters_act_where_training_starts():
         state = optimizer.init(W, jnp.array(0.1))
     found = optimizer.compute_hypergradient(state, None, None, *LOSSES)
     assert_close(found, by_jax(optax.sgd, jnp.array(0.1)))
+
+
+# -- initial parameters of every episode -------------------------------------------------------
+
+
+KEY = jax.random.key(3)
+POINT = {"centre": jnp.array([0.2, -0.3, 0.1]), "log_scale": jnp.array(-1.0)}
+
+
+def drawn_around(key, h):
+    """A learned initial point, and the scale of the initialisation around it."""
+    return h["centre"] + jnp.exp(h["log_scale"]) * jax.random.normal(key, (3,))
+
+
+def trained_from(h, episode, steps=STEPS, fold=None):
+    key = jax.random.fold_in(KEY, episode)
+    w = drawn_around(key if fold is None else jax.random.fold_in(key, fold), h)
+    for _ in range(steps):
+        w = w - 0.05 * jax.grad(train_loss)(w, h, None)
+    return w
+
+
+def run_from(optimizer, num_steps=3, steps_per_episode=1, hyperparams=POINT, **settings):
+    settings = {"start_fn": drawn_around, "key": KEY} | settings
+    return gradhpo.run(
+        optimizer,
+        optimizer.init(W, hyperparams),
+        gradhpo.LossFunctions(*LOSSES),
+        None,
+        None,
+        num_steps=num_steps,
+        steps_per_episode=steps_per_episode,
+        progress=False,
+        **settings,
+    )
+
+
+FROM_START = {
+    "unrolled": lambda: gradhpo.UnrolledOptimizer(
+        relaxed(optax.sgd(0.05)), relaxed(optax.sgd(0.1)), unroll_steps=STEPS
+    ),
+    "forward": lambda: gradhpo.ForwardModeOptimizer(
+        relaxed(optax.sgd(0.05)), relaxed(optax.sgd(0.1)), unroll_steps=STEPS
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FROM_START)
+def test_each_episode_has_its_own_start_which_is_differentiated(name):
+    _, history = run_from(FROM_START[name](), record=lambda s: {"h": s.hyperparams["centre"]})
+    h, centres, norms = POINT, [], []
+    for episode in range(3):
+        g = jax.grad(lambda h, e=episode: val_loss(trained_from(h, e), h, None))(h)
+        norms.append(gradhpo.tree_l2_norm(g))
+        h = jax.tree.map(lambda x, y: x - 0.1 * y, h, g)
+        centres.append(h["centre"])
+    np.testing.assert_allclose(history["h"], np.stack(centres), rtol=1e-10)
+    np.testing.assert_allclose(history["hypergrad_norm"], norms, rtol=1e-10)
+
+
+def test_a_longer_episode_starts_once():
+    """Later outer steps of an episode go on from where they are: the start acts in the first."""
+    state, history = run_from(FROM_START["unrolled"](), 4, 2, record=lambda s: {"w": s.params})
+    np.testing.assert_allclose(history["w"][0], trained_from(POINT, 0), rtol=1e-10)
+    assert history["hypergrad_norm"][1] == 0
+    # What is returned stands at the start of the next episode.
+    expected = drawn_around(jax.random.fold_in(KEY, 2), state.hyperparams)
+    np.testing.assert_allclose(state.params, expected, rtol=1e-12)
+
+
+def test_tasks_start_at_points_of_their_own():
+    together = gradhpo.TaskBatched(FROM_START["unrolled"](), 2)
+    _, history = run_from(together, 1, record=lambda s: {"w": s.params})
+    expected = np.stack([trained_from(POINT, 0, fold=i) for i in range(2)])
+    np.testing.assert_allclose(history["w"][0], expected, rtol=1e-10)
+
+
+def test_it_resumes_bit_for_bit(tmp_path):
+    whole, history = run_from(FROM_START["unrolled"](), 4, chunk_size=1)
+    for steps in (2, 4):
+        state, parts = run_from(FROM_START["unrolled"](), steps, chunk_size=1, checkpoint=tmp_path)
+    np.testing.assert_array_equal(state.params, whole.params)
+    np.testing.assert_array_equal(parts["val_loss"], history["val_loss"])
+    with pytest.raises(ValueError, match="another run"):
+        run_from(FROM_START["unrolled"](), 4, checkpoint=tmp_path, key=jax.random.key(4))
+
+
+def test_others_name_what_they_leave_out():
+    optimizer = gradhpo.OneStepOptimizer(relaxed(optax.sgd(0.05)), optax.sgd(0.1))
+    with pytest.raises(ValueError, match="they act in start_fn alone; UnrolledOptimizer"):
+        run_from(optimizer)
+
+
+def test_a_fixed_optimizer_draws_new_parameters():
+    fixed = gradhpo.FixedOptimizer(relaxed(optax.sgd(0.05)), inner_steps=STEPS)
+    _, history = run_from(fixed, record=lambda s: {"w": s.params})
+    expected = np.stack([trained_from(POINT, e) for e in range(3)])
+    np.testing.assert_allclose(history["w"], expected, rtol=1e-10)
+
+
+BAD_STARTS = {
+    "no key": ({"key": None}, "run got start_fn but no key"),
+    "no function": ({"start_fn": None}, "run got key but no start_fn"),
+    "no episodes": ({"steps_per_episode": None}, "pass steps_per_episode"),
+    "Reptile": ({"reptile_rate": 0.5}, "leave one of them out"),
+    "arity": ({"start_fn": lambda key: W}, r"start_fn is called as start_fn\(key, hyperparams\)"),
+    "shape": ({"start_fn": lambda key, h: W[:2]}, "what start_fn returned does not fit"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_STARTS)
+def test_bad_starts(case):
+    settings, said = BAD_STARTS[case]
+    with pytest.raises((TypeError, ValueError), match=said):
+        run_from(FROM_START["unrolled"](), **settings)

@@ -154,8 +154,9 @@ class ForwardModeOptimizer(Algorithm):
         tangents = memory.Z
         if phi.fresh is not None:
             at_start = lambda i: push_start(phi, z, hyperparams, unit_vector(i, hyperparams))
-            s = jax.tree.map(jnp.add, tangents.s, map_in_blocks(at_start, coordinates))
-            tangents = tangents._replace(s=s)
+            begun = map_in_blocks(at_start, coordinates)
+            w, s = jax.tree.map(jnp.add, (tangents.w, tangents.s), begun)
+            tangents = tangents._replace(w=w, s=s)
         (z, tangents), losses = jax.lax.scan(body, (z, tangents), jnp.arange(self.unroll_steps))
         val_loss, alpha, direct = validation.value_and_grads(z.w, hyperparams)
         wide = accumulation_dtype(z.w)

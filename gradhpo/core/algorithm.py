@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from gradhpo.core.base import BilevelOptimizer
-from gradhpo.core.inner import InnerState
+from gradhpo.core.inner import InnerState, Start
 from gradhpo.core.inner_optimizer import init_inner_state, resolve
 from gradhpo.core.inputs import Inputs
 from gradhpo.core.memory import (
@@ -341,6 +341,12 @@ class Algorithm(BilevelOptimizer):
         z = InnerState(w, s, state.model_state)
         memory = self._restarted(state.memory, z, state.hyperparams)
         return with_inner_state(state, z).update(memory=memory, fresh=True)
+
+    def _restart_at(self, state: BilevelState, start: Start) -> BilevelState:
+        w = start(state.hyperparams)
+        remedy = "Return params like those that init was given."
+        check_same_structure(w, inner_state(state).w, "what start_fn returned", remedy)
+        return self._restart(state, w, jnp.zeros(()))
 
     def _restarted(self, memory: Any, z: InnerState, hyperparams: PyTree) -> Any:
         new = self.restart_memory(memory, z, hyperparams)

@@ -5,6 +5,7 @@ to $z' = \Phi(z, \lambda; D_t)$. Here $w$ is the floating-point part of the user
 of them (functions, integer arrays) is constant during training and kept separately.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -39,6 +40,26 @@ class InnerState(NamedTuple):
     r: PyTree = None
 
 
+class Start(eqx.Module):
+    r"""Initial parameters of an episode: `function(key, hyperparams)`, by their episode's key."""
+
+    function: Callable[[Array, PyTree], PyTree]
+    key: Array
+    steps_per_episode: int = eqx.field(static=True)
+
+    def __call__(self, hyperparams: PyTree) -> PyTree:
+        """The floating-point part of the parameters."""
+        return eqx.filter(self.function(self.key, hyperparams), eqx.is_inexact_array)
+
+    def at(self, step: Array) -> "Start":
+        """That of the episode to which an outer step belongs."""
+        return self.folded(step // self.steps_per_episode)
+
+    def folded(self, number: ArrayLike) -> "Start":
+        """With a key of its own for every number."""
+        return dataclasses.replace(self, key=jax.random.fold_in(self.key, number))
+
+
 Pull: TypeAlias = Callable[[InnerState], tuple[InnerState, PyTree]]
 
 
@@ -57,8 +78,10 @@ class InnerUpdate(eqx.Module):
     train_batch: PyTree
     symmetric: bool = eqx.field(static=True)
     # Whether `z.s` is what the optimizer's `init` made at these hyperparameters, shape `()`; `None`
-    # if no hyperparameters act there. core/start.py has the consequences.
+    # if no hyperparameters act there, nor in `start`, which makes the parameters of an episode.
+    # core/start.py has the consequences.
     fresh: Array | None = None
+    start: Start | None = None
     # Whether `step` also gives the loss to optax. `vjp` never does: the derivative would miss how
     # what optax does with the loss depends on w and the hyperparameters.
     passes_loss: bool = eqx.field(static=True, default=False)

@@ -7,6 +7,7 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import PyTree
 
+from gradhpo.core.inner import Start
 from gradhpo.core.state import BilevelState
 from gradhpo.utils.typecheck import checked
 
@@ -45,6 +46,7 @@ class Inputs(eqx.Module):
     train_batch: PyTree
     val_batch: PyTree
     losses: LossFunctions
+    start: Start | None = None  # of the episode, if `run` has a start_fn
 
     def at(self, state: BilevelState, **batches: Any) -> "Inputs":
         """The same inputs with another state, and with other batches if given."""

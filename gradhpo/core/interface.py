@@ -7,6 +7,7 @@ import equinox as eqx
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from gradhpo.core.inner import Start
 from gradhpo.core.inputs import Inputs
 from gradhpo.core.outer import Estimate
 from gradhpo.core.state import BilevelState
@@ -87,6 +88,10 @@ class InnerProblems(eqx.Module):
         self, state: BilevelState, start: PyTree, reptile_rate: Float[Array, ""]
     ) -> BilevelState:
         """The state at the start of the next episode; the last one started from `start`."""
+
+    @abc.abstractmethod
+    def _restart_at(self, state: BilevelState, start: Start) -> BilevelState:
+        """The state at the start of an episode with new initial parameters."""
 
     @abc.abstractmethod
     def _inner_response(self, state: BilevelState, gradient: PyTree) -> PyTree:

@@ -12,7 +12,7 @@ from jaxtyping import Array, PyTree
 from gradhpo.core.batches import BatchStack
 from gradhpo.core.inner import InnerState, InnerUpdate
 from gradhpo.core.inputs import Inputs
-from gradhpo.core.start import act_in_init
+from gradhpo.core.start import act_at_start
 from gradhpo.core.state import inner_state
 from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, UpdateFn
 from gradhpo.utils.programs import contains_custom_vjp, inputs_read, stops_a_function_of
@@ -83,6 +83,7 @@ def make_problem(
         train_batch=inputs.train_batch,
         symmetric=True,
         passes_loss=passes_loss,
+        start=inputs.start,
     )
     validation = Validation(losses.val_loss, frozen, inputs.val_batch)
     program = _trace_loss(
@@ -98,7 +99,7 @@ def make_problem(
         if differentiates:
             _check_stops(program, z.w, hyperparams)
         _check_trained(program, of_validation, z.w)
-    fresh = state.fresh if act_in_init(phi, z, hyperparams) else None
+    fresh = state.fresh if act_at_start(phi, z, hyperparams) else None
     phi = dataclasses.replace(phi, symmetric=symmetric, fresh=fresh)
     return Problem(phi, validation, z, hyperparams)
 

@@ -92,7 +92,7 @@ def through_start(
     """The last part of the backward pass: what hyperparameters do in the optimizer's `init`."""
     if phi.fresh is None:
         return bar
-    term = pull_start(phi, z, hyperparams, bar.z.s)
+    term = pull_start(phi, z, hyperparams, bar.z)
     add = lambda total, x: total + x.astype(total.dtype)
     return bar._replace(hyperparams=jax.tree.map(add, bar.hyperparams, term))
 

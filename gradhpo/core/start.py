@@ -1,7 +1,11 @@
-r"""Hyperparameters that act in the inner optimizer's `init`: $s_0 = \mathrm{init}(w_0, \lambda)$.
+r"""Where an inner training starts, if the hyperparameters act there: $z_0(\lambda)$.
 
-If there are none (`phi.fresh` is `None`), every function does nothing, at no cost.
+They may act in the inner optimizer's `init`, $s_0 = \mathrm{init}(w_0, \lambda)$, or in the initial
+parameters of an episode, $w_0 = \mathtt{start\_fn}(\mathtt{key}, \lambda)$. If they act in neither
+(`phi.fresh` is `None`), every function does nothing, at no cost.
 """
+
+import dataclasses
 
 import equinox as eqx
 import jax
@@ -17,55 +21,60 @@ from gradhpo.utils.trees import tree_zeros_like
 
 
 def started(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> InnerState:
-    """The z that inner steps start from at these hyperparameters: with `init` where z is fresh."""
-    fresh = phi.fresh
-    if fresh is None:
+    """The z that inner steps start from at these hyperparameters: made anew where z is fresh."""
+    if phi.fresh is None:
         return z
-    s = init_inner_state(phi.inner_optimizer, z.w, hyperparams)
-    choose = lambda new, old: jnp.where(fresh, new, old)
-    return z._replace(s=jax.tree.map(choose, s, z.s))
+
+    def anew():
+        w = _initial_w(phi, z.w, hyperparams)
+        return w, init_inner_state(phi.inner_optimizer, w, hyperparams)
+
+    w, s = jax.lax.cond(phi.fresh, anew, lambda: (z.w, z.s))
+    return z._replace(w=w, s=s)
 
 
-def pull_start(phi: InnerUpdate, z: InnerState, hyperparams: PyTree, s_bar: PyTree) -> PyTree:
-    r"""$\bar s_0\,\partial\mathrm{init}/\partial\lambda$ where z is fresh, otherwise 0.
+def pull_start(phi: InnerUpdate, z: InnerState, hyperparams: PyTree, bar: InnerState) -> PyTree:
+    r"""$\bar z_0\,\partial z_0/\partial\lambda$ where z is fresh, otherwise 0.
 
-    `z` is where the inner steps start, and `s_bar` a cotangent on the floating-point part of its
-    `s`; the result is a tree like the hyperparameters.
+    `z` is where the inner steps start, and `bar` a cotangent on its floating-point part; the result
+    is a tree like the hyperparameters.
     """
-    fresh = phi.fresh
-    if fresh is None:
-        return tree_zeros_like(hyperparams)
-    (hyper_bar,) = jax.vjp(lambda h: _inexact_s(phi, z, h), hyperparams)[1](s_bar)
-    return jax.tree.map(lambda x: jnp.where(fresh, x, 0), hyper_bar)
+    nothing = tree_zeros_like(hyperparams)
+    if phi.fresh is None:
+        return nothing
+    pull = lambda: jax.vjp(lambda h: _inexact(phi, z, h), hyperparams)[1]((bar.w, bar.s))[0]
+    return jax.lax.cond(phi.fresh, pull, lambda: nothing)
 
 
-def push_start(phi: InnerUpdate, z: InnerState, hyperparams: PyTree, direction: PyTree) -> PyTree:
-    r"""$\partial\mathrm{init}/\partial\lambda\cdot v$ where z is fresh, otherwise 0; like $s$.
+def push_start(
+    phi: InnerUpdate, z: InnerState, hyperparams: PyTree, direction: PyTree
+) -> tuple[PyTree, PyTree]:
+    r"""$\partial z_0/\partial\lambda\cdot v$ where z is fresh, otherwise 0: for $w$ and $s$.
 
     `direction` is a tree like the hyperparameters.
     """
-    fresh = phi.fresh
-    if fresh is None:
-        return tree_zeros_like(eqx.filter(z.s, eqx.is_inexact_array))
-    _, tangent = jax.jvp(lambda h: _inexact_s(phi, z, h), (hyperparams,), (direction,))
-    return jax.tree.map(lambda x: jnp.where(fresh, x, 0), tangent)
+    nothing = tree_zeros_like(eqx.filter((z.w, z.s), eqx.is_inexact_array))
+    if phi.fresh is None:
+        return nothing
+    push = lambda: jax.jvp(lambda h: _inexact(phi, z, h), (hyperparams,), (direction,))[1]
+    return jax.lax.cond(phi.fresh, push, lambda: nothing)
 
 
-def act_in_init(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> bool:
-    """Whether `init` has a derivative by the hyperparameters that a step then reads."""
-    optimizer = phi.inner_optimizer
-    if optimizer is None or isinstance(optimizer, optax.GradientTransformation):
+def act_at_start(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> bool:
+    """Whether $z_0$ has a derivative by the hyperparameters that a step then reads."""
+    constant = isinstance(phi.inner_optimizer, optax.GradientTransformation | None)
+    if phi.start is None and constant:
         return False
-    init = lambda h: _inexact_s(phi, z, h)
-    if not any(jax.tree.leaves(visible_leaves(init, hyperparams))):
+    start = lambda h: _inexact(phi, z, h)
+    if not any(jax.tree.leaves(visible_leaves(start, hyperparams))):
         return False
     read = _read_by_a_step(phi, z, hyperparams)
-    init = lambda h: eqx.filter(_inexact_s(phi, z, h), read)
-    return any(jax.tree.leaves(visible_leaves(init, hyperparams)))
+    start = lambda h: eqx.filter(_inexact(phi, z, h), read)
+    return any(jax.tree.leaves(visible_leaves(start, hyperparams)))
 
 
-def acting_in_init(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> PyTree:
-    """Marks the entries of the hyperparameters that act in `init`: a tree of bool arrays.
+def acting_at_start(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> PyTree:
+    """Marks the entries of the hyperparameters that act in $z_0$: a tree of bool arrays.
 
     From one product with random cotangents at random values, computed while tracing.
     """
@@ -76,19 +85,27 @@ def acting_in_init(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> PyTr
     read = _read_by_a_step(phi, z, hyperparams)
     with jax.ensure_compile_time_eval():
         w, hyperparams = jax.tree.map(draw, (z.w, hyperparams))
-        init = lambda h: eqx.filter(_inexact_s(phi, InnerState(w), h), read)
-        s, pull = jax.vjp(init, hyperparams)
-        (hyper_bar,) = pull(jax.tree.map(draw, s))
+        if phi.start is not None:  # its key is known only when the program runs
+            start = dataclasses.replace(phi.start, key=jax.random.key(0))
+            phi = dataclasses.replace(phi, start=start)
+        start = lambda h: eqx.filter(_inexact(phi, InnerState(w), h), read)
+        made, pull = jax.vjp(start, hyperparams)
+        (hyper_bar,) = pull(jax.tree.map(draw, made))
         return jax.tree.map(lambda x: np.asarray(x != 0), hyper_bar)  # NaN counts
 
 
-def _read_by_a_step(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> PyTree:
-    """Marks the leaves of $s$ that a step reads: a schedule overwrites what `init` left there."""
+def _read_by_a_step(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> tuple[PyTree, PyTree]:
+    """Marks the leaves of $w$ and $s$ that a step reads: a schedule overwrites what `init` left."""
     inexact, rest = eqx.partition(z.s, eqx.is_inexact_array)
     after = lambda s: phi.step(z._replace(s=eqx.combine(s, rest)), hyperparams, 0)[0]
-    return visible_leaves(after, inexact)
+    return jax.tree.map(lambda x: True, z.w), visible_leaves(after, inexact)
 
 
-def _inexact_s(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> PyTree:
-    s = init_inner_state(phi.inner_optimizer, z.w, hyperparams)
-    return eqx.filter(s, eqx.is_inexact_array)
+def _inexact(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> tuple[PyTree, PyTree]:
+    w = _initial_w(phi, z.w, hyperparams)
+    s = init_inner_state(phi.inner_optimizer, w, hyperparams)
+    return w, eqx.filter(s, eqx.is_inexact_array)
+
+
+def _initial_w(phi: InnerUpdate, w: PyTree, hyperparams: PyTree) -> PyTree:
+    return w if phi.start is None else phi.start(hyperparams)

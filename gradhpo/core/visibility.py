@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from gradhpo.core.inner import InnerState, InnerUpdate
 from gradhpo.core.problem import Problem
-from gradhpo.core.start import acting_in_init, started
+from gradhpo.core.start import acting_at_start, started
 from gradhpo.utils.advice import IGNORES_SIZE, WHO_SEES
 from gradhpo.utils.tracing import visible_leaves
 from gradhpo.utils.validation import THE_WHOLE_TREE, leaf_names
@@ -41,7 +41,7 @@ def seen_by(sees: Sees, problem: Problem, with_init: bool = False) -> list[bool]
         return ways[0]
     if any(found(lambda w: validation.loss(w, hyperparams), z.w)):
         if with_init and phi.fresh is not None:
-            ways.append(found(lambda h: started(phi, z, h).s, hyperparams))
+            ways.append(found(lambda h: started(phi, z, h)[:2], hyperparams))
         if sees == "optimum":
             ways.append(found(lambda h: phi.optimality(z.w, h, 0)[0], hyperparams))
         elif sees != "validation":
@@ -106,7 +106,7 @@ def check_visible(name: str, sees: Sees, problem: Problem, with_init: bool) -> N
 
 def _check_init(name: str, problem: Problem, seen: Sequence[bool]) -> None:
     """Names the entries of visible hyperparameters that also act in `init`."""
-    acting = acting_in_init(problem.phi, problem.z, problem.hyperparams)
+    acting = acting_at_start(problem.phi, problem.z, problem.hyperparams)
     entries = [
         entry
         for leaf, marks, here in zip(
@@ -117,9 +117,13 @@ def _check_init(name: str, problem: Problem, seen: Sequence[bool]) -> None:
     ]
     if entries:
         warn_once(
-            f"{name} leaves out what hyperparams {', '.join(entries)} do in the init of the inner "
-            f"optimizer; {WHO_SEES[_INIT]} see it"
+            f"{name} leaves out what hyperparams {', '.join(entries)} do {_where(problem)}; "
+            f"{WHO_SEES[_INIT]} see it"
         )
+
+
+def _where(problem: Problem) -> str:
+    return "in the init of the inner optimizer" if problem.phi.start is None else "in start_fn"
 
 
 def _entries(leaf: str, marks: np.ndarray) -> list[str]:
@@ -139,7 +143,6 @@ _LOOKS_ELSEWHERE: dict[Sees, str] = {
     "optimizer change the way to it; a weight decay goes into the loss)",
     "last update": "they act on later updates alone, through the optimizer's state",
 }
-_IN_INIT = "they act in the init of the inner optimizer alone"
 
 
 def _why(sees: Sees, acts_through: Sequence[str], blind: bool, problem: Problem) -> str:
@@ -147,7 +150,7 @@ def _why(sees: Sees, acts_through: Sequence[str], blind: bool, problem: Problem)
     if blind:
         return "the validation loss depends on neither the parameters nor on them"
     if acts_through == [_INIT]:
-        return f"{_IN_INIT}; {WHO_SEES[_INIT]} see them"
+        return f"they act {_where(problem)} alone; {WHO_SEES[_INIT]} see them"
     if not acts_through or sees not in _LOOKS_ELSEWHERE:
         return (
             "neither the validation loss nor the inner update has a derivative by them. If they do "

@@ -192,7 +192,7 @@ def _contributions(
     bar = cotangent_at_end(alpha, end, direct)
     way_back = (phi, lambda z, _: z, kept, 0, num_steps, hyperparams, bar)
     at_start = through_start(phi, z, hyperparams, pull_through(*way_back)[0])
-    g, before = at_start.hyperparams, pull_start(phi, z, hyperparams, at_start.z.s)
+    g, before = at_start.hyperparams, pull_start(phi, z, hyperparams, at_start.z)
 
     def look(step: PulledStep) -> dict[str, Array]:
         after = jax.grad(validation.loss)(step.new_z.w, hyperparams)

@@ -126,7 +126,7 @@ def finiteness(problem: Problem, num_steps: int) -> dict[str, Any]:
     bar, backward_found = pull_through(
         phi, lambda z, _: z, kept, 0, num_steps, hyperparams, bar, look
     )
-    start = pull_start(phi, z, hyperparams, bar.z.s)
+    start = pull_start(phi, z, hyperparams, bar.z)
     bar = through_start(phi, z, hyperparams, bar)
     return {
         "hypergradient": bar.hyperparams,

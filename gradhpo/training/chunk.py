@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from gradhpo.core.base import BilevelOptimizer
+from gradhpo.core.inner import Start
 from gradhpo.core.inputs import Inputs, LossFunctions
 from gradhpo.core.state import BilevelState, inner_state, with_metrics
 from gradhpo.core.types import METRICS, RealScalarLike
@@ -28,6 +29,7 @@ class Chunk(eqx.Module):
     val: Batches
     lr_hyper: Callable | RealScalarLike | None
     record: Callable | None = None
+    start: Start | None = None
 
     @compiled
     def run_steps(
@@ -72,7 +74,10 @@ class Chunk(eqx.Module):
             state, metrics, moved = self._steps(state, position, length)
 
             def restarted():
-                new = self.optimizer._restart(state, start, reptile_rate)
+                if self.start is None:
+                    new = self.optimizer._restart(state, start, reptile_rate)
+                else:
+                    new = self.optimizer._restart_at(state, self.start.at(state.step))
                 return _arrays(new), inner_state(new).w
 
             ended = state.step % steps_per_episode == 0
@@ -89,7 +94,11 @@ class Chunk(eqx.Module):
         """What the first step of the chunk was given."""
         first = jnp.zeros((), jnp.int32)
         train = self.train.stack(state.step, first, self.optimizer.num_inner_steps)
-        return Inputs(state, train, self.val.batch(state.step, first), self.losses)
+        val = self.val.batch(state.step, first)
+        return Inputs(state, train, val, self.losses, self._start(state))
+
+    def _start(self, state: BilevelState) -> Start | None:
+        return None if self.start is None else self.start.at(state.step)
 
     def _record(self, state: BilevelState, what: str) -> None:
         record_trace(
@@ -119,6 +128,7 @@ class Chunk(eqx.Module):
                 self.train.stack(state.step, position, self.optimizer.num_inner_steps),
                 self.val.batch(state.step, position),
                 self.losses,
+                self._start(state),
             )
             rate = outer_rate(rate(state.step) if callable(rate) else rate)
             new, moving = self.optimizer._advance(inputs, rate)
@@ -131,6 +141,12 @@ class Chunk(eqx.Module):
         last = {name: metrics[name][-1] for name in measured}
         state = with_metrics(eqx.combine(arrays, static), last)
         return state, metrics, jnp.any(moving, axis=0)
+
+
+@compiled
+def started(optimizer: BilevelOptimizer, state: BilevelState, start: Start) -> BilevelState:
+    """A state at the start of an episode, with the initial parameters of that episode."""
+    return optimizer._restart_at(state, start.at(state.step))
 
 
 def _arrays(tree: PyTree) -> PyTree:

@@ -12,12 +12,13 @@ from jaxtyping import Array, Float, PyTree
 
 from gradhpo.core.algorithm import Algorithm
 from gradhpo.core.base import BilevelOptimizer
+from gradhpo.core.inner import Start
 from gradhpo.core.inputs import LossFunctions
 from gradhpo.core.state import BilevelState, inner_state
 from gradhpo.core.wrapper import algorithm_of
 from gradhpo.data.sources import Feed
 from gradhpo.training.callbacks import Callbacks
-from gradhpo.training.chunk import Chunk
+from gradhpo.training.chunk import Chunk, started
 from gradhpo.training.history import Record
 from gradhpo.training.keeper import Keeper
 from gradhpo.training.stopping import Interrupts, Stopped, failing
@@ -32,6 +33,7 @@ class Driver:
     losses: LossFunctions
     rate: Any
     record_fn: Callable | None
+    start_fn: Start | None
     steps_per_episode: int | None
     reptile_rate: Float[Array, ""]
     max_rejections: int
@@ -41,6 +43,8 @@ class Driver:
     state: BilevelState
 
     def __post_init__(self):
+        if self.start_fn is not None:
+            self.state = started(self.optimizer, self.state, self.start_fn)
         self.start: PyTree = inner_state(self.state).w  # of the episode
         self.before = self.optimizer._scalars(self.state.memory)
         squares = [np.sum(np.square(np.asarray(x, float))) for x in jax.tree.leaves(self.start)]
@@ -148,7 +152,8 @@ class Driver:
             train, val, taken = drawn
             positions = self.feed.positions() if self.keeper is not None else {}
             with failing("device error", may_return=may_return, advice=self._advice):
-                chunk = Chunk(self.optimizer, self.losses, train, val, self.rate, self.record_fn)
+                about = self.rate, self.record_fn, self.start_fn
+                chunk = Chunk(self.optimizer, self.losses, train, val, *about)
                 if self.steps_per_episode is None:
                     (state, stacked, moved), reached = chunk.run_steps(state, taken), None
                 else:

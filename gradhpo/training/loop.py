@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.inputs import LossFunctions
@@ -25,6 +26,7 @@ from gradhpo.training.identity import identity
 from gradhpo.training.keeper import Keeper
 from gradhpo.training.recorded import check_record, recorded_names
 from gradhpo.training.report import write_report
+from gradhpo.training.start import make_start
 from gradhpo.training.stopping import Interrupts, Stopped
 from gradhpo.utils.advice import on_nan_derivative, on_nan_loss
 from gradhpo.utils.coordinates import num_coordinates
@@ -52,6 +54,8 @@ def run(
     progress: bool = True,
     checkpoint: str | Path | Checkpoint | None = None,
     record: Callable | None = None,
+    start_fn: Callable | None = None,
+    key: Array | None = None,
 ) -> tuple[BilevelState, History]:
     r"""Runs many outer steps, as chunks of one compiled `lax.scan` each.
 
@@ -96,6 +100,11 @@ def run(
     - `record`: a traceable function `state -> {name: array}`, evaluated after each outer update and
         stacked in the history, shape `[steps, ...]`; default `None`. Hyperparameters of shape `()`
         are recorded without it, as `hyperparams.decay`, or as `hyperparams` if there is only one.
+    - `start_fn`, `key`: a traceable function `(key, hyperparams) -> params` for new parameters at
+        the start of each episode, the first included, and the key from which every episode gets its
+        own; default `None`. Hyperparameters that act in it (a learned initial point, the scale of
+        an initialisation) are differentiated by methods that go back to the start of the episode,
+        [`UnrolledOptimizer`][gradhpo.UnrolledOptimizer] with `steps_per_episode=1` above all.
 
     **Returns:** `(state, history)`, see [`History`][gradhpo.History]. Ctrl-C also returns them,
     after the current chunk; a second one raises.
@@ -137,12 +146,14 @@ def run(
     missing = algorithm_of(optimizer).without_episodes
     if missing and steps_per_episode is None:
         warn_once(missing)
+    start = make_start(start_fn, key, state, optimizer, steps_per_episode, reptile_rate)
     watching = Callbacks(callbacks)
     names = check_record(optimizer, state, record)
     _check_monitored(watching.monitored, [*recorded_names(optimizer, state), *names])
     keeper = None
     if checkpoint is not None:
         settings = {"steps_per_episode": steps_per_episode, "reptile_rate": reptile_rate}
+        settings |= {"start_fn": None if start is None else start.key}
         settings |= {"record": ", ".join(names), "monitored": ", ".join(watching.monitored)}
         about = identity(optimizer, state, feed, lr_hyper=rate, **settings)
         keeper = Keeper(Checkpoint.of(checkpoint), about)
@@ -151,6 +162,7 @@ def run(
         losses=losses,
         rate=rate,
         record_fn=record,
+        start_fn=start,
         steps_per_episode=steps_per_episode,
         reptile_rate=jnp.asarray(reptile_rate, jnp.result_type(float)),
         max_rejections=max_rejections,

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PyTree
 
 from gradhpo.core.base import BilevelOptimizer, fit_memory
 from gradhpo.core.batches import BatchStack, DrawnStack
-from gradhpo.core.inner import InnerState
+from gradhpo.core.inner import InnerState, Start
 from gradhpo.core.inputs import Inputs
 from gradhpo.core.memory import MemoryOfEach
 from gradhpo.core.outer import Estimate
@@ -198,6 +198,17 @@ class TaskBatched(Wrapper):
         memory = TaskMemory(memory.task, of_each)
         return with_inner_state(state, z).update(memory=memory, fresh=True)
 
+    def _restart_at(self, state: BilevelState, start: Start) -> BilevelState:
+        memory = self._checked(state.memory)
+
+        def of_task(number, z, memory):
+            at = _of_task(state, z, memory)
+            return _own(self.optimizer._restart_at(at, start.folded(number)))
+
+        z, of_each = jax.vmap(of_task)(memory.task, inner_state(state), memory.of_each)
+        memory = TaskMemory(memory.task, of_each)
+        return with_inner_state(state, z).update(memory=memory, fresh=True)
+
     def _inner_response(self, state: BilevelState, gradient: PyTree) -> PyTree:
         respond = lambda z, g: self.optimizer._inner_response(_of_task(state, z, None), g)
         return jax.vmap(respond)(inner_state(state), gradient)
@@ -217,7 +228,8 @@ class TaskBatched(Wrapper):
 
         def of_task(number, z, memory, train, val):
             batches = {"train_batch": train_of(number, train), "val_batch": val_of(number, val)}
-            return function(inputs.at(_of_task(state, z, memory), **batches))
+            start = None if inputs.start is None else inputs.start.folded(number)
+            return function(inputs.at(_of_task(state, z, memory), start=start, **batches))
 
         return jax.vmap(of_task)(memory.task, inner_state(state), memory.of_each, train, val)
 

@@ -1,0 +1,49 @@
+"""Initial parameters of every episode from a function of the user's."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from gradhpo.core.base import BilevelOptimizer
+from gradhpo.core.inner import Start
+from gradhpo.core.state import BilevelState
+from gradhpo.core.types import RealScalarLike
+from gradhpo.utils.keys import is_key
+from gradhpo.utils.validation import check_arity
+
+
+def make_start(
+    start_fn: Callable | None,
+    key: Array | None,
+    state: BilevelState,
+    optimizer: BilevelOptimizer,
+    steps_per_episode: int | None,
+    reptile_rate: RealScalarLike,
+) -> Start | None:
+    """The `start_fn` of a run with its key, once both are checked."""
+    if start_fn is None and key is None:
+        return None
+    if start_fn is None or key is None:
+        given, missing = ("key", "start_fn") if start_fn is None else ("start_fn", "key")
+        raise ValueError(
+            f"run got {given} but no {missing}: new parameters in each episode need both, "
+            "start_fn=lambda key, hyperparams: params, key=jax.random.key(0)"
+        )
+    check_arity(start_fn, "start_fn", "key, hyperparams")
+    if steps_per_episode is None:
+        raise ValueError(
+            "start_fn makes the parameters at the start of each episode: pass steps_per_episode, "
+            "the outer steps of an episode (1 if each step trains from its start to its end)"
+        )
+    if np.any(np.asarray(reptile_rate) != 1):
+        raise ValueError(
+            f"reptile_rate={reptile_rate} moves the start of the next episode, and start_fn makes "
+            "it anew: leave one of them out"
+        )
+    key = key if is_key(key) else jax.random.wrap_key_data(key)
+    start = Start(start_fn, key, steps_per_episode)
+    eqx.filter_eval_shape(lambda: optimizer._restart_at(state, start))  # raises if it does not fit
+    return start
