@@ -125,7 +125,7 @@ def test_a_finished_run_comes_back_at_once(tmp_path):
     found = run(tmp_path, callbacks=[lambda state, metrics: chunks.append(1)])
     assert_same_run(found, expected)
     assert chunks == []
-    assert "Nothing was left to do" in found[1].report
+    assert "There was nothing left to do" in found[1].report
     assert found[1].stop_reason == "num_steps"
     assert "before it was resumed" in found[1].report
 

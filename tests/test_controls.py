@@ -139,7 +139,7 @@ def test_time_limit():
     _, history = run(300, callbacks=[slow, limit])
     assert history.stop_reason == "time limit"
     assert 3 <= len(history["val_loss"]) <= 9
-    assert "Its time was over" in history.report
+    assert "Its time limit was reached" in history.report
 
 
 # -- around the outer optimizer ----------------------------------------------------------------

@@ -245,14 +245,14 @@ FLAWS = {
     "sees": "Flawed.sees is 'last_update'; it must be one of 'validation'",
     "count": "Flawed.num_inner_steps must be at least 1",
     "dict": "Flawed.init_memory returned a dict: return a gradhpo.extend.Memory",
-    "number": r"Flawed.init_memory returned 0\.0 at \.y, which is no array",
+    "number": r"Flawed.init_memory returned 0\.0 at \.y, which is not an array",
     "tuple": r"Flawed.estimate returned a tuple: return Estimate\(z, hypergradient",
     "no memory": "the memory that Flawed.estimate returned does not fit",
     "other memory": "the memory that Flawed.estimate returned does not fit",
     "other z": "the z that Flawed.estimate returned does not fit",
     "shape": "the hypergradient that Flawed.estimate returned does not fit",
     "integers": "the hypergradient that Flawed.estimate returned does not fit",
-    "losses": "Flawed.estimate returned train_loss=.* which is no scalar",
+    "losses": "Flawed.estimate returned train_loss=.* which is not a scalar",
     "restart": "the memory that Flawed.restart_memory returned does not fit",
 }
 

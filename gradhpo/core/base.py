@@ -280,7 +280,7 @@ class BilevelOptimizer(InnerProblems):
         return hypergradient
 
     def _warn_of_zeros(self, inputs: Inputs, moving: Array) -> list[int]:
-        """After the first call of a program, where waiting for the device is no matter."""
+        """After the first call of a program, when waiting for the device does not matter."""
 
         def at(state: BilevelState) -> PyTree:
             batches, losses = (inputs.train_batch, inputs.val_batch), inputs.losses

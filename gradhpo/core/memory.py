@@ -68,7 +68,7 @@ def check_memory(name: str, memory: PyTree) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(memory):
         if not eqx.is_array(leaf):
             raise TypeError(
-                f"{made} returned {leaf!r} at {jax.tree_util.keystr(path)}, which is no array: "
+                f"{made} returned {leaf!r} at {jax.tree_util.keystr(path)}, which is not an array: "
                 "write jnp.asarray(...), or keep it in a field of the algorithm"
             )
     taken = [field for field in entries_of(memory) if field in METRICS]

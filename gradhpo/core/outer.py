@@ -48,7 +48,7 @@ def check_estimate(name: str, found: Any, state: BilevelState) -> None:
         check_same_structure(value, like, what, remedy)
     for part, value in (("train_loss", found.train_loss), ("val_loss", found.val_loss)):
         if not (eqx.is_inexact_array(value) and value.shape == ()):
-            raise ValueError(f"{made} {part}={value}, which is no scalar of shape (): {write}")
+            raise ValueError(f"{made} {part}={value}, which is not a scalar of shape (): {write}")
 
 
 def init_outer_state(

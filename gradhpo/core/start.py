@@ -21,7 +21,7 @@ from gradhpo.utils.trees import tree_zeros_like
 
 
 def started(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> InnerState:
-    """The z that inner steps start from at these hyperparameters: made anew where z is fresh."""
+    """The z that inner steps start from at these hyperparameters: recomputed where z is fresh."""
     if phi.fresh is None:
         return z
 

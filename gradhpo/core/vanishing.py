@@ -17,8 +17,8 @@ from gradhpo.utils.warn import warn_once, without_warnings
 
 
 WHY_ZERO = (
-    "a stop_gradient, a rounding or a comparison stands on the way, a unit is dead, or nothing in "
-    "these batches depends on them. gradhpo.check_hypergradient compares with differences"
+    "there is a stop_gradient, a rounding or a comparison on the way, a unit is dead, or nothing "
+    "in these batches depends on them. gradhpo.check_hypergradient compares with differences"
 )
 
 

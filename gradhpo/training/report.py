@@ -63,11 +63,11 @@ def _why(ending: Stopped, record: Record) -> str:
     said = "" if error is None else f"{type(error).__name__}: {error}"
     reasons = {
         "num_steps": "The run is complete."
-        + " Nothing was left to do." * (record.resumed_at == record.taken),
+        + " There was nothing left to do." * (record.resumed_at == record.taken),
         "callback": "A callback stopped the run.",
         "interrupted": "It was interrupted.",
-        "early stopping": "EarlyStopping saw no new lowest value for as long as it is patient.",
-        "time limit": "Its time was over.",
+        "early stopping": "EarlyStopping saw no new lowest value within its patience.",
+        "time limit": "Its time limit was reached.",
         "data error": f"A data source failed: {said}",
         "callback error": f"A callback failed: {said}",
         "loss error": f"A check within a loss failed: {said}",
