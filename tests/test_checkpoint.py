@@ -35,12 +35,14 @@ def start(optimizer=OPTIMIZER, params=0.0):
     return optimizer.init(jnp.full(3, params), jnp.full(3, -2.0))
 
 
-def run(directory, num_steps=12, data=DATA, optimizer=OPTIMIZER, state=None, **settings):
+def run(
+    directory, num_steps=12, data=DATA, optimizer=OPTIMIZER, state=None, val=(X, Y), **settings
+):
     settings = {"chunk_size": 3, "progress": False} | settings
     if directory is not None and "checkpoint" not in settings:
         settings["checkpoint"] = gradhpo.Checkpoint(directory, every_steps=1)
     state = start(optimizer) if state is None else state
-    return gradhpo.run(optimizer, state, LOSSES, data, (X, Y), num_steps=num_steps, **settings)
+    return gradhpo.run(optimizer, state, LOSSES, data, val, num_steps=num_steps, **settings)
 
 
 def stop_at(step):
@@ -425,6 +427,15 @@ def test_data_that_ends_can_be_lengthened(tmp_path):
     with pytest.warns(RuntimeWarning, match="An iterator ended"):
         run(tmp_path, data=iter(BATCHES[:5]))
     assert_same_run(run(tmp_path, data=iter(BATCHES * 2)), run(None, data=iter(BATCHES * 2)))
+
+
+def test_an_iterator_beside_one_that_ended_is_found_again(tmp_path):
+    """It had been drawn for steps that the other one had no batch for."""
+    val = lambda count: iter([*BATCHES[::-1], *BATCHES][:count])
+    with pytest.warns(RuntimeWarning, match="An iterator ended"):
+        run(tmp_path, data=Seekable(), val=val(5))
+    expected = run(None, data=Seekable(), val=val(12))
+    assert_same_run(run(tmp_path, data=Seekable(), val=val(12)), expected)
 
 
 def test_an_iterator_that_was_used_is_refused(tmp_path):

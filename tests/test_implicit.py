@@ -232,6 +232,34 @@ def test_metrics_tell_how_far_from_the_optimum_and_how_well_the_system_was_solve
     assert residuals[0] > 10 * residuals[1] > 100 * residuals[2]
 
 
+def test_damping_adds_to_that_of_a_low_rank_solver():
+    """Where two of five columns are seen: the other directions are divided by both."""
+    problem, found = ridge(), []
+    for of_solver, of_optimizer in ((0.1, 0.3), (0.4, 0.0)):
+        nystrom = gradhpo.Nystrom(2, of_solver, jax.random.key(0))
+        optimizer = gradhpo.ImplicitOptimizer(SGD, OUTER, nystrom, damping=of_optimizer)
+        found.append(optimizer.compute_hypergradient(*at(problem, optimizer))["log"])
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-12)
+
+
+def test_with_minibatches_the_system_is_that_of_the_last_one():
+    """At parameters that stay where they are, so that the other batches leave no trace."""
+    curvature = jnp.array([[1.0, 2.0, 3.0], [2.0, 0.5, 1.0], [0.7, 3.0, 0.2]])
+    train_loss = lambda w, h, batch: jnp.sum(batch * w**2 + jnp.exp(h) * w**2 - batch**2 * w * h)
+    val_loss = lambda w, h, batch: jnp.sum((w - batch) ** 2)
+    still, solver = optax.sgd(0.0), lx.LU()
+
+    def found(inner_steps, train_batch):
+        optimizer = gradhpo.ImplicitOptimizer(still, None, solver, inner_steps=inner_steps)
+        state = optimizer.init(jnp.array([1.0, -1.0, 0.5]), jnp.array([0.1, -0.3, 0.2]))
+        at_zero = jnp.zeros(3)
+        return optimizer.compute_hypergradient(state, train_batch, at_zero, train_loss, val_loss)
+
+    of_stack = found(3, gradhpo.BatchStack(curvature))
+    np.testing.assert_allclose(of_stack, found(1, curvature[2]), rtol=1e-12)
+    assert not np.allclose(of_stack, found(1, curvature[0]), rtol=0.1)
+
+
 def test_the_last_adjoint_is_a_good_place_to_start():
     """On a slowly moving problem: CG needs less than half of the iterations."""
     assert iterations(0.01, warm=True) < 0.5 * iterations(0.01, warm=False)
