@@ -26,7 +26,8 @@ def iterate(loader: Iterable[Any]) -> Iterator[Any]:
 
     **Returns:** an iterator, to be given to [`run`][gradhpo.run].
 
-    **Raises:** `TypeError` for what cannot be iterated over.
+    **Raises:** `TypeError` for what cannot be iterated over, or by names and letters only (a dict,
+    a pandas object, a text).
 
     A run that is resumed seeks to its place where the loader (or the iterator that it makes) has
     `get_state` and `set_state`, or `state_dict` and `load_state_dict`, whose state can be
@@ -38,6 +39,12 @@ def iterate(loader: Iterable[Any]) -> Iterator[Any]:
     first, second, first_again = next(batches), next(batches), next(batches)
     ```
     """
+    if isinstance(loader, (str, bytes)) or callable(getattr(loader, "keys", None)):
+        raise TypeError(
+            f"iterate(loader) got a {type(loader).__name__}, from which come names or letters and "
+            "not batches: pass a list of batches or a data loader; one batch, or data for "
+            "gradhpo.ArrayData, is passed as it is"
+        )
     return Repeated(loader)
 
 
