@@ -1,5 +1,7 @@
 """Batches: of arrays on the device, and of any loader."""
 
+import functools
+from collections.abc import Iterator
 from typing import Any, cast
 
 import jax
@@ -216,11 +218,138 @@ def test_loaders_of_other_libraries():
         assert_same(state.hyperparams, expected.hyperparams)
 
 
+class Tensor:
+    """PyTorch's, as far as it matters here: NumPy reads it, and it can be iterated over."""
+
+    def __init__(self, values):
+        self.values = np.asarray(values)
+
+    def __array__(self, dtype=None, copy=None):
+        return self.values if dtype is None else self.values.astype(dtype)
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(Tensor, self.values)
+
+    @property
+    def shape(self):
+        return self.values.shape
+
+
+class Frame(Tensor):
+    """A pandas object: what is iterated over are names."""
+
+    def keys(self):
+        return ["a", "b", "c"]
+
+    def __iter__(self):
+        return iter(self.keys())
+
+
+def _libraries():
+    found = {"tensor": Tensor, "frame": Frame, "big-endian": lambda x: np.asarray(x).astype(">f8")}
+    if torch := _imported("torch"):
+        found["torch"] = torch.from_numpy
+    if pandas := _imported("pandas"):
+        found["pandas"] = lambda x: (pandas.Series if x.ndim == 1 else pandas.DataFrame)(x)
+    return found
+
+
 def _imported(name):
     try:
         return __import__(name)
     except ImportError:
         return None
+
+
+LIBRARIES = _libraries()
+# Inputs and targets of one shape: taken for two batches they would train without an error.
+WANTED = np.asarray(X @ jnp.diag(jnp.asarray([2.0, 2.0, 2.0])))
+ROWS = (np.array(X), WANTED)
+
+
+def FIT(w, h, batch):
+    x, y = batch
+    return jnp.mean(jnp.square(x * w[None, :] - y))
+
+
+PULLED = lambda w, h, batch: FIT(w, h, batch) + jnp.exp(h) * jnp.sum(jnp.square(w))
+FITTED = gradhpo.OneStepOptimizer(relaxed(optax.sgd(1.0)), OUTER)
+
+
+def fit(data, val_data=ROWS, num_steps=20):
+    state = FITTED.init(jnp.zeros(3), jnp.asarray(-9.0))
+    losses = gradhpo.LossFunctions(PULLED, FIT)
+    return gradhpo.run(FITTED, state, losses, data, val_data, num_steps=num_steps, progress=False)[
+        0
+    ]
+
+
+SOURCES = {
+    "one batch": lambda batch: batch,
+    "a DataBatch": lambda batch: gradhpo.DataBatch(*batch),
+    "an iterator": lambda batch: gradhpo.iterate([batch]),
+    "a function": lambda batch: lambda index: batch,
+    "all of an ArrayData": lambda batch: gradhpo.ArrayData(batch, 10, KEY),
+    "minibatches": lambda batch: gradhpo.ArrayData(batch, 4, KEY),
+}
+FITTED_ROWS = functools.cache(lambda source: fit(SOURCES[source](ROWS)))
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_run_on_arrays_of_other_libraries(library, source):
+    """Inputs and targets of one shape are one batch, and never two."""
+    theirs = tuple(LIBRARIES[library](x) for x in ROWS)
+    found = fit(SOURCES[source](theirs), theirs)
+    np.testing.assert_allclose(found.params, [2.0, 2.0, 2.0], atol=0.05)
+    assert_same(found.params, FITTED_ROWS(source).params)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_step_on_arrays_of_other_libraries(library):
+    theirs = tuple(LIBRARIES[library](x) for x in ROWS)
+    stack = gradhpo.BatchStack.of([ROWS])
+    assert_same(gradhpo.BatchStack.of([theirs]).batches, stack.batches)
+    assert_same(gradhpo.BatchStack(theirs).batches, ROWS)
+    state = FITTED.init(jnp.zeros(3), jnp.asarray(-9.0), batch=theirs)
+    for call in (FITTED.step, FITTED.compute_hypergradient):
+        found, expected = (call(state, batch, batch, PULLED, FIT) for batch in (theirs, ROWS))
+        assert_same(found, expected)
+
+
+def test_iterate_is_advised_for_what_yields_batches_alone():
+    class Loader:
+        def __iter__(self):
+            return iter([ROWS])
+
+    with pytest.raises(TypeError, match=r"wrap it: gradhpo.iterate\(train_data\)"):
+        fit(Loader())
+    for data, message in [
+        ([*ROWS], r"ArrayData\(tuple\(train_data\), .*only where each is a batch by itself"),
+        ((Loader(), Loader()), r"train_data\[0\] is a Loader, which is no array"),
+        ("digits.npz", "is a str, which is no source of batches; pass gradhpo.ArrayData"),
+        ((object(),), r"train_data\[0\] is a object, which is no array"),
+    ]:
+        with pytest.raises(TypeError, match=message) as caught:
+            fit(data)
+        assert "wrap it" not in str(caught.value)
+    for names in ({"x": ROWS[0]}, Frame(ROWS[0]), "digits.npz"):
+        with pytest.raises(TypeError, match="from which come names or letters and not batches"):
+            gradhpo.iterate(names)
+
+
+def test_a_list_of_batches_is_no_batch_of_a_step():
+    state = FITTED.init(jnp.zeros(3), jnp.asarray(-9.0))
+    for batches in ([ROWS, ROWS], [gradhpo.DataBatch(*ROWS)]):
+        for train, val, name in ((batches, ROWS, "train_batch"), (ROWS, batches, "val_batch")):
+            for call in (FITTED.step, FITTED.compute_hypergradient):
+                with pytest.raises(TypeError, match=rf"{name} is a list of . batches: pass grad"):
+                    call(state, train, val, PULLED, FIT)
+    # What PyTorch's loader yields: one batch.
+    assert_same(
+        FITTED.step(state, [*map(Tensor, ROWS)], ROWS, PULLED, FIT).params,
+        FITTED.step(state, ROWS, ROWS, PULLED, FIT).params,
+    )
 
 
 def test_numbers_and_nested_batches_of_an_iterator():

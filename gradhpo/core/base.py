@@ -19,6 +19,7 @@ from gradhpo.core.partition import check_disjoint
 from gradhpo.core.state import BilevelState, inner_state, with_inner_state, with_metrics
 from gradhpo.core.types import Declared, LossFn, RealScalarLike
 from gradhpo.core.vanishing import norm_and_moving, warn_of_zeros
+from gradhpo.utils.conversion import as_batch
 from gradhpo.utils.dispatch import compiled
 from gradhpo.utils.settings import (
     check_outer_optimizer,
@@ -32,7 +33,6 @@ from gradhpo.utils.trees import accumulation_dtype, all_finite, tree_l2_norm
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import (
     check_single_batch,
-    numbers_as_arrays,
     prepare_hyperparams,
     prepare_params,
     strong,
@@ -149,6 +149,7 @@ class BilevelOptimizer(InnerProblems):
             raise TypeError("init(batch=...) is a BatchStack; pass one batch of it, stack.at(0)")
         check_disjoint(params, hyperparams)
         params, hyperparams = prepare_params(params), prepare_hyperparams(hyperparams)
+        batch = as_batch(batch, "init(batch=...)")
         batch = jax.tree.map(lambda x: strong(x) if eqx.is_array_like(x) else x, batch)
         return self._init_state(params, hyperparams, batch, key)
 
@@ -247,7 +248,8 @@ class BilevelOptimizer(InnerProblems):
         is missing, refused or negative, and `TypeError` for one that is not a number.
         """
         check_outer_rate(self, lr_hyper)
-        train_batch, val_batch = numbers_as_arrays(train_batch), numbers_as_arrays(val_batch)
+        train_batch = as_batch(train_batch, "train_batch")
+        val_batch = as_batch(val_batch, "val_batch")
         given = state, train_batch, val_batch, train_loss_fn, val_loss_fn
         traces = num_traces()
         new, moving = _step(self, *given, outer_rate(lr_hyper))
@@ -271,7 +273,8 @@ class BilevelOptimizer(InnerProblems):
         hyperparameter. Nothing is refused: it may be non-finite.
         """
         check_tunes(self)
-        train_batch, val_batch = numbers_as_arrays(train_batch), numbers_as_arrays(val_batch)
+        train_batch = as_batch(train_batch, "train_batch")
+        val_batch = as_batch(val_batch, "val_batch")
         given = state, train_batch, val_batch, train_loss_fn, val_loss_fn
         traces = num_traces()
         hypergradient, moving = _compute_hypergradient(self, *given)
@@ -343,7 +346,7 @@ def fit_memory(
     val_loss_fn: LossFn,
 ) -> BilevelState:
     """What `run` does before an episode for an algorithm that reads ahead. Compiled."""
-    batches = numbers_as_arrays(train_batches), numbers_as_arrays(val_batch)
+    batches = as_batch(train_batches, "train_batches"), as_batch(val_batch, "val_batch")
     return _fit_memory(state, optimizer, *batches, train_loss_fn, val_loss_fn)
 
 

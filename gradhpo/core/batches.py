@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PyTree
 
+from gradhpo.utils.conversion import foreign_as_arrays
 from gradhpo.utils.keys import fold_keys, is_key
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import check_leading_axis
@@ -19,7 +20,8 @@ class DataBatch(eqx.Module):
 
     **Arguments:**
 
-    - `inputs`: array, or pytree of arrays, each of shape `[batch, ...]`.
+    - `inputs`: array, or pytree of arrays, each of shape `[batch, ...]`; PyTorch tensors and
+        pandas objects become arrays.
     - `targets`: array, or pytree of arrays, each of shape `[batch, ...]`.
 
     **Raises:** `ValueError` if the leading axes differ, if an array has none (shape `()`), or if
@@ -31,8 +33,8 @@ class DataBatch(eqx.Module):
     ```
     """
 
-    inputs: PyTree
-    targets: PyTree
+    inputs: PyTree = eqx.field(converter=lambda x: foreign_as_arrays(x, "DataBatch(inputs)"))
+    targets: PyTree = eqx.field(converter=lambda x: foreign_as_arrays(x, "DataBatch(targets)"))
 
     def __check_init__(self):
         check_leading_axis((self.inputs, self.targets), "DataBatch(inputs, targets)")
@@ -61,7 +63,7 @@ class BatchStack(eqx.Module):
     ```
     """
 
-    batches: PyTree
+    batches: PyTree = eqx.field(converter=lambda x: foreign_as_arrays(x, "BatchStack(batches)"))
 
     def __check_init__(self):
         if isinstance(self.batches, list):
@@ -83,7 +85,7 @@ class BatchStack(eqx.Module):
 
         **Raises:** `ValueError` if there is no batch, or if shapes differ from those of the first.
         """
-        batches = list(batches)
+        batches = [foreign_as_arrays(batch, "BatchStack.of(batches)") for batch in batches]
         if len(batches) == 0:
             raise ValueError("BatchStack.of(batches): got no batch; pass one for each inner step")
         first = jax.tree.map(jnp.shape, batches[0])

@@ -9,11 +9,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Int, PyTree, UInt32
 
 from gradhpo.core.batches import BatchStack
+from gradhpo.utils.conversion import as_array
 from gradhpo.utils.dispatch import compiled
 from gradhpo.utils.keys import is_key
 from gradhpo.utils.settings import check_count
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import check_leading_axis
+
+
+def on_device(tree: PyTree, which: str = "ArrayData(arrays)") -> PyTree:
+    """All leaves of a batch, or of a data set, as arrays of JAX."""
+    put = lambda x: x if is_key(x) else jnp.asarray(as_array(x, which))
+    return jax.tree.map(put, tree)
 
 
 @checked
@@ -27,7 +34,8 @@ class ArrayData(eqx.Module):
 
     **Arguments:**
 
-    - `arrays`: pytree of arrays `[examples, ...]` that agree on the first axis.
+    - `arrays`: pytree of arrays `[examples, ...]` that agree on the first axis: NumPy or JAX
+        arrays, PyTorch tensors on the CPU, pandas objects.
     - `batch_size`: examples per batch, at most the number of examples (unless with
         `replacement`).
     - `key`: PRNG key of the draws. Two sources with the same key and the same number of examples
@@ -42,7 +50,8 @@ class ArrayData(eqx.Module):
 
     **Raises:** `ValueError` if leading axes differ, if there is no example, for a `batch_size` or
     `hold` below 1, several keys, and (unless with `replacement`) for a `batch_size` above the
-    number of examples, or one whose product with it is $2^{32}$ or more.
+    number of examples, or one whose product with it is $2^{32}$ or more; `TypeError` for text and
+    objects.
 
     ```python
     x, y = jnp.ones((1000, 64)), jnp.zeros(1000)
@@ -55,7 +64,7 @@ class ArrayData(eqx.Module):
     ```
     """
 
-    arrays: PyTree = eqx.field(converter=lambda tree: jax.tree.map(jnp.asarray, tree))
+    arrays: PyTree = eqx.field(converter=on_device)
     batch_size: int = eqx.field(static=True)
     key: Array
     replacement: bool = eqx.field(static=True, default=False)

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from gradhpo.data.conversion import as_array, native_dtype
 from gradhpo.data.loaders import Repeated, is_untouched, seek, state_of
 from gradhpo.data.source import Fetched, Source
+from gradhpo.utils.conversion import as_array
 from gradhpo.utils.description import described, differences
 from gradhpo.utils.keys import is_key
 
@@ -202,7 +202,7 @@ class FromIterator(Source):
         # PyTorch's loader yields lists; a list of arrays is a list of batches elsewhere.
         leaves, structure = jax.tree.flatten(tuple(batch) if type(batch) is list else batch)
         leaves = [as_array(x, which) for x in leaves]
-        kind = Kind(structure, [x.shape for x in leaves], [native_dtype(x.dtype) for x in leaves])
+        kind = Kind(structure, [x.shape for x in leaves], [x.dtype for x in leaves])
         if self._waiting is None:
             if not leaves:
                 raise ValueError(f"{which} holds no array: {batch!r}")

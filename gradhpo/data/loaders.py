@@ -25,7 +25,8 @@ def iterate(loader: Iterable[Any]) -> Iterator[Any]:
 
     **Returns:** an iterator to pass to [`run`][gradhpo.run].
 
-    **Raises:** `TypeError` for a `loader` that cannot be iterated over.
+    **Raises:** `TypeError` for a `loader` that cannot be iterated over, or only by names and
+    letters (a dict, a pandas object, text).
 
     A resumed run seeks to its position if the loader (or the iterator that it makes) has
     `get_state` and `set_state`, or `state_dict` and `load_state_dict`, with a state that can be
@@ -37,6 +38,12 @@ def iterate(loader: Iterable[Any]) -> Iterator[Any]:
     first, second, first_again = next(batches), next(batches), next(batches)
     ```
     """
+    if isinstance(loader, (str, bytes)) or callable(getattr(loader, "keys", None)):
+        raise TypeError(
+            f"iterate(loader) got a {type(loader).__name__}, from which come names or letters and "
+            "not batches: pass a list of batches or a data loader; one batch, or data for "
+            "gradhpo.ArrayData, is passed as it is"
+        )
     return Repeated(loader)
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, PyTree
 
 from gradhpo.core.batches import BatchStack, DrawnStack
 from gradhpo.data.arrays import ArrayData, stacked
+from gradhpo.utils.conversion import foreign_as_arrays
 from gradhpo.utils.description import described
 from gradhpo.utils.keys import fold_keys, is_key
 
@@ -45,7 +46,8 @@ class Generated(Batches):
 
     def __call__(self, index: Array) -> PyTree:
         batch = self.function(index)
-        return tuple(batch) if type(batch) is list else batch
+        batch = tuple(batch) if type(batch) is list else batch
+        return foreign_as_arrays(batch, "a batch that the function of the index returned")
 
     def batch(self, step: Array, position: Array) -> PyTree:
         return self(step)

@@ -3,15 +3,13 @@
 import inspect
 from typing import Any
 
-import equinox as eqx
 import jax
-import jax.numpy as jnp
 
 from gradhpo.core.batches import BatchStack, DataBatch
-from gradhpo.data.arrays import ArrayData
+from gradhpo.data.arrays import ArrayData, on_device
 from gradhpo.data.iterators import FromIterator
 from gradhpo.data.source import Batches, Fixed, Generated, OnDevice, Source
-from gradhpo.utils.keys import is_key
+from gradhpo.utils.conversion import is_container, is_convertible
 from gradhpo.utils.validation import check_arity
 
 
@@ -24,11 +22,7 @@ def as_source(data: Any, name: str, per_step: int | None) -> Source:
     if isinstance(data, list) or (
         isinstance(data, tuple) and any(isinstance(x, (DataBatch, dict)) for x in data)
     ):
-        raise TypeError(
-            f"{name} is a {type(data).__name__} of {len(data)} items: pass gradhpo.iterate({name})"
-            " to draw its batches in turn, gradhpo.ArrayData(arrays, batch_size, key) to draw "
-            "minibatches of arrays, or a tuple of arrays for one fixed batch"
-        )
+        raise TypeError(_on_list(data, name))
     if inspect.isgeneratorfunction(data):
         raise TypeError(f"{name} is a generator function; call it: {name}={data.__name__}()")
     if hasattr(data, "__next__"):
@@ -40,16 +34,40 @@ def as_source(data: Any, name: str, per_step: int | None) -> Source:
     if callable(data):
         check_arity(data, name, "index")
         return OnDevice(Generated(data))
-    leaves = jax.tree.leaves(data)
-    foreign = [x for x in leaves if not (eqx.is_array(x) or isinstance(x, (bool, int, float)))]
-    if not foreign:
-        return OnDevice(Fixed(jax.tree.map(lambda x: x if is_key(x) else jnp.asarray(x), data)))
+    for where, leaf in jax.tree_util.tree_leaves_with_path(data):
+        if not is_convertible(leaf):
+            raise TypeError(_on_foreign(leaf, name, jax.tree_util.keystr(where)))
+    return OnDevice(Fixed(on_device(data, name)))
+
+
+def _on_list(data: list | tuple, name: str) -> str:
+    """Whether its items are batches, or the arrays of one, only the user can tell."""
+    if any(map(is_container, data)):
+        return (
+            f"{name} is a {type(data).__name__} of {len(data)} items: pass gradhpo.iterate({name}) "
+            "to draw its batches in turn, gradhpo.ArrayData(arrays, batch_size, key) to draw "
+            "minibatches of arrays, or a tuple of arrays for one fixed batch"
+        )
+    return (
+        f"{name} is a list of {len(data)} arrays: pass gradhpo.ArrayData(tuple({name}), batch_size,"
+        f" key) to draw minibatches of them, tuple({name}) for one fixed batch of them all; only "
+        f"where each is a batch by itself gradhpo.iterate({name})"
+    )
+
+
+def _on_foreign(leaf: Any, name: str, where: str) -> str:
+    what = type(leaf).__name__
+    # Text can be iterated over, by letters.
+    is_loader = hasattr(leaf, "__iter__") and not isinstance(leaf, (str, bytes))
+    if where:
+        hint = "; a loader is passed by itself, gradhpo.iterate(loader)" if is_loader else ""
+        return f"{name}{where} is a {what}, which is no array: a batch is a pytree of arrays{hint}"
     hint = (
         f"wrap it: gradhpo.iterate({name})"
-        if hasattr(foreign[0], "__iter__")
+        if is_loader
         else "pass gradhpo.ArrayData, a function index -> batch, an iterator, or one fixed batch"
     )
-    raise TypeError(f"{name} is a {type(data).__name__}, which is no source of batches; {hint}")
+    return f"{name} is a {what}, which is no source of batches; {hint}"
 
 
 class Feed:

@@ -17,8 +17,9 @@ from gradhpo.core.state import BilevelState, with_inner_state
 from gradhpo.core.types import MetricDict
 from gradhpo.core.wrapper import algorithm_of, same_wrappers
 from gradhpo.diagnostics.cost import Program, on_device
+from gradhpo.utils.conversion import as_batch
 from gradhpo.utils.settings import check_tunes
-from gradhpo.utils.validation import check_single_batch, numbers_as_arrays
+from gradhpo.utils.validation import check_single_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +48,12 @@ class Case:
         """The horizon is the length of a stack, or the inner steps of the longest optimizer."""
         if isinstance(train_batch, list):
             raise TypeError(
-                f"train_batch is a list of {len(train_batch)} batches: write BatchStack.of(batches)"
+                f"train_batch is a list of {len(train_batch)}: with one batch for each inner step "
+                "write gradhpo.BatchStack.of(train_batch); one batch of several arrays is a tuple"
             )
         check_single_batch(train_batch, "train_batch")
         check_single_batch(val_batch, "val_batch")
+        train, val = as_batch(train_batch, "train_batch"), as_batch(val_batch, "val_batch")
         if isinstance(train_batch, BatchStack):
             num_steps = train_batch.num_steps
         else:
@@ -58,8 +61,8 @@ class Case:
         for optimizer in optimizers.values():
             check_tunes(optimizer)
         check_horizon(optimizers, num_steps)
-        train_batch, val_batch = on_device(numbers_as_arrays((train_batch, val_batch)))
-        return cls(state, train_batch, val_batch, losses, num_steps)
+        train, val = on_device((train, val))
+        return cls(state, train, val, losses, num_steps)
 
     def inputs(
         self, start: BilevelState, train_batch: PyTree, val_batch: PyTree, first: Any = 0

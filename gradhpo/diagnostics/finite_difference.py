@@ -11,10 +11,10 @@ from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.inputs import Inputs, LossFunctions
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import LossFn
+from gradhpo.utils.conversion import as_batch
 from gradhpo.utils.dispatch import compiled
 from gradhpo.utils.settings import check_setting
 from gradhpo.utils.typecheck import checked
-from gradhpo.utils.validation import numbers_as_arrays
 from gradhpo.utils.warn import warn
 
 
@@ -83,8 +83,8 @@ def finite_difference_hypergradient(
     differences = _differences(
         optimizer,
         state,
-        numbers_as_arrays(train_batch),
-        numbers_as_arrays(val_batch),
+        as_batch(train_batch, "train_batch"),
+        as_batch(val_batch, "val_batch"),
         train_loss_fn,
         val_loss_fn,
         chosen,

@@ -17,9 +17,9 @@ from gradhpo.diagnostics.case import check_optimizers
 from gradhpo.diagnostics.cost import Cost, Program
 from gradhpo.diagnostics.reference import FAILURES
 from gradhpo.diagnostics.tables import OPEN_LOOPS, aligned, bytes_of, flops_of
+from gradhpo.utils.conversion import as_batch
 from gradhpo.utils.settings import check_count
 from gradhpo.utils.typecheck import checked
-from gradhpo.utils.validation import numbers_as_arrays
 from gradhpo.utils.warn import without_warnings
 
 
@@ -163,7 +163,7 @@ def plan(
         check_count("horizons", horizon)
     if max_bytes is not None:
         check_count("max_bytes", max_bytes)
-    batches = numbers_as_arrays(train_batch), numbers_as_arrays(val_batch)
+    batches = as_batch(train_batch, "train_batch"), as_batch(val_batch, "val_batch")
     problem = (state, *batches, losses, max_bytes)
     rows = [
         _planned(name, optimizer, horizon, *problem)

@@ -128,12 +128,6 @@ def _refuse_nan(tree: PyTree, what: str) -> None:
             )
 
 
-def numbers_as_arrays(batch: PyTree) -> PyTree:
-    """Python numbers in a batch become arrays, so that a new value does not recompile."""
-    as_array = lambda x: np.asarray(x, jnp.result_type(x)) if _is_python_number(x) else x
-    return jax.tree.map(as_array, batch)
-
-
 def have_same_structure(a: PyTree, b: PyTree) -> bool:
     """Whether two trees agree in structure, shapes and dtypes."""
 
