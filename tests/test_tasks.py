@@ -148,6 +148,26 @@ def test_theta_of_every_task_is_that_of_its_own_run(keep_data):
     np.testing.assert_allclose(public.memory.of_each.theta, thetas, rtol=1e-10)
 
 
+@pytest.mark.parametrize("kind", ["function", "iterator"])
+def test_a_run_on_tasks_is_a_loop_over_step(kind, getkey):
+    """Train and validation batches of all tasks change from step to step."""
+    single = gradhpo.GreedyOptimizer(relaxed(optax.sgd(0.05)), OUTER, unroll_steps=2)
+    optimizer = gradhpo.TaskBatched(single, 3)
+    table = jax.random.normal(getkey(), (12, 2, 3, 4))  # [batches, (x, y), tasks, examples]
+    train = lambda i: (table[i, 0], table[i, 1])
+    val = lambda k: (table[11 - k, 0], table[11 - k, 1])
+    state = begun = optimizer.init(jnp.ones(()), jnp.zeros(()))
+    for k in range(5):
+        stack = gradhpo.BatchStack.of([train(2 * k), train(2 * k + 1)])
+        state = optimizer.step(state, stack, val(k), train_loss, train_loss)
+    sources = (train, val) if kind == "function" else (map(train, range(10)), map(val, range(5)))
+    losses = gradhpo.LossFunctions(train_loss, train_loss)
+    found, _ = gradhpo.run(
+        optimizer, begun, losses, *sources, num_steps=5, chunk_size=3, progress=False
+    )
+    assert_close(found, state)
+
+
 def test_tasks_that_start_apart_restart_together():
     optimizer = gradhpo.TaskBatched(gradhpo.OneStepOptimizer(optax.sgd(0.1), optax.sgd(0.1)), 2)
     state = optimizer.init(jnp.ones(2), jnp.zeros(2))
