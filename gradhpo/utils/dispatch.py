@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 
 
 _T = TypeVar("_T", bound=Callable)
@@ -35,23 +36,37 @@ class _Static:
 def compiled(function: _T) -> _T:
     """Compiles a function of positional arguments.
 
-    Everything that is not an array is static, in the arguments and in the result.
+    Everything that is not an array is static, in the arguments and in the result. An array that
+    is returned unchanged is not an output of the program, which would copy it: the caller gets the
+    array that was passed.
     """
 
     @functools.wraps(function)  # profilers show this name for the program
-    def on_arrays(static: Any, arrays: list[Any]) -> tuple[_Static, list[Any]]:
-        static, arrays = _split(function(*_joined(static, arrays)))
-        return _Static(static), arrays
+    def on_arrays(static: Any, given: list[Any]) -> tuple[_Static, list[Any]]:
+        static, arrays = _split(function(*_joined(static, given)))
+        places = {id(x): place for place, x in enumerate(given)}
+        found = [places.get(id(x)) for x in arrays]
+        made = [x for x, place in zip(arrays, found, strict=True) if place is None]
+        return _Static((static, found)), made
 
     del on_arrays.__wrapped__  # it has a different signature
     program = jax.jit(on_arrays, static_argnums=0)
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
-        static, arrays = program(*_split(arguments))
-        return _joined(static.value, arrays)
+        static, given = _split(arguments)
+        about, made = program(static, given)
+        static, places = about.value
+        new = iter(made)
+        arrays = [next(new) if place is None else _as_jax(given[place]) for place in places]
+        return _joined(static, arrays)
 
     return call  # pyright: ignore[reportReturnType]
+
+
+def _as_jax(x: Any) -> jax.Array:
+    """The array that was passed; a copy of a NumPy array, which the caller may write to."""
+    return x if isinstance(x, jax.Array) else jnp.array(x)
 
 
 def _split(tree: Any) -> tuple[tuple[tuple[Any, ...], Any], list[Any]]:
