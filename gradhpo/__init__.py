@@ -34,6 +34,7 @@ from gradhpo.training.monitor import Monitor
 from gradhpo.training.sign_descent import sign_descent
 from gradhpo.training.smoothing import moving_average
 from gradhpo.utils.detached import detach
+from gradhpo.utils.freezing import frozen, unfrozen
 from gradhpo.utils.gradients import vjp_wrt_both, vjp_wrt_lambda
 from gradhpo.utils.logging import CSVLogger, JSONLinesLogger
 from gradhpo.utils.trees import (
@@ -89,6 +90,7 @@ __all__ = [
     "detach",
     "explain_horizon",
     "finite_difference_hypergradient",
+    "frozen",
     "iterate",
     "load_checkpoint",
     "metasmoothness",
@@ -103,6 +105,7 @@ __all__ = [
     "tree_lerp",
     "tree_normalize",
     "tree_zeros_like",
+    "unfrozen",
     "update_w_star",
     "vjp_wrt_both",
     "vjp_wrt_lambda",

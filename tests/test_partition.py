@@ -8,6 +8,7 @@ import pytest
 from jaxtyping import Array
 
 import gradhpo
+from gradhpo.utils.freezing import is_frozen
 
 
 class Model(eqx.Module):
@@ -119,3 +120,92 @@ def test_model_loss_sees_the_whole_model(model):
     loss = gradhpo.model_loss(lambda m, batch: m.log_weight_decay * batch)
     params, hyperparams = gradhpo.partition(model, lambda m: m.log_weight_decay)
     assert loss(params, hyperparams, 2.0) == -6.0
+
+
+# -- frozen -----------------------------------------------------------------------------------
+
+
+class Backboned(eqx.Module):
+    backbone: eqx.nn.MLP
+    head: eqx.nn.Linear
+    decay: Array
+    vocabulary: Array
+
+    def __call__(self, x):
+        return self.head(self.backbone(x))[self.vocabulary[0]]
+
+
+@pytest.fixture
+def backboned(getkey):
+    backbone = eqx.nn.MLP(3, 4, 4, 1, key=getkey())
+    return Backboned(backbone, eqx.nn.Linear(4, 1, key=getkey()), jnp.array(-3.0), jnp.arange(2))
+
+
+@pytest.mark.parametrize(
+    ("frozen", "expected"),
+    [
+        (lambda m: m.backbone, 4),
+        (lambda m: m.backbone.layers[0].weight, 1),
+        (lambda m: [layer.bias for layer in m.backbone.layers], 2),
+        (lambda m: (m.backbone, m.vocabulary), 5),
+        (lambda m: (m.head, m.backbone.activation), 2),
+    ],
+)
+def test_frozen_leaves_stay_in_params_and_come_back_plain(backboned, frozen, expected):
+    params, hyperparams = gradhpo.partition(backboned, lambda m: m.decay, frozen=frozen)
+    nodes = jax.tree.leaves(params, is_leaf=is_frozen)
+    assert sum(map(is_frozen, nodes)) == expected
+    assert len(jax.tree.leaves(hyperparams)) == 1
+    assert eqx.tree_equal(eqx.combine(gradhpo.unfrozen(params), hyperparams), backboned)
+    state = gradhpo.OneStepOptimizer(optax.sgd(0.1), optax.sgd(0.1)).init(params, hyperparams)
+    assert eqx.tree_equal(state.model, backboned)
+    loss = gradhpo.model_loss(lambda m, x: m(x) * m.decay)
+    assert loss(params, hyperparams, jnp.ones(3)) == backboned(jnp.ones(3)) * backboned.decay
+
+
+def test_marks_in_a_model_are_kept(backboned):
+    marked = eqx.tree_at(lambda m: m.backbone, backboned, replace_fn=gradhpo.frozen)
+    selected = lambda frozen: gradhpo.partition(marked, lambda m: m.decay, frozen)[0]
+    params = selected(lambda m: m.vocabulary)
+    expected = gradhpo.partition(backboned, lambda m: m.decay, lambda m: (m.backbone, m.vocabulary))
+    assert eqx.tree_equal(params, expected[0])
+    assert eqx.tree_equal(selected(None).backbone, expected[0].backbone)
+    with pytest.raises(ValueError, match=r"where and frozen both select \.backbone"):
+        gradhpo.partition(marked, lambda m: m.backbone.layers[0].bias)
+
+
+def test_one_array_in_two_places_is_two_leaves():
+    """As everywhere in JAX: what is frozen is a place in the model."""
+    tied = jnp.ones(3)
+    params, _ = gradhpo.partition(
+        {"embed": tied, "head": tied, "h": jnp.ones(())}, lambda d: d["h"], lambda d: d["embed"]
+    )
+    assert is_frozen(params["embed"])
+    assert params["head"] is tied
+
+
+def test_the_two_halves_are_checked_when_parts_are_frozen(backboned):
+    optimizer = gradhpo.OneStepOptimizer(optax.sgd(0.1), optax.sgd(0.1))
+    params, hyperparams = gradhpo.partition(backboned, lambda m: m.decay, lambda m: m.backbone)
+    with pytest.raises(ValueError, match="params still contains arrays of hyperparams"):
+        optimizer.init(gradhpo.partition(backboned, lambda m: m.head, lambda m: m.backbone)[0],
+                       hyperparams)  # fmt: skip
+    with pytest.raises(ValueError, match="swapped"):
+        optimizer.init(hyperparams, params)
+    everything = lambda m: (m.backbone, m.head, m.vocabulary)
+    with pytest.raises(ValueError, match="is frozen, so there is nothing to train"):
+        optimizer.init(*gradhpo.partition(backboned, lambda m: m.decay, everything))
+
+
+@pytest.mark.parametrize(
+    ("frozen", "message"),
+    [
+        (lambda m: None, "frozen selects nothing: it returned no array"),
+        (lambda m: m.backbone.activation, "frozen selects nothing"),
+        (lambda m: m.decay, r"where and frozen both select \.decay"),
+        (lambda m: m, r"both select \.decay.*part by part"),
+    ],
+)
+def test_frozen_must_select_something_else_than_where(backboned, frozen, message):
+    with pytest.raises(ValueError, match=message):
+        gradhpo.partition(backboned, lambda m: m.decay, frozen=frozen)

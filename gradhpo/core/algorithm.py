@@ -28,6 +28,7 @@ from gradhpo.core.start import started
 from gradhpo.core.state import BilevelState, inner_state, with_inner_state, with_metrics
 from gradhpo.core.types import Declared, GradFn, InnerOptimizer, MetricDict, UpdateFn
 from gradhpo.core.visibility import Sees, check_visible, seen_by
+from gradhpo.utils.freezing import trained
 from gradhpo.utils.settings import check_count, check_inner_rule
 from gradhpo.utils.tracing import TAKES_ALL, differentiation_explained
 from gradhpo.utils.trees import tree_l2_norm, tree_lerp
@@ -255,7 +256,7 @@ class Algorithm(BilevelOptimizer):
         self, params: PyTree, hyperparams: PyTree, batch: PyTree, key: Array | None
     ) -> BilevelState:
         check_count(f"{type(self).__name__}.num_inner_steps", self.num_inner_steps)
-        w = eqx.filter(params, eqx.is_inexact_array)
+        w = trained(params)
         z = InnerState(w, init_inner_state(self.inner_optimizer, w, hyperparams))
         memory = self.init_memory(z, hyperparams, batch, key)
         check_memory(type(self).__name__, memory)
@@ -343,9 +344,10 @@ class Algorithm(BilevelOptimizer):
         return with_inner_state(state, z).update(memory=memory, fresh=True)
 
     def _restart_at(self, state: BilevelState, start: Start) -> BilevelState:
-        w = start(state.hyperparams)
+        old = inner_state(state).w
+        w = start(state.hyperparams, old)
         remedy = "Return params like those that init was given."
-        check_same_structure(w, inner_state(state).w, "what start_fn returned", remedy)
+        check_same_structure(w, old, "what start_fn returned", remedy)
         return self._restart(state, w, jnp.zeros(()))
 
     def _restarted(self, memory: Any, z: InnerState, hyperparams: PyTree) -> Any:

@@ -21,6 +21,7 @@ from gradhpo.core.types import Declared, LossFn, RealScalarLike
 from gradhpo.core.vanishing import norm_and_moving, warn_of_zeros
 from gradhpo.utils.conversion import as_batch
 from gradhpo.utils.dispatch import compiled
+from gradhpo.utils.freezing import frozen_as, trained
 from gradhpo.utils.settings import (
     check_outer_optimizer,
     check_outer_rate,
@@ -130,7 +131,8 @@ class BilevelOptimizer(InnerProblems):
 
         **Arguments:**
 
-        - `params`: parameters to train, any pytree with at least one floating-point array.
+        - `params`: parameters to train, any pytree with at least one floating-point array that is
+            not [frozen][gradhpo.frozen].
         - `hyperparams`: hyperparameters to tune, any pytree of floating-point arrays.
         - `batch`, `key`: an example of a training batch (only its shapes matter) and a PRNG key.
             With them [`OnlineHypergradientOptimizer`][gradhpo.OnlineHypergradientOptimizer] keeps a
@@ -210,8 +212,8 @@ class BilevelOptimizer(InnerProblems):
         """
         check_restart(start, reptile_rate)
         start = state.params if start is None else start
-        rate = jnp.asarray(reptile_rate, jnp.result_type(float))
-        return _restart(state, self, eqx.filter(start, eqx.is_inexact_array), rate)
+        w = trained(frozen_as(state.params, start, "start"))
+        return _restart(state, self, w, jnp.asarray(reptile_rate, jnp.result_type(float)))
 
     def step(
         self,

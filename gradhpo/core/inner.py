@@ -1,8 +1,9 @@
 r"""$\Phi$: the one differentiable inner update, and its pullback.
 
 An inner step takes $z = (w, s, r)$, the parameters, optimizer state and running state of the model,
-to $z' = \Phi(z, \lambda; D_t)$. Here $w$ is the floating-point part of the user's params; the rest
-of them (functions, integer arrays) is constant during training and kept separately.
+to $z' = \Phi(z, \lambda; D_t)$. Here $w$ is the floating-point part of the user's params, without
+frozen leaves; the rest of them (functions, integer arrays, what is frozen) is constant during
+training and kept separately.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from gradhpo.core.inner_optimizer import (
 )
 from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, UpdateFn
 from gradhpo.utils.foreign import forget_secants, last_evaluation, with_evaluation
+from gradhpo.utils.freezing import like_trained
 from gradhpo.utils.gradients import linearize_gradient
 from gradhpo.utils.trees import tree_zeros_like
 
@@ -47,9 +49,9 @@ class Start(eqx.Module):
     key: Array
     steps_per_episode: int = eqx.field(static=True)
 
-    def __call__(self, hyperparams: PyTree) -> PyTree:
-        """The floating-point part of the parameters."""
-        return eqx.filter(self.function(self.key, hyperparams), eqx.is_inexact_array)
+    def __call__(self, hyperparams: PyTree, w: PyTree) -> PyTree:
+        """The floating-point part of the parameters, of which `w` is another one."""
+        return like_trained(w, self.function(self.key, hyperparams))
 
     def at(self, step: Array) -> "Start":
         """That of the episode to which an outer step belongs."""
@@ -99,7 +101,7 @@ class InnerUpdate(eqx.Module):
         if self.grad_fn is None:
             return jax.grad(self.train_loss)(w, hyperparams, t)
         returned = self.grad_fn(eqx.combine(w, self.frozen), hyperparams, self.batch(t))
-        gradient = eqx.filter(returned, eqx.is_inexact_array)
+        gradient = like_trained(w, returned)
         if jax.tree.map(jnp.shape, gradient) != jax.tree.map(jnp.shape, w):
             raise ValueError(
                 "grad_fn must return a gradient of the structure and shapes of the params:\n"
@@ -316,14 +318,18 @@ class InnerUpdate(eqx.Module):
         assert self.update_fn is not None
         params = eqx.combine(w, self.frozen)
         returned = self.update_fn(params, hyperparams, self.batch(t))
-        new, rest = eqx.partition(returned, eqx.is_inexact_array)
+        # Whatever it returns for frozen leaves is dropped: most rules treat all arrays alike.
+        new = like_trained(w, returned)
         if jax.tree.map(jnp.shape, new) != jax.tree.map(jnp.shape, w):
             raise ValueError(
                 "update_fn must return params of the structure and shapes that it was given:\n"
                 f"  {eqx.tree_pformat(w)}\nbut it returned\n  {eqx.tree_pformat(new)}"
             )
-        frozen = eqx.filter(params, eqx.is_inexact_array, inverse=True)
-        if any(x is not y for x, y in zip(*map(jax.tree.leaves, (rest, frozen)), strict=True)):
+        rest, constant = (
+            jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array, inverse=True))
+            for tree in (returned, params)
+        )
+        if any(x is not y for x, y in zip(rest, constant, strict=True)):
             raise ValueError(
                 "update_fn changes a leaf of params that is not a floating-point array (a "
                 "counter?); such leaves stay as they are: keep it as a float, or out of params"

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from gradhpo.utils.freezing import is_frozen, marked, unfrozen
 from gradhpo.utils.typecheck import checked
-from gradhpo.utils.validation import check_arity
+from gradhpo.utils.validation import check_arity, leaf_names
 
 
 # The two halves of a model look alike, so only the arrays themselves tell which is which. The
@@ -37,41 +38,89 @@ def _was_handed_out_as_hyperparams(tree: PyTree) -> bool:
 
 
 @checked
-def partition(model: PyTree, where: Callable[[Any], Any]) -> tuple[PyTree, PyTree]:
+def partition(
+    model: PyTree,
+    where: Callable[[Any], Any],
+    frozen: Callable[[Any], Any] | None = None,
+) -> tuple[PyTree, PyTree]:
     """Splits a model into parameters and hyperparameters.
 
     **Arguments:**
 
-    - `model`: any pytree, usually an `eqx.Module`.
+    - `model`: any pytree, usually an `eqx.Module`. Leaves that [`gradhpo.frozen`][gradhpo.frozen]
+        has marked stay frozen.
     - `where`: `model -> node`, or a tuple or list of nodes, as in `eqx.tree_at`. A node is
         one leaf or a whole subtree (a layer, a list of layers).
+    - `frozen`: likewise, what is neither trained nor tuned (a pretrained backbone): it gets no
+        gradient, no optimizer state and no decay, and stands in memory once, however many inner
+        states are kept. `None`, the default: nothing.
 
     **Returns:** `(params, hyperparams)`, two trees with the structure of `model`, each with `None`
-    where the other has the leaf. Every floating-point array inside the selected nodes is a
+    where the other has the leaf. Every floating-point array inside the nodes of `where` is a
     hyperparameter; everything else, including integer arrays and functions inside a selected
-    subtree, stays in `params`. `eqx.combine(params, hyperparams)` is the model again.
+    subtree, stays in `params`. `eqx.combine(params, hyperparams)` is the model again. Arrays inside
+    the nodes of `frozen` are [frozen leaves][gradhpo.frozen] of `params`; the model is then
+    `eqx.combine(gradhpo.unfrozen(params), hyperparams)`.
 
-    **Raises:** `ValueError` if nothing is selected, if an integer or boolean array or a Python
-    number is selected by itself, or a complex array anywhere.
+    **Raises:** `ValueError` if nothing is selected, if `where` selects an integer or boolean array
+    or a Python number by itself, or a complex array anywhere, or if `where` and `frozen` select the
+    same leaf.
 
     ```python
     class Model(eqx.Module):
-        net: eqx.nn.MLP
+        backbone: eqx.nn.MLP
+        head: eqx.nn.Linear
         log_weight_decay: Array
 
-    model = Model(eqx.nn.MLP(4, 2, 8, 1, key=jax.random.key(0)), jnp.array(-3.0))
-    params, hyperparams = gradhpo.partition(model, lambda m: m.log_weight_decay)
+    keys = jax.random.split(jax.random.key(0))
+    model = Model(
+        eqx.nn.MLP(4, 16, 16, 2, key=keys[0]), eqx.nn.Linear(16, 2, key=keys[1]), jnp.array(-3.0)
+    )
+    params, hyperparams = gradhpo.partition(
+        model, lambda m: m.log_weight_decay, frozen=lambda m: m.backbone
+    )
     ```
     """
+    frozen_leaves = jax.tree.map(is_frozen, model, is_leaf=is_frozen)
+    model = unfrozen(model)
     nodes = where(model)
     is_nodes = lambda x: x is nodes
     is_one_node = any(map(is_nodes, jax.tree.leaves(model, is_leaf=is_nodes)))
     _check_selected(nodes, [nodes] if is_one_node else nodes)
     nothing = jax.tree.map(lambda _: False, model)
     chosen = jax.tree.map(eqx.is_inexact_array, nodes)
-    hyperparams, params = eqx.partition(model, eqx.tree_at(where, nothing, chosen))
+    tuned = eqx.tree_at(where, nothing, chosen)
+    if frozen is not None:
+        selected = _selected_by(frozen, model, nothing)
+        frozen_leaves = jax.tree.map(lambda a, b: a or b, frozen_leaves, selected)
+    _check_apart(tuned, frozen_leaves)
+    hyperparams, params = eqx.partition(model, tuned)
     _remember_as_hyperparams(hyperparams)
-    return params, hyperparams
+    return marked(params, frozen_leaves), hyperparams
+
+
+def _selected_by(frozen: Callable[[Any], Any], model: PyTree, nothing: PyTree) -> PyTree:
+    """Marks the leaves that `frozen` selects."""
+    nodes = frozen(model)
+    leaves = jax.tree.leaves(nodes)
+    if not any(map(eqx.is_array, leaves)):
+        raise ValueError(
+            f"frozen selects nothing: it returned no array, only {leaves}. Return at least one "
+            "array of the model, e.g. lambda m: m.backbone, or leave frozen= out"
+        )
+    return eqx.tree_at(frozen, nothing, jax.tree.map(lambda _: True, nodes))
+
+
+def _check_apart(tuned: PyTree, frozen_leaves: PyTree) -> None:
+    """No leaf is tuned and frozen."""
+    both = jax.tree.map(lambda a, b: a and b, tuned, frozen_leaves)
+    names = [name for name, x in zip(leaf_names(both), jax.tree.leaves(both), strict=True) if x]
+    if names:
+        raise ValueError(
+            f"where and frozen both select {', '.join(names[:5])}, which cannot be tuned and stay "
+            "as it is: let frozen select what is left, part by part, e.g. "
+            "lambda m: (m.backbone.layers, m.backbone.norm)"
+        )
 
 
 def _check_selected(nodes: Any, by_itself: Any) -> None:
@@ -104,7 +153,9 @@ def _check_selected(nodes: Any, by_itself: Any) -> None:
 
 def check_disjoint(params: PyTree, hyperparams: PyTree) -> None:
     """Refuses hyperparameters that are also parameters, and the two in the wrong order."""
-    (mine, shape_of_mine), (others, shape_of_others) = map(_with_holes, (params, hyperparams))
+    (mine, shape_of_mine), (others, shape_of_others) = map(
+        _with_holes, (unfrozen(params), hyperparams)
+    )
     halves = shape_of_mine == shape_of_others and any(x is None for x in others)
     # Exactly the same arrays: a learning rate for each parameter is a tree like params on purpose.
     if halves and any(eqx.is_array(x) and x is y for x, y in zip(mine, others, strict=True)):
@@ -126,7 +177,8 @@ def _with_holes(tree: PyTree) -> tuple[list[Any], Any]:
 
 
 def combine(params: PyTree, hyperparams: PyTree) -> PyTree:
-    """`eqx.combine`, for two halves of one model."""
+    """`eqx.combine`, for two halves of one model, nothing frozen."""
+    params = unfrozen(params)
     if _with_holes(params)[1] != _with_holes(hyperparams)[1]:
         raise ValueError(
             "params and hyperparams are not two halves of one model: state.model and model_loss "

@@ -15,6 +15,7 @@ from gradhpo.core.inputs import Inputs
 from gradhpo.core.start import act_at_start
 from gradhpo.core.state import inner_state
 from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, UpdateFn
+from gradhpo.utils.freezing import not_trained
 from gradhpo.utils.programs import contains_custom_vjp, inputs_read, stops_a_function_of
 from gradhpo.utils.validation import check_arity, check_scalar, check_single_batch, leaf_names
 from gradhpo.utils.warn import warn_once
@@ -72,7 +73,7 @@ def make_problem(
     for name, function in (("grad_fn", grad_fn), ("update_fn", update_fn)):
         if function is not None:
             check_arity(function, name, "params, hyperparams, batch")
-    frozen = eqx.filter(state.params, eqx.is_inexact_array, inverse=True)
+    frozen = not_trained(state.params)
     z, hyperparams = inner_state(state), state.hyperparams
     phi = InnerUpdate(
         inner_optimizer=inner_optimizer,
@@ -128,7 +129,8 @@ def _check_trained(of_training: Jaxpr, of_validation: Jaxpr, w: PyTree) -> None:
         warn_once(
             f"val_loss_fn reads params {shown}, and train_loss_fn has no derivative by them: they "
             "keep their first values, but for the inner optimizer's weight decay. Running "
-            "statistics of a BatchNorm are not parameters; close over what should stay constant"
+            "statistics of a BatchNorm are not parameters; freeze what should stay constant: "
+            "gradhpo.partition(model, where, frozen=), or gradhpo.frozen"
         )
 
 

@@ -108,4 +108,4 @@ def _inexact(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> tuple[PyTr
 
 
 def _initial_w(phi: InnerUpdate, w: PyTree, hyperparams: PyTree) -> PyTree:
-    return w if phi.start is None else phi.start(hyperparams)
+    return w if phi.start is None else phi.start(hyperparams, w)

@@ -13,6 +13,7 @@ from gradhpo.core.inner import InnerState
 from gradhpo.core.memory import entries_of, path_to
 from gradhpo.core.partition import combine
 from gradhpo.core.types import METRICS
+from gradhpo.utils.freezing import frozen_as, trained
 from gradhpo.utils.trees import accumulation_dtype
 from gradhpo.utils.typecheck import checked
 
@@ -75,7 +76,8 @@ class BilevelState(eqx.Module):
 
     **Fields:**
 
-    - `params`: the parameters $w$ (with anything else that the model holds).
+    - `params`: the parameters $w$ (with anything else that the model holds). A frozen array is in a
+        node of its own, which [`unfrozen`][gradhpo.unfrozen] removes.
     - `hyperparams`: the hyperparameters $\lambda$, floating-point arrays.
     - `inner_opt_state`, `outer_opt_state`: optax states; `()` if there is none.
     - `step`: how often `step` was called, shape `()`, int32.
@@ -87,7 +89,7 @@ class BilevelState(eqx.Module):
     - `model_state`: running state of the model; `None` if it has none.
     - `fresh`: whether the inner optimizer's state is what its `init` made at these hyperparameters,
         shape `()`, bool: true after `init` and `restart`, false after a `step`.
-    - `model` (property): the model that `partition` split, combined again.
+    - `model` (property): the model that `partition` split, combined again, with plain arrays.
 
     The metrics are scalars, float32 (float64 if a parameter is float64), and `nan` before the first
     step: `train_loss` (last inner step, before its update), `val_loss` (at $w_T$, before the outer
@@ -166,12 +168,13 @@ class BilevelState(eqx.Module):
 
         **Arguments:** the fields of the same names; the default `None` keeps a field. Entries of
         `metadata` are added to the old ones or replace them. With another `inner_opt_state` the
-        state is no longer `fresh`.
+        state is no longer `fresh`. Frozen leaves stay frozen, even if `params` has plain arrays in
+        their place.
 
         **Returns:** a new state; this one is unchanged.
 
         **Raises:** `ValueError` for an entry of `metadata` that is a metric, or in the algorithm's
-        `memory`.
+        `memory`; for `params` of another structure where leaves are frozen.
 
         ```python
         state = gradhpo.BilevelState.create(jnp.ones(3), jnp.zeros(3), (), ())
@@ -186,6 +189,8 @@ class BilevelState(eqx.Module):
             self._check_notes(metadata)
         if fresh is None and inner_opt_state is not None:
             fresh = False
+        if params is not None:
+            params = frozen_as(self.params, params, "update(params=...)")
         return BilevelState(
             params=keep(params, self.params),
             hyperparams=keep(hyperparams, self.hyperparams),
@@ -234,7 +239,7 @@ class BilevelState(eqx.Module):
 
     @property
     def model(self) -> PyTree:
-        """`eqx.combine(params, hyperparams)`: what [`partition`][gradhpo.partition] split.
+        """The model that [`partition`][gradhpo.partition] split, put together, with nothing frozen.
 
         **Raises:** `ValueError` if the two are not halves of one model.
         """
@@ -243,8 +248,7 @@ class BilevelState(eqx.Module):
 
 def inner_state(state: BilevelState) -> InnerState:
     """The $z = (w, s, r)$ of a state; the rest of its params is constant through training."""
-    w = eqx.filter(state.params, eqx.is_inexact_array)
-    return InnerState(w, state.inner_opt_state, state.model_state)
+    return InnerState(trained(state.params), state.inner_opt_state, state.model_state)
 
 
 def with_inner_state(state: BilevelState, z: InnerState) -> BilevelState:

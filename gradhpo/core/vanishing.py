@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from gradhpo.core.inputs import Inputs
 from gradhpo.core.interface import InnerProblems
 from gradhpo.core.state import BilevelState
+from gradhpo.utils.freezing import is_frozen
 from gradhpo.utils.trees import accumulation_dtype, tree_l2_norm
 from gradhpo.utils.validation import leaf_names
 from gradhpo.utils.warn import warn_once, without_warnings
@@ -84,5 +85,5 @@ def _beside(state: BilevelState) -> BilevelState:
         by = 0.01 * random.normal(size=x.shape) * np.maximum(1, np.abs(np.asarray(x, float)))
         return x + jnp.asarray(by, x.dtype)
 
-    params, hyperparams = jax.tree.map(move, (state.params, state.hyperparams))
+    params, hyperparams = jax.tree.map(move, (state.params, state.hyperparams), is_leaf=is_frozen)
     return state.update(params=params, hyperparams=hyperparams)

@@ -18,6 +18,7 @@ from gradhpo.core.types import MetricDict
 from gradhpo.core.wrapper import algorithm_of, same_wrappers
 from gradhpo.diagnostics.cost import Program, on_device
 from gradhpo.utils.conversion import as_batch
+from gradhpo.utils.freezing import carried
 from gradhpo.utils.settings import check_tunes
 from gradhpo.utils.validation import check_single_batch
 
@@ -113,7 +114,7 @@ class Case:
         Its hypergradient, the validation loss, and its own metrics (residuals of a solver).
         """
         per_step = optimizer.num_inner_steps
-        arrays, static = eqx.partition(start, eqx.is_array)
+        arrays, static = carried(start)
 
         def body(carry: PyTree, k: Array):
             state = eqx.combine(carry[0], static)
@@ -121,7 +122,7 @@ class Case:
             estimate = optimizer._solve(inputs)
             # The inner problem continues; nothing is refused.
             state = with_inner_state(state, estimate.z).update(memory=estimate.memory)
-            arrays = eqx.filter(state, eqx.is_array)
+            arrays, _ = carried(state)
             return (arrays, estimate.hypergradient), estimate.val_loss
 
         steps = jnp.arange(self.num_steps // per_step, dtype=jnp.int32)

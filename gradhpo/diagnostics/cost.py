@@ -15,6 +15,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun, jaxprs_in_params
 from jaxtyping import PyTree
 
 from gradhpo.utils.foreign import OPEN_LOOPS
+from gradhpo.utils.freezing import carried
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +41,15 @@ class Program:
     """A compiled function of pytrees, for the arrays that it was made with.
 
     Arrays may be `jax.ShapeDtypeStruct`s if the program is only inspected and not run. Everything
-    that is not an array is part of the program; only the arrays of the result are returned.
+    that is not an array is part of the program; only the arrays of the result are returned, without
+    frozen leaves, which `step` returns unchanged.
     """
 
     def __init__(self, function: Callable, *arguments: PyTree):
         self._arrays, static = eqx.partition(on_device(arguments), _is_array)
 
         def on_arrays(arrays):
-            return eqx.filter(function(*eqx.combine(arrays, static)), eqx.is_array)
+            return carried(function(*eqx.combine(arrays, static)))[0]
 
         traced = jax.jit(on_arrays).trace(self._arrays)
         self._lowered, self._jaxpr = traced.lower(), traced.jaxpr

@@ -28,6 +28,7 @@ from gradhpo.diagnostics.nonfinite import (
 )
 from gradhpo.diagnostics.reference import FAILURES
 from gradhpo.utils.foreign import RANDOM
+from gradhpo.utils.freezing import trained
 from gradhpo.utils.settings import check_setting
 from gradhpo.utils.tracing import differentiation_explained
 from gradhpo.utils.typecheck import checked
@@ -221,8 +222,8 @@ def _is_finite(tree: PyTree) -> bool:
 
 
 def _widest(tree: PyTree) -> np.dtype:
-    """The widest floating-point dtype of a tree."""
-    dtypes = [x.dtype for x in jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))]
+    """The widest floating-point dtype of what is trained."""
+    dtypes = [x.dtype for x in jax.tree.leaves(trained(tree))]
     return np.dtype(max(dtypes, key=lambda dtype: dtype.itemsize))
 
 

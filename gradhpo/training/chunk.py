@@ -16,6 +16,7 @@ from gradhpo.core.types import METRICS, RealScalarLike
 from gradhpo.data.source import Batches
 from gradhpo.training.recorded import recorded
 from gradhpo.utils.dispatch import compiled
+from gradhpo.utils.freezing import carried
 from gradhpo.utils.settings import outer_rate
 from gradhpo.utils.tracing import record_trace
 
@@ -59,7 +60,7 @@ class Chunk(eqx.Module):
         reached, the stacked metrics, and which hyperparameters ever moved.
         """
         self._record(state, f"run (chunks of {episodes} x {length})")
-        arrays, static = eqx.partition(state, eqx.is_array)
+        arrays, static = carried(state)
 
         def body(carry: PyTree, number: Array):
             arrays, start, _ = carry
@@ -118,7 +119,7 @@ class Chunk(eqx.Module):
         # The metrics of a step are outputs, not inputs of the next: carrying them as well makes
         # the compiler copy them at every step (20 us on a CPU, a fifth of a short step).
         measured = {name: state.metadata[name] for name in METRICS if name != "rejected"}
-        arrays, static = eqx.partition(_without(state, measured), eqx.is_array)
+        arrays, static = carried(_without(state, measured))
 
         def body(arrays: PyTree, position: Array):
             state = with_metrics(eqx.combine(arrays, static), measured)
@@ -150,7 +151,7 @@ def started(optimizer: BilevelOptimizer, state: BilevelState, start: Start) -> B
 
 
 def _arrays(tree: PyTree) -> PyTree:
-    return eqx.filter(tree, eqx.is_array)
+    return carried(tree)[0]
 
 
 def _without(state: BilevelState, names: Iterable[str]) -> BilevelState:

@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, PyTree
 
+from gradhpo.utils.freezing import like_trained, not_trained, trained
 from gradhpo.utils.typecheck import checked
 
 
@@ -25,7 +26,7 @@ def vjp_wrt_both(
     - `cotangent`: a tree like `params`.
 
     **Returns:** `(params part, hyperparams part)`, trees like `params` and `hyperparams` with
-    `None` for leaves that are not floating-point arrays.
+    `None` for leaves that are frozen or not floating-point arrays.
 
     **Raises:** `ValueError` for a cotangent that is not a tree like `params`.
 
@@ -36,16 +37,14 @@ def vjp_wrt_both(
     )  # 0.8 and -6.0
     ```
     """
-    (params, params_rest), (hyperparams, hyperparams_rest) = (
-        eqx.partition(tree, eqx.is_inexact_array) for tree in (params, hyperparams)
-    )
+    (w, w_rest), (h, h_rest) = ((trained(x), not_trained(x)) for x in (params, hyperparams))
 
     def update(w, h):
-        new = update_fn(eqx.combine(w, params_rest), eqx.combine(h, hyperparams_rest), batch)
-        return eqx.filter(new, eqx.is_inexact_array)
+        new = update_fn(eqx.combine(w, w_rest), eqx.combine(h, h_rest), batch)
+        return like_trained(w, new)
 
-    _, pull = jax.vjp(update, params, hyperparams)
-    return pull(eqx.filter(cotangent, eqx.is_inexact_array))
+    _, pull = jax.vjp(update, w, h)
+    return pull(like_trained(w, cotangent))
 
 
 @checked

@@ -1,7 +1,7 @@
 """Pytree algebra, on the floating-point array leaves of a tree.
 
-All other leaves (integer arrays, functions, strings) are not optimised: they pass through unchanged
-and do not count in norms and products, so you can pass whole Equinox models.
+All other leaves (integer arrays, functions, strings, frozen leaves) are not optimised: they pass
+through unchanged and do not count in norms and products, so you can pass whole Equinox models.
 """
 
 from collections.abc import Callable
@@ -12,24 +12,27 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Bool, PyTree, Real
 
+from gradhpo.utils.freezing import is_frozen, trained
 from gradhpo.utils.typecheck import checked
 
 
 def accumulation_dtype(tree: PyTree) -> jnp.dtype:
     """float32, or float64 if a leaf is float64: sums over bfloat16 lose everything."""
-    leaves = jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))
+    leaves = jax.tree.leaves(trained(tree))
     wide = any(leaf.dtype == jnp.float64 for leaf in leaves)
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
 def _accumulated(tree: PyTree, dtype: jnp.dtype | None = None) -> PyTree:
-    inexact = eqx.filter(tree, eqx.is_inexact_array)
-    return optax.tree.cast(inexact, accumulation_dtype(tree) if dtype is None else dtype)
+    return optax.tree.cast(trained(tree), accumulation_dtype(tree) if dtype is None else dtype)
 
 
 def _map_inexact(function: Callable, tree: PyTree, *rest: PyTree) -> PyTree:
     return jax.tree.map(
-        lambda x, *xs: function(x, *xs) if eqx.is_inexact_array(x) else x, tree, *rest
+        lambda x, *xs: function(x, *xs) if eqx.is_inexact_array(x) else x,
+        tree,
+        *rest,
+        is_leaf=is_frozen,
     )
 
 
@@ -121,11 +124,10 @@ def finite_leaves(tree: PyTree, unless_as_in: PyTree | None = None) -> PyTree:
     With `unless_as_in`, a number that is the same in that tree counts as finite: parameters may
     contain an infinity on purpose (an attention mask), and so may optimizer states (a best value).
     """
-    inexact = eqx.filter(tree, eqx.is_inexact_array)
     if unless_as_in is None:
-        return jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), inexact)
+        return jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), trained(tree))
     fine = lambda x, old: jnp.all(jnp.isfinite(x) | (x == old))
-    return jax.tree.map(fine, inexact, eqx.filter(unless_as_in, eqx.is_inexact_array))
+    return jax.tree.map(fine, trained(tree), trained(unless_as_in))
 
 
 def all_finite(tree: PyTree, unless_as_in: PyTree | None = None) -> Bool[Array, ""]:
@@ -135,5 +137,5 @@ def all_finite(tree: PyTree, unless_as_in: PyTree | None = None) -> Bool[Array, 
 
 
 def inexact_bytes(tree: PyTree) -> int:
-    """Memory of the floating-point leaves."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array)))
+    """Memory of the floating-point leaves that are not frozen."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(trained(tree)))

@@ -11,6 +11,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
+from gradhpo.utils.freezing import frozen_part, trained, unfrozen, without_frozen
+
 
 THE_WHOLE_TREE = "(the whole tree)"
 
@@ -70,10 +72,15 @@ def prepare_params(params: PyTree) -> PyTree:
                 "params holds running state (a layer such as eqx.nn.BatchNorm); layers with "
                 "running state are not supported yet: use LayerNorm or GroupNorm instead"
             )
-    _refuse_complex(params, "params")
-    _refuse_nan(params, "params")
+    _refuse_complex(without_frozen(params), "params")
+    _refuse_nan(unfrozen(params), "params")
     params = jax.tree.map(lambda x: strong(x) if eqx.is_array(x) else x, params)
-    if not any(eqx.is_inexact_array(x) for x in jax.tree.leaves(params)):
+    if not jax.tree.leaves(trained(params)):
+        if jax.tree.leaves(frozen_part(params)):
+            raise ValueError(
+                "every floating-point array of params is frozen, so there is nothing to train: "
+                "freeze less, gradhpo.partition(model, where, frozen=lambda m: m.backbone)"
+            )
         raise ValueError(
             "params holds no floating-point array, so there is nothing to train; leaves are "
             f"{jax.tree.leaves(params)}. Pass arrays: jnp.asarray(0.0) instead of 0.0"
@@ -83,6 +90,12 @@ def prepare_params(params: PyTree) -> PyTree:
 
 def prepare_hyperparams(hyperparams: PyTree) -> PyTree:
     """Hyperparameters as strongly typed floating-point arrays, or an error that names the leaf."""
+    frozen_names = leaf_names(frozen_part(hyperparams))
+    if frozen_names:
+        raise ValueError(
+            f"hyperparams{frozen_names[0]} is frozen: what is not tuned belongs in params, "
+            "init(params | {'backbone': gradhpo.frozen(backbone)}, hyperparams)"
+        )
     _refuse_complex(hyperparams, "hyperparams")
     if not jax.tree.leaves(hyperparams):
         raise ValueError(
