@@ -64,6 +64,13 @@ def test_is_the_mean_of_single_tasks(name, getkey):
             expected = np.mean([s.metadata[metric] for s in alone])
             np.testing.assert_allclose(state.metadata[metric], expected, rtol=1e-12)
     assert state.step == 2
+    last = together.of_task(state, 1)
+    assert_close((last.params, last.inner_opt_state), (alone[1].params, alone[1].inner_opt_state))
+    assert_close(jax.tree.leaves(last.memory), jax.tree.leaves(alone[1].memory))
+    single.step(last, batches[1], val[1], *losses)  # a state of the wrapped optimizer
+    for number in (-1, tasks):
+        with pytest.raises(ValueError, match=r"of_task\(number=.*numbered from 0 to 1"):
+            together.of_task(state, number)
 
 
 def train_loss(w, h, batch):

@@ -52,10 +52,9 @@ class TaskBatched(Wrapper):
 
     The state: `params` and `inner_opt_state` have the task axis, `hyperparams` do not;
     `memory.task` numbers the tasks, and `memory.of_each` is the memory of `optimizer`, tasks first
-    (`state.get_metric("theta")` finds its entries). After a `run` of whole episodes all tasks are
-    at the meta-learned point, so you can take any of them:
-    `first = jax.tree.map(lambda x: x[0], eqx.filter(state.params, eqx.is_inexact_array))`, and as a
-    model `eqx.combine(first, state.params, state.hyperparams)`.
+    (`state.get_metric("theta")` finds its entries). Frozen leaves are shared. After a `run` of
+    whole episodes all tasks are at the meta-learned point, so you can take any of them:
+    `of_task(state, 0).params`, or as a model `of_task(state, 0).model`.
 
     Batches: every array has the shape `[tasks, ...]`, in a `BatchStack`
     `[inner steps, tasks, ...]`. Leaves without an axis (or in a `BatchStack` with only the axis of
@@ -73,6 +72,7 @@ class TaskBatched(Wrapper):
     x, y = jnp.ones((4, 10)), jnp.zeros((4, 10))  # ten examples for each of four tasks
     state = optimizer.step(state, (x, y), (x, y), loss, loss)
     assert state.params.shape == (4,) and state.hyperparams.shape == ()
+    assert optimizer.of_task(state, 3).params.shape == ()
     ```
 
     ??? cite "Reference"
@@ -107,6 +107,24 @@ class TaskBatched(Wrapper):
         **Raises:** `TypeError` if it wraps any other optimizer.
         """
         return fit_memory(self, state, train_batches, val_batch, train_loss_fn, val_loss_fn)
+
+    def of_task(self, state: BilevelState, number: int) -> BilevelState:
+        """The state of one task, as the wrapped `optimizer` takes it.
+
+        Its metrics and outer optimizer state are shared by all tasks.
+
+        **Arguments:** `state`: from this optimizer; `number`: of the task, counted from 0.
+
+        **Raises:** `ValueError` for a number without a task, or a state of other tasks.
+        """
+        memory = self._checked(state.memory)
+        if not 0 <= number < self.num_tasks:
+            raise ValueError(
+                f"of_task(number={number}): the {self.num_tasks} tasks are numbered from 0 to "
+                f"{self.num_tasks - 1}"
+            )
+        of_each = inner_state(state), memory.of_each
+        return _of_task(state, *jax.tree.map(lambda x: x[number], of_each))
 
     def finite_part(self, memory: TaskMemory) -> PyTree:
         """As for `optimizer`."""
