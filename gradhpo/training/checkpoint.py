@@ -17,6 +17,7 @@ from gradhpo.training.checkpoint_file import (
     read_file,
     read_tree,
 )
+from gradhpo.training.frozen_file import FrozenFile
 from gradhpo.training.history import History
 from gradhpo.training.metrics_file import MetricsFile
 from gradhpo.utils.settings import check_count
@@ -36,7 +37,8 @@ class Checkpoint:
     writes a checkpoint before the first step, then at the end of the first chunk after
     `every_steps` or `every_seconds`, whichever comes first, and at the end of the run (unless a
     callback failed, which has not seen all of the last chunk). Each is one file
-    `step-0000001000.ckpt`, written atomically; the history is next to them, in `metrics.bin`.
+    `step-0000001000.ckpt`, written atomically; next to them are the history, in `metrics.bin`, and
+    frozen leaves, written once, in `frozen.ckpt`.
 
     **Arguments:**
 
@@ -92,7 +94,7 @@ def load_checkpoint(
     says so and the history is empty.
 
     **Raises:** `ValueError` if there is no checkpoint, if it is damaged or has another structure,
-    or if it has no memory for such a callback.
+    if it has no memory for such a callback, or if its frozen leaves are missing or damaged.
 
     ```python
     import tempfile
@@ -117,6 +119,7 @@ def load_checkpoint(
         raise ValueError(f"there is no checkpoint at {path}")
     header, body = read_file(path)
     check_leaves(path, header["leaves"]["state"], leaves_of(state))
+    state = FrozenFile(path.parent).read_into(state, header.get("frozen"))
     state = read_tree(body, state)
     if callbacks:
         wanted = Callbacks(callbacks)
@@ -179,7 +182,7 @@ def check_leaves(path: Path, found: list, expected: list) -> None:
         "Pass a state with the same notes, state.update(metadata={...})"
         if only_notes
         else "Pass the state that the same optimizer.init makes of the same model, in the same "
-        "precision"
+        "precision and with the same leaves frozen"
     )
     raise ValueError(
         f"{path} holds a state of another structure: " + "; ".join(lines[:5]) + f". {remedy}"

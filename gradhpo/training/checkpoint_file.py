@@ -14,22 +14,24 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from gradhpo.utils.freezing import without_frozen
 from gradhpo.utils.keys import is_key
 from gradhpo.utils.validation import leaf_names
 
 
 _MAGIC = b"gradhpo-checkpoint"
 _FORMAT = 2
+_REMEDY = "Move it away to go on from the checkpoint before it, if there is one"
 
 
 def write_file(path: Path, header: str, tree: PyTree) -> None:
     """Writes a temporary file and renames it: readers find all of it or nothing.
 
-    `header` is JSON, in one line.
+    `header` is JSON, in one line. Frozen leaves are left out: they have a file of their own.
     """
     body = io.BytesIO()
     body.write(header.encode() + b"\n")
-    eqx.tree_serialise_leaves(body, tree, filter_spec=_write_leaf)
+    eqx.tree_serialise_leaves(body, without_frozen(tree), filter_spec=_write_leaf)
     content = body.getbuffer()
     beside = path.with_name(f".{path.name}.tmp")
     try:
@@ -51,8 +53,12 @@ def is_checkpoint(path: Path) -> bool:
         return file.read(len(_MAGIC)) == _MAGIC
 
 
-def read_file(path: Path) -> tuple[dict[str, Any], io.BytesIO]:
+def read_file(path: Path, remedy: str = _REMEDY) -> tuple[dict[str, Any], io.BytesIO]:
     """The header, and the leaves as a file for `read_tree`; `ValueError` if it is not complete."""
+
+    def damaged(why: str) -> ValueError:
+        return ValueError(f"{path} is damaged ({why}); nothing of it was used. {remedy}")
+
     with open(path, "rb") as file:
         first, content = file.readline(200).split(), file.read()
     if not first or first[0] != _MAGIC:
@@ -60,39 +66,37 @@ def read_file(path: Path) -> tuple[dict[str, Any], io.BytesIO]:
     try:
         version, length, checksum = map(int, first[1:])
     except ValueError:
-        raise ValueError(_damaged(path, "its first line is broken")) from None
+        raise damaged("its first line is broken") from None
     if version != _FORMAT:
         raise ValueError(
             f"{path} has format {version}, and this gradhpo reads {_FORMAT}: use the version of "
             "gradhpo that wrote it"
         )
     if len(content) != length:
-        raise ValueError(_damaged(path, f"it has {len(content)} of {length} bytes"))
+        raise damaged(f"it has {len(content)} of {length} bytes")
     if zlib.crc32(content) != checksum:
-        raise ValueError(_damaged(path, "its checksum does not fit"))
+        raise damaged("its checksum does not fit")
     body = io.BytesIO(content)
     return json.loads(body.readline()), body
 
 
 def read_tree(body: io.BytesIO, like: PyTree) -> PyTree:
-    """The leaves of a tree like this one, which was checked against the header."""
-    return eqx.tree_deserialise_leaves(body, like, filter_spec=_read_leaf)
+    """The leaves of a tree like this one, which was checked against the header.
+
+    Frozen leaves are those of `like`.
+    """
+    found = eqx.tree_deserialise_leaves(body, without_frozen(like), filter_spec=_read_leaf)
+    return eqx.combine(found, like)
 
 
 def leaves_of(tree: PyTree) -> list[list[Any]]:
     """Name, shape and dtype of each leaf that is written."""
+    tree = without_frozen(tree)
     return [
         [name, list(np.shape(x)), str(x.dtype) if hasattr(x, "dtype") else type(x).__name__]
         for name, x in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True)
         if eqx.is_array_like(x) or is_key(x)
     ]
-
-
-def _damaged(path: Path, why: str) -> str:
-    return (
-        f"{path} is damaged ({why}); nothing of it was used. Move it away to go on from the "
-        "checkpoint before it, if there is one"
-    )
 
 
 def _write_leaf(file: io.BytesIO, x: Any) -> None:

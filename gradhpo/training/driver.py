@@ -63,11 +63,12 @@ class Driver:
         if self.keeper is None or not self.keeper.holds_a_run:
             if self.keeper is not None:
                 self.feed.check_can_resume()
+                self.keeper.begin(self.state)
             self.callbacks.start(self.state, resumed=False)
             self.save("")
             return
         self.keeper.check_resumable(num_steps)
-        self.state = self.keeper.read("state", self.state)
+        self.state = self.keeper.resume(self.state)
         self.callbacks.start(self.state, resumed=True)
         self.keeper.read_memories(self.callbacks)
         self.start, self.before = self.keeper.read("rest", (self.start, self.before))

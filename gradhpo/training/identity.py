@@ -13,6 +13,7 @@ from gradhpo.core.state import BilevelState, inner_state
 from gradhpo.data.sources import Feed
 from gradhpo.utils.description import described
 from gradhpo.utils.dispatch import compiled
+from gradhpo.utils.freezing import frozen_part
 
 
 def identity(
@@ -25,6 +26,7 @@ def identity(
         **{name: described(value) for name, value in settings.items()},
         "state.step": int(state.step),
         "state.params": described(weights),
+        "the frozen part of state.params": described(jax.tree.leaves(frozen_part(state.params))),
         "state.hyperparams": described(state.hyperparams),
         "the update of inner_optimizer": _response(_inner_response, optimizer, state, weights),
         "the update of outer_optimizer": _response(

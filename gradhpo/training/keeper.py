@@ -9,6 +9,7 @@ from typing import IO, Any
 import numpy as np
 from jaxtyping import PyTree
 
+from gradhpo.core.state import BilevelState
 from gradhpo.training.callbacks import Callbacks
 from gradhpo.training.checkpoint import (
     Checkpoint,
@@ -23,6 +24,7 @@ from gradhpo.training.checkpoint_file import (
     read_tree,
     write_file,
 )
+from gradhpo.training.frozen_file import FrozenFile
 from gradhpo.training.metrics_file import MetricsFile
 from gradhpo.utils.description import differences
 
@@ -67,6 +69,7 @@ class Keeper:
             )
         self._directory.mkdir(parents=True, exist_ok=True)
         self._metrics = MetricsFile(self._directory / "metrics.bin")
+        self._frozen_file, self._frozen = FrozenFile(self._directory), None
         self._unsaved: list[dict[str, np.ndarray]] = []
         self.saved_step = self._tried_step = 0
         self._tried_at = time.monotonic()
@@ -107,6 +110,17 @@ class Keeper:
                 "asks for fewer: gradhpo.load_checkpoint(directory, state) returns what it has"
             )
 
+    def begin(self, state: BilevelState) -> None:
+        """Of a new run: what none of its steps changes is kept once."""
+        self._frozen = self._frozen_file.write(state)
+
+    def resume(self, state: BilevelState) -> BilevelState:
+        """The state of the checkpoint, like the one that the run began with."""
+        assert self._found is not None
+        check_leaves(self._found, self._header["leaves"]["state"], leaves_of(state))
+        self._frozen = self._header.get("frozen")
+        return read_tree(self._body, self._frozen_file.read_into(state, self._frozen))
+
     def read(self, part: str, like: PyTree) -> PyTree:
         """The next part of the checkpoint, all of it or an error."""
         assert self._found is not None
@@ -139,7 +153,8 @@ class Keeper:
         if not self._same:  # for every checkpoint of this session
             leaves: dict[str, Any] = {name: leaves_of(part) for name, part in parts.items()}
             leaves["memories"] = [leaves_of(memory) for memory in parts["memories"]]
-            self._same = json.dumps({"description": self._description, "leaves": leaves})
+            same = {"description": self._description, "leaves": leaves, "frozen": self._frozen}
+            self._same = json.dumps(same)
         try:
             if not self._locked:
                 self._check_alone()
