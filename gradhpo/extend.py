@@ -25,8 +25,9 @@ from gradhpo.core.reverse import (
 from gradhpo.core.state import BilevelState, inner_state, with_inner_state
 from gradhpo.core.types import InnerOptimizer, LossFn, MetricDict, UpdateFn
 from gradhpo.core.visibility import Sees
+from gradhpo.solvers.system import LinearSolution, solve_system
 from gradhpo.utils.coordinates import map_in_blocks, num_coordinates, ravel, unit_vector, unravel
-from gradhpo.utils.keys import fold_keys, is_key
+from gradhpo.utils.keys import fold_keys, is_key, key_of_numbers, numbers_of_key
 from gradhpo.utils.settings import check_count, check_setting, setting
 from gradhpo.utils.trees import (
     accumulation_dtype,
@@ -52,6 +53,7 @@ __all__ = [
     "InnerState",
     "InnerUpdate",
     "Inputs",
+    "LinearSolution",
     "LossFn",
     "LossFunctions",
     "Memory",
@@ -73,12 +75,15 @@ __all__ = [
     "fold_keys",
     "inner_state",
     "is_key",
+    "key_of_numbers",
     "map_in_blocks",
     "num_coordinates",
+    "numbers_of_key",
     "pull_step",
     "pull_through",
     "ravel",
     "setting",
+    "solve_system",
     "square_root",
     "tree_dot",
     "tree_l2_norm",
