@@ -27,8 +27,9 @@ from gradhpo.core.start import pull_start, push_start
 from gradhpo.core.state import BilevelState, inner_state, with_inner_state
 from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, MetricDict, UpdateFn
 from gradhpo.core.visibility import Sees
+from gradhpo.solvers.system import LinearSolution, solve_system
 from gradhpo.utils.coordinates import map_in_blocks, num_coordinates, ravel, unit_vector, unravel
-from gradhpo.utils.keys import fold_keys, is_key
+from gradhpo.utils.keys import fold_keys, is_key, key_of_numbers, numbers_of_key
 from gradhpo.utils.settings import check_count, check_setting, setting
 from gradhpo.utils.trees import (
     accumulation_dtype,
@@ -55,6 +56,7 @@ __all__ = [
     "InnerState",
     "InnerUpdate",
     "Inputs",
+    "LinearSolution",
     "LossFn",
     "LossFunctions",
     "Memory",
@@ -76,14 +78,17 @@ __all__ = [
     "fold_keys",
     "inner_state",
     "is_key",
+    "key_of_numbers",
     "map_in_blocks",
     "num_coordinates",
+    "numbers_of_key",
     "pull_start",
     "pull_step",
     "pull_through",
     "push_start",
     "ravel",
     "setting",
+    "solve_system",
     "square_root",
     "through_start",
     "tree_dot",

@@ -257,7 +257,7 @@ def test_theta_with_distilled_data_is_algorithm_4_with_these_draws():
     )
     after = optimizer.estimate_theta(state, stack, None, problem.train_loss, problem.val_loss)
     np.testing.assert_allclose(after.memory.theta, xy / xx, rtol=1e-10)
-    assert jnp.all(after.memory.distilled.key == chain[-1])
+    assert jnp.all(after.memory.distilled.key == jax.random.key_data(chain[-1]))
 
 
 def test_the_product_is_taken_on_the_distilled_data():
@@ -298,7 +298,7 @@ def test_distilled_data_has_the_shares_of_the_distilled_point_in_expectation(gam
     state = Distilled(jnp.zeros(1), jnp.zeros((slots, 1)), None)
 
     def shares(key):
-        distilled = Distilled(state.w_star, state.d_star, key)
+        distilled = Distilled(state.w_star, state.d_star, jax.random.key_data(key))
         for t in range(1, steps + 1):
             batch = jnp.full((slots, 1), float(t))
             distilled = distilled.add(jnp.full(1, float(t)), batch, past_share(gamma, t))

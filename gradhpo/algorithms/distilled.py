@@ -21,6 +21,8 @@ from gradhpo.extend import (
     check_same_structure,
     cotangent_at_end,
     is_key,
+    key_of_numbers,
+    numbers_of_key,
     pull_step,
     tree_dot,
     tree_lerp,
@@ -31,8 +33,9 @@ from gradhpo.extend import (
 class Distilled(eqx.Module):
     r"""$w^*$, a discounted mean of the parameters, and $D^*$, examples drawn in the same shares.
 
-    `w_star` is kept in float32 or float64: bfloat16 would lose steps of a hundredth of a
-    difference. Without `d_star` (and `key`) the current batch is used instead.
+        `w_star` is kept in float32 or float64: bfloat16 would lose steps of a hundredth of a
+    difference. Without `d_star` (and `key`) the current batch is used instead. `key` holds the
+    numbers of a PRNG key, so that a state can be serialised.
     """
 
     w_star: PyTree
@@ -53,7 +56,8 @@ class Distilled(eqx.Module):
             batch = eqx.filter(batch, _is_examples)
             check_leading_axis(batch, "init(batch=...)")
         wide = accumulation_dtype(w)
-        return cls(jax.tree.map(lambda x: x.astype(wide), w), batch, key)
+        numbers = None if key is None else numbers_of_key(key)
+        return cls(jax.tree.map(lambda x: x.astype(wide), w), batch, numbers)
 
     def add(self, w: PyTree, batch: PyTree, share: Float[Array, ""]) -> "Distilled":
         r"""Keeps `share` of the earlier content and takes `1 - share` from `(w, batch)`.
@@ -74,7 +78,7 @@ class Distilled(eqx.Module):
             "Make the state with an example of it: init(params, hyperparams, batch=..., key=...).",
         )
         assert self.key is not None
-        key, draw = jax.random.split(self.key)
+        key, draw = jax.random.split(key_of_numbers(self.key))
         size = jax.tree.leaves(self.d_star)[0].shape[0]
         replaced = jax.random.uniform(draw, (size,), share.dtype) < 1 - share
 
@@ -82,7 +86,8 @@ class Distilled(eqx.Module):
             of_example = jnp.reshape(replaced, (size, *[1] * (old.ndim - 1)))
             return jnp.where(of_example, new, old)
 
-        return Distilled(w_star, jax.tree.map(choose, examples, self.d_star), key)
+        d_star = jax.tree.map(choose, examples, self.d_star)
+        return Distilled(w_star, d_star, numbers_of_key(key))
 
     def product(
         self, phi: InnerUpdate, z: InnerState, hyperparams: PyTree, t: ArrayLike, alpha: PyTree

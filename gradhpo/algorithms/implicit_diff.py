@@ -27,9 +27,8 @@ from gradhpo.extend import (
     check_count,
     check_setting,
     checked,
-    num_coordinates,
     setting,
-    tree_dot,
+    solve_system,
     tree_l2_norm,
 )
 
@@ -38,7 +37,10 @@ from gradhpo.extend import (
 # of this many products.
 _MOST_PRODUCTS, _CYCLE = 100, 20
 # Used if a solver has no `advice`.
-_ADVICE = "the system is probably singular or not positive: pass damping=1e-3 or more"
+_ADVICE = (
+    "H is singular, as it is where a batch has fewer examples than there are parameters, or not "
+    "positive: use larger batches, curvature_batches, or damping=1e-3 or more"
+)
 
 
 class ImplicitMemory(Memory):
@@ -74,12 +76,21 @@ class ImplicitOptimizer(Algorithm):
     $(I + \rho I - \partial\Phi/\partial w)^\top q = \nabla_w L_{val}$ instead, and
     $g = \partial L_{val}/\partial\lambda + q^\top \partial\Phi/\partial\lambda$.
 
+    If a batch has fewer examples than there are parameters, $H$ is singular and $q$ does not exist.
+    The default solver and `lineax.CG` then take the least-squares solution of the smallest norm,
+    $q = H^+ \nabla_w L_{val}$, and count a failure; `linear_residual` is the share of
+    $\nabla_w L_{val}$ that the batch does not see.
+
     It does not see hyperparameters that only change the path to the optimum: learning rates and
     other settings of the inner optimizer. It assumes that training ends at the minimum of the
     training loss. Decay that the inner optimizer adds by itself (`optax.adamw`) moves that point,
     so write it into the loss, or into an `update_fn`. A starting point ($w = w_0 + \delta$) has a
     hypergradient of 0. Far from the optimum the hypergradient is biased: look at `inner_residual`.
-    With minibatches, $H$ is the Hessian on the last one.
+
+    The hypergradient can itself be differentiated, in forward and reverse mode, for outer
+    Hessians. The derivative is that of the computation: through the `inner_steps` from the given
+    state, and of the solution of the linear system. If the inner steps converge, that is the
+    derivative of the optimum.
 
     **Arguments:**
 
@@ -95,6 +106,10 @@ class ImplicitOptimizer(Algorithm):
         about 100 products and tolerances of about 2e-5 in float32, 4e-11 in float64.
     - `inner_steps`: inner steps per `step`, at least 1; default 1.
     - `damping`: $\rho \ge 0$, shape `()`, default 0, for an $H$ that is singular or not positive.
+    - `curvature_batches`: over how many training batches $H$ and the mixed derivative (or $\Phi$)
+        are means, the last ones of a `step`; from 1, the default, to `inner_steps`. They cost as
+        much as one batch of that size, in work and memory. One batch that serves every inner step
+        counts once.
 
     The memory, `state.memory`: `adjoint`, the last $q$ (iterative solvers start from its best
     multiple), and its own metrics (`state.get_metric("linear_residual")`): `inner_residual`,
@@ -102,12 +117,13 @@ class ImplicitOptimizer(Algorithm):
     `linear_residual`, the residual of the linear system relative to its right-hand side;
     `linear_iterations` as the solver counts them (0 for direct solvers, cycles of 20 products for
     `lineax.GMRES`); `linear_failures`, the number of solves so far that the solver itself gave up
-    (singular, diverged). Reaching `max_steps` is not a failure, but a `linear_residual` above 1 is
-    worse than no solve. Nothing is raised: a finite hypergradient of a failed solve is followed
-    like any other, and the report of `run` mentions it.
+    (singular, diverged), or that ended with a `linear_residual` above 1, which is worse than no
+    solve. ([`Neumann`][gradhpo.Neumann] and [`Nystrom`][gradhpo.Nystrom] are not inverses: with
+    them that is not a failure.) Nor is reaching `max_steps`. Nothing is raised: a finite
+    hypergradient of a failed solve is followed like any other, and the report of `run` mentions it.
 
-    **Raises:** `ValueError` for `inner_steps < 1` or a negative `damping`; while tracing, for a
-    solver that does not fit the operator.
+    **Raises:** `ValueError` for `inner_steps < 1`, `curvature_batches` outside 1 to `inner_steps`,
+    or a negative `damping`; while tracing, for a solver that does not fit the operator.
 
     ```python
     train_loss = lambda w, h, batch: jnp.sum((w - 1.0) ** 2 + jnp.exp(h) * w**2)
@@ -133,11 +149,19 @@ class ImplicitOptimizer(Algorithm):
     linear_solver: lx.AbstractLinearSolver | None = None
     inner_steps: int = eqx.field(static=True, default=1)
     damping: Float[Array, ""] = eqx.field(converter=setting, default=0.0)
+    curvature_batches: int = eqx.field(static=True, default=1)
     grad_fn: GradFn | None = None
     update_fn: UpdateFn | None = None
 
     def __check_init__(self):
         check_count("inner_steps", self.inner_steps)
+        check_count("curvature_batches", self.curvature_batches)
+        if self.curvature_batches > self.inner_steps:
+            raise ValueError(
+                f"curvature_batches={self.curvature_batches} are the last batches of a step, which "
+                f"has inner_steps={self.inner_steps}: write inner_steps={self.curvature_batches} "
+                f"or more, or curvature_batches={self.inner_steps}"
+            )
         check_setting("damping", self.damping, lambda x: x >= 0, "at least 0")
 
     @property
@@ -162,12 +186,13 @@ class ImplicitOptimizer(Algorithm):
 
     @property
     def suspect(self) -> str:
-        """A linear system that is singular."""
-        return "a singular linear system: pass damping=1e-3 or more"
+        """The linear system."""
+        return f"the linear system: {_ADVICE}"
 
     def with_num_steps(self, num_steps: int) -> "ImplicitOptimizer":
-        """The same optimizer with other `inner_steps`."""
-        return dataclasses.replace(self, inner_steps=num_steps)
+        """The same optimizer with other `inner_steps`, and at most as many `curvature_batches`."""
+        batches = min(self.curvature_batches, num_steps)
+        return dataclasses.replace(self, inner_steps=num_steps, curvature_batches=batches)
 
     def init_memory(
         self, z: InnerState, hyperparams: PyTree, batch: PyTree, key: Array | None
@@ -192,7 +217,7 @@ class ImplicitOptimizer(Algorithm):
         z, train_loss, _ = phi.rollout(z, hyperparams, 0, self.inner_steps)
         w = z.w
         val_loss, alpha, direct = validation.value_and_grads(w, hyperparams)
-        residual, products = phi.optimality(w, hyperparams, last)
+        residual, products = phi.optimality(w, hyperparams, last, self.curvature_batches)
 
         # Solved in float32 at least, and for a right-hand side of length 1.
         wide = accumulation_dtype(w)
@@ -202,49 +227,44 @@ class ImplicitOptimizer(Algorithm):
         # Its own numbers as well: lineax asks for their shapes, and JAX warns if they are float64
         # (made under x64) while x64 is off.
         solver = jax.tree.map(lambda x: x.astype(wide) if eqx.is_inexact_array(x) else x, solver)
-        # lineax.CG takes a curvature below 200 eps n for a singularity, at any scale of the system:
-        # in float32 that is 0.24 for 10,000 parameters. So it gets a larger system.
-        size = 200.0 * num_coordinates(w) if isinstance(solver, lx.CG) else 1.0
         damping = self.damping.astype(wide)
-        norm = tree_l2_norm(alpha).astype(wide)
+        norm = jax.lax.stop_gradient(tree_l2_norm(alpha).astype(wide))
         norm = jnp.where(norm > 0, norm, 1)
-        scaled = lambda factor, tree: jax.tree.map(lambda x: factor * x.astype(wide), tree)
-        unit = scaled(1 / norm, alpha)
+        unit = jax.tree.map(lambda x: 1 / norm * x.astype(wide), alpha)
 
         def product(v):
             by_w, by_hyperparams = products(cast_like(v, w))
             return jax.tree.map(lambda x, y: x.astype(wide) + damping * y, by_w, v), by_hyperparams
 
-        operator = lx.FunctionLinearOperator(
-            lambda v: scaled(size, product(v)[0]),
-            jax.eval_shape(lambda: unit),
-            lx.positive_semidefinite_tag if symmetric else (),
-        )
-        start = _best_multiple(memory.adjoint, operator.mv(memory.adjoint), unit)
-        options = {"y0": start, "shift": damping}
         try:
-            solution = lx.linear_solve(operator, unit, solver, options=options, throw=False)
+            q, failed, iterations = solve_system(
+                lambda v: product(v)[0],
+                unit,
+                solver,
+                symmetric=symmetric,
+                guess=memory.adjoint,
+                shift=damping,
+            )
         except ValueError as error:
             kind = f"ImplicitOptimizer(linear_solver={type(solver).__name__}(...))"
             raise ValueError(f"{kind} does not fit this system: {error}") from error
-        result = solution.result
-        failed = (result != lx.RESULTS.successful) & (result != lx.RESULTS.max_steps_reached)
+        reached, mixed = product(q)
         inner_residual = tree_l2_norm(residual)
+        residual_left = tree_l2_norm(jax.tree.map(jnp.subtract, unit, reached))
+        if not getattr(solver, "approximates", False):
+            failed |= residual_left > 1.01  # by more than rounding
         # If the inner training has blown up, the solver is not to blame.
         failed &= jnp.isfinite(norm) & jnp.isfinite(inner_residual)
-        q = scaled(size, solution.value)
-        reached, mixed = product(q)
         hypergradient = jax.tree.map(
             lambda x, y: x - (norm * y.astype(wide)).astype(x.dtype), direct, mixed
         )
         # A failed solve is no starting point for the next one.
         adjoint = jax.tree.map(lambda q: jnp.where(failed, 0, norm * q), q)
-        residual_left = tree_l2_norm(jax.tree.map(jnp.subtract, unit, reached))
         memory = ImplicitMemory(
             adjoint,
             inner_residual=inner_residual.astype(wide),
             linear_residual=residual_left.astype(wide),
-            linear_iterations=jnp.asarray(solution.stats.get("num_steps", 0)).astype(wide),
+            linear_iterations=iterations.astype(wide),
             linear_failures=memory.linear_failures + failed.astype(wide),
         )
         return Estimate(z, hypergradient, train_loss, val_loss, memory)
@@ -256,6 +276,13 @@ class ImplicitOptimizer(Algorithm):
         failures = copies * (metrics["linear_failures"][-1] - before["linear_failures"])
         residuals = metrics["linear_residual"]
         why = getattr(self.linear_solver, "advice", _ADVICE)
+        if failures and why is _ADVICE:
+            return (
+                f"The linear solver failed {failures:.0f} times: {why}. Conjugate gradients then "
+                "take the least-squares solution of the smallest norm, without what the batch does "
+                f"not see (by the median of linear_residual, {np.median(residuals):.0%} of the "
+                "validation gradient); what other solvers give is not to be trusted."
+            )
         if failures:
             return (
                 f"The linear solver failed {failures:.0f} times; the hypergradients of those steps "
@@ -268,13 +295,6 @@ class ImplicitOptimizer(Algorithm):
                 f"{np.median(residuals):.0e}), so the adjoint is worse than none; {why}."
             )
         return ""
-
-
-def _best_multiple(y: PyTree, product: PyTree, target: PyTree) -> PyTree:
-    """The multiple of `y` whose product is closest to the target: never worse than 0."""
-    square = tree_dot(product, product)
-    share = tree_dot(product, target) / jnp.where(square > 0, square, 1)
-    return jax.tree.map(lambda x: share.astype(x.dtype) * x, y)
 
 
 def _check_fits(solver: lx.AbstractLinearSolver, symmetric: bool) -> None:

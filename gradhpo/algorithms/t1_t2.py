@@ -172,7 +172,8 @@ class T1T2Optimizer(Algorithm):
         hyperparams: PyTree,
         alpha: PyTree,
     ) -> PyTree:
-        v, through_optimizer = phi.optimizer_vjp(gradient, before, hyperparams, alpha)
+        last = self.inner_steps - 1
+        v, through_optimizer = phi.optimizer_vjp(gradient, before, hyperparams, last, alpha)
         norm = tree_l2_norm(v)
         # v = 0 must give 0, not 0/0; then any finite scale will do.
         scale = self.epsilon.astype(norm.dtype) / jnp.where(norm > 0, norm, 1)
@@ -180,7 +181,7 @@ class T1T2Optimizer(Algorithm):
         def gradient_at(sign):
             moved = lambda x, d: x + (sign * scale).astype(x.dtype) * d
             w = jax.tree.map(moved, before.w, v)
-            return jax.grad(phi.train_loss, argnums=1)(w, hyperparams, self.inner_steps - 1)
+            return jax.grad(phi.train_loss, argnums=1)(w, hyperparams, last)
 
         def with_quotient(exact, plus, minus):
             return exact + (plus - minus) / (2 * scale).astype(exact.dtype)

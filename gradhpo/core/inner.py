@@ -17,13 +17,14 @@ import optax
 from jaxtyping import Array, ArrayLike, PyTree
 
 from gradhpo.core.batches import batch_of_step, is_same_each_step
-from gradhpo.core.inner_optimizer import (
-    cast_like,
-    explained,
-    resolve,
-)
+from gradhpo.core.inner_optimizer import cast_like, explained, gradient_for, resolve
 from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, UpdateFn
-from gradhpo.utils.foreign import forget_secants, last_evaluation, with_evaluation
+from gradhpo.utils.foreign import (
+    forget_secants,
+    last_evaluation,
+    takes_objective,
+    with_evaluation,
+)
 from gradhpo.utils.freezing import like_trained
 from gradhpo.utils.gradients import linearize_gradient
 from gradhpo.utils.trees import tree_zeros_like
@@ -149,15 +150,18 @@ class InnerUpdate(eqx.Module):
         return self.train_loss(w, hyperparams, t), self.gradient(w, hyperparams, t)
 
     def _linearized(
-        self, w: PyTree, hyperparams: PyTree, t: ArrayLike
+        self, w: PyTree, hyperparams: PyTree, last: ArrayLike, count: int = 1
     ) -> tuple[Array, PyTree, Callable[[PyTree], tuple[PyTree, PyTree]]]:
-        """The loss, the gradient, and the products of a cotangent on it with its derivatives."""
+        """The loss, the gradient, and the products of a cotangent on it with its derivatives.
+
+        Means over the batches of the `count` steps that end with step `last`.
+        """
+        loss = lambda w, h: _mean(lambda t: self.train_loss(w, h, t), last, count)
         if self.grad_fn is None:
-            return linearize_gradient(
-                lambda w, h: self.train_loss(w, h, t), w, hyperparams, symmetric=self.symmetric
-            )
-        gradient, pull = jax.vjp(lambda w, h: self.gradient(w, h, t), w, hyperparams)
-        return self.train_loss(w, hyperparams, t), gradient, pull
+            return linearize_gradient(loss, w, hyperparams, symmetric=self.symmetric)
+        mean = lambda w, h: _mean(lambda t: self.gradient(w, h, t), last, count)
+        gradient, pull = jax.vjp(mean, w, hyperparams)
+        return loss(w, hyperparams), gradient, pull
 
     def step_and_gradient(
         self,
@@ -177,7 +181,7 @@ class InnerUpdate(eqx.Module):
         if self.passes_loss:
             value_fn = lambda w: self.train_loss(w, hyperparams, t)
             of_loss = {"value": loss, "grad": gradient, "value_fn": value_fn}
-        new_w, new_s = self._updated_by_optax(gradient, z.s, z.w, hyperparams, of_loss)
+        new_w, new_s = self._updated_by_optax(gradient, z.s, z.w, hyperparams, t, of_loss)
         return InnerState(new_w, new_s, z.r), loss, gradient
 
     def vjp(
@@ -197,7 +201,7 @@ class InnerUpdate(eqx.Module):
 
         def optimizer_update(gradient, s_inexact, w, hyperparams):
             new_w, new_s = self._updated_by_optax(
-                gradient, eqx.combine(s_inexact, s_rest), w, hyperparams
+                gradient, eqx.combine(s_inexact, s_rest), w, hyperparams, t
             )
             new_inexact, new_rest = eqx.partition(new_s, eqx.is_inexact_array)
             return (new_w, new_inexact), new_rest
@@ -228,32 +232,36 @@ class InnerUpdate(eqx.Module):
         return z._replace(w=new_w), self.train_loss(z.w, hyperparams, t), pull
 
     def optimizer_vjp(
-        self, gradient: PyTree, z: InnerState, hyperparams: PyTree, w_bar: PyTree
+        self, gradient: PyTree, z: InnerState, hyperparams: PyTree, t: ArrayLike, w_bar: PyTree
     ) -> tuple[PyTree, PyTree]:
         """Cotangents on the gradient and on the hyperparameters, through optax alone."""
-        update = lambda g, h: self._updated_by_optax(g, z.s, z.w, h)[0]
+        update = lambda g, h: self._updated_by_optax(g, z.s, z.w, h, t)[0]
         return jax.vjp(update, gradient, hyperparams)[1](w_bar)
 
     def optimality(
-        self, w: PyTree, hyperparams: PyTree, t: ArrayLike
+        self, w: PyTree, hyperparams: PyTree, last: ArrayLike, count: int = 1
     ) -> tuple[PyTree, Callable[[PyTree], tuple[PyTree, PyTree]]]:
         r"""What vanishes at the inner optimum, and the products with its derivatives.
 
         $F = \nabla_w L_{train}$ (or what `grad_fn` returns), or $F = w - \Phi(w, \lambda)$
         with an `update_fn`; and
-        $v \mapsto (v^\top \partial F/\partial w,\; v^\top \partial F/\partial\lambda)$.
+        $v \mapsto (v^\top \partial F/\partial w,\; v^\top \partial F/\partial\lambda)$. Both
+        are means over the batches of the `count` steps that end with step `last`.
         """
+        if is_same_each_step(self.train_batch):
+            count = 1
         if self.update_fn is None:
-            _, gradient, products = self._linearized(w, hyperparams, t)
+            _, gradient, products = self._linearized(w, hyperparams, last, count)
             return gradient, products
-        new, _, pull = self.vjp(InnerState(w, ()), hyperparams, t)
+        update = lambda w, h: _mean(lambda t: self._updated_by_hand(w, h, t), last, count)
+        new, pull = jax.vjp(update, w, hyperparams)
 
         def minus_pulled(v):
-            by_z, by_hyperparams = pull(InnerState(v, ()))
-            by_w = jax.tree.map(jnp.subtract, v, by_z.w)
+            by_w, by_hyperparams = pull(v)
+            by_w = jax.tree.map(jnp.subtract, v, by_w)
             return by_w, jax.tree.map(jnp.negative, by_hyperparams)
 
-        return jax.tree.map(jnp.subtract, w, new.w), minus_pulled
+        return jax.tree.map(jnp.subtract, w, new), minus_pulled
 
     def rollout(
         self,
@@ -304,13 +312,22 @@ class InnerUpdate(eqx.Module):
         return z._replace(s=with_evaluation(z.s, loss, gradient)), True
 
     def _updated_by_optax(
-        self, gradient: PyTree, s: PyTree, w: PyTree, hyperparams: PyTree, of_loss: Any = ()
+        self,
+        gradient: PyTree,
+        s: PyTree,
+        w: PyTree,
+        hyperparams: PyTree,
+        t: ArrayLike,
+        of_loss: Any = (),
     ) -> tuple[PyTree, PyTree]:
+        """`of_loss` must not be differentiated. The objective of Sophia is, as all of this."""
         assert self.inner_optimizer is not None
         transformation = resolve(self.inner_optimizer, hyperparams)
+        objective = lambda w: self.train_loss(w, hyperparams, t)
+        more = dict(of_loss) | ({"obj_fn": objective} if takes_objective(s) else {})
         with explained():
             update = optax.with_extra_args_support(transformation).update
-            updates, new_s = update(gradient, s, w, **dict(of_loss))
+            updates, new_s = update(gradient_for(s, gradient), s, w, **more)
         new_w = optax.apply_updates(w, updates)
         return cast_like(new_w, w, "the inner update"), cast_like(new_s, s)
 
@@ -335,3 +352,16 @@ class InnerUpdate(eqx.Module):
                 "counter?); such leaves stay as they are: keep it as a float, or out of params"
             )
         return cast_like(new, w)
+
+
+def _mean(function: Callable[[ArrayLike], PyTree], last: ArrayLike, count: int) -> PyTree:
+    """Of `function` at the last `count` steps, in a loop: a program does not grow with them."""
+    if count == 1:
+        return function(last)
+
+    def body(total, t):
+        return jax.tree.map(jnp.add, total, function(t)), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, last))
+    total, _ = jax.lax.scan(body, zeros, last - jnp.arange(count))
+    return jax.tree.map(lambda x: x / count, total)

@@ -10,7 +10,12 @@ from jaxtyping import PyTree
 
 from gradhpo.core.types import InnerOptimizer
 from gradhpo.utils.advice import NEEDS_THE_LOSS
-from gradhpo.utils.foreign import injected_values, is_missing_argument
+from gradhpo.utils.foreign import (
+    averages,
+    injected_values,
+    is_missing_argument,
+    looks_ahead,
+)
 from gradhpo.utils.keys import is_key
 from gradhpo.utils.tracing import visible_leaves
 from gradhpo.utils.validation import strong
@@ -35,7 +40,33 @@ def init_inner_state(
                 "or as schedules, which are evaluated at every step: lambda h: "
                 "optax.inject_hyperparams(optax.sgd)(lambda count: h['rates'][count // 100])"
             )
+    _check_which_parameters(state, w)
     return jax.tree.map(strong, state)
+
+
+def _check_which_parameters(state: PyTree, w: PyTree) -> None:
+    """Of optimizers with two kinds of parameters: one is trained, the other to be validated."""
+    if looks_ahead(state) and not isinstance(w, optax.LookaheadParams):
+        raise ValueError(
+            "optax.lookahead trains fast parameters and validates slow ones, so params are both: "
+            "optimizer.init(optax.LookaheadParams.init_synced(params), hyperparams), with losses "
+            "train_loss(params.fast, hyperparams, batch) and val_loss(params.slow, hyperparams, "
+            "batch)"
+        )
+    if any(jax.tree.structure(z) == jax.tree.structure(w) for z in averages(state)):
+        warn_once(
+            "optax.contrib.schedule_free trains at one point, which params are, and is meant to be "
+            "validated at another, its average, which params are not: the hypergradient is that of "
+            "the validation loss at the first. docs/hyperparameters.md has the lines that keep "
+            'both ("Optimizers that need more than a gradient")'
+        )
+
+
+def gradient_for(s: PyTree, gradient: PyTree) -> PyTree:
+    """The gradient as the optimizer wants it: `optax.lookahead` that of its fast parameters."""
+    if isinstance(gradient, optax.LookaheadParams) and looks_ahead(s):
+        return gradient.fast
+    return gradient
 
 
 def resolve(inner_optimizer: InnerOptimizer, hyperparams: PyTree) -> optax.GradientTransformation:

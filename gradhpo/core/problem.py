@@ -17,6 +17,7 @@ from gradhpo.core.state import inner_state
 from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, UpdateFn
 from gradhpo.utils.freezing import not_trained
 from gradhpo.utils.programs import contains_custom_vjp, inputs_read, stops_a_function_of
+from gradhpo.utils.tracing import visible_leaves
 from gradhpo.utils.validation import check_arity, check_scalar, check_single_batch, leaf_names
 from gradhpo.utils.warn import warn_once
 
@@ -99,7 +100,7 @@ def make_problem(
     if grad_fn is update_fn is None:
         if differentiates:
             _check_stops(program, z.w, hyperparams)
-        _check_trained(program, of_validation, z.w)
+        _check_trained(program, of_validation, phi, z, hyperparams)
     fresh = state.fresh if act_at_start(phi, z, hyperparams) else None
     phi = dataclasses.replace(phi, symmetric=symmetric, fresh=fresh)
     return Problem(phi, validation, z, hyperparams)
@@ -117,13 +118,20 @@ def _check_stops(program: Jaxpr, w: PyTree, hyperparams: PyTree) -> None:
         )
 
 
-def _check_trained(of_training: Jaxpr, of_validation: Jaxpr, w: PyTree) -> None:
+def _check_trained(
+    of_training: Jaxpr,
+    of_validation: Jaxpr,
+    phi: InnerUpdate,
+    z: InnerState,
+    hyperparams: PyTree,
+) -> None:
     """What validation reads is trained: running statistics of another framework are not."""
-    names = leaf_names(w)
+    names = leaf_names(z.w)
     trained = inputs_read(of_training, by_derivative=True)
     read = inputs_read(of_validation, by_derivative=False)
     # The hyperparameters come after them.
-    untrained = [name for name, a, b in zip(names, trained, read, strict=False) if b and not a]
+    candidates = [i for i in range(len(names)) if read[i] and not trained[i]]
+    untrained = [names[i] for i in candidates if not _follows_others(i, phi, z, hyperparams)]
     if untrained:
         shown = ", ".join(untrained[:5]) + (", ..." if len(untrained) > 5 else "")
         warn_once(
@@ -132,6 +140,13 @@ def _check_trained(of_training: Jaxpr, of_validation: Jaxpr, w: PyTree) -> None:
             "statistics of a BatchNorm are not parameters; freeze what should stay constant: "
             "gradhpo.partition(model, where, frozen=), or gradhpo.frozen"
         )
+
+
+def _follows_others(leaf: int, phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> bool:
+    """Whether the optimizer moves a leaf of the parameters by others, as an average of them."""
+    new = lambda w: jax.tree.leaves(phi.step(z._replace(w=w), hyperparams, 0)[0].w)[leaf]
+    reads = jax.tree.leaves(visible_leaves(new, z.w))
+    return any(here for i, here in enumerate(reads) if i != leaf)
 
 
 def _check_batches(inputs: Inputs, num_steps: int) -> None:

@@ -114,7 +114,7 @@ def finiteness(problem: Problem, num_steps: int) -> dict[str, Any]:
         found = {}
         if phi.update_fn is None:
             gradient = phi.gradient(step.z.w, hyperparams, step.t)
-            through = phi.optimizer_vjp(gradient, step.z, hyperparams, step.bar_after.z.w)
+            through = phi.optimizer_vjp(gradient, step.z, hyperparams, step.t, step.bar_after.z.w)
             found["through_optimizer"] = finite_leaves(through[0])
         return found | {
             "state": finite_leaves(step.bar.z.s),

@@ -57,6 +57,9 @@ class Neumann(lx.AbstractLinearSolver[_State]):
     )
     """What to do if its solutions cannot be trusted."""
 
+    approximates: ClassVar[bool] = True
+    """It is not the inverse, and has derivatives of its own."""
+
     def __check_init__(self):
         check_count("terms", self.terms)
         check_setting("step_size", self.step_size, lambda x: x > 0, "positive")

@@ -21,11 +21,17 @@ from gradhpo.utils.typecheck import checked
 
 
 class _LowRank(NamedTuple):
-    r"""$A_r = B^\top \operatorname{diag}(\mathtt{signs})\, B$, and the shift added to it."""
+    r"""$A_r = B^\top \operatorname{diag}(\mathtt{signs})\, B$, and the shift added to it.
+
+    $B = W C$ with $M^+ = W^\top \operatorname{diag}(\mathtt{signs})\, W$.
+    """
 
     b: Array  # [rank, n]
     signs: Array  # [rank]
     shift: Array  # []
+    w: Array  # [rank, rank]
+    c: Array  # [rank, n]
+    m: Array  # [rank, rank]
 
 
 @checked
@@ -78,6 +84,9 @@ class Nystrom(lx.AbstractLinearSolver[_LowRank]):
     )
     """What to do if its solutions cannot be trusted."""
 
+    approximates: ClassVar[bool] = True
+    """It is not the inverse, and has derivatives of its own."""
+
     def __check_init__(self):
         check_count("rank", self.rank)
         check_setting("damping", self.damping, lambda x: x > 0, "positive")
@@ -110,24 +119,21 @@ class Nystrom(lx.AbstractLinearSolver[_LowRank]):
             return ravel(operator.mv(unit), dtype) - shift * ravel(unit, dtype)
 
         rows = map_in_blocks(row, chosen)
-        values, vectors = jnp.linalg.eigh(rows[:, chosen])
+        block = rows[:, chosen]
+        values, vectors = jnp.linalg.eigh(block)
         # A direction without curvature among the columns has none to invert.
         magnitudes = jnp.abs(values)
         kept = magnitudes > self.rank * jnp.finfo(dtype).eps * jnp.max(magnitudes)
         scale = jnp.where(kept, 1 / jnp.sqrt(jnp.where(kept, magnitudes, 1)), 0)
         signs = jnp.where(values < 0, -jnp.ones_like(values), jnp.ones_like(values))
-        return _LowRank(
-            scale[:, None] * (vectors.T @ rows), signs, self.damping.astype(dtype) + shift
-        )
+        b, w = scale[:, None] * (vectors.T @ rows), scale[:, None] * vectors.T
+        return _LowRank(b, signs, self.damping.astype(dtype) + shift, w, rows, block)
 
     def compute(
         self, state: _LowRank, vector: PyTree, options: dict[str, Any]
     ) -> tuple[PyTree, lx.RESULTS, dict[str, Any]]:
         """Woodbury's formula with the well-conditioned `rank` by `rank` matrix; always succeeds."""
-        b, signs, rho = state
-        v = ravel(vector, b.dtype)
-        small = rho * jnp.diag(signs) + b @ b.T
-        solution = (v - b.T @ jnp.linalg.solve(small, b @ v)) / rho
+        solution = _inverse(state, ravel(vector, state.b.dtype))
         return unravel(solution, vector), lx.RESULTS.successful, {}
 
     def transpose(
@@ -143,3 +149,21 @@ class Nystrom(lx.AbstractLinearSolver[_LowRank]):
     def assume_full_rank(self) -> bool:
         """It inverts a damped operator."""
         return True
+
+
+@jax.custom_jvp
+def _inverse(state: _LowRank, v: Array) -> Array:
+    b, rho = state.b, state.shift
+    small = rho * jnp.diag(state.signs) + b @ b.T
+    return (v - b.T @ jnp.linalg.solve(small, b @ v)) / rho
+
+
+@_inverse.defjvp
+def _inverse_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    """Of C and M, not of M's eigenvectors, which have no derivative where two values are equal."""
+    (state, v), (dot, v_dot) = primals, tangents
+    x = _inverse(state, v)
+    pseudo_inverse = lambda u: state.w.T @ (state.signs * (state.w @ u))
+    u = pseudo_inverse(state.c @ x)
+    moved = dot.c.T @ u + state.c.T @ pseudo_inverse(dot.c @ x - dot.m @ u)
+    return x, _inverse(state, v_dot - moved - dot.shift * x)

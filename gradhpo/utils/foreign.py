@@ -11,6 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jaxtyping import Array, PyTree
 
 
@@ -97,14 +98,36 @@ def guards_updates(inner_opt_state: PyTree) -> bool:
 def injected_values(inner_opt_state: PyTree) -> list[PyTree]:
     """What `optax.inject_hyperparams` keeps in a state; schedules recompute theirs every step."""
     kinds = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
-    is_injected = lambda x: isinstance(x, kinds)
-    nodes: list[Any] = jax.tree.leaves(inner_opt_state, is_leaf=is_injected)
     return [
         value
-        for node in filter(is_injected, nodes)
+        for node in _nodes(inner_opt_state, kinds)
         for name, value in node.hyperparams.items()
         if name not in getattr(node, "hyperparams_states", {})
     ]
+
+
+def looks_ahead(inner_opt_state: PyTree) -> bool:
+    """Whether an optax state holds that of `optax.lookahead`."""
+    return bool(_nodes(inner_opt_state, optax.LookaheadState))
+
+
+def averages(inner_opt_state: PyTree) -> list[PyTree]:
+    """The `z` of every `optax.contrib.schedule_free` in an optax state, trees like its params."""
+    kind = optax.contrib.ScheduleFreeState
+    return [node.z for node in _nodes(inner_opt_state, kind)]
+
+
+def takes_objective(inner_opt_state: PyTree) -> bool:
+    """Whether `optax.contrib.sophia` is among the transformations: it wants the loss as `obj_fn`.
+
+    Others are not given it: the line search of L-BFGS refuses what it does not know.
+    """
+    return bool(_nodes(inner_opt_state, optax.contrib.SophiaState))
+
+
+def _nodes(inner_opt_state: PyTree, kind: Any) -> list[Any]:
+    is_one = lambda x: isinstance(x, kind)
+    return list(filter(is_one, jax.tree.leaves(inner_opt_state, is_leaf=is_one)))
 
 
 def forget_secants(inner_opt_state: PyTree) -> PyTree:

@@ -1,4 +1,4 @@
-"""PRNG keys that travel inside batches."""
+"""PRNG keys that travel inside batches, and in memories."""
 
 from typing import Any
 
@@ -15,6 +15,17 @@ def fold_keys(batch: PyTree, index: ArrayLike) -> PyTree:
 
 def is_key(x: Any) -> bool:
     return eqx.is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def numbers_of_key(key: Array) -> Array:
+    """What a state holds of a PRNG key, typed or legacy: a typed one cannot be serialised."""
+    return jax.random.key_data(key) if is_key(key) else key
+
+
+def key_of_numbers(numbers: Array) -> Array:
+    """The typed key, of the kind that has so many numbers."""
+    kind = "threefry2x32" if numbers.shape[-1] == 2 else "rbg"
+    return jax.random.wrap_key_data(numbers, impl=kind)
 
 
 def _fold(keys: Array, index: ArrayLike) -> Array:

@@ -1,0 +1,148 @@
+r"""A linear system, solved by any of the solvers, and the derivative of its solution."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jaxtyping import Array, PyTree
+
+from gradhpo.solvers.conjugate import ConjugateGradients
+from gradhpo.utils.trees import all_finite, tree_dot, tree_l2_norm
+
+
+class LinearSolution(NamedTuple):
+    """What [`solve_system`][gradhpo.extend.solve_system] returns.
+
+    - `value`: a tree like the right-hand side.
+    - `failed`: whether the solver gave up (singular, diverged), shape `()`. To be cut short is no
+        failure.
+    - `iterations`: as the solver counts them, 0 for direct ones, shape `()`.
+    """
+
+    value: PyTree
+    failed: Array
+    iterations: Array
+
+
+def solve_system(
+    product: Callable[[PyTree], PyTree],
+    rhs: PyTree,
+    solver: lx.AbstractLinearSolver,
+    *,
+    symmetric: bool,
+    guess: PyTree,
+    shift: Array,
+) -> LinearSolution:
+    r"""$q = A^{-1} b$ for $A v$ = `product(v)` and $b$ = `rhs`, which may be differentiated.
+
+    Where $A$ and $b$ depend on something, so does $q$, with $q' = A^{-1}(b' - A' q)$: one more
+    solve by the same solver, whose steps are not gone through. (A solve that is cut short is
+    therefore differentiated as what it approaches.) Solvers that are meant as something else
+    than $A^{-1}$, [`Neumann`][gradhpo.Neumann] and [`Nystrom`][gradhpo.Nystrom], say so by
+    `approximates = True`; their own operations are differentiated.
+
+    **Arguments:**
+
+    - `product`: a linear function of trees like `rhs`.
+    - `rhs`: a tree of arrays of one dtype, float32 or float64.
+    - `solver`: any `lineax` solver. The iterations of `lineax.CG` get an answer for a singular $A$
+        as well: the least-squares solution of the smallest norm, which counts as failed.
+    - `symmetric`: whether $A$ is. If it is not, reverse mode transposes it.
+    - `guess`: a tree like `rhs`; iterations start from its best multiple.
+    - `shift`: which multiple of $I$ is in $A$, shape `()`, for solvers that ask.
+
+    **Returns:** a `LinearSolution`; a solve that fails raises nothing.
+
+    **Raises:** `ValueError` for a solver that does not fit the system.
+
+    ```python
+    import lineax as lx
+    from gradhpo.extend import solve_system
+
+    def solution(h):
+        zeros = jnp.zeros(3)
+        system = {"symmetric": True, "guess": zeros, "shift": jnp.zeros(())}
+        return solve_system(lambda v: h * v, jnp.ones(3), lx.CG(1e-6, 1e-6), **system).value
+
+    jax.jacobian(solution)(2.0)  # -1/4
+    ```
+    """
+    if isinstance(solver, lx.CG):
+        solver = ConjugateGradients(solver)
+    image = product(guess)
+    if getattr(solver, "approximates", False):
+        return LinearSolution(*_Solve(solver, symmetric, guess, image, shift)(product, rhs))
+    arrays, rest = eqx.partition((solver, guess, image, shift), eqx.is_array)
+    solver, guess, image, shift = eqx.combine(jax.lax.stop_gradient(arrays), rest)
+    solve = _Solve(solver, symmetric, guess, image, shift)
+    return LinearSolution(*_solved(eqx.filter_closure_convert(product, rhs), rhs, solve=solve))
+
+
+class _Solve(eqx.Module):
+    """A solver with what it is told of the system."""
+
+    solver: lx.AbstractLinearSolver
+    symmetric: bool = eqx.field(static=True)
+    guess: PyTree
+    image: PyTree  # of the guess
+    shift: Array
+
+    def __call__(self, product: Callable, rhs: PyTree) -> tuple[PyTree, Array, Array]:
+        """The solution, whether it failed, and iterations."""
+        # Absolute tolerances are made for a length of 1. A power of 2, which rounds nothing.
+        size = jax.lax.stop_gradient(tree_l2_norm(rhs))
+        scale = jnp.exp2(jnp.round(jnp.log2(jnp.where(size > 0, size, 1))))
+        rhs = jax.tree.map(lambda x: x / scale, rhs)
+        tags = lx.positive_semidefinite_tag if self.symmetric else ()
+        operator = lx.FunctionLinearOperator(product, jax.eval_shape(lambda: rhs), tags)
+        options = {"y0": _best_multiple(self.guess, self.image, rhs), "shift": self.shift}
+        value, result, statistics = self._run(operator, rhs, options)
+        failed = (result != lx.RESULTS.successful) & (result != lx.RESULTS.max_steps_reached)
+        failed |= ~all_finite(value)
+        iterations = jnp.asarray(statistics.get("num_steps", 0))
+        return jax.tree.map(lambda x: scale * x, value), failed, iterations
+
+    def _run(self, operator: Any, rhs: PyTree, options: dict[str, Any]) -> tuple:
+        if getattr(self.solver, "approximates", False):
+            # lineax would differentiate it as the inverse that it is not.
+            return self.solver.compute(self.solver.init(operator, options), rhs, options)
+        found = lx.linear_solve(operator, rhs, self.solver, options=options, throw=False)
+        return found.value, found.result, found.stats
+
+    def derived(self, product: Callable, rhs: PyTree) -> PyTree:
+        """The solution alone, linear in `rhs`, with derivatives in every mode and of any order."""
+        nowhere = jax.tree.map(jnp.zeros_like, self.guess)
+        transposed = _Solve(self.solver, self.symmetric, nowhere, nowhere, self.shift)
+        return jax.lax.custom_linear_solve(
+            product,
+            rhs,
+            solve=lambda product, rhs: self(product, rhs)[0],
+            transpose_solve=lambda product, rhs: transposed(product, rhs)[0],
+            symmetric=self.symmetric,
+        )
+
+
+@eqx.filter_custom_jvp
+def _solved(product: Callable, rhs: PyTree, *, solve: _Solve) -> tuple[PyTree, Array, Array]:
+    return solve(product, rhs)
+
+
+@_solved.def_jvp
+def _solved_jvp(primals: tuple, tangents: tuple, *, solve: _Solve) -> tuple:
+    (product, rhs), (product_dot, rhs_dot) = primals, tangents
+    found = _solved(product, rhs, solve=solve)
+    value = found[0]
+    # A q = b, so A q' = b' - A' q. What is None does not depend on anything.
+    _, moved = eqx.filter_jvp(lambda product: product(value), (product,), (product_dot,))
+    left = jax.tree.map(lambda x, y: -x if y is None else y - x, moved, rhs_dot)
+    return found, (solve.derived(product, left), None, None)
+
+
+def _best_multiple(y: PyTree, image: PyTree, target: PyTree) -> PyTree:
+    """The multiple of `y` whose image is nearest to the target: never worse than 0."""
+    square = tree_dot(image, image)
+    share = tree_dot(image, target) / jnp.where(square > 0, square, 1)
+    return jax.tree.map(lambda x: share.astype(x.dtype) * x, y)
