@@ -21,6 +21,7 @@ from gradhpo.extend import (
     InnerOptimizer,
     InnerState,
     LossFn,
+    LossFunctions,
     Memory,
     MetricDict,
     Problem,
@@ -218,8 +219,8 @@ class OnlineHypergradientOptimizer(Algorithm):
         state: BilevelState,
         train_batches: BatchStack,
         val_batch: PyTree,
-        train_loss_fn: LossFn,
-        val_loss_fn: LossFn,
+        train_loss_fn: LossFn | LossFunctions,
+        val_loss_fn: LossFn | None = None,
     ) -> BilevelState:
         r"""Fits $\theta$ on the training steps that `train_batches` make. Compiled.
 

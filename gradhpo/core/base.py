@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, PyTree
 
 from gradhpo.core.batches import BatchStack
-from gradhpo.core.inputs import Inputs, LossFunctions, inputs_of
+from gradhpo.core.inputs import Inputs, LossFunctions, both_losses, inputs_of
 from gradhpo.core.interface import InnerProblems
 from gradhpo.core.outer import outer_update
 from gradhpo.core.partition import check_disjoint
@@ -22,6 +22,7 @@ from gradhpo.core.vanishing import norm_and_moving, warn_of_zeros
 from gradhpo.utils.conversion import as_batch
 from gradhpo.utils.dispatch import compiled
 from gradhpo.utils.freezing import frozen_as, trained
+from gradhpo.utils.processes import check_shared
 from gradhpo.utils.settings import (
     check_outer_optimizer,
     check_outer_rate,
@@ -36,6 +37,7 @@ from gradhpo.utils.validation import (
     check_single_batch,
     prepare_hyperparams,
     prepare_params,
+    refuse_text,
     strong,
 )
 
@@ -220,8 +222,8 @@ class BilevelOptimizer(InnerProblems):
         state: BilevelState,
         train_batch: PyTree,
         val_batch: PyTree,
-        train_loss_fn: LossFn,
-        val_loss_fn: LossFn,
+        train_loss_fn: LossFn | LossFunctions,
+        val_loss_fn: LossFn | None = None,
         lr_hyper: RealScalarLike | None = None,
     ) -> BilevelState:
         r"""Inner steps, hypergradient, one outer update. Compiled once.
@@ -233,8 +235,9 @@ class BilevelOptimizer(InnerProblems):
             `jax.random.key` are folded with the inner index; make a new key for each `step`), or a
             [`BatchStack`][gradhpo.BatchStack] with one batch per inner step.
         - `val_batch`: any pytree of arrays.
-        - `train_loss_fn`, `val_loss_fn`: `(params, hyperparams, batch) -> scalar`. Create them
-            once: every new function is compiled again.
+        - `train_loss_fn`, `val_loss_fn`: `(params, hyperparams, batch) -> scalar`, or one
+            [`LossFunctions`][gradhpo.LossFunctions] in place of both. Create them once: every new
+            function is compiled again.
         - `lr_hyper`: the step size of $\lambda \leftarrow \lambda - \mathtt{lr\_hyper}\cdot g$,
             shape `()`, needed with `outer_optimizer=None` and refused otherwise.
 
@@ -247,14 +250,21 @@ class BilevelOptimizer(InnerProblems):
         whose length is not `num_inner_steps` (or one as `val_batch`), a state of another optimizer,
         or no hyperparameter that this method can see; `TypeError` for a loss with other arguments
         or outputs, or a data source as a batch. At each call, `ValueError` for an `lr_hyper` that
-        is missing, refused or negative, and `TypeError` for one that is not a number.
+        is missing, refused or negative, and `TypeError` for one that is not a number; with several
+        processes, `ValueError` for a batch of one process beside a state that all of them share.
         """
+        losses = both_losses("step", train_loss_fn, val_loss_fn)
         check_outer_rate(self, lr_hyper)
         train_batch = as_batch(train_batch, "train_batch")
         val_batch = as_batch(val_batch, "val_batch")
-        given = state, train_batch, val_batch, train_loss_fn, val_loss_fn
+        check_shared(state, train_batch=train_batch, val_batch=val_batch)
+        given = state, train_batch, val_batch, *losses
         traces = num_traces()
-        new, moving = _step(self, *given, outer_rate(lr_hyper))
+        try:
+            new, moving = _step(self, *given, outer_rate(lr_hyper))
+        except TypeError as error:
+            refuse_text(error, train_batch=train_batch, val_batch=val_batch)
+            raise
         if num_traces() != traces and not isinstance(moving, Tracer):
             self._warn_of_zeros(inputs_of(*given), moving)
         return new
@@ -264,8 +274,8 @@ class BilevelOptimizer(InnerProblems):
         state: BilevelState,
         train_batch: PyTree,
         val_batch: PyTree,
-        train_loss_fn: LossFn,
-        val_loss_fn: LossFn,
+        train_loss_fn: LossFn | LossFunctions,
+        val_loss_fn: LossFn | None = None,
     ) -> PyTree:
         """The hypergradient that `step` would follow, a tree like `state.hyperparams`.
 
@@ -274,12 +284,18 @@ class BilevelOptimizer(InnerProblems):
         **Returns:** the hypergradient $g$, each leaf with the shape and dtype of its
         hyperparameter. Nothing is refused: it may be non-finite.
         """
+        losses = both_losses("compute_hypergradient", train_loss_fn, val_loss_fn)
         check_tunes(self)
         train_batch = as_batch(train_batch, "train_batch")
         val_batch = as_batch(val_batch, "val_batch")
-        given = state, train_batch, val_batch, train_loss_fn, val_loss_fn
+        check_shared(state, train_batch=train_batch, val_batch=val_batch)
+        given = state, train_batch, val_batch, *losses
         traces = num_traces()
-        hypergradient, moving = _compute_hypergradient(self, *given)
+        try:
+            hypergradient, moving = _compute_hypergradient(self, *given)
+        except TypeError as error:
+            refuse_text(error, train_batch=train_batch, val_batch=val_batch)
+            raise
         if num_traces() != traces and not isinstance(moving, Tracer):
             self._warn_of_zeros(inputs_of(*given), moving)
         return hypergradient
@@ -344,12 +360,14 @@ def fit_memory(
     state: BilevelState,
     train_batches: PyTree,
     val_batch: PyTree,
-    train_loss_fn: LossFn,
-    val_loss_fn: LossFn,
+    train_loss_fn: LossFn | LossFunctions,
+    val_loss_fn: LossFn | None,
 ) -> BilevelState:
     """What `run` does before an episode for an algorithm that reads ahead. Compiled."""
-    batches = as_batch(train_batches, "train_batches"), as_batch(val_batch, "val_batch")
-    return _fit_memory(state, optimizer, *batches, train_loss_fn, val_loss_fn)
+    train_batches, val_batch = as_batch(train_batches, "train_batches"), as_batch(val_batch, "val_batch")
+    check_shared(state, train_batches=train_batches, val_batch=val_batch)
+    losses = both_losses("estimate_theta", train_loss_fn, val_loss_fn)
+    return _fit_memory(state, optimizer, train_batches, val_batch, *losses)
 
 
 @compiled

@@ -22,6 +22,7 @@ from gradhpo.training.chunk import Chunk, started
 from gradhpo.training.history import Record
 from gradhpo.training.keeper import Keeper
 from gradhpo.training.stopping import Interrupts, Stopped, failing
+from gradhpo.utils.processes import check_shared
 from gradhpo.utils.progress import ProgressBar
 
 
@@ -151,6 +152,8 @@ class Driver:
             if drawn is None:
                 return [], self._out_of_data(may_return)
             train, val, taken = drawn
+            leaves = {"train_data": jax.tree.leaves(train), "val_data": jax.tree.leaves(val)}
+            check_shared(self.state, **leaves)
             positions = self.feed.positions() if self.keeper is not None else {}
             with failing("device error", may_return=may_return, advice=self._advice):
                 about = self.rate, self.record_fn, self.start_fn

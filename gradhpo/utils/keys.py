@@ -17,6 +17,11 @@ def is_key(x: Any) -> bool:
     return eqx.is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
+def looks_like_a_key(x: Any) -> bool:
+    """Whether this may be a key made by `jax.random.PRNGKey`, which has no type of its own."""
+    return eqx.is_array(x) and x.shape == (2,) and x.dtype == jnp.uint32
+
+
 def _fold(keys: Array, index: ArrayLike) -> Array:
     folded = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys.reshape(-1))
     return folded.reshape(keys.shape)
