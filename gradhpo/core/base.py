@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, ArrayLike, Bool, PyTree
 
 from gradhpo.core.batches import BatchStack
 from gradhpo.core.inputs import Inputs, LossFunctions, both_losses, inputs_of
 from gradhpo.core.interface import InnerProblems
 from gradhpo.core.outer import outer_update
 from gradhpo.core.partition import check_disjoint
+from gradhpo.core.refusal import Attempt, finite_parts, why_refused
 from gradhpo.core.state import BilevelState, inner_state, with_inner_state, with_metrics
 from gradhpo.core.types import Declared, LossFn, RealScalarLike
 from gradhpo.core.vanishing import norm_and_moving, warn_of_zeros
@@ -31,7 +32,7 @@ from gradhpo.utils.settings import (
     outer_rate,
 )
 from gradhpo.utils.tracing import count_trace, num_traces, record_trace
-from gradhpo.utils.trees import accumulation_dtype, all_finite, tree_l2_norm
+from gradhpo.utils.trees import accumulation_dtype, tree_l2_norm
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import (
     check_single_batch,
@@ -73,6 +74,14 @@ class BilevelOptimizer(InnerProblems):
     def __check_init__(self):
         check_outer_optimizer(type(self).__name__, self.outer_optimizer)
 
+    def _attempt(self, inputs: Inputs, lr_hyper: RealScalarLike | None) -> Attempt:
+        """What a step makes, finite or not."""
+        state, estimate = inputs.state, self._solve(inputs)
+        if not self.tunes:
+            return Attempt(estimate, state.hyperparams, state.outer_opt_state)
+        new = outer_update(self.outer_optimizer, state, estimate.hypergradient, lr_hyper)
+        return Attempt(estimate, *new)
+
     def _advance(
         self, inputs: Inputs, lr_hyper: RealScalarLike | None
     ) -> tuple[BilevelState, Bool[Array, " leaves"]]:
@@ -80,25 +89,14 @@ class BilevelOptimizer(InnerProblems):
 
         Also returns, for each leaf of the hyperparameters, whether its hypergradient is not 0.
         """
-        state, estimate = inputs.state, self._solve(inputs)
+        state, attempt = inputs.state, self._attempt(inputs, lr_hyper)
+        estimate = attempt.estimate
         norm, moving = norm_and_moving(estimate.hypergradient)
-        hyperparams, outer_opt_state = state.hyperparams, state.outer_opt_state
-        if self.tunes:
-            hyperparams, outer_opt_state = outer_update(
-                self.outer_optimizer, state, estimate.hypergradient, lr_hyper
-            )
-        old = (inner_state(state), state.outer_opt_state)
-        new = (estimate.z, outer_opt_state)
-        accepted = (
-            all_finite((estimate.hypergradient, hyperparams))
-            & all_finite(new, unless_as_in=old)
-            & all_finite(
-                self.finite_part(estimate.memory), unless_as_in=self.finite_part(state.memory)
-            )
-        )
+        accepted = jnp.stack(jax.tree.leaves(finite_parts(self, state, attempt))).all()
         keep = lambda x, y: x if x is y else jnp.where(accepted, x, y)
-        z, outer_opt_state = jax.tree.map(keep, new, old)
-        hyperparams = jax.tree.map(keep, hyperparams, state.hyperparams)
+        z = jax.tree.map(keep, estimate.z, inner_state(state))
+        outer_opt_state = jax.tree.map(keep, attempt.outer_opt_state, state.outer_opt_state)
+        hyperparams = jax.tree.map(keep, attempt.hyperparams, state.hyperparams)
         refused = self.after_refusal(state.memory, estimate.memory)
         rejected = state.metadata["rejected"]
         metrics = {
@@ -300,6 +298,10 @@ class BilevelOptimizer(InnerProblems):
             self._warn_of_zeros(inputs_of(*given), moving)
         return hypergradient
 
+    def _why_refused(self, inputs: Inputs, lr_hyper: ArrayLike | None) -> str:
+        """Why a step on these inputs is refused, if that is not in its metrics."""
+        return why_refused(jax.tree.map(np.asarray, _finite_parts(self, inputs, lr_hyper)))
+
     def _warn_of_zeros(self, inputs: Inputs, moving: Array) -> list[int]:
         """After the first call of a program, when waiting for the device does not matter."""
 
@@ -349,6 +351,13 @@ def _compute_hypergradient(
 
 
 @compiled
+def _finite_parts(
+    optimizer: BilevelOptimizer, inputs: Inputs, lr_hyper: ArrayLike | None
+) -> dict[str, PyTree]:
+    return finite_parts(optimizer, inputs.state, optimizer._attempt(inputs, lr_hyper))
+
+
+@compiled
 def _restart(
     state: BilevelState, optimizer: BilevelOptimizer, start: PyTree, reptile_rate: Array
 ) -> BilevelState:
@@ -364,7 +373,10 @@ def fit_memory(
     val_loss_fn: LossFn | None,
 ) -> BilevelState:
     """What `run` does before an episode for an algorithm that reads ahead. Compiled."""
-    train_batches, val_batch = as_batch(train_batches, "train_batches"), as_batch(val_batch, "val_batch")
+    train_batches, val_batch = (
+        as_batch(train_batches, "train_batches"),
+        as_batch(val_batch, "val_batch"),
+    )
     check_shared(state, train_batches=train_batches, val_batch=val_batch)
     losses = both_losses("estimate_theta", train_loss_fn, val_loss_fn)
     return _fit_memory(state, optimizer, train_batches, val_batch, *losses)

@@ -215,7 +215,8 @@ class InnerUpdate(eqx.Module):
             z_out = InnerState(jax.tree.map(jnp.add, w_direct, w_mixed), s_out, bar.r)
             return z_out, jax.tree.map(jnp.add, hyper_direct, hyper_mixed)
 
-        return InnerState(*eqx.combine(new, rest), z.r), loss, pull
+        new_w, new_s = eqx.combine(new, rest)
+        return InnerState(new_w, new_s, z.r), loss, pull
 
     def _vjp_by_hand(
         self, z: InnerState, hyperparams: PyTree, t: ArrayLike

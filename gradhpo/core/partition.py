@@ -102,6 +102,7 @@ def partition(
 
 def _selected_by(frozen: Callable[[Any], Any], model: PyTree, nothing: PyTree) -> PyTree:
     """Marks the leaves that `frozen` selects."""
+    frozen = _flattened(frozen)
     nodes = frozen(model)
     leaves = jax.tree.leaves(nodes)
     if not any(map(eqx.is_array, leaves)):

@@ -10,7 +10,15 @@ from jaxtyping import PyTree
 
 from gradhpo.diagnostics.cost import Cost
 from gradhpo.diagnostics.drawing import draw_comparison
-from gradhpo.diagnostics.tables import OPEN_LOOPS, Report, aligned, bytes_of, flops_of, number, seconds_of
+from gradhpo.diagnostics.tables import (
+    OPEN_LOOPS,
+    Report,
+    aligned,
+    bytes_of,
+    flops_of,
+    number,
+    seconds_of,
+)
 from gradhpo.utils.validation import leaf_names
 
 
