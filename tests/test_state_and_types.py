@@ -42,10 +42,14 @@ def test_state_is_an_immutable_pytree():
         state.params = jnp.zeros(3)
 
 
-def test_a_static_step_counter_is_refused():
+def test_a_number_becomes_an_array_and_other_shapes_are_refused():
     state = gradhpo.BilevelState.create(jnp.ones(3), jnp.zeros(3), (), ())
-    with pytest.raises(TypeError, match="step"):
-        state.update(step=5)
+    step = state.update(step=5).step
+    assert isinstance(step, jax.Array)
+    assert step.dtype == jnp.int32
+    for name in ("params", "hyperparams"):
+        with pytest.raises(ValueError, match=rf"update\({name}=\.\.\.\)"):
+            state.update(**{name: jnp.zeros(2)})
 
 
 def test_own_metadata_travels_along():

@@ -21,6 +21,7 @@ from gradhpo.extend import (
     InnerOptimizer,
     InnerState,
     LossFn,
+    LossFunctions,
     Memory,
     MetricDict,
     Problem,
@@ -218,8 +219,8 @@ class OnlineHypergradientOptimizer(Algorithm):
         state: BilevelState,
         train_batches: BatchStack,
         val_batch: PyTree,
-        train_loss_fn: LossFn,
-        val_loss_fn: LossFn,
+        train_loss_fn: LossFn | LossFunctions,
+        val_loss_fn: LossFn | None = None,
     ) -> BilevelState:
         r"""Fits $\theta$ on the training steps that `train_batches` make. Compiled.
 
@@ -247,7 +248,8 @@ class OnlineHypergradientOptimizer(Algorithm):
         state = optimizer.estimate_theta(state, batches, jnp.ones(3), loss, loss)
         ```
         """
-        return fit_memory(self, state, train_batches, val_batch, train_loss_fn, val_loss_fn)
+        losses = train_loss_fn, val_loss_fn
+        return fit_memory(self, state, train_batches, val_batch, *losses, "estimate_theta")
 
     def prepare(
         self, problem: Problem, memory: HyperDistillMemory, step: Array, num_steps: int

@@ -23,7 +23,7 @@ from gradhpo.core.memory import (
     kept_where_it_fits,
 )
 from gradhpo.core.outer import Estimate, check_estimate, init_outer_state
-from gradhpo.core.problem import Problem, make_problem
+from gradhpo.core.problem import Problem, make_problem, not_differentiable
 from gradhpo.core.start import started
 from gradhpo.core.state import BilevelState, inner_state, with_inner_state, with_metrics
 from gradhpo.core.types import Declared, GradFn, InnerOptimizer, MetricDict, UpdateFn
@@ -294,7 +294,8 @@ class Algorithm(BilevelOptimizer):
     def _solve(self, inputs: Inputs) -> Estimate:
         problem = self._problem(inputs)
         self._check_visible(problem)
-        with differentiation_explained(type(self).__name__, self.derivatives):
+        find = lambda: not_differentiable(problem)
+        with differentiation_explained(type(self).__name__, self.derivatives, find):
             found = self.estimate(problem, inputs.state.memory)
         check_estimate(type(self).__name__, found, inputs.state)
         return found

@@ -9,19 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, ArrayLike, Bool, PyTree
 
 from gradhpo.core.batches import BatchStack
-from gradhpo.core.inputs import Inputs, LossFunctions, inputs_of
+from gradhpo.core.inputs import Inputs, LossFunctions, both_losses, inputs_of
 from gradhpo.core.interface import InnerProblems
 from gradhpo.core.outer import outer_update
 from gradhpo.core.partition import check_disjoint
+from gradhpo.core.refusal import Attempt, finite_parts, why_refused
 from gradhpo.core.state import BilevelState, inner_state, with_inner_state, with_metrics
 from gradhpo.core.types import Declared, LossFn, RealScalarLike
 from gradhpo.core.vanishing import norm_and_moving, warn_of_zeros
 from gradhpo.utils.conversion import as_batch
 from gradhpo.utils.dispatch import compiled
 from gradhpo.utils.freezing import frozen_as, trained
+from gradhpo.utils.processes import check_shared
 from gradhpo.utils.settings import (
     check_outer_optimizer,
     check_outer_rate,
@@ -30,12 +32,13 @@ from gradhpo.utils.settings import (
     outer_rate,
 )
 from gradhpo.utils.tracing import count_trace, num_traces, record_trace
-from gradhpo.utils.trees import accumulation_dtype, all_finite, tree_l2_norm
+from gradhpo.utils.trees import accumulation_dtype, tree_l2_norm
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import (
     check_single_batch,
     prepare_hyperparams,
     prepare_params,
+    refuse_text,
     strong,
 )
 
@@ -71,6 +74,14 @@ class BilevelOptimizer(InnerProblems):
     def __check_init__(self):
         check_outer_optimizer(type(self).__name__, self.outer_optimizer)
 
+    def _attempt(self, inputs: Inputs, lr_hyper: RealScalarLike | None) -> Attempt:
+        """What a step makes, finite or not."""
+        state, estimate = inputs.state, self._solve(inputs)
+        if not self.tunes:
+            return Attempt(estimate, state.hyperparams, state.outer_opt_state)
+        new = outer_update(self.outer_optimizer, state, estimate.hypergradient, lr_hyper)
+        return Attempt(estimate, *new)
+
     def _advance(
         self, inputs: Inputs, lr_hyper: RealScalarLike | None
     ) -> tuple[BilevelState, Bool[Array, " leaves"]]:
@@ -78,25 +89,14 @@ class BilevelOptimizer(InnerProblems):
 
         Also returns, for each leaf of the hyperparameters, whether its hypergradient is not 0.
         """
-        state, estimate = inputs.state, self._solve(inputs)
+        state, attempt = inputs.state, self._attempt(inputs, lr_hyper)
+        estimate = attempt.estimate
         norm, moving = norm_and_moving(estimate.hypergradient)
-        hyperparams, outer_opt_state = state.hyperparams, state.outer_opt_state
-        if self.tunes:
-            hyperparams, outer_opt_state = outer_update(
-                self.outer_optimizer, state, estimate.hypergradient, lr_hyper
-            )
-        old = (inner_state(state), state.outer_opt_state)
-        new = (estimate.z, outer_opt_state)
-        accepted = (
-            all_finite((estimate.hypergradient, hyperparams))
-            & all_finite(new, unless_as_in=old)
-            & all_finite(
-                self.finite_part(estimate.memory), unless_as_in=self.finite_part(state.memory)
-            )
-        )
+        accepted = jnp.stack(jax.tree.leaves(finite_parts(self, state, attempt))).all()
         keep = lambda x, y: x if x is y else jnp.where(accepted, x, y)
-        z, outer_opt_state = jax.tree.map(keep, new, old)
-        hyperparams = jax.tree.map(keep, hyperparams, state.hyperparams)
+        z = jax.tree.map(keep, estimate.z, inner_state(state))
+        outer_opt_state = jax.tree.map(keep, attempt.outer_opt_state, state.outer_opt_state)
+        hyperparams = jax.tree.map(keep, attempt.hyperparams, state.hyperparams)
         refused = self.after_refusal(state.memory, estimate.memory)
         rejected = state.metadata["rejected"]
         metrics = {
@@ -220,8 +220,8 @@ class BilevelOptimizer(InnerProblems):
         state: BilevelState,
         train_batch: PyTree,
         val_batch: PyTree,
-        train_loss_fn: LossFn,
-        val_loss_fn: LossFn,
+        train_loss_fn: LossFn | LossFunctions,
+        val_loss_fn: LossFn | None = None,
         lr_hyper: RealScalarLike | None = None,
     ) -> BilevelState:
         r"""Inner steps, hypergradient, one outer update. Compiled once.
@@ -233,8 +233,9 @@ class BilevelOptimizer(InnerProblems):
             `jax.random.key` are folded with the inner index; make a new key for each `step`), or a
             [`BatchStack`][gradhpo.BatchStack] with one batch per inner step.
         - `val_batch`: any pytree of arrays.
-        - `train_loss_fn`, `val_loss_fn`: `(params, hyperparams, batch) -> scalar`. Create them
-            once: every new function is compiled again.
+        - `train_loss_fn`, `val_loss_fn`: `(params, hyperparams, batch) -> scalar`, or one
+            [`LossFunctions`][gradhpo.LossFunctions] in place of both. Create them once: every new
+            function is compiled again.
         - `lr_hyper`: the step size of $\lambda \leftarrow \lambda - \mathtt{lr\_hyper}\cdot g$,
             shape `()`, needed with `outer_optimizer=None` and refused otherwise.
 
@@ -247,14 +248,21 @@ class BilevelOptimizer(InnerProblems):
         whose length is not `num_inner_steps` (or one as `val_batch`), a state of another optimizer,
         or no hyperparameter that this method can see; `TypeError` for a loss with other arguments
         or outputs, or a data source as a batch. At each call, `ValueError` for an `lr_hyper` that
-        is missing, refused or negative, and `TypeError` for one that is not a number.
+        is missing, refused or negative, and `TypeError` for one that is not a number; with several
+        processes, `ValueError` for a batch of one process beside a state that all of them share.
         """
+        losses = both_losses("step", train_loss_fn, val_loss_fn)
         check_outer_rate(self, lr_hyper)
         train_batch = as_batch(train_batch, "train_batch")
         val_batch = as_batch(val_batch, "val_batch")
-        given = state, train_batch, val_batch, train_loss_fn, val_loss_fn
+        check_shared(state, train_batch=train_batch, val_batch=val_batch)
+        given = state, train_batch, val_batch, *losses
         traces = num_traces()
-        new, moving = _step(self, *given, outer_rate(lr_hyper))
+        try:
+            new, moving = _step(self, *given, outer_rate(lr_hyper))
+        except TypeError as error:
+            refuse_text(error, train_batch=train_batch, val_batch=val_batch)
+            raise
         if num_traces() != traces and not isinstance(moving, Tracer):
             self._warn_of_zeros(inputs_of(*given), moving)
         return new
@@ -264,8 +272,8 @@ class BilevelOptimizer(InnerProblems):
         state: BilevelState,
         train_batch: PyTree,
         val_batch: PyTree,
-        train_loss_fn: LossFn,
-        val_loss_fn: LossFn,
+        train_loss_fn: LossFn | LossFunctions,
+        val_loss_fn: LossFn | None = None,
     ) -> PyTree:
         """The hypergradient that `step` would follow, a tree like `state.hyperparams`.
 
@@ -274,15 +282,25 @@ class BilevelOptimizer(InnerProblems):
         **Returns:** the hypergradient $g$, each leaf with the shape and dtype of its
         hyperparameter. Nothing is refused: it may be non-finite.
         """
+        losses = both_losses("compute_hypergradient", train_loss_fn, val_loss_fn)
         check_tunes(self)
         train_batch = as_batch(train_batch, "train_batch")
         val_batch = as_batch(val_batch, "val_batch")
-        given = state, train_batch, val_batch, train_loss_fn, val_loss_fn
+        check_shared(state, train_batch=train_batch, val_batch=val_batch)
+        given = state, train_batch, val_batch, *losses
         traces = num_traces()
-        hypergradient, moving = _compute_hypergradient(self, *given)
+        try:
+            hypergradient, moving = _compute_hypergradient(self, *given)
+        except TypeError as error:
+            refuse_text(error, train_batch=train_batch, val_batch=val_batch)
+            raise
         if num_traces() != traces and not isinstance(moving, Tracer):
             self._warn_of_zeros(inputs_of(*given), moving)
         return hypergradient
+
+    def _why_refused(self, inputs: Inputs, lr_hyper: ArrayLike | None) -> str:
+        """Why a step on these inputs is refused, if that is not in its metrics."""
+        return why_refused(jax.tree.map(np.asarray, _finite_parts(self, inputs, lr_hyper)))
 
     def _warn_of_zeros(self, inputs: Inputs, moving: Array) -> list[int]:
         """After the first call of a program, when waiting for the device does not matter."""
@@ -333,6 +351,13 @@ def _compute_hypergradient(
 
 
 @compiled
+def _finite_parts(
+    optimizer: BilevelOptimizer, inputs: Inputs, lr_hyper: ArrayLike | None
+) -> dict[str, PyTree]:
+    return finite_parts(optimizer, inputs.state, optimizer._attempt(inputs, lr_hyper))
+
+
+@compiled
 def _restart(
     state: BilevelState, optimizer: BilevelOptimizer, start: PyTree, reptile_rate: Array
 ) -> BilevelState:
@@ -344,12 +369,21 @@ def fit_memory(
     state: BilevelState,
     train_batches: PyTree,
     val_batch: PyTree,
-    train_loss_fn: LossFn,
-    val_loss_fn: LossFn,
+    train_loss_fn: LossFn | LossFunctions,
+    val_loss_fn: LossFn | None,
+    name: str = "fit_memory",
 ) -> BilevelState:
-    """What `run` does before an episode for an algorithm that reads ahead. Compiled."""
-    batches = as_batch(train_batches, "train_batches"), as_batch(val_batch, "val_batch")
-    return _fit_memory(state, optimizer, *batches, train_loss_fn, val_loss_fn)
+    """What `run` does before an episode for an algorithm that reads ahead. Compiled.
+
+    `name` is that of the public method, for messages.
+    """
+    train_batches, val_batch = (
+        as_batch(train_batches, "train_batches"),
+        as_batch(val_batch, "val_batch"),
+    )
+    check_shared(state, train_batches=train_batches, val_batch=val_batch)
+    losses = both_losses(name, train_loss_fn, val_loss_fn)
+    return _fit_memory(state, optimizer, train_batches, val_batch, *losses)
 
 
 @compiled

@@ -129,22 +129,24 @@ class InnerUpdate(eqx.Module):
         """
         if self.update_fn is not None:
             new_w = self._updated_by_hand(z.w, hyperparams, t)
-            return z._replace(w=new_w), self._loss_if(want_loss, z.w, hyperparams, t)
+            return z._replace(w=new_w), self.loss_if(want_loss, z.w, hyperparams, t)
         evaluation = None
         if self.grad_fn is not None and not self.passes_loss:
-            loss = self._loss_if(want_loss, z.w, hyperparams, t)
+            loss = self.loss_if(want_loss, z.w, hyperparams, t)
             evaluation = loss, self.gradient(z.w, hyperparams, t)
         new_z, loss, _ = self.step_and_gradient(z, hyperparams, t, evaluation)
         return new_z, loss
 
-    def _loss_if(self, wanted: ArrayLike, w: PyTree, hyperparams: PyTree, t: ArrayLike) -> Array:
+    def loss_if(self, wanted: ArrayLike, w: PyTree, hyperparams: PyTree, t: ArrayLike) -> Array:
+        """The loss, computed only if it is wanted, otherwise `nan`."""
         compute = lambda: self.train_loss(w, hyperparams, t)
         skip = lambda: jnp.full_like(jax.eval_shape(compute), jnp.nan)
         return jax.lax.cond(wanted, compute, skip)
 
-    def _loss_and_gradient(
+    def loss_and_gradient(
         self, w: PyTree, hyperparams: PyTree, t: ArrayLike
     ) -> tuple[Array, PyTree]:
+        """The loss, and what the inner optimizer is given."""
         if self.grad_fn is None:
             return jax.value_and_grad(self.train_loss)(w, hyperparams, t)
         return self.train_loss(w, hyperparams, t), self.gradient(w, hyperparams, t)
@@ -175,7 +177,7 @@ class InnerUpdate(eqx.Module):
         `evaluation` is the loss and its gradient, if they are already known.
         """
         if evaluation is None:
-            evaluation = self._loss_and_gradient(z.w, hyperparams, t)
+            evaluation = self.loss_and_gradient(z.w, hyperparams, t)
         loss, gradient = evaluation
         of_loss = {}
         if self.passes_loss:
@@ -203,40 +205,41 @@ class InnerUpdate(eqx.Module):
             new_w, new_s = self._updated_by_optax(
                 gradient, eqx.combine(s_inexact, s_rest), w, hyperparams, t
             )
-            new_inexact, new_rest = eqx.partition(new_s, eqx.is_inexact_array)
-            return (new_w, new_inexact), new_rest
+            return _differentiable((new_w, new_s))
 
-        (new_w, new_inexact), pull_optimizer, new_rest = jax.vjp(
+        new, pull_optimizer, rest = jax.vjp(
             optimizer_update, gradient, s_inexact, z.w, hyperparams, has_aux=True
         )
 
         def pull(bar: InnerState) -> tuple[InnerState, PyTree]:
-            s_bar = tree_zeros_like(new_inexact) if bar.s is None else bar.s
-            gradient_bar, s_out, w_direct, hyper_direct = pull_optimizer((bar.w, s_bar))
+            s_bar = tree_zeros_like(new[1]) if bar.s is None else bar.s
+            on_outputs, _ = _differentiable((bar.w, s_bar))
+            gradient_bar, s_out, w_direct, hyper_direct = pull_optimizer(on_outputs)
             w_mixed, hyper_mixed = second_derivatives(gradient_bar)
             z_out = InnerState(jax.tree.map(jnp.add, w_direct, w_mixed), s_out, bar.r)
             return z_out, jax.tree.map(jnp.add, hyper_direct, hyper_mixed)
 
-        return InnerState(new_w, eqx.combine(new_inexact, new_rest), z.r), loss, pull
+        new_w, new_s = eqx.combine(new, rest)
+        return InnerState(new_w, new_s, z.r), loss, pull
 
     def _vjp_by_hand(
         self, z: InnerState, hyperparams: PyTree, t: ArrayLike
     ) -> tuple[InnerState, Array, Pull]:
-        update = lambda w, h: self._updated_by_hand(w, h, t)
-        new_w, pull_by_hand = jax.vjp(update, z.w, hyperparams)
+        update = lambda w, h: _differentiable(self._updated_by_hand(w, h, t))
+        new_w, pull_by_hand, rest = jax.vjp(update, z.w, hyperparams, has_aux=True)
 
         def pull(bar: InnerState) -> tuple[InnerState, PyTree]:
-            w_out, hyper_out = pull_by_hand(bar.w)
+            w_out, hyper_out = pull_by_hand(_differentiable(bar.w)[0])
             return bar._replace(w=w_out), hyper_out
 
-        return z._replace(w=new_w), self.train_loss(z.w, hyperparams, t), pull
+        return z._replace(w=eqx.combine(new_w, rest)), self.train_loss(z.w, hyperparams, t), pull
 
     def optimizer_vjp(
         self, gradient: PyTree, z: InnerState, hyperparams: PyTree, t: ArrayLike, w_bar: PyTree
     ) -> tuple[PyTree, PyTree]:
         """Cotangents on the gradient and on the hyperparameters, through optax alone."""
-        update = lambda g, h: self._updated_by_optax(g, z.s, z.w, h, t)[0]
-        return jax.vjp(update, gradient, hyperparams)[1](w_bar)
+        update = lambda g, h: _differentiable(self._updated_by_optax(g, z.s, z.w, h, t)[0])[0]
+        return jax.vjp(update, gradient, hyperparams)[1](_differentiable(w_bar)[0])
 
     def optimality(
         self, w: PyTree, hyperparams: PyTree, last: ArrayLike, count: int = 1
@@ -306,7 +309,7 @@ class InnerUpdate(eqx.Module):
         last = last_evaluation(z.s) if reusable else None
         if last is None:
             return z, False
-        loss, gradient = self._loss_and_gradient(z.w, hyperparams, t)
+        loss, gradient = self.loss_and_gradient(z.w, hyperparams, t)
         if loss.dtype != last[0].dtype:
             return z, False
         return z._replace(s=with_evaluation(z.s, loss, gradient)), True
@@ -365,3 +368,11 @@ def _mean(function: Callable[[ArrayLike], PyTree], last: ArrayLike, count: int) 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, last))
     total, _ = jax.lax.scan(body, zeros, last - jnp.arange(count))
     return jax.tree.map(lambda x: x / count, total)
+
+
+def _differentiable(tree: PyTree) -> tuple[PyTree, PyTree]:
+    """The leaves that a derivative can come from, and the rest: empty arrays among it.
+
+    A cotangent on an empty array is 0, and optax divides by means over it: 0 times NaN.
+    """
+    return eqx.partition(tree, lambda x: eqx.is_inexact_array(x) and x.size > 0)

@@ -9,12 +9,14 @@ import optax
 from jaxtyping import PyTree
 
 from gradhpo.core.types import InnerOptimizer
-from gradhpo.utils.advice import NEEDS_THE_LOSS
+from gradhpo.utils.advice import NEEDS_THE_LOSS, PEAK
 from gradhpo.utils.foreign import (
     averages,
     injected_values,
     is_missing_argument,
     looks_ahead,
+    makes_a_transformation,
+    uncalled,
 )
 from gradhpo.utils.keys import is_key
 from gradhpo.utils.tracing import visible_leaves
@@ -76,9 +78,13 @@ def resolve(inner_optimizer: InnerOptimizer, hyperparams: PyTree) -> optax.Gradi
     with explained():
         transformation = inner_optimizer(hyperparams)
     if not isinstance(transformation, optax.GradientTransformation):
+        called = uncalled(transformation)
+        if makes_a_transformation(transformation):
+            called = "its .gradient_transformation()"
         raise TypeError(
             "inner_optimizer must be an optax.GradientTransformation or a function hyperparams "
             f"-> optax.GradientTransformation, but the function returned {transformation!r}"
+            f"{f'; return {called}' if called else ''}"
         )
     return transformation
 
@@ -108,7 +114,7 @@ def explained(which: str = "inner") -> Iterator[None]:
         raise ValueError(
             f"building or applying the {which} optimizer needs the value of a hyperparameter in "
             "Python (float(...), or a branch on it), but it is traced. Use it as an array, with "
-            "jnp.where for branches; some optax schedules compare their peak value with 0"
+            f"jnp.where for branches. {PEAK}"
         ) from error
     except TypeError as error:
         if not is_missing_argument(error):

@@ -47,6 +47,7 @@ class Inputs(eqx.Module):
     val_batch: PyTree
     losses: LossFunctions
     start: Start | None = None  # of the episode, if `run` has a start_fn
+    repeats: bool = eqx.field(static=True, default=False)  # the next step gets the same batches
 
     def at(self, state: BilevelState, **batches: Any) -> "Inputs":
         """The same inputs with another state, and with other batches if given."""
@@ -62,3 +63,23 @@ def inputs_of(
 ) -> Inputs:
     """From what `step` is called with."""
     return Inputs(state, train_batch, val_batch, LossFunctions(train_loss_fn, val_loss_fn))
+
+
+def both_losses(call: str, train_loss_fn: Any, val_loss_fn: Any) -> tuple[Any, Any]:
+    """The two losses of a call that takes both, or one `LossFunctions` in their place."""
+    write = (
+        f"write {call}(..., train_loss_fn, val_loss_fn), or with both in one "
+        f"{call}(..., gradhpo.LossFunctions(train_loss, val_loss))"
+    )
+    if isinstance(train_loss_fn, LossFunctions):
+        if val_loss_fn is not None:
+            raise TypeError(
+                f"{call} got LossFunctions, which hold both losses, and beside them "
+                f"{val_loss_fn!r}: {write}; what comes after them is passed by name, lr_hyper=0.1"
+            )
+        return train_loss_fn.train_loss, train_loss_fn.val_loss
+    if val_loss_fn is None:
+        raise TypeError(f"{call} got no val_loss_fn: {write}")
+    if isinstance(val_loss_fn, LossFunctions):
+        raise TypeError(f"{call} got LossFunctions as val_loss_fn: {write}")
+    return train_loss_fn, val_loss_fn

@@ -83,6 +83,7 @@ def partition(
     """
     frozen_leaves = jax.tree.map(is_frozen, model, is_leaf=is_frozen)
     model = unfrozen(model)
+    where = _flattened(where)
     nodes = where(model)
     is_nodes = lambda x: x is nodes
     is_one_node = any(map(is_nodes, jax.tree.leaves(model, is_leaf=is_nodes)))
@@ -101,6 +102,7 @@ def partition(
 
 def _selected_by(frozen: Callable[[Any], Any], model: PyTree, nothing: PyTree) -> PyTree:
     """Marks the leaves that `frozen` selects."""
+    frozen = _flattened(frozen)
     nodes = frozen(model)
     leaves = jax.tree.leaves(nodes)
     if not any(map(eqx.is_array, leaves)):
@@ -121,6 +123,22 @@ def _check_apart(tuned: PyTree, frozen_leaves: PyTree) -> None:
             "as it is: let frozen select what is left, part by part, e.g. "
             "lambda m: (m.backbone.layers, m.backbone.norm)"
         )
+
+
+def _flattened(where: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The same selection, with the nodes of a list inside a tuple beside the others."""
+
+    def select(model: Any) -> Any:
+        is_node = lambda x: any(y is x for y in jax.tree.leaves(model, is_leaf=lambda y: y is x))
+        nodes = where(model)
+        if is_node(nodes) or not isinstance(nodes, (tuple, list)):
+            return nodes
+        made_here = lambda x: isinstance(x, (tuple, list)) and not is_node(x)
+        while any(map(made_here, nodes)):
+            nodes = [y for x in nodes for y in (x if made_here(x) else [x])]
+        return nodes
+
+    return select
 
 
 def _check_selected(nodes: Any, by_itself: Any) -> None:

@@ -9,16 +9,29 @@ import jax
 from jax.extend.core import Jaxpr
 from jaxtyping import Array, PyTree
 
-from gradhpo.core.batches import BatchStack
+from gradhpo.core.batches import BatchStack, DrawnStack
 from gradhpo.core.inner import InnerState, InnerUpdate
 from gradhpo.core.inputs import Inputs
 from gradhpo.core.start import act_at_start
 from gradhpo.core.state import inner_state
 from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, UpdateFn
+from gradhpo.utils.foreign import NO_DERIVATIVE
 from gradhpo.utils.freezing import not_trained
-from gradhpo.utils.programs import contains_custom_vjp, inputs_read, stops_a_function_of
+from gradhpo.utils.keys import looks_like_a_key
+from gradhpo.utils.programs import (
+    contains_custom_vjp,
+    draws_with,
+    inputs_read,
+    stops_a_function_of,
+)
 from gradhpo.utils.tracing import visible_leaves
-from gradhpo.utils.validation import check_arity, check_scalar, check_single_batch, leaf_names
+from gradhpo.utils.validation import (
+    THE_WHOLE_TREE,
+    check_arity,
+    check_scalar,
+    check_single_batch,
+    leaf_names,
+)
 from gradhpo.utils.warn import warn_once
 
 
@@ -88,19 +101,17 @@ def make_problem(
         start=inputs.start,
     )
     validation = Validation(losses.val_loss, frozen, inputs.val_batch)
-    program = _trace_loss(
-        "train_loss_fn",
-        losses.train_loss,
-        lambda w, h: phi.train_loss(w, h, 0),
-        z.w,
-        hyperparams,
-    )
-    of_validation = _trace_loss("val_loss_fn", losses.val_loss, validation.loss, z.w, hyperparams)
+    at = z.w, hyperparams
+    on_batch = lambda w, h: phi.train_loss(w, h, 0)
+    program = _trace_loss("train", losses.train_loss, on_batch, inputs.train_batch, *at)
+    of_validation = _trace_loss("val", losses.val_loss, validation.loss, inputs.val_batch, *at)
     symmetric = grad_fn is None and not contains_custom_vjp(program)
     if grad_fn is update_fn is None:
         if differentiates:
             _check_stops(program, z.w, hyperparams)
         _check_trained(program, of_validation, phi, z, hyperparams)
+    if num_steps > 1 or inputs.repeats:
+        _check_keys(phi, z, hyperparams)
     fresh = state.fresh if act_at_start(phi, z, hyperparams) else None
     phi = dataclasses.replace(phi, symmetric=symmetric, fresh=fresh)
     return Problem(phi, validation, z, hyperparams)
@@ -149,6 +160,30 @@ def _follows_others(leaf: int, phi: InnerUpdate, z: InnerState, hyperparams: PyT
     return any(here for i, here in enumerate(reads) if i != leaf)
 
 
+def _check_keys(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> None:
+    """Inner steps on one batch draw different random numbers, as they do with typed keys."""
+    if isinstance(phi.train_batch, BatchStack | DrawnStack):
+        return
+    keys, rest = eqx.partition(phi.train_batch, looks_like_a_key)
+    names = leaf_names(keys)
+    if not names:
+        return
+
+    def step(keys):
+        batch = eqx.combine(keys, rest)
+        return dataclasses.replace(phi, train_batch=batch).step(z, hyperparams, 0)[0]
+
+    program = jax.make_jaxpr(step)(keys).jaxpr
+    for name in names:
+        if draws_with(program, [other == name for other in names]):
+            warn_once(
+                f"train_batch{name.removeprefix(THE_WHOLE_TREE)} is a key made by "
+                "jax.random.PRNGKey, which is not folded with the number of the inner step: all of "
+                "them draw the same random numbers. Make it with jax.random.key, which is, or pass "
+                "a BatchStack with a key for each inner step"
+            )
+
+
 def _check_batches(inputs: Inputs, num_steps: int) -> None:
     train_batch, val_batch = inputs.train_batch, inputs.val_batch
     if isinstance(train_batch, BatchStack) and train_batch.num_steps != num_steps:
@@ -164,15 +199,44 @@ def _check_batches(inputs: Inputs, num_steps: int) -> None:
 
 
 def _trace_loss(
-    name: str, function: LossFn, on_batch: Callable, w: PyTree, hyperparams: PyTree
+    which: str, function: LossFn, on_batch: Callable, batch: PyTree, w: PyTree, hyperparams: PyTree
 ) -> Jaxpr:
     """The traced program of a loss, after checking its arity and its output."""
+    name = f"{which}_loss_fn"
     remedy = "; a loss fn(model, batch) becomes one of these by gradhpo.model_loss(fn)"
     check_arity(function, name, "params, hyperparams, batch", remedy)
 
     def checked(w, hyperparams):
-        loss = on_batch(w, hyperparams)
+        try:
+            loss = on_batch(w, hyperparams)
+        except (TypeError, AttributeError) as error:
+            if batch is not None:
+                raise
+            raise TypeError(
+                f"{which}_batch ({which}_data in run) is None, and {name} fails with that "
+                f"({error}): pass the batch that it reads"
+            ) from error
         check_scalar(loss, name)
         return loss
 
     return jax.make_jaxpr(checked)(w, hyperparams).jaxpr
+
+
+def not_differentiable(problem: Problem) -> str:
+    """Which function lacks the derivative that every method takes; "" if all have it."""
+    phi, validation, z, hyperparams = problem
+
+    def fails(function: Callable, *arguments: PyTree) -> bool:
+        try:
+            jax.eval_shape(function, *arguments)
+        except NO_DERIVATIVE:
+            return True
+        return False
+
+    if fails(validation.value_and_grads, z.w, hyperparams):
+        return "val_loss_fn"
+    step_fails = fails(lambda w: phi.step(z._replace(w=w), hyperparams, 0)[0].w, z.w)
+    if phi.update_fn is phi.grad_fn is None:
+        return "train_loss_fn" if step_fails else ""
+    own = "update_fn" if phi.grad_fn is None else "grad_fn"
+    return "" if step_fails else own  # it takes a derivative itself

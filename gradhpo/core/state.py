@@ -12,10 +12,12 @@ from jaxtyping import Array, Bool, Int, PyTree
 from gradhpo.core.inner import InnerState
 from gradhpo.core.memory import entries_of, path_to
 from gradhpo.core.partition import combine
+from gradhpo.core.showing import shown
 from gradhpo.core.types import METRICS
 from gradhpo.utils.freezing import frozen_as, trained
 from gradhpo.utils.trees import accumulation_dtype
 from gradhpo.utils.typecheck import checked
+from gradhpo.utils.validation import fitted
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -166,15 +168,15 @@ class BilevelState(eqx.Module):
     ) -> "BilevelState":
         """A new state with some fields replaced.
 
-        **Arguments:** the fields of the same names; the default `None` keeps a field. Entries of
-        `metadata` are added to the old ones or replace them. With another `inner_opt_state` the
-        state is no longer `fresh`. Frozen leaves stay frozen, even if `params` has plain arrays in
-        their place.
+        **Arguments:** the fields of the same names; the default `None` keeps a field. Numbers and
+        NumPy arrays become arrays of JAX. Entries of `metadata` are added to the old ones or
+        replace them. With another `inner_opt_state` the state is no longer `fresh`. Frozen leaves
+        stay frozen, even if `params` has plain arrays in their place.
 
         **Returns:** a new state; this one is unchanged.
 
-        **Raises:** `ValueError` for an entry of `metadata` that is a metric, or in the algorithm's
-        `memory`; for `params` of another structure where leaves are frozen.
+        **Raises:** `ValueError` for a field of another structure, shape or dtype, and for an entry
+        of `metadata` that is a metric, or in the algorithm's `memory`.
 
         ```python
         state = gradhpo.BilevelState.create(jnp.ones(3), jnp.zeros(3), (), ())
@@ -182,26 +184,28 @@ class BilevelState(eqx.Module):
         ```
         """
 
-        def keep(new, old):
-            return old if new is None else new
-
         if metadata:
             self._check_notes(metadata)
         if fresh is None and inner_opt_state is not None:
             fresh = False
         if params is not None:
             params = frozen_as(self.params, params, "update(params=...)")
-        return BilevelState(
-            params=keep(params, self.params),
-            hyperparams=keep(hyperparams, self.hyperparams),
-            inner_opt_state=keep(inner_opt_state, self.inner_opt_state),
-            outer_opt_state=keep(outer_opt_state, self.outer_opt_state),
-            step=keep(step, self.step),
-            metadata=self.metadata | (metadata or {}),
-            memory=keep(memory, self.memory),
-            model_state=keep(model_state, self.model_state),
-            fresh=keep(fresh, self.fresh),
-        )
+        given = {
+            "params": params,
+            "hyperparams": hyperparams,
+            "inner_opt_state": inner_opt_state,
+            "outer_opt_state": outer_opt_state,
+            "step": step,
+            "memory": memory,
+            "model_state": model_state,
+            "fresh": fresh,
+        }
+        new = {
+            name: fitted(f"update({name}=...)", value, getattr(self, name))
+            for name, value in given.items()
+            if value is not None
+        }
+        return dataclasses.replace(self, metadata=self.metadata | (metadata or {}), **new)
 
     def _check_notes(self, notes: dict[str, Any]) -> None:
         for name in notes:
@@ -216,6 +220,15 @@ class BilevelState(eqx.Module):
                     "change it there, state.update(memory=eqx.tree_at(lambda m: "
                     f"m.{path_to(self.memory, name)}, state.memory, value))"
                 )
+
+    def __repr__(self) -> str:
+        return shown(self)
+
+    def __eq__(self, other: object) -> Any:
+        """As for any module, but `nan` equals `nan`: metrics are `nan` before the first step."""
+        return eqx.tree_equal(_without_nan(self), _without_nan(other))
+
+    __hash__ = eqx.Module.__hash__
 
     def get_metric(self, key: str, default: Any = ...) -> Any:
         """A metric, a note, or an entry of the algorithm's memory (`"theta"`, `"linear_residual"`).
@@ -246,14 +259,24 @@ class BilevelState(eqx.Module):
         return combine(self.params, self.hyperparams)
 
 
+def _without_nan(tree: PyTree) -> PyTree:
+    """The same with 0 for `nan`, and with the places where one was."""
+    places = jax.tree.map(lambda x: jnp.isnan(x) if eqx.is_inexact_array(x) else None, tree)
+    zeroed = lambda x, here: x if here is None else jnp.where(here, 0, x)
+    return places, jax.tree.map(zeroed, tree, places)
+
+
 def inner_state(state: BilevelState) -> InnerState:
     """The $z = (w, s, r)$ of a state; the rest of its params is constant through training."""
     return InnerState(trained(state.params), state.inner_opt_state, state.model_state)
 
 
 def with_inner_state(state: BilevelState, z: InnerState) -> BilevelState:
-    """A state with another z."""
-    return state.update(params=eqx.combine(z.w, state.params), inner_opt_state=z.s, model_state=z.r)
+    """A state with another z, which is no longer `fresh`; a wrapper may change its shapes."""
+    params = eqx.combine(z.w, state.params)
+    return dataclasses.replace(
+        state, params=params, inner_opt_state=z.s, model_state=z.r, fresh=False
+    )
 
 
 def with_metrics(state: BilevelState, metrics: dict[str, Array]) -> BilevelState:

@@ -26,6 +26,9 @@ class Batches(eqx.Module):
     number of inner steps in each.
     """
 
+    repeats = False
+    """Whether all steps get the same batch."""
+
     @abc.abstractmethod
     def batch(self, step: Array, position: Array) -> PyTree:
         """One batch for an outer step."""
@@ -62,6 +65,7 @@ class Generated(Batches):
 class Fixed(Batches):
     """One batch for all steps; PRNG keys in it are folded with the step."""
 
+    repeats = True
     value: PyTree
 
     def batch(self, step: Array, position: Array) -> PyTree:

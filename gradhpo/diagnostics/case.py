@@ -19,6 +19,7 @@ from gradhpo.core.wrapper import algorithm_of, same_wrappers
 from gradhpo.diagnostics.cost import Program, on_device
 from gradhpo.utils.conversion import as_batch
 from gradhpo.utils.freezing import carried
+from gradhpo.utils.processes import check_shared
 from gradhpo.utils.settings import check_tunes
 from gradhpo.utils.validation import check_single_batch
 
@@ -62,6 +63,7 @@ class Case:
         for optimizer in optimizers.values():
             check_tunes(optimizer)
         check_horizon(optimizers, num_steps)
+        check_shared(state, train_batch=train, val_batch=val)
         train, val = on_device((train, val))
         return cls(state, train, val, losses, num_steps)
 

@@ -8,7 +8,7 @@ from gradhpo.core.vanishing import WHY_ZERO
 from gradhpo.diagnostics.comparison import Agreement
 from gradhpo.diagnostics.metasmooth import FiniteDifference
 from gradhpo.diagnostics.nonfinite import NonFinite
-from gradhpo.diagnostics.tables import aligned, number
+from gradhpo.diagnostics.tables import Report, aligned, number
 from gradhpo.utils.advice import WARM_UP
 
 
@@ -38,8 +38,8 @@ class StepError(NamedTuple):
         return f"epsilon is too {kind}: the estimate with half of it {changed}"
 
 
-@dataclasses.dataclass(frozen=True)
-class HypergradientCheck:
+@dataclasses.dataclass(frozen=True, repr=False)
+class HypergradientCheck(Report):
     """What [`check_hypergradient`][gradhpo.check_hypergradient] found.
 
     **Fields:**

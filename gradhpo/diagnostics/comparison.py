@@ -10,7 +10,15 @@ from jaxtyping import PyTree
 
 from gradhpo.diagnostics.cost import Cost
 from gradhpo.diagnostics.drawing import draw_comparison
-from gradhpo.diagnostics.tables import OPEN_LOOPS, aligned, bytes_of, flops_of, number, seconds_of
+from gradhpo.diagnostics.tables import (
+    OPEN_LOOPS,
+    Report,
+    aligned,
+    bytes_of,
+    flops_of,
+    number,
+    seconds_of,
+)
 from gradhpo.utils.validation import leaf_names
 
 
@@ -92,8 +100,8 @@ def _sign_agreement(g: np.ndarray, r: np.ndarray) -> Any:
     return np.mean(np.sign(g[counted]) == np.sign(r[counted]))
 
 
-@dataclasses.dataclass(frozen=True)
-class HypergradientComparison:
+@dataclasses.dataclass(frozen=True, repr=False)
+class HypergradientComparison(Report):
     r"""What [`compare_hypergradients`][gradhpo.compare_hypergradients] found.
 
     **Fields** (dicts by the name of the optimizer, unless stated otherwise):

@@ -8,11 +8,12 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Real
 
 from gradhpo.core.base import BilevelOptimizer
-from gradhpo.core.inputs import Inputs, LossFunctions
+from gradhpo.core.inputs import Inputs, LossFunctions, both_losses
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import LossFn
 from gradhpo.utils.conversion import as_batch
 from gradhpo.utils.dispatch import compiled
+from gradhpo.utils.processes import check_shared
 from gradhpo.utils.settings import check_setting
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.warn import warn
@@ -24,8 +25,8 @@ def finite_difference_hypergradient(
     state: BilevelState,
     train_batch: PyTree,
     val_batch: PyTree,
-    train_loss_fn: LossFn,
-    val_loss_fn: LossFn,
+    train_loss_fn: LossFn | LossFunctions,
+    val_loss_fn: LossFn | None = None,
     *,
     coordinates: Int[ArrayLike, " n"] | Sequence[int] | None = None,
     epsilon: Real[ArrayLike, ""] | None = None,
@@ -68,6 +69,8 @@ def finite_difference_hypergradient(
         )
     ```
     """
+    losses = both_losses("finite_difference_hypergradient", train_loss_fn, val_loss_fn)
+    check_shared(state, train_batch=train_batch, val_batch=val_batch)
     flat, unravel = ravel_pytree(state.hyperparams)
     if flat.dtype != jnp.float64:
         warn(
@@ -85,8 +88,7 @@ def finite_difference_hypergradient(
         state,
         as_batch(train_batch, "train_batch"),
         as_batch(val_batch, "val_batch"),
-        train_loss_fn,
-        val_loss_fn,
+        *losses,
         chosen,
         jnp.asarray(epsilon, flat.dtype),
     )

@@ -22,7 +22,7 @@ from gradhpo.core.types import RealScalarLike
 from gradhpo.core.wrapper import algorithm_of
 from gradhpo.diagnostics.case import Case, check_one_problem
 from gradhpo.diagnostics.drawing import draw_horizon
-from gradhpo.diagnostics.tables import aligned, number
+from gradhpo.diagnostics.tables import Report, aligned, number
 from gradhpo.utils.tracing import differentiation_explained
 from gradhpo.utils.trees import tree_dot
 from gradhpo.utils.typecheck import checked
@@ -35,8 +35,8 @@ _LOOK_AT = "gradhpo.check_hypergradient says where that comes from"
 _MOST_ROWS = 12
 
 
-@dataclasses.dataclass(frozen=True)
-class Horizon:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Horizon(Report):
     r"""What [`explain_horizon`][gradhpo.explain_horizon] found.
 
     With the contribution $c_t = \alpha_T A_T \cdots A_{t+1} B_t$ of inner step $t$ to the exact

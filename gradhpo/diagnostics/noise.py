@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from gradhpo.diagnostics.drawing import draw_noise
-from gradhpo.diagnostics.tables import aligned, number
+from gradhpo.diagnostics.tables import Report, aligned, number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Moments:
     draws_needed: float
 
 
-@dataclasses.dataclass(frozen=True)
-class HypergradientNoise:
+@dataclasses.dataclass(frozen=True, repr=False)
+class HypergradientNoise(Report):
     """What [`compare_over_batches`][gradhpo.compare_over_batches] found.
 
     **Fields:**

@@ -16,7 +16,7 @@ from gradhpo.core.wrapper import algorithm_of, rewrapped
 from gradhpo.diagnostics.case import check_optimizers
 from gradhpo.diagnostics.cost import Cost, Program
 from gradhpo.diagnostics.reference import FAILURES
-from gradhpo.diagnostics.tables import OPEN_LOOPS, aligned, bytes_of, flops_of
+from gradhpo.diagnostics.tables import OPEN_LOOPS, Report, aligned, bytes_of, flops_of
 from gradhpo.utils.conversion import as_batch
 from gradhpo.utils.settings import check_count
 from gradhpo.utils.typecheck import checked
@@ -46,8 +46,8 @@ class Planned:
         return algorithm_of(self.optimizer).checkpointing
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Plan(Report):
     """What [`plan`][gradhpo.plan] found: `rows`, and `plan[name, steps]` for one of them.
 
     Another name or horizon raises `KeyError`; `max_bytes` is the given limit.

@@ -7,6 +7,13 @@ from collections.abc import Sequence
 OPEN_LOOPS = ">: loops in linear solvers, and loops of a length known only at run time, count once"
 
 
+class Report:
+    """Shown as its text where nothing prints it, as at the end of a notebook's cell."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Rows of aligned cells: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

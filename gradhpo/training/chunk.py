@@ -130,6 +130,7 @@ class Chunk(eqx.Module):
                 self.val.batch(state.step, position),
                 self.losses,
                 self._start(state),
+                self.train.repeats,
             )
             rate = outer_rate(rate(state.step) if callable(rate) else rate)
             new, moving = self.optimizer._advance(inputs, rate)

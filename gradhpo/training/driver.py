@@ -22,7 +22,9 @@ from gradhpo.training.chunk import Chunk, started
 from gradhpo.training.history import Record
 from gradhpo.training.keeper import Keeper
 from gradhpo.training.stopping import Interrupts, Stopped, failing
+from gradhpo.utils.processes import check_shared
 from gradhpo.utils.progress import ProgressBar
+from gradhpo.utils.settings import outer_rate
 
 
 @dataclasses.dataclass
@@ -54,6 +56,7 @@ class Driver:
             norm_at_start=float(np.sqrt(np.sum(squares))),
         )
         self.positions = self.feed.positions()
+        self.refusal = ""  # why every step is refused although its metrics are finite
         self.zeros: list[int] | None = None  # leaves whose hypergradient was 0 in every step
         self._callbacks_saw_all = True  # of what the record holds
         self._advice = _how_to_save_memory(algorithm_of(self.optimizer))
@@ -151,6 +154,8 @@ class Driver:
             if drawn is None:
                 return [], self._out_of_data(may_return)
             train, val, taken = drawn
+            leaves = {"train_data": jax.tree.leaves(train), "val_data": jax.tree.leaves(val)}
+            check_shared(self.state, **leaves)
             positions = self.feed.positions() if self.keeper is not None else {}
             with failing("device error", may_return=may_return, advice=self._advice):
                 about = self.rate, self.record_fn, self.start_fn
@@ -185,6 +190,10 @@ class Driver:
         if self.zeros is None:
             inputs = flight.chunk.first_inputs(self.state)
             self.zeros = self.optimizer._warn_of_zeros(inputs, flight.moved)
+            refused = metrics["rejected"][-1] - float(self.state.metadata["rejected"])
+            if refused == len(metrics["rejected"]) and _looks_finite(metrics):
+                rate = self.rate(self.state.step) if callable(self.rate) else self.rate
+                self.refusal = self.optimizer._why_refused(inputs, outer_rate(rate))
         self.zeros = [leaf for leaf in self.zeros if not moved[leaf]]
         self._callbacks_saw_all = False
         measured, failure = self.callbacks.measure(flight.measured)
@@ -211,6 +220,12 @@ class Driver:
             raise Stopped(reason)
         if self.record.longest >= self.max_rejections:
             raise Stopped("rejected")
+
+
+def _looks_finite(metrics: Mapping[str, np.ndarray]) -> bool:
+    """Whether nothing in the metrics says why steps are refused."""
+    names = ("train_loss", "val_loss", "hypergrad_norm")
+    return all(np.all(np.isfinite(metrics[name])) for name in names)
 
 
 def _at_the_end(values: Mapping[str, float], length: int) -> dict[str, np.ndarray]:

@@ -51,7 +51,7 @@ def run(
     chunk_size: int = 100,
     callbacks: Sequence[Callable] = (),
     max_rejections: int = 10,
-    progress: bool = True,
+    progress: bool | str = True,
     checkpoint: str | Path | Checkpoint | None = None,
     record: Callable | None = None,
     start_fn: Callable | None = None,
@@ -92,7 +92,7 @@ def run(
         [`CSVLogger`][gradhpo.CSVLogger].
     - `max_rejections`: stop after this many consecutive steps were rejected as non-finite; default
         10.
-    - `progress`: show a progress bar, default `True`.
+    - `progress`: show a progress bar, default `True`; a text is its label.
     - `checkpoint`: a directory (or a [`Checkpoint`][gradhpo.Checkpoint]) to save the run in;
         default `None`. If it already holds a run, `run` resumes it, and the result is bit for bit
         that of an uninterrupted run; `state` must then be the state that the run started from.
@@ -205,7 +205,7 @@ def _history(driver: Driver, ending: Stopped, num_steps: int, seconds: float) ->
     remark = _remark(driver, metrics) if record.taken else ""
     unwritten = [] if driver.keeper is None else driver.keeper.failures
     inner = driver.state.inner_opt_state
-    advice = on_nan_derivative(inner), on_nan_loss(inner)
+    advice = on_nan_derivative(inner), driver.refusal or on_nan_loss(inner)
     saved = None if driver.keeper is None else driver.keeper.saved_step
     behind = saved if saved != record.taken else None
     alone = driver.optimizer is algorithm_of(driver.optimizer)

@@ -3,8 +3,11 @@
 Everything else about an algorithm, the algorithm says itself.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 
 from gradhpo.utils import foreign
@@ -79,32 +82,77 @@ def _is_half(inner_opt_state: PyTree) -> bool:
     return any(x.dtype == jnp.float16 for x in jax.tree.leaves(inner_opt_state))
 
 
+# optax compares the peak with 0, in Python.
+PEAK = (
+    "For a tuned peak of optax.warmup_cosine_decay_schedule make a schedule with the peak 1, "
+    "unit = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup_steps, decay_steps), and scale it: "
+    "lambda hyperparams: optax.sgd(lambda count: hyperparams['peak'] * unit(count))"
+)
+
 _ODE = (
     "around an ODE solve pass adjoint=diffrax.DirectAdjoint() and a small max_steps: the gradients "
     "of diffrax's other adjoints cannot be differentiated again"
 )
+_SCAN = "instead of a while_loop use lax.scan"
+# What JAX says, and what to write: by the function whose derivative does not exist, and "".
 _MISSING_RULES = {
-    foreign.NO_REVERSE: f"{_ODE}; instead of a while_loop use lax.scan, or "
-    "ForwardModeOptimizer with an update_fn",
-    foreign.NO_FORWARD: f"{_ODE}; instead of your own custom_vjp write a custom_jvp, or use "
-    "UnrolledOptimizer",
-    foreign.NO_TANGENT: _ODE,
-    foreign.NO_CALLBACK_DERIVATIVE: "for an opaque function use T1T2Optimizer(update_fn=..., "
-    "perturb='hyperparams')",
+    foreign.NO_REVERSE: {
+        "val_loss_fn": f"{_ODE}; {_SCAN}",
+        "train_loss_fn": f"{_ODE}; {_SCAN}, or ForwardModeOptimizer with an update_fn that "
+        "computes its gradient by jax.jacfwd",
+        "update_fn": f"{_SCAN}, or ForwardModeOptimizer, which takes forward derivatives of it",
+        "grad_fn": f"{_SCAN}, or ForwardModeOptimizer, which takes forward derivatives of it",
+        "": f"{_ODE}; {_SCAN}",
+    },
+    foreign.NO_FORWARD: {
+        "": f"{_ODE}; instead of your own custom_vjp write a custom_jvp, or use UnrolledOptimizer"
+    },
+    foreign.NO_TANGENT: {"": _ODE},
+    foreign.NO_CALLBACK_DERIVATIVE: {
+        "val_loss_fn": "around an opaque function write a jax.custom_vjp",
+        "": "for an opaque function use T1T2Optimizer(update_fn=..., perturb='hyperparams')",
+    },
 }
 
 
-def on_missing_rule(said: str) -> str | None:
-    """What to write if JAX `said` that a differentiation rule is missing."""
-    return next((advice for rule, advice in _MISSING_RULES.items() if rule in said), None)
+def on_missing_rule(said: str, of: str = "") -> str | None:
+    """What to write if JAX `said` that a rule for the derivative `of` a function is missing."""
+    advice = next((x for rule, x in _MISSING_RULES.items() if rule in said), None)
+    return None if advice is None else advice.get(of, advice[""])
+
+
+# Names of one thing in different classes.
+_ALIKE = (
+    {"inner_steps", "unroll_steps", "num_inner_steps", "num_unroll_steps"},
+    {"lr_hyper", "hyper_lr", "outer_lr", "lr", "learning_rate"},
+)
+
+
+def also_called(name: str) -> set[str]:
+    """The other names of an argument."""
+    return {x for names in _ALIKE if name in names for x in names if x != name}
+
+
+def instead_of(parameter: str, given: Any, expected: str) -> str | None:
+    """What to pass for an argument that is refused; `None` if its type says enough."""
+    is_count = isinstance(given, (np.generic, np.ndarray, jax.Array)) and given.ndim == 0
+    if is_count and jnp.issubdtype(given.dtype, jnp.integer) and "int" in expected:
+        return f"a Python int: {parameter}=int({parameter})"
+    called = foreign.uncalled(given)
+    if called is not None:
+        return called
+    if parameter not in _INSTEAD and foreign.is_one_number(expected):
+        return "one real number, of shape ()"
+    return _INSTEAD.get(parameter)
 
 
 _LOSS = (
     "a function (params, hyperparams, batch) -> scalar; the order of arguments is (state, "
     "train_batch, val_batch, train_loss_fn, val_loss_fn)"
 )
+_MULTI_STEPS = "for an optax.MultiSteps its .gradient_transformation()"
 # By the name of the argument.
-INSTEAD = {
+_INSTEAD = {
     "optimizer": "an optimizer such as gradhpo.OneStepOptimizer(optax.sgd(0.1), optax.adam(0.01))",
     "optimizers": "a dict of name to optimizer: {'one step': gradhpo.OneStepOptimizer(inner)}",
     "state": "what optimizer.init(params, hyperparams) or optimizer.step(...) returned",
@@ -114,10 +162,10 @@ INSTEAD = {
     "train_batches": "gradhpo.BatchStack.of([b1, b2, ...]), one batch for each step of an episode",
     "callbacks": "a list of functions (state, metrics) -> bool | None: callbacks=[callback]",
     "where": "a function of the model: lambda m: m.log_weight_decay",
-    "inner_optimizer": "an optax transformation such as optax.sgd(0.1), or a function of the "
-    "hyperparameters that returns one",
-    "outer_optimizer": "an optax transformation such as optax.adam(0.01) (for an optax.MultiSteps "
-    "its .gradient_transformation()), or None",
+    "inner_optimizer": f"an optax transformation such as optax.sgd(0.1) ({_MULTI_STEPS}), or a "
+    "function of the hyperparameters that returns one",
+    "outer_optimizer": f"an optax transformation such as optax.adam(0.01) ({_MULTI_STEPS}), or "
+    "None",
     "update_fn": "a function (params, hyperparams, batch) -> params",
     "coordinates": "whole numbers, e.g. [0, 1, 2]",
     "linear_solver": "a lineax solver such as lineax.CG(rtol=1e-5, atol=1e-5), gradhpo.Neumann(20, "

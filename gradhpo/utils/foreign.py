@@ -4,6 +4,7 @@ All of it is in this file, and each entry has a test that fails when the other l
 (`tests/test_foreign.py`).
 """
 
+import inspect
 import re
 from typing import Any
 
@@ -31,6 +32,11 @@ def refused_argument(complaint: str) -> tuple[str, str, str] | None:
         return None
     expected = re.sub(r"(\w+\.)+(?=\w)|<class '|'>|\.$", "", found["expected"])
     return found["parameter"], " ".join(found["value"].split()), expected
+
+
+def is_one_number(expected: str) -> bool:
+    """Whether a type that was expected is that of a real number, `Real[ArrayLike, ""]`."""
+    return "Real[Array, '']" in expected
 
 
 # -- JAX ---------------------------------------------------------------------------------------
@@ -80,6 +86,23 @@ def runtime_check(error: Exception) -> Exception | None:
 
 
 # -- optax -------------------------------------------------------------------------------------
+
+
+def uncalled(given: Any) -> str | None:
+    """`optax.sgd(0.1)` for `optax.sgd`: how to call what makes a transformation; or `None`."""
+    is_theirs = (getattr(given, "__module__", None) or "").partition(".")[0] == "optax"
+    is_maker = inspect.isfunction(given) or inspect.isclass(given)
+    if not (is_theirs and is_maker) or "<locals>" in given.__qualname__:
+        return None
+    first = next(iter(inspect.signature(given).parameters), "")
+    arguments = "0.1" if first == "learning_rate" else "..." if first else ""
+    inside = "contrib." if ".contrib" in given.__module__ else ""
+    return f"optax.{inside}{given.__name__}({arguments})"
+
+
+def makes_a_transformation(given: Any) -> bool:
+    """Whether this is an `optax.MultiSteps`, which is not a transformation itself."""
+    return callable(getattr(given, "gradient_transformation", None))
 
 
 def keeps_second_moments(inner_opt_state: PyTree) -> bool:

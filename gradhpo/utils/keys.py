@@ -28,6 +28,11 @@ def key_of_numbers(numbers: Array) -> Array:
     return jax.random.wrap_key_data(numbers, impl=kind)
 
 
+def looks_like_a_key(x: Any) -> bool:
+    """Whether this may be a key made by `jax.random.PRNGKey`, which has no type of its own."""
+    return eqx.is_array(x) and x.shape == (2,) and x.dtype == jnp.uint32
+
+
 def _fold(keys: Array, index: ArrayLike) -> Array:
     folded = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys.reshape(-1))
     return folded.reshape(keys.shape)

@@ -30,9 +30,11 @@ class _FileLogger(abc.ABC):
         every: int = 1,
         append: bool = False,
         extra: Callable[[Any], Mapping[str, Any]] | None = None,
+        label: str | None = None,
     ):
         check_count("every", every)
         self._path, self._every, self._append, self._extra = Path(path), every, append, extra
+        self._label = label
         if self._path.is_dir():
             raise ValueError(f"path={str(path)!r} is a directory; pass a file, path/log.jsonl")
         self.memory = np.asarray(0)
@@ -67,6 +69,8 @@ class _FileLogger(abc.ABC):
                     columns[name].append(x[-1].item())
             others = [None] * (len(columns["step"]) - 1)
             columns |= {name: [*others, float(x)] for name, x in self._extra(state).items()}
+        if self._label is not None:
+            columns |= {"label": [self._label] * len(columns["step"])}
         with open(self._path, "ab") as file:
             if self._resumed:
                 self._cut(file)
@@ -97,6 +101,8 @@ class JSONLinesLogger(_FileLogger):
     - `extra`: a function `state -> {name: number}`, called at the end of a chunk, for values that
         are not metrics, such as the hyperparameters. They go into the line of the last step of the
         chunk.
+    - `label`: a text that every line has as `label`, to tell the runs in one file apart; default
+        `None`, none.
 
     **Raises:** `ValueError` for a `path` that is a directory or `every < 1`; when `run` starts, for
     a file that already has content, without `append=True`.
@@ -116,7 +122,9 @@ class JSONLinesLogger(_FileLogger):
         return "".join("{" + "".join(row)[:-2] + "}\n" for row in zip(*written, strict=True))
 
 
-def _number(x: float | int) -> str:
+def _number(x: float | int | str) -> str:
+    if isinstance(x, str):
+        return json.dumps(x)
     return repr(x) if math.isfinite(x) else "null"
 
 

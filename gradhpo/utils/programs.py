@@ -1,10 +1,18 @@
 """What a traced program depends on, and what it does with it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 from jax.extend.core import Jaxpr, Literal, jaxprs_in_params
 
-from gradhpo.utils.foreign import BRANCHES, LOOPS, MAXIMA, STOP_GRADIENT, is_custom_vjp
+from gradhpo.utils.foreign import (
+    BRANCHES,
+    LOOPS,
+    MAXIMA,
+    RANDOM,
+    STOP_GRADIENT,
+    is_custom_vjp,
+)
 
 
 def contains_custom_vjp(program: Jaxpr) -> bool:
@@ -43,6 +51,7 @@ def _is_variable(v: object) -> bool:
 
 # How a value depends on marked inputs: not at all, only through maxima, or otherwise.
 _NOT, _BY_MAXIMA, _OTHERWISE = range(3)
+Meets: TypeAlias = Callable[[str, list[int]], bool]  # an operation and the levels that it takes
 
 
 def stops_a_function_of(program: Jaxpr, marked: Sequence[bool]) -> bool:
@@ -50,39 +59,52 @@ def stops_a_function_of(program: Jaxpr, marked: Sequence[bool]) -> bool:
 
     It is harmless on a maximum: softmax and logsumexp subtract one, which changes nothing.
     """
-    return _followed(program, [_OTHERWISE if mark else _NOT for mark in marked])[1]
+    return _meets(program, marked, lambda name, of: name == STOP_GRADIENT and of[0] == _OTHERWISE)
 
 
-def _followed(program: Jaxpr, levels: list[int]) -> tuple[list[int], bool]:
-    """The levels of the results, and whether a stop was found on the way."""
+def draws_with(program: Jaxpr, marked: Sequence[bool]) -> bool:
+    """Whether random numbers that the result needs are drawn with something made of the inputs."""
+    return _meets(program, marked, lambda name, of: name in RANDOM and any(of))
+
+
+def _meets(program: Jaxpr, marked: Sequence[bool], meets: Meets) -> bool:
+    return _followed(program, [_OTHERWISE if mark else _NOT for mark in marked], meets)[1]
+
+
+def _followed(program: Jaxpr, levels: list[int], meets: Meets) -> tuple[list[int], bool]:
+    """The levels of the results, and whether an operation on the way meets the marked inputs."""
     level = dict(zip(program.invars, levels, strict=True))
     of = lambda v: level.get(v, _NOT) if _is_variable(v) else _NOT
     found, live = False, _needed(program)
     for eqn in program.eqns:
         before = [of(v) for v in eqn.invars]
         after = [max(before, default=_NOT)] * len(eqn.outvars)
+        is_live = any(v in live for v in eqn.outvars)
         for inner in jaxprs_in_params(eqn.params):
-            after, found_inside = _inside(eqn.primitive.name, inner, before, len(eqn.outvars))
-            found |= found_inside and any(v in live for v in eqn.outvars)
+            after, found_inside = _inside(
+                eqn.primitive.name, inner, before, len(eqn.outvars), meets
+            )
+            found |= found_inside and is_live
         if eqn.primitive.name in MAXIMA:
             after = [min(x, _BY_MAXIMA) for x in after]
-        if eqn.primitive.name == STOP_GRADIENT and eqn.outvars[0] in live:
-            found |= before[0] == _OTHERWISE
+        found |= is_live and meets(eqn.primitive.name, before)
         for v, x in zip(eqn.outvars, after, strict=True):
             level[v] = max(level.get(v, _NOT), x)
     return [of(v) for v in program.outvars], found
 
 
-def _inside(name: str, inner: Jaxpr, before: list[int], results: int) -> tuple[list[int], bool]:
+def _inside(
+    name: str, inner: Jaxpr, before: list[int], results: int, meets: Meets
+) -> tuple[list[int], bool]:
     """The same inside an operation that contains a program."""
     most = max(before, default=_NOT)
     if name in BRANCHES:
         before = before[1:]
     if len(before) != len(inner.invars):
         before = [most] * len(inner.invars)
-    after, found = _followed(inner, before)
+    after, found = _followed(inner, before, meets)
     if name in LOOPS:  # the results of one iteration are the inputs of the next
-        after, found = _followed(inner, [max(x, *after) if x else x for x in before])
+        after, found = _followed(inner, [max(x, *after) if x else x for x in before], meets)
         after = [max(after, default=_NOT)] * results
     return (after if len(after) == results else [most] * results), found
 

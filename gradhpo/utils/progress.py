@@ -4,10 +4,17 @@ import contextlib
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-from tqdm.auto import tqdm
+from tqdm import TqdmWarning
+
+
+with warnings.catch_warnings():
+    # In a notebook without ipywidgets: the bar is made of text there.
+    warnings.simplefilter("ignore", TqdmWarning)
+    from tqdm.auto import tqdm
 
 
 _SHOWN = {"train": "train_loss", "val": "val_loss", "|hypergrad|": "hypergrad_norm"}
@@ -19,17 +26,18 @@ class ProgressBar:
 
     The first chunk includes compilation and does not predict the others: the clock of the estimate
     starts after it. Without a terminal or a notebook, a line is printed every ten seconds, and one
-    at the end.
+    at the end. `shown` may be a label.
     """
 
     def __init__(
-        self, total: int, *, done: int = 0, shown: bool = True, monitored: Sequence[str] = ()
+        self, total: int, *, done: int = 0, shown: bool | str = True, monitored: Sequence[str] = ()
     ):
         self._shown = _SHOWN | {name: name for name in monitored}
-        self._lines = shown and not _can_draw()
+        self._label = shown if isinstance(shown, str) else None
+        self._lines = shown is not False and not _can_draw()
         self._bar = tqdm(
-            total=total, initial=done, disable=not shown or self._lines, unit="step",
-            dynamic_ncols=True,
+            total=total, initial=done, disable=shown is False or self._lines, unit="step",
+            dynamic_ncols=True, desc=self._label,
         )  # fmt: skip
         self._total, self._done, self._counted_from = total, done, done
         self._started = self._printed = time.monotonic()
@@ -37,7 +45,8 @@ class ProgressBar:
         if self._lines:
             with self._whatever_the_terminal_does():
                 resumed = f"resumed after {done} of {total} steps" if done else f"{total} steps"
-                print(f"gradhpo.run: {resumed}, compiling", file=sys.stderr, flush=True)
+                label = self._label or "gradhpo.run"
+                print(f"{label}: {resumed}, compiling", file=sys.stderr, flush=True)
 
     def __enter__(self) -> "ProgressBar":
         return self
@@ -86,6 +95,7 @@ class ProgressBar:
         line = tqdm.format_meter(
             self._done, self._total, now - self._started, ncols=0, unit="step",
             initial=self._counted_from, postfix=self._last,
+            prefix="" if self._label is None else f"{self._label}: ",
         )  # fmt: skip
         print(line, file=sys.stderr, flush=True)
         self._printed = now

@@ -8,14 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, PyTree
+from jaxtyping import Array, ArrayLike, PyTree, Real
+
+from gradhpo.utils.foreign import uncalled
 
 
-def setting(value: Any) -> Array:
-    """Converter for numeric fields: an array leaf, so that a new value does not recompile."""
-    if isinstance(value, bool) or not (
-        eqx.is_array_like(value) and jnp.issubdtype(jnp.result_type(value), jnp.number)
-    ):
+def setting(value: Real[ArrayLike, ""]) -> Array:
+    """Converter for numeric fields: an array leaf, so that a new value does not recompile.
+
+    Equinox gives its annotation to the argument of the constructor, where `checked` finds it.
+    """
+    if isinstance(value, (bool, np.bool_)) or not eqx.is_array_like(value) or np.ndim(value):
+        raise TypeError(f"a numeric setting must be one real number, of shape (), got {value!r}")
+    dtype = jnp.result_type(value)
+    if not jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(f"a numeric setting must be a real number, got {value!r}")
     return jnp.asarray(value, dtype=jnp.result_type(float))
 
@@ -31,7 +37,8 @@ def check_setting(name: str, value: Array, good: Callable[[np.ndarray], Any], ru
 def check_count(name: str, value: int, *, most: int | None = None) -> None:
     """A static count: a whole number of at least 1, and at most `most` if given."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a Python int (it fixes shapes), got {value!r}")
+        whole = f": write int({name})" if isinstance(value, np.integer) else ""
+        raise TypeError(f"{name} must be a Python int (it fixes shapes), got {value!r}{whole}")
     if value < 1 or (most is not None and value > most):
         upper = "" if most is None else f" and at most {most}"
         raise ValueError(f"{name} must be at least 1{upper}, got {name}={value}")
@@ -54,6 +61,13 @@ def check_inner_rule(name: str, inner_optimizer: Any, grad_fn: Any, update_fn: A
         raise ValueError(
             f"{name} got both inner_optimizer and update_fn; pass only one of them, since "
             "either alone says what an inner step is"
+        )
+    called = uncalled(inner_optimizer)
+    if called is not None:
+        raise TypeError(
+            f"{name}(inner_optimizer=...) got {called.partition('(')[0]} itself, which would take "
+            f"the hyperparameters for its first argument: write {called}; or, to tune what it "
+            "takes, lambda hyperparams: optax.sgd(hyperparams['learning_rate'])"
         )
     is_optax = isinstance(inner_optimizer, optax.GradientTransformation)
     if not (inner_optimizer is None or is_optax or callable(inner_optimizer)):
@@ -151,7 +165,7 @@ def check_episodes(
         raise ValueError(
             f"the state has taken {step} steps, which is not a whole number of episodes of "
             f"steps_per_episode={steps_per_episode}, and where its episode started is not known; "
-            "to start one here: optimizer.restart(state).update(step=jnp.zeros((), jnp.int32))"
+            "to start one here: optimizer.restart(state).update(step=0)"
         )
 
 

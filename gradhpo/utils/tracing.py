@@ -18,14 +18,21 @@ TAKES_ALL = "second derivatives of the training loss, or derivatives of the inne
 
 
 @contextlib.contextmanager
-def differentiation_explained(name: str, takes: str = TAKES_ALL) -> Iterator[None]:
-    """Says what to write if the derivatives that a method `takes` do not exist."""
+def differentiation_explained(
+    name: str, takes: str = TAKES_ALL, find: Callable[[], str] = lambda: ""
+) -> Iterator[None]:
+    """Says what to write if the derivatives that a method `takes` do not exist.
+
+    `find` is called then, and names the function that has none, or returns "".
+    """
     try:
         yield
     except NO_DERIVATIVE as error:
-        advice = on_missing_rule(str(error))
-        if advice is None:
+        if on_missing_rule(str(error)) is None:
             raise
+        function = find()
+        advice = on_missing_rule(str(error), function)
+        takes = f"the derivative of {function}" if function else takes
         raise ValueError(
             f"{name} takes {takes}, and JAX has none here: {advice}. What JAX says: "
             f"{str(error).splitlines()[0]}"

@@ -1,14 +1,16 @@
 """beartype checks with readable messages."""
 
+import difflib
 import functools
 import inspect
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import jax
 from beartype import beartype
 from jaxtyping import TypeCheckError, jaxtyped
 
-from gradhpo.utils.advice import INSTEAD
+from gradhpo.utils.advice import also_called, instead_of
 from gradhpo.utils.foreign import refused_argument
 
 
@@ -33,23 +35,84 @@ def _explained(function: Callable) -> Callable:
         try:
             return function(*args, **kwargs)
         except TypeCheckError as error:
-            message = _for_people(function, str(error))
+            message = _on_value(function, args, kwargs, str(error))
             if message is None:
                 raise
-        # Outside the handler: the earlier messages of beartype and jaxtyping help nobody.
+        except TypeError:
+            message = _on_call(function, args, kwargs)
+            if message is None:
+                raise
+        # Outside the handlers: the earlier messages help nobody.
         raise TypeError(message)
 
     return wrapper
 
 
-def _for_people(function: Callable, complaint: str) -> str | None:
+def _name(function: Callable, args: tuple) -> str:
+    if function.__name__ == "__init__":
+        return type(args[0]).__name__
+    return function.__qualname__.lstrip("_")
+
+
+def _on_value(function: Callable, args: tuple, kwargs: dict, complaint: str) -> str | None:
     """One sentence from the checker's report, or `None` if it is about something else."""
     found = refused_argument(complaint)
     if found is None:
         return None
-    parameter, value, expected = found
-    name = function.__qualname__.removesuffix(".__init__").lstrip("_")
-    value = value if len(value) < 100 else value[:100] + "..."
-    instead = INSTEAD.get(parameter)
+    parameter, shown, expected = found
+    shown = shown if len(shown) < 100 else shown[:100] + "..."
+    given = inspect.signature(function).bind(*args, **kwargs).arguments.get(parameter)
+    instead = instead_of(parameter, given, expected)
     instead = f"; pass {instead}" if instead else f" (expected {expected})"
-    return f"{name}: argument {parameter} must not be {value}{instead}"
+    return f"{_name(function, args)}: argument {parameter} must not be {shown}{instead}"
+
+
+def _on_call(function: Callable, args: tuple, kwargs: dict) -> str | None:
+    """What is wrong with the arguments themselves, or `None` if the function can be called."""
+    signature = inspect.signature(function)
+    try:
+        signature.bind(*args, **kwargs)
+        return None
+    except TypeError as error:
+        said = str(error)
+    name, parameters = _name(function, args), dict(signature.parameters)
+    if function.__name__ == "__init__":
+        del parameters[next(iter(parameters))]
+        args = args[1:]
+    positional = [x.name for x in parameters.values() if x.kind == x.POSITIONAL_OR_KEYWORD]
+    given = dict(zip(positional, args, strict=False)) | kwargs
+    required = [x.name for x in parameters.values() if x.default is x.empty]
+    missing = [x for x in required if x not in given]
+    unknown = [x for x in kwargs if x not in parameters]
+    if unknown:
+        meant = _closest(unknown[0], [*missing, *parameters])
+        hint = f" (did you mean {meant}?)" if meant else ""
+        return f"{name} has no argument {unknown[0]}{hint}; it takes {', '.join(parameters)}"
+    written = [x if x in positional else f"{x}=..." for x in required]
+    write = f"write {name}({', '.join(written)})"
+    if missing:
+        skipped = _skipped(given, parameters)
+        got = ", ".join(f"{x}={_kind(value)}" for x, value in given.items())
+        return f"{name} needs {skipped or ', '.join(missing)}; it got {got or 'nothing'}: {write}"
+    return f"{name}: {said}: {write}, and everything else by name"
+
+
+def _skipped(given: dict[str, Any], parameters: dict[str, inspect.Parameter]) -> str | None:
+    """The argument whose place holds what another one takes: it was forgotten."""
+    takes = {x.name: x.annotation for x in parameters.values() if inspect.isclass(x.annotation)}
+    for name, value in given.items():
+        if not isinstance(value, takes.get(name, object)):
+            others = [x for x, kind in takes.items() if kind is not object]
+            if any(isinstance(value, takes[x]) for x in others):
+                return name
+    return None
+
+
+def _closest(unknown: str, names: list[str]) -> str | None:
+    """What a name that does not exist stands for."""
+    others = [name for name in names if name in also_called(unknown)]
+    return next(iter(others or difflib.get_close_matches(unknown, names, n=1)), None)
+
+
+def _kind(value: Any) -> str:
+    return "Array" if isinstance(value, jax.Array) else type(value).__name__

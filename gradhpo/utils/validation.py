@@ -105,9 +105,16 @@ def prepare_hyperparams(hyperparams: PyTree) -> PyTree:
     for path, leaf in _with_path(hyperparams):
         name = jax.tree_util.keystr(path)
         if not (eqx.is_array(leaf) or _is_python_number(leaf)):
+            in_module = any(isinstance(key, jax.tree_util.GetAttrKey) for key in path)
+            remedy = (
+                "Of a module as hyperparameters only the arrays can be tuned, and gradhpo.partition"
+                "(model, lambda m: m.part) leaves the rest of it in params"
+                if in_module
+                else "Leave it in params, or write it into the losses"
+            )
             raise TypeError(
-                f"hyperparams{name} is {leaf!r}, not an array. Were params and hyperparams "
-                "swapped? The order is init(params, hyperparams), as partition returns them"
+                f"hyperparams{name} is {leaf!r}, not an array. {remedy}. The order is init(params, "
+                "hyperparams), as partition returns them"
             )
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise TypeError(
@@ -141,6 +148,20 @@ def _refuse_nan(tree: PyTree, what: str) -> None:
             )
 
 
+def refuse_text(error: TypeError, **batches: PyTree) -> None:
+    """Raises a better error if a call failed because of text or objects in a batch."""
+    for name, batch in batches.items():
+        for path, leaf in _with_path(batch):
+            is_text = isinstance(leaf, (str, bytes)) and type(leaf).__name__ in str(error)
+            if is_text or (isinstance(leaf, np.ndarray) and leaf.dtype.kind in "USOmM"):
+                found = getattr(leaf, "dtype", type(leaf).__name__)
+                raise TypeError(
+                    f"{name}{jax.tree_util.keystr(path)} holds {found}: a batch is a pytree of "
+                    "numbers; encode labels, np.unique(labels, return_inverse=True)[1], and leave "
+                    "other text and objects out"
+                ) from error
+
+
 def have_same_structure(a: PyTree, b: PyTree) -> bool:
     """Whether two trees agree in structure, shapes and dtypes."""
 
@@ -159,6 +180,52 @@ def check_same_structure(found: PyTree, expected: PyTree, what: str, remedy: str
             f"{what} does not fit this optimizer: it is\n  {shown(found)}\nbut should be\n  "
             f"{shown(expected)}\n{remedy}"
         )
+
+
+def fitted(what: str, new: PyTree, old: PyTree) -> PyTree:
+    """A tree with the structure, shapes and dtypes of another one; numbers become arrays.
+
+    If the other one is `None`, anything fits.
+    """
+    if old is None:
+        return new
+    remedy = (
+        "Structure, shapes and dtypes of a state are fixed by init: make a new one with "
+        "init(params, hyperparams), or with the adopt(state) of another optimizer"
+    )
+    leaves, structure = jax.tree.flatten(new)
+    expected, expected_structure = jax.tree.flatten(old)
+    if structure != expected_structure:
+        shown = lambda tree: eqx.tree_pformat(tree, struct_as_array=True)
+        raise ValueError(
+            f"{what} has another structure than that of the state: it is\n  {shown(new)}\nbut "
+            f"should be\n  {shown(old)}\n{remedy}"
+        )
+    leaves = [_as_array_like(x, y) for x, y in zip(leaves, expected, strict=True)]
+    for name, x, y in zip(leaf_names(old), leaves, expected, strict=True):
+        found, kind = _kind(x), _kind(y)
+        if found != kind:
+            shown = lambda kind: f"of shape {kind[0]} and dtype {kind[1]}" if kind else "no array"
+            name = name.removeprefix(THE_WHOLE_TREE)
+            raise ValueError(
+                f"{what}{name} is {shown(found)}, and should be {shown(kind)}. {remedy}"
+            )
+    return jax.tree.unflatten(structure, leaves)
+
+
+_HOLDS = {bool: jnp.bool_, int: jnp.number, float: jnp.inexact}
+
+
+def _as_array_like(x: Any, other: Any) -> Any:
+    if type(x) in _HOLDS and eqx.is_array(other):
+        fits = jnp.issubdtype(other.dtype, _HOLDS[type(x)])
+        return jnp.asarray(x, other.dtype) if fits else strong(x)
+    is_ours = isinstance(x, jax.Array) and not jax.typeof(x).weak_type
+    return x if is_ours or not eqx.is_array(x) else strong(x)
+
+
+def _kind(x: Any) -> tuple[tuple[int, ...], Any] | None:
+    return (x.shape, x.dtype) if eqx.is_array(x) else None
 
 
 # -- losses ------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PyTree
 from gradhpo.core.base import BilevelOptimizer, fit_memory
 from gradhpo.core.batches import BatchStack, DrawnStack
 from gradhpo.core.inner import InnerState, Start
-from gradhpo.core.inputs import Inputs
+from gradhpo.core.inputs import Inputs, LossFunctions
 from gradhpo.core.memory import MemoryOfEach
 from gradhpo.core.outer import Estimate
 from gradhpo.core.state import BilevelState, inner_state, with_inner_state, with_memory
@@ -94,8 +94,8 @@ class TaskBatched(Wrapper):
         state: BilevelState,
         train_batches: BatchStack,
         val_batch: PyTree,
-        train_loss_fn: LossFn,
-        val_loss_fn: LossFn,
+        train_loss_fn: LossFn | LossFunctions,
+        val_loss_fn: LossFn | None = None,
     ) -> BilevelState:
         """Fits the coefficient of every task of a wrapped `OnlineHypergradientOptimizer`.
 
@@ -106,7 +106,8 @@ class TaskBatched(Wrapper):
 
         **Raises:** `TypeError` if it wraps any other optimizer.
         """
-        return fit_memory(self, state, train_batches, val_batch, train_loss_fn, val_loss_fn)
+        losses = train_loss_fn, val_loss_fn
+        return fit_memory(self, state, train_batches, val_batch, *losses, "estimate_theta")
 
     def of_task(self, state: BilevelState, number: int) -> BilevelState:
         """The state of one task, as the wrapped `optimizer` takes it.

@@ -1,0 +1,67 @@
+"""How a state prints: what it holds, with small hyperparameters by value."""
+
+from typing import TYPE_CHECKING, Any
+
+import equinox as eqx
+import jax
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import PyTree
+
+from gradhpo.core.types import METRICS
+from gradhpo.utils.keys import is_key
+from gradhpo.utils.validation import THE_WHOLE_TREE, leaf_names
+
+
+if TYPE_CHECKING:
+    from gradhpo.core.state import BilevelState
+
+
+# A longer array is shown by its shape, and more hyperparameters than this by their number.
+_MOST_NUMBERS, _MOST_LEAVES = 6, 10
+_METRICS = ("train_loss", "val_loss", "hypergrad_norm", "rejected")
+
+
+def shown(state: "BilevelState") -> str:
+    """A few lines, whatever the size of the model."""
+    leaves = [x for x in jax.tree.leaves(state.params) if eqx.is_inexact_array(x)]
+    metrics = {name: state.metadata[name] for name in _METRICS if name in state.metadata}
+    more = "s" * (len(leaves) != 1)
+    lines = [
+        f"step={_value(state.step)}",
+        f"params: {sum(x.size for x in leaves):,} numbers in {len(leaves)} array{more}",
+        f"hyperparams: {_by_value(state.hyperparams)}",
+        ", ".join(f"{name}={_value(x)}" for name, x in metrics.items()),
+    ]
+    notes = {name: x for name, x in state.metadata.items() if name not in METRICS}
+    if notes:
+        lines.append(f"notes: {_by_value(notes)}")
+    if state.memory is not None:
+        lines.append(f"memory: {type(state.memory).__name__}")
+    inside = ",\n  ".join(lines)
+    return f"BilevelState(\n  {inside},\n)"
+
+
+def _by_value(tree: PyTree) -> str:
+    leaves = jax.tree.leaves(tree)
+    names = [name.removeprefix(THE_WHOLE_TREE).removeprefix(".") for name in leaf_names(tree)]
+    values = map(_value, leaves)
+    parts = [f"{name}={x}" if name else x for name, x in zip(names, values, strict=True)]
+    more = len(parts) - _MOST_LEAVES
+    return ", ".join(parts[:_MOST_LEAVES] + ([f"and {more} more"] if more > 0 else []))
+
+
+def _value(x: Any) -> str:
+    """The numbers of a small array that is at hand; otherwise its dtype and shape."""
+    if not eqx.is_array(x):
+        return repr(x)
+    kind = eqx.tree_pformat(x)
+    if isinstance(x, Tracer) or is_key(x) or x.size > _MOST_NUMBERS:
+        return kind
+    if isinstance(x, jax.Array) and (x.is_deleted() or not x.is_fully_addressable):
+        return kind
+    if x.dtype.kind not in "biu":  # bfloat16 is of kind V
+        x = np.asarray(x, float)
+    if x.shape == ():
+        return f"{x.item():.5g}"
+    return np.array2string(np.asarray(x), precision=4, separator=", ").replace("\n", "")
