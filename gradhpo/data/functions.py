@@ -57,9 +57,12 @@ def _alike(first: ClosedJaxpr, second: ClosedJaxpr) -> bool:
 def _equal(x: Any, y: Any) -> bool:
     if type(x) is not type(y) or np.shape(x) != np.shape(y):
         return False
+    if isinstance(x, str):
+        return x == y
     if eqx.is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x, y = jax.random.key_data(x), jax.random.key_data(y)
-    return x == y if isinstance(x, str) else np.array_equal(np.asarray(x), np.asarray(y))
+    x, y = np.asarray(x), np.asarray(y)
+    return bool(np.all((x == y) | ((x != x) & (y != y))))  # NaN is NaN
 
 
 def _constants(program: Any) -> Iterator[Any]:

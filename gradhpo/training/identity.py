@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from gradhpo.core.base import BilevelOptimizer
+from gradhpo.core.inner import Start
 from gradhpo.core.state import BilevelState, inner_state
 from gradhpo.core.wrapper import algorithm_of
 from gradhpo.data.sources import Feed
@@ -13,13 +14,19 @@ from gradhpo.training.responses import (
     inner_response,
     outer_response,
     schedule_response,
+    start_response,
 )
 from gradhpo.utils.description import described, described_arrays, described_function
 from gradhpo.utils.freezing import frozen_part
 
 
 def identity(
-    optimizer: BilevelOptimizer, state: BilevelState, feed: Feed, lr_hyper: Any, **settings: Any
+    optimizer: BilevelOptimizer,
+    state: BilevelState,
+    feed: Feed,
+    lr_hyper: Any,
+    start: Start | None,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Optimizer, settings, starting point and data, as far as they can be compared, as JSON."""
     parts = {
@@ -35,6 +42,8 @@ def identity(
         "optimizer": described(optimizer),
         **{name: described(value) for name, value in settings.items()},
         "lr_hyper": schedule_response(lr_hyper) if callable(lr_hyper) else described(lr_hyper),
+        "key": None if start is None else described_arrays(start.key),
+        "start_fn": None if start is None else start_response(start, state),
         "state.step": int(state.step),
         **{f"state.{name}": described_arrays(part) for name, part in parts.items()},
         "the frozen part of state.params": described_arrays(frozen),

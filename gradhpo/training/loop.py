@@ -164,9 +164,8 @@ def run(
     keeper = None
     if checkpoint is not None:
         settings = {"steps_per_episode": steps_per_episode, "reptile_rate": reptile_rate}
-        settings |= {"start_fn": None if start is None else start.key}
         settings |= {"record": ", ".join(names), "monitored": ", ".join(watching.monitored)}
-        about = identity(optimizer, state, feed, lr_hyper=rate, **settings)
+        about = identity(optimizer, state, feed, lr_hyper=rate, start=start, **settings)
         keeper = Keeper(Checkpoint.of(checkpoint), about)
     driver = Driver(
         optimizer=optimizer,

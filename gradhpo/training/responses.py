@@ -10,12 +10,14 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
 from gradhpo.core.base import BilevelOptimizer
+from gradhpo.core.inner import Start
 from gradhpo.core.inner_optimizer import cast_like
 from gradhpo.core.state import BilevelState, inner_state, with_inner_state
 from gradhpo.core.wrapper import algorithm_of
@@ -55,6 +57,16 @@ def function_response(optimizer: BilevelOptimizer, state: BilevelState, batch: P
     places = (1, 0), (0, 1)
     made = lambda: [_function(optimizer, state, batch, np.asarray(x, np.float32)) for x in places]
     return _told(lambda: described_responses(inner_state(state).w, made()))
+
+
+def start_response(start: Start, state: BilevelState) -> Any:
+    """The parameters that a `start_fn` makes, at two places."""
+
+    def told() -> Any:
+        made = [_started(start, state, np.asarray(share, np.float32)) for share in (0, 1)]
+        return described_responses(made[0], [jax.tree.leaves(tree) for tree in made])
+
+    return _told(told)
 
 
 def schedule_response(schedule: Callable) -> Any:
@@ -171,6 +183,12 @@ def _function(
     moves = _entries(jax.tree.map(jnp.subtract, made, w))
     pairs = zip(moves, _entries(w), strict=True)
     return [jnp.concatenate([move, 0.01 * x]) for move, x in pairs]
+
+
+@compiled
+def _started(start: Start, state: BilevelState, share: Any) -> PyTree:
+    made = start.function(start.key, _beside(state.hyperparams, share))
+    return eqx.filter(made, eqx.is_inexact_array)
 
 
 @compiled
