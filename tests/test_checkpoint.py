@@ -23,7 +23,7 @@ from problems import OUTER, relaxed
 from ridge import LOSSES, SGD, X, Y
 
 import gradhpo
-from gradhpo.training import keeper
+from gradhpo.training import lock
 from gradhpo.training.checkpoint import checkpoints_in
 
 
@@ -221,7 +221,7 @@ def test_load_checkpoint(tmp_path):
     expected = run(tmp_path)
     assert_same_run(gradhpo.load_checkpoint(tmp_path, start()), expected)
     best = gradhpo.BestState()
-    with pytest.raises(ValueError, match="has no memory of a BestState"):
+    with pytest.raises(ValueError, match=r"has no memory of BestState\(metric=val_loss\); .* none"):
         gradhpo.load_checkpoint(tmp_path, start(), callbacks=[best])
     earlier, history = gradhpo.load_checkpoint(checkpoints_in(tmp_path)[0], start())
     assert earlier.step == 9
@@ -246,7 +246,7 @@ def test_callbacks_come_and_go(tmp_path):
     assert again.step == 3
     assert len((tmp_path / "log.csv").read_text().splitlines()) == 7
     assert_same_run(found, run(None))
-    best = gradhpo.BestState()
+    best = gradhpo.BestState(lambda state: float(state.step))
     gradhpo.load_checkpoint(tmp_path, start(), callbacks=[best])
     assert best.step == 3
     assert_same(best.state, again.state)
@@ -272,7 +272,7 @@ def test_retention_where_a_file_system_can_do_little(tmp_path, monkeypatch):
             raise OSError(22, "Invalid argument")
 
     monkeypatch.setattr(checkpoint_file.os, "fsync", fsync)
-    monkeypatch.setattr(keeper, "fcntl", None)
+    monkeypatch.setattr(lock, "fcntl", None)
     (tmp_path / ".step-0000000099.ckpt.tmp").mkdir()
     settings = gradhpo.Checkpoint(tmp_path, every_steps=1)
     run(tmp_path, checkpoint=settings)
@@ -496,8 +496,8 @@ DAMAGES = [
     (damaged(lambda content: b""), "is not a checkpoint of gradhpo"),
     (damaged(lambda content: b"PK\x03\x04 an archive"), "is not a checkpoint of gradhpo"),
     (
-        damaged(lambda content: b"gradhpo-checkpoint 3 1 1\n"),
-        "has format 3, and this gradhpo",
+        damaged(lambda content: b"gradhpo-checkpoint 2 1 1\n"),
+        "has format 2, and this gradhpo",
     ),
     (damaged(lambda content: b"gradhpo-checkpoint x\n"), "its first line is broken"),
     (history_damaged(lambda content: content[:-8]), "the history of the run is lost"),
@@ -666,7 +666,7 @@ def test_two_runs_in_one_directory_do_not_mix(tmp_path):
 
 def test_two_runs_where_there_are_no_locks(tmp_path, monkeypatch):
     """The one that comes later goes on; the other one says that it can save no more."""
-    monkeypatch.setattr(keeper, "fcntl", None)
+    monkeypatch.setattr(lock, "fcntl", None)
     inner = []
 
     def another(state, metrics):

@@ -213,7 +213,7 @@ def test_a_run_with_another_backbone_is_another_run(copied):
     with pytest.raises(ValueError, match=r"the frozen part of state\.params holds other values"):
         saved(copied, params=params_with(other))
     thawed = {"backbone": BACKBONE, "head": HEAD}
-    with pytest.raises(ValueError, match=r"frozen part of state\.params was an array, and is None"):
+    with pytest.raises(ValueError, match=r"frozen part of state\.params has another structure"):
         saved(copied, params=thawed)
     with pytest.raises(ValueError, match=r"another structure: .*\['w'\].* the same leaves frozen"):
         gradhpo.load_checkpoint(copied, OPTIMIZER.init(thawed, DECAY))

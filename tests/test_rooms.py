@@ -119,7 +119,11 @@ ALLOWED = {
     "core/inner.py": {"self.key": "the PRNG key of a Start"},
     "core/start.py": {"jax.random.key": "makes a PRNG key"},
     "training/start.py": {"('key')": "the argument of run"},
-    "training/loop.py": {"start.key": "the PRNG key of a Start"},
+    "training/identity.py": {
+        "('key')": "the argument of run",
+        "start.key": "the PRNG key of a Start",
+    },
+    "training/responses.py": {"start.key": "the PRNG key of a Start"},
     "data/arrays.py": {
         "self.key": "the PRNG key of ArrayData",
         "data.key": "the PRNG key of ArrayData",

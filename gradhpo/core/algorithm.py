@@ -31,7 +31,7 @@ from gradhpo.core.visibility import Sees, check_visible, seen_by
 from gradhpo.utils.freezing import trained
 from gradhpo.utils.settings import check_count, check_inner_rule
 from gradhpo.utils.tracing import TAKES_ALL, differentiation_explained
-from gradhpo.utils.trees import tree_l2_norm, tree_lerp
+from gradhpo.utils.trees import tree_dot, tree_l2_norm, tree_lerp
 from gradhpo.utils.validation import check_same_structure, have_same_structure
 
 
@@ -360,11 +360,22 @@ class Algorithm(BilevelOptimizer):
         what = f"the memory that {type(self).__name__}.{method} returned"
         check_same_structure(new, old, what, "Keep the structure that init_memory made.")
 
-    def _inner_response(self, state: BilevelState, gradient: PyTree) -> PyTree:
-        if self.inner_optimizer is None:
-            return None
+    def _inner_response(self, state: BilevelState, gradient: PyTree) -> tuple[PyTree, PyTree]:
+        assert self.inner_optimizer is not None
         z = inner_state(state)
-        return resolve(self.inner_optimizer, state.hyperparams).update(gradient, z.s, z.w)[0]
+        rule = optax.with_extra_args_support(resolve(self.inner_optimizer, state.hyperparams))
+        # For those that need the loss: a parabola with this gradient here.
+        away = lambda w: jax.tree.map(jnp.subtract, w, z.w)
+        parabola = lambda w: tree_dot(gradient, away(w)) + 0.5 * tree_dot(away(w), away(w))
+        return rule.update(
+            gradient, z.s, z.w, value=parabola(z.w), grad=gradient, value_fn=parabola
+        )
+
+    def _function_response(self, state: BilevelState, batch: PyTree) -> tuple[PyTree, bool]:
+        function = self.grad_fn if self.update_fn is None else self.update_fn
+        assert function is not None
+        made = function(state.params, state.hyperparams, batch)
+        return eqx.filter(made, eqx.is_inexact_array), self.update_fn is not None
 
     def _param_norm(self, w: PyTree) -> Array:
         return tree_l2_norm(w)

@@ -94,8 +94,12 @@ class InnerProblems(eqx.Module):
         """The state at the start of an episode with new initial parameters."""
 
     @abc.abstractmethod
-    def _inner_response(self, state: BilevelState, gradient: PyTree) -> PyTree:
-        """What the inner optimizer makes of a gradient; `None` with an `update_fn`."""
+    def _inner_response(self, state: BilevelState, gradient: PyTree) -> tuple[PyTree, PyTree]:
+        """The updates of the inner optimizer for a gradient, and its next state."""
+
+    @abc.abstractmethod
+    def _function_response(self, state: BilevelState, batch: PyTree) -> tuple[PyTree, bool]:
+        """What `grad_fn` or `update_fn` returns for a batch, and whether that is new params."""
 
     @abc.abstractmethod
     def _param_norm(self, w: PyTree) -> Array:

@@ -10,12 +10,14 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from gradhpo.core.batches import BatchStack, DrawnStack
 from gradhpo.data.arrays import ArrayData, stacked
 from gradhpo.utils.conversion import foreign_as_arrays
-from gradhpo.utils.description import described
+from gradhpo.utils.description import described, described_arrays
+from gradhpo.utils.dispatch import compiled
 from gradhpo.utils.keys import fold_keys, is_key
 
 
@@ -109,6 +111,10 @@ class Source(abc.ABC):
     def described(self) -> Any:
         """What distinguishes these data from others, as far as possible, as JSON can hold it."""
 
+    def example(self) -> PyTree:
+        """The first batch, or `None` where it can be had by drawing only."""
+        return None
+
     def bytes_per_step(self) -> int:
         """Host memory that the batches of one step take."""
         return 0
@@ -157,8 +163,17 @@ class OnDevice(Source):
     def fetch(self, steps: int) -> Batches:
         return self._batches
 
+    def example(self) -> PyTree:
+        here = jnp.zeros((), jnp.int32)
+        return self._batches.batch(here, here)
+
     def described(self) -> Any:
-        return described(self._batches)
+        found = described(self._batches)
+        if isinstance(self._batches, Generated) and not isinstance(
+            self._batches.function, ArrayData
+        ):
+            found["batches"] = described_arrays(_some_of(self._batches))
+        return found
 
     @property
     def num_examples(self) -> int | None:
@@ -170,3 +185,9 @@ class OnDevice(Source):
         # A single array may be anything; several of one length are examples with their labels.
         are_examples = isinstance(batches, Fixed) and len(arrays) > 1 and len(lengths) == 1
         return lengths.pop() if are_examples else None
+
+
+@compiled
+def _some_of(function: Generated) -> dict[str, PyTree]:
+    """Enough to tell another function; that of an `ArrayData` is told by its arrays."""
+    return {f"batch {i}": function(jnp.asarray(i, jnp.int32)) for i in (0, 1, 1_000)}

@@ -7,10 +7,10 @@ import jax
 
 from gradhpo.core.batches import BatchStack, DataBatch
 from gradhpo.data.arrays import ArrayData, on_device
+from gradhpo.data.functions import check_function
 from gradhpo.data.iterators import FromIterator
 from gradhpo.data.source import Batches, Fixed, Generated, OnDevice, Source
 from gradhpo.utils.conversion import is_container, is_convertible
-from gradhpo.utils.validation import check_arity
 
 
 # Batches of an iterator wait, for two chunks; more than this would only cost memory.
@@ -32,7 +32,8 @@ def as_source(data: Any, name: str, per_step: int | None) -> Source:
     if isinstance(data, ArrayData) and data.is_whole:
         return OnDevice(Fixed(data(0)))  # the same at every step: no stack of copies
     if callable(data):
-        check_arity(data, name, "index")
+        if not isinstance(data, ArrayData):
+            check_function(data, name)
         return OnDevice(Generated(data))
     for where, leaf in jax.tree_util.tree_leaves_with_path(data):
         if not is_convertible(leaf):
@@ -127,6 +128,10 @@ class Feed:
     def described(self) -> dict[str, Any]:
         """What distinguishes the data of a run from other data, as far as possible."""
         return {name: source.described() for name, source in self._sources.items()}
+
+    def train_example(self) -> Any:
+        """The first training batch, or `None` where it can be had by drawing only."""
+        return self._train.example()
 
     def positions(self) -> dict[str, Any]:
         """Where the iterators are, for a checkpoint."""

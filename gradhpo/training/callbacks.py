@@ -1,5 +1,6 @@
 """The callbacks of a run together: started, called, asked whether to stop, and restored."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from jaxtyping import PyTree
 
 from gradhpo.core.state import BilevelState
 from gradhpo.training.monitor import Monitor
+from gradhpo.utils.description import differences, shown
+from gradhpo.utils.keys import is_key
 from gradhpo.utils.validation import check_arity
 
 
@@ -17,8 +20,9 @@ class Callbacks:
     """Functions `(state, metrics) -> bool | None`.
 
     A callback with a memory also has `start(state, resumed) -> memory` and the attribute `memory`,
-    a pytree of arrays with a fixed structure. It may have `stopped`, whether it has stopped the run
-    for good, and `stop_reason`.
+    a pytree of arrays with a fixed structure. It may have `identity`, which distinguishes its
+    memory from those of other callbacks of its class; `stopped`, whether it has stopped the run for
+    good; and `stop_reason`.
     """
 
     def __init__(self, callbacks: Sequence[Callable]):
@@ -40,17 +44,19 @@ class Callbacks:
         self._all: list[Any] = list(callbacks)
         self._monitors = [callback for callback in self._all if isinstance(callback, Monitor)]
         self._remembering = [callback for callback in self._all if hasattr(callback, "memory")]
+        self._identities = [_identity(callback) for callback in self._remembering]
 
     @property
-    def names(self) -> list[str]:
-        """Callbacks with a memory, by their classes."""
-        return [type(callback).__name__ for callback in self._remembering]
+    def identities(self) -> list[dict[str, Any]]:
+        """What distinguishes the callbacks with a memory, as JSON can hold it."""
+        return self._identities
 
     def start(self, state: BilevelState, resumed: bool) -> None:
         """Before the first step, or before continuing the steps of an earlier session."""
         for callback in self._all:
             if hasattr(callback, "memory"):
                 callback.memory = callback.start(state, resumed)
+                _check_can_be_kept(callback)
             elif callable(getattr(callback, "start", None)):
                 callback.start(state, resumed)
         self._kinds = [_kind(memory) for memory in self.memory]
@@ -80,6 +86,12 @@ class Callbacks:
                 return values, error
         return values, None
 
+    @property
+    def unwritten(self) -> list[str]:
+        """What loggers could not write, for the report."""
+        said = (getattr(callback, "unwritten", None) for callback in self._all)
+        return [text for text in said if isinstance(text, str)]
+
     def stopped(self) -> str | None:
         """Why a resumed run has nothing left to do."""
         return next((_reason(c) for c in self._all if getattr(c, "stopped", False)), None)
@@ -87,7 +99,7 @@ class Callbacks:
     def __call__(self, state: BilevelState, metrics: Mapping[str, np.ndarray]) -> str | None:
         """Calls all of them, since a logger after the one that stops must not miss a chunk."""
         # Each gets its own dict to add to.
-        answers = [_is_true(callback(state, dict(metrics))) for callback in self._all]
+        answers = [callback(state, dict(metrics)) for callback in self._all]
         for callback, kind in zip(self._remembering, self._kinds, strict=True):
             if _kind(callback.memory) != kind:
                 raise TypeError(
@@ -95,8 +107,71 @@ class Callbacks:
                     f"dtypes since start(state, resumed): it was {kind}, and is "
                     f"{_kind(callback.memory)}; checkpoints need one structure"
                 )
-        stopping = [c for c, stops in zip(self._all, answers, strict=True) if stops]
+        stops = [self._stops(number, answer) for number, answer in enumerate(answers)]
+        stopping = [c for c, stop in zip(self._all, stops, strict=True) if stop]
         return _reason(stopping[0]) if stopping else None
+
+    def _stops(self, number: int, answer: Any) -> bool:
+        """Comparisons of metrics answer with a NumPy boolean, those of a state with JAX's."""
+        if answer is None:
+            return False
+        is_boolean = isinstance(answer, bool) or (
+            isinstance(answer, (np.bool_, np.ndarray, jax.Array))
+            and answer.dtype == bool
+            and answer.shape == ()
+        )
+        if not is_boolean:
+            callback = self._all[number]
+            name = getattr(callback, "__name__", type(callback).__name__)
+            raise TypeError(
+                f"callbacks[{number}] ({name}) returned {_short(answer)}: return True to stop the "
+                "run, and False or None to go on; what it measures belongs in extra= of a logger, "
+                "or in metric= of gradhpo.BestState or gradhpo.EarlyStopping"
+            )
+        return bool(answer)
+
+
+def _identity(callback: Any) -> dict[str, Any]:
+    kind, own = type(callback).__name__, getattr(callback, "identity", None)
+    try:
+        return {"kind": kind, "identity": json.loads(json.dumps(own))}
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"the attribute identity of {kind} must be of numbers and texts, which JSON can hold "
+            f"({error}): it tells the memories of two callbacks of one class apart"
+        ) from None
+
+
+def called(identity: Mapping[str, Any]) -> str:
+    """A callback as a message names it: `BestState(metric=val_loss)`."""
+    kind, own = identity["kind"], identity["identity"]
+    if own is None:
+        return kind
+    parts = own.items() if isinstance(own, dict) else [("identity", own)]
+    return f"{kind}({', '.join(f'{name}={shown(value)}' for name, value in parts)})"
+
+
+def are_one(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether the memory of one callback is that of the other one."""
+    return a["kind"] == b["kind"] and not differences(a["identity"], b["identity"])
+
+
+def _check_can_be_kept(callback: Any) -> None:
+    """Functions are in the program; a state, with what is no array in it, the run has itself."""
+    is_state = lambda x: isinstance(x, BilevelState)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(callback.memory, is_leaf=is_state):
+        if not (eqx.is_array_like(leaf) or is_key(leaf) or is_state(leaf) or callable(leaf)):
+            raise TypeError(
+                f"the memory of {type(callback).__name__} holds {_short(leaf)} at "
+                f"{jax.tree_util.keystr(path) or 'its root'}, which a checkpoint cannot keep: it "
+                "is a pytree of arrays; leave texts and objects out of it (of a model, "
+                "eqx.filter(model, eqx.is_array) are the arrays)"
+            )
+
+
+def _short(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) < 80 else f"a {type(value).__name__}"
 
 
 def _kind(memory: PyTree) -> Any:
@@ -106,8 +181,3 @@ def _kind(memory: PyTree) -> Any:
 
 def _reason(callback: Any) -> str:
     return getattr(callback, "stop_reason", "callback")
-
-
-def _is_true(answer: Any) -> bool:
-    """Whether a callback returned `True`; comparisons of metrics return a NumPy boolean."""
-    return isinstance(answer, (bool, np.bool_, jax.Array)) and bool(np.all(answer))

@@ -11,7 +11,7 @@ import numpy as np
 
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import METRICS
-from gradhpo.training.callbacks import Callbacks
+from gradhpo.training.callbacks import Callbacks, are_one, called
 from gradhpo.training.checkpoint_file import (
     leaves_of,
     read_file,
@@ -87,8 +87,8 @@ def load_checkpoint(
     - `path`: the directory of the run (its newest checkpoint), or one file in it.
     - `state`: any state of the same optimizer and model, from `optimizer.init`: it gives the
         structure and is not changed.
-    - `callbacks`: those whose memory you want: `best = gradhpo.BestState()` in `callbacks=[best]`
-        has `best.state` afterwards. Default: none.
+    - `callbacks`: those whose memory you want, made as for the run: `best = gradhpo.BestState()` in
+        `callbacks=[best]` has `best.state` afterwards. Default: none.
 
     **Returns:** `(state, history)` at that checkpoint. If only the history is damaged, a warning
     says so and the history is empty.
@@ -142,24 +142,33 @@ def read_memories(
     callbacks: Callbacks,
     all_of_them: bool = True,
 ) -> None:
-    """Gives each callback the memory of one of the same class, in order."""
-    left = callbacks.remembering
-    for name, leaves in zip(header["callbacks"], header["leaves"]["memories"], strict=True):
-        mine = next((x for x in left if type(x).__name__ == name), None)
+    """Gives each callback the memory of the one that is the same, wherever that stood."""
+    found = header["callbacks"]
+    left = list(zip(callbacks.remembering, callbacks.identities, strict=True))
+    there = f"those of {', '.join(map(called, found))}" if found else "none"
+    for identity, leaves in zip(found, header["leaves"]["memories"], strict=True):
+        mine = next((x for x in left if are_one(identity, x[1])), None)
         if mine is None:
             for _ in leaves:
                 np.load(body)
             if all_of_them:
-                warn(f"{path} has the memory of a {name}, and no callback to take it: it is lost")
+                warn(
+                    f"{path} has the memory of {called(identity)}, and no callback to take it: it "
+                    "is lost"
+                )
             continue
         left.remove(mine)
-        check_leaves(path, leaves, leaves_of(mine.memory))
-        mine.memory = read_tree(body, mine.memory)
-    for callback in left:
-        name = type(callback).__name__
+        check_leaves(path, leaves, leaves_of(mine[0].memory))
+        mine[0].memory = read_tree(body, mine[0].memory)
+    for _, identity in left:
         if not all_of_them:
-            raise ValueError(f"{path} has no memory of a {name}: it was not among the callbacks")
-        warn(f"{name} was not among the callbacks of {path}: it begins where the run goes on")
+            raise ValueError(
+                f"{path} has no memory of {called(identity)}; the memories there are {there}"
+            )
+        warn(
+            f"{called(identity)} was not among the callbacks of {path} (the memories there are "
+            f"{there}): it begins anew where the run goes on"
+        )
 
 
 def checkpoints_in(directory: Path) -> list[Path]:

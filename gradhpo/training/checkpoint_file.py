@@ -20,7 +20,7 @@ from gradhpo.utils.validation import leaf_names
 
 
 _MAGIC = b"gradhpo-checkpoint"
-_FORMAT = 2
+_FORMAT = 3
 _REMEDY = "Move it away to go on from the checkpoint before it, if there is one"
 
 

@@ -1,7 +1,7 @@
 """The compiled part of a run: many steps in one scan, and episodes around them."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import equinox as eqx
 import jax
@@ -165,35 +165,31 @@ def chunk_shapes(
     steps_per_episode: int | None,
     whole_episodes: bool,
     taken: int = 0,
-) -> list[tuple[int, int]]:
+) -> Iterator[tuple[int, int]]:
     """`(episodes, steps of each)` of every chunk: at most two different ones in a run.
 
     Whole episodes if one fits into a chunk (or if it must), otherwise parts of one. A run that has
     already `taken` some steps continues with the same chunks as an uninterrupted one.
     """
     if steps_per_episode is None:
-        return [(1, length) for length in _pieces(taken, num_steps, chunk_size)]
+        yield from ((1, length) for length in _pieces(taken, num_steps, chunk_size))
+        return
     done, begun = divmod(taken, steps_per_episode)
     episodes = num_steps // steps_per_episode
-    parts = lambda begun: [(1, x) for x in _pieces(begun, steps_per_episode, chunk_size)]
     if begun:
-        return parts(begun) + chunk_shapes(
-            num_steps,
-            chunk_size,
-            steps_per_episode,
-            whole_episodes,
-            taken - begun + steps_per_episode,
-        )
+        yield from ((1, length) for length in _pieces(begun, steps_per_episode, chunk_size))
+        done += 1
     if steps_per_episode <= chunk_size or whole_episodes:
         most = max(1, chunk_size // steps_per_episode)
-        return [(count, steps_per_episode) for count in _pieces(done, episodes, most)]
-    return parts(0) * (episodes - done)
+        yield from ((count, steps_per_episode) for count in _pieces(done, episodes, most))
+        return
+    for _ in range(done, episodes):
+        yield from ((1, length) for length in _pieces(0, steps_per_episode, chunk_size))
 
 
-def _pieces(done: int, total: int, most: int) -> list[int]:
+def _pieces(done: int, total: int, most: int) -> Iterator[int]:
     """What remains of pieces of `most` once `done` of the total is done."""
-    pieces = []
     while done < total:
-        pieces.append(min(most - done % most, total - done))
-        done += pieces[-1]
-    return pieces
+        piece = min(most - done % most, total - done)
+        yield piece
+        done += piece

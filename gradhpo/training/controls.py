@@ -2,7 +2,7 @@
 
 A callback with a memory has `start(state, resumed) -> memory`, called before the first step, and
 the attribute `memory`, a pytree of arrays with a fixed structure: `run` sets it, checkpoints keep
-it.
+it. A resumed run gives it back to a callback with the same `identity` only.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from gradhpo.core.state import BilevelState
+from gradhpo.utils.description import described_function
 from gradhpo.utils.settings import check_count
 from gradhpo.utils.typecheck import checked
 
@@ -61,6 +62,12 @@ class BestState:
     def __init__(self, metric: str | Callable[[BilevelState], Any] = "val_loss"):
         self._metric = metric
         self.memory: Best | None = None
+
+    @property
+    def identity(self) -> Any:
+        """What the memory is of."""
+        metric = self._metric
+        return {"metric": described_function(metric) if callable(metric) else metric}
 
     def start(self, state: BilevelState, resumed: bool) -> Best:
         """The memory before the first step."""
@@ -143,6 +150,11 @@ class EarlyStopping:
         self._patience, self._min_delta = patience, min_delta
         self.best = BestState(metric)
         self._seen = np.asarray([np.inf, 0.0, 0.0])
+
+    @property
+    def identity(self) -> Any:
+        """What the memory is of; patience and `min_delta` may change where a run is resumed."""
+        return self.best.identity
 
     # The value and step that patience counts from, the last step seen, and the best state.
 

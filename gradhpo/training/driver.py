@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -19,8 +19,8 @@ from gradhpo.core.wrapper import algorithm_of
 from gradhpo.data.sources import Feed
 from gradhpo.training.callbacks import Callbacks
 from gradhpo.training.chunk import Chunk, started
-from gradhpo.training.history import Record
 from gradhpo.training.keeper import Keeper
+from gradhpo.training.record import Record
 from gradhpo.training.stopping import Interrupts, Stopped, failing
 from gradhpo.utils.processes import check_shared
 from gradhpo.utils.progress import ProgressBar
@@ -80,7 +80,7 @@ class Driver:
         self.record.resume(metrics)
 
     def go(
-        self, shapes: list[tuple[int, int]], bar: ProgressBar, interrupts: Interrupts
+        self, shapes: Iterable[tuple[int, int]], bar: ProgressBar, interrupts: Interrupts
     ) -> Stopped:
         """Takes the steps, and says why it stopped.
 
@@ -88,21 +88,25 @@ class Driver:
         saves. If a chunk stops the run, the next one is discarded: the state is the one that the
         callbacks have seen.
         """
-        waiting = collections.deque(shapes)
+        shapes = iter(shapes)
+        following = next(shapes, None)
         flying: collections.deque[Flight] = collections.deque()
         ending: Stopped | None = None
         try:
             self._stop_if_over()
-            while waiting or flying:
-                while waiting and not (ending or interrupts.asked) and len(flying) < 2:
-                    launched, ending = self._launch(*waiting.popleft(), [*flying])
+            while following or flying:
+                while following and not (ending or interrupts.asked) and len(flying) < 2:
+                    launched, ending = self._launch(*following, [*flying])
                     flying.extend(launched)
+                    following = next(shapes, None)
                 if flying:
                     self._land(flying.popleft(), bar)
                     over = ending is not None or interrupts.asked
-                    if flying or (waiting and not over):  # else the end is kept, which is the same
+                    if flying or (
+                        following and not over
+                    ):  # else the end is kept, which is the same
                         self._save_if_due()
-                if interrupts.asked and (waiting or flying):
+                if interrupts.asked and (following or flying):
                     return Stopped("interrupted")
                 if ending and not flying:
                     return ending
@@ -124,7 +128,7 @@ class Driver:
         if self.keeper is not None:
             about = {
                 "stop_reason": stop_reason,
-                "callbacks": self.callbacks.names,
+                "callbacks": self.callbacks.identities,
                 "positions": self.positions,
             }
             # In this order `load_checkpoint` finds everything that it can ask for at the start.
@@ -133,7 +137,7 @@ class Driver:
                 "memories": self.callbacks.memory,
                 "rest": (self.start, self.before),
             }
-            self.keeper.save(self.record.taken, parts, about)
+            self.keeper.save(self.record.columns, parts, about)
 
     def _save_if_due(self) -> None:
         if self.keeper is not None and self.keeper.is_due(self.record.taken):
@@ -185,7 +189,7 @@ class Driver:
     def _land(self, flight: "Flight", bar: ProgressBar) -> None:
         """Waits for a chunk, and shows it to the callbacks."""
         with failing("device error", may_return=flight.may_return, advice=self._advice):
-            metrics = {name: np.asarray(values) for name, values in flight.metrics.items()}
+            metrics = {name: _on_host(values) for name, values in flight.metrics.items()}
             moved = np.asarray(flight.moved)
         if self.zeros is None:
             inputs = flight.chunk.first_inputs(self.state)
@@ -207,8 +211,6 @@ class Driver:
                 raise failure
             reason = self.callbacks(flight.measured, metrics)
         self._callbacks_saw_all = True
-        if self.keeper is not None:
-            self.keeper.add(metrics)
         if reason is not None:
             raise Stopped(reason)
         self._stop_if_over()
@@ -226,6 +228,13 @@ def _looks_finite(metrics: Mapping[str, np.ndarray]) -> bool:
     """Whether nothing in the metrics says why steps are refused."""
     names = ("train_loss", "val_loss", "hypergrad_norm")
     return all(np.all(np.isfinite(metrics[name])) for name in names)
+
+
+def _on_host(x: Array) -> np.ndarray:
+    """A copy: a view of an array of the device, which a CPU gives, would keep all of it alive."""
+    copy = np.array(x)
+    copy.flags.writeable = False  # several callbacks are given it
+    return copy
 
 
 def _at_the_end(values: Mapping[str, float], length: int) -> dict[str, np.ndarray]:

@@ -1,58 +1,67 @@
 """What distinguishes one run from another, for the checkpoints of both."""
 
-import contextlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import PyTree
 
 from gradhpo.core.base import BilevelOptimizer
+from gradhpo.core.inner import Start
 from gradhpo.core.state import BilevelState, inner_state
+from gradhpo.core.wrapper import algorithm_of
 from gradhpo.data.sources import Feed
-from gradhpo.utils.description import described
-from gradhpo.utils.dispatch import compiled
+from gradhpo.training.responses import (
+    function_response,
+    inner_response,
+    outer_response,
+    schedule_response,
+    start_response,
+)
+from gradhpo.utils.description import described, described_arrays, described_function
 from gradhpo.utils.freezing import frozen_part
 
 
 def identity(
-    optimizer: BilevelOptimizer, state: BilevelState, feed: Feed, **settings: Any
+    optimizer: BilevelOptimizer,
+    state: BilevelState,
+    feed: Feed,
+    lr_hyper: Any,
+    start: Start | None,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Optimizer, settings, starting point and data, as far as they can be compared, as JSON."""
-    weights = inner_state(state).w
+    parts = {
+        "params": inner_state(state).w,
+        "hyperparams": state.hyperparams,
+        "inner_opt_state": state.inner_opt_state,
+        "outer_opt_state": state.outer_opt_state,
+        "memory": state.memory,
+        "model_state": state.model_state,
+    }
+    frozen = jax.tree.leaves(frozen_part(state.params))
     return {
         "optimizer": described(optimizer),
         **{name: described(value) for name, value in settings.items()},
+        "lr_hyper": schedule_response(lr_hyper) if callable(lr_hyper) else described(lr_hyper),
+        "key": None if start is None else described_arrays(start.key),
+        "start_fn": None if start is None else start_response(start, state),
         "state.step": int(state.step),
-        "state.params": described(weights),
-        "the frozen part of state.params": described(jax.tree.leaves(frozen_part(state.params))),
-        "state.hyperparams": described(state.hyperparams),
-        "the update of inner_optimizer": _response(_inner_response, optimizer, state, weights),
-        "the update of outer_optimizer": _response(
-            _outer_response, optimizer, state, state.hyperparams
-        ),
+        **{f"state.{name}": described_arrays(part) for name, part in parts.items()},
+        "the frozen part of state.params": described_arrays(frozen),
+        "the update of inner_optimizer": inner_response(optimizer, state),
+        "the update of outer_optimizer": outer_response(optimizer, state),
+        **_of_own_functions(optimizer, state, feed),
         **feed.described(),
     }
 
 
-def _response(
-    update: Callable, optimizer: BilevelOptimizer, state: BilevelState, like: PyTree
-) -> Any:
-    """What an optimizer makes of a gradient of 1: a rate or a decay is hidden in its functions."""
-    # Some need more than a gradient: they cannot be compared.
-    with contextlib.suppress(Exception):
-        return described(update(optimizer, state, jax.tree.map(jnp.ones_like, like)))
-
-
-@compiled
-def _inner_response(optimizer: BilevelOptimizer, state: BilevelState, gradient: PyTree) -> PyTree:
-    return optimizer._inner_response(state, gradient)
-
-
-@compiled
-def _outer_response(optimizer: BilevelOptimizer, state: BilevelState, gradient: PyTree) -> PyTree:
-    rule = optimizer.outer_optimizer
-    if rule is None:
-        return None
-    return rule.update(gradient, state.outer_opt_state, state.hyperparams)[0]
+def _of_own_functions(
+    optimizer: BilevelOptimizer, state: BilevelState, feed: Feed
+) -> dict[str, Any]:
+    """The user's part in an inner update: by what comes of a batch, or else by its code."""
+    algorithm = algorithm_of(optimizer)
+    functions = {"grad_fn": algorithm.grad_fn, "update_fn": algorithm.update_fn}
+    there = {name: function for name, function in functions.items() if function is not None}
+    batch = feed.train_example() if there else None
+    if batch is None:
+        return {name: described_function(function) for name, function in there.items()}
+    return {name: function_response(optimizer, state, batch) for name in there}

@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import sys
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import PyTree
 
@@ -25,35 +27,11 @@ from gradhpo.training.checkpoint_file import (
     write_file,
 )
 from gradhpo.training.frozen_file import FrozenFile
+from gradhpo.training.lock import DirectoryLock
 from gradhpo.training.metrics_file import MetricsFile
+from gradhpo.training.record import Columns
 from gradhpo.utils.description import differences
-
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
-
-
-def _locked(path: Path) -> tuple[IO[bytes], bool]:
-    """A file locked by one process, and whether it is (some file systems have no locks).
-
-    The system releases it however that process ends.
-    """
-    file, held = open(path, "ab"), False
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = True
-        except BlockingIOError:
-            file.close()
-            raise ValueError(
-                f"another run is at work in {path.parent}: wait for its end, or pass another "
-                "directory"
-            ) from None
-        except OSError:
-            pass
-    return file, held
+from gradhpo.utils.warn import warn
 
 
 class Keeper:
@@ -70,12 +48,11 @@ class Keeper:
         self._directory.mkdir(parents=True, exist_ok=True)
         self._metrics = MetricsFile(self._directory / "metrics.bin")
         self._frozen_file, self._frozen = FrozenFile(self._directory), None
-        self._unsaved: list[dict[str, np.ndarray]] = []
         self.saved_step = self._tried_step = 0
         self._tried_at = time.monotonic()
         self._same, self._tidied = "", False
         self.failures: list[str] = []
-        self._lock, self._locked = _locked(self._directory / ".lock")
+        self._lock = DirectoryLock(self._directory / ".lock")
         self._there = checkpoints_in(self._directory)
         self._known = set(self._there)
         self._found = self._there[-1] if self._there else None
@@ -97,17 +74,24 @@ class Keeper:
         """The checkpoint belongs to the requested run."""
         assert self._found is not None
         differing = differences(self._header["description"], self._description)
+        upgrades = differences(self._header["versions"], _versions())
         taken = self._header["taken"]
         if differing:
             raise ValueError(
-                f"{self._found} is of another run: " + "; ".join(differing) + ". To resume it, "
-                "call run as before; for another run pass another directory (one that begins from "
-                "this one's state: state, _ = gradhpo.load_checkpoint(directory, state))"
+                f"{self._found} is of another run: " + "; ".join([*differing, *upgrades]) + ". To "
+                "resume it, call run as before; for another run pass another directory (one that "
+                "begins from this one's state: "
+                "state, _ = gradhpo.load_checkpoint(directory, state))"
             )
         if taken > num_steps:
             raise ValueError(
                 f"the run in {self._directory} has taken {taken} steps, and num_steps={num_steps} "
                 "asks for fewer: gradhpo.load_checkpoint(directory, state) returns what it has"
+            )
+        if upgrades:
+            warn(
+                f"the run in {self._directory} goes on with other versions: {'; '.join(upgrades)}. "
+                "It may not come out bit for bit as with one version throughout"
             )
 
     def begin(self, state: BilevelState) -> None:
@@ -137,30 +121,26 @@ class Keeper:
         self.saved_step = self._tried_step = self._header["taken"]
         return self._metrics.read(self._header["metrics"]), self._header["positions"]
 
-    def add(self, metrics: dict[str, np.ndarray]) -> None:
-        """The metrics of one more chunk, for the next checkpoint."""
-        self._unsaved.append(metrics)
-
     def is_due(self, taken: int) -> bool:
         """Whether the settings ask for a checkpoint now."""
         every = self._settings.every_steps
         by_steps = every is not None and taken - self._tried_step >= every
         return by_steps or time.monotonic() - self._tried_at >= self._settings.every_seconds
 
-    def save(self, taken: int, parts: dict[str, PyTree], header: dict[str, Any]) -> None:
+    def save(self, steps: Columns, parts: dict[str, PyTree], header: dict[str, Any]) -> None:
         """Writes a checkpoint. A full disk must not end a run: it is noted, and retried later."""
+        taken = steps.length
         path = self._directory / f"step-{taken:010d}.ckpt"
         if not self._same:  # for every checkpoint of this session
             leaves: dict[str, Any] = {name: leaves_of(part) for name, part in parts.items()}
             leaves["memories"] = [leaves_of(memory) for memory in parts["memories"]]
-            same = {"description": self._description, "leaves": leaves, "frozen": self._frozen}
-            self._same = json.dumps(same)
+            same = {"versions": _versions(), "description": self._description}
+            self._same = json.dumps(same | {"leaves": leaves, "frozen": self._frozen})
         try:
-            if not self._locked:
+            if not self._lock.held:
                 self._check_alone()
             self._known.add(path)
-            self._metrics.add(_joined(self._unsaved))
-            self._unsaved = []
+            self._metrics.add(steps.since(self._metrics.num_rows))
             changing = header | {"taken": taken, "metrics": self._metrics.header()}
             written = self._same[:-1] + ", " + json.dumps(changing)[1:]
             write_file(path, written, list(parts.values()))
@@ -197,5 +177,6 @@ class Keeper:
         self._lock.close()
 
 
-def _joined(pieces: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.concatenate([p[name] for p in pieces]) for name in (pieces or [{}])[0]}
+def _versions() -> dict[str, str]:
+    ours = sys.modules[__name__.partition(".")[0]].__version__
+    return {"gradhpo": ours, "jax": jax.__version__}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -31,11 +32,19 @@ from gradhpo.training.stopping import Interrupts, Stopped
 from gradhpo.utils.advice import on_nan_derivative, on_nan_loss
 from gradhpo.utils.coordinates import num_coordinates
 from gradhpo.utils.progress import ProgressBar
-from gradhpo.utils.settings import check_count, check_episodes, check_outer_rate, outer_rate
+from gradhpo.utils.settings import (
+    check_count,
+    check_episodes,
+    check_outer_rate,
+    check_rate_schedule,
+    outer_rate,
+)
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.warn import warn, warn_once
 
 
+# Numbers, batches of iterators and metrics go between host and device: meant, whatever is guarded.
+@jax.transfer_guard("allow")
 @checked
 def run(
     optimizer: BilevelOptimizer,
@@ -138,6 +147,8 @@ def run(
     check_count("max_rejections", max_rejections)
     check_episodes(num_steps, steps_per_episode, reptile_rate, int(state.step))
     check_outer_rate(optimizer, lr_hyper)
+    if callable(lr_hyper):
+        check_rate_schedule(lr_hyper)
     rate = lr_hyper if callable(lr_hyper) else outer_rate(lr_hyper)
     feed = Feed(
         as_source(train_data, "train_data", optimizer.num_inner_steps),
@@ -153,9 +164,8 @@ def run(
     keeper = None
     if checkpoint is not None:
         settings = {"steps_per_episode": steps_per_episode, "reptile_rate": reptile_rate}
-        settings |= {"start_fn": None if start is None else start.key}
         settings |= {"record": ", ".join(names), "monitored": ", ".join(watching.monitored)}
-        about = identity(optimizer, state, feed, lr_hyper=rate, **settings)
+        about = identity(optimizer, state, feed, lr_hyper=rate, start=start, **settings)
         keeper = Keeper(Checkpoint.of(checkpoint), about)
     driver = Driver(
         optimizer=optimizer,
@@ -208,6 +218,7 @@ def _history(driver: Driver, ending: Stopped, num_steps: int, seconds: float) ->
     advice = on_nan_derivative(inner), driver.refusal or on_nan_loss(inner)
     saved = None if driver.keeper is None else driver.keeper.saved_step
     behind = saved if saved != record.taken else None
+    logs = driver.callbacks.unwritten
     alone = driver.optimizer is algorithm_of(driver.optimizer)
     examples = driver.feed.val_examples if alone and driver.optimizer.tunes else None
     said = write_report(
@@ -218,6 +229,7 @@ def _history(driver: Driver, ending: Stopped, num_steps: int, seconds: float) ->
         remark,
         advice,
         unwritten,
+        logs,
         behind,
         driver.callbacks.monitored,
         (examples, num_coordinates(driver.state.hyperparams)),
@@ -228,7 +240,7 @@ def _history(driver: Driver, ending: Stopped, num_steps: int, seconds: float) ->
         said += f" In every step, {explain_zeros(driver.optimizer, driver.state, driver.zeros)}."
     # A run that ends in refused steps has stopped moving: with fixed data, for good.
     stuck, unmeant = record.in_a_row > 0, ending.reason in ("rejected", "data exhausted")
-    if stuck or unmeant or ending.error or remark or unwritten:
+    if stuck or unmeant or ending.error or remark or unwritten or logs:
         warn(said, RuntimeWarning)
     return History(metrics, ending.reason, said, ending.error)
 

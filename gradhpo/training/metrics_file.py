@@ -29,7 +29,7 @@ class MetricsFile:
 
     def add(self, metrics: dict[str, np.ndarray]) -> None:
         """The metrics of more steps, on disk when this returns."""
-        if not metrics:
+        if not any(map(len, metrics.values())):
             return
         self._dtypes = {name: str(x.dtype) for name, x in metrics.items()}
         self._shapes = {name: list(x.shape[1:]) for name, x in metrics.items()}
@@ -47,6 +47,11 @@ class MetricsFile:
             os.fsync(file.fileno())
         self._rows += len(rows) // self._row_bytes()
         self._checksum = zlib.crc32(rows, self._checksum)
+
+    @property
+    def num_rows(self) -> int:
+        """How many steps are there."""
+        return self._rows
 
     def check_absent(self) -> None:
         """A new run does not overwrite anything."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gradhpo.training.history import Record
+from gradhpo.training.record import Record
 from gradhpo.training.stopping import Stopped
 
 
@@ -20,6 +20,7 @@ def write_report(
     remark: str,
     advice: tuple[str, str],
     unwritten: list[str],
+    logs: list[str],
     last_checkpoint: int | None,
     monitored: Sequence[str],
     sizes: tuple[int | None, int],
@@ -27,9 +28,9 @@ def write_report(
     """The sentences, in order of importance.
 
     `remark` comes from the algorithm; `advice` is for derivatives, and for losses, that are not
-    finite; `unwritten` are the checkpoints that failed; `last_checkpoint` says after how many steps
-    the last one was written, if that is not the end; `sizes` are the numbers of validation examples
-    and of hyperparameters.
+    finite; `unwritten` are the checkpoints that failed, and `logs` says what loggers could not
+    write; `last_checkpoint` says after how many steps the last one was written, if that is not the
+    end; `sizes` are the numbers of validation examples and of hyperparameters.
     """
     earlier = f" ({record.resumed_at} of them before it was resumed)" if record.resumed_at else ""
     sentences = [
@@ -46,6 +47,7 @@ def write_report(
         sentences.append(
             f"{len(unwritten)} checkpoints could not be written; the last time: {unwritten[-1]}."
         )
+    sentences += [f"{said}." for said in logs]
     if last_checkpoint is not None:
         sentences.append(f"The last checkpoint is that after {last_checkpoint} steps.")
     return " ".join(sentences)

@@ -63,6 +63,23 @@ def is_custom_vjp(operation: str) -> bool:
     return operation.startswith("custom_vjp_call")
 
 
+def needs_a_value(error: Exception) -> bool:
+    """Whether something was to be computed in Python from a number that is traced."""
+    said = str(error)
+    is_slice = isinstance(error, IndexError) and "must be static integers" in said
+    # What NumPy and Python say of an argument that they do not know.
+    is_refused = isinstance(error, (TypeError, ValueError)) and "Tracer" in said
+    return isinstance(error, _NEEDS_A_VALUE) or is_slice or is_refused
+
+
+_NEEDS_A_VALUE = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an allocation failed, on the host or on the device."""
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)

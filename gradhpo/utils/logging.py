@@ -5,7 +5,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,15 +33,37 @@ class _FileLogger(abc.ABC):
         label: str | None = None,
     ):
         check_count("every", every)
-        self._path, self._every, self._append, self._extra = Path(path), every, append, extra
+        # Where it is now: the program may go to another directory.
+        self._path, self._given = Path(path).absolute(), str(path)
+        self._every, self._append, self._extra = every, append, extra
         self._label = label
         if self._path.is_dir():
             raise ValueError(f"path={str(path)!r} is a directory; pass a file, path/log.jsonl")
         self.memory = np.asarray(0)
         self._began = self._resumed = False
+        self._written = ""  # the header
+        self._waiting: list[dict[str, list]] = []  # columns that are not in the file yet
+        self._error: OSError | None = None  # for which they are not
+
+    @property
+    def identity(self) -> Any:
+        """Of which file the memory is."""
+        return {"path": self._given}
+
+    @property
+    def unwritten(self) -> str | None:
+        """What the report of a run says of lines that are not in the file."""
+        if self._error is None:
+            return None
+        count = sum(len(columns["step"]) for columns in self._waiting)
+        return f"{self._path} lacks its last {count} lines: {_said(self._error)}"
 
     @abc.abstractmethod
-    def _text(self, columns: dict[str, list], first: bool) -> str:
+    def _header(self, columns: dict[str, list]) -> str:
+        """What stands above all rows, once."""
+
+    @abc.abstractmethod
+    def _rows(self, columns: dict[str, list]) -> str:
         """One line per row of these columns; `None` is not written."""
 
     def start(self, state: Any, resumed: bool) -> np.ndarray:
@@ -53,29 +75,83 @@ class _FileLogger(abc.ABC):
             )
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._began, self._resumed = True, resumed
+        if resumed:  # steps that are taken again
+            here = int(state.step)
+            self._waiting = [columns for columns in self._waiting if columns["step"][-1] <= here]
         return np.asarray(size)
 
     def __call__(self, state: Any, metrics: Mapping[str, np.ndarray]) -> None:
+        columns = self._columns(state, metrics)
+        if columns["step"]:
+            self._waiting.append(columns)
+        try:
+            self._write()
+        except OSError as error:  # a full disk must not end a run: tried again after each chunk
+            if self._error is None:
+                warn(
+                    f"{self._path} cannot be written ({_said(error)}): its lines wait, and go "
+                    "there as soon as that is possible",
+                    RuntimeWarning,
+                )
+            self._error = error
+        else:
+            self._waiting, self._error = [], None
+
+    def _columns(self, state: Any, metrics: Mapping[str, np.ndarray]) -> dict[str, list]:
         metrics = {name: x for name, x in metrics.items() if x.ndim == 1}
         last, length = int(state.step), len(next(iter(metrics.values())))
         first = last + 1 - length
         due = slice(-first % self._every, None, self._every)  # steps count from 1
         columns: dict[str, list] = {"step": list(range(first, last + 1))[due]}
         columns |= {name: x[due].tolist() for name, x in metrics.items()}
-        if self._extra is not None:
-            if columns["step"][-1:] != [last]:  # it belongs to the last step
-                columns["step"].append(last)
-                for name, x in metrics.items():
-                    columns[name].append(x[-1].item())
-            others = [None] * (len(columns["step"]) - 1)
-            columns |= {name: [*others, float(x)] for name, x in self._extra(state).items()}
         if self._label is not None:
             columns |= {"label": [self._label] * len(columns["step"])}
-        with open(self._path, "ab") as file:
+        if self._extra is None:
+            return columns
+        if columns["step"][-1:] != [last]:  # it belongs to the last step
+            columns["step"].append(last)
+            for name, x in metrics.items():
+                columns[name].append(x[-1].item())
+            if self._label is not None:
+                columns["label"].append(self._label)
+        others = [None] * (len(columns["step"]) - 1)
+        for name, x in self._extra(state).items():
+            if name in columns:
+                raise ValueError(
+                    f"extra of {type(self).__name__} returned {name!r}, which every line has "
+                    "already: give it another name"
+                )
+            columns[name] = [*others, float(x)]
+        return columns
+
+    def _write(self) -> None:
+        with open(self._path, "ab", buffering=0) as file:
             if self._resumed:
                 self._cut(file)
-            file.write(self._text(columns, first=file.tell() == 0).encode())
+            start, lines = file.tell(), [self._rows(columns) for columns in self._waiting]
+            for header in dict.fromkeys(self._header(columns) for columns in self._waiting):
+                lines = [*self._above(header, start), *lines]
+            left = memoryview("".join(lines).encode())
+            try:
+                while left:
+                    left = left[file.write(left) :]
+            except OSError:
+                file.truncate(start)  # half a line is none
+                raise
             self.memory = np.asarray(file.tell())
+
+    def _above(self, header: str, start: int) -> list[str]:
+        """The header where the file is empty; else it is there, and the same."""
+        if start and header != self._written:
+            self._written = _first_line_of(self._path)
+        if (start or self._written) and header.strip() != self._written.strip():
+            raise ValueError(
+                f"the first line of {self._path} is {self._written.strip()!r}, and the columns of "
+                f"this run are {header.strip()!r}: pass another path (extra must return the same "
+                "names every time)"
+            )
+        self._written = header
+        return [] if start else [header]
 
     def _cut(self, file: IO[bytes]) -> None:
         """Lines written after the checkpoint will be written again."""
@@ -87,25 +163,37 @@ class _FileLogger(abc.ABC):
             file.seek(place)
 
 
+def _first_line_of(path: Path) -> str:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.readline()
+
+
+def _said(error: OSError) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
 class JSONLinesLogger(_FileLogger):
     """Writes metrics as JSON Lines, `{"step": 1, "train_loss": 0.5, ...}`: a callback for `run`.
 
-    `nan` and `inf`, which JSON lacks, become `null`. Written at the end of every chunk.
+    `nan` and `inf`, which JSON lacks, become `null`. Written at the end of every chunk; if that
+    fails (a full disk), the run goes on, a warning says so, and the lines are written later.
 
     **Arguments:**
 
-    - `path`: the file; its directory is created if it does not exist.
+    - `path`: the file; its directory is created if it does not exist. A relative path starts at the
+        current directory, even if the program leaves that later.
     - `every`: write a line every `every` steps, default 1.
     - `append`: whether to add to an existing file; default `False`: an existing file is an error. A
         run that is resumed from a checkpoint continues its own file.
     - `extra`: a function `state -> {name: number}`, called at the end of a chunk, for values that
         are not metrics, such as the hyperparameters. They go into the line of the last step of the
-        chunk.
+        chunk, under names that no metric has.
     - `label`: a text that every line has as `label`, to tell the runs in one file apart; default
         `None`, none.
 
     **Raises:** `ValueError` for a `path` that is a directory or `every < 1`; when `run` starts, for
-    a file that already has content, without `append=True`.
+    a file that already has content, without `append=True`; after the first chunk, for a name in
+    `extra` that is a metric.
 
     ```python
     rate = lambda state: {"rate": jnp.exp(state.hyperparams["log_rate"])}
@@ -113,7 +201,10 @@ class JSONLinesLogger(_FileLogger):
     ```
     """
 
-    def _text(self, columns: dict[str, list], first: bool) -> str:
+    def _header(self, columns: dict[str, list]) -> str:
+        return ""
+
+    def _rows(self, columns: dict[str, list]) -> str:
         # Column by column, with numbers formatted by JSON: ten times as fast as row by row.
         written = [
             [f"{name}: {_number(x)}, " if x is not None else "" for x in column]
@@ -133,16 +224,22 @@ class CSVLogger(_FileLogger):
 
     Numbers are formatted by Python, including `nan` and `inf`. Written at the end of every chunk.
 
-    **Arguments:** as for [`JSONLinesLogger`][gradhpo.JSONLinesLogger], with the same errors.
+    **Arguments:** as for [`JSONLinesLogger`][gradhpo.JSONLinesLogger], with the same errors, and
+    `ValueError` for a file whose header has other columns.
 
     ```python
     logger = gradhpo.CSVLogger("runs/digits/log.csv", every=10)
     ```
     """
 
-    def _text(self, columns: dict[str, list], first: bool) -> str:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerows([columns] if first else [])
-        writer.writerows(zip(*columns.values(), strict=True))
-        return text.getvalue()
+    def _header(self, columns: dict[str, list]) -> str:
+        return _csv([columns])
+
+    def _rows(self, columns: dict[str, list]) -> str:
+        return _csv(zip(*columns.values(), strict=True))
+
+
+def _csv(rows: Iterable[Iterable[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()

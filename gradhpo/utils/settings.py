@@ -4,13 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, PyTree, Real
 
-from gradhpo.utils.foreign import uncalled
+from gradhpo.utils.foreign import needs_a_value, uncalled
+from gradhpo.utils.validation import check_arity
 
 
 def setting(value: Real[ArrayLike, ""]) -> Array:
@@ -114,6 +116,30 @@ def check_outer_rate(optimizer: Any, lr_hyper: Any) -> None:
             "the optimizer has outer_optimizer=None, so step needs a step size: pass "
             "lr_hyper=0.1, or construct with outer_optimizer=optax.adam(1e-2)"
         )
+
+
+def check_rate_schedule(schedule: Callable) -> None:
+    """`lr_hyper` as a function of the step: traced, and one real number at every step."""
+    check_arity(schedule, "lr_hyper", "step")
+
+    rate_at = lambda step: jax.tree.map(jnp.asarray, schedule(step))
+    try:
+        rate = jax.eval_shape(rate_at, jax.ShapeDtypeStruct((), jnp.int32))
+    except Exception as error:
+        if not needs_a_value(error):
+            raise
+        said = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"lr_hyper(step) needs the value of its step, which is traced: {said}. Write "
+            "jnp.where(step < 100, 0.1, 0.01) instead of a branch, or pass an optax schedule"
+        ) from error
+    if not (isinstance(rate, jax.ShapeDtypeStruct) and rate.shape == () and _is_real(rate.dtype)):
+        found = rate if rate is None else eqx.tree_pformat(rate)
+        raise TypeError(f"lr_hyper(step) returned {found}: return the rate, one real number")
+
+
+def _is_real(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
 def check_tunes(optimizer: Any) -> None:

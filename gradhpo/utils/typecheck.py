@@ -1,5 +1,6 @@
 """beartype checks with readable messages."""
 
+import collections
 import difflib
 import functools
 import inspect
@@ -30,8 +31,13 @@ def checked(thing: _T) -> _T:
 
 
 def _explained(function: Callable) -> Callable:
+    positional, by_name = _parameters(function)
+
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
+        if by_name and len(args) > positional:
+            first, value = by_name[0], _short(repr(args[positional]))
+            raise TypeError(f"{_name(function, args)} takes {first} by name: write {first}={value}")
         try:
             return function(*args, **kwargs)
         except TypeCheckError as error:
@@ -46,6 +52,16 @@ def _explained(function: Callable) -> Callable:
         raise TypeError(message)
 
     return wrapper
+
+
+def _parameters(function: Callable) -> tuple[int, list[str]]:
+    """How many arguments may be passed by position, and which others by name alone."""
+    of_kind: dict[Any, list[str]] = collections.defaultdict(list)
+    for name, parameter in inspect.signature(function).parameters.items():
+        of_kind[parameter.kind].append(name)
+    by_position = of_kind[inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    takes_more = of_kind[inspect.Parameter.VAR_POSITIONAL]
+    return len(by_position), [] if takes_more else of_kind[inspect.Parameter.KEYWORD_ONLY]
 
 
 def _name(function: Callable, args: tuple) -> str:
@@ -116,3 +132,7 @@ def _closest(unknown: str, names: list[str]) -> str | None:
 
 def _kind(value: Any) -> str:
     return "Array" if isinstance(value, jax.Array) else type(value).__name__
+
+
+def _short(text: str) -> str:
+    return text if len(text) < 100 else text[:100] + "..."

@@ -228,9 +228,22 @@ class TaskBatched(Wrapper):
         memory = TaskMemory(memory.task, of_each)
         return with_inner_state(state, z).update(memory=memory, fresh=True)
 
-    def _inner_response(self, state: BilevelState, gradient: PyTree) -> PyTree:
+    def _inner_response(self, state: BilevelState, gradient: PyTree) -> tuple[PyTree, PyTree]:
         respond = lambda z, g: self.optimizer._inner_response(_of_task(state, z, None), g)
         return jax.vmap(respond)(inner_state(state), gradient)
+
+    def _function_response(self, state: BilevelState, batch: PyTree) -> tuple[PyTree, bool]:
+        batches, batch_of = self._per_task("train_batch", batch)
+        moves = []
+
+        def respond(number, z, of_task):
+            task = _of_task(state, z, None)
+            made, is_move = self.optimizer._function_response(task, batch_of(number, of_task))
+            moves.append(is_move)
+            return made
+
+        numbers = jnp.arange(self.num_tasks, dtype=jnp.int32)
+        return jax.vmap(respond)(numbers, inner_state(state), batches), moves[0]
 
     def _param_norm(self, w: PyTree) -> Array:
         return _mean(jax.vmap(self.optimizer._param_norm)(w))

@@ -1,0 +1,80 @@
+"""What a run writes down as it goes: the metrics of every step, and which were rejected."""
+
+import numpy as np
+
+from gradhpo.core.types import METRICS
+
+
+class Columns:
+    """Metrics step by step: one array for each name, with room for more.
+
+    Not a list of pieces: of a million chunks their headers alone would take a gigabyte.
+    """
+
+    def __init__(self):
+        self._room: dict[str, np.ndarray] = {}
+        self.length = 0
+
+    def add(self, metrics: dict[str, np.ndarray]) -> None:
+        """The rows of one more chunk, copied."""
+        end = self.length + len(next(iter(metrics.values())))
+        for name, values in metrics.items():
+            of_one = values.shape[1:]
+            room = self._room.get(name, np.empty((0, *of_one), values.dtype))
+            if len(room) < end:
+                larger = np.empty((max(2 * len(room), end), *of_one), room.dtype)
+                larger[: self.length] = room[: self.length]
+                self._room[name] = room = larger
+            room[self.length : end] = values
+        self.length = end
+
+    def since(self, row: int) -> dict[str, np.ndarray]:
+        """All rows from one on."""
+        return {name: room[row : self.length] for name, room in self._room.items()}
+
+
+class Record:
+    """The metrics of all steps, and which of them were rejected as non-finite."""
+
+    def __init__(self, first_step: int, rejected_before: float, norm_at_start: float):
+        self._first, self.norm_at_start = first_step, norm_at_start
+        self.columns = Columns()
+        self._last = rejected_before
+        self.taken = self.resumed_at = 0
+        self.rejected: list[int] = []  # which steps, as `state.step` counts them
+        self.in_a_row = self.longest = 0
+        self.of_derivatives = 0  # rejected though both losses were finite
+
+    def add(self, metrics: dict[str, np.ndarray]) -> None:
+        """The steps of one more chunk."""
+        self.columns.add(metrics)
+        if metrics["rejected"][-1] == self._last:  # as nearly always
+            self.taken += len(metrics["rejected"])
+            self.in_a_row = 0
+            return
+        losses = np.isfinite(metrics["train_loss"]) & np.isfinite(metrics["val_loss"])
+        only_derivative = losses & ~np.isfinite(metrics["hypergrad_norm"])
+        for value, derivative in zip(metrics["rejected"], only_derivative, strict=True):
+            self.taken += 1
+            rejected = value > self._last
+            self._last = value
+            self.in_a_row = self.in_a_row + 1 if rejected else 0
+            self.longest = max(self.longest, self.in_a_row)
+            if rejected:
+                self.rejected.append(self._first + self.taken)
+                self.of_derivatives += int(derivative)
+
+    def resume(self, metrics: dict[str, np.ndarray]) -> None:
+        """The steps that an earlier session took."""
+        if metrics:
+            self.add(metrics)
+        self.resumed_at = self.taken
+
+    @property
+    def may_return(self) -> bool:
+        """Whether this session has taken a step that would be lost if it raised."""
+        return self.taken > self.resumed_at
+
+    def metrics(self) -> dict[str, np.ndarray]:
+        """Every metric over all steps."""
+        return self.columns.since(0) or {name: np.zeros(0) for name in METRICS}

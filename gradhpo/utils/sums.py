@@ -1,0 +1,108 @@
+"""Arrays in a few numbers, by which two data sets differ and two machines agree.
+
+Every number counts, with a weight of its own: positions at a stride would share a channel or a
+column.
+"""
+
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from gradhpo.utils.dispatch import compiled
+from gradhpo.utils.keys import is_key
+
+
+_ROW = 1024
+_ROWS_PER_BLOCK, _MOST_BLOCKS = 4, 16
+# On the host up to here: a program for every shape would take longer to compile.
+_MOST_ON_HOST = 2**20
+
+
+def float_sums(x: Any) -> list[list[float]]:
+    """Norm and weighted sum of each of up to 16 pieces of a floating-point array."""
+    if np.size(x) > _MOST_ON_HOST:
+        scale, rows = _rows_on_device(jnp.asarray(x))
+    else:
+        scale, rows = _rows(np.asarray(x), np)
+    rows = np.asarray(rows, np.float64)
+    count = min(max(len(rows) // _ROWS_PER_BLOCK, 1), _MOST_BLOCKS)
+    blocks = [np.sum(block, axis=0) for block in np.array_split(rows, count)]
+    scale = float(scale)
+    return [[_rounded(scale * square**0.5), _rounded(scale * total)] for square, total in blocks]
+
+
+def checksum(x: Any) -> int:
+    """A number that any change of an array of integers, booleans or keys changes."""
+    x = jax.random.key_data(x) if is_key(x) else x
+    if np.size(x) > _MOST_ON_HOST:
+        return int(_hash_on_device(jnp.asarray(x)))
+    with np.errstate(over="ignore"):  # a sum modulo 2**32
+        return int(_hash(np.asarray(x), np))
+
+
+def whole_sums(x: np.ndarray) -> list[float]:
+    """Norm and weighted sum of a whole array of the host."""
+    scale, rows = _rows(x, np)
+    square, total = np.sum(rows, axis=0)
+    return [_rounded(float(scale * square**0.5)), _rounded(float(scale * total))]
+
+
+def spread(shape: tuple[int, ...], start: Any, xp: ModuleType = jnp) -> Any:
+    """Weights in [-0.5, 0.5), one for each position; other ones for another start. float32."""
+    count = int(np.prod(shape))
+    positions = xp.arange(count, dtype=np.uint32) + xp.asarray(start, np.uint32)
+    # The golden ratio of all integers, of which the upper 24 bits are exact in float32.
+    bits = (positions * np.uint32(2654435769)) >> np.uint32(8)
+    return (bits.astype(np.float32) * np.float32(2**-24) - np.float32(0.5)).reshape(shape)
+
+
+def _rows(x: Any, xp: ModuleType) -> tuple[Any, Any]:
+    """The largest number, and (divided by it) square sum and weighted sum of 1024 after another."""
+    flat = xp.ravel(x)
+    if jnp.issubdtype(flat.dtype, jnp.complexfloating):
+        flat = xp.concatenate([flat.real, flat.imag])
+    wide = np.float64 if xp is np or flat.dtype == np.float64 else np.float32
+    # Twice as long for complex numbers, and with zeros at the end.
+    flat = xp.nan_to_num(flat.astype(wide), nan=0.0, posinf=0.0, neginf=0.0)
+    flat = xp.pad(flat, (0, -flat.size % _ROW))
+    scale = xp.max(xp.abs(flat), initial=0)
+    table = (flat / xp.where(scale > 0, scale, xp.ones_like(scale))).reshape(-1, _ROW)
+    weights = spread(table.shape, 0, xp).astype(wide)
+    return scale, xp.stack([xp.sum(table * table, axis=1), xp.sum(table * weights, axis=1)], axis=1)
+
+
+def _hash(x: Any, xp: ModuleType) -> Any:
+    flat = xp.ravel(x)
+    words = [flat.astype(np.uint32)]
+    if flat.dtype.itemsize > 4:
+        words.append((flat >> 32).astype(np.uint32))
+    total = xp.zeros((), np.uint32)
+    for number, word in enumerate(words):
+        place = _scrambled(xp.arange(flat.size, dtype=np.uint32) + np.uint32(number * 2**31))
+        total = total + xp.sum(_scrambled(word ^ place), dtype=np.uint32)
+    return total
+
+
+def _scrambled(x: Any) -> Any:
+    """The 32-bit finaliser of MurmurHash3."""
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> np.uint32(16))
+
+
+@compiled
+def _rows_on_device(x: Array) -> PyTree:
+    return _rows(x, jnp)
+
+
+@compiled
+def _hash_on_device(x: Array) -> Array:
+    return _hash(x, jnp)
+
+
+def _rounded(x: float) -> float:
+    return float(f"{x:.9g}")
