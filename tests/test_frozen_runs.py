@@ -197,7 +197,7 @@ def of_another_run(path):
     ("change", "message"),
     [
         (lambda path: path.unlink(), "frozen.ckpt, the frozen leaves of the run, is missing"),
-        (flipped, "frozen.ckpt is damaged .its checksum does not fit.*put a copy of it"),
+        (flipped, "frozen.ckpt is damaged .its checksum does not fit.*restore it from a copy"),
         (lambda path: path.write_bytes(path.read_bytes()[:-9]), "frozen.ckpt is damaged .it has"),
         (lambda path: path.write_bytes(b"PK"), "frozen.ckpt is not a checkpoint of gradhpo"),
         (of_another_run, "frozen.ckpt holds the frozen leaves of another run"),
@@ -230,13 +230,13 @@ def test_a_run_with_another_backbone_is_another_run(copied):
     with pytest.raises(ValueError, match=r"frozen leaf \['backbone'\]\['w'\] is \[\[3, 5\]"):
         gradhpo.load_checkpoint(copied, OPTIMIZER.init(wider, DECAY))
     more = PARAMS | {"more": gradhpo.frozen(jnp.ones(2))}
-    with pytest.raises(ValueError, match=r"froze other leaves: \['more'\] is frozen"):
+    with pytest.raises(ValueError, match=r"froze other leaves: \['more'\] is frozen only here"):
         gradhpo.load_checkpoint(copied, OPTIMIZER.init(more, DECAY))
 
 
 def test_a_foreign_file_is_left_alone(tmp_path):
     (tmp_path / "frozen.ckpt").write_bytes(b"mine")
-    with pytest.raises(ValueError, match=r"frozen\.ckpt is there and no file of gradhpo"):
+    with pytest.raises(ValueError, match=r"frozen\.ckpt exists and was not written by gradhpo"):
         saved(tmp_path)
     assert (tmp_path / "frozen.ckpt").read_bytes() == b"mine"
     with warnings.catch_warnings():
