@@ -93,21 +93,29 @@ def test_every_optimizer_does_what_it_does_with_a_closure(name):
     assert jax.tree.leaves(moments["backbone"]) == []
 
 
-def test_an_update_fn_sees_plain_arrays_and_leaves_frozen_ones_alone():
-    def update(params, decay, batch):
-        step = lambda x, g: x - 0.1 * g if eqx.is_inexact_array(x) else x
-        floats, rest = eqx.partition(params, eqx.is_inexact_array)
-        loss = lambda floats: train_loss(eqx.combine(floats, rest), decay, batch)
-        return eqx.combine(jax.tree.map(step, floats, jax.grad(loss)(floats)), rest)
+def gradient(params, decay, batch):
+    """By all floating-point arrays, as most would write it."""
+    floats, rest = eqx.partition(params, eqx.is_inexact_array)
+    return jax.grad(lambda x: train_loss(eqx.combine(x, rest), decay, batch))(floats)
 
+
+def update(params, decay, batch):
+    moves = jax.tree.map(lambda g: -0.1 * g, gradient(params, decay, batch))
+    return eqx.apply_updates(params, moves)
+
+
+@pytest.mark.parametrize("own", [{"update_fn": update}, {"grad_fn": gradient}])
+def test_own_rules_see_plain_arrays_and_leave_frozen_ones_alone(own):
     arguments = {"outer_optimizer": relaxed(optax.sgd(1.0)), "unroll_steps": 3}
-    by_hand = gradhpo.UnrolledOptimizer(update_fn=update, **arguments)
+    by_hand = gradhpo.UnrolledOptimizer(None if "update_fn" in own else SGD, **arguments, **own)
     by_optax = gradhpo.UnrolledOptimizer(SGD, **arguments)
     found = stepped(by_hand, PARAMS, LOSSES, BATCH)
     expected = stepped(by_optax, PARAMS, LOSSES, BATCH)
     assert_same(found.hyperparams, expected.hyperparams, rtol=1e-12)
     assert_same(found.params, expected.params, rtol=1e-12)
-    # The public products with its Jacobians leave them out as well.
+
+
+def test_products_with_an_update_leave_frozen_leaves_out():
     w_part, _ = gradhpo.vjp_wrt_both(update, PARAMS, DECAY, BATCH, PARAMS)
     assert eqx.is_inexact_array(w_part["head"]["w"])
     assert w_part["backbone"] == {"w": None, "picked": None}
@@ -260,6 +268,22 @@ def test_anything_may_be_frozen():
     found = gradhpo.unfrozen(state.params)["constants"]
     assert_same(found, constants | {"numpy": jnp.arange(3)})
     assert found["activation"] is jnp.tanh
+
+
+def test_a_derivative_of_zero_is_looked_for_with_the_backbone_as_it_is():
+    """Beside a head of zeros the penalty has a derivative, and the report says nothing."""
+    params = {"backbone": gradhpo.frozen(BACKBONE), "head": jax.tree.map(jnp.zeros_like, HEAD)}
+    optimizer = gradhpo.OneStepOptimizer(SGD, SGD)
+    state = optimizer.init(params, DECAY)
+
+    def penalty(params, decay, batch):
+        same = jnp.sum((params["backbone"]["w"] - BACKBONE["w"]) ** 2)
+        return error(params, batch) + jnp.where(same == 0, 1.0, 0.0) * jnp.sum(
+            jnp.exp(decay) * params["head"]["w"] ** 2
+        )
+
+    losses = gradhpo.LossFunctions(penalty, lambda params, decay, batch: error(params, batch))
+    gradhpo.run(optimizer, state, losses, BATCH, BATCH, num_steps=1, progress=False)
 
 
 def test_comparisons_are_those_of_a_closure():

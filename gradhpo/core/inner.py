@@ -51,7 +51,7 @@ class Start(eqx.Module):
     steps_per_episode: int = eqx.field(static=True)
 
     def __call__(self, hyperparams: PyTree, w: PyTree) -> PyTree:
-        """The floating-point part of the parameters, of which `w` is another one."""
+        """The floating-point part of the parameters, with the structure of `w`."""
         return like_trained(w, self.function(self.key, hyperparams))
 
     def at(self, step: Array) -> "Start":
@@ -338,7 +338,7 @@ class InnerUpdate(eqx.Module):
         assert self.update_fn is not None
         params = eqx.combine(w, self.frozen)
         returned = self.update_fn(params, hyperparams, self.batch(t))
-        # Whatever it returns for frozen leaves is dropped: most rules treat all arrays alike.
+        # What it returns for frozen leaves is ignored: most rules treat all arrays the same way.
         new = like_trained(w, returned)
         if jax.tree.map(jnp.shape, new) != jax.tree.map(jnp.shape, w):
             raise ValueError(

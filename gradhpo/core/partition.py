@@ -47,13 +47,13 @@ def partition(
 
     **Arguments:**
 
-    - `model`: any pytree, usually an `eqx.Module`. Leaves that [`gradhpo.frozen`][gradhpo.frozen]
-        has marked stay frozen.
+    - `model`: any pytree, usually an `eqx.Module`. Leaves marked by
+        [`gradhpo.frozen`][gradhpo.frozen] stay frozen.
     - `where`: `model -> node`, or a tuple or list of nodes, as in `eqx.tree_at`. A node is
         one leaf or a whole subtree (a layer, a list of layers).
-    - `frozen`: likewise, what is neither trained nor tuned (a pretrained backbone): it gets no
-        gradient, no optimizer state and no decay, and stands in memory once, however many inner
-        states are kept. `None`, the default: nothing.
+    - `frozen`: like `where`, for the part that is neither trained nor tuned (a pretrained
+        backbone). It gets no gradient, no optimizer state and no decay, and is in memory once,
+        however many inner states are kept. Default `None`, nothing.
 
     **Returns:** `(params, hyperparams)`, two trees with the structure of `model`, each with `None`
     where the other has the leaf. Every floating-point array inside the nodes of `where` is a
@@ -114,13 +114,13 @@ def _selected_by(frozen: Callable[[Any], Any], model: PyTree, nothing: PyTree) -
 
 
 def _check_apart(tuned: PyTree, frozen_leaves: PyTree) -> None:
-    """No leaf is tuned and frozen."""
+    """No leaf is both tuned and frozen."""
     both = jax.tree.map(lambda a, b: a and b, tuned, frozen_leaves)
     names = [name for name, x in zip(leaf_names(both), jax.tree.leaves(both), strict=True) if x]
     if names:
         raise ValueError(
-            f"where and frozen both select {', '.join(names[:5])}, which cannot be tuned and stay "
-            "as it is: let frozen select what is left, part by part, e.g. "
+            f"where and frozen both select {', '.join(names[:5])}, but a leaf cannot be both tuned "
+            "and frozen: let frozen select the rest, part by part, e.g. "
             "lambda m: (m.backbone.layers, m.backbone.norm)"
         )
 

@@ -1,4 +1,4 @@
-"""The frozen leaves of a run on disk: one file beside its checkpoints, which all of them share."""
+"""The frozen leaves of a run on disk: one file that all its checkpoints share."""
 
 import json
 import zlib
@@ -20,19 +20,19 @@ from gradhpo.utils.freezing import frozen_part, with_frozen
 from gradhpo.utils.keys import is_key
 
 
-_REMEDY = "The checkpoints beside it cannot be used without it: put a copy of it in its place"
+_REMEDY = "No checkpoint next to it can be read without it: restore it from a copy"
 
 
 class FrozenFile:
-    """`frozen.ckpt` in the directory of a run; checkpoints keep its checksum."""
+    """`frozen.ckpt` in the directory of a run; checkpoints contain its checksum."""
 
     def __init__(self, directory: Path):
         self.path = directory / "frozen.ckpt"
 
     def write(self, state: BilevelState) -> int | None:
-        """Keeps the frozen leaves of a run that begins; their checksum, `None` without any.
+        """Writes the frozen leaves of a new run; their checksum, or `None` if nothing is frozen.
 
-        One without a checkpoint beside it is of a run that was killed before its first.
+        Replaces the file of a run that was killed before its first checkpoint.
         """
         part = frozen_part(state.params)
         checksum = _checksum(part)
@@ -40,17 +40,17 @@ class FrozenFile:
             return None
         if self.path.exists() and not (self.path.is_file() and is_checkpoint(self.path)):
             raise ValueError(
-                f"{self.path} is there and no file of gradhpo, and the frozen leaves of the run "
-                "have to be kept under that name: move it away, or pass another directory"
+                f"{self.path} exists and was not written by gradhpo, but the frozen leaves of a "
+                "run are kept under this name: move it away, or pass another directory"
             )
         header = {"leaves": leaves_of(part), "checksum": checksum}
         write_file(self.path, json.dumps(header), part)
         return checksum
 
     def read_into(self, state: BilevelState, checksum: int | None) -> BilevelState:
-        """The state with the frozen leaves that a checkpoint goes with.
+        """The state with the frozen leaves of the run.
 
-        Where it has the very same ones it keeps its own, so that they are not in memory twice.
+        If its own are the same, it keeps them, so that they are not in memory twice.
         """
         if checksum is None:
             return state
@@ -67,7 +67,7 @@ class FrozenFile:
 
 
 def _checksum(part: PyTree) -> int | None:
-    """Of every byte."""
+    """Over every byte; `None` if nothing is frozen."""
     found = None
     for leaf in jax.tree.leaves(part):
         data = np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
@@ -76,18 +76,19 @@ def _checksum(part: PyTree) -> int | None:
 
 
 def _check_leaves(path: Path, found: list, expected: list) -> None:
-    """What was frozen is what is frozen."""
+    """The run and the state have frozen the same leaves."""
     there, here = ([name for name, *_ in leaves] for leaves in (found, expected))
     if there != here:
         differing = sorted(set(there) ^ set(here))
+        where = "there" if differing[0] in there else "here"
         raise ValueError(
-            f"{path} is of a run that froze other leaves: {', '.join(differing[:5])} "
-            f"{'was' if differing[0] in there else 'is'} frozen, and not the other time. Pass the "
-            "state that the same optimizer.init makes of the same model, frozen alike"
+            f"{path} is from a run that froze other leaves: {differing[0]} is frozen only {where}. "
+            "Pass the state that the same optimizer.init makes of the same model, with the same "
+            "leaves frozen"
         )
     for (name, *then), (_, *now) in zip(found, expected, strict=True):
         if then != now:
             raise ValueError(
-                f"{path} is of a run with another model: its frozen leaf {name} is {then} there "
+                f"{path} is from a run of another model: its frozen leaf {name} is {then} there "
                 f"and {now} here"
             )

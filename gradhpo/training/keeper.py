@@ -95,11 +95,11 @@ class Keeper:
             )
 
     def begin(self, state: BilevelState) -> None:
-        """Of a new run: what none of its steps changes is kept once."""
+        """Writes what no step of a new run changes."""
         self._frozen = self._frozen_file.write(state)
 
     def resume(self, state: BilevelState) -> BilevelState:
-        """The state of the checkpoint, like the one that the run began with."""
+        """The state in the checkpoint; `state` is the one that the run started from."""
         assert self._found is not None
         check_leaves(self._found, self._header["leaves"]["state"], leaves_of(state))
         self._frozen = self._header.get("frozen")

@@ -1,7 +1,7 @@
-"""Frozen leaves of parameters: arrays that are there, and neither trained nor tuned.
+"""Frozen leaves of the params: arrays that the losses read and that nothing trains or tunes.
 
-Such a leaf is a node of its own around the array. Whoever looks for what is trained stops at the
-node; `jax.tree.map`, `jit` and serialisation see the array in it.
+A frozen leaf is a node around its array. Functions that look for what is trained stop at the node;
+`jax.tree.map`, `jit` and serialisation see the array inside.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ from gradhpo.utils.typecheck import checked
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Frozen:
-    """The node around a frozen array."""
+    """A node around a frozen array."""
 
     array: Any
 
 
 def is_frozen(x: Any) -> bool:
-    """Whether a node is that of a frozen array, for `is_leaf`."""
+    """Whether `x` is the node of a frozen array; for `is_leaf`."""
     return isinstance(x, Frozen)
 
 
@@ -31,19 +31,21 @@ def is_frozen(x: Any) -> bool:
 def frozen(tree: PyTree) -> PyTree:
     """Marks the arrays of a tree as frozen: neither trained nor tuned.
 
-    For parameters that are a plain pytree; a model is split by
+    For params that are a plain pytree; for a model use
     [`partition(model, where, frozen)`][gradhpo.partition]. A frozen array gets no gradient, no
-    optimizer state and no decay, and stands in memory once, however many inner states are kept.
-    Losses and an `update_fn` see the plain arrays; what an `update_fn` returns for them is dropped.
+    optimizer state and no decay, and is in memory once, however many inner states are kept.
+    Losses, `grad_fn` and `update_fn` see plain arrays; whatever the last two return for frozen ones
+    is ignored.
 
     **Arguments:**
 
-    - `tree`: a part of the params, of any dtypes. What is no array in it stays as it is.
+    - `tree`: a part of the params, with arrays of any dtype. Leaves that are not arrays are
+        unchanged.
 
-    **Returns:** a tree of the same structure but for the marks, for
-    [`init`][gradhpo.BilevelOptimizer.init]. [`unfrozen`][gradhpo.unfrozen] takes them off.
+    **Returns:** the tree with each array marked, to be passed to
+    [`init`][gradhpo.BilevelOptimizer.init]. [`unfrozen`][gradhpo.unfrozen] removes the marks.
 
-    **Raises:** `ValueError` where the tree holds no array.
+    **Raises:** `ValueError` if the tree has no array.
 
     ```python
     features, head = jax.random.normal(jax.random.key(0), (5, 100)), jnp.zeros(100)
@@ -63,18 +65,22 @@ def frozen(tree: PyTree) -> PyTree:
     """
     if not any(map(eqx.is_array, jax.tree.leaves(tree))):
         raise ValueError(
-            f"frozen(tree) got no array, only {jax.tree.leaves(tree)}: pass the arrays that are "
-            "neither trained nor tuned"
+            f"frozen(tree) got no array, only {jax.tree.leaves(tree)}: pass the arrays that "
+            "should be neither trained nor tuned"
         )
     return _all_marked(tree)
 
 
 @checked
 def unfrozen(tree: PyTree) -> PyTree:
-    """The same tree with plain arrays in place of frozen leaves, as losses see it.
+    """The tree with plain arrays in place of frozen leaves, as losses see it.
 
-    For a loss or a model that you call yourself: `loss(gradhpo.unfrozen(state.params), ...)`.
-    `state.model` is unfrozen already. A tree without frozen leaves comes back as it is.
+    For calling a loss yourself: `loss(gradhpo.unfrozen(state.params), state.hyperparams, batch)`.
+    `state.model` has plain arrays already.
+
+    **Arguments:** `tree`: any pytree; without frozen leaves it is returned unchanged.
+
+    **Returns:** a tree with the same arrays, not copied.
 
     ```python
     params = {"features": gradhpo.frozen(jnp.ones(3)), "head": jnp.zeros(3)}
@@ -85,7 +91,7 @@ def unfrozen(tree: PyTree) -> PyTree:
 
 
 def marked(tree: PyTree, which: PyTree) -> PyTree:
-    """The arrays of a plain tree frozen where another one, of the same structure, is true."""
+    """A plain tree, its arrays frozen where `which`, a tree of the same structure, is true."""
     mark = lambda here, x: Frozen(x) if here and eqx.is_array(x) else x
     return jax.tree.map(mark, which, tree)
 
@@ -96,7 +102,7 @@ def _all_marked(tree: PyTree) -> PyTree:
 
 
 def trained(tree: PyTree) -> PyTree:
-    """The floating-point arrays that are not frozen, `None` elsewhere: the w of params."""
+    """The $w$ of params: the floating-point arrays that are not frozen, `None` elsewhere."""
     return eqx.filter(tree, eqx.is_inexact_array, is_leaf=is_frozen)
 
 
@@ -106,9 +112,10 @@ def not_trained(tree: PyTree) -> PyTree:
 
 
 def like_trained(w: PyTree, tree: PyTree) -> PyTree:
-    """The trained part of a tree, if `w` is that of the params: also without marks on the tree.
+    """The trained part of a tree like params, whose frozen leaves may have lost their marks.
 
-    A tree of another structure keeps all of its floating-point arrays, for the caller to refuse.
+    `w` is the trained part of the params. A tree of another structure keeps all floating-point
+    arrays, and the caller refuses it.
     """
     is_none, found = lambda x: x is None, trained(tree)
     if jax.tree.structure(w, is_leaf=is_none) != jax.tree.structure(found, is_leaf=is_none):
@@ -117,12 +124,12 @@ def like_trained(w: PyTree, tree: PyTree) -> PyTree:
 
 
 def carried(tree: PyTree) -> tuple[PyTree, PyTree]:
-    """The arrays that a loop carries, and what is the same throughout, frozen leaves with it."""
+    """The arrays that a loop carries, and the rest, with frozen leaves, which it closes over."""
     return eqx.partition(tree, eqx.is_array, is_leaf=is_frozen)
 
 
 def frozen_part(tree: PyTree) -> PyTree:
-    """The frozen arrays, plain, and `None` elsewhere."""
+    """The frozen arrays without marks, `None` elsewhere."""
     return unfrozen(eqx.filter(tree, is_frozen, is_leaf=is_frozen))
 
 
@@ -132,18 +139,18 @@ def without_frozen(tree: PyTree) -> PyTree:
 
 
 def with_frozen(tree: PyTree, part: PyTree) -> PyTree:
-    """Other arrays in the frozen leaves: a `frozen_part`."""
+    """The tree with other arrays in its frozen leaves; `part` is a `frozen_part`."""
     return eqx.combine(without_frozen(tree), _all_marked(part))
 
 
 def frozen_as(like: PyTree, tree: PyTree, what: str) -> PyTree:
-    """A tree in which the leaves are frozen that are so in another one, marked there or not."""
+    """The tree with the leaves frozen that are frozen in `like`, whether it marks them or not."""
     if not any(map(is_frozen, jax.tree.leaves(like, is_leaf=is_frozen))):
         return tree
     if jax.tree.structure(unfrozen(like)) != jax.tree.structure(unfrozen(tree)):
         raise ValueError(
-            f"{what} has another structure than state.params, so that nothing tells which of its "
-            "leaves are frozen: pass a tree like state.params (or like gradhpo.unfrozen of it)"
+            f"{what} has another structure than state.params, so it is not clear which of its "
+            "leaves are frozen: pass a tree like state.params or gradhpo.unfrozen(state.params)"
         )
     mark = lambda old, new: _all_marked(new) if is_frozen(old) else new
     return jax.tree.map(mark, like, tree, is_leaf=is_frozen)
