@@ -6,6 +6,7 @@ import lineax as lx
 import numpy as np
 import optax
 import pytest
+from helpers import assert_same
 from problems import OUTER, relaxed
 
 import gradhpo
@@ -359,6 +360,30 @@ def test_from_the_middle_of_a_run():
         np.testing.assert_allclose(x, y, rtol=1e-12)
     assert report.relative_error["same"] == 0
     assert report.relative_error["forward"] < 1e-10
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        gradhpo.GreedyOptimizer(SGD, unroll_steps=2),
+        gradhpo.UnrolledOptimizer(SGD, unroll_steps=3, truncation=2),
+    ],
+)
+def test_every_step_has_its_batches_of_the_stack(optimizer):
+    """An optimizer of fewer inner steps than the horizon: as in a loop over `step`, to its end."""
+    scaled = lambda w, h, batch: (1 + 0.3 * batch) * train_loss(w, h, batch)
+    batches, count = jnp.array([1.0, -1.0, 0.5, 2.0, 0.0, -0.5]), optimizer.num_inner_steps
+    state = begun = optimizer.init(jnp.asarray(START), HYPERPARAMS)
+    g = None
+    for first in range(0, 6, count):
+        stack = gradhpo.BatchStack(batches[first : first + count])
+        g = optimizer.compute_hypergradient(state, stack, None, scaled, val_loss)
+        state = optimizer.step(state, stack, None, scaled, val_loss, lr_hyper=0.0)
+    losses = gradhpo.LossFunctions(scaled, val_loss)
+    report = gradhpo.compare_hypergradients(
+        {"": optimizer}, begun, gradhpo.BatchStack(batches), None, losses
+    )
+    assert_same(report.hypergradients[""], g, rtol=1e-12)
 
 
 def test_what_was_learned_before_is_compared_as_it_is():

@@ -336,6 +336,19 @@ def test_hypergradient_descent_on_the_rate():
     np.testing.assert_allclose(found, -g0 @ gradient(w - rate * g0, rate, None), rtol=1e-12)
 
 
+def test_the_step_of_finite_differences_grows_with_the_hyperparameter():
+    """On a cube the quotient is off by just the square of the step, epsilon max(1, |h|)."""
+    cube = lambda w, h, batch: jnp.sum(h**3) + 0 * w
+    h, epsilon = np.array([-20.0, -0.5, 0.3, 50.0]), 0.01
+    optimizer = gradhpo.FOOptimizer(optax.sgd(0.1))
+    state = optimizer.init(jnp.ones(()), jnp.asarray(h))
+    found = gradhpo.finite_difference_hypergradient(
+        optimizer, state, None, None, cube, cube, epsilon=epsilon
+    )
+    step = epsilon * np.array([20.0, 1.0, 1.0, 50.0])
+    np.testing.assert_allclose(found, 3 * h**2 + step**2, rtol=1e-9)
+
+
 def test_chosen_coordinates_of_the_finite_differences(getkey):
     problem, inner = make("layers", "sgd", getkey())
     optimizer = gradhpo.UnrolledOptimizer(inner, OUTER, unroll_steps=3)

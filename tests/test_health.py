@@ -403,15 +403,20 @@ def smoothness(loss, size, direction=None, start=None):
 
 
 def test_metasmoothness_is_its_formula():
-    """One step to w = f(h): the three trainings are three values of f."""
-    f = lambda h: jnp.array([1.0, 2.0, 3.0]) * jnp.sin(jnp.array([1.0, 5.0, 9.0]) * h)
+    """One step to w = f(h): the three trainings are three values of f.
+
+    The first parameter moves on, the second turns back past its start, the third only part of the
+    way.
+    """
+    f = lambda h: jnp.array([1.0, 2.0, 3.0]) * jnp.sin(jnp.array([1.0, 5.0, 6.0]) * h)
     loss = lambda w, h, batch: jnp.sum((w - f(h)) ** 2) / 2
     v, size = np.array([1.0, -1.0, 0.5]), 0.4
     points = [np.asarray(f(jnp.asarray(k * size * v))) for k in range(3)]
     d1, d2 = points[1] - points[0], points[2] - points[1]
     weights = np.abs(d1 + d2) / np.sum(np.abs(d1 + d2))
     expected = np.sign(d1) @ (weights * np.sign(d2))
-    assert -1 < expected < 1
+    assert (d1 * d2 > 0).tolist() == [True, False, False]
+    assert (d1 * (d1 + d2) > 0).tolist() == [True, False, True]
     np.testing.assert_allclose(smoothness(loss, size, jnp.asarray(v)), expected, rtol=1e-10)
     # By default the way of an outer Adam: down the hypergradient, whose signs are +1 here.
     np.testing.assert_allclose(

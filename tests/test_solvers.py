@@ -49,6 +49,24 @@ def test_neumann_that_diverges_says_so():
     assert solve(h, v, gradhpo.Neumann(50, 100.0)).result == lx.RESULTS.breakdown
 
 
+def test_neumann_of_terms_that_are_small_when_they_begin_to_grow():
+    """A direction that would diverge in the end has hardly a share in so short a series."""
+    found = solve(np.diag([1.0, 2.2]), [1.0, 0.01], gradhpo.Neumann(3, 1.0))
+    np.testing.assert_allclose(found.value, [1.0, 0.01 * (1 - 1.2 + 1.2**2)], rtol=1e-12)
+    assert found.result == lx.RESULTS.successful
+
+
+def test_the_derivative_of_a_neumann_solve_is_the_transposed_series():
+    """By the right-hand side; the operator is not symmetric."""
+    random = np.random.default_rng(1)
+    a, v, bar = np.eye(4) - 0.2 * random.normal(size=(4, 4)), *random.normal(size=(2, 4))
+    operator, solver = lx.MatrixLinearOperator(jnp.asarray(a)), gradhpo.Neumann(3, 0.7)
+    pull = jax.vjp(lambda v: lx.linear_solve(operator, v, solver).value, jnp.asarray(v))[1]
+    step = np.eye(4) - 0.7 * a
+    series = 0.7 * (np.eye(4) + step + step @ step)
+    np.testing.assert_allclose(pull(jnp.asarray(bar))[0], series.T @ bar, rtol=1e-12)
+
+
 def test_neumann_of_a_transposed_operator_and_a_tree():
     random = np.random.default_rng(1)
     a, v = np.eye(4) - 0.3 * random.normal(size=(4, 4)) / 2, random.normal(size=4)
