@@ -166,10 +166,18 @@ def test_a_check_at_run_time_is_found_in_what_jax_raises():
 
 
 def test_states_of_optax_are_read():
-    w = jnp.ones(3)
+    w, pair = jnp.ones(3), optax.LookaheadParams.init_synced
     assert foreign.keeps_second_moments(optax.adam(0.1).init(w))
     assert foreign.keeps_second_moments(optax.chain(optax.clip(1.0), optax.adamw(0.1)).init(w))
     assert not foreign.keeps_second_moments(optax.sgd(0.1, momentum=0.9).init(w))
+    assert foreign.searches_along_lines(optax.lbfgs().init(w))
+    assert foreign.searches_along_lines(optax.scale_by_backtracking_linesearch(5).init(w))
+    assert not foreign.searches_along_lines(optax.adam(0.1).init(w))
+    assert foreign.takes_objective(optax.contrib.sophia(0.1).init(w))
+    assert not foreign.takes_objective(optax.lbfgs().init(w))
+    assert foreign.looks_ahead(optax.chain(optax.lookahead(optax.sgd(0.1), 5, 0.5)).init(pair(w)))
+    free = optax.contrib.schedule_free_sgd(0.1).init(w)
+    assert [x.shape for x in foreign.averages(free)] == [(3,)]
     fixed = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
     scheduled = optax.inject_hyperparams(optax.sgd)(learning_rate=lambda count: 0.1)
     assert [float(x) for x in foreign.injected_values(fixed.init(w))] == pytest.approx([0.1])

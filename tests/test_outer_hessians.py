@@ -60,8 +60,7 @@ def differences(function, h=PENALTY, epsilon=1e-5):
 
 
 def closed_form():
-    r"""$g_j = -l_j q_j w_j$, $dw/dl_k = -A^{-1} e_k w_k$, $dq/dl_k = A^{-1}(B
-    dw/dl_k - e_k q_k)$"""
+    r"""$-l_j q_j w_j$ with $dw/dl_k = -A^{-1} e_k w_k$, $dq/dl_k = A^{-1}(B dw/dl_k - e_k q_k)$."""
     penalty = np.exp(PENALTY)
     a, b = np.asarray(X.T @ X / N) + np.diag(penalty), np.asarray(V.T @ V / N)
     w = np.linalg.solve(a, X.T @ Y / N)
@@ -233,3 +232,11 @@ def test_a_warm_start_changes_no_derivative():
     _, hessian = closed_form()
     found = jax.jit(jax.jacfwd(warm))(PENALTY)
     np.testing.assert_allclose(found, hessian, rtol=1e-7, atol=1e-9)
+
+
+def test_a_line_search_is_refused():
+    """Its derivative is right after 10 steps, and 50 times as long as the Hessian after 30."""
+    function = hypergradient_of(gradhpo.ImplicitOptimizer(optax.lbfgs(), inner_steps=30))
+    for differentiated in (jax.jacfwd(function), jax.jacrev(function)):
+        with pytest.raises(ValueError, match=r"line search.*optax.sgd"):
+            differentiated(PENALTY)

@@ -22,11 +22,12 @@ from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, UpdateFn
 from gradhpo.utils.foreign import (
     forget_secants,
     last_evaluation,
+    searches_along_lines,
     takes_objective,
     with_evaluation,
 )
 from gradhpo.utils.freezing import like_trained
-from gradhpo.utils.gradients import linearize_gradient
+from gradhpo.utils.gradients import linearize_gradient, undifferentiable
 from gradhpo.utils.trees import tree_zeros_like
 
 
@@ -62,6 +63,12 @@ class Start(eqx.Module):
         """With a key of its own for every number."""
         return dataclasses.replace(self, key=jax.random.fold_in(self.key, number))
 
+
+_LINE_SEARCH = (
+    "a hypergradient cannot be differentiated through a line search, as in optax.lbfgs: the "
+    "derivative would be that of how the search ends, in rounding; for this take gradient descent "
+    "as inner_optimizer, optax.sgd(0.1), in as many inner_steps as it needs"
+)
 
 Pull: TypeAlias = Callable[[InnerState], tuple[InnerState, PyTree]]
 
@@ -295,6 +302,8 @@ class InnerUpdate(eqx.Module):
             return new_z, (loss, keep(z))
 
         z, (losses, before) = jax.lax.scan(body, z, first + jnp.arange(num_steps))
+        if searches_along_lines(z.s):
+            z = undifferentiable(z, _LINE_SEARCH)
         return z, losses[-1], before
 
     def _evaluated(

@@ -181,6 +181,12 @@ def forget_secants(inner_opt_state: PyTree) -> PyTree:
     return jax.tree.map(emptied, inner_opt_state, is_leaf=is_memory)
 
 
+def searches_along_lines(inner_opt_state: PyTree) -> bool:
+    """Whether an optax state holds that of a line search."""
+    kinds = (optax.ScaleByZoomLinesearchState, optax.ScaleByBacktrackingLinesearchState)
+    return bool(_nodes(inner_opt_state, kinds))
+
+
 def last_evaluation(inner_opt_state: PyTree) -> tuple[Array, PyTree] | None:
     """The loss and gradient at the new parameters, if a line search keeps them.
 

@@ -65,6 +65,21 @@ def vjp_wrt_lambda(
     return vjp_wrt_both(update_fn, params, hyperparams, batch, cotangent)[1]
 
 
+def undifferentiable(tree: PyTree, why: str) -> PyTree:
+    """The tree as it is; a derivative taken through it raises `ValueError`."""
+
+    @jax.custom_jvp
+    def same(tree: PyTree) -> PyTree:
+        return tree
+
+    @same.defjvp
+    def refuse(primals: tuple, tangents: tuple) -> tuple:
+        raise ValueError(why)
+
+    numbers, rest = eqx.partition(tree, eqx.is_inexact_array)
+    return eqx.combine(same(numbers), rest)
+
+
 def linearize_gradient(
     loss: Callable[[PyTree, PyTree], Array], params: PyTree, hyperparams: PyTree, *, symmetric: bool
 ) -> tuple[Array, PyTree, Callable[[PyTree], tuple[PyTree, PyTree]]]:
