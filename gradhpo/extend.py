@@ -7,7 +7,6 @@ one](../own_algorithm.md) from a paper's equation to its tests.
 from gradhpo.core.algorithm import Algorithm
 from gradhpo.core.base import BilevelOptimizer, fit_memory
 from gradhpo.core.batches import BatchStack, DrawnStack
-from gradhpo.core.forward import push_step
 from gradhpo.core.inner import InnerState, InnerUpdate
 from gradhpo.core.inner_optimizer import cast_like
 from gradhpo.core.inputs import Inputs, LossFunctions
@@ -87,7 +86,6 @@ __all__ = [
     "pull_step",
     "pull_through",
     "push_start",
-    "push_step",
     "ravel",
     "setting",
     "solve_system",

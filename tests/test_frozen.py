@@ -313,7 +313,7 @@ def test_trees_and_serialisation_show_the_arrays(tmp_path):
     eqx.tree_serialise_leaves(tmp_path / "state.eqx", state)
     other = optimizer.init(params_with(jax.tree.map(jnp.zeros_like, BACKBONE)), DECAY)
     assert_same(eqx.tree_deserialise_leaves(tmp_path / "state.eqx", other), state)
-    assert "array=f64[3,5]" in repr(state)
+    assert "array=f64[3,5]" in eqx.tree_pformat(state)
 
 
 def test_new_params_are_frozen_as_the_old_ones_were():

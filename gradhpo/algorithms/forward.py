@@ -23,7 +23,6 @@ from gradhpo.extend import (
     map_in_blocks,
     num_coordinates,
     push_start,
-    push_step,
     ravel,
     unit_vector,
     unravel,
@@ -138,9 +137,19 @@ class ForwardModeOptimizer(Algorithm):
 
         def body(carry, t):
             z, tangents = carry
-            z, loss, push = push_step(phi, z, hyperparams, t, t == self.unroll_steps - 1)
+            inexact, rest = eqx.partition(z, eqx.is_inexact_array)
+
+            def step(inexact, hyperparams):
+                last = t == self.unroll_steps - 1
+                new, loss = phi.step(eqx.combine(inexact, rest), hyperparams, t, want_loss=last)
+                new_inexact, new_rest = eqx.partition(new, eqx.is_inexact_array)
+                return new_inexact, (new_rest, loss)
+
+            # Linearized once, so that the blocks of tangents share the primal.
+            inexact, push, (rest, loss) = jax.linearize(step, inexact, hyperparams, has_aux=True)
             along = lambda row: push(row[0], unit_vector(row[1], hyperparams))
-            return (z, map_in_blocks(along, (tangents, coordinates))), loss
+            tangents = map_in_blocks(along, (tangents, coordinates))
+            return (eqx.combine(inexact, rest), tangents), loss
 
         tangents = memory.Z
         if phi.fresh is not None:

@@ -67,7 +67,7 @@ class Start(eqx.Module):
 _LINE_SEARCH = (
     "a hypergradient cannot be differentiated through a line search, as in optax.lbfgs: the "
     "derivative would be that of how the search ends, in rounding; for this take gradient descent "
-    "as inner_optimizer, optax.sgd(0.1), in as many inner_steps as it needs"
+    "as inner_optimizer, optax.sgd(0.1), in as many inner steps as it needs"
 )
 
 Pull: TypeAlias = Callable[[InnerState], tuple[InnerState, PyTree]]
