@@ -33,7 +33,7 @@ from gradhpo.extend import (
 class Distilled(eqx.Module):
     r"""$w^*$, a discounted mean of the parameters, and $D^*$, examples drawn in the same shares.
 
-        `w_star` is kept in float32 or float64: bfloat16 would lose steps of a hundredth of a
+    `w_star` is kept in float32 or float64: bfloat16 would lose steps of a hundredth of a
     difference. Without `d_star` (and `key`) the current batch is used instead. `key` holds the
     numbers of a PRNG key, so that a state can be serialised.
     """
