@@ -1,12 +1,16 @@
 """Callbacks, loggers, progress, failures: what a run does besides taking steps."""
 
 import csv
+import importlib.util
 import json
 import os
 import signal
+import sys
 import threading
 import time
-from typing import Any
+import types
+import warnings
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -17,6 +21,7 @@ import pytest
 from helpers import assert_same
 from problems import OUTER, relaxed
 from ridge import LOSSES, SGD, X, Y, train_loss, val_loss
+from tqdm import TqdmWarning, tqdm
 
 import gradhpo
 from gradhpo.training import driver
@@ -287,6 +292,54 @@ def test_progress_in_a_log_is_lines(capsys, monkeypatch):
     assert first == "gradhpo.run: 12 steps, compiling"
     assert [line.split()[1] for line in lines] == ["3/12", "6/12", "9/12", "12/12"]
     assert all("|hypergrad|=" in line for line in lines)
+
+
+def test_a_label_of_a_run(capsys, monkeypatch, tmp_path):
+    """In its lines, in its bar, and in the files that it writes."""
+    lines, table = tmp_path / "log.jsonl", tmp_path / "log.csv"
+    for label in ("seed 0", 'seed "1", long'):
+        loggers = [
+            gradhpo.JSONLinesLogger(lines, append=True, label=label),
+            gradhpo.CSVLogger(table, 2, append=True, label=label),
+        ]
+        run(3, callbacks=loggers, progress=label)
+    first, second, *_ = capsys.readouterr().err.splitlines()
+    assert first == "seed 0: 3 steps, compiling"
+    assert second.startswith("seed 0: 100%")
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [row["label"] for row in rows] == ["seed 0"] * 3 + ['seed "1", long'] * 3
+    with open(table) as file:
+        assert [row["label"] for row in csv.DictReader(file)] == ["seed 0", 'seed "1", long']
+    screen = Terminal()
+    a_terminal(monkeypatch, screen)
+    run(3, progress="seed 0")
+    assert "seed 0: 100%" in screen.text
+    run(3, progress=False)
+
+
+def test_a_notebook_without_widgets_is_not_warned(monkeypatch):
+    """`tqdm.auto` warns there when it is imported, which `import gradhpo` does."""
+
+    class ZMQInteractiveShell:
+        config: ClassVar[dict] = {"IPKernelApp": {}}
+
+    shell = types.ModuleType("IPython")
+    shell.get_ipython = ZMQInteractiveShell  # pyright: ignore
+    for name in [x for x in sys.modules if x.startswith("tqdm.") and x != "tqdm.std"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "IPython", shell)
+    monkeypatch.setitem(sys.modules, "ipykernel.zmqshell", types.ModuleType("zmqshell"))
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    with pytest.warns(TqdmWarning, match="IProgress not found"):
+        importlib.import_module("tqdm.autonotebook")
+    for name in ("tqdm.autonotebook", "tqdm.auto", "tqdm.notebook"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    spec = importlib.util.spec_from_file_location("anew", progress.__file__)
+    anew = importlib.util.module_from_spec(spec)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        spec.loader.exec_module(anew)
+    assert issubclass(anew.tqdm, tqdm)
 
 
 def test_a_terminal_that_closes_does_not_end_the_run(monkeypatch):

@@ -25,6 +25,7 @@ from test_compare import (
 )
 
 import gradhpo
+from gradhpo.diagnostics import tables
 
 
 # -- over batches ------------------------------------------------------------------------
@@ -96,6 +97,7 @@ def test_moments_over_draws():
         signal = max(center[3] ** 2 - variance / draws, 0)
         np.testing.assert_allclose(alone.signal_to_noise, np.sqrt(signal / variance), rtol=1e-7)
     assert "draws needed" in str(report)
+    assert repr(report) == str(report)  # at the end of a notebook's cell
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -395,3 +397,12 @@ def test_plan_of_tasks_with_an_outer_optimizer():
     chosen: Any = plan["tasks", 3].optimizer
     assert chosen.optimizer.unroll_steps == 3
     assert plan["tasks", 3].fits is None
+
+
+def test_every_report_is_shown_as_its_text():
+    shown = [
+        x.__name__ for x in tables.Report.__subclasses__() if x.__repr__ is tables.Report.__repr__
+    ]
+    assert sorted(shown) == [
+        "Horizon", "HypergradientCheck", "HypergradientComparison", "HypergradientNoise", "Plan",
+    ]  # fmt: skip

@@ -143,6 +143,47 @@ class Loader:
         return iter([B])
 
 
+def looping(w, h):
+    turn = lambda c: (c[0] * h, c[1] + 1)
+    return jax.lax.while_loop(lambda c: c[1] < 3, turn, (w, 0))[0]
+
+
+def looping_loss(w, h, batch):
+    return jnp.sum(looping(w, h))
+
+
+def differentiating_a_loop(w, h, batch):
+    return w - jax.grad(lambda w: looping_loss(w, h, batch))(w)
+
+
+def opaque_loss(w, h, batch):
+    return jax.pure_callback(np.sum, jax.ShapeDtypeStruct((), w.dtype), w * h)
+
+
+@jax.custom_vjp
+def with_a_loop_in_its_rule(w):
+    return jnp.sum(w**2)
+
+
+with_a_loop_in_its_rule.defvjp(
+    lambda w: (jnp.sum(w**2), w), lambda w, bar: (bar * 2 * looping(w, jnp.ones_like(w)),)
+)
+
+
+def by_hand(optimizer, update_fn=lambda w, h, b: looping(w, h), **changes):
+    return optimizer(outer_optimizer=SGD, update_fn=update_fn, **changes)
+
+
+def peak(h):
+    return optax.sgd(optax.warmup_cosine_decay_schedule(0.0, h[0], 3, 10))
+
+
+MODEL = {"w": W, "h": H, "layers": [W, H]}
+BOTH = train_loss, val_loss
+LOSSES = gradhpo.LossFunctions(*BOTH)
+TEXT = np.array(["cat", "dog", "cat"])
+
+
 # (what is done, the error, what its message must say)
 MISUSES = {
     "CG for an update_fn": (by_cg_through_an_update_fn, ValueError, "lineax.CG.*use lineax.GMRES"),
@@ -546,12 +587,197 @@ MISUSES = {
             one_step(), init(), B, B, train_loss, val_loss, coordinates=[0, 3]
         ), ValueError, "coordinates must lie in 0 to 2",
     ),
+    "a while_loop in the training loss, forward mode": (
+        lambda: step(gradhpo.ForwardModeOptimizer(SGD, SGD), tl=looping_loss), ValueError,
+        "takes the derivative of train_loss_fn.*lax.scan, or ForwardModeOptimizer with an update_fn"
+        " that computes its gradient by jax.jacfwd",
+    ),
+    "a while_loop in the validation loss": (
+        lambda: step(gradhpo.ForwardModeOptimizer(SGD, SGD), vl=looping_loss), ValueError,
+        r"takes the derivative of val_loss_fn, (?!.*ForwardModeOptimizer with).*use lax.scan\.",
+    ),
+    "a while_loop in an update_fn": (
+        lambda: step(by_hand(gradhpo.OneStepOptimizer)), ValueError,
+        "takes the derivative of update_fn.*or ForwardModeOptimizer, which takes forward deriv",
+    ),
+    "the gradient of a while_loop in an update_fn": (
+        lambda: step(by_hand(gradhpo.ForwardModeOptimizer, differentiating_a_loop)), ValueError,
+        "(?!.*derivative of update_fn).*use lax.scan. What JAX says",
+    ),
+    "a while_loop in a derivative rule": (
+        lambda: step(tl=lambda w, h, b: with_a_loop_in_its_rule(w - h)), ValueError,
+        "(?!.*train_loss_fn)takes second derivatives of the training loss.*use lax.scan. What JAX",
+    ),
+    "an opaque validation loss": (
+        lambda: step(vl=opaque_loss), ValueError,
+        r"the derivative of val_loss_fn.*around an opaque function write a jax.custom_vjp\.",
+    ),
+    "optax.sgd, not called": (
+        lambda: one_step(inner_optimizer=optax.sgd), TypeError,
+        r"got optax\.sgd itself.*write optax\.sgd\(0\.1\); or,.*lambda hyperparams: optax\.sgd\(",
+    ),
+    "optax.contrib.dog, not called": (
+        lambda: gradhpo.FixedOptimizer(optax.contrib.dog), TypeError,
+        r"got optax\.contrib\.dog itself.*write optax\.contrib\.dog\(0\.1\)",
+    ),
+    "optax.scale_by_adam, not called": (
+        lambda: one_step(inner_optimizer=optax.scale_by_adam), TypeError,
+        r"write optax\.scale_by_adam\(\.\.\.\)",
+    ),
+    "optax.adam as outer optimizer, not called": (
+        lambda: one_step(outer_optimizer=optax.adam), TypeError,
+        r"argument outer_optimizer must not be .*adam>; pass optax\.adam\(0\.1\)",
+    ),
+    "a function that returns optax.adam": (
+        lambda: init_with(lambda h: optax.adam), TypeError, r"return optax\.adam\(0\.1\)",
+    ),
+    "MultiSteps as inner optimizer": (
+        lambda: one_step(inner_optimizer=optax.MultiSteps(SGD, 2)), TypeError,
+        r"argument inner_optimizer must not be.*MultiSteps its \.gradient_transformation\(\)",
+    ),
+    "a function that returns MultiSteps": (
+        lambda: init_with(lambda h: optax.MultiSteps(optax.sgd(h[0]), 2)), TypeError,
+        r"return its \.gradient_transformation\(\)",
+    ),
+    "a tuned peak of a warm-up": (
+        lambda: step(one_step(inner_optimizer=peak)), ValueError,
+        r"unit = optax\.warmup_cosine_decay_schedule\(0\.0, 1\.0,.*hyperparams\['peak'\] \* unit\(",
+    ),
+    "gamma of three": (
+        lambda: gradhpo.GreedyOptimizer(SGD, gamma=jnp.full(3, 0.9)), TypeError,
+        r"GreedyOptimizer: argument gamma must not be .*\[3\]; pass one real number, of shape \(\)",
+    ),
+    "epsilon of one in a list": (
+        lambda: gradhpo.T1T2Optimizer(SGD, epsilon=np.full(1, 0.1)), TypeError,
+        r"T1T2Optimizer: argument epsilon must not be f64\[1\].*; pass one real number",
+    ),
+    "damping of three": (
+        lambda: implicit(damping=jnp.zeros(3)), TypeError, "argument damping must not be",
+    ),
+    "distillation_weight of three": (
+        lambda: online(distillation_weight=jnp.ones(3)), TypeError, "argument distillation_weight",
+    ),
+    "step_size of three": (
+        lambda: gradhpo.Neumann(20, jnp.ones(3)), TypeError, "Neumann: argument step_size must not",
+    ),
+    "damping of Nystrom of three": (
+        lambda: gradhpo.Nystrom(2, jnp.ones(3), jax.random.key(0)), TypeError,
+        "Nystrom: argument damping must not be",
+    ),
+    "gamma is text": (
+        lambda: gradhpo.GreedyOptimizer(SGD, gamma="0.9"), TypeError,
+        "argument gamma must not be '0.9'; pass one real number",
+    ),
+    "gamma is a flag": (
+        lambda: gradhpo.GreedyOptimizer(SGD, gamma=True), TypeError, "must be one real number",
+    ),
+    "unroll_steps of T1-T2": (
+        lambda: gradhpo.T1T2Optimizer(SGD, SGD, unroll_steps=3), TypeError,
+        r"T1T2Optimizer has no argument unroll_steps \(did you mean inner_steps\?\); it takes inne",
+    ),
+    "inner_steps of unrolling": (
+        lambda: checkpoints(inner_steps=3), TypeError,
+        r"UnrolledOptimizer has no argument inner_steps \(did you mean unroll_steps\?\)",
+    ),
+    "a misspelt field": (
+        lambda: gradhpo.GreedyOptimizer(SGD, gama=0.5), TypeError,
+        r"GreedyOptimizer has no argument gama \(did you mean gamma\?\)",
+    ),
+    "a field of nothing": (
+        lambda: one_step(frequency=3), TypeError,
+        "OneStepOptimizer has no argument frequency; it takes inner_optimizer, outer_optimizer, ",
+    ),
+    "a field that is missing": (
+        lambda: gradhpo.TaskBatched(one_step()), TypeError,
+        r"TaskBatched needs num_tasks; it got optimizer=One.*: write TaskBatched\(optimizer, num_t",
+    ),
+    "an argument of run that is unknown": (
+        lambda: run(num_step=3), TypeError, r"run has no argument num_step \(did you mean num_step",
+    ),
+    "an argument of partition that is missing": (
+        lambda: gradhpo.partition(MODEL), TypeError, r"partition needs where;.*partition\(model, w",
+    ),
+    "state forgotten": (
+        lambda: gradhpo.run(one_step(), LOSSES, B, B, num_steps=2), TypeError,
+        r"run needs state; it got optimizer=OneStepOptimizer, state=LossFunctions, losses=Array, tr"
+        r".*: write run\(optimizer, state, losses, train_data, val_data, num_steps=\.\.\.\)",
+    ),
+    "positional num_steps": (
+        lambda: gradhpo.run(one_step(), init(), LOSSES, B, B, 2), TypeError,
+        r"run takes num_steps by name: write num_steps=2",
+    ),
+    "an argument too many": (
+        lambda: gradhpo.partition(MODEL, lambda m: m["h"], None, 3), TypeError,
+        r"partition: too many positional arguments: write partition\(model, where\), and everythi",
+    ),
+    "a logger's path that is missing": (
+        lambda: gradhpo.CSVLogger(), TypeError, r"CSVLogger needs path; it got nothing: write CSV",
+    ),
+    "unroll_steps from NumPy": (
+        lambda: checkpoints(unroll_steps=np.int64(3)), TypeError,
+        r"argument unroll_steps must not be np\.int64\(3\).*unroll_steps=int\(unroll_steps\)",
+    ),
+    "num_steps from JAX": (
+        lambda: run(num_steps=jnp.asarray(3)), TypeError, r"num_steps=int\(num_steps\)",
+    ),
+    "losses in one, and another": (
+        lambda: one_step().step(init(), B, B, LOSSES, val_loss), TypeError,
+        r"step got LossFunctions, which hold both losses, and beside them.*step\(\.\.\., gradhpo\.",
+    ),
+    "losses in one and a positional rate": (
+        lambda: one_step(outer_optimizer=None).step(init(), B, B, LOSSES, 0.1), TypeError,
+        r"and beside them 0\.1.*by name, lr_hyper=0\.1",
+    ),
+    "one loss": (
+        lambda: one_step().compute_hypergradient(init(), B, B, train_loss), TypeError,
+        r"compute_hypergradient got no val_loss_fn: write compute_hypergradient\(\.\.\., train_los",
+    ),
+    "losses in one in the wrong place": (
+        lambda: one_step().step(init(), B, B, train_loss, LOSSES), TypeError,
+        "step got LossFunctions as val_loss_fn: write",
+    ),
+    "no validation batch": (
+        lambda: step(val_batch=None, vl=lambda w, h, b: jnp.sum(b["x"] * w)), TypeError,
+        r"val_batch \(val_data in run\) is None, and val_loss_fn fails with that \('NoneType' obje",
+    ),
+    "no validation data": (
+        lambda: run(val_data=None), TypeError, r"val_batch \(val_data in run\) is None.*sum requir",
+    ),
+    "no training batch": (
+        lambda: step(train_batch=None), TypeError, r"train_batch \(train_data in run\) is None",
+    ),
+    "a module as hyperparameters": (
+        lambda: init(W, eqx.nn.MLP(2, 2, 2, 1, key=jax.random.key(0))), TypeError,
+        r"hyperparams\.activation is.*only the arrays can be tuned, and gradhpo\.partition\(model",
+    ),
+    "labels that are text": (
+        lambda: step(train_batch=(B, TEXT)), TypeError,
+        r"train_batch\[1\] holds <U3: a batch is a pytree of numbers; encode labels, np\.unique",
+    ),
+    "text for validation": (
+        lambda: step(val_batch={"y": "cat"}, vl=lambda w, h, b: jnp.sum(w) * jnp.sum(b["y"])),
+        TypeError, r"val_batch\['y'\] holds str: a batch is a pytree of numbers",
+    ),
+    "labels that are text, in a run": (
+        lambda: run(train_data=(B, TEXT)), TypeError, "train_data holds .* dtype <U3: a batch is",
+    ),
+    "labels that are objects, in data": (
+        lambda: gradhpo.ArrayData((jnp.ones((3, 2)), TEXT.astype(object)), 2, jax.random.key(0)),
+        TypeError, "holds .* dtype object: a batch is a pytree of numbers",
+    ),
+    "a list of batches for a step": (
+        lambda: step(train_batch=[(B, B), (B, B)]), TypeError, r"gradhpo\.BatchStack\.of\(train_ba",
+    ),
     "finite-difference step of zero": (
         lambda: gradhpo.finite_difference_hypergradient(
             one_step(), init(), B, B, train_loss, val_loss, epsilon=0
         ), ValueError, "epsilon must be positive",
     ),
 }  # fmt: skip
+
+
+def init_with(inner_optimizer):
+    return one_step(inner_optimizer=inner_optimizer).init(W, H)
 
 
 @pytest.mark.parametrize("kind", list(MISUSES))
@@ -563,6 +789,64 @@ def test_misuse_is_named_with_its_remedy(kind):
 
 def test_there_are_at_least_25_kinds():
     assert len(MISUSES) >= 25
+
+
+@jax.numpy_dtype_promotion("standard")  # optax's schedules need it
+def test_the_line_for_a_tuned_peak_works():
+    unit = optax.warmup_cosine_decay_schedule(0.0, 1.0, 3, 10)
+    inner = lambda hyperparams: optax.sgd(lambda count: hyperparams["peak"] * unit(count))
+    tuned = gradhpo.UnrolledOptimizer(inner, SGD, unroll_steps=4)
+    loss = lambda w, h, batch: jnp.sum(jnp.square(w - 2.0))
+    state = tuned.init(W, {"peak": jnp.asarray(0.2)})
+    rates = jnp.stack([unit(count) for count in range(4)]).astype(float)
+    expected = lambda peak: jnp.sum((2.0 * jnp.prod(1 - 2 * peak * rates)) ** 2 * jnp.ones(3))
+    found = tuned.compute_hypergradient(state, None, None, loss, loss)["peak"]
+    rtol = 1e-6  # optax's schedules are float32
+    np.testing.assert_allclose(found, jax.grad(expected)(0.2), rtol=rtol)
+    at_once = optax.sgd(optax.warmup_cosine_decay_schedule(0.0, 0.2, 3, 10))
+    fixed = gradhpo.FixedOptimizer(at_once, inner_steps=4)
+    by_optax = fixed.step(fixed.init(W, H), None, None, loss, loss)
+    by_line = tuned.step(state, None, None, loss, loss)
+    np.testing.assert_allclose(by_line.params, by_optax.params, rtol=rtol)
+
+
+@jax.numpy_dtype_promotion("standard")
+def test_multi_steps_as_inner_optimizer():
+    inner = optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation()
+    kinds = gradhpo.UnrolledOptimizer, gradhpo.ForwardModeOptimizer
+    optimizers = [kind(inner, SGD, unroll_steps=4) for kind in kinds]
+    found = [x.compute_hypergradient(x.init(W, H), B, B, *BOTH) for x in optimizers]
+    share = 1 - 0.8**2  # two updates, each with the mean of two equal gradients
+    # It keeps the mean in float32.
+    np.testing.assert_allclose(found[0], 2 * share * (share * H - 1), rtol=1e-7)
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-7)
+
+
+def test_losses_in_one_are_both_losses():
+    optimizer = one_step(outer_optimizer=None)
+    state, together = optimizer.init(W, H), (B, B, LOSSES)
+    expected = optimizer.step(state, B, B, *BOTH, lr_hyper=0.1)
+    assert optimizer.step(state, *together, lr_hyper=0.1) == expected
+    hypergradient = optimizer.compute_hypergradient(state, *together)
+    np.testing.assert_array_equal(H - 0.1 * hypergradient, expected.hyperparams)
+    np.testing.assert_allclose(
+        gradhpo.finite_difference_hypergradient(optimizer, state, *together), hypergradient, 1e-6
+    )
+    batches = gradhpo.BatchStack(jnp.ones((2, 3)))
+    of_theta = [
+        online().estimate_theta(online().init(W, H), batches, B, *losses).memory.theta
+        for losses in (BOTH, (LOSSES,))
+    ]
+    assert of_theta[0] == of_theta[1]
+
+
+def test_nodes_of_a_list_in_a_tuple_are_selected():
+    nested = gradhpo.partition(MODEL, lambda m: (m["h"], [m["layers"][1], (m["w"],)]))
+    alone = gradhpo.partition(MODEL, lambda m: (m["h"], m["layers"][1], m["w"]))
+    assert eqx.tree_equal(nested, alone)
+    of_list = gradhpo.partition(MODEL, lambda m: (m["h"], m["layers"]))[1]  # a node of the model
+    assert of_list["w"] is None
+    assert len(jax.tree.leaves(of_list)) == 3
 
 
 def test_a_leaf_that_the_method_cannot_see_is_named_once():

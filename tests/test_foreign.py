@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.extend.core import jaxprs_in_params
 from jax.extend.random import threefry_2x32
-from jaxtyping import Array, Float, TypeCheckError, jaxtyped
+from jaxtyping import Array, ArrayLike, Float, Real, TypeCheckError, jaxtyped
 
 from gradhpo.utils import foreign, programs
 from gradhpo.utils.typecheck import beartype, checked
@@ -182,3 +182,27 @@ def test_states_of_optax_are_read():
     scheduled = optax.inject_hyperparams(optax.sgd)(learning_rate=lambda count: 0.1)
     assert [float(x) for x in foreign.injected_values(fixed.init(w))] == pytest.approx([0.1])
     assert foreign.injected_values(scheduled.init(w)) == []
+
+
+def test_what_optax_makes_transformations_with():
+    assert foreign.uncalled(optax.sgd) == "optax.sgd(0.1)"
+    assert foreign.uncalled(optax.contrib.dog) == "optax.contrib.dog(0.1)"
+    assert foreign.uncalled(optax.scale_by_adam) == "optax.scale_by_adam(...)"
+    assert foreign.uncalled(optax.identity) == "optax.identity()"
+    assert foreign.uncalled(optax.MultiSteps) == "optax.MultiSteps(...)"
+    ours = (lambda h: optax.sgd(h), optax.sgd(0.1), optax.constant_schedule(0.1), 3, None)
+    assert all(foreign.uncalled(x) is None for x in ours)
+    assert foreign.makes_a_transformation(optax.MultiSteps(optax.sgd(0.1), 2))
+    assert not foreign.makes_a_transformation(optax.sgd(0.1))
+
+
+def test_a_number_that_was_expected_is_recognised():
+    def takes(number: Real[ArrayLike, ""], vector: Float[Array, " n"]):
+        return number, vector
+
+    takes.__module__ = "gradhpo.example"
+    for arguments, is_number in ((("text", jnp.ones(2)), True), ((1.0, "text"), False)):
+        with pytest.raises(TypeCheckError) as caught:
+            jaxtyped(typechecker=beartype)(takes)(*arguments)
+        _, _, expected = foreign.refused_argument(str(caught.value)) or ("", "", "")
+        assert foreign.is_one_number(expected) == is_number

@@ -276,3 +276,48 @@ def test_bfloat16_whose_rounding_hides_the_signal_is_a_finding():
     report = gradhpo.check_hypergradient(optimizer, state, (x, y), (x, y), losses)
     assert report.rounding > 0.5
     assert any(x.startswith("rounding: in bfloat16") for x in report.findings)
+
+
+CLIPS = {
+    "by block": lambda h: optax.chain(optax.clip_by_block_rms(h), optax.sgd(0.1)),
+    "by global norm": lambda h: optax.chain(optax.clip_by_global_norm(h), optax.sgd(0.1)),
+    "adaptively": lambda h: optax.chain(optax.adaptive_grad_clip(h), optax.sgd(0.1)),
+    "by trust": lambda h: optax.chain(optax.scale_by_trust_ratio(0.0, h), optax.sgd(0.1)),
+}
+EXACT = {
+    "unrolled": lambda inner: gradhpo.UnrolledOptimizer(inner, unroll_steps=3),
+    "forward": lambda inner: gradhpo.ForwardModeOptimizer(inner, unroll_steps=3),
+}
+LAST = {
+    "one step": lambda inner: gradhpo.OneStepOptimizer(inner),
+    "T1-T2": lambda inner: gradhpo.T1T2Optimizer(inner),
+    "greedy": lambda inner: gradhpo.GreedyOptimizer(inner),
+}
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+def test_parameters_of_no_size_beside_a_learned_threshold(clip):
+    """A mean over them is NaN, which must not reach the threshold; validation reads them too."""
+    inner = lambda h: relaxed(CLIPS[clip](h))
+    loss = lambda w, h, batch: jnp.sum((w["a"] - 1.0) ** 2 * jnp.arange(1.0, 4.0))
+    loss_of_both = lambda w, h, batch: loss(w, h, batch) + jnp.sum(w["empty"] ** 2)
+    val_loss = lambda w, h, batch: jnp.sum((w["a"] - 3.0) ** 2) + jnp.sum(w["empty"] ** 2)
+    alone = {"a": jnp.asarray([1.5, 2.0, 4.0])}
+    beside = alone | {"empty": jnp.zeros((0, 2))}
+    h = jnp.asarray(0.5)
+
+    def trained(h, steps):
+        w, optimizer = alone, inner(h)
+        state = optimizer.init(w)
+        for _ in range(steps):
+            moves, state = optimizer.update(jax.grad(loss)(w, h, None), state, w)
+            w = optax.apply_updates(w, moves)
+        return jnp.sum((w["a"] - 3.0) ** 2)
+
+    for kinds, steps in ((EXACT, 3), (LAST, 1)):
+        expected = jax.grad(trained)(h, steps)
+        for name, kind in kinds.items():
+            optimizer = kind(inner)
+            state = optimizer.init(beside, h)
+            found = optimizer.compute_hypergradient(state, None, None, loss_of_both, val_loss)
+            np.testing.assert_allclose(found, expected, rtol=1e-9, err_msg=name)

@@ -1,6 +1,7 @@
 """The loop: equal to calling `step` by hand, traced once, and honest about how it ended."""
 
 import warnings
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -247,6 +248,48 @@ def test_rejections_in_a_row_stop_the_run_with_a_report():
     expected, _ = run(unrolled(), data, num_steps=2)
     assert_same(state.params, expected.params)
     assert state.metadata["rejected"] == len(history["rejected"]) - 2
+
+
+class Best(NamedTuple):
+    """The state of an optimizer that keeps a number."""
+
+    best: jax.Array
+
+
+def keeping(first, change=0.0):
+    """Gradient descent that keeps a number, and adds to it."""
+    init = lambda params: Best(jnp.asarray(first))
+    move = lambda g: jax.tree.map(lambda x: -0.1 * x, g)
+    return optax.GradientTransformation(
+        init,
+        lambda g, state, params=None: (move(g), Best(state.best + change)),  # pyright: ignore
+    )
+
+
+OF_THEIR_OWN = {
+    "inner, from the start": (unrolled(inner_optimizer=keeping(np.nan)), "inner_opt_state.best"),
+    "inner, in the update": (unrolled(inner_optimizer=keeping(1.0, np.inf)), "inner_opt_state.b"),
+    "outer, from the start": (unrolled(keeping(np.nan)), "outer_opt_state.best"),
+    "outer, in the update": (unrolled(keeping(np.inf, -np.inf)), "outer_opt_state.best"),
+}
+
+
+@pytest.mark.parametrize("where", OF_THEIR_OWN)
+def test_a_run_refused_for_the_state_of_an_optimizer_says_so(where):
+    """Losses and hypergradient are finite: nothing else in the report would tell."""
+    optimizer, leaf = OF_THEIR_OWN[where]
+    with pytest.warns(RuntimeWarning, match=f"optimizer's own state is not: {leaf}.* is accepted"):
+        state, history = run(optimizer, (X, Y), max_rejections=3)
+    assert history.stop_reason == "rejected"
+    assert np.all(np.isfinite(history["val_loss"]))
+    assert "Usual causes" not in history.report
+    assert_same(state.params, start(optimizer).params)
+
+
+def test_an_infinity_that_stays_is_no_reason():
+    state, history = run(unrolled(inner_optimizer=keeping(np.inf)), (X, Y))
+    assert state.get_metric("rejected") == 0
+    assert "own state" not in history.report
 
 
 def test_single_rejections_do_not_stop_the_run():

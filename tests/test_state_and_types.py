@@ -1,9 +1,12 @@
 """The state and the small containers."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from helpers import assert_same
 
 import gradhpo
 from gradhpo.core.types import METRICS
@@ -42,14 +45,88 @@ def test_state_is_an_immutable_pytree():
         state.params = jnp.zeros(3)
 
 
-def test_a_number_becomes_an_array_and_other_shapes_are_refused():
+def test_numbers_and_numpy_arrays_become_arrays_of_the_state():
+    """A static step counter would compile every step anew."""
+    state = gradhpo.BilevelState.create(jnp.ones(3), jnp.zeros((), jnp.float32), (), ())
+    new = state.update(step=5, hyperparams=0.5, params=np.zeros(3))
+    assert_same(new.step, jnp.asarray(5, jnp.int32))
+    assert_same(new.hyperparams, jnp.asarray(0.5, jnp.float32))
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(new))
+    weak = state.update(hyperparams=jnp.asarray(1, jnp.float32) * 2.0)
+    assert not weak.hyperparams.weak_type
+
+
+WRONG = {
+    "shape": ({"hyperparams": jnp.ones(5)}, r"update\(hyperparams=...\) is of shape \(5,\)"),
+    "dtype": ({"params": {"w": jnp.ones(3, jnp.float32)}}, r"\['w'\] is .* float32, and should be"),
+    "structure": ({"params": jnp.ones(3)}, r"params=...\) has another structure"),
+    "no array": ({"hyperparams": "large"}, "is no array, and should be of shape"),
+    "a share of a step": ({"step": 1.5}, r"update\(step=...\) is of shape \(\) and dtype float"),
+    "another optimizer": ({"inner_opt_state": ()}, r"inner_opt_state=.* another structure.*adopt"),
+    "outer state": ({"outer_opt_state": jnp.ones(2)}, r"outer_opt_state=...\) has another struc"),
+    "memory": ({"memory": jnp.ones(2)}, r"memory=...\) has another structure"),
+    "two flags": ({"fresh": jnp.ones(2, bool)}, r"fresh=...\) is of shape \(2,\)"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_update_keeps_structure_shapes_and_dtypes(what):
+    optimizer = gradhpo.ForwardModeOptimizer(optax.sgd(0.1), optax.sgd(0.1))
+    state = optimizer.init({"w": jnp.ones(3)}, jnp.zeros(3))
+    fields, message = WRONG[what]
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        state.update(**fields)
+
+
+def test_update_under_transformations():
     state = gradhpo.BilevelState.create(jnp.ones(3), jnp.zeros(3), (), ())
-    step = state.update(step=5).step
-    assert isinstance(step, jax.Array)
-    assert step.dtype == jnp.int32
-    for name in ("params", "hyperparams"):
-        with pytest.raises(ValueError, match=rf"update\({name}=\.\.\.\)"):
-            state.update(**{name: jnp.zeros(2)})
+    double = lambda h: state.update(hyperparams=2 * h).hyperparams
+    np.testing.assert_array_equal(jax.jit(jax.vmap(double))(jnp.ones((4, 3))), 2.0)
+    with pytest.raises(ValueError, match="of shape"):
+        jax.eval_shape(double, jnp.ones((4, 3)))
+
+
+def test_a_state_equals_itself_before_the_first_step():
+    """Its metrics are NaN there, and NaN equals nothing."""
+    state = gradhpo.BilevelState.create(jnp.ones(3), {"h": jnp.zeros(3)}, (), ())
+    again = gradhpo.BilevelState.create(jnp.ones(3), {"h": jnp.zeros(3)}, (), ())
+    assert state == state
+    assert state == again
+    assert state != state.update(step=1)
+    assert state != state.update(hyperparams={"h": jnp.full(3, jnp.nan)})
+    assert state.update(metadata={"note": "a"}) != state
+    assert state != 3
+
+
+def test_a_state_prints_in_a_few_lines():
+    class Model(eqx.Module):
+        net: eqx.nn.MLP
+        decay: jax.Array
+        weights: jax.Array
+
+    net = eqx.nn.MLP(4, 2, 8, 3, key=jax.random.key(0))
+    model = Model(net, jnp.asarray(-3.25), jnp.ones(100, jnp.float32))
+    halves = gradhpo.partition(model, lambda m: (m.decay, m.weights))
+    optimizer = gradhpo.OnlineHypergradientOptimizer(optax.adam(0.1), optax.adam(0.1))
+    state = optimizer.init(*halves).update(metadata={"epoch": jnp.asarray(7)})
+    shown = repr(state)
+    assert shown.splitlines() == [
+        "BilevelState(",
+        "  step=0,",
+        "  params: 202 numbers in 8 arrays,",
+        "  hyperparams: decay=-3.25, weights=f32[100],",
+        "  train_loss=nan, val_loss=nan, hypergrad_norm=nan, rejected=0,",
+        "  notes: ['epoch']=7,",
+        "  memory: HyperDistillMemory,",
+        ")",
+    ]
+    half = gradhpo.BilevelState.create(jnp.ones(1), jnp.arange(3, dtype=jnp.bfloat16), (), ())
+    assert "params: 1 number in 1 array," in repr(half)
+    assert "hyperparams: [0., 1., 2.]," in repr(half)
+    traced = []
+    jax.eval_shape(lambda state: traced.append(repr(state)), half)
+    assert "step=i32[]," in traced[0]
+    assert "hyperparams: bf16[3]," in traced[0]
 
 
 def test_own_metadata_travels_along():

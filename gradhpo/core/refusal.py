@@ -26,6 +26,7 @@ def finite_parts(
 ) -> dict[str, PyTree]:
     """For each part of the result, which of its leaves are finite, or infinite as before."""
     estimate, old = attempt.estimate, inner_state(state)
+    outer, old_outer = attempt.outer_opt_state, state.outer_opt_state
     memories = [optimizer.finite_part(x) for x in (estimate.memory, state.memory)]
     return {
         "hypergradient": finite_leaves(estimate.hypergradient),
@@ -33,9 +34,7 @@ def finite_parts(
         "params": finite_leaves(estimate.z.w, unless_as_in=old.w),
         "inner_opt_state": finite_leaves(estimate.z.s, unless_as_in=old.s),
         "model_state": finite_leaves(estimate.z.r, unless_as_in=old.r),
-        "outer_opt_state": finite_leaves(
-            attempt.outer_opt_state, unless_as_in=state.outer_opt_state
-        ),
+        "outer_opt_state": finite_leaves(outer, unless_as_in=old_outer),
         "memory": finite_leaves(*memories),
     }
 

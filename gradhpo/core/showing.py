@@ -26,10 +26,10 @@ def shown(state: "BilevelState") -> str:
     """A few lines, whatever the size of the model."""
     leaves = [x for x in jax.tree.leaves(state.params) if eqx.is_inexact_array(x)]
     metrics = {name: state.metadata[name] for name in _METRICS if name in state.metadata}
-    more = "s" * (len(leaves) != 1)
+    count = sum(x.size for x in leaves)
     lines = [
         f"step={_value(state.step)}",
-        f"params: {sum(x.size for x in leaves):,} numbers in {len(leaves)} array{more}",
+        f"params: {_many(count, 'number')} in {_many(len(leaves), 'array')}",
         f"hyperparams: {_by_value(state.hyperparams)}",
         ", ".join(f"{name}={_value(x)}" for name, x in metrics.items()),
     ]
@@ -40,6 +40,10 @@ def shown(state: "BilevelState") -> str:
         lines.append(f"memory: {type(state.memory).__name__}")
     inside = ",\n  ".join(lines)
     return f"BilevelState(\n  {inside},\n)"
+
+
+def _many(count: int, thing: str) -> str:
+    return f"{count:,} {thing}{'s' * (count != 1)}"
 
 
 def _by_value(tree: PyTree) -> str:
@@ -60,8 +64,8 @@ def _value(x: Any) -> str:
         return kind
     if isinstance(x, jax.Array) and (x.is_deleted() or not x.is_fully_addressable):
         return kind
-    if x.dtype.kind not in "biu":  # bfloat16 is of kind V
-        x = np.asarray(x, float)
+    exact = x.dtype.kind in "biu"
+    x = np.asarray(x) if exact else np.asarray(x, float)  # bfloat16 is of no kind that prints
     if x.shape == ():
-        return f"{x.item():.5g}"
-    return np.array2string(np.asarray(x), precision=4, separator=", ").replace("\n", "")
+        return str(x.item()) if exact else f"{x.item():.5g}"
+    return np.array2string(x, precision=4, separator=", ").replace("\n", "")

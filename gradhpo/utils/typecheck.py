@@ -115,11 +115,14 @@ def _on_call(function: Callable, args: tuple, kwargs: dict) -> str | None:
 
 def _skipped(given: dict[str, Any], parameters: dict[str, inspect.Parameter]) -> str | None:
     """The argument whose place holds what another one takes: it was forgotten."""
-    takes = {x.name: x.annotation for x in parameters.values() if inspect.isclass(x.annotation)}
+    takes = {
+        x.name: x.annotation
+        for x in parameters.values()
+        if inspect.isclass(x.annotation) and x.annotation not in (Any, inspect.Parameter.empty)
+    }
     for name, value in given.items():
         if not isinstance(value, takes.get(name, object)):
-            others = [x for x, kind in takes.items() if kind is not object]
-            if any(isinstance(value, takes[x]) for x in others):
+            if isinstance(value, tuple(takes.values())):
                 return name
     return None
 
