@@ -1,7 +1,6 @@
 """Checkpoints of a run: how often, how many, and the directory that holds them."""
 
 import dataclasses
-import io
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +12,8 @@ from gradhpo.core.state import BilevelState
 from gradhpo.core.types import METRICS
 from gradhpo.training.callbacks import Callbacks, are_one, called
 from gradhpo.training.checkpoint_file import (
+    Leaves,
+    is_checkpoint_header,
     leaves_of,
     read_file,
     read_tree,
@@ -42,8 +43,8 @@ class Checkpoint:
 
     **Arguments:**
 
-    - `directory`: a path, created if it does not exist. One directory holds one run. Other files in
-        it, such as a log, are left alone.
+    - `directory`: a path, created if it does not exist; a relative one starts at the current
+        directory. One directory holds one run. Other files in it, such as a log, are left alone.
     - `every_steps`: steps between two checkpoints, at least 1; default `None`, by the clock alone.
     - `every_seconds`: seconds between two, default 60; `float("inf")` for by steps alone.
     - `keep`: how many of the newest to keep, at least 1; default 2.
@@ -69,6 +70,8 @@ class Checkpoint:
         check_count("keep", self.keep)
         if not self.every_seconds >= 0:
             raise ValueError(f"every_seconds must be at least 0, got {self.every_seconds!r}")
+        # Where it is now: the program may change its directory.
+        object.__setattr__(self, "directory", Path(self.directory).absolute())
 
     @classmethod
     def of(cls, value: "str | Path | Checkpoint") -> "Checkpoint":
@@ -117,7 +120,7 @@ def load_checkpoint(
         path = found[-1]
     if not path.is_file():
         raise ValueError(f"there is no checkpoint at {path}")
-    header, body = read_file(path)
+    header, body = read_file(path, is_checkpoint_header)
     check_leaves(path, header["leaves"]["state"], leaves_of(state))
     state = FrozenFile(path.parent).read_into(state, header.get("frozen"))
     state = read_tree(body, state)
@@ -138,7 +141,7 @@ def load_checkpoint(
 def read_memories(
     path: Path,
     header: dict[str, Any],
-    body: io.BytesIO,
+    body: Leaves,
     callbacks: Callbacks,
     all_of_them: bool = True,
 ) -> None:
@@ -149,8 +152,7 @@ def read_memories(
     for identity, leaves in zip(found, header["leaves"]["memories"], strict=True):
         mine = next((x for x in left if are_one(identity, x[1])), None)
         if mine is None:
-            for _ in leaves:
-                np.load(body)
+            body.skip(len(leaves))
             if all_of_them:
                 warn(
                     f"{path} has the memory of {called(identity)}, and no callback to take it: it "

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def write_file(path: Path, header: str, tree: PyTree) -> None:
     content = body.getbuffer()
     beside = path.with_name(f".{path.name}.tmp")
     try:
-        with open(beside, "wb") as file:
+        beside.unlink(missing_ok=True)  # whatever it is, it is not written through
+        with open(beside, "xb") as file:
             file.write(b"%s %d %d %d\n" % (_MAGIC, _FORMAT, len(content), zlib.crc32(content)))
             file.write(content)
             file.flush()
@@ -53,39 +55,130 @@ def is_checkpoint(path: Path) -> bool:
         return file.read(len(_MAGIC)) == _MAGIC
 
 
-def read_file(path: Path, remedy: str = _REMEDY) -> tuple[dict[str, Any], io.BytesIO]:
-    """The header, and the leaves as a file for `read_tree`; `ValueError` if it is not complete."""
+class Leaves(io.BytesIO):
+    """The leaves in a file, to be read one after another."""
 
-    def damaged(why: str) -> ValueError:
-        return ValueError(f"{path} is damaged ({why}); nothing of it was used. {remedy}")
+    def __init__(self, content: bytes, path: Path, remedy: str):
+        super().__init__(content)
+        self._path, self._remedy = path, remedy
 
+    def damaged(self, why: str) -> ValueError:
+        """An error to raise."""
+        return ValueError(
+            f"{self._path} is damaged ({why}); nothing of it was used. {self._remedy}"
+        )
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """What fails inside does so because of the file, in spite of its checksum."""
+        try:
+            yield
+        except jax.errors.JaxRuntimeError:  # the device's, not the file's
+            raise
+        except Exception as error:
+            raise self.damaged(f"{type(error).__name__} while it was read") from error
+
+    def skip(self, count: int) -> None:
+        """Passes over the next leaves."""
+        with self.reading():
+            for _ in range(count):
+                np.load(self)
+
+
+def read_file(
+    path: Path, is_header: Callable[[Any], bool], remedy: str = _REMEDY
+) -> tuple[dict[str, Any], Leaves]:
+    """The header, which is one of this kind, and the leaves for `read_tree`.
+
+    `ValueError` if anything is missing or not what gradhpo writes.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file, and so no checkpoint of gradhpo: move it away")
     with open(path, "rb") as file:
         first, content = file.readline(200).split(), file.read()
     if not first or first[0] != _MAGIC:
         raise ValueError(f"{path} is not a checkpoint of gradhpo: it is left as it is")
+    body = Leaves(content, path, remedy)
     try:
         version, length, checksum = map(int, first[1:])
     except ValueError:
-        raise damaged("its first line is broken") from None
+        raise body.damaged("its first line is broken") from None
     if version != _FORMAT:
         raise ValueError(
             f"{path} has format {version}, and this gradhpo reads {_FORMAT}: use the version of "
             "gradhpo that wrote it"
         )
     if len(content) != length:
-        raise damaged(f"it has {len(content)} of {length} bytes")
+        raise body.damaged(f"it has {len(content)} of {length} bytes")
     if zlib.crc32(content) != checksum:
-        raise damaged("its checksum does not fit")
-    body = io.BytesIO(content)
-    return json.loads(body.readline()), body
+        raise body.damaged("its checksum does not fit")
+    with body.reading():
+        header = json.loads(body.readline())
+    if not is_header(header):
+        raise body.damaged("its header is not one that gradhpo writes")
+    return header, body
 
 
-def read_tree(body: io.BytesIO, like: PyTree) -> PyTree:
+def is_checkpoint_header(x: Any) -> bool:
+    """Whether JSON is the header of a checkpoint."""
+    memories = x["leaves"]["memories"] if _fits(x, _CHECKPOINT) else None
+    return memories is not None and len(x["callbacks"]) == len(memories)
+
+
+def is_frozen_header(x: Any) -> bool:
+    """Whether JSON is the header of the file of frozen leaves."""
+    return _fits(x, {"leaves": [_is_leaf], "checksum": int})
+
+
+def _fits(x: Any, kind: Any) -> bool:
+    """Whether JSON has these types: `[kind]` is a list of it, a dict needs the keys."""
+    if isinstance(kind, dict):
+        return isinstance(x, dict) and all(k in x and _fits(x[k], y) for k, y in kind.items())
+    if isinstance(kind, list):
+        return isinstance(x, list) and all(_fits(y, kind[0]) for y in x)
+    return isinstance(x, kind) if isinstance(kind, type) else kind(x)
+
+
+def _is_leaf(x: Any) -> bool:
+    return isinstance(x, list) and len(x) == 3 and isinstance(x[0], str)
+
+
+def _is_count(x: Any) -> bool:
+    return isinstance(x, int) and x >= 0
+
+
+def _are_metrics(x: Any) -> bool:
+    if not _fits(x, {"rows": _is_count, "dtypes": dict, "shapes": dict, "checksum": int}):
+        return False
+    dtypes, shapes = x["dtypes"], x["shapes"]
+    of_shapes = all(_fits(shape, [_is_count]) for shape in shapes.values())
+    return of_shapes and list(dtypes) == list(shapes) and _fits([*dtypes.values()], [str])
+
+
+def _are_positions(x: Any) -> bool:
+    known = isinstance(x, dict) and set(x) <= {"train_data", "val_data"}
+    return known and all(_fits(y, {"drawn": _is_count, "state": object}) for y in x.values())
+
+
+_CHECKPOINT = {
+    "versions": dict,
+    "description": dict,
+    "leaves": {"state": [_is_leaf], "memories": [[_is_leaf]], "rest": [_is_leaf]},
+    "taken": _is_count,
+    "metrics": _are_metrics,
+    "stop_reason": str,
+    "callbacks": [{"kind": str, "identity": object}],
+    "positions": _are_positions,
+}
+
+
+def read_tree(body: Leaves, like: PyTree) -> PyTree:
     """The leaves of a tree like this one, which was checked against the header.
 
     Frozen leaves are those of `like`.
     """
-    found = eqx.tree_deserialise_leaves(body, without_frozen(like), filter_spec=_read_leaf)
+    with body.reading():
+        found = eqx.tree_deserialise_leaves(body, without_frozen(like), filter_spec=_read_leaf)
     return eqx.combine(found, like)
 
 

@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 from gradhpo.core.state import BilevelState
 from gradhpo.training.checkpoint_file import (
     is_checkpoint,
+    is_frozen_header,
     leaves_of,
     read_file,
     read_tree,
@@ -56,7 +57,7 @@ class FrozenFile:
             return state
         if not self.path.is_file():
             raise ValueError(f"{self.path}, the frozen leaves of the run, is missing. {_REMEDY}")
-        header, body = read_file(self.path, _REMEDY)
+        header, body = read_file(self.path, is_frozen_header, _REMEDY)
         if header["checksum"] != checksum:
             raise ValueError(f"{self.path} holds the frozen leaves of another run. {_REMEDY}")
         part = frozen_part(state.params)

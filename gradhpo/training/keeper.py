@@ -21,6 +21,7 @@ from gradhpo.training.checkpoint import (
 )
 from gradhpo.training.checkpoint_file import (
     is_checkpoint,
+    is_checkpoint_header,
     leaves_of,
     read_file,
     read_tree,
@@ -60,7 +61,7 @@ class Keeper:
             if self._found is None:
                 self._metrics.check_absent()
             else:
-                self._header, self._body = read_file(self._found)
+                self._header, self._body = read_file(self._found, is_checkpoint_header)
         except BaseException:
             self._lock.close()
             raise
@@ -162,7 +163,7 @@ class Keeper:
                     torn.unlink()
         while len(self._there) > self._settings.keep:
             old = self._there[0]
-            if old.exists() and is_checkpoint(old):
+            if old.is_file() and is_checkpoint(old):
                 old.unlink()
             del self._there[0]
 

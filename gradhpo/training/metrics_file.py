@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import zlib
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ class MetricsFile:
         columns = [x.astype("<f8").reshape(len(x), -1) for x in metrics.values()]
         rows = np.concatenate(columns, axis=1).tobytes()
         end = self._bytes()
-        with open(self.path, "r+b" if self.path.exists() else "w+b") as file:
+        self._unlink()
+        with open(self.path, "r+b" if self.path.exists() else "xb") as file:
             found = os.fstat(file.fileno()).st_size
             if found < end:
                 raise OSError(f"{self.path} has {found} bytes, and this run had written {end}")
@@ -53,9 +55,17 @@ class MetricsFile:
         """How many steps are there."""
         return self._rows
 
+    def _unlink(self) -> None:
+        """A copy of its own for a file that has another name too, which is not written through."""
+        if self.path.is_symlink() or (self.path.exists() and self.path.stat().st_nlink > 1):
+            copy = self.path.with_name(f".{self.path.name}.tmp")
+            copy.unlink(missing_ok=True)
+            shutil.copyfile(self.path, copy)
+            os.replace(copy, self.path)
+
     def check_absent(self) -> None:
         """A new run does not overwrite anything."""
-        if self.path.exists() and self.path.stat().st_size:
+        if self.path.is_symlink() or (self.path.exists() and self.path.stat().st_size):
             raise ValueError(
                 f"{self.path} is there, without a checkpoint beside it: move it away, or pass "
                 "another directory"
@@ -85,14 +95,18 @@ class MetricsFile:
                 f"{self.path} is damaged (its checksum does not fit); nothing was used or changed. "
                 + _STATE
             )
-        table = np.frombuffer(rows, "<f8").reshape(self._rows, -1)
-        ends = np.cumsum(self._widths())[:-1]
-        return {
-            name: columns.astype(dtype).reshape(-1, *self._shapes[name])
-            for (name, dtype), columns in zip(
-                self._dtypes.items(), np.split(table, ends, axis=1), strict=True
-            )
-        }
+        try:
+            table = np.frombuffer(rows, "<f8").reshape(self._rows, -1)
+            parts = np.split(table, np.cumsum(self._widths())[:-1], axis=1)
+            return {
+                name: columns.astype(np.dtype(dtype)).reshape(-1, *self._shapes[name])
+                for (name, dtype), columns in zip(self._dtypes.items(), parts, strict=True)
+            }
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self.path} does not fit the header of its checkpoint, which is damaged; nothing "
+                f"was used or changed. {_STATE}"
+            ) from error
 
     def _widths(self) -> list[int]:
         return [math.prod(shape) for shape in self._shapes.values()]

@@ -111,6 +111,13 @@ def _is_filled(cell: types.CellType) -> bool:
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
     """The differences between two descriptions, one per line; rounding is no difference."""
+    try:
+        return _differences(old, new, name)
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        return [f"{name or 'the description'} is not one that gradhpo writes"]
+
+
+def _differences(old: Any, new: Any, name: str) -> list[str]:
     if UNKNOWN in (old, new):
         return []
     if isinstance(old, dict) and isinstance(new, dict):
@@ -123,7 +130,7 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
         names = [*old, *(key for key in new if key not in old)]
         inner = lambda key: f"{name}.{key}" if name else key
         return [
-            line for key in names for line in differences(old.get(key), new.get(key), inner(key))
+            line for key in names for line in _differences(old.get(key), new.get(key), inner(key))
         ]
     if isinstance(old, float) and isinstance(new, float) and _close(old, new, abs(old), 1e-6):
         return []
