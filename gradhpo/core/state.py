@@ -7,6 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int, PyTree
 
 from gradhpo.core.inner import InnerState
@@ -140,7 +141,8 @@ class BilevelState(eqx.Module):
         ```
         """
         dtype = accumulation_dtype(params)
-        metrics = {name: jnp.full((), jnp.nan, dtype) for name in METRICS}
+        # Placed, not computed: under jax_debug_nans no computation may return NaN.
+        metrics = {name: jax.device_put(np.full((), np.nan, dtype)) for name in METRICS}
         metrics["rejected"] = jnp.zeros((), dtype)
         return cls(
             params=params,

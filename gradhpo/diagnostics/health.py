@@ -162,7 +162,8 @@ class _Run:
     def cast(self, dtype: Any) -> "_Run":
         """With all floating-point arrays in one precision."""
         is_floating = lambda x: eqx.is_inexact_array(x) or _is_floats(x)
-        cast = lambda x: jnp.asarray(x, dtype) if is_floating(x) else x
+        # Placed, not computed: metrics may be NaN, which jax_debug_nans refuses.
+        cast = lambda x: jax.device_put(np.asarray(x, dtype)) if is_floating(x) else x
         of_case = (self.case.state, self.case.train_batch, self.case.val_batch)
         (state, train_batch, val_batch), optimizer = jax.tree.map(cast, (of_case, self.optimizer))
         case = dataclasses.replace(

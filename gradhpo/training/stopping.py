@@ -71,7 +71,10 @@ class Interrupts:
     def _ask(self, *_: Any) -> None:
         self.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        sys.stderr.write(
-            "\ngradhpo.run: stopping after the chunk at work, with what was done so far; "
-            "interrupt again to raise KeyboardInterrupt at once\n"
-        )
+        with contextlib.suppress(
+            AttributeError, OSError, ValueError
+        ):  # no console, or a closed one
+            sys.stderr.write(
+                "\ngradhpo.run: stopping after the chunk at work, with what was done so far; "
+                "interrupt again to raise KeyboardInterrupt at once\n"
+            )

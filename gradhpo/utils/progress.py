@@ -33,6 +33,8 @@ class ProgressBar:
         self, total: int, *, done: int = 0, shown: bool | str = True, monitored: Sequence[str] = ()
     ):
         self._shown = _SHOWN | {name: name for name in monitored}
+        if sys.stderr is None:  # a program without a console
+            shown = False
         self._label = shown if isinstance(shown, str) else None
         self._lines = shown is not False and not _can_draw()
         self._bar = tqdm(
