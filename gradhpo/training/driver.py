@@ -5,7 +5,6 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import equinox as eqx
 import jax
 import numpy as np
 from jaxtyping import Array, Float, PyTree
@@ -19,6 +18,7 @@ from gradhpo.core.wrapper import algorithm_of
 from gradhpo.data.sources import Feed
 from gradhpo.training.callbacks import Callbacks
 from gradhpo.training.chunk import Chunk, started
+from gradhpo.training.flight import Flight, at_the_end, on_host
 from gradhpo.training.keeper import Keeper
 from gradhpo.training.record import Record
 from gradhpo.training.stopping import Interrupts, Stopped, failing
@@ -189,7 +189,7 @@ class Driver:
     def _land(self, flight: "Flight", bar: ProgressBar) -> None:
         """Waits for a chunk, and shows it to the callbacks."""
         with failing("device error", may_return=flight.may_return, advice=self._advice):
-            metrics = {name: _on_host(values) for name, values in flight.metrics.items()}
+            metrics = {name: on_host(values) for name, values in flight.metrics.items()}
             moved = np.asarray(flight.moved)
         if self.zeros is None:
             inputs = flight.chunk.first_inputs(self.state)
@@ -201,7 +201,7 @@ class Driver:
         self.zeros = [leaf for leaf in self.zeros if not moved[leaf]]
         self._callbacks_saw_all = False
         measured, failure = self.callbacks.measure(flight.measured)
-        metrics |= _at_the_end(measured, len(metrics["rejected"]))
+        metrics |= at_the_end(measured, len(metrics["rejected"]))
         self.record.add(metrics)
         self.state, self.start, self.positions = flight.state, flight.start, flight.positions
         self.feed.release_oldest()
@@ -228,42 +228,6 @@ def _looks_finite(metrics: Mapping[str, np.ndarray]) -> bool:
     """Whether nothing in the metrics says why steps are refused."""
     names = ("train_loss", "val_loss", "hypergrad_norm")
     return all(np.all(np.isfinite(metrics[name])) for name in names)
-
-
-def _on_host(x: Array) -> np.ndarray:
-    """A copy: a view of an array of the device, which a CPU gives, would keep all of it alive."""
-    copy = np.array(x)
-    copy.flags.writeable = False  # several callbacks are given it
-    return copy
-
-
-def _at_the_end(values: Mapping[str, float], length: int) -> dict[str, np.ndarray]:
-    """One value for each step of a chunk: `nan` but for the last."""
-    return {name: np.array([*[np.nan] * (length - 1), x]) for name, x in values.items()}
-
-
-@dataclasses.dataclass
-class Flight:
-    """A chunk on the device: its future results, and where its data end."""
-
-    chunk: Chunk
-    state: BilevelState
-    start: PyTree
-    reached: PyTree  # the parameters after the last step, if they differ from the state's
-    metrics: dict[str, Array]
-    moved: Array  # for each leaf of the hyperparameters whether its hypergradient was ever not 0
-    positions: dict[str, Any]
-    may_return: bool  # whether there are steps to return if this one fails
-
-    @property
-    def measured(self) -> BilevelState:
-        """The state whose parameters were measured last.
-
-        If an episode has ended, `state` is already at the start of the next one.
-        """
-        if self.reached is None:
-            return self.state
-        return self.state.update(params=eqx.combine(self.reached, self.state.params))
 
 
 def _how_to_save_memory(algorithm: Algorithm) -> str:

@@ -25,7 +25,7 @@ from gradhpo.training.driver import Driver
 from gradhpo.training.history import History
 from gradhpo.training.identity import identity
 from gradhpo.training.keeper import Keeper
-from gradhpo.training.recorded import check_record, recorded_names
+from gradhpo.training.recorded import check_monitored, check_record, recorded_names
 from gradhpo.training.report import write_report
 from gradhpo.training.start import make_start
 from gradhpo.training.stopping import Interrupts, Stopped
@@ -95,7 +95,8 @@ def run(
         fits. An iterator's chunk is kept under 64 MiB (but holds a whole episode for an algorithm
         that looks ahead, [`OnlineHypergradientOptimizer`][gradhpo.OnlineHypergradientOptimizer]).
     - `callbacks`: called as `callback(state, metrics)` after each chunk, where `metrics` is a dict
-        of arrays `[steps in the chunk]`; one that returns `True` stops the run. Built-in:
+        of arrays `[steps in the chunk]`; `True` stops the run, `False` and `None` continue it, and
+        anything else is an error. Built-in:
         [`EarlyStopping`][gradhpo.EarlyStopping], [`BestState`][gradhpo.BestState],
         [`TimeLimit`][gradhpo.TimeLimit], [`JSONLinesLogger`][gradhpo.JSONLinesLogger],
         [`CSVLogger`][gradhpo.CSVLogger].
@@ -160,7 +161,7 @@ def run(
     start = make_start(start_fn, key, state, optimizer, steps_per_episode, reptile_rate)
     watching = Callbacks(callbacks)
     names = check_record(optimizer, state, record)
-    _check_monitored(watching.monitored, [*recorded_names(optimizer, state), *names])
+    check_monitored(watching.monitored, [*recorded_names(optimizer, state), *names])
     keeper = None
     if checkpoint is not None:
         settings = {"steps_per_episode": steps_per_episode, "reptile_rate": reptile_rate}
@@ -198,15 +199,6 @@ def run(
             ending = driver.go(shapes, bar, interrupts)
             driver.finish(ending)
     return driver.state, _history(driver, ending, num_steps, time.perf_counter() - started)
-
-
-def _check_monitored(monitored: list[str], ours: list[str]) -> None:
-    """Every name stands for one metric."""
-    taken = {name for name in monitored if name in ours or monitored.count(name) > 1}
-    if taken:
-        raise ValueError(
-            f"Monitor measures {taken.pop()!r}, which run records already: give it another name"
-        )
 
 
 def _history(driver: Driver, ending: Stopped, num_steps: int, seconds: float) -> History:

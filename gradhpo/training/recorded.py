@@ -57,3 +57,12 @@ def check_record(optimizer: BilevelOptimizer, state: BilevelState, record: Any) 
         if not isinstance(value, jax.ShapeDtypeStruct) or not is_number(value):
             raise TypeError(f"record returned {value!r} for {name!r}, which is not an array")
     return sorted(found)
+
+
+def check_monitored(monitored: list[str], ours: list[str]) -> None:
+    """Every name stands for one metric."""
+    taken = {name for name in monitored if name in ours or monitored.count(name) > 1}
+    if taken:
+        raise ValueError(
+            f"Monitor measures {taken.pop()!r}, which run records already: give it another name"
+        )

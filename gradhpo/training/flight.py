@@ -1,0 +1,48 @@
+"""A chunk on its way: on the device, and then its metrics on the host."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import equinox as eqx
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from gradhpo.core.state import BilevelState
+from gradhpo.training.chunk import Chunk
+
+
+def on_host(x: Array) -> np.ndarray:
+    """A copy: a view of an array of the device, which a CPU gives, would keep all of it alive."""
+    copy = np.array(x)
+    copy.flags.writeable = False  # several callbacks are given it
+    return copy
+
+
+def at_the_end(values: Mapping[str, float], length: int) -> dict[str, np.ndarray]:
+    """One value for each step of a chunk: `nan` but for the last."""
+    return {name: np.array([*[np.nan] * (length - 1), x]) for name, x in values.items()}
+
+
+@dataclasses.dataclass
+class Flight:
+    """A chunk on the device: its future results, and where its data end."""
+
+    chunk: Chunk
+    state: BilevelState
+    start: PyTree
+    reached: PyTree  # the parameters after the last step, if they differ from the state's
+    metrics: dict[str, Array]
+    moved: Array  # for each leaf of the hyperparameters whether its hypergradient was ever not 0
+    positions: dict[str, Any]
+    may_return: bool  # whether there are steps to return if this one fails
+
+    @property
+    def measured(self) -> BilevelState:
+        """The state whose parameters were measured last.
+
+        If an episode has ended, `state` is already at the start of the next one.
+        """
+        if self.reached is None:
+            return self.state
+        return self.state.update(params=eqx.combine(self.reached, self.state.params))
