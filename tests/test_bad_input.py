@@ -1,5 +1,8 @@
 """What people pass by mistake to `run`, to loaders and to controls: each with its own message."""
 
+import itertools
+import random
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,7 @@ from problems import OUTER
 from ridge import LOSSES, SGD, X, Y, train_loss, val_loss
 
 import gradhpo
+from gradhpo.data.functions import check_function
 
 
 BATCH = (np.asarray(X[:4]), np.asarray(Y[:4]))
@@ -128,6 +132,90 @@ RUN = {
     ),
     "checkpoint=''": (lambda: run(checkpoint=""), ValueError, "must be the path of a directory"),
 }
+
+RUN |= {
+    "num_steps by position": (
+        lambda: gradhpo.run(OPTIMIZER, STATE, LOSSES, (X, Y), (X, Y), 100),
+        TypeError,
+        "run takes num_steps by name: write num_steps=100",
+    ),
+    "lr_hyper returns None": (
+        lambda: without_outer(lambda step: None),
+        TypeError,
+        r"lr_hyper\(step\) returned None: return the rate, one real number",
+    ),
+    "lr_hyper returns an array": (
+        lambda: without_outer(lambda step: jnp.ones(3)),
+        TypeError,
+        r"lr_hyper\(step\) returned .*\[3\]: return the rate, one real number",
+    ),
+    "lr_hyper branches": (
+        lambda: without_outer(lambda step: 0.1 if step < 10 else 0.01),
+        ValueError,
+        r"lr_hyper\(step\) needs the value of its step, .* Write jnp.where\(step < 100",
+    ),
+    "lr_hyper of nothing": (
+        lambda: without_outer(lambda: 0.1),
+        TypeError,
+        r"lr_hyper is called as lr_hyper\(step\), but its signature",
+    ),
+    "gamma='0.9'": (
+        lambda: gradhpo.GreedyOptimizer(SGD, OUTER, gamma="0.9"),
+        TypeError,
+        "GreedyOptimizer: argument gamma must not be '0.9'; pass one real number",
+    ),
+    "damping=None": (
+        lambda: gradhpo.ImplicitOptimizer(SGD, OUTER, damping=None),
+        TypeError,
+        "ImplicitOptimizer: argument damping must not be None; pass one real number",
+    ),
+}
+
+INPUTS = np.asarray(X)
+NEEDS_A_VALUE = (
+    r"train_data\(index\) needs the value of its index, which is traced: .* pass "
+    r"gradhpo.ArrayData\(arrays, batch_size, key\)"
+)
+DRAWS = (
+    r"train_data\(index\) made another batch of the same index .* Pass gradhpo.ArrayData\("
+    r"arrays, batch_size, key\) for random minibatches"
+)
+FUNCTIONS = {
+    "a slice": (lambda i: X[i * 2 : (i + 1) * 2], NEEDS_A_VALUE),
+    "a slice of NumPy": (lambda i: INPUTS[i * 2 : (i + 1) * 2], NEEDS_A_VALUE),
+    "an index into NumPy": (lambda i: INPUTS[i], NEEDS_A_VALUE),
+    "an index into a list": (lambda i: [X, -X][i % 2], NEEDS_A_VALUE),
+    "int(i)": (lambda i: X[int(i)], NEEDS_A_VALUE),
+    "a range": (lambda i: X[jnp.arange(i, i + 2)], NEEDS_A_VALUE),
+    "a branch": (lambda i: X if i < 3 else -X, NEEDS_A_VALUE),
+    "a seed": (lambda i: np.random.default_rng(i).normal(size=3), NEEDS_A_VALUE),
+    "NumPy's randomness": (lambda i: INPUTS + np.random.normal(size=(10, 3)), DRAWS),
+    "a generator of NumPy": (lambda i: X[GENERATOR.permutation(10)], DRAWS),
+    "a static slice": (lambda i: X[(start := next(NUMBERS) % 8) : start + 2], DRAWS),
+    "a factor": (lambda i: X * GENERATOR.normal(), DRAWS),
+    "Python's randomness": (lambda i: X * random.random() * i, DRAWS),
+    "the next batch": (lambda i: next(COUNTED), DRAWS),
+}
+GENERATOR = np.random.default_rng(0)
+NUMBERS = itertools.count()
+COUNTED = map(np.full, itertools.repeat(3), itertools.count())
+
+
+@pytest.mark.parametrize("what", FUNCTIONS)
+def test_a_function_of_the_index_that_cannot_be_traced(what):
+    """The commonest mistake; random numbers that are drawn once passed in silence."""
+    function, message = FUNCTIONS[what]
+    with pytest.raises(ValueError, match=message):
+        run(train_data=function)
+
+
+def test_functions_of_the_index_that_can():
+    """Constants, seeds of their own, keys, NaN, functions that are compiled already."""
+    draw = lambda i: jax.random.normal(jax.random.fold_in(KEY, i), (3,))
+    fixed = lambda i: INPUTS[np.random.default_rng(0).choice(10, 4)]
+    for function in (draw, jax.jit(draw), fixed, lambda i: jnp.full(3, jnp.nan) * i):
+        check_function(function, "train_data")
+
 
 DATA = {
     "a list of batches": (

@@ -66,6 +66,26 @@ def test_unexpected_tangents_are_told_as_before():
     assert foreign.NO_TANGENT in said_by(jax.grad(lambda x: eqxi.nondifferentiable(x) ** 2), x)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda i: jnp.arange(9.0)[i : i + 2],
+        lambda i: np.arange(9.0)[i],
+        lambda i: np.random.default_rng(i),
+        lambda i: [1.0, 2.0][i],
+        lambda i: jnp.arange(i),
+        lambda i: 1.0 if i else 2.0,
+        int,
+    ],
+)
+def test_what_needs_a_value_says_so_as_before(function):
+    with pytest.raises((TypeError, ValueError, IndexError)) as caught:
+        jax.make_jaxpr(function)(1)
+    assert foreign.needs_a_value(caught.value)
+    for error in (TypeError("unsupported operand"), IndexError("out of range"), KeyError("x")):
+        assert not foreign.needs_a_value(error)
+
+
 def names_in(function, *arguments):
     def walk(program):
         for eqn in program.eqns:
