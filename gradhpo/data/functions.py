@@ -67,10 +67,9 @@ def _equal(x: Any, y: Any) -> bool:
 
 def _constants(program: Any) -> Iterator[Any]:
     """All numbers in a traced program: arrays, literals and settings of operations."""
-    if isinstance(program, ClosedJaxpr):
-        yield from program.consts
-        yield from _constants(program.jaxpr)
-    elif isinstance(program, Jaxpr):
+    if isinstance(program, (ClosedJaxpr, Jaxpr)):  # one class since JAX 0.12
+        yield from getattr(program, "consts", ())
+        program = getattr(program, "jaxpr", program)
         for eqn in program.eqns:
             yield from (x.val for x in eqn.invars if isinstance(x, Literal))
             yield from _constants(tuple(eqn.params.values()))

@@ -66,10 +66,9 @@ def is_custom_vjp(operation: str) -> bool:
 def needs_a_value(error: Exception) -> bool:
     """Whether something was to be computed in Python from a number that is traced."""
     said = str(error)
-    is_slice = isinstance(error, IndexError) and "must be static integers" in said
-    # What NumPy and Python say of an argument that they do not know.
-    is_refused = isinstance(error, (TypeError, ValueError)) and "Tracer" in said
-    return isinstance(error, _NEEDS_A_VALUE) or is_slice or is_refused
+    # What JAX says of a slice, and NumPy and Python of an argument that they do not know.
+    is_refused = isinstance(error, (TypeError, ValueError, IndexError)) and "Tracer" in said
+    return isinstance(error, _NEEDS_A_VALUE) or is_refused
 
 
 _NEEDS_A_VALUE = (
