@@ -7,6 +7,7 @@ one](../own_algorithm.md) from a paper's equation to its tests.
 from gradhpo.core.algorithm import Algorithm
 from gradhpo.core.base import BilevelOptimizer, fit_memory
 from gradhpo.core.batches import BatchStack, DrawnStack
+from gradhpo.core.forward import infinite_at_rest, push_step
 from gradhpo.core.inner import InnerState, InnerUpdate
 from gradhpo.core.inner_optimizer import cast_like
 from gradhpo.core.inputs import Inputs, LossFunctions
@@ -76,6 +77,7 @@ __all__ = [
     "cotangent_at_end",
     "fit_memory",
     "fold_keys",
+    "infinite_at_rest",
     "inner_state",
     "is_key",
     "key_of_numbers",
@@ -86,6 +88,7 @@ __all__ = [
     "pull_step",
     "pull_through",
     "push_start",
+    "push_step",
     "ravel",
     "setting",
     "solve_system",

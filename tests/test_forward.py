@@ -191,3 +191,27 @@ def test_sign_descent_refuses_what_makes_no_sense():
     outer = gradhpo.sign_descent(0.1)
     with pytest.raises(ValueError, match="needs the hyperparameters"):
         outer.update(jnp.ones(2), outer.init(jnp.ones(2)))
+
+
+CONTRIB = {
+    "dog": optax.contrib.dog,
+    "dadapt_adamw": optax.contrib.dadapt_adamw,
+    "adopt": optax.contrib.adopt,
+    "prodigy": optax.contrib.prodigy,
+}
+
+
+@pytest.mark.parametrize("name", CONTRIB)
+def test_an_optimizer_that_starts_from_a_square_root_of_0(name):
+    """Its derivative at its first state is infinite: times a Z of exactly 0 that is nothing."""
+    inner = lambda h: relaxed(CONTRIB[name](h["rate"]))
+    loss = lambda w, h, batch: jnp.sum((w - h["at"]) ** 2 * jnp.arange(1.0, 4.0))
+    val_loss = lambda w, h, batch: jnp.sum((w - 1.0) ** 2)
+    w, h = jnp.asarray([1.5, 2.0, 3.0]), {"rate": jnp.asarray(0.5), "at": jnp.ones(3)}
+    found = []
+    for kind in (gradhpo.ForwardModeOptimizer, gradhpo.UnrolledOptimizer):
+        optimizer = kind(inner, OUTER, unroll_steps=4)
+        state = optimizer.init(w, h)
+        found.append(optimizer.compute_hypergradient(state, None, None, loss, val_loss))
+        assert optimizer.step(state, None, None, loss, val_loss).get_metric("rejected") == 0
+    assert relative_error(*found) < 1e-7  # some of them keep parts of their state in float32

@@ -20,9 +20,11 @@ from gradhpo.extend import (
     accumulation_dtype,
     check_count,
     checked,
+    infinite_at_rest,
     map_in_blocks,
     num_coordinates,
     push_start,
+    push_step,
     ravel,
     unit_vector,
     unravel,
@@ -134,22 +136,14 @@ class ForwardModeOptimizer(Algorithm):
     def estimate(self, problem: Problem, memory: ForwardMemory) -> Estimate:
         phi, validation, z, hyperparams = problem
         coordinates = jnp.arange(num_coordinates(hyperparams))
+        from_rest = infinite_at_rest(phi, z, hyperparams)
 
         def body(carry, t):
             z, tangents = carry
-            inexact, rest = eqx.partition(z, eqx.is_inexact_array)
-
-            def step(inexact, hyperparams):
-                last = t == self.unroll_steps - 1
-                new, loss = phi.step(eqx.combine(inexact, rest), hyperparams, t, want_loss=last)
-                new_inexact, new_rest = eqx.partition(new, eqx.is_inexact_array)
-                return new_inexact, (new_rest, loss)
-
-            # Linearized once, so that the blocks of tangents share the primal.
-            inexact, push, (rest, loss) = jax.linearize(step, inexact, hyperparams, has_aux=True)
+            last = t == self.unroll_steps - 1
+            z, loss, push = push_step(phi, z, hyperparams, t, last, from_rest=from_rest)
             along = lambda row: push(row[0], unit_vector(row[1], hyperparams))
-            tangents = map_in_blocks(along, (tangents, coordinates))
-            return (eqx.combine(inexact, rest), tangents), loss
+            return (z, map_in_blocks(along, (tangents, coordinates))), loss
 
         tangents = memory.Z
         if phi.fresh is not None:

@@ -1,0 +1,104 @@
+r"""Forward mode through one inner step."""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, PyTree
+
+from gradhpo.core.inner import InnerState, InnerUpdate
+from gradhpo.core.inner_optimizer import init_inner_state
+
+
+Push: TypeAlias = Callable[[InnerState, PyTree], InnerState]
+
+
+def infinite_at_rest(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> bool:
+    """Whether the derivative of an optimizer's update is infinite at the state that it starts from.
+
+    There (square roots of 0), a tangent of exactly 0 becomes NaN, while reverse mode never looks at
+    it. Found from one product at random values, computed while tracing.
+    """
+    if phi.inner_optimizer is None:
+        return False
+    random = np.random.default_rng(0)
+    draw = lambda x: jnp.asarray(random.uniform(0.1, 0.9, x.shape), x.dtype)
+    with jax.ensure_compile_time_eval():
+        gradient, w, at = (jax.tree.map(draw, x) for x in (z.w, z.w, hyperparams))
+
+        def product(gradient, w, hyperparams):
+            s = init_inner_state(phi.inner_optimizer, w, hyperparams)
+            inexact, rest = eqx.partition((w, s), eqx.is_inexact_array)
+
+            def update(inexact):
+                w, s = eqx.combine(inexact, rest)
+                evaluation = jnp.zeros(()), gradient
+                new, _, _ = phi.step_and_gradient(InnerState(w, s), hyperparams, 0, evaluation)
+                return eqx.filter((new.w, new.s), eqx.is_inexact_array)
+
+            zero = jax.tree.map(jnp.zeros_like, inexact)
+            moved = jax.tree.leaves(jax.jvp(update, (inexact,), (zero,))[1])
+            return jnp.stack([jnp.any(jnp.isnan(x)) for x in moved]).any()
+
+        return bool(jax.jit(product)(gradient, w, at))
+
+
+def push_step(
+    phi: InnerUpdate,
+    z: InnerState,
+    hyperparams: PyTree,
+    t: ArrayLike,
+    want_loss: ArrayLike = True,
+    *,
+    from_rest: bool = False,
+) -> tuple[InnerState, Array, Push]:
+    r"""`(z', loss, push)`, where `push(z_dot, hyper_dot)` is $A_t \dot z + B_t \dot\lambda$.
+
+    `z_dot` is a tree like the floating-point part of $z$. With `from_rest` (for an optimizer that
+    is `infinite_at_rest`), a $\dot z$ of exactly 0 contributes nothing, whatever $A_t$ is.
+    """
+    inexact, rest = eqx.partition(z, eqx.is_inexact_array)
+    if not from_rest:
+
+        def step(inexact, hyperparams):
+            new, loss = phi.step(eqx.combine(inexact, rest), hyperparams, t, want_loss)
+            new_inexact, new_rest = eqx.partition(new, eqx.is_inexact_array)
+            return new_inexact, (new_rest, loss)
+
+        # Linearized once: all tangents share the primal.
+        new, push, (new_rest, loss) = jax.linearize(step, inexact, hyperparams, has_aux=True)
+        return eqx.combine(new, new_rest), loss, push
+
+    def evaluate(w, hyperparams):
+        if phi.grad_fn is not None:
+            loss = phi.loss_if(want_loss, w, hyperparams, t)
+            return phi.gradient(w, hyperparams, t), loss
+        loss, gradient = phi.loss_and_gradient(w, hyperparams, t)
+        return gradient, loss
+
+    def update(gradient, inexact, hyperparams):
+        evaluation = (loss, gradient)
+        z = eqx.combine(inexact, rest)
+        new, _, _ = phi.step_and_gradient(z, hyperparams, t, evaluation)
+        return eqx.partition(new, eqx.is_inexact_array)
+
+    gradient, push_gradient, loss = jax.linearize(evaluate, z.w, hyperparams, has_aux=True)
+    new, push_update, new_rest = jax.linearize(update, gradient, inexact, hyperparams, has_aux=True)
+    at_z = lambda gradient, hyperparams: update(gradient, inexact, hyperparams)
+    _, push_from_rest, _ = jax.linearize(at_z, gradient, hyperparams, has_aux=True)
+
+    def push(z_dot: InnerState, hyper_dot: PyTree) -> InnerState:
+        gradient_dot = push_gradient(z_dot.w, hyper_dot)
+        moving = push_update(gradient_dot, z_dot, hyper_dot)
+        resting = push_from_rest(gradient_dot, hyper_dot)
+        at_rest = _is_zero(z_dot)
+        return jax.tree.map(lambda x, y: jnp.where(at_rest, y, x), moving, resting)
+
+    return eqx.combine(new, new_rest), loss, push
+
+
+def _is_zero(tree: PyTree) -> Bool[Array, ""]:
+    return jnp.stack([jnp.all(x == 0) for x in jax.tree.leaves(tree)]).all()
