@@ -193,7 +193,7 @@ FUNCTIONS = {
     "a generator of NumPy": (lambda i: X[GENERATOR.permutation(10)], DRAWS),
     "a static slice": (lambda i: X[(start := next(NUMBERS) % 8) : start + 2], DRAWS),
     "a factor": (lambda i: X * GENERATOR.normal(), DRAWS),
-    "Python's randomness": (lambda i: X * random.random() * i, DRAWS),
+    "Python's randomness": (lambda i: X * random.random() * i.astype(X.dtype), DRAWS),
     "the next batch": (lambda i: next(COUNTED), DRAWS),
 }
 GENERATOR = np.random.default_rng(0)
@@ -213,7 +213,8 @@ def test_functions_of_the_index_that_can():
     """Constants, seeds of their own, keys, NaN, functions that are compiled already."""
     draw = lambda i: jax.random.normal(jax.random.fold_in(KEY, i), (3,))
     fixed = lambda i: INPUTS[np.random.default_rng(0).choice(10, 4)]
-    for function in (draw, jax.jit(draw), fixed, lambda i: jnp.full(3, jnp.nan) * i):
+    unknown = lambda i: jnp.full(3, jnp.nan) * i.astype(float)
+    for function in (draw, jax.jit(draw), fixed, unknown):
         check_function(function, "train_data")
 
 

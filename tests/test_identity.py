@@ -124,8 +124,18 @@ def test_another_function_of_the_index_is_another_run():
 # -- optimizers, schedules and functions -------------------------------------------------------
 
 
+def at_ease(schedule):
+    """optax mixes dtypes by itself."""
+
+    def rate(step):
+        with jax.numpy_dtype_promotion("standard"):
+            return schedule(step)
+
+    return rate
+
+
 def warm_up(peak):
-    return optax.warmup_cosine_decay_schedule(0.0, peak, 1_000, 20_000)
+    return at_ease(optax.warmup_cosine_decay_schedule(0.0, peak, 1_000, 20_000))
 
 
 def clipped(bound, inner):
@@ -150,6 +160,13 @@ OTHERS = {
     ],
     "line search": [
         relaxed(optax.polyak_sgd(scaling=scaling)) for scaling in (1.0, 0.5)
+    ],
+    "the longest step of a line search": [
+        relaxed(optax.polyak_sgd(max_learning_rate=most)) for most in (1.0, 10.0)
+    ],
+    "the decay of a line search": [
+        relaxed(optax.chain(optax.sgd(3.0), optax.scale_by_backtracking_linesearch(
+            20, decrease_factor=factor, store_grad=False))) for factor in (0.8, 0.5)
     ],
 }  # fmt: skip
 
@@ -176,7 +193,7 @@ def test_another_schedule_of_the_outer_rate_is_another_run():
     expected = of(warm_up(0.1))
     assert differences(expected, of(warm_up(0.1))) == []
     assert differences(expected, of(warm_up(10.0))) == ["lr_hyper holds other values"]
-    later = optax.piecewise_constant_schedule(0.1, {2_000: 0.5})
+    later = at_ease(optax.piecewise_constant_schedule(0.1, {2_000: 0.5}))
     assert differences(of(optax.constant_schedule(0.1)), of(later))
     assert differences(of(0.1), of(0.2)) == ["lr_hyper was 0.1, and is 0.2"]
     assert differences(of(0.1), expected) == ["lr_hyper was 0.1, and is a schedule"]

@@ -364,9 +364,14 @@ class Algorithm(BilevelOptimizer):
         assert self.inner_optimizer is not None
         z = inner_state(state)
         rule = optax.with_extra_args_support(resolve(self.inner_optimizer, state.hyperparams))
-        # For those that need the loss: a parabola with this gradient here.
-        away = lambda w: jax.tree.map(jnp.subtract, w, z.w)
-        parabola = lambda w: tree_dot(gradient, away(w)) + 0.5 * tree_dot(away(w), away(w))
+        # For those that need the loss: a parabola with this gradient here. Its value is the norm,
+        # so that the ratio of both, a Polyak step, is of as many sizes as the gradients.
+        value = tree_l2_norm(gradient)
+
+        def parabola(w):
+            away = jax.tree.map(jnp.subtract, w, z.w)
+            return value + tree_dot(gradient, away) + 0.5 * tree_dot(away, away)
+
         return rule.update(
             gradient, z.s, z.w, value=parabola(z.w), grad=gradient, value_fn=parabola
         )

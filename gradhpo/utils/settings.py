@@ -134,7 +134,7 @@ def check_rate_schedule(schedule: Callable) -> None:
             "jnp.where(step < 100, 0.1, 0.01) instead of a branch, or pass an optax schedule"
         ) from error
     if not (isinstance(rate, jax.ShapeDtypeStruct) and rate.shape == () and _is_real(rate.dtype)):
-        found = rate if rate is None else eqx.tree_pformat(rate)
+        found = rate if rate is None else eqx.tree_pformat(rate, struct_as_array=True)
         raise TypeError(f"lr_hyper(step) returned {found}: return the rate, one real number")
 
 
