@@ -5,11 +5,13 @@ one](../own_algorithm.md) from a paper's equation to its tests.
 """
 
 from gradhpo.core.algorithm import Algorithm
-from gradhpo.core.base import BilevelOptimizer, fit_memory
+from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.batches import BatchStack, DrawnStack
+from gradhpo.core.fitting import fit_memory
 from gradhpo.core.forward import infinite_at_rest, push_step
-from gradhpo.core.inner import InnerState, InnerUpdate
+from gradhpo.core.inner import InnerUpdate
 from gradhpo.core.inner_optimizer import cast_like
+from gradhpo.core.inner_state import InnerState
 from gradhpo.core.inputs import Inputs, LossFunctions
 from gradhpo.core.memory import Memory
 from gradhpo.core.outer import Estimate

@@ -10,8 +10,9 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 import gradhpo
-from gradhpo.core.inner import InnerState, InnerUpdate
+from gradhpo.core.inner import InnerUpdate
 from gradhpo.core.inner_optimizer import init_inner_state
+from gradhpo.core.inner_state import InnerState
 from gradhpo.diagnostics.cost import Program
 
 

@@ -17,6 +17,7 @@ import pytest
 from jaxtyping import Array
 
 import gradhpo
+from gradhpo.core.hooks import Hooks
 
 
 ROOT = Path(__file__).parents[1]
@@ -118,6 +119,12 @@ def test_reference_has_every_public_name_once():
     assert sorted(re.findall(r"^::: gradhpo\.(\w+)$", text, re.MULTILINE)) == sorted(
         gradhpo.__all__
     )
+
+
+def test_reference_of_algorithm_has_all_that_it_may_override():
+    hooks = [name for name in vars(Hooks) if not name.startswith("_")]
+    page = (ROOT / "docs" / "api" / "extend.md").read_text()
+    assert f"inherited_members: [{', '.join(hooks)}]" in page
 
 
 def test_displayed_formulas_stand_alone():

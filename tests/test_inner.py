@@ -10,7 +10,7 @@ from helpers import assert_same
 from problems import FIXED, PROBLEMS, make, phi_of
 
 import gradhpo
-from gradhpo.core.inner import InnerState
+from gradhpo.core.inner_state import InnerState
 
 
 def random_like(tree, seed):

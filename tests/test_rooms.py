@@ -116,7 +116,7 @@ ALLOWED = {
     "core/reverse.py": {
         "def unrolled": "reverse mode is the tool of several algorithms and of the reference",
     },
-    "core/inner.py": {"self.key": "the PRNG key of a Start"},
+    "core/inner_state.py": {"self.key": "the PRNG key of a Start"},
     "core/start.py": {"jax.random.key": "makes a PRNG key"},
     "training/start.py": {"('key')": "the argument of run"},
     "training/identity.py": {

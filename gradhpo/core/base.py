@@ -1,24 +1,20 @@
 """What every optimizer offers: `init`, `step` and `compute_hypergradient`."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Bool, PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from gradhpo.core.batches import BatchStack
 from gradhpo.core.inputs import Inputs, LossFunctions, both_losses, inputs_of
-from gradhpo.core.interface import InnerProblems
-from gradhpo.core.outer import outer_update
+from gradhpo.core.outer_step import OuterStep
 from gradhpo.core.partition import check_disjoint
-from gradhpo.core.refusal import Attempt, finite_parts, why_refused
-from gradhpo.core.state import BilevelState, inner_state, with_inner_state, with_metrics
-from gradhpo.core.types import Declared, LossFn, RealScalarLike
+from gradhpo.core.state import BilevelState
+from gradhpo.core.types import LossFn, RealScalarLike
 from gradhpo.core.vanishing import norm_and_moving, warn_of_zeros
 from gradhpo.utils.conversion import as_batch
 from gradhpo.utils.dispatch import compiled
@@ -32,7 +28,6 @@ from gradhpo.utils.settings import (
     outer_rate,
 )
 from gradhpo.utils.tracing import count_trace, num_traces, record_trace
-from gradhpo.utils.trees import accumulation_dtype, tree_l2_norm
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import (
     check_single_batch,
@@ -43,7 +38,7 @@ from gradhpo.utils.validation import (
 )
 
 
-class BilevelOptimizer(InnerProblems):
+class BilevelOptimizer(OuterStep):
     r"""Base class of all optimizers: `init`, `step`, `compute_hypergradient`.
 
     With $z_t = \Phi(z_{t-1}, \lambda; D_t)$ for parameters and inner optimizer state, and its
@@ -65,58 +60,8 @@ class BilevelOptimizer(InnerProblems):
     ```
     """
 
-    if TYPE_CHECKING:
-        outer_optimizer = Declared[optax.GradientTransformation | None]()
-    else:
-        outer_optimizer: eqx.AbstractVar[optax.GradientTransformation | None]
-        """Takes the hypergradient; `None`: plain descent with the `lr_hyper` given to `step`."""
-
     def __check_init__(self):
         check_outer_optimizer(type(self).__name__, self.outer_optimizer)
-
-    def _attempt(self, inputs: Inputs, lr_hyper: RealScalarLike | None) -> Attempt:
-        """What a step makes, finite or not."""
-        state, estimate = inputs.state, self._solve(inputs)
-        if not self.tunes:
-            return Attempt(estimate, state.hyperparams, state.outer_opt_state)
-        new = outer_update(self.outer_optimizer, state, estimate.hypergradient, lr_hyper)
-        return Attempt(estimate, *new)
-
-    def _advance(
-        self, inputs: Inputs, lr_hyper: RealScalarLike | None
-    ) -> tuple[BilevelState, Bool[Array, " leaves"]]:
-        """One outer step, for use inside a compiled program. Refuses non-finite results.
-
-        Also returns, for each leaf of the hyperparameters, whether its hypergradient is not 0.
-        """
-        state, attempt = inputs.state, self._attempt(inputs, lr_hyper)
-        estimate = attempt.estimate
-        norm, moving = norm_and_moving(estimate.hypergradient)
-        accepted = jnp.stack(jax.tree.leaves(finite_parts(self, state, attempt))).all()
-        keep = lambda x, y: x if x is y else jnp.where(accepted, x, y)
-        z = jax.tree.map(keep, estimate.z, inner_state(state))
-        outer_opt_state = jax.tree.map(keep, attempt.outer_opt_state, state.outer_opt_state)
-        hyperparams = jax.tree.map(keep, attempt.hyperparams, state.hyperparams)
-        refused = self.after_refusal(state.memory, estimate.memory)
-        rejected = state.metadata["rejected"]
-        metrics = {
-            "train_loss": estimate.train_loss,
-            "val_loss": estimate.val_loss,
-            "hypergrad_norm": norm,
-            "param_norm": self._param_norm(z.w),
-            "hyperparam_norm": tree_l2_norm(hyperparams),
-            "rejected": rejected + (~accepted).astype(rejected.dtype),
-        }
-        dtype = accumulation_dtype(state.params)
-        state = with_inner_state(state, z).update(
-            hyperparams=hyperparams,
-            outer_opt_state=outer_opt_state,
-            step=state.step + 1,
-            memory=jax.tree.map(keep, estimate.memory, refused),
-            fresh=state.fresh & ~accepted,
-        )
-        metrics = {name: x.astype(dtype) for name, x in metrics.items()}
-        return with_metrics(state, metrics), moving
 
     @checked
     def init(
@@ -298,10 +243,6 @@ class BilevelOptimizer(InnerProblems):
             self._warn_of_zeros(inputs_of(*given), moving)
         return hypergradient
 
-    def _why_refused(self, inputs: Inputs, lr_hyper: ArrayLike | None) -> str:
-        """Why a step on these inputs is refused, if that is not in its metrics."""
-        return why_refused(jax.tree.map(np.asarray, _finite_parts(self, inputs, lr_hyper)))
-
     def _warn_of_zeros(self, inputs: Inputs, moving: Array) -> list[int]:
         """After the first call of a program, when waiting for the device does not matter."""
 
@@ -351,50 +292,7 @@ def _compute_hypergradient(
 
 
 @compiled
-def _finite_parts(
-    optimizer: BilevelOptimizer, inputs: Inputs, lr_hyper: ArrayLike | None
-) -> dict[str, PyTree]:
-    return finite_parts(optimizer, inputs.state, optimizer._attempt(inputs, lr_hyper))
-
-
-@compiled
 def _restart(
     state: BilevelState, optimizer: BilevelOptimizer, start: PyTree, reptile_rate: Array
 ) -> BilevelState:
     return optimizer._restart(state, start, reptile_rate)
-
-
-def fit_memory(
-    optimizer: BilevelOptimizer,
-    state: BilevelState,
-    train_batches: PyTree,
-    val_batch: PyTree,
-    train_loss_fn: LossFn | LossFunctions,
-    val_loss_fn: LossFn | None,
-    name: str = "fit_memory",
-) -> BilevelState:
-    """What `run` does before an episode for an algorithm that reads ahead. Compiled.
-
-    `name` is that of the public method, for messages.
-    """
-    train_batches, val_batch = (
-        as_batch(train_batches, "train_batches"),
-        as_batch(val_batch, "val_batch"),
-    )
-    check_shared(state, train_batches=train_batches, val_batch=val_batch)
-    losses = both_losses(name, train_loss_fn, val_loss_fn)
-    return _fit_memory(state, optimizer, train_batches, val_batch, *losses)
-
-
-@compiled
-@checked
-def _fit_memory(
-    state: BilevelState,
-    optimizer: BilevelOptimizer,
-    train_batches: BatchStack,
-    val_batch: PyTree,
-    train_loss_fn: Callable,
-    val_loss_fn: Callable,
-) -> BilevelState:
-    losses = LossFunctions(train_loss_fn, val_loss_fn)
-    return optimizer._fit(Inputs(state, train_batches, val_batch, losses))

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, PyTree
 
-from gradhpo.core.inner import InnerState, InnerUpdate
+from gradhpo.core.inner import InnerUpdate
 from gradhpo.core.inner_optimizer import init_inner_state
+from gradhpo.core.inner_state import InnerState
 
 
 Push: TypeAlias = Callable[[InnerState, PyTree], InnerState]

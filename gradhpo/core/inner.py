@@ -6,62 +6,26 @@ frozen leaves; the rest of them (functions, integer arrays, what is frozen) is c
 training and kept separately.
 """
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, ArrayLike, PyTree
 
 from gradhpo.core.batches import batch_of_step, is_same_each_step
-from gradhpo.core.inner_optimizer import cast_like, explained, gradient_for, resolve
+from gradhpo.core.inner_rule import gradient_by, updated_by_hand, updated_by_optax
+from gradhpo.core.inner_state import InnerState, Start
 from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, UpdateFn
 from gradhpo.utils.foreign import (
     forget_secants,
     last_evaluation,
     searches_along_lines,
-    takes_objective,
     with_evaluation,
 )
-from gradhpo.utils.freezing import like_trained
 from gradhpo.utils.gradients import linearize_gradient, undifferentiable
 from gradhpo.utils.trees import tree_zeros_like
-
-
-class InnerState(NamedTuple):
-    r"""$z = (w, s, r)$, or a cotangent of it, in which `None` parts count as 0.
-
-    - `w`: the floating-point part of the parameters.
-    - `s`: the inner optimizer's state; `()` with an `update_fn`.
-    - `r`: running state of the model; `None` if it has none.
-    """
-
-    w: PyTree
-    s: PyTree = None
-    r: PyTree = None
-
-
-class Start(eqx.Module):
-    r"""Initial parameters of an episode: `function(key, hyperparams)`, by their episode's key."""
-
-    function: Callable[[Array, PyTree], PyTree]
-    key: Array
-    steps_per_episode: int = eqx.field(static=True)
-
-    def __call__(self, hyperparams: PyTree, w: PyTree) -> PyTree:
-        """The floating-point part of the parameters, with the structure of `w`."""
-        return like_trained(w, self.function(self.key, hyperparams))
-
-    def at(self, step: Array) -> "Start":
-        """That of the episode to which an outer step belongs."""
-        return self.folded(step // self.steps_per_episode)
-
-    def folded(self, number: ArrayLike) -> "Start":
-        """With a key of its own for every number."""
-        return dataclasses.replace(self, key=jax.random.fold_in(self.key, number))
 
 
 _LINE_SEARCH = (
@@ -108,14 +72,8 @@ class InnerUpdate(eqx.Module):
         """What the inner optimizer is given: the training gradient, or what `grad_fn` returns."""
         if self.grad_fn is None:
             return jax.grad(self.train_loss)(w, hyperparams, t)
-        returned = self.grad_fn(eqx.combine(w, self.frozen), hyperparams, self.batch(t))
-        gradient = like_trained(w, returned)
-        if jax.tree.map(jnp.shape, gradient) != jax.tree.map(jnp.shape, w):
-            raise ValueError(
-                "grad_fn must return a gradient of the structure and shapes of the params:\n"
-                f"  {eqx.tree_pformat(w)}\nbut it returned\n  {eqx.tree_pformat(gradient)}"
-            )
-        return cast_like(gradient, w)
+        params = eqx.combine(w, self.frozen)
+        return gradient_by(self.grad_fn, params, w, hyperparams, self.batch(t))
 
     def at_new_hyperparams(self, z: InnerState, num_steps: int) -> InnerState:
         """The z that `num_steps` inner steps start from once the hyperparameters have moved.
@@ -334,36 +292,14 @@ class InnerUpdate(eqx.Module):
     ) -> tuple[PyTree, PyTree]:
         """`of_loss` must not be differentiated. The objective of Sophia is, as all of this."""
         assert self.inner_optimizer is not None
-        transformation = resolve(self.inner_optimizer, hyperparams)
         objective = lambda w: self.train_loss(w, hyperparams, t)
-        more = dict(of_loss) | ({"obj_fn": objective} if takes_objective(s) else {})
-        with explained():
-            update = optax.with_extra_args_support(transformation).update
-            updates, new_s = update(gradient_for(s, gradient), s, w, **more)
-        new_w = optax.apply_updates(w, updates)
-        return cast_like(new_w, w, "the inner update"), cast_like(new_s, s)
+        given = gradient, s, w, hyperparams, objective
+        return updated_by_optax(self.inner_optimizer, *given, **dict(of_loss))
 
     def _updated_by_hand(self, w: PyTree, hyperparams: PyTree, t: ArrayLike) -> PyTree:
         assert self.update_fn is not None
         params = eqx.combine(w, self.frozen)
-        returned = self.update_fn(params, hyperparams, self.batch(t))
-        # What it returns for frozen leaves is ignored: most rules treat all arrays the same way.
-        new = like_trained(w, returned)
-        if jax.tree.map(jnp.shape, new) != jax.tree.map(jnp.shape, w):
-            raise ValueError(
-                "update_fn must return params of the structure and shapes that it was given:\n"
-                f"  {eqx.tree_pformat(w)}\nbut it returned\n  {eqx.tree_pformat(new)}"
-            )
-        rest, constant = (
-            jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array, inverse=True))
-            for tree in (returned, params)
-        )
-        if any(x is not y for x, y in zip(rest, constant, strict=True)):
-            raise ValueError(
-                "update_fn changes a leaf of params that is not a floating-point array (a "
-                "counter?); such leaves stay as they are: keep it as a float, or out of params"
-            )
-        return cast_like(new, w)
+        return updated_by_hand(self.update_fn, params, w, hyperparams, self.batch(t))
 
 
 def _mean(function: Callable[[ArrayLike], PyTree], last: ArrayLike, count: int) -> PyTree:

@@ -7,7 +7,7 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import PyTree
 
-from gradhpo.core.inner import Start
+from gradhpo.core.inner_state import Start
 from gradhpo.core.state import BilevelState
 from gradhpo.utils.typecheck import checked
 

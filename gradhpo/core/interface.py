@@ -7,7 +7,7 @@ import equinox as eqx
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from gradhpo.core.inner import Start
+from gradhpo.core.inner_state import Start
 from gradhpo.core.inputs import Inputs
 from gradhpo.core.outer import Estimate
 from gradhpo.core.state import BilevelState

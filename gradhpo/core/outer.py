@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from gradhpo.core.inner import InnerState
 from gradhpo.core.inner_optimizer import cast_like, explained
+from gradhpo.core.inner_state import InnerState
 from gradhpo.core.state import BilevelState, inner_state
 from gradhpo.core.types import RealScalarLike
 from gradhpo.utils.validation import check_same_structure, strong

@@ -10,7 +10,8 @@ from jax.extend.core import Jaxpr
 from jaxtyping import Array, PyTree
 
 from gradhpo.core.batches import BatchStack, DrawnStack
-from gradhpo.core.inner import InnerState, InnerUpdate
+from gradhpo.core.inner import InnerUpdate
+from gradhpo.core.inner_state import InnerState
 from gradhpo.core.inputs import Inputs
 from gradhpo.core.start import act_at_start
 from gradhpo.core.state import inner_state

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PyTree
 
-from gradhpo.core.inner import InnerState, InnerUpdate, Pull
+from gradhpo.core.inner import InnerUpdate, Pull
 from gradhpo.core.inner_optimizer import cast_like
+from gradhpo.core.inner_state import InnerState
 from gradhpo.core.outer import Estimate
 from gradhpo.core.problem import Problem
 from gradhpo.core.start import pull_start

@@ -14,8 +14,9 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
-from gradhpo.core.inner import InnerState, InnerUpdate
+from gradhpo.core.inner import InnerUpdate
 from gradhpo.core.inner_optimizer import init_inner_state
+from gradhpo.core.inner_state import InnerState
 from gradhpo.utils.tracing import visible_leaves
 from gradhpo.utils.trees import tree_zeros_like
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, PyTree
 
-from gradhpo.core.inner import InnerState
+from gradhpo.core.inner_state import InnerState
 from gradhpo.core.memory import entries_of, path_to
 from gradhpo.core.partition import combine
 from gradhpo.core.showing import shown

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from gradhpo.core.inner import InnerState, InnerUpdate
+from gradhpo.core.inner import InnerUpdate
+from gradhpo.core.inner_state import InnerState
 from gradhpo.core.problem import Problem
 from gradhpo.core.start import acting_at_start, started
 from gradhpo.utils.advice import IGNORES_SIZE, WHO_SEES

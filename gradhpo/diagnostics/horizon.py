@@ -12,7 +12,7 @@ from jaxtyping import Array, PyTree
 from gradhpo.algorithms.shares import StepWeights, short_horizons
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.batches import BatchStack
-from gradhpo.core.inner import InnerState
+from gradhpo.core.inner_state import InnerState
 from gradhpo.core.inputs import LossFunctions
 from gradhpo.core.problem import Problem
 from gradhpo.core.reverse import PulledStep, cotangent_at_end, pull_through, through_start

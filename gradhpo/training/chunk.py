@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from gradhpo.core.base import BilevelOptimizer
-from gradhpo.core.inner import Start
+from gradhpo.core.inner_state import Start
 from gradhpo.core.inputs import Inputs, LossFunctions
 from gradhpo.core.state import BilevelState, inner_state, with_metrics
 from gradhpo.core.types import METRICS, RealScalarLike

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 from gradhpo.core.algorithm import Algorithm
 from gradhpo.core.base import BilevelOptimizer
-from gradhpo.core.inner import Start
+from gradhpo.core.inner_state import Start
 from gradhpo.core.inputs import LossFunctions
 from gradhpo.core.state import BilevelState, inner_state
 from gradhpo.core.wrapper import algorithm_of

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from gradhpo.core.base import BilevelOptimizer
-from gradhpo.core.inner import Start
+from gradhpo.core.inner_state import Start
 from gradhpo.core.state import BilevelState, inner_state
 from gradhpo.core.wrapper import algorithm_of
 from gradhpo.data.sources import Feed

@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from gradhpo.core.base import BilevelOptimizer
-from gradhpo.core.inner import Start
 from gradhpo.core.inner_optimizer import cast_like
+from gradhpo.core.inner_state import Start
 from gradhpo.core.state import BilevelState, inner_state, with_inner_state
 from gradhpo.core.wrapper import algorithm_of
 from gradhpo.utils.description import UNKNOWN, described_responses

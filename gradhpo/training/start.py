@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array
 
 from gradhpo.core.base import BilevelOptimizer
-from gradhpo.core.inner import Start
+from gradhpo.core.inner_state import Start
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import RealScalarLike
 from gradhpo.utils.keys import is_key

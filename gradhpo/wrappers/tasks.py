@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from gradhpo.core.base import BilevelOptimizer, fit_memory
+from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.batches import BatchStack, DrawnStack
-from gradhpo.core.inner import InnerState, Start
+from gradhpo.core.fitting import fit_memory
+from gradhpo.core.inner_state import InnerState, Start
 from gradhpo.core.inputs import Inputs, LossFunctions
 from gradhpo.core.memory import MemoryOfEach
 from gradhpo.core.outer import Estimate

@@ -1,0 +1,144 @@
+"""What an algorithm may say of itself, and do beside its estimate: everything has a default."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import equinox as eqx
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from gradhpo.core.inner_state import InnerState
+from gradhpo.core.problem import Problem
+from gradhpo.core.types import MetricDict
+from gradhpo.core.visibility import Sees
+from gradhpo.utils.tracing import TAKES_ALL
+
+
+class Hooks(eqx.Module):
+    """The part of [`Algorithm`][gradhpo.extend.Algorithm] that subclasses may override."""
+
+    # -- what a method sees, and takes ---------------------------------------------------------
+
+    @property
+    def sees(self) -> Sees:
+        """Where the method finds the hyperparameters; tracing names those it does not see.
+
+        `"validation"`: only in the validation loss. `"optimum"`: also in the condition for the
+        inner optimum. `"last update"`: also in how the last inner update changes the parameters.
+        `"updates"`, the default: also in the effects of earlier updates. `"everything"`: in
+        anything that has an effect, because updates are evaluated and not differentiated.
+        """
+        return "updates"
+
+    @property
+    def differentiates_init(self) -> bool:
+        """Whether the hypergradient includes how $s_0$ depends on the hyperparameters.
+
+        With `False`, the default, hyperparameters that act in the inner optimizer's `init` are
+        named while tracing. [`unrolled`][gradhpo.extend.unrolled] from step 0 includes this
+        dependence; [`pull_start`][gradhpo.extend.pull_start] and
+        [`push_start`][gradhpo.extend.push_start] are for other algorithms.
+        """
+        return False
+
+    @property
+    def passes_loss(self) -> bool:
+        """Whether optax also gets the loss, which `optax.lbfgs` needs; default `False`.
+
+        Correct only if the inner update is not differentiated: its derivative would miss what optax
+        does with the loss.
+        """
+        return False
+
+    @property
+    def derivatives(self) -> str:
+        """The derivatives that the method takes, for the error if one of them does not exist."""
+        return TAKES_ALL
+
+    @property
+    def tunes(self) -> bool:
+        """Whether a step moves the hyperparameters; default `True`."""
+        return True
+
+    # -- memory --------------------------------------------------------------------------------
+
+    def init_memory(
+        self, z: InnerState, hyperparams: PyTree, batch: PyTree, key: Array | None
+    ) -> Any:
+        """What carries over from step to step, at step 0: an `eqx.Module` of arrays, or `None`.
+
+        Floating-point scalars among its fields are metrics. `batch` and `key` are the arguments of
+        `init`. A field that is `None` without them may hold anything with them: states are checked
+        against the memory that is made without them.
+        """
+        return None
+
+    def restart_memory(self, memory: Any, z: InnerState, hyperparams: PyTree) -> Any:
+        """The memory at the start of an episode, from `z`; by default it is unchanged."""
+        return memory
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether `prepare` is called, for the batches of an episode; default `False`."""
+        return False
+
+    def prepare(self, problem: Problem, memory: Any, step: Array, num_steps: int) -> Any:
+        """The memory for an episode of `num_steps` steps, if the method `reads_ahead`.
+
+        `problem` has the batches of the whole episode; `step` counts the steps before it.
+        """
+        return memory
+
+    def fit(self, problem: Problem, memory: Any, num_steps: int) -> Any:
+        """The memory with an estimate from an episode, for methods that do so on request."""
+        raise TypeError(f"{type(self).__name__} has nothing to estimate from an episode")
+
+    def finite_part(self, memory: Any) -> PyTree:
+        """The part of a new memory that must be finite to accept a step; by default all of it.
+
+        Only selects: under a wrapper every array has one more axis.
+        """
+        return memory
+
+    def after_refusal(self, old: Any, new: Any) -> Any:
+        """The memory after a refused step; by default the old one. Only selects."""
+        return old
+
+    # -- what others ask -----------------------------------------------------------------------
+
+    def remarks(
+        self, before: MetricDict, metrics: Mapping[str, np.ndarray], copies: int = 1
+    ) -> str:
+        """What the report of a run should add, or `""`; `run` also warns with it.
+
+        `before` are the scalars of the memory at the start of the run, `metrics` those of all
+        steps, as means over `copies` of the inner problem.
+        """
+        return ""
+
+    @property
+    def without_episodes(self) -> str:
+        """A warning for a run without `steps_per_episode`, or `""`."""
+        return ""
+
+    def with_num_steps(self, num_steps: int) -> Self | None:
+        """The same optimizer with this number of inner steps; `None` if the number is fixed."""
+        return None
+
+    def with_less_memory(self) -> Self | None:
+        """The same optimizer with less memory, at more work; `None` if there is no such setting."""
+        return None
+
+    @property
+    def checkpointing(self) -> Any:
+        """The setting with which `with_less_memory` saves memory, as `plan` shows it, or `None`."""
+        return None
+
+    def with_difference_step(self, factor: float) -> Self | None:
+        """The same optimizer with its finite-difference step scaled; `None` if it takes none."""
+        return None
+
+    @property
+    def suspect(self) -> str:
+        """What usually causes a non-finite estimate while the exact hypergradient is finite."""
+        return "a product that only this method takes"

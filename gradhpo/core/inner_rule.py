@@ -1,0 +1,74 @@
+"""The three rules that change parameters in an inner step: optax, `grad_fn` and `update_fn`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import PyTree
+
+from gradhpo.core.inner_optimizer import cast_like, explained, gradient_for, resolve
+from gradhpo.core.types import GradFn, InnerOptimizer, UpdateFn
+from gradhpo.utils.foreign import takes_objective
+from gradhpo.utils.freezing import like_trained
+
+
+def updated_by_optax(
+    inner_optimizer: InnerOptimizer,
+    gradient: PyTree,
+    s: PyTree,
+    w: PyTree,
+    hyperparams: PyTree,
+    objective: Callable[[PyTree], Any],
+    **of_loss: Any,
+) -> tuple[PyTree, PyTree]:
+    """`(w', s')`. What Sophia does with the objective is differentiated, as all of this."""
+    transformation = resolve(inner_optimizer, hyperparams)
+    if takes_objective(s):
+        of_loss["obj_fn"] = objective
+    with explained():
+        update = optax.with_extra_args_support(transformation).update
+        updates, new_s = update(gradient_for(s, gradient), s, w, **of_loss)
+    new_w = optax.apply_updates(w, updates)
+    return cast_like(new_w, w, "the inner update"), cast_like(new_s, s)
+
+
+def gradient_by(
+    grad_fn: GradFn, params: PyTree, w: PyTree, hyperparams: PyTree, batch: PyTree
+) -> PyTree:
+    """What `grad_fn` returns, for the trained part `w` of the params."""
+    gradient = like_trained(w, grad_fn(params, hyperparams, batch))
+    if jax.tree.map(jnp.shape, gradient) != jax.tree.map(jnp.shape, w):
+        raise ValueError(
+            "grad_fn must return a gradient of the structure and shapes of the params:\n"
+            f"  {eqx.tree_pformat(w)}\nbut it returned\n  {eqx.tree_pformat(gradient)}"
+        )
+    return cast_like(gradient, w)
+
+
+def updated_by_hand(
+    update_fn: UpdateFn, params: PyTree, w: PyTree, hyperparams: PyTree, batch: PyTree
+) -> PyTree:
+    """What `update_fn` returns, for the trained part `w` of the params.
+
+    What it returns for frozen leaves is ignored: most rules treat all arrays the same way.
+    """
+    returned = update_fn(params, hyperparams, batch)
+    new = like_trained(w, returned)
+    if jax.tree.map(jnp.shape, new) != jax.tree.map(jnp.shape, w):
+        raise ValueError(
+            "update_fn must return params of the structure and shapes that it was given:\n"
+            f"  {eqx.tree_pformat(w)}\nbut it returned\n  {eqx.tree_pformat(new)}"
+        )
+    rest, constant = (
+        jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array, inverse=True))
+        for tree in (returned, params)
+    )
+    if any(x is not y for x, y in zip(rest, constant, strict=True)):
+        raise ValueError(
+            "update_fn changes a leaf of params that is not a floating-point array (a counter?); "
+            "such leaves stay as they are: keep it as a float, or out of params"
+        )
+    return cast_like(new, w)

@@ -1,0 +1,85 @@
+"""One outer step: what it makes of a state, which is refused if it is not finite."""
+
+from typing import TYPE_CHECKING
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, ArrayLike, Bool, PyTree
+
+from gradhpo.core.inputs import Inputs
+from gradhpo.core.interface import InnerProblems
+from gradhpo.core.outer import outer_update
+from gradhpo.core.refusal import Attempt, finite_parts, why_refused
+from gradhpo.core.state import BilevelState, inner_state, with_inner_state, with_metrics
+from gradhpo.core.types import Declared, RealScalarLike
+from gradhpo.core.vanishing import norm_and_moving
+from gradhpo.utils.dispatch import compiled
+from gradhpo.utils.trees import accumulation_dtype, tree_l2_norm
+
+
+class OuterStep(InnerProblems):
+    """The private half of `BilevelOptimizer`."""
+
+    if TYPE_CHECKING:
+        outer_optimizer = Declared[optax.GradientTransformation | None]()
+    else:
+        outer_optimizer: eqx.AbstractVar[optax.GradientTransformation | None]
+        """Takes the hypergradient; `None`: plain descent with the `lr_hyper` given to `step`."""
+
+    def _attempt(self, inputs: Inputs, lr_hyper: RealScalarLike | None) -> Attempt:
+        """What a step makes, finite or not."""
+        state, estimate = inputs.state, self._solve(inputs)
+        if not self.tunes:
+            return Attempt(estimate, state.hyperparams, state.outer_opt_state)
+        new = outer_update(self.outer_optimizer, state, estimate.hypergradient, lr_hyper)
+        return Attempt(estimate, *new)
+
+    def _advance(
+        self, inputs: Inputs, lr_hyper: RealScalarLike | None
+    ) -> tuple[BilevelState, Bool[Array, " leaves"]]:
+        """One outer step, for use inside a compiled program. Refuses non-finite results.
+
+        Also returns, for each leaf of the hyperparameters, whether its hypergradient is not 0.
+        """
+        state, attempt = inputs.state, self._attempt(inputs, lr_hyper)
+        estimate = attempt.estimate
+        norm, moving = norm_and_moving(estimate.hypergradient)
+        accepted = jnp.stack(jax.tree.leaves(finite_parts(self, state, attempt))).all()
+        keep = lambda x, y: x if x is y else jnp.where(accepted, x, y)
+        z = jax.tree.map(keep, estimate.z, inner_state(state))
+        outer_opt_state = jax.tree.map(keep, attempt.outer_opt_state, state.outer_opt_state)
+        hyperparams = jax.tree.map(keep, attempt.hyperparams, state.hyperparams)
+        refused = self.after_refusal(state.memory, estimate.memory)
+        rejected = state.metadata["rejected"]
+        metrics = {
+            "train_loss": estimate.train_loss,
+            "val_loss": estimate.val_loss,
+            "hypergrad_norm": norm,
+            "param_norm": self._param_norm(z.w),
+            "hyperparam_norm": tree_l2_norm(hyperparams),
+            "rejected": rejected + (~accepted).astype(rejected.dtype),
+        }
+        dtype = accumulation_dtype(state.params)
+        state = with_inner_state(state, z).update(
+            hyperparams=hyperparams,
+            outer_opt_state=outer_opt_state,
+            step=state.step + 1,
+            memory=jax.tree.map(keep, estimate.memory, refused),
+            fresh=state.fresh & ~accepted,
+        )
+        metrics = {name: x.astype(dtype) for name, x in metrics.items()}
+        return with_metrics(state, metrics), moving
+
+    def _why_refused(self, inputs: Inputs, lr_hyper: ArrayLike | None) -> str:
+        """Why a step on these inputs is refused, if that is not in its metrics."""
+        return why_refused(jax.tree.map(np.asarray, _finite_parts(self, inputs, lr_hyper)))
+
+
+@compiled
+def _finite_parts(
+    optimizer: OuterStep, inputs: Inputs, lr_hyper: ArrayLike | None
+) -> dict[str, PyTree]:
+    return finite_parts(optimizer, inputs.state, optimizer._attempt(inputs, lr_hyper))
