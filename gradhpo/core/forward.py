@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, PyTree
 
 from gradhpo.core.inner import InnerUpdate
@@ -21,7 +22,8 @@ def infinite_at_rest(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> bo
     """Whether the derivative of an optimizer's update is infinite at the state that it starts from.
 
     There (square roots of 0), a tangent of exactly 0 becomes NaN, while reverse mode never looks at
-    it. Found from one product at random values, computed while tracing.
+    it. Found from one product at random values, computed while tracing; so it may be if the update
+    depends on other values that are traced, as Sophia's does on the batch.
     """
     if phi.inner_optimizer is None:
         return False
@@ -44,7 +46,8 @@ def infinite_at_rest(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> bo
             moved = jax.tree.leaves(jax.jvp(update, (inexact,), (zero,))[1])
             return jnp.stack([jnp.any(jnp.isnan(x)) for x in moved]).any()
 
-        return bool(jax.jit(product)(gradient, w, at))
+        found = jax.jit(product)(gradient, w, at)
+    return True if isinstance(found, Tracer) else bool(found)
 
 
 def push_step(
