@@ -242,12 +242,12 @@ DATA = {
     "a loader": (
         lambda: run(train_data=Loader()),
         TypeError,
-        r"is a Loader, which is no source of batches; wrap it: gradhpo.iterate\(train_data\)",
+        r"is a Loader, which is not a source of batches; wrap it: gradhpo.iterate\(train_data\)",
     ),
     "a path": (
         lambda: run(train_data="digits.npz"),
         TypeError,
-        "train_data is a str, which is no source of batches",
+        "train_data is a str, which is not a source of batches",
     ),
     "a function of nothing": (
         lambda: run(train_data=lambda: (X, Y)),
@@ -388,7 +388,7 @@ CONTROLS = {
     "a metric that is not there": (
         lambda: run(callbacks=[gradhpo.BestState("accuracy")]),
         ValueError,
-        "metric='accuracy' is no metric of this run; there are .*val_loss",
+        "metric='accuracy' is not a metric of this run; there are .*val_loss",
     ),
     "a memory without a start": (
         lambda: run(callbacks=[Remembering()]),

@@ -737,7 +737,7 @@ def test_a_loader_that_shuffles_every_pass_anew_seeks(tmp_path):
     expected = run(None, data=gradhpo.iterate(Shuffling()))
     data = gradhpo.iterate(Shuffling())
     run(tmp_path, data=data, callbacks=[stop_at(6)])
-    with pytest.raises(ValueError, match="pass one of a loader made anew"):
+    with pytest.raises(ValueError, match="pass one of a loader that has not"):
         run(tmp_path, data=data)
     assert_same_run(run(tmp_path, data=gradhpo.iterate(Shuffling())), expected)
 

@@ -326,9 +326,9 @@ def test_iterate_is_advised_for_what_yields_batches_alone():
         fit(Loader())
     for data, message in [
         ([*ROWS], r"ArrayData\(tuple\(train_data\), .*only where each is a batch by itself"),
-        ((Loader(), Loader()), r"train_data\[0\] is a Loader, which is no array"),
-        ("digits.npz", "is a str, which is no source of batches; pass gradhpo.ArrayData"),
-        ((object(),), r"train_data\[0\] is a object, which is no array"),
+        ((Loader(), Loader()), r"train_data\[0\] is a Loader, which is not an array"),
+        ("digits.npz", "is a str, which is not a source of batches; pass gradhpo.ArrayData"),
+        ((object(),), r"train_data\[0\] is a object, which is not an array"),
     ]:
         with pytest.raises(TypeError, match=message) as caught:
             fit(data)

@@ -134,7 +134,7 @@ def test_continuing_is_one_long_run():
 
 
 def test_the_same_seed_gives_the_same_bits():
-    """Compiled anew, for functions made anew; over processes in tests/test_checkpoint.py."""
+    """Compiled again, for new functions; over processes in tests/test_checkpoint.py."""
     data = gradhpo.ArrayData((X, Y), 4, jax.random.key(1))
     first, history = run(unrolled(), data)
     second, again = run(unrolled(inner_optimizer=relaxed(optax.sgd(0.1))), data)

@@ -62,7 +62,7 @@ def push_step(
     r"""`(z', loss, push)`, where `push(z_dot, hyper_dot)` is $A_t \dot z + B_t \dot\lambda$.
 
     `z_dot` is a tree like the floating-point part of $z$. With `from_rest` (for an optimizer that
-    is `infinite_at_rest`), a $\dot z$ of exactly 0 contributes nothing, whatever $A_t$ is.
+    is `infinite_at_rest`), a $\dot z$ of exactly 0 contributes nothing, for any $A_t$.
     """
     inexact, rest = eqx.partition(z, eqx.is_inexact_array)
     if not from_rest:

@@ -23,7 +23,7 @@ _METRICS = ("train_loss", "val_loss", "hypergrad_norm", "rejected")
 
 
 def shown(state: "BilevelState") -> str:
-    """A few lines, whatever the size of the model."""
+    """A few lines, for models of any size."""
     leaves = [x for x in jax.tree.leaves(state.params) if eqx.is_inexact_array(x)]
     metrics = {name: state.metadata[name] for name in _METRICS if name in state.metadata}
     count = sum(x.size for x in leaves)

@@ -99,7 +99,7 @@ class Repeated(Iterator[Any]):
         if self._passes >= state["passes"]:
             raise ValueError(
                 "gradhpo.iterate(loader) has been drawn from already: to resume a run pass one of "
-                "a loader made anew"
+                "a loader that has not been drawn from"
             )
         while self._passes < state["passes"]:
             self._begin_pass()

@@ -62,13 +62,14 @@ def _on_foreign(leaf: Any, name: str, where: str) -> str:
     is_loader = hasattr(leaf, "__iter__") and not isinstance(leaf, (str, bytes))
     if where:
         hint = "; a loader is passed by itself, gradhpo.iterate(loader)" if is_loader else ""
-        return f"{name}{where} is a {what}, which is no array: a batch is a pytree of arrays{hint}"
+        found = f"{name}{where} is a {what}, which is not an array"
+        return f"{found}: a batch is a pytree of arrays{hint}"
     hint = (
         f"wrap it: gradhpo.iterate({name})"
         if is_loader
         else "pass gradhpo.ArrayData, a function index -> batch, an iterator, or one fixed batch"
     )
-    return f"{name} is a {what}, which is no source of batches; {hint}"
+    return f"{name} is a {what}, which is not a source of batches; {hint}"
 
 
 class Feed:

@@ -161,7 +161,7 @@ def explain_horizon(
         ICLR 2018, arXiv:1803.02021.
     """
     check_one_problem("explain_horizon", optimizer)
-    # A stack has its own length, whatever the optimizer takes in a step.
+    # A stack has its own length, which need not be that of a step.
     longest = {} if isinstance(train_batch, BatchStack) else {type(optimizer).__name__: optimizer}
     case = Case.create(state, train_batch, val_batch, losses, longest)
     algorithm = algorithm_of(optimizer)

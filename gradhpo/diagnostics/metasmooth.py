@@ -220,7 +220,7 @@ def compared(around: Any, hypergradient: PyTree) -> dict[str, FiniteDifference]:
         strict=True,
     )
     loss = around["loss"]
-    # A loss returned in float32 is known only to that precision, whatever it was computed in.
+    # A loss returned in float32 is known only to that precision, even if computed in float64.
     steps = np.concatenate([_WIDE, _EPSILONS])
     rounding = 4 * np.finfo(loss.dtype).eps * abs(float(loss)) / steps
     return {

@@ -36,7 +36,7 @@ def write_file(path: Path, header: str, tree: PyTree) -> None:
     content = body.getbuffer()
     beside = path.with_name(f".{path.name}.tmp")
     try:
-        beside.unlink(missing_ok=True)  # whatever it is, it is not written through
+        beside.unlink(missing_ok=True)  # a link here must not be written through
         with open(beside, "xb") as file:
             file.write(b"%s %d %d %d\n" % (_MAGIC, _FORMAT, len(content), zlib.crc32(content)))
             file.write(content)

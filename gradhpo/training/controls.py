@@ -87,7 +87,8 @@ class BestState:
             return float(self._metric(state))
         if self._metric not in metrics:
             raise ValueError(
-                f"metric={self._metric!r} is no metric of this run; there are {', '.join(metrics)}"
+                f"metric={self._metric!r} is not a metric of this run; there are "
+                f"{', '.join(metrics)}"
             )
         return float(metrics[self._metric][-1])
 

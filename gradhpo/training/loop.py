@@ -43,7 +43,7 @@ from gradhpo.utils.typecheck import checked
 from gradhpo.utils.warn import warn, warn_once
 
 
-# Numbers, batches of iterators and metrics go between host and device: meant, whatever is guarded.
+# Numbers, batches of iterators and metrics move between host and device on purpose.
 @jax.transfer_guard("allow")
 @checked
 def run(

@@ -24,7 +24,7 @@ class Monitor:
         `eqx.filter_jit` for models. With `TaskBatched` the state has a task axis.
 
     **Raises:** `ValueError` for no functions; `TypeError` for one that is not a function. When
-    `run` starts, `ValueError` for a name that is recorded already. Within a run, whatever a
+    `run` starts, `ValueError` for a name that is recorded already. Within a run, any error that a
     function raises, and `TypeError` for a value that is not a number, end the run as a callback
     does.
 

@@ -41,7 +41,7 @@ def make_start(
     if np.any(np.asarray(reptile_rate) != 1):
         raise ValueError(
             f"reptile_rate={reptile_rate} moves the start of the next episode, and start_fn makes "
-            "it anew: leave one of them out"
+            "it again: leave one of them out"
         )
     key = key if is_key(key) else jax.random.wrap_key_data(key)
     start = Start(start_fn, key, steps_per_episode)

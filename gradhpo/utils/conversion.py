@@ -56,7 +56,8 @@ def as_array(x: Any, which: str) -> np.ndarray | Array:
         is_number = isinstance(x, (bool, int, float, complex))
         array = x if isinstance(x, jax.Array) else np.asarray(strong(x) if is_number else x)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{which} holds a {type(x).__name__} that is no array: {error}") from error
+        kind = type(x).__name__
+        raise TypeError(f"{which} holds a {kind} that is not an array: {error}") from error
     if array.dtype.kind not in "biufc" and not jnp.issubdtype(array.dtype, np.number):
         raise TypeError(
             f"{which} holds a {type(x).__name__} with dtype {array.dtype}: a batch is a pytree of "

@@ -34,7 +34,7 @@ def frozen(tree: PyTree) -> PyTree:
     For params that are a plain pytree; for a model use
     [`partition(model, where, frozen)`][gradhpo.partition]. A frozen array gets no gradient, no
     optimizer state and no decay, and is in memory once, however many inner states are kept.
-    Losses, `grad_fn` and `update_fn` see plain arrays; whatever the last two return for frozen ones
+    Losses, `grad_fn` and `update_fn` see plain arrays; what the last two return for frozen ones
     is ignored.
 
     **Arguments:**

@@ -45,7 +45,7 @@ class ProgressBar:
         self._started = self._printed = time.monotonic()
         self._warm, self._last = False, ""
         if self._lines:
-            with self._whatever_the_terminal_does():
+            with self._ignoring_the_terminal():
                 resumed = f"resumed after {done} of {total} steps" if done else f"{total} steps"
                 label = self._label or "gradhpo.run"
                 print(f"{label}: {resumed}, compiling", file=sys.stderr, flush=True)
@@ -54,13 +54,13 @@ class ProgressBar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._whatever_the_terminal_does():
+        with self._ignoring_the_terminal():
             if self._lines and self._last:
                 self._print()
             self._bar.close()
 
     @contextlib.contextmanager
-    def _whatever_the_terminal_does(self) -> Iterator[None]:
+    def _ignoring_the_terminal(self) -> Iterator[None]:
         """A stream that was closed must not end the run."""
         try:
             yield
@@ -69,7 +69,7 @@ class ProgressBar:
 
     def advance(self, steps: int, metrics: Mapping[str, np.ndarray]) -> None:
         """Advances by a chunk of steps with these metrics."""
-        with self._whatever_the_terminal_does():
+        with self._ignoring_the_terminal():
             self._advance(steps, metrics)
 
     def _advance(self, steps: int, metrics: Mapping[str, np.ndarray]) -> None:

@@ -67,8 +67,8 @@ def visible_leaves(
     return jax.tree.unflatten(treedef, seen)
 
 
-# Which jobs were traced, and how often, in this process. A function made anew in a loop is a new
-# object every time, so nothing that the user holds could count its traces.
+# Which jobs were traced, and how often, in this process. A function created again in a loop is
+# another object every time, so nothing that the user holds could count its traces.
 _WARN_AT = (5, 10, 20, 50, 100, 200, 500, 1_000)  # not at every trace: that would be noise
 _traces: dict[Any, tuple[int, dict[str, int]]] = {}
 
