@@ -301,9 +301,9 @@ def _check_fits(solver: lx.AbstractLinearSolver, symmetric: bool) -> None:
     if isinstance(solver, lx.CG | lx.Cholesky) and not symmetric:
         raise ValueError(
             f"ImplicitOptimizer(linear_solver=lineax.{type(solver).__name__}(...)) needs "
-            "a symmetric system, which an update_fn or a custom_vjp in the loss may not give: "
-            "use lineax.GMRES, lineax.BiCGStab, lineax.LU, gradhpo.Neumann, or None for the "
-            "default; a rule that is the true derivative can be written as custom_jvp"
+            "a symmetric system, which an update_fn, gradhpo.detach or another custom_vjp in the "
+            "loss may not give: use lineax.GMRES, lineax.BiCGStab, lineax.LU, gradhpo.Neumann, or "
+            "None for the default; a rule that is the true derivative can be written as custom_jvp"
         )
 
 
