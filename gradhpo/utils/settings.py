@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, PyTree, Real
 
 from gradhpo.utils.foreign import needs_a_value, uncalled
-from gradhpo.utils.validation import check_arity
+from gradhpo.utils.validation import check_arity, native
 
 
 def setting(value: Real[ArrayLike, ""]) -> Array:
@@ -22,7 +22,7 @@ def setting(value: Real[ArrayLike, ""]) -> Array:
     """
     if isinstance(value, (bool, np.bool_)) or not eqx.is_array_like(value) or np.ndim(value):
         raise TypeError(f"a numeric setting must be one real number, of shape (), got {value!r}")
-    dtype = jnp.result_type(value)
+    dtype = jnp.result_type(value := native(value))
     if not jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(f"a numeric setting must be a real number, got {value!r}")
     return jnp.asarray(value, dtype=jnp.result_type(float))
