@@ -242,6 +242,13 @@ optimizer.restart(optimizer.adopt(state))
 optimizer.step(state, None, None, loss, loss)
 losses = gradhpo.LossFunctions(loss, loss)
 gradhpo.check_hypergradient(optimizer, state, None, None, losses)
+for other in (
+    gradhpo.ImplicitOptimizer(optax.sgd(0.1), optax.sgd(0.1)),
+    gradhpo.OnlineHypergradientOptimizer(optax.sgd(0.1), optax.sgd(0.1)),
+    gradhpo.TaskBatched(gradhpo.ImplicitOptimizer(optax.sgd(0.1), optax.sgd(0.1)), 2),
+):
+    begun = other.init(jnp.ones(3), jnp.zeros(3))
+    gradhpo.run(other, begun, losses, None, None, num_steps=3, progress=False)
 state, history = gradhpo.run(optimizer, state, losses, None, None, num_steps=3, progress=False)
 print(len(history["val_loss"]))
 """

@@ -199,7 +199,8 @@ class ImplicitOptimizer(Algorithm):
     ) -> ImplicitMemory:
         """An adjoint of 0. It survives episodes: the optimum has not moved."""
         dtype = accumulation_dtype(z.w)
-        unknown = jnp.full((), jnp.nan, dtype)
+        # Placed, not computed: jax_debug_nans refuses to compute a NaN.
+        unknown = jax.device_put(np.full((), np.nan, dtype))
         adjoint = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), z.w)
         return ImplicitMemory(adjoint, unknown, unknown, unknown, jnp.zeros((), dtype))
 
