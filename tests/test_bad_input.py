@@ -40,6 +40,10 @@ def without_outer(lr_hyper):
     return run(optimizer=WITHOUT_OUTER, state=STATE_WITHOUT_OUTER, lr_hyper=lr_hyper)
 
 
+def begin(start_fn):
+    return run(start_fn=start_fn, key=KEY, steps_per_episode=3)
+
+
 class Loader:
     def __iter__(self):
         return iter([BATCH])
@@ -153,6 +157,36 @@ RUN |= {
         lambda: without_outer(lambda step: 0.1 if step < 10 else 0.01),
         ValueError,
         r"lr_hyper\(step\) needs the value of its step, .* Write jnp.where\(step < 100",
+    ),
+    "lr_hyper returns text": (
+        lambda: without_outer(lambda step: "0.1"),
+        TypeError,
+        r"lr_hyper\(step\) returned '0.1': return the rate, one real number",
+    ),
+    "lr_hyper draws": (
+        lambda: without_outer(lambda step: random.random()),
+        ValueError,
+        r"lr_hyper\(step\) made another rate of the same step .*jax.random.fold_in\(key, step",
+    ),
+    "record needs a value": (
+        lambda: run(record=lambda state: {"first": float(state.params[0])}),
+        ValueError,
+        r"record\(state\) needs the value of its state, .*gradhpo.Monitor",
+    ),
+    "record draws": (
+        lambda: run(record=lambda state: {"noise": jnp.asarray(GENERATOR.normal())}),
+        ValueError,
+        r"record\(state\) made another value of the same state",
+    ),
+    "start_fn needs a value": (
+        lambda: begin(lambda key, h: jnp.full(3, float(h[0]))),
+        ValueError,
+        r"start_fn\(key, hyperparams\) needs the value of its arguments, .*Write jnp.where",
+    ),
+    "start_fn draws": (
+        lambda: begin(lambda key, h: jnp.asarray(GENERATOR.normal(size=3))),
+        ValueError,
+        r"start_fn\(.*\) made another start of the same key .*jax.random.normal\(key, shape\)",
     ),
     "lr_hyper of nothing": (
         lambda: without_outer(lambda: 0.1),

@@ -192,6 +192,13 @@ def test_text_in_a_memory_is_refused():
     with pytest.raises(TypeError, match=r"memory of Named holds 'first' at \['name'\], which"):
         run([Named("a")])
 
+    class Later(Counting):
+        def __call__(self, state, metrics):
+            self.memory = "text"
+
+    with pytest.raises(TypeError, match="memory of Later has changed its structure"):
+        run([Later("a")])
+
 
 # -- functions ---------------------------------------------------------------------------------
 

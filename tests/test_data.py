@@ -338,6 +338,21 @@ def test_iterate_is_advised_for_what_yields_batches_alone():
             gradhpo.iterate(names)
 
 
+def test_big_endian_parameters_and_settings_are_the_same_numbers():
+    swapped = lambda x: np.asarray(x).astype(np.asarray(x).dtype.newbyteorder(">"))
+    params, h = {"w": jnp.arange(3.0), "n": jnp.arange(3)}, jnp.asarray([0.5, 0.25])
+    tree = jax.tree.map(swapped, {"params": params, "h": h})
+    parts = gradhpo.partition(tree, lambda m: m["h"])
+    optimizer = gradhpo.GreedyOptimizer(optax.sgd(0.1), OUTER, gamma=swapped(0.5))
+    assert_same(optimizer.gamma, jnp.asarray(0.5))
+    expected = optimizer.init(params, h)
+    assert_same(optimizer.init(tree["params"], tree["h"]), expected)
+    assert_same(optimizer.init(*parts).params["params"], params)
+    assert_same(expected.update(params=tree["params"], hyperparams=tree["h"]), expected)
+    frozen = optimizer.init({"w": jnp.ones(2), "rest": gradhpo.frozen(tree["params"])}, h)
+    assert_same(gradhpo.unfrozen(frozen.params)["rest"], params)
+
+
 def test_a_list_of_batches_is_no_batch_of_a_step():
     state = FITTED.init(jnp.zeros(3), jnp.asarray(-9.0))
     for batches in ([ROWS, ROWS], [gradhpo.DataBatch(*ROWS)]):

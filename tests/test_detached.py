@@ -74,7 +74,7 @@ def test_stop_gradient_is_not_and_is_named_with_the_line_to_write(kind):
     loss = KINDS[kind](jax.lax.stop_gradient)
     with pytest.warns(UserWarning, match=r"train_loss_fn stops the gradient.*gradhpo\.detach\(x\)"):
         found, differences = hypergradients(loss)
-    assert abs(found - differences) > 0.02 * abs(differences)
+    assert abs(found - differences) > 0.12 * abs(differences)
     # The training itself is the same.
     gradient = lambda stop: jax.grad(KINDS[kind](stop))(START, jnp.array(-2.0), None)
     assert_same(gradient(gradhpo.detach), gradient(jax.lax.stop_gradient))
@@ -204,6 +204,34 @@ def test_layers_of_equinox_are_not_named():
     state = optimizer.init(layers, jnp.array(0.1))
     compute = lambda s: optimizer.compute_hypergradient(s, None, None, loss, loss)
     eqx.filter_eval_shape(compute, state)  # a warning would be an error
+
+
+def test_layers_of_flax_are_not_named():
+    """Where Flax is installed. Not so its SpectralNorm, whose stopped vectors move with W."""
+    nn = pytest.importorskip("flax.linen")
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.max_pool(nn.PReLU()(nn.GroupNorm(2)(nn.Conv(4, (3, 3))(x))), (2, 2), (2, 2))
+            x = nn.RMSNorm()(nn.LayerNorm()(x.reshape(2, -1, 4)))
+            x = nn.WeightNorm(nn.Dense(4))(nn.MultiHeadDotProductAttention(2)(x))
+            x = nn.RNN(nn.OptimizedLSTMCell(4))(nn.RNN(nn.GRUCell(4))(x))
+            return nn.Dense(3)(nn.InstanceNorm()(x)).mean(1)
+
+    images, net = jnp.ones((2, 8, 8, 1), jnp.float32), Net()
+
+    def loss(p, h, batch):
+        logits = net.apply({"params": p}, images)
+        fits = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.arange(2))
+        return jnp.mean(fits) + h * jnp.sum(logits**2)
+
+    optimizer = gradhpo.OneStepOptimizer(SGD)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        params = net.init(jax.random.key(0), images)["params"]
+        state = optimizer.init(params, jnp.array(0.1, jnp.float32))
+        compute = lambda s: optimizer.compute_hypergradient(s, None, None, loss, loss)
+        eqx.filter_eval_shape(compute, state)  # a warning would be an error
 
 
 def test_methods_that_do_not_differentiate_the_gradient_are_not_told():

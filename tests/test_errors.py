@@ -78,6 +78,15 @@ def implicit(**changes):
     return gradhpo.ImplicitOptimizer(**({"inner_optimizer": SGD, "outer_optimizer": SGD} | changes))
 
 
+def coupled(w, h, batch):
+    """Its Hessian is not symmetric, and JAX cannot tell."""
+    return jnp.sum(jnp.square(w - h)) + w[0] * gradhpo.detach(jnp.sin(w[1]))
+
+
+def detached(solver):
+    return step(implicit(linear_solver=solver), tl=coupled)
+
+
 def contraction(w, h, batch):
     return w - 0.1 * (w - h)
 
@@ -189,6 +198,17 @@ MISUSES = {
     "CG for an update_fn": (by_cg_through_an_update_fn, ValueError, "lineax.CG.*use lineax.GMRES"),
     "Nystrom for an update_fn": (
         by_nystrom_through_an_update_fn, ValueError, "symmetric operator.*lineax.GMRES",
+    ),
+    "CG beside detach": (
+        lambda: detached(lx.CG(rtol=1e-5, atol=1e-5)), ValueError,
+        r"lineax\.CG.*symmetric system, which an update_fn, gradhpo\.detach or.*use lineax\.GMRES",
+    ),
+    "Cholesky beside detach": (
+        lambda: detached(lx.Cholesky()), ValueError, r"lineax\.Cholesky.*gradhpo\.detach or",
+    ),
+    "Nystrom beside detach": (
+        lambda: detached(gradhpo.Nystrom(2, 0.1, jax.random.key(0))), ValueError,
+        r"symmetric operator.*gradhpo\.detach or another custom_vjp.*lineax\.GMRES",
     ),
     "solver is a string": (
         lambda: implicit(linear_solver="cg"), TypeError, "linear_solver.*lineax.CG",
@@ -709,6 +729,17 @@ MISUSES = {
     "an argument too many": (
         lambda: gradhpo.partition(MODEL, lambda m: m["h"], None, 3), TypeError,
         r"partition: too many positional arguments: write partition\(model, where\), and everythi",
+    ),
+    "an argument of a method that is unknown": (
+        lambda: one_step().init(W, H, batches=B), TypeError,
+        r"init has no argument batches \(did you mean batch\?\); it takes params, hyperparams, ba",
+    ),
+    "an argument of a method that is missing": (
+        lambda: one_step().init(W), TypeError,
+        r"init needs hyperparams; it got params=Array: write .*init\(params, hyperparams\)",
+    ),
+    "an argument of step that is unknown": (
+        lambda: step(rate=0.1), TypeError, r"step.* 'rate'",
     ),
     "a logger's path that is missing": (
         lambda: gradhpo.CSVLogger(), TypeError, r"CSVLogger needs path; it got nothing: write CSV",

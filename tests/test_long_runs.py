@@ -242,6 +242,13 @@ optimizer.restart(optimizer.adopt(state))
 optimizer.step(state, None, None, loss, loss)
 losses = gradhpo.LossFunctions(loss, loss)
 gradhpo.check_hypergradient(optimizer, state, None, None, losses)
+for other in (
+    gradhpo.ImplicitOptimizer(optax.sgd(0.1), optax.sgd(0.1)),
+    gradhpo.OnlineHypergradientOptimizer(optax.sgd(0.1), optax.sgd(0.1)),
+    gradhpo.TaskBatched(gradhpo.ImplicitOptimizer(optax.sgd(0.1), optax.sgd(0.1)), 2),
+):
+    begun = other.init(jnp.ones(3), jnp.zeros(3))
+    gradhpo.run(other, begun, losses, None, None, num_steps=3, progress=False)
 state, history = gradhpo.run(optimizer, state, losses, None, None, num_steps=3, progress=False)
 print(len(history["val_loss"]))
 """
@@ -260,6 +267,41 @@ def test_transfers_of_a_run_are_meant(tmp_path):
     with jax.transfer_guard("disallow"):
         found = run(tmp_path, state=state, data=gradhpo.iterate(batches))[0]
     assert_same(found, expected)
+
+
+def test_transfers_at_every_door_of_a_run_are_meant():
+    """Arrays, a function of the index, schedules, episodes with their starts, tasks, monitors."""
+    single = gradhpo.OneStepOptimizer(SGD)
+    tasks = gradhpo.TaskBatched(OPTIMIZER, 2)
+    key, pair = jax.random.key(2), jax.tree.map(lambda x: jnp.stack([x, x]), (X, Y))
+    drawn = lambda i: jax.tree.map(lambda x: x[:4] + jax.random.normal(fold(key, i)), (X, Y))
+    fold = jax.random.fold_in
+    falling = lambda k: 0.1 * jnp.exp(-k.astype(float))
+    begin = lambda key, h: jax.random.normal(key, (3,)) + 0 * h
+    monitor = lambda: gradhpo.Monitor({"norm": lambda state: jnp.sum(state.params**2)})
+    doors = {
+        "arrays": (OPTIMIZER, start(), (np.asarray(X), np.asarray(Y)), {}),
+        "a function": (OPTIMIZER, start(), drawn, {"callbacks": [monitor(), gradhpo.BestState()]}),
+        "a schedule": (
+            single, single.init(*start_of(start())), DATA, {"lr_hyper": falling},
+        ),
+        "episodes": (
+            OPTIMIZER, start(), DATA, {"steps_per_episode": 3, "start_fn": begin, "key": key},
+        ),
+        "tasks": (tasks, tasks.init(*start_of(start())), pair, {}),
+    }  # fmt: skip
+    for name, (optimizer, state, data, settings) in doors.items():
+        val = data if name == "tasks" else (X, Y)
+        go = lambda o=optimizer, s=state, d=data, v=val, more=settings: gradhpo.run(
+            o, s, LOSSES, d, v, num_steps=6, chunk_size=3, progress=False, **more
+        )
+        with jax.transfer_guard("disallow"):
+            found = go()[0]
+        assert_same(found, go()[0])
+
+
+def start_of(state):
+    return state.params, state.hyperparams
 
 
 # -- files -------------------------------------------------------------------------------------

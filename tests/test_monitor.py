@@ -9,6 +9,7 @@ import optax
 import pytest
 from helpers import assert_same
 from problems import relaxed
+from sklearn.datasets import load_breast_cancer
 
 import gradhpo
 
@@ -208,6 +209,41 @@ def test_the_report_speaks_of_over_fitting():
     assert "test_loss has risen from 1 after 4 steps to 1.4, while the validation" in history.report
     assert "EarlyStopping(metric='test_loss')" in history.report
     assert "4 validation examples for 4 hyperparameters, 1 for each" in history.report
+
+
+def test_thirty_decays_over_fit_150_patients_in_every_split():
+    """Breast cancer: the validation loss falls in 5 of 5 splits, and the test loss rises."""
+    x, y = load_breast_cancer(return_X_y=True)
+    x = (x - x.mean(axis=0)) / x.std(axis=0)
+
+    def error(w, batch):
+        logits = batch[0] @ w["weights"] + w["bias"]
+        return jnp.mean(jnp.logaddexp(0, logits) - batch[1] * logits)
+
+    def penalised(w, h, batch):
+        return error(w, batch) + jnp.sum(jnp.exp(h["log_decay"]) * w["weights"] ** 2)
+
+    losses = gradhpo.LossFunctions(penalised, lambda w, h, batch: error(w, batch))
+    inner = lambda h: relaxed(optax.sgd(jnp.exp(h["log_rate"]), momentum=0.9))
+    optimizer = gradhpo.UnrolledOptimizer(inner, relaxed(optax.adam(0.1)), unroll_steps=50)
+    state = optimizer.init(
+        {"weights": jnp.zeros(30), "bias": jnp.zeros(())},
+        {"log_decay": jnp.full(30, -3.0), "log_rate": jnp.array(-2.0)},
+    )
+    for seed in range(5):
+        order = np.random.default_rng(seed).permutation(len(y))
+        parts = np.split(order, [100, 250])
+        train, val, test = ((x[part], y[part].astype(float)) for part in parts)
+        of_test = jax.jit(lambda state, test=test: error(state.params, test))
+        _, history = gradhpo.run(
+            optimizer, state, losses, train, val, num_steps=200, chunk_size=10, progress=False,
+            callbacks=[gradhpo.Monitor({"test_loss": of_test})],
+        )  # fmt: skip
+        measured = history["test_loss"][9::10]
+        assert history["val_loss"][-1] < 0.7 * history["val_loss"][9]
+        assert measured[-1] > 1.2 * np.min(measured)
+        assert "test_loss has risen from" in history.report
+        assert "150 validation examples for 31 hyperparameters" in history.report
 
 
 def test_the_report_is_quiet_where_nothing_rises():

@@ -108,6 +108,15 @@ def test_finite_differences_rebuild_the_initial_state(kind):
         np.testing.assert_allclose(found.derivative, found.difference, rtol=1e-6)
 
 
+def test_comparisons_and_shares_are_those_of_all_of_training():
+    """The coordinate that acts in `init` alone is in their reference too."""
+    inner, h = INNER["adagrad"]
+    optimizer, batches = EXACT["unrolled"](inner), gradhpo.BatchStack(jnp.zeros((STEPS, 1)))
+    state, losses = optimizer.init(W, h), gradhpo.LossFunctions(*LOSSES)
+    compared = gradhpo.compare_hypergradients({"all": optimizer}, state, batches, None, losses)
+    assert_close(compared.reference, by_jax(inner, h))
+
+
 def test_drmad_pulls_its_own_cotangent_through_init():
     inner, h = INNER["adagrad"]
     one = gradhpo.DrMADOptimizer(inner, unroll_steps=1)

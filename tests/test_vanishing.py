@@ -28,6 +28,7 @@ ZERO = "is exactly 0: there is a stop_gradient, a rounding or a comparison on th
 SIGNS = {
     "lion": relaxed(optax.lion(0.01)),
     "sign descent": relaxed(optax.sign_sgd(0.01)),
+    "steps that grow and shrink by signs": relaxed(optax.rprop(0.01)),
     "momentum of signs": relaxed(optax.chain(optax.trace(0.9), optax.scale_by_sign())),
 }
 
@@ -185,6 +186,23 @@ def test_the_norm_of_a_large_hypergradient_is_finite():
     large = lambda w, h, batch: jnp.sum(h * f32(3e30, 4e30))
     state = optimizer.step(state, None, None, loss, large)
     np.testing.assert_allclose(state.get_metric("hypergrad_norm"), 5e30, rtol=1e-6)
+    np.testing.assert_allclose(state.get_metric("hyperparam_norm"), 5e29, rtol=1e-6)
     tiny = lambda w, h, batch: jnp.sum(h * f32(3e-30, 4e-30))
     state = optimizer.step(state, None, None, loss, tiny)
     np.testing.assert_allclose(state.get_metric("hypergrad_norm"), 5e-30, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e30, 1e-30])
+def test_a_direction_of_any_length_is_normalized(size):
+    """It was 0 where the norm overflowed: HyperDistill followed it without a word."""
+    v = {"a": jnp.asarray([3 * size, 4 * size], jnp.float32)}
+    unit = gradhpo.tree_normalize(v, np.float32(1e-38))
+    np.testing.assert_allclose(unit["a"], [0.6, 0.8], rtol=1e-6)
+    optimizer = gradhpo.OnlineHypergradientOptimizer(
+        relaxed(optax.sgd(0.5)), normalize=True, distillation_weight=1.0
+    )
+    state = optimizer.init(jnp.zeros(2, jnp.float32), jnp.ones(2, jnp.float32))
+    loss = lambda w, h, batch: jnp.sum((w - h) ** 2)
+    val = lambda w, h, batch: jnp.sum(w * v["a"])
+    found = optimizer.compute_hypergradient(state, None, None, loss, val)
+    np.testing.assert_allclose(found, [0.6, 0.8], rtol=1e-6)

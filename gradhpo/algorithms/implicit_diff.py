@@ -199,7 +199,8 @@ class ImplicitOptimizer(Algorithm):
     ) -> ImplicitMemory:
         """An adjoint of 0. It survives episodes: the optimum has not moved."""
         dtype = accumulation_dtype(z.w)
-        unknown = jnp.full((), jnp.nan, dtype)
+        # Placed, not computed: jax_debug_nans refuses to compute a NaN.
+        unknown = jax.device_put(np.full((), np.nan, dtype))
         adjoint = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), z.w)
         return ImplicitMemory(adjoint, unknown, unknown, unknown, jnp.zeros((), dtype))
 
@@ -301,9 +302,9 @@ def _check_fits(solver: lx.AbstractLinearSolver, symmetric: bool) -> None:
     if isinstance(solver, lx.CG | lx.Cholesky) and not symmetric:
         raise ValueError(
             f"ImplicitOptimizer(linear_solver=lineax.{type(solver).__name__}(...)) needs "
-            "a symmetric system, which an update_fn or a custom_vjp in the loss may not give: "
-            "use lineax.GMRES, lineax.BiCGStab, lineax.LU, gradhpo.Neumann, or None for the "
-            "default; a rule that is the true derivative can be written as custom_jvp"
+            "a symmetric system, which an update_fn, gradhpo.detach or another custom_vjp in the "
+            "loss may not give: use lineax.GMRES, lineax.BiCGStab, lineax.LU, gradhpo.Neumann, or "
+            "None for the default; a rule that is the true derivative can be written as custom_jvp"
         )
 
 

@@ -31,6 +31,7 @@ from gradhpo.utils.tracing import count_trace, num_traces, record_trace
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import (
     check_single_batch,
+    native,
     prepare_hyperparams,
     prepare_params,
     refuse_text,
@@ -94,6 +95,7 @@ class BilevelOptimizer(OuterStep):
         check_single_batch(batch, "init(batch=...)")
         if isinstance(batch, BatchStack):
             raise TypeError("init(batch=...) is a BatchStack; pass one batch of it, stack.at(0)")
+        params, hyperparams = jax.tree.map(native, (params, hyperparams))
         check_disjoint(params, hyperparams)
         params, hyperparams = prepare_params(params), prepare_hyperparams(hyperparams)
         batch = as_batch(batch, "init(batch=...)")

@@ -17,7 +17,7 @@ from gradhpo.core.state import BilevelState, inner_state, with_inner_state, with
 from gradhpo.core.types import Declared, RealScalarLike
 from gradhpo.core.vanishing import norm_and_moving
 from gradhpo.utils.dispatch import compiled
-from gradhpo.utils.trees import accumulation_dtype, tree_l2_norm
+from gradhpo.utils.trees import accumulation_dtype, scaled_norm
 
 
 class OuterStep(InnerProblems):
@@ -59,7 +59,7 @@ class OuterStep(InnerProblems):
             "val_loss": estimate.val_loss,
             "hypergrad_norm": norm,
             "param_norm": self._param_norm(z.w),
-            "hyperparam_norm": tree_l2_norm(hyperparams),
+            "hyperparam_norm": scaled_norm(hyperparams),
             "rejected": rejected + (~accepted).astype(rejected.dtype),
         }
         dtype = accumulation_dtype(state.params)

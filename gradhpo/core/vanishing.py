@@ -12,7 +12,7 @@ from gradhpo.core.inputs import Inputs
 from gradhpo.core.interface import InnerProblems
 from gradhpo.core.state import BilevelState
 from gradhpo.utils.freezing import is_frozen
-from gradhpo.utils.trees import accumulation_dtype, tree_l2_norm
+from gradhpo.utils.trees import scaled_norm
 from gradhpo.utils.validation import leaf_names
 from gradhpo.utils.warn import warn_once, without_warnings
 
@@ -24,16 +24,9 @@ WHY_ZERO = (
 
 
 def norm_and_moving(hypergradient: PyTree) -> tuple[Float[Array, ""], Bool[Array, " leaves"]]:
-    """The Euclidean norm, and for each leaf whether any entry is not exactly 0.
-
-    Scaled by the largest entry, whose square may be out of range.
-    """
-    dtype = accumulation_dtype(hypergradient)
-    leaves = [x.astype(dtype) for x in jax.tree.leaves(hypergradient)]
-    largest = jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in leaves])
-    top = jnp.max(largest)
-    scale = jnp.where((top > 0) & jnp.isfinite(top), top, 1)
-    return scale * tree_l2_norm([x / scale for x in leaves]), largest != 0
+    """The Euclidean norm, and for each leaf whether any entry is not exactly 0."""
+    largest = [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(hypergradient)]
+    return scaled_norm(hypergradient), jnp.stack([x != 0 for x in largest])
 
 
 def vanished(optimizer: InnerProblems, inputs: Inputs, moving: np.ndarray) -> list[int]:

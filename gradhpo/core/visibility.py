@@ -68,15 +68,27 @@ def _reads_its_state(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> bo
     return any(jax.tree.leaves(visible_leaves(after, inexact)))
 
 
+def _sees_its_gradient(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> bool:
+    """Whether parameters have a derivative by the training gradient, also by way of the state.
+
+    It may act one step late, as momentum may; what follows has gradients that are held.
+    """
+    loss = jnp.zeros(())
+
+    def after(gradient):
+        state = z
+        for held in (gradient, z.w, z.w):  # a gradient is a tree like w
+            state = phi.step_and_gradient(state, hyperparams, 0, (loss, held))[0]
+        return state.w
+
+    return any(jax.tree.leaves(visible_leaves(after, z.w)))
+
+
 def where_it_is_cut(problem: Problem) -> str:
     """Where the derivative of what acts on training may be lost."""
     phi, _, z, hyperparams = problem
-    if phi.update_fn is None:
-        loss = jnp.zeros(())
-        after = lambda gradient: phi.step_and_gradient(z, hyperparams, 0, (loss, gradient))[0].w
-        by_gradient = visible_leaves(after, z.w)  # a gradient is a tree like w
-        if not any(jax.tree.leaves(by_gradient)) and not _reads_its_state(phi, z, hyperparams):
-            return IGNORES_SIZE
+    if phi.update_fn is None and not _sees_its_gradient(phi, z, hyperparams):
+        return IGNORES_SIZE
     return "a stop_gradient, round, argmax or a cast to integers on the way to them"
 
 

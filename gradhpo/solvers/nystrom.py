@@ -99,7 +99,8 @@ class Nystrom(lx.AbstractLinearSolver[_LowRank]):
         if not lx.is_symmetric(operator):
             raise ValueError(
                 "Nystrom needs a symmetric operator, which the Hessian of a training loss is; with "
-                "an update_fn, or a custom_vjp in the loss, use lineax.GMRES or gradhpo.Neumann"
+                "an update_fn, or gradhpo.detach or another custom_vjp in the loss, use "
+                "lineax.GMRES or gradhpo.Neumann"
             )
         like = operator.in_structure()
         size = num_coordinates(like)

@@ -48,7 +48,8 @@ class Driver:
         if self.start_fn is not None:
             self.state = started(self.optimizer, self.state, self.start_fn)
         self.start: PyTree = inner_state(self.state).w  # of the episode
-        self.before = self.optimizer._scalars(self.state.memory)
+        with jax.debug_nans(False):  # what is not measured yet is NaN
+            self.before = self.optimizer._scalars(self.state.memory)
         squares = [np.sum(np.square(np.asarray(x, float))) for x in jax.tree.leaves(self.start)]
         self.record = Record(
             int(self.state.step),

@@ -11,6 +11,7 @@ from jaxtyping import Array, PyTree
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import METRICS
+from gradhpo.utils.repeatable import check_repeatable
 
 
 RecordFn: TypeAlias = Callable[[BilevelState], dict[str, Array]]
@@ -33,7 +34,7 @@ def recorded(state: BilevelState, record: RecordFn | None) -> dict[str, Array]:
 
 def recorded_names(optimizer: BilevelOptimizer, state: BilevelState) -> list[str]:
     """What every run of this optimizer records."""
-    scalars = optimizer._scalars(state.memory)
+    scalars = eqx.filter_eval_shape(optimizer._scalars, state.memory)
     return [*METRICS, *scalars, *scalar_hyperparams(state.hyperparams)]
 
 
@@ -41,6 +42,16 @@ def check_record(optimizer: BilevelOptimizer, state: BilevelState, record: Any) 
     """The names that `record` returns, once they and their values can be recorded."""
     if record is None:
         return []
+    check_repeatable(
+        record,
+        (state,),
+        "record(state)",
+        made="value of the same state",
+        values="its state, which is traced: {said}. Record arrays as they are, without float(...) "
+        "or NumPy; for functions in Python there is gradhpo.Monitor",
+        draws="counts its calls, in Python, and a compiled run would do so once for all steps: "
+        "gradhpo.Monitor calls a function after each chunk",
+    )
     found = eqx.filter_eval_shape(record, state)
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise TypeError(

@@ -12,6 +12,7 @@ from gradhpo.core.inner_state import Start
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import RealScalarLike
 from gradhpo.utils.keys import is_key
+from gradhpo.utils.repeatable import check_repeatable
 from gradhpo.utils.validation import check_arity
 
 
@@ -44,6 +45,16 @@ def make_start(
             "it again: leave one of them out"
         )
     key = key if is_key(key) else jax.random.wrap_key_data(key)
+    check_repeatable(
+        start_fn,
+        (key, state.hyperparams),
+        "start_fn(key, hyperparams)",
+        made="start of the same key",
+        values="its arguments, which are traced: {said}. Write jnp.where instead of a branch, and "
+        "leave out float(...) and NumPy",
+        draws="counts its calls, in Python, and a compiled run would do so once for all episodes. "
+        "Draw with the key: jax.random.normal(key, shape)",
+    )
     start = Start(start_fn, key, steps_per_episode)
     eqx.filter_eval_shape(lambda: optimizer._restart_at(state, start))  # raises if it does not fit
     return start

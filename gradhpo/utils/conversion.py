@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from gradhpo.utils.keys import is_key
-from gradhpo.utils.validation import strong
+from gradhpo.utils.validation import native, strong
 
 
 def as_batch(batch: PyTree, name: str) -> PyTree:
@@ -63,12 +63,7 @@ def as_array(x: Any, which: str) -> np.ndarray | Array:
             f"{which} holds a {type(x).__name__} with dtype {array.dtype}: a batch is a pytree of "
             "numbers; leave text and objects out, or encode them"
         )
-    return array if isinstance(array, jax.Array) else _native(array)
-
-
-def _native(x: np.ndarray) -> np.ndarray:
-    """In the byte order of this machine, which JAX takes all arrays to be in."""
-    return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
+    return array if isinstance(array, jax.Array) else native(array)
 
 
 def _number_or_array(x: Any, which: str) -> Any:

@@ -11,8 +11,9 @@ import optax
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, PyTree, Real
 
-from gradhpo.utils.foreign import needs_a_value, uncalled
-from gradhpo.utils.validation import check_arity
+from gradhpo.utils.foreign import uncalled
+from gradhpo.utils.repeatable import check_repeatable
+from gradhpo.utils.validation import check_arity, native
 
 
 def setting(value: Real[ArrayLike, ""]) -> Array:
@@ -22,7 +23,7 @@ def setting(value: Real[ArrayLike, ""]) -> Array:
     """
     if isinstance(value, (bool, np.bool_)) or not eqx.is_array_like(value) or np.ndim(value):
         raise TypeError(f"a numeric setting must be one real number, of shape (), got {value!r}")
-    dtype = jnp.result_type(value)
+    dtype = jnp.result_type(value := native(value))
     if not jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(f"a numeric setting must be a real number, got {value!r}")
     return jnp.asarray(value, dtype=jnp.result_type(float))
@@ -122,19 +123,23 @@ def check_rate_schedule(schedule: Callable) -> None:
     """`lr_hyper` as a function of the step: traced, and one real number at every step."""
     check_arity(schedule, "lr_hyper", "step")
 
-    rate_at = lambda step: jax.tree.map(jnp.asarray, schedule(step))
-    try:
-        rate = jax.eval_shape(rate_at, jax.ShapeDtypeStruct((), jnp.int32))
-    except Exception as error:
-        if not needs_a_value(error):
-            raise
-        said = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(
-            f"lr_hyper(step) needs the value of its step, which is traced: {said}. Write "
-            "jnp.where(step < 100, 0.1, 0.01) instead of a branch, or pass an optax schedule"
-        ) from error
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    check_repeatable(
+        schedule,
+        (step,),
+        "lr_hyper(step)",
+        made="rate of the same step",
+        values="its step, which is traced: {said}. Write jnp.where(step < 100, 0.1, 0.01) instead "
+        "of a branch, or pass an optax schedule",
+        draws="counts its calls, in Python, and a compiled run would do so once for all steps. "
+        "Make the rate of the step alone: 0.1 * jax.random.uniform(jax.random.fold_in(key, step))",
+    )
+    rate = eqx.filter_eval_shape(schedule, step)
+    if eqx.is_array_like(rate):
+        rate = jax.eval_shape(lambda: jnp.asarray(rate))
     if not (isinstance(rate, jax.ShapeDtypeStruct) and rate.shape == () and _is_real(rate.dtype)):
-        found = rate if rate is None else eqx.tree_pformat(rate, struct_as_array=True)
+        is_tree = not isinstance(rate, str) and rate is not None
+        found = eqx.tree_pformat(rate, struct_as_array=True) if is_tree else repr(rate)
         raise TypeError(f"lr_hyper(step) returned {found}: return the rate, one real number")
 
 

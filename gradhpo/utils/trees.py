@@ -63,6 +63,19 @@ def tree_l2_norm(tree: PyTree) -> Real[Array, ""]:
     return jnp.asarray(optax.tree.norm(_accumulated(tree)), accumulation_dtype(tree))
 
 
+def scaled_norm(tree: PyTree) -> Real[Array, ""]:
+    """The same for entries of any finite size, at the cost of another pass over them.
+
+    Scaled by the largest, whose square may be out of range.
+    """
+    dtype, tree = accumulation_dtype(tree), _accumulated(tree)
+    largest = [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(tree)]
+    top = jnp.max(jnp.stack(largest)) if largest else jnp.zeros((), dtype)
+    top = jax.lax.stop_gradient(top)
+    scale = jnp.where((top > 0) & jnp.isfinite(top), top, 1)
+    return scale * tree_l2_norm(_map_inexact(lambda x: x / scale, tree))
+
+
 @checked
 def tree_normalize(tree: PyTree, eps: Real[ArrayLike, ""] = 1e-8) -> PyTree:
     r"""Divides by the norm: $x / \max(\|x\|_2, \mathtt{eps})$, so that 0 stays 0.
@@ -73,7 +86,7 @@ def tree_normalize(tree: PyTree, eps: Real[ArrayLike, ""] = 1e-8) -> PyTree:
     unit = gradhpo.tree_normalize({"a": jnp.array([3.0]), "b": jnp.array(4.0)})
     ```
     """
-    norm = tree_l2_norm(tree)
+    norm = scaled_norm(tree)
     norm = jnp.maximum(norm, jnp.asarray(eps, norm.dtype))
     return _map_inexact(lambda x: (x.astype(norm.dtype) / norm).astype(x.dtype), tree)
 

@@ -92,8 +92,8 @@ def _on_call(function: Callable, args: tuple, kwargs: dict) -> str | None:
     except TypeError as error:
         said = str(error)
     name, parameters = _name(function, args), dict(signature.parameters)
-    if function.__name__ == "__init__":
-        del parameters[next(iter(parameters))]
+    if next(iter(parameters), None) == "self":
+        del parameters["self"]
         args = args[1:]
     positional = [x.name for x in parameters.values() if x.kind == x.POSITIONAL_OR_KEYWORD]
     given = dict(zip(positional, args, strict=False)) | kwargs

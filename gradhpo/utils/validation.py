@@ -33,7 +33,13 @@ def _is_python_number(x: Any) -> bool:
 def strong(x: Any) -> Array:
     """An array whose dtype is fixed: a weakly typed leaf would compile the loop twice."""
     is_key = eqx.is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    return x if is_key else jnp.asarray(x, jnp.result_type(x))
+    return x if is_key else jnp.asarray(x := native(x), jnp.result_type(x))
+
+
+def native(x: Any) -> Any:
+    """A NumPy array in the byte order of this machine, which JAX takes all arrays to be in."""
+    is_swapped = isinstance(x, (np.ndarray, np.generic)) and not x.dtype.isnative
+    return x.astype(x.dtype.newbyteorder("=")) if is_swapped else x
 
 
 # -- trees -------------------------------------------------------------------------------

@@ -154,7 +154,8 @@ class TaskBatched(Wrapper):
 
         numbers = jnp.arange(self.num_tasks, dtype=jnp.int32)
         state = self.optimizer._init_state(params, hyperparams, None, None)
-        z, of_each = jax.vmap(of_task)(numbers, examples, keys)
+        with jax.debug_nans(False):  # metrics that are not measured yet are NaN
+            z, of_each = jax.vmap(of_task)(numbers, examples, keys)
         state = with_inner_state(state, z).update(fresh=True)
         return with_memory(state, TaskMemory(numbers, of_each))
 
