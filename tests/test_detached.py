@@ -12,6 +12,7 @@ from helpers import assert_same
 from problems import relaxed
 
 import gradhpo
+from gradhpo.utils.warn import forget_warnings
 
 
 X = jax.random.normal(jax.random.key(0), (8, 3))
@@ -72,12 +73,85 @@ def test_detach_is_exact(kind, method):
 @pytest.mark.parametrize("kind", KINDS)
 def test_stop_gradient_is_not_and_is_named_with_the_line_to_write(kind):
     loss = KINDS[kind](jax.lax.stop_gradient)
-    with pytest.warns(UserWarning, match=r"train_loss_fn stops the gradient.*gradhpo\.detach\(x\)"):
+    named = r"train_loss_fn \(loss at .* stops the gradient.*gradhpo\.detach\(x\)"
+    with pytest.warns(UserWarning, match=named):
         found, differences = hypergradients(loss)
     assert abs(found - differences) > 0.12 * abs(differences)
     # The training itself is the same.
     gradient = lambda stop: jax.grad(KINDS[kind](stop))(START, jnp.array(-2.0), None)
     assert_same(gradient(gradhpo.detach), gradient(jax.lax.stop_gradient))
+
+
+def ascent(stop):
+    """SAM: the gradient at parameters moved along the gradient."""
+
+    def gradient(p, h, batch):
+        up = stop(jax.grad(loss_of_sam)(p, h, batch))
+        return jax.grad(loss_of_sam)(jax.tree.map(lambda x, g: x + jnp.exp(h) * g, p, up), h, batch)
+
+    return gradient
+
+
+def loss_of_sam(p, h, batch):
+    return jnp.mean((jnp.tanh(X @ p["w"]) * jnp.sum(p["head"]) - Y) ** 2)
+
+
+@pytest.mark.parametrize("stop", [jax.lax.stop_gradient, gradhpo.detach], ids=["stop", "detach"])
+@pytest.mark.parametrize("rule", ["grad_fn", "update_fn"])
+def test_a_stop_outside_of_jax_grad_is_named_with_the_line_to_write(rule, stop):
+    """As code from elsewhere has it: there nothing needs one, and a derivative is lost."""
+
+    def optimizer(stop):
+        if rule == "grad_fn":
+            return gradhpo.UnrolledOptimizer(SGD, grad_fn=ascent(stop), unroll_steps=3)
+        descend = lambda p, h, batch: jax.tree.map(
+            lambda x, g: x - 0.1 * g, p, ascent(stop)(p, h, batch)
+        )
+        return gradhpo.UnrolledOptimizer(update_fn=descend, unroll_steps=3)
+
+    found, differences = hypergradients(loss_of_sam, optimizer(lambda x: x))
+    np.testing.assert_allclose(found, differences, rtol=1e-6)
+    forget_warnings()
+    with pytest.warns(UserWarning, match=rf"{rule} \(\S+ at .*outside of jax.grad needs no stop"):
+        lost, differences = hypergradients(loss_of_sam, optimizer(stop))
+    np.testing.assert_allclose(found, differences, rtol=1e-6)
+    assert abs(lost - found) > 1e-3 * abs(found)
+
+
+def test_detach_within_a_loss_that_grad_fn_differentiates_is_exact():
+    loss = semi_gradient(gradhpo.detach)
+    for rule in (jax.grad(loss), lambda p, h, batch: jax.grad(loss)(p, h, batch)):
+        optimizer = gradhpo.UnrolledOptimizer(SGD, grad_fn=rule, unroll_steps=3)
+        found, differences = hypergradients(loss, optimizer)
+        np.testing.assert_allclose(found, differences, rtol=1e-6)
+        state = optimizer.init(START, jnp.array(-2.0))
+        given = (None, None, loss, val_loss)
+        of = lambda h, optimizer=optimizer, state=state, given=given: (
+            optimizer.compute_hypergradient(state.update(hyperparams=h), *given)
+        )
+        forward, reverse = jax.jacfwd(of)(state.hyperparams), jax.jacrev(of)(state.hyperparams)
+        np.testing.assert_allclose(forward, reverse, rtol=1e-10)
+
+
+@pytest.mark.parametrize("stop", [jax.lax.stop_gradient, gradhpo.detach], ids=["stop", "detach"])
+def test_a_stop_in_the_validation_loss_is_named(stop):
+    shared = lambda p, h, batch: val_loss(stop(p), h, batch) + val_loss(p, h, batch)
+    optimizer = gradhpo.OneStepOptimizer(SGD)
+    state = optimizer.init(START, jnp.array(-2.0))
+    with pytest.warns(UserWarning, match="val_loss_fn .*: leave the stop out of it"):
+        optimizer.compute_hypergradient(state, None, None, semi_gradient(gradhpo.detach), shared)
+
+
+def test_a_second_loss_is_named_as_well():
+    """Each is another mistake; the same one is named once, however often it is compiled."""
+
+    def first(p, h, batch):
+        return jnp.sum((p["w"] - STOP(2 * p["w"])) ** 2) + h**2
+
+    def second(p, h, batch):
+        return jnp.sum((p["w"] - STOP(2 * p["w"])) ** 2) + h**2
+
+    assert [warns_of(loss) for loss in (first, first, second, second)] == [1, 0, 1, 0]
 
 
 def test_the_checkup_decides_by_numbers():

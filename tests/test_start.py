@@ -315,7 +315,8 @@ def test_each_episode_has_its_own_start_which_is_differentiated(name):
 
 def test_a_longer_episode_starts_once():
     """Later outer steps of an episode go on from where they are: the start acts in the first."""
-    state, history = run_from(FROM_START["unrolled"](), 4, 2, record=lambda s: {"w": s.params})
+    with pytest.warns(UserWarning, match="act in start_fn alone, .* Pass steps_per_episode=1"):
+        state, history = run_from(FROM_START["unrolled"](), 4, 2, record=lambda s: {"w": s.params})
     np.testing.assert_allclose(history["w"][0], trained_from(POINT, 0), rtol=1e-10)
     assert history["hypergrad_norm"][1] == 0
     # What is returned stands at the start of the next episode.

@@ -53,6 +53,7 @@ def test_running_statistics_among_the_parameters_are_named():
 
 
 @pytest.mark.filterwarnings("ignore:train_loss_fn stops")
+@pytest.mark.filterwarnings("ignore:train_loss_fn .* stops the gradient")
 def test_so_are_those_behind_programs_and_stops():
     jitted = jax.jit(predict)
 

@@ -24,7 +24,7 @@ def val_loss(w, h, batch):
 
 LOSSES = (train_loss, val_loss)
 SIZE = "the step of the inner optimizer ignores the size of the training gradient"
-ZERO = "is exactly 0: there is a stop_gradient, a rounding or a comparison on the way"
+ZERO = "is exactly 0: there is a stop_gradient, a gradhpo.detach outside of jax.grad, a rounding"
 SIGNS = {
     "lion": relaxed(optax.lion(0.01)),
     "sign descent": relaxed(optax.sign_sgd(0.01)),

@@ -26,7 +26,7 @@ from gradhpo.core.problem import Problem, make_problem, not_differentiable
 from gradhpo.core.start import started
 from gradhpo.core.state import BilevelState, inner_state, with_inner_state, with_metrics
 from gradhpo.core.types import Declared, GradFn, InnerOptimizer, MetricDict, UpdateFn
-from gradhpo.core.visibility import Sees, check_visible, seen_by
+from gradhpo.core.visibility import Sees, check_later_steps, check_visible, seen_by
 from gradhpo.utils.freezing import trained
 from gradhpo.utils.settings import check_count, check_inner_rule
 from gradhpo.utils.tracing import differentiation_explained
@@ -162,11 +162,18 @@ class Algorithm(Hooks, BilevelOptimizer):
             z.r,
             fresh=anew or (keep_memory and state.fresh),
         )
+        taken = sorted(made.metadata.in_memory.intersection(state.metadata))
+        if taken:
+            raise ValueError(
+                f"the state has notes called {', '.join(taken)}, and {type(self).__name__} keeps "
+                "these in its memory: take them out first, "
+                f"dataclasses.replace(state, metadata=state.metadata.without({taken!r}))"
+            )
         return with_metrics(made.update(step=state.step), dict(state.metadata))
 
     def _solve(self, inputs: Inputs) -> Estimate:
         problem = self._problem(inputs)
-        self._check_visible(problem)
+        self._check_visible(problem, inputs.continues)
         find = lambda: not_differentiable(problem)
         with differentiation_explained(type(self).__name__, self.derivatives, find):
             found = self.estimate(problem, inputs.state.memory)
@@ -178,9 +185,12 @@ class Algorithm(Hooks, BilevelOptimizer):
             return [False] * len(jax.tree.leaves(inputs.state.hyperparams))
         return seen_by(self.sees, self._problem(inputs), self.differentiates_init)
 
-    def _check_visible(self, problem: Problem) -> None:
+    def _check_visible(self, problem: Problem, continues: bool = False) -> None:
+        name = type(self).__name__
         if self.tunes:
-            check_visible(type(self).__name__, self.sees, problem, self.differentiates_init)
+            check_visible(name, self.sees, problem, self.differentiates_init)
+        if self.tunes and continues and self.differentiates_init:
+            check_later_steps(name, self.sees, problem)
 
     def _outer_loss(self, inputs: Inputs) -> Array:
         phi, validation, z, hyperparams = self._problem(inputs)

@@ -248,11 +248,7 @@ class BilevelOptimizer(OuterStep):
     def _warn_of_zeros(self, inputs: Inputs, moving: Array) -> list[int]:
         """After the first call of a program, when waiting for the device does not matter."""
 
-        def at(state: BilevelState) -> PyTree:
-            batches, losses = (inputs.train_batch, inputs.val_batch), inputs.losses
-            functions = losses.train_loss, losses.val_loss
-            return _compute_hypergradient(self, state, *batches, *functions)[0]
-
+        at = lambda state: _hypergradient_of(self, inputs.at(state))
         return warn_of_zeros(self, inputs, np.asarray(moving), at)
 
 
@@ -291,6 +287,11 @@ def _compute_hypergradient(
     inputs = inputs_of(state, train_batch, val_batch, train_loss_fn, val_loss_fn)
     hypergradient = optimizer._solve(inputs).hypergradient
     return hypergradient, norm_and_moving(hypergradient)[1]
+
+
+@compiled
+def _hypergradient_of(optimizer: BilevelOptimizer, inputs: Inputs) -> PyTree:
+    return optimizer._solve(inputs).hypergradient
 
 
 @compiled

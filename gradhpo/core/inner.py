@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PyTree
 
 from gradhpo.core.batches import batch_of_step, is_same_each_step
+from gradhpo.core.inner_optimizer import cast_like
 from gradhpo.core.inner_rule import gradient_by, updated_by_hand, updated_by_optax
 from gradhpo.core.inner_state import InnerState, Start
 from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, UpdateFn
@@ -25,7 +26,7 @@ from gradhpo.utils.foreign import (
     with_evaluation,
 )
 from gradhpo.utils.gradients import linearize_gradient, undifferentiable
-from gradhpo.utils.trees import tree_zeros_like
+from gradhpo.utils.trees import accumulation_dtype, tree_zeros_like
 
 
 _LINE_SEARCH = (
@@ -93,7 +94,7 @@ class InnerUpdate(eqx.Module):
         done only if `want_loss`; otherwise it is `nan`.
         """
         if self.update_fn is not None:
-            new_w = self._updated_by_hand(z.w, hyperparams, t)
+            new_w = self.updated_by_hand(z.w, hyperparams, t)
             return z._replace(w=new_w), self.loss_if(want_loss, z.w, hyperparams, t)
         evaluation = None
         if self.grad_fn is not None and not self.passes_loss:
@@ -104,7 +105,7 @@ class InnerUpdate(eqx.Module):
 
     def loss_if(self, wanted: ArrayLike, w: PyTree, hyperparams: PyTree, t: ArrayLike) -> Array:
         """The loss, computed only if it is wanted, otherwise `nan`."""
-        compute = lambda: self.train_loss(w, hyperparams, t)
+        compute = lambda: self._loss_alone(w, hyperparams, t)
         skip = lambda: jnp.full_like(jax.eval_shape(compute), jnp.nan)
         return jax.lax.cond(wanted, compute, skip)
 
@@ -114,7 +115,11 @@ class InnerUpdate(eqx.Module):
         """The loss, and what the inner optimizer is given."""
         if self.grad_fn is None:
             return jax.value_and_grad(self.train_loss)(w, hyperparams, t)
-        return self.train_loss(w, hyperparams, t), self.gradient(w, hyperparams, t)
+        return self._loss_alone(w, hyperparams, t), self.gradient(w, hyperparams, t)
+
+    def _loss_alone(self, w: PyTree, hyperparams: PyTree, t: ArrayLike) -> Array:
+        """The loss as a metric, of which nothing is differentiated; nor need it be possible."""
+        return self.train_loss(*jax.lax.stop_gradient((w, hyperparams)), t)
 
     def _linearized(
         self, w: PyTree, hyperparams: PyTree, last: ArrayLike, count: int = 1
@@ -123,12 +128,12 @@ class InnerUpdate(eqx.Module):
 
         Means over the batches of the `count` steps that end with step `last`.
         """
-        loss = lambda w, h: _mean(lambda t: self.train_loss(w, h, t), last, count)
         if self.grad_fn is None:
+            loss = lambda w, h: _mean(self.train_loss, w, h, last, count)
             return linearize_gradient(loss, w, hyperparams, symmetric=self.symmetric)
-        mean = lambda w, h: _mean(lambda t: self.gradient(w, h, t), last, count)
+        mean = lambda w, h: _mean(self.gradient, w, h, last, count)
         gradient, pull = jax.vjp(mean, w, hyperparams)
-        return loss(w, hyperparams), gradient, pull
+        return _mean(self._loss_alone, w, hyperparams, last, count), gradient, pull
 
     def step_and_gradient(
         self,
@@ -190,14 +195,14 @@ class InnerUpdate(eqx.Module):
     def _vjp_by_hand(
         self, z: InnerState, hyperparams: PyTree, t: ArrayLike
     ) -> tuple[InnerState, Array, Pull]:
-        update = lambda w, h: _differentiable(self._updated_by_hand(w, h, t))
+        update = lambda w, h: _differentiable(self.updated_by_hand(w, h, t))
         new_w, pull_by_hand, rest = jax.vjp(update, z.w, hyperparams, has_aux=True)
 
         def pull(bar: InnerState) -> tuple[InnerState, PyTree]:
             w_out, hyper_out = pull_by_hand(_differentiable(bar.w)[0])
             return bar._replace(w=w_out), hyper_out
 
-        return z._replace(w=eqx.combine(new_w, rest)), self.train_loss(z.w, hyperparams, t), pull
+        return z._replace(w=eqx.combine(new_w, rest)), self._loss_alone(z.w, hyperparams, t), pull
 
     def optimizer_vjp(
         self, gradient: PyTree, z: InnerState, hyperparams: PyTree, t: ArrayLike, w_bar: PyTree
@@ -221,7 +226,7 @@ class InnerUpdate(eqx.Module):
         if self.update_fn is None:
             _, gradient, products = self._linearized(w, hyperparams, last, count)
             return gradient, products
-        update = lambda w, h: _mean(lambda t: self._updated_by_hand(w, h, t), last, count)
+        update = lambda w, h: _mean(self.updated_by_hand, w, h, last, count)
         new, pull = jax.vjp(update, w, hyperparams)
 
         def minus_pulled(v):
@@ -296,23 +301,42 @@ class InnerUpdate(eqx.Module):
         given = gradient, s, w, hyperparams, objective
         return updated_by_optax(self.inner_optimizer, *given, **dict(of_loss))
 
-    def _updated_by_hand(self, w: PyTree, hyperparams: PyTree, t: ArrayLike) -> PyTree:
+    def updated_by_hand(self, w: PyTree, hyperparams: PyTree, t: ArrayLike) -> PyTree:
+        """The parameters by `update_fn`."""
         assert self.update_fn is not None
         params = eqx.combine(w, self.frozen)
         return updated_by_hand(self.update_fn, params, w, hyperparams, self.batch(t))
 
 
-def _mean(function: Callable[[ArrayLike], PyTree], last: ArrayLike, count: int) -> PyTree:
-    """Of `function` at the last `count` steps, in a loop: a program does not grow with them."""
+def _mean(
+    function: Callable[[PyTree, PyTree, ArrayLike], PyTree],
+    w: PyTree,
+    hyperparams: PyTree,
+    last: ArrayLike,
+    count: int,
+) -> PyTree:
+    """Of `function` at the last `count` steps, in a loop: a program does not grow with them.
+
+    Sums, and those of cotangents, are in float32 at least.
+    """
     if count == 1:
-        return function(last)
+        return function(w, hyperparams, last)
+    at = w, hyperparams
+    wide = jax.tree.map(_widened, at)
+    made = jax.eval_shape(function, *at, last)
 
     def body(total, t):
-        return jax.tree.map(jnp.add, total, function(t)), None
+        w, hyperparams = cast_like(wide, at)
+        new = function(w, hyperparams, t)
+        return jax.tree.map(lambda x, y: x + _widened(y), total, new), None
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, last))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, accumulation_dtype(x)), made)
     total, _ = jax.lax.scan(body, zeros, last - jnp.arange(count))
-    return jax.tree.map(lambda x: x / count, total)
+    return cast_like(jax.tree.map(lambda x: x / count, total), made)
+
+
+def _widened(x: Array) -> Array:
+    return x.astype(accumulation_dtype(x))
 
 
 def _differentiable(tree: PyTree) -> tuple[PyTree, PyTree]:

@@ -48,6 +48,7 @@ class Inputs(eqx.Module):
     losses: LossFunctions
     start: Start | None = None  # of the episode, if `run` has a start_fn
     repeats: bool = eqx.field(static=True, default=False)  # the next step gets the same batches
+    continues: bool = eqx.field(static=True, default=False)  # most steps begin where one has ended
 
     def at(self, state: BilevelState, **batches: Any) -> "Inputs":
         """The same inputs with another state, and with other batches if given."""

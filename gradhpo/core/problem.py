@@ -16,7 +16,8 @@ from gradhpo.core.inputs import Inputs
 from gradhpo.core.start import act_at_start
 from gradhpo.core.state import inner_state
 from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, UpdateFn
-from gradhpo.utils.foreign import NO_DERIVATIVE
+from gradhpo.utils.detached import DETACHED
+from gradhpo.utils.foreign import NO_DERIVATIVE, STOP_GRADIENT
 from gradhpo.utils.freezing import not_trained
 from gradhpo.utils.keys import looks_like_a_key
 from gradhpo.utils.programs import (
@@ -33,7 +34,7 @@ from gradhpo.utils.validation import (
     check_single_batch,
     leaf_names,
 )
-from gradhpo.utils.warn import warn_once
+from gradhpo.utils.warn import place_of, warn_once
 
 
 class Validation(eqx.Module):
@@ -66,6 +67,12 @@ class Problem(NamedTuple):
     validation: Validation
     z: InnerState
     hyperparams: PyTree
+
+    def functions(self) -> list[Any]:
+        """The user's functions in it, which a warning is about."""
+        phi = self.phi
+        rule = phi.update_fn or phi.grad_fn or phi.inner_optimizer
+        return [phi.train_loss_fn, self.validation.val_loss_fn, rule]
 
 
 def make_problem(
@@ -108,9 +115,17 @@ def make_problem(
     of_validation = _trace_loss("val", losses.val_loss, validation.loss, inputs.val_batch, *at)
     symmetric = grad_fn is None and not contains_custom_vjp(program)
     if grad_fn is update_fn is None:
-        if differentiates:
-            _check_stops(program, z.w, hyperparams)
         _check_trained(program, of_validation, phi, z, hyperparams)
+    of_w = [True] * len(jax.tree.leaves(z.w)) + [False] * len(jax.tree.leaves(hyperparams))
+    if differentiates:
+        _check_stops(phi, program, of_w, z.w, hyperparams)
+    if stops_a_function_of(of_validation, of_w, (STOP_GRADIENT, DETACHED)):
+        warn_once(
+            f"val_loss_fn ({place_of(losses.val_loss)}) stops the gradient of something that "
+            "depends on the parameters (jax.lax.stop_gradient or gradhpo.detach): the "
+            "hypergradient leaves out what hyperparameters do to it. A validation loss is "
+            "differentiated once: leave the stop out of it"
+        )
     if num_steps > 1 or inputs.repeats:
         _check_keys(phi, z, hyperparams)
     fresh = state.fresh if act_at_start(phi, z, hyperparams) else None
@@ -118,15 +133,35 @@ def make_problem(
     return Problem(phi, validation, z, hyperparams)
 
 
-def _check_stops(program: Jaxpr, w: PyTree, hyperparams: PyTree) -> None:
-    """What is stopped as a function of the parameters is missing in second derivatives."""
-    of_w = [True] * len(jax.tree.leaves(w)) + [False] * len(jax.tree.leaves(hyperparams))
-    if stops_a_function_of(program, of_w):
+def _check_stops(
+    phi: InnerUpdate, of_loss: Jaxpr, of_w: list[bool], w: PyTree, hyperparams: PyTree
+) -> None:
+    """What is stopped as a function of the parameters is missing in later derivatives."""
+    found = "of something that depends on the parameters"
+    compare = "gradhpo.check_hypergradient shows whether it matters"
+    if phi.grad_fn is phi.update_fn is None:
+        if stops_a_function_of(of_loss, of_w):
+            warn_once(
+                f"train_loss_fn ({place_of(phi.train_loss_fn)}) stops the gradient {found} "
+                "(jax.lax.stop_gradient), so its second derivatives are wrong, and so may be the "
+                "hypergradient: write gradhpo.detach(x), which the training gradient treats as a "
+                f"constant too. {compare}"
+            )
+        return
+    by_hand = phi.update_fn is not None
+    name, function = ("update_fn", phi.update_fn) if by_hand else ("grad_fn", phi.grad_fn)
+    rule = phi.updated_by_hand if by_hand else phi.gradient
+    try:
+        program = jax.make_jaxpr(lambda w, h: rule(w, h, 0))(w, hyperparams).jaxpr
+    except NO_DERIVATIVE:
+        return  # it takes one itself, of what has none: explained where the step is taken
+    if stops_a_function_of(program, of_w, (STOP_GRADIENT, DETACHED)):
         warn_once(
-            "train_loss_fn stops the gradient of something that depends on the parameters "
-            "(jax.lax.stop_gradient). How that changes in later inner steps is then missing in the "
-            "hypergradient: write gradhpo.detach(x), which the training gradient treats as a "
-            "constant too. gradhpo.check_hypergradient shows whether it matters"
+            f"{name} ({place_of(function)}) stops the gradient {found} (jax.lax.stop_gradient, or "
+            "gradhpo.detach outside of jax.grad), so its derivatives are wrong, and so may be the "
+            "hypergradient: what it computes outside of jax.grad needs no stop, so leave that out; "
+            "in a loss that it differentiates, write gradhpo.detach(x) in place of stop_gradient. "
+            f"{compare}"
         )
 
 

@@ -91,7 +91,9 @@ class BilevelState(eqx.Module):
         its docstring); `None` if it carries nothing.
     - `model_state`: running state of the model; `None` if it has none.
     - `fresh`: whether the inner optimizer's state is what its `init` made at these hyperparameters,
-        shape `()`, bool: true after `init` and `restart`, false after a `step`.
+        shape `()`, bool: true after `init` and `restart`, false after a `step` and after
+        `update(inner_opt_state=...)`. `eqx.tree_at` leaves it true: a state of your own that is set
+        that way is made again where hyperparameters act in `init`.
     - `model` (property): the model that `partition` split, combined again, with plain arrays.
 
     The metrics are scalars, float32 (float64 if a parameter is float64), and `nan` before the first

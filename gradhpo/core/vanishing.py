@@ -18,7 +18,8 @@ from gradhpo.utils.warn import warn_once, without_warnings
 
 
 WHY_ZERO = (
-    "there is a stop_gradient, a rounding or a comparison on the way, a unit is dead, or nothing "
+    "there is a stop_gradient, a gradhpo.detach outside of jax.grad, a rounding or a comparison on "
+    "the way, a unit is dead, or nothing "
     "in these batches depends on them. gradhpo.check_hypergradient compares with differences"
 )
 
@@ -55,7 +56,9 @@ def warn_of_zeros(
         beside = jax.tree.leaves(hypergradient_at(_beside(inputs.state)))
     zeros = [i for i in zeros if not np.any(np.asarray(beside[i]) != 0)]
     if zeros:
-        warn_once(explain_zeros(optimizer, inputs.state, zeros))
+        losses = inputs.losses.train_loss, inputs.losses.val_loss
+        own = [x for x in jax.tree.leaves(optimizer) if callable(x)]
+        warn_once(explain_zeros(optimizer, inputs.state, zeros), *losses, *own)
     return zeros
 
 

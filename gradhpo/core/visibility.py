@@ -1,5 +1,6 @@
 """Which hyperparameters a method can see, found from the traced program."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
@@ -89,13 +90,16 @@ def where_it_is_cut(problem: Problem) -> str:
     phi, _, z, hyperparams = problem
     if phi.update_fn is None and not _sees_its_gradient(phi, z, hyperparams):
         return IGNORES_SIZE
-    return "a stop_gradient, round, argmax or a cast to integers on the way to them"
+    return (
+        "look for a stop_gradient, a round, an argmax or a cast to integers on the way to them, or "
+        "for a loss that reads a variable from outside in place of its argument hyperparams"
+    )
 
 
 def check_visible(name: str, sees: Sees, problem: Problem, with_init: bool) -> None:
     """Names the hyperparameters whose hypergradient by this method is identically 0, or in part."""
     seen = seen_by(sees, problem, with_init)
-    if not with_init and sees in ("last update", "updates"):
+    if not with_init and sees in ("last update", "updates", "everything"):
         _check_init(name, problem, seen)
     if all(seen):
         return
@@ -114,7 +118,24 @@ def check_visible(name: str, sees: Sees, problem: Problem, with_init: bool) -> N
         whys = (f"{', '.join(leaves)}: {why}" for why, leaves in groups.items())
         raise ValueError(f"{name} sees none of the hyperparameters. {'; '.join(whys)}")
     for why, leaves in groups.items():
-        warn_once(f"{name} gives a hypergradient of 0 for hyperparams {', '.join(leaves)}: {why}")
+        zero = f"{name} gives a hypergradient of 0 for hyperparams {', '.join(leaves)}: {why}"
+        warn_once(zero, *problem.functions())
+
+
+def check_later_steps(name: str, sees: Sees, problem: Problem) -> None:
+    """Names the hyperparameters that only the first step of an episode sees, at its start."""
+    if problem.phi.fresh is None:
+        return
+    pairs = zip(seen_by(sees, problem, True), seen_by(sees, problem), strict=True)
+    alone = [first and not later for first, later in pairs]
+    names = list(itertools.compress(leaf_names(problem.hyperparams), alone))
+    if names:
+        warn_once(
+            f"hyperparams {', '.join(names)} act {_where(problem)} alone, and so does {name} see "
+            "them: the hypergradients of all steps but the first of an episode are 0. Pass "
+            "steps_per_episode=1 to run, with the inner steps of a whole episode in each step",
+            *problem.functions(),
+        )
 
 
 def _check_init(name: str, problem: Problem, seen: Sequence[bool]) -> None:
@@ -131,7 +152,8 @@ def _check_init(name: str, problem: Problem, seen: Sequence[bool]) -> None:
     if entries:
         warn_once(
             f"{name} leaves out what hyperparams {', '.join(entries)} do {_where(problem)}; "
-            f"{WHO_SEES[_INIT]} see it"
+            f"{WHO_SEES[_INIT]} see it",
+            *problem.functions(),
         )
 
 
@@ -166,8 +188,8 @@ def _why(sees: Sees, acts_through: Sequence[str], blind: bool, problem: Problem)
         return f"they act {_where(problem)} alone; {WHO_SEES[_INIT]} see them"
     if not acts_through or sees not in _LOOKS_ELSEWHERE:
         return (
-            "neither the validation loss nor the inner update has a derivative by them. If they do "
-            f"act: {where_it_is_cut(problem)}"
+            "neither the validation loss nor the inner update has a derivative by them. If they "
+            f"should act: {where_it_is_cut(problem)}"
         )
     others = ", ".join(WHO_SEES[kind] for kind in acts_through)
     return f"{_LOOKS_ELSEWHERE[sees]}; {others} see them"

@@ -31,6 +31,7 @@ class Chunk(eqx.Module):
     lr_hyper: Callable | RealScalarLike | None
     record: Callable | None = None
     start: Start | None = None
+    continues: bool = eqx.field(static=True, default=False)
 
     @compiled
     def run_steps(
@@ -131,6 +132,7 @@ class Chunk(eqx.Module):
                 self.losses,
                 self._start(state),
                 self.train.repeats,
+                self.continues,
             )
             rate = outer_rate(rate(state.step) if callable(rate) else rate)
             new, moving = self.optimizer._advance(inputs, rate)

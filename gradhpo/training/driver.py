@@ -163,7 +163,7 @@ class Driver:
             check_shared(self.state, **leaves)
             positions = self.feed.positions() if self.keeper is not None else {}
             with failing("device error", may_return=may_return, advice=self._advice):
-                about = self.rate, self.record_fn, self.start_fn
+                about = self.rate, self.record_fn, self.start_fn, self.steps_per_episode != 1
                 chunk = Chunk(self.optimizer, self.losses, train, val, *about)
                 if self.steps_per_episode is None:
                     (state, stacked, moved), reached = chunk.run_steps(state, taken), None
@@ -193,12 +193,15 @@ class Driver:
             metrics = {name: on_host(values) for name, values in flight.metrics.items()}
             moved = np.asarray(flight.moved)
         if self.zeros is None:
-            inputs = flight.chunk.first_inputs(self.state)
-            self.zeros = self.optimizer._warn_of_zeros(inputs, flight.moved)
             refused = metrics["rejected"][-1] - float(self.state.metadata["rejected"])
-            if refused == len(metrics["rejected"]) and _looks_finite(metrics):
-                rate = self.rate(self.state.step) if callable(self.rate) else self.rate
-                self.refusal = self.optimizer._why_refused(inputs, outer_rate(rate))
+            unexplained = refused == len(metrics["rejected"]) and _looks_finite(metrics)
+            self.zeros = []
+            if unexplained or not np.all(moved):
+                inputs = flight.chunk.first_inputs(self.state)
+                self.zeros = self.optimizer._warn_of_zeros(inputs, flight.moved)
+                if unexplained:
+                    rate = self.rate(self.state.step) if callable(self.rate) else self.rate
+                    self.refusal = self.optimizer._why_refused(inputs, outer_rate(rate))
         self.zeros = [leaf for leaf in self.zeros if not moved[leaf]]
         self._callbacks_saw_all = False
         measured, failure = self.callbacks.measure(flight.measured)

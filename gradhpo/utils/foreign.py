@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
+from jax.extend.core import JaxprEqn
 from jaxtyping import Array, PyTree
 
 
@@ -56,6 +57,12 @@ RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "random_gamma")
 STOP_GRADIENT = "stop_gradient"
 MAXIMA = ("reduce_max", "reduce_min", "argmax", "argmin", "cummax", "pmax")
 LOOPS, BRANCHES = ("scan", "while"), ("cond",)
+
+
+def name_of_operation(eqn: JaxprEqn) -> str:
+    """Of a function compiled under a name, that name; of all else that of the primitive."""
+    named = eqn.primitive.name in ("jit", "pjit")
+    return eqn.params["name"] if named else eqn.primitive.name
 
 
 def is_custom_vjp(operation: str) -> bool:

@@ -12,6 +12,7 @@ from gradhpo.utils.foreign import (
     RANDOM,
     STOP_GRADIENT,
     is_custom_vjp,
+    name_of_operation,
 )
 
 
@@ -54,12 +55,14 @@ _NOT, _BY_MAXIMA, _OTHERWISE = range(3)
 Meets: TypeAlias = Callable[[str, list[int]], bool]  # an operation and the levels that it takes
 
 
-def stops_a_function_of(program: Jaxpr, marked: Sequence[bool]) -> bool:
-    """Whether `stop_gradient` comes between marked inputs and the result of a traced program.
+def stops_a_function_of(
+    program: Jaxpr, marked: Sequence[bool], by: Sequence[str] = (STOP_GRADIENT,)
+) -> bool:
+    """Whether an operation `by` comes between marked inputs and the result of a traced program.
 
     It is harmless on a maximum: softmax and logsumexp subtract one, which changes nothing.
     """
-    return _meets(program, marked, lambda name, of: name == STOP_GRADIENT and of[0] == _OTHERWISE)
+    return _meets(program, marked, lambda name, of: name in by and of[0] == _OTHERWISE)
 
 
 def draws_with(program: Jaxpr, marked: Sequence[bool]) -> bool:
@@ -87,7 +90,7 @@ def _followed(program: Jaxpr, levels: list[int], meets: Meets) -> tuple[list[int
             found |= found_inside and is_live
         if eqn.primitive.name in MAXIMA:
             after = [min(x, _BY_MAXIMA) for x in after]
-        found |= is_live and meets(eqn.primitive.name, before)
+        found |= is_live and meets(name_of_operation(eqn), before)
         for v, x in zip(eqn.outvars, after, strict=True):
             level[v] = max(level.get(v, _NOT), x)
     return [of(v) for v in program.outvars], found

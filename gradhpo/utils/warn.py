@@ -1,9 +1,11 @@
 """Warnings that point at the user's line, each given once."""
 
 import contextlib
+import inspect
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 
@@ -16,16 +18,31 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     warnings.warn(message, category, stacklevel=level)
 
 
+def place_of(function: Any) -> str:
+    """Where the user wrote a function, "loss at model.py:12"; of other objects their type."""
+    function = inspect.unwrap(function) if callable(function) else function
+    function = getattr(function, "func", function)  # of a functools.partial
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return type(function).__qualname__
+    name = function.__qualname__.rpartition("<locals>.")[2]
+    return f"{name} at {Path(code.co_filename).name}:{code.co_firstlineno}"
+
+
 # What was said in this process. Every compilation finds the same thing again, and no object of the
 # user's outlives them all. Python's registry of warnings is global state of the same kind, but it
 # counts by line, and one line of a user's program may trigger several warnings.
-_said: set[str] = set()
+_said: set[tuple[str, ...]] = set()
 
 
-def warn_once(message: str) -> None:
-    """A warning that is given once per process: tracing again finds the same thing again."""
-    if message not in _said:
-        _said.add(message)
+def warn_once(message: str, *about: Callable | None) -> None:
+    """A warning that is given once per process: tracing again finds the same thing again.
+
+    Once more about functions that are written elsewhere.
+    """
+    key = (message, *map(place_of, about))
+    if key not in _said:
+        _said.add(key)
         warn(message)
 
 
