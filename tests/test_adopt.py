@@ -1,5 +1,7 @@
 """A state goes from one optimizer to another by `adopt`; a foreign one is refused with it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,6 +50,15 @@ def test_keeps_the_problem_and_makes_the_rest_anew(after_two_steps):
     back = ONLINE.adopt(stepped)
     assert back.memory.t == 0
     assert_same(back.memory.distilled.w_star, stepped.params)
+
+
+def test_a_note_with_the_name_of_a_memory_is_refused():
+    """It would hide what the memory holds under that name."""
+    state = FIRST_ORDER.init(START, jnp.zeros(3)).update(metadata={"theta": jnp.array(7.0)})
+    with pytest.raises(ValueError, match=r"notes called theta.*without\(\['theta'\]\)"):
+        ONLINE.adopt(state)
+    state = dataclasses.replace(state, metadata=state.metadata.without(["theta"]))
+    assert ONLINE.adopt(state).get_metric("theta") != 7
 
 
 def test_another_inner_optimizer_starts_anew(after_two_steps):

@@ -208,3 +208,25 @@ def test_checks_while_tracing_leave_nothing_in_the_program():
         state = optimizer.step(state, None, None, loss, val_loss)
     jax.effects_barrier()
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize("rule", ["loss", "grad_fn", "update_fn"])
+def test_means_over_many_batches_add_up_in_float32(rule):
+    """Sums of 256 numbers in bfloat16 stall: they were 25 % short, and those of cotangents too."""
+    loss = lambda w, h, batch: jnp.mean((batch @ w - 1) ** 2) + jnp.exp(h) * jnp.sum(w**2)
+    descend = lambda w, h, batch: w - 0.1 * jax.grad(loss)(w, h, batch)
+    settings: dict = {"loss": {}, "grad_fn": {"grad_fn": jax.grad(loss)}}.get(rule) or {}
+    inner = None if rule == "update_fn" else optax.sgd(0.0)
+    if rule == "update_fn":
+        settings = {"update_fn": descend}
+    optimizer = gradhpo.ImplicitOptimizer(
+        inner, inner_steps=256, curvature_batches=256, damping=1.0, **settings
+    )
+    x = jax.random.normal(jax.random.key(0), (256, 4, 3)).astype(jnp.bfloat16)
+    val_loss = lambda w, h, batch: jnp.sum((w - 1) ** 2)
+    found = []
+    for dtype in (jnp.bfloat16, jnp.float64):
+        state = optimizer.init(jnp.full(3, 0.5, dtype), jnp.zeros((), dtype))
+        batches = gradhpo.BatchStack(x.astype(dtype))
+        found.append(optimizer.compute_hypergradient(state, batches, None, loss, val_loss))
+    np.testing.assert_allclose(found[0].astype(float), found[1], rtol=0.03)

@@ -324,6 +324,41 @@ def test_a_longer_episode_starts_once():
     np.testing.assert_allclose(state.params, expected, rtol=1e-12)
 
 
+def test_a_start_whose_first_derivative_is_0_moves_on():
+    """Zeros at a first step are looked at again nearby, from the start of that step."""
+    squared = lambda key, h: POINT["centre"] + h["centre"] ** 2
+    hyperparams = {"centre": jnp.zeros(3)}
+    settings = {"hyperparams": hyperparams, "start_fn": squared}
+    _, history = run_from(FROM_START["unrolled"](), 2, **settings)
+    assert history.stop_reason == "num_steps"
+    np.testing.assert_array_equal(history["hypergrad_norm"], 0)
+
+
+def test_what_acts_in_init_alone_is_named_where_steps_go_on():
+    inner = lambda h: relaxed(optax.adagrad(0.1, initial_accumulator_value=jnp.exp(h)))
+    optimizer = gradhpo.UnrolledOptimizer(inner, optax.sgd(0.1), unroll_steps=2)
+    loss = lambda w, h, batch: jnp.sum((w - 1.0) ** 2)
+    losses = gradhpo.LossFunctions(loss, loss)
+    run = lambda **settings: gradhpo.run(
+        optimizer, optimizer.init(jnp.zeros(3), jnp.array(-1.0)), losses, None, None, num_steps=2,
+        progress=False, **settings,
+    )[1]  # fmt: skip
+    with pytest.warns(UserWarning, match="act in the init of the inner optimizer alone"):
+        history = run()
+    np.testing.assert_array_equal(history["hypergrad_norm"] == 0, [False, True])
+    assert np.all(run(steps_per_episode=1)["hypergrad_norm"] > 0)
+
+
+def test_differences_of_updates_leave_out_init_and_say_so():
+    inner = lambda h: relaxed(
+        optax.adagrad(jnp.exp(h), initial_accumulator_value=jnp.exp(h)))  # fmt: skip
+    optimizer = gradhpo.T1T2Optimizer(inner, perturb="hyperparams")
+    loss = lambda w, h, batch: jnp.sum((w - 1.0) ** 2)
+    state = optimizer.init(jnp.zeros(3), jnp.array(-1.0))
+    with pytest.warns(UserWarning, match="T1T2Optimizer leaves out .* in the init of the inner"):
+        optimizer.compute_hypergradient(state, None, None, loss, loss)
+
+
 def test_tasks_start_at_points_of_their_own():
     together = gradhpo.TaskBatched(FROM_START["unrolled"](), 2)
     _, history = run_from(together, 1, record=lambda s: {"w": s.params})

@@ -62,6 +62,14 @@ def test_where_nothing_else_is_tuned_it_is_an_error():
         )
 
 
+@pytest.mark.parametrize("kind", [gradhpo.OneStepOptimizer, gradhpo.T1T2Optimizer])
+@pytest.mark.parametrize("name", ["lion", "sign descent"])
+def test_methods_of_one_step_say_the_same(kind, name):
+    optimizer = kind(SIGNS[name])
+    with pytest.warns(UserWarning, match=rf"of 0 for hyperparams \['target'\].*{SIZE}"):
+        optimizer.compute_hypergradient(optimizer.init(START, H), None, None, *LOSSES)
+
+
 def test_its_own_rate_has_a_derivative():
     optimizer = exact(lambda rate: optax.lion(rate))
     state = optimizer.init(START, jnp.array(0.01))

@@ -330,7 +330,8 @@ def _mean(
         new = function(w, hyperparams, t)
         return jax.tree.map(lambda x, y: x + _widened(y), total, new), None
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, accumulation_dtype(x)), made)
+    sums = jax.eval_shape(lambda x: jax.tree.map(_widened, x), made)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
     total, _ = jax.lax.scan(body, zeros, last - jnp.arange(count))
     return cast_like(jax.tree.map(lambda x: x / count, total), made)
 

@@ -186,10 +186,11 @@ def _why(sees: Sees, acts_through: Sequence[str], blind: bool, problem: Problem)
         return "the validation loss depends on neither the parameters nor on them"
     if acts_through == [_INIT]:
         return f"they act {_where(problem)} alone; {WHO_SEES[_INIT]} see them"
-    if not acts_through or sees not in _LOOKS_ELSEWHERE:
+    cut = acts_through == ["optimum"] and sees != "validation"
+    if not acts_through or cut or sees not in _LOOKS_ELSEWHERE:
         return (
             "neither the validation loss nor the inner update has a derivative by them. If they "
             f"should act: {where_it_is_cut(problem)}"
         )
     others = ", ".join(WHO_SEES[kind] for kind in acts_through)
-    return f"{_LOOKS_ELSEWHERE[sees]}; {others} see them"
+    return f"{_LOOKS_ELSEWHERE[sees]}; {others} {'see' if ',' in others else 'sees'} them"
