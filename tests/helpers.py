@@ -4,6 +4,18 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+
+
+def quick(cases, *, keep):
+    """Parameters of a test, of which those not to `keep` run with `-m slow` alone."""
+    missing = [case for case in keep if case not in cases]
+    assert not missing, missing
+    as_args = lambda case: case if isinstance(case, tuple) else (case,)
+    return [
+        case if case in keep else pytest.param(*as_args(case), marks=pytest.mark.slow)
+        for case in cases
+    ]
 
 
 def arrays(tree):

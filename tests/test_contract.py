@@ -11,7 +11,7 @@ import lineax as lx
 import numpy as np
 import optax
 import pytest
-from helpers import assert_same
+from helpers import assert_same, quick
 from problems import OUTER, PROBLEMS, make, relaxed, stack_of
 
 import gradhpo
@@ -119,9 +119,18 @@ def test_states_are_serialised_by_equinox(name, inner):
 
 
 # Tasks are in test_tasks.py, each held against its own run.
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "tasks"])
 @pytest.mark.parametrize(
-    ("problem_name", "optimizer_name"), [("optimizer", "adam"), ("dicts", "momentum")]
+    ("problem_name", "optimizer_name", "name"),
+    quick(
+        [
+            (*problem, name)
+            for problem in [("optimizer", "adam"), ("dicts", "momentum")]
+            for name in OPTIMIZERS
+            if name != "tasks"
+        ],
+        keep=[("dicts", "momentum", name) for name in OPTIMIZERS if name != "tasks"]
+        + [("optimizer", "adam", name) for name in ("unrolled", "HyperDistill", "implicit")],
+    ),
 )
 def test_filtered_models_dicts_and_stateful_optimizers(name, problem_name, optimizer_name, getkey):
     """Runs; advances optimizer state; step follows compute_hypergradient, from the first on."""
