@@ -229,6 +229,7 @@ FUNCTIONS = {
     "a factor": (lambda i: X * GENERATOR.normal(), DRAWS),
     "Python's randomness": (lambda i: X * random.random() * i.astype(X.dtype), DRAWS),
     "the next batch": (lambda i: next(COUNTED), DRAWS),
+    "a return forgotten": (lambda i: None, r"train_data\(index\) returned no array: return the"),
 }
 GENERATOR = np.random.default_rng(0)
 NUMBERS = itertools.count()

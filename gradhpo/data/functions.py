@@ -13,7 +13,7 @@ from gradhpo.utils.validation import check_arity
 def check_function(function: Callable, name: str) -> None:
     """It is traced with an index alone, and makes the same of it each time that it is traced."""
     check_arity(function, name, "index")
-    check_repeatable(
+    program = check_repeatable(
         Generated(function),
         (jax.ShapeDtypeStruct((), jnp.int32),),
         f"{name}(index)",
@@ -27,3 +27,8 @@ def check_function(function: Callable, name: str) -> None:
         "take jax.random.fold_in(key, index); or pass a generator, whose batches are made in "
         "Python",
     )
+    if not program.jaxpr.outvars:
+        raise ValueError(
+            f"{name}(index) returned no array: return the batch of this index, or pass {name}=None "
+            "if the loss reads none"
+        )

@@ -14,8 +14,8 @@ from gradhpo.utils.foreign import needs_a_value
 
 def check_repeatable(
     function: Callable, args: tuple, call: str, *, made: str, values: str, draws: str
-) -> None:
-    """Traced twice it is the same program, and it needs no value of its arguments.
+) -> ClosedJaxpr:
+    """The traced program: it is the same when traced twice, and needs no value of its arguments.
 
     `call` is how it is called, and `made` what it makes; `values` and `draws` say what to write.
     """
@@ -25,6 +25,7 @@ def check_repeatable(
             f"{call} made another {made} when it was called again: it draws random numbers "
             f"(NumPy's, Python's), or {draws}"
         )
+    return first
 
 
 def _traced(function: Callable, args: tuple, call: str, values: str) -> ClosedJaxpr:
