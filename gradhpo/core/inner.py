@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PyTree
 
 from gradhpo.core.batches import batch_of_step, is_same_each_step
-from gradhpo.core.inner_optimizer import cast_like
 from gradhpo.core.inner_rule import gradient_by, updated_by_hand, updated_by_optax
 from gradhpo.core.inner_state import InnerState, Start
+from gradhpo.core.means import mean_over_steps
 from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, UpdateFn
 from gradhpo.utils.foreign import (
     forget_secants,
@@ -26,7 +26,7 @@ from gradhpo.utils.foreign import (
     with_evaluation,
 )
 from gradhpo.utils.gradients import linearize_gradient, undifferentiable
-from gradhpo.utils.trees import accumulation_dtype, tree_zeros_like
+from gradhpo.utils.trees import tree_zeros_like
 
 
 _LINE_SEARCH = (
@@ -129,11 +129,11 @@ class InnerUpdate(eqx.Module):
         Means over the batches of the `count` steps that end with step `last`.
         """
         if self.grad_fn is None:
-            loss = lambda w, h: _mean(self.train_loss, w, h, last, count)
+            loss = lambda w, h: mean_over_steps(self.train_loss, w, h, last, count)
             return linearize_gradient(loss, w, hyperparams, symmetric=self.symmetric)
-        mean = lambda w, h: _mean(self.gradient, w, h, last, count)
+        mean = lambda w, h: mean_over_steps(self.gradient, w, h, last, count)
         gradient, pull = jax.vjp(mean, w, hyperparams)
-        return _mean(self._loss_alone, w, hyperparams, last, count), gradient, pull
+        return mean_over_steps(self._loss_alone, w, hyperparams, last, count), gradient, pull
 
     def step_and_gradient(
         self,
@@ -226,7 +226,7 @@ class InnerUpdate(eqx.Module):
         if self.update_fn is None:
             _, gradient, products = self._linearized(w, hyperparams, last, count)
             return gradient, products
-        update = lambda w, h: _mean(self.updated_by_hand, w, h, last, count)
+        update = lambda w, h: mean_over_steps(self.updated_by_hand, w, h, last, count)
         new, pull = jax.vjp(update, w, hyperparams)
 
         def minus_pulled(v):
@@ -306,38 +306,6 @@ class InnerUpdate(eqx.Module):
         assert self.update_fn is not None
         params = eqx.combine(w, self.frozen)
         return updated_by_hand(self.update_fn, params, w, hyperparams, self.batch(t))
-
-
-def _mean(
-    function: Callable[[PyTree, PyTree, ArrayLike], PyTree],
-    w: PyTree,
-    hyperparams: PyTree,
-    last: ArrayLike,
-    count: int,
-) -> PyTree:
-    """Of `function` at the last `count` steps, in a loop: a program does not grow with them.
-
-    Sums, and those of cotangents, are in float32 at least.
-    """
-    if count == 1:
-        return function(w, hyperparams, last)
-    at = w, hyperparams
-    wide = jax.tree.map(_widened, at)
-    made = jax.eval_shape(function, *at, last)
-
-    def body(total, t):
-        w, hyperparams = cast_like(wide, at)
-        new = function(w, hyperparams, t)
-        return jax.tree.map(lambda x, y: x + _widened(y), total, new), None
-
-    sums = jax.eval_shape(lambda x: jax.tree.map(_widened, x), made)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
-    total, _ = jax.lax.scan(body, zeros, last - jnp.arange(count))
-    return cast_like(jax.tree.map(lambda x: x / count, total), made)
-
-
-def _widened(x: Array) -> Array:
-    return x.astype(accumulation_dtype(x))
 
 
 def _differentiable(tree: PyTree) -> tuple[PyTree, PyTree]:

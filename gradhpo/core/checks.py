@@ -1,0 +1,171 @@
+"""What is checked of batches and losses while tracing, and what is found wrong in them."""
+
+import dataclasses
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+from jax.extend.core import Jaxpr
+from jaxtyping import PyTree
+
+from gradhpo.core.batches import BatchStack, DrawnStack
+from gradhpo.core.inner import InnerUpdate
+from gradhpo.core.inner_state import InnerState
+from gradhpo.core.inputs import Inputs
+from gradhpo.core.types import LossFn
+from gradhpo.utils.detached import DETACHED
+from gradhpo.utils.foreign import NO_DERIVATIVE, STOP_GRADIENT
+from gradhpo.utils.keys import looks_like_a_key
+from gradhpo.utils.programs import draws_with, inputs_read, stops_a_function_of
+from gradhpo.utils.tracing import visible_leaves
+from gradhpo.utils.validation import (
+    THE_WHOLE_TREE,
+    check_arity,
+    check_scalar,
+    check_single_batch,
+    leaf_names,
+)
+from gradhpo.utils.warn import place_of, warn_once
+
+
+def check_stops(phi: InnerUpdate, of_loss: Jaxpr, w: PyTree, hyperparams: PyTree) -> None:
+    """What is stopped as a function of the parameters is missing in later derivatives."""
+    of_w = _parameters(w, hyperparams)
+    found = "of something that depends on the parameters"
+    compare = "gradhpo.check_hypergradient shows whether it matters"
+    if phi.grad_fn is phi.update_fn is None:
+        if stops_a_function_of(of_loss, of_w):
+            warn_once(
+                f"train_loss_fn ({place_of(phi.train_loss_fn)}) stops the gradient {found} "
+                "(jax.lax.stop_gradient), so its second derivatives are wrong, and so may be the "
+                "hypergradient: write gradhpo.detach(x), which the training gradient treats as a "
+                f"constant too. {compare}"
+            )
+        return
+    by_hand = phi.update_fn is not None
+    name, function = ("update_fn", phi.update_fn) if by_hand else ("grad_fn", phi.grad_fn)
+    rule = phi.updated_by_hand if by_hand else phi.gradient
+    try:
+        program = jax.make_jaxpr(lambda w, h: rule(w, h, 0))(w, hyperparams).jaxpr
+    except NO_DERIVATIVE:
+        return  # it takes one itself, of what has none: explained where the step is taken
+    if stops_a_function_of(program, of_w, (STOP_GRADIENT, DETACHED)):
+        warn_once(
+            f"{name} ({place_of(function)}) stops the gradient {found} (jax.lax.stop_gradient, or "
+            "gradhpo.detach outside of jax.grad), so its derivatives are wrong, and so may be the "
+            "hypergradient: what it computes outside of jax.grad needs no stop, so leave that out; "
+            "in a loss that it differentiates, write gradhpo.detach(x) in place of stop_gradient. "
+            f"{compare}"
+        )
+
+
+def check_validation(
+    val_loss_fn: LossFn, of_validation: Jaxpr, w: PyTree, hyperparams: PyTree
+) -> None:
+    """It is differentiated once, so that `detach` is a stop too."""
+    of_w = _parameters(w, hyperparams)
+    if stops_a_function_of(of_validation, of_w, (STOP_GRADIENT, DETACHED)):
+        warn_once(
+            f"val_loss_fn ({place_of(val_loss_fn)}) stops the gradient of something that depends "
+            "on the parameters (jax.lax.stop_gradient or gradhpo.detach): the hypergradient leaves "
+            "out what hyperparameters do to it. A validation loss is differentiated once: leave "
+            "the stop out of it"
+        )
+
+
+def _parameters(w: PyTree, hyperparams: PyTree) -> list[bool]:
+    """Which inputs of a traced loss are parameters."""
+    return [True] * len(jax.tree.leaves(w)) + [False] * len(jax.tree.leaves(hyperparams))
+
+
+def check_trained(
+    of_training: Jaxpr,
+    of_validation: Jaxpr,
+    phi: InnerUpdate,
+    z: InnerState,
+    hyperparams: PyTree,
+) -> None:
+    """What validation reads is trained: running statistics of another framework are not."""
+    names = leaf_names(z.w)
+    trained = inputs_read(of_training, by_derivative=True)
+    read = inputs_read(of_validation, by_derivative=False)
+    # The hyperparameters come after them.
+    candidates = [i for i in range(len(names)) if read[i] and not trained[i]]
+    untrained = [names[i] for i in candidates if not _follows_others(i, phi, z, hyperparams)]
+    if untrained:
+        shown = ", ".join(untrained[:5]) + (", ..." if len(untrained) > 5 else "")
+        warn_once(
+            f"val_loss_fn reads params {shown}, and train_loss_fn has no derivative by them: they "
+            "keep their first values, but for the inner optimizer's weight decay. Running "
+            "statistics of a BatchNorm are not parameters; freeze what should stay constant: "
+            "gradhpo.partition(model, where, frozen=), or gradhpo.frozen"
+        )
+
+
+def _follows_others(leaf: int, phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> bool:
+    """Whether the optimizer moves a leaf of the parameters by others, as an average of them."""
+    new = lambda w: jax.tree.leaves(phi.step(z._replace(w=w), hyperparams, 0)[0].w)[leaf]
+    reads = jax.tree.leaves(visible_leaves(new, z.w))
+    return any(here for i, here in enumerate(reads) if i != leaf)
+
+
+def check_keys(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> None:
+    """Inner steps on one batch draw different random numbers, as they do with typed keys."""
+    if isinstance(phi.train_batch, BatchStack | DrawnStack):
+        return
+    keys, rest = eqx.partition(phi.train_batch, looks_like_a_key)
+    names = leaf_names(keys)
+    if not names:
+        return
+
+    def step(keys):
+        batch = eqx.combine(keys, rest)
+        return dataclasses.replace(phi, train_batch=batch).step(z, hyperparams, 0)[0]
+
+    program = jax.make_jaxpr(step)(keys).jaxpr
+    for name in names:
+        if draws_with(program, [other == name for other in names]):
+            warn_once(
+                f"train_batch{name.removeprefix(THE_WHOLE_TREE)} is a key made by "
+                "jax.random.PRNGKey, which is not folded with the number of the inner step: all of "
+                "them draw the same random numbers. Make it with jax.random.key, which is, or pass "
+                "a BatchStack with a key for each inner step"
+            )
+
+
+def check_batches(inputs: Inputs, num_steps: int) -> None:
+    train_batch, val_batch = inputs.train_batch, inputs.val_batch
+    if isinstance(train_batch, BatchStack) and train_batch.num_steps != num_steps:
+        raise ValueError(
+            f"train_batch is a BatchStack of {train_batch.num_steps} batches, but the optimizer "
+            f"takes {num_steps} inner steps per step: stack {num_steps} batches, or pass one batch "
+            "(not a BatchStack) to reuse it for every inner step"
+        )
+    if isinstance(val_batch, BatchStack):
+        raise ValueError("val_batch is a BatchStack; pass one batch: validation is done once")
+    check_single_batch(train_batch, "train_batch")
+    check_single_batch(val_batch, "val_batch")
+
+
+def trace_loss(
+    which: str, function: LossFn, on_batch: Callable, batch: PyTree, w: PyTree, hyperparams: PyTree
+) -> Jaxpr:
+    """The traced program of a loss, after checking its arity and its output."""
+    name = f"{which}_loss_fn"
+    remedy = "; a loss fn(model, batch) becomes one of these by gradhpo.model_loss(fn)"
+    check_arity(function, name, "params, hyperparams, batch", remedy)
+
+    def checked(w, hyperparams):
+        try:
+            loss = on_batch(w, hyperparams)
+        except (TypeError, AttributeError) as error:
+            if batch is not None:
+                raise
+            raise TypeError(
+                f"{which}_batch ({which}_data in run) is None, and {name} fails with that "
+                f"({error}): pass the batch that it reads"
+            ) from error
+        check_scalar(loss, name)
+        return loss
+
+    return jax.make_jaxpr(checked)(w, hyperparams).jaxpr

@@ -1,0 +1,42 @@
+"""Means over the batches of several inner steps."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, PyTree
+
+from gradhpo.core.inner_optimizer import cast_like
+from gradhpo.utils.trees import accumulation_dtype
+
+
+def mean_over_steps(
+    function: Callable[[PyTree, PyTree, ArrayLike], PyTree],
+    w: PyTree,
+    hyperparams: PyTree,
+    last: ArrayLike,
+    count: int,
+) -> PyTree:
+    """Of `function` at the last `count` steps, in a loop: a program does not grow with them.
+
+    Sums, and those of cotangents, are in float32 at least.
+    """
+    if count == 1:
+        return function(w, hyperparams, last)
+    at = w, hyperparams
+    wide = jax.tree.map(_widened, at)
+    made = jax.eval_shape(function, *at, last)
+
+    def body(total, t):
+        w, hyperparams = cast_like(wide, at)
+        new = function(w, hyperparams, t)
+        return jax.tree.map(lambda x, y: x + _widened(y), total, new), None
+
+    sums = jax.eval_shape(lambda x: jax.tree.map(_widened, x), made)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+    total, _ = jax.lax.scan(body, zeros, last - jnp.arange(count))
+    return cast_like(jax.tree.map(lambda x: x / count, total), made)
+
+
+def _widened(x: Array) -> Array:
+    return x.astype(accumulation_dtype(x))
