@@ -1,6 +1,7 @@
 """How a state prints: what it holds, with small hyperparameters by value."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -13,31 +14,29 @@ from gradhpo.utils.keys import is_key
 from gradhpo.utils.validation import THE_WHOLE_TREE, leaf_names
 
 
-if TYPE_CHECKING:
-    from gradhpo.core.state import BilevelState
-
-
 # A longer array is shown by its shape, and more hyperparameters than this by their number.
 _MOST_NUMBERS, _MOST_LEAVES = 6, 10
 _METRICS = ("train_loss", "val_loss", "hypergrad_norm", "rejected")
 
 
-def shown(state: "BilevelState") -> str:
+def shown(
+    params: PyTree, hyperparams: PyTree, step: Any, metadata: Mapping[str, Any], memory: PyTree
+) -> str:
     """A few lines, for models of any size."""
-    leaves = [x for x in jax.tree.leaves(state.params) if eqx.is_inexact_array(x)]
-    metrics = {name: state.metadata[name] for name in _METRICS if name in state.metadata}
+    leaves = [x for x in jax.tree.leaves(params) if eqx.is_inexact_array(x)]
+    metrics = {name: metadata[name] for name in _METRICS if name in metadata}
     count = sum(x.size for x in leaves)
     lines = [
-        f"step={_value(state.step)}",
+        f"step={_value(step)}",
         f"params: {_many(count, 'number')} in {_many(len(leaves), 'array')}",
-        f"hyperparams: {_by_value(state.hyperparams)}",
+        f"hyperparams: {_by_value(hyperparams)}",
         ", ".join(f"{name}={_value(x)}" for name, x in metrics.items()),
     ]
-    notes = {name: x for name, x in state.metadata.items() if name not in METRICS}
+    notes = {name: x for name, x in metadata.items() if name not in METRICS}
     if notes:
         lines.append(f"notes: {_by_value(notes)}")
-    if state.memory is not None:
-        lines.append(f"memory: {type(state.memory).__name__}")
+    if memory is not None:
+        lines.append(f"memory: {type(memory).__name__}")
     inside = ",\n  ".join(lines)
     return f"BilevelState(\n  {inside},\n)"
 

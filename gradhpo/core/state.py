@@ -226,7 +226,7 @@ class BilevelState(eqx.Module):
                 )
 
     def __repr__(self) -> str:
-        return shown(self)
+        return shown(self.params, self.hyperparams, self.step, self.metadata, self.memory)
 
     def __eq__(self, other: object) -> Any:
         """As for any module, but `nan` equals `nan`: metrics are `nan` before the first step."""
