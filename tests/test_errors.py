@@ -12,6 +12,7 @@ import pytest
 
 import gradhpo
 from gradhpo.utils.settings import outer_rate
+from gradhpo.utils.validation import check_same_structure, where_they_differ
 
 
 SGD = optax.sgd(0.1)
@@ -375,7 +376,7 @@ MISUSES = {
     "update_fn returns another structure": (
         lambda: step(
             gradhpo.UnrolledOptimizer(outer_optimizer=SGD, update_fn=lambda w, h, b: (w * h, w))
-        ), ValueError, "update_fn must return params of the structure",
+        ), ValueError, "update_fn must return params of the structure.*return the new params alone",
     ),
     "first order on a blind validation loss": (
         lambda: step(gradhpo.FOOptimizer(SGD, SGD)), ValueError,
@@ -906,3 +907,17 @@ def test_hyperparameters_may_be_python_floats():
     assert state.hyperparams["rate"].dtype == jnp.float64
     assert state.hyperparams["decay"].dtype == jnp.float32
     assert not state.hyperparams["rate"].weak_type
+
+
+def test_what_differs_comes_after_the_remedy_in_few_lines():
+    layers = {f"layer{i}": {"w": jnp.ones((3, 3)), "b": jnp.ones(3)} for i in range(20)}
+    other = jax.tree.map(lambda x: x[:2], layers)
+    with pytest.raises(ValueError, match="does not fit") as raised:
+        check_same_structure(other, layers, "the tree", "Make it again.")
+    lines = str(raised.value).splitlines()
+    assert lines[0] == "the tree does not fit this optimizer. Make it again."
+    assert lines[1] == "  ['layer0']['b']: expected f64[3], found f64[2]"
+    assert lines[9:] == ["  and 32 more"]
+    lacking = where_they_differ({"a": 1.0}, {"a": 1.0, "b": jnp.ones(2)})
+    assert lacking == "  ['b']: expected f64[2], found nothing"
+    assert "what holds them" in where_they_differ((jnp.ones(2),), [jnp.ones(2)])

@@ -12,6 +12,7 @@ import gradhpo
 
 
 ADAM = relaxed(optax.adam(0.1, eps_root=1e-8))
+SGD = optax.sgd(0.1)
 W, H = jnp.array([0.3, 0.1, -0.4]), jnp.zeros(3)
 
 
@@ -120,3 +121,12 @@ def test_what_it_refuses():
         gradhpo.compare_hypergradients({"fixed": optimizer}, state, W, None, losses)
     with pytest.raises(TypeError, match="leaves the hyperparameters as they are"):
         gradhpo.check_hypergradient(optimizer, state, W, None, losses)
+
+
+@pytest.mark.parametrize("outer", [(SGD,), {"outer_optimizer": SGD}])
+def test_says_that_it_has_no_outer_optimizer(outer):
+    positional, by_name = (outer, {}) if isinstance(outer, tuple) else ((), outer)
+    with pytest.raises(TypeError, match=r"has no outer_optimizer: leave it out, FixedOptimizer\("):
+        gradhpo.FixedOptimizer(SGD, *positional, **by_name)
+    with pytest.raises(TypeError, match="takes inner_steps by name: write inner_steps=10"):
+        gradhpo.FixedOptimizer(SGD, 10)

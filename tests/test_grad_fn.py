@@ -173,5 +173,7 @@ def test_bad_gradients():
     )
     with pytest.raises(ValueError, match="grad_fn must return a gradient of the structure"):
         step(lambda w, h, batch: clipped(w, h, batch)[:2])
+    with pytest.raises(ValueError, match=r"return the gradient alone, not \(value, gradient\)"):
+        step(lambda w, h, batch: (jnp.sum(w), clipped(w, h, batch)))
     with pytest.raises(TypeError, match=r"grad_fn is called as grad_fn\(params, hyperparams"):
         step(lambda w, h: w)

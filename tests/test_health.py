@@ -14,6 +14,7 @@ from jaxtyping import Array
 from problems import relaxed
 
 import gradhpo
+from gradhpo.utils.advice import on_jumps, on_narrow_derivative
 
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(30, 4)))
@@ -449,7 +450,13 @@ def test_how_far_a_derivative_holds():
     assert found["['decay']"].width == 1e-6
     assert found["['shift']"].width >= 1e-2
     assert "holds up to" in str(report)
-    assert any("holds (to 10 %) only for steps up to 1e-06" in x for x in report.findings)
+    narrow = next(x for x in report.findings if "only for steps up to 1e-06" in x)
+    assert "Kinks (relu, abs)" in narrow  # not a fresh Adam: it has none
+    assert "Adam" not in narrow
+    adam = optax.adam(0.1).init(jnp.ones(3))
+    assert "A fresh Adam does this" in on_narrow_derivative(adam)
+    assert "eps_root" in on_jumps(adam)
+    assert "eps_root" not in on_jumps(optax.sgd(0.1).init(jnp.ones(3)))
 
 
 class Block(eqx.Module):

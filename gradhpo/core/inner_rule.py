@@ -13,6 +13,7 @@ from gradhpo.core.inner_optimizer import cast_like, explained, gradient_for, res
 from gradhpo.core.types import GradFn, InnerOptimizer, UpdateFn
 from gradhpo.utils.foreign import takes_objective
 from gradhpo.utils.freezing import like_trained
+from gradhpo.utils.validation import where_they_differ
 
 
 def updated_by_optax(
@@ -39,11 +40,13 @@ def gradient_by(
     grad_fn: GradFn, params: PyTree, w: PyTree, hyperparams: PyTree, batch: PyTree
 ) -> PyTree:
     """What `grad_fn` returns, for the trained part `w` of the params."""
-    gradient = like_trained(w, grad_fn(params, hyperparams, batch))
-    if jax.tree.map(jnp.shape, gradient) != jax.tree.map(jnp.shape, w):
+    returned = grad_fn(params, hyperparams, batch)
+    gradient = like_trained(w, returned)
+    if not _have_same_shapes(gradient, w):
+        alone = _alone("gradient", returned, w, {1: ", not (value, gradient)"})
         raise ValueError(
-            "grad_fn must return a gradient of the structure and shapes of the params:\n"
-            f"  {eqx.tree_pformat(w)}\nbut it returned\n  {eqx.tree_pformat(gradient)}"
+            f"grad_fn must return a gradient of the structure and shapes of the params{alone}\n"
+            f"{where_they_differ(gradient, w)}"
         )
     return cast_like(gradient, w)
 
@@ -57,10 +60,11 @@ def updated_by_hand(
     """
     returned = update_fn(params, hyperparams, batch)
     new = like_trained(w, returned)
-    if jax.tree.map(jnp.shape, new) != jax.tree.map(jnp.shape, w):
+    if not _have_same_shapes(new, w):
+        alone = _alone("new params", returned, w, {})
         raise ValueError(
-            "update_fn must return params of the structure and shapes that it was given:\n"
-            f"  {eqx.tree_pformat(w)}\nbut it returned\n  {eqx.tree_pformat(new)}"
+            f"update_fn must return params of the structure and shapes that it was given{alone}\n"
+            f"{where_they_differ(new, w)}"
         )
     rest, constant = (
         jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array, inverse=True))
@@ -72,3 +76,15 @@ def updated_by_hand(
             "such leaves stay as they are: keep it as a float, or out of params"
         )
     return cast_like(new, w)
+
+
+def _have_same_shapes(tree: PyTree, w: PyTree) -> bool:
+    return jax.tree.map(jnp.shape, tree) == jax.tree.map(jnp.shape, w)
+
+
+def _alone(what: str, returned: Any, w: PyTree, instead: dict[int, str]) -> str:
+    """What to return if one of several things that were returned fits."""
+    for number, part in enumerate(returned if isinstance(returned, (tuple, list)) else ()):
+        if _have_same_shapes(like_trained(w, part), w):
+            return f": return the {what} alone{instead.get(number, '')}"
+    return ""

@@ -9,7 +9,6 @@ from gradhpo.diagnostics.comparison import Agreement
 from gradhpo.diagnostics.metasmooth import FiniteDifference
 from gradhpo.diagnostics.nonfinite import NonFinite
 from gradhpo.diagnostics.tables import Report, aligned, number
-from gradhpo.utils.advice import WARM_UP
 
 
 # A measurement above these (for smoothness, below) becomes a finding.
@@ -64,6 +63,7 @@ class HypergradientCheck(Report):
     - `metasmoothness`: see [`metasmoothness`][gradhpo.metasmoothness], at `step_size`; `diverges`
         if one of its trainings ends with a NaN or an infinity.
     - `notes`: what could not be measured, and why.
+    - `why_narrow`, `at_jumps`: advice that depends on the inner optimizer.
     """
 
     name: str
@@ -85,6 +85,8 @@ class HypergradientCheck(Report):
     diverges: bool
     step_size: float
     notes: tuple[str, ...]
+    why_narrow: str
+    at_jumps: str
 
     @property
     def healthy(self) -> bool:
@@ -120,7 +122,7 @@ class HypergradientCheck(Report):
             if self._is_narrow(check):
                 found.append(
                     f"{leaf}: its derivative holds (to 10 %) only for steps up to "
-                    f"{check.width:.0e}, and outer steps are larger. {WARM_UP}"
+                    f"{check.width:.0e}, and outer steps are larger. {self.why_narrow}"
                 )
             elif check.contradicts:
                 found.append(
@@ -135,8 +137,7 @@ class HypergradientCheck(Report):
                     f"{leaf}: nothing confirms its derivative of {check.derivative:.4g}, since "
                     "nearby trainings contradict each other (differences of "
                     f"{check.difference:.4g} ± {check.uncertainty:.0e} at steps of 1e-3 to 1e-6): "
-                    "training jumps there; look again with a shorter horizon, with "
-                    "eps_root=1e-8 (Adam), or with smooth activations"
+                    f"training jumps there; {self.at_jumps}"
                 )
         if self.uphill_share > MOST_UPHILL:
             found.append(

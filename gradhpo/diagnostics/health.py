@@ -27,6 +27,7 @@ from gradhpo.diagnostics.nonfinite import (
     in_the_estimate,
 )
 from gradhpo.diagnostics.reference import FAILURES
+from gradhpo.utils.advice import on_jumps, on_narrow_derivative
 from gradhpo.utils.foreign import RANDOM
 from gradhpo.utils.freezing import trained
 from gradhpo.utils.settings import check_setting
@@ -145,6 +146,8 @@ def _checked_up(case: Case, optimizer: Algorithm, step_size: float) -> Hypergrad
         diverges=bool(np.isfinite(around["loss"]) and not np.isfinite(around["moved"])),
         step_size=step_size,
         notes=tuple(notes),
+        why_narrow=on_narrow_derivative(problem.z.s),
+        at_jumps=on_jumps(problem.z.s),
     )
 
 

@@ -34,10 +34,26 @@ NEEDS_THE_LOSS = (
     "differentiate the update; for other methods write an update_fn"
 )
 
-WARM_UP = (
+_WARM_UP = (
     "A fresh Adam does this: train first, with gradhpo.FixedOptimizer and then adopt(state); or "
     "take a smaller inner rate"
 )
+_KINKS = (
+    "Kinks (relu, abs) do this, and an inner rate near the edge of stability: take a smaller inner "
+    "rate, or smooth activations"
+)
+
+
+def on_narrow_derivative(inner_opt_state: PyTree) -> str:
+    """Why a derivative may hold for tiny steps alone, by the inner optimizer's state."""
+    return _WARM_UP if foreign.keeps_second_moments(inner_opt_state) else _KINKS
+
+
+def on_jumps(inner_opt_state: PyTree) -> str:
+    """What to try where trainings close by contradict each other."""
+    of_adam = "with eps_root=1e-8, " if foreign.keeps_second_moments(inner_opt_state) else ""
+    return f"look again with a shorter horizon, {of_adam}or with smooth activations"
+
 
 _GUARDED = (
     "A guard in the inner optimizer (optax.zero_nans, optax.apply_if_finite) makes the update "
@@ -131,6 +147,19 @@ _ALIKE = (
 def also_called(name: str) -> set[str]:
     """The other names of an argument."""
     return {x for names in _ALIKE if name in names for x in names if x != name}
+
+
+def lacking(name: str, argument: str) -> str | None:
+    """What to say of an argument that a class lacks on purpose; `None` for any other."""
+    return _LACKING.get((name, argument))
+
+
+_LACKING = {
+    ("FixedOptimizer", "outer_optimizer"): (
+        "FixedOptimizer tunes nothing and has no outer_optimizer: leave it out, "
+        "FixedOptimizer(inner_optimizer, inner_steps=10)"
+    ),
+}
 
 
 def instead_of(parameter: str, given: Any, expected: str) -> str | None:

@@ -123,6 +123,11 @@ def uncalled(given: Any) -> str | None:
     return f"optax.{inside}{given.__name__}({arguments})"
 
 
+def is_transformation(given: Any) -> bool:
+    """Whether this is an optax transformation."""
+    return isinstance(given, optax.GradientTransformation)
+
+
 def makes_a_transformation(given: Any) -> bool:
     """Whether this is an `optax.MultiSteps`, which is not a transformation itself."""
     return callable(getattr(given, "gradient_transformation", None))

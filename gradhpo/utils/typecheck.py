@@ -11,8 +11,8 @@ import jax
 from beartype import beartype
 from jaxtyping import TypeCheckError, jaxtyped
 
-from gradhpo.utils.advice import also_called, instead_of
-from gradhpo.utils.foreign import refused_argument
+from gradhpo.utils.advice import also_called, instead_of, lacking
+from gradhpo.utils.foreign import is_transformation, refused_argument
 
 
 _T = TypeVar("_T", bound=Callable)
@@ -36,8 +36,7 @@ def _explained(function: Callable) -> Callable:
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
         if by_name and len(args) > positional:
-            first, value = by_name[0], _short(repr(args[positional]))
-            raise TypeError(f"{_name(function, args)} takes {first} by name: write {first}={value}")
+            raise TypeError(_on_position(_name(function, args), by_name[0], args[positional]))
         try:
             return function(*args, **kwargs)
         except TypeCheckError as error:
@@ -68,6 +67,12 @@ def _name(function: Callable, args: tuple) -> str:
     if function.__name__ == "__init__":
         return type(args[0]).__name__
     return function.__qualname__.lstrip("_")
+
+
+def _on_position(name: str, first: str, value: Any) -> str:
+    """For an argument too many: the next one goes by name, unless it is a second optimizer."""
+    lacks = lacking(name, "outer_optimizer") if is_transformation(value) else None
+    return lacks or f"{name} takes {first} by name: write {first}={_short(repr(value))}"
 
 
 def _on_value(function: Callable, args: tuple, kwargs: dict, complaint: str) -> str | None:
@@ -101,6 +106,9 @@ def _on_call(function: Callable, args: tuple, kwargs: dict) -> str | None:
     missing = [x for x in required if x not in given]
     unknown = [x for x in kwargs if x not in parameters]
     if unknown:
+        lacks = lacking(name, unknown[0])
+        if lacks:
+            return lacks
         meant = _closest(unknown[0], [*missing, *parameters])
         hint = f" (did you mean {meant}?)" if meant else ""
         return f"{name} has no argument {unknown[0]}{hint}; it takes {', '.join(parameters)}"

@@ -1,6 +1,7 @@
 """Checks of trees, batches and losses. Each message says what to write instead."""
 
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -181,11 +182,36 @@ def have_same_structure(a: PyTree, b: PyTree) -> bool:
 def check_same_structure(found: PyTree, expected: PyTree, what: str, remedy: str) -> None:
     """Two trees agree in structure, shapes and dtypes."""
     if not have_same_structure(found, expected):
-        shown = lambda tree: eqx.tree_pformat(tree, struct_as_array=True)
         raise ValueError(
-            f"{what} does not fit this optimizer: it is\n  {shown(found)}\nbut should be\n  "
-            f"{shown(expected)}\n{remedy}"
+            f"{what} does not fit this optimizer. {remedy}\n{where_they_differ(found, expected)}"
         )
+
+
+_MOST_SHOWN = 8
+
+
+def where_they_differ(found: PyTree, expected: PyTree) -> str:
+    """The leaves in which two trees differ, a line each: where, expected, found."""
+    trees = [dict(zip(leaf_names(x), jax.tree.leaves(x), strict=True)) for x in (expected, found)]
+    lines = []
+    for name in dict.fromkeys(itertools.chain(*trees)):
+        here = [_leaf_shown(tree[name]) if name in tree else "nothing" for tree in trees]
+        if here[0] != here[1]:
+            lines.append(f"  {name}: expected {here[0]}, found {here[1]}")
+    if not lines:  # the same leaves in other containers
+        kinds = [_cut(str(jax.tree.structure(x))) for x in (expected, found)]
+        lines = [f"  The leaves agree, but not what holds them: expected {kinds[0]},"]
+        lines.append(f"  found {kinds[1]}")
+    more = len(lines) - _MOST_SHOWN
+    return "\n".join([*lines[:_MOST_SHOWN], *([f"  and {more} more"] if more > 0 else [])])
+
+
+def _leaf_shown(leaf: Any) -> str:
+    return _cut(" ".join(eqx.tree_pformat(leaf, struct_as_array=True).split()))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) < 200 else text[:200] + "..."
 
 
 def fitted(what: str, new: PyTree, old: PyTree) -> PyTree:
@@ -202,10 +228,9 @@ def fitted(what: str, new: PyTree, old: PyTree) -> PyTree:
     leaves, structure = jax.tree.flatten(new)
     expected, expected_structure = jax.tree.flatten(old)
     if structure != expected_structure:
-        shown = lambda tree: eqx.tree_pformat(tree, struct_as_array=True)
         raise ValueError(
-            f"{what} has another structure than that of the state: it is\n  {shown(new)}\nbut "
-            f"should be\n  {shown(old)}\n{remedy}"
+            f"{what} has another structure than that of the state. {remedy}\n"
+            f"{where_they_differ(new, old)}"
         )
     leaves = [_as_array_like(x, y) for x, y in zip(leaves, expected, strict=True)]
     for name, x, y in zip(leaf_names(old), leaves, expected, strict=True):
