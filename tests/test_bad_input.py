@@ -264,6 +264,33 @@ DATA = {
         TypeError,
         r"val_data is a tuple of 2 items: pass gradhpo.iterate\(val_data\)",
     ),
+    "lists of numbers": (
+        lambda: run(train_data=(X.tolist(), Y.tolist())),
+        TypeError,
+        r"train_data\[0\] is a list of Python numbers, not an array: write np.asarray",
+    ),
+    "a list of numbers for validation": (
+        lambda: run(val_data=iter([(X, Y.tolist())] * 9)),
+        TypeError,
+        r"val_data\[1\] is a list of Python numbers",
+    ),
+    "lists of numbers in a step": (
+        lambda: OPTIMIZER.step(STATE, (X.tolist(), Y), (X, Y), LOSSES),
+        TypeError,
+        r"train_batch\[0\] is a list of Python numbers",
+    ),
+    "lists of numbers in a diagnostic": (
+        lambda: gradhpo.compare_hypergradients(
+            {"one": OPTIMIZER}, STATE, (X, Y), (X.tolist(), Y), LOSSES
+        ),
+        TypeError,
+        r"val_batch\[0\] is a list of Python numbers",
+    ),
+    "lists of numbers as arrays": (
+        lambda: gradhpo.ArrayData((X.tolist(), Y.tolist()), 4, KEY),
+        ValueError,
+        "holds a list of Python numbers: write np.asarray",
+    ),
     "a generator function": (
         lambda: run(train_data=batches_forever),
         TypeError,

@@ -209,3 +209,13 @@ def test_the_two_halves_are_checked_when_parts_are_frozen(backboned):
 def test_frozen_must_select_something_else_than_where(backboned, frozen, message):
     with pytest.raises(ValueError, match=message):
         gradhpo.partition(backboned, lambda m: m.decay, frozen=frozen)
+
+
+def test_a_mask_is_no_function_of_the_model(model):
+    mask = jax.tree.map(lambda _: True, model.net)
+    with pytest.raises(TypeError, match="where must be a function of the model, not a MLP"):
+        gradhpo.partition(model.net, mask)
+    with pytest.raises(TypeError, match="frozen must be a function of the model, not a MLP"):
+        gradhpo.partition(model.net, lambda m: m.layers[0], frozen=mask)
+    with pytest.raises(TypeError, match=r"frozen must not be .*; pass a function of the model"):
+        gradhpo.partition({"a": jnp.ones(2)}, lambda m: m["a"], frozen={"a": True})

@@ -59,12 +59,12 @@ def partition(
     where the other has the leaf. Every floating-point array inside the nodes of `where` is a
     hyperparameter; everything else, including integer arrays and functions inside a selected
     subtree, stays in `params`. `eqx.combine(params, hyperparams)` is the model again. Arrays inside
-    the nodes of `frozen` are [frozen leaves][gradhpo.frozen] of `params`; the model is then
-    `eqx.combine(gradhpo.unfrozen(params), hyperparams)`.
+    the nodes of `frozen` are [frozen leaves][gradhpo.frozen] of `params`, which `eqx.combine` does
+    not take: the model is then `eqx.combine(gradhpo.unfrozen(params), hyperparams)`.
 
-    **Raises:** `ValueError` if nothing is selected, if `where` selects an integer or boolean array
-    or a Python number by itself, or a complex array anywhere, or if `where` and `frozen` select the
-    same leaf.
+    **Raises:** `TypeError` for a mask in place of a function; `ValueError` if nothing is selected,
+    if `where` selects an integer or boolean array or a Python number by itself, or a complex array
+    anywhere, or if `where` and `frozen` select the same leaf.
 
     ```python
     class Model(eqx.Module):
@@ -81,6 +81,8 @@ def partition(
     )
     ```
     """
+    _check_is_function("where", where, model)
+    _check_is_function("frozen", frozen, model)
     frozen_leaves = jax.tree.map(is_frozen, model, is_leaf=is_frozen)
     model = unfrozen(model)
     where = _flattened(where)
@@ -98,6 +100,15 @@ def partition(
     hyperparams, params = eqx.partition(model, tuned)
     _remember_as_hyperparams(hyperparams)
     return marked(params, frozen_leaves), hyperparams
+
+
+def _check_is_function(name: str, given: Any, model: PyTree) -> None:
+    """A model can be called too, and so can a mask that is made of it."""
+    if isinstance(given, eqx.Module) and isinstance(given, type(model)):
+        raise TypeError(
+            f"{name} must be a function of the model, not a {type(given).__name__} (a model, or a "
+            f"mask made of one): {name}=lambda m: m.head"
+        )
 
 
 def _selected_by(frozen: Callable[[Any], Any], model: PyTree, nothing: PyTree) -> PyTree:

@@ -1,5 +1,6 @@
 """Follows estimators along a horizon of inner steps, with the hyperparameters held fixed."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,7 +22,7 @@ from gradhpo.utils.conversion import as_batch
 from gradhpo.utils.freezing import carried
 from gradhpo.utils.processes import check_shared
 from gradhpo.utils.settings import check_tunes
-from gradhpo.utils.validation import check_single_batch
+from gradhpo.utils.validation import batches_explained, check_single_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,11 @@ class Case:
         self, function: Callable, optimizer: BilevelOptimizer, *more: PyTree, start: Any = None
     ) -> Program:
         start = self.start(optimizer) if start is None else start
-        return Program(function, optimizer, start, self.train_batch, self.val_batch, *more)
+        with self._explained():
+            return Program(function, optimizer, start, self.train_batch, self.val_batch, *more)
+
+    def _explained(self) -> contextlib.AbstractContextManager[None]:
+        return batches_explained(train_batch=self.train_batch, val_batch=self.val_batch)
 
     def estimate(self, optimizer: BilevelOptimizer) -> Program:
         """`at_end`, starting where `run` would start the episode."""
@@ -140,7 +145,8 @@ class Case:
     def seen(self, optimizer: BilevelOptimizer) -> list[bool]:
         """For each leaf of the hyperparameters, whether the optimizer can see it."""
         at = (self.start(optimizer), self.train_batch, self.val_batch)
-        return optimizer._seen(self.inputs(*at))
+        with self._explained():
+            return optimizer._seen(self.inputs(*at))
 
     def problem(
         self,
@@ -151,7 +157,8 @@ class Case:
     ) -> Problem:
         """For use inside a program; for an optimizer on one inner problem."""
         inputs = self.inputs(start, train_batch, val_batch)
-        return algorithm_of(optimizer)._problem(inputs)
+        with self._explained():
+            return algorithm_of(optimizer)._problem(inputs)
 
 
 def drawn(train_batch: PyTree, first: Any = 0) -> DrawnStack:

@@ -99,6 +99,16 @@ class Chunk(eqx.Module):
         val = self.val.batch(state.step, first)
         return Inputs(state, train, val, self.losses, self._start(state))
 
+    def example(self) -> dict[str, PyTree]:
+        """The shapes of one batch of each kind."""
+
+        def one(chunk: "Chunk") -> dict[str, PyTree]:
+            first, count = jnp.zeros((), jnp.int32), chunk.optimizer.num_inner_steps
+            train = chunk.train.drawn(first, first, count).at(first)
+            return {"train_data": train, "val_data": chunk.val.batch(first, first)}
+
+        return eqx.filter_eval_shape(one, self)
+
     def _start(self, state: BilevelState) -> Start | None:
         return None if self.start is None else self.start.at(state.step)
 

@@ -25,6 +25,7 @@ from gradhpo.training.stopping import Interrupts, Stopped, failing
 from gradhpo.utils.processes import check_shared
 from gradhpo.utils.progress import ProgressBar
 from gradhpo.utils.settings import outer_rate
+from gradhpo.utils.validation import refuse_text
 
 
 @dataclasses.dataclass
@@ -165,13 +166,17 @@ class Driver:
             with failing("device error", may_return=may_return, advice=self._advice):
                 about = self.rate, self.record_fn, self.start_fn, self.steps_per_episode != 1
                 chunk = Chunk(self.optimizer, self.losses, train, val, *about)
-                if self.steps_per_episode is None:
-                    (state, stacked, moved), reached = chunk.run_steps(state, taken), None
-                else:
-                    state, start, reached, stacked, moved = chunk.run_episodes(
-                        state, start, self.reptile_rate, taken // length, length,
-                        self.steps_per_episode,
-                    )  # fmt: skip
+                try:
+                    if self.steps_per_episode is None:
+                        (state, stacked, moved), reached = chunk.run_steps(state, taken), None
+                    else:
+                        state, start, reached, stacked, moved = chunk.run_episodes(
+                            state, start, self.reptile_rate, taken // length, length,
+                            self.steps_per_episode,
+                        )  # fmt: skip
+                except (TypeError, AttributeError) as error:
+                    refuse_text(error, **chunk.example())
+                    raise
         except Stopped as stopped:
             return [], stopped
         flight = Flight(chunk, state, start, reached, stacked, moved, positions, may_return)

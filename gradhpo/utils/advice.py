@@ -191,6 +191,7 @@ _INSTEAD = {
     "train_batches": "gradhpo.BatchStack.of([b1, b2, ...]), one batch for each step of an episode",
     "callbacks": "a list of functions (state, metrics) -> bool | None: callbacks=[callback]",
     "where": "a function of the model: lambda m: m.log_weight_decay",
+    "frozen": "a function of the model: lambda m: m.backbone",
     "inner_optimizer": f"an optax transformation such as optax.sgd(0.1) ({_MULTI_STEPS}), or a "
     "function of the hyperparameters that returns one",
     "outer_optimizer": f"an optax transformation such as optax.adam(0.01) ({_MULTI_STEPS}), or "

@@ -1,8 +1,10 @@
 """Checks of trees, batches and losses. Each message says what to write instead."""
 
+import contextlib
 import inspect
 import itertools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import equinox as eqx
@@ -57,7 +59,12 @@ def check_leading_axis(tree: PyTree, what: str) -> None:
         raise ValueError(f"{what} holds no array; every batch needs at least one")
     scalars = [name for name, shape in shapes.items() if not shape]
     if scalars:
-        raise ValueError(f"{what}: {', '.join(scalars)} has no leading axis (shape ())")
+        nodes = jax.tree.leaves(tree, is_leaf=_is_list_of_numbers)
+        if any(map(_is_list_of_numbers, nodes)):
+            remedy = "write np.asarray(...) around it"
+            raise ValueError(f"{what} holds a list of Python numbers: {remedy}")
+        more = ", ..." if len(scalars) > 5 else ""
+        raise ValueError(f"{what}: {', '.join(scalars[:5])}{more} has no leading axis (shape ())")
     if len({shape[0] for shape in shapes.values()}) > 1:
         raise ValueError(f"{what}: leading axes differ; shapes are {shapes}")
 
@@ -155,8 +162,8 @@ def _refuse_nan(tree: PyTree, what: str) -> None:
             )
 
 
-def refuse_text(error: TypeError, **batches: PyTree) -> None:
-    """Raises a better error if a call failed because of text or objects in a batch."""
+def refuse_text(error: Exception, **batches: PyTree) -> None:
+    """Raises a better error if a call failed because of text, objects or lists in a batch."""
     for name, batch in batches.items():
         for path, leaf in _with_path(batch):
             is_text = isinstance(leaf, (str, bytes)) and type(leaf).__name__ in str(error)
@@ -167,6 +174,32 @@ def refuse_text(error: TypeError, **batches: PyTree) -> None:
                     "numbers; encode labels, np.unique(labels, return_inverse=True)[1], and leave "
                     "other text and objects out"
                 ) from error
+    if not re.search(r"\blist\b", str(error)):
+        return
+    for name, batch in batches.items():
+        nodes = jax.tree_util.tree_flatten_with_path(batch, is_leaf=_is_list_of_numbers)[0]
+        for path, node in nodes:
+            if _is_list_of_numbers(node):
+                raise TypeError(
+                    f"{name}{jax.tree_util.keystr(path)} is a list of Python numbers, not an "
+                    "array: write np.asarray(...) around it"
+                ) from error
+
+
+@contextlib.contextmanager
+def batches_explained(**batches: PyTree) -> Iterator[None]:
+    """Inside, what fails because of text, objects or lists in one of these batches says so."""
+    try:
+        yield
+    except (TypeError, AttributeError) as error:
+        refuse_text(error, **batches)
+        raise
+
+
+def _is_list_of_numbers(x: Any) -> bool:
+    """Also of nested lists of them; numbers of a batch have become arrays of shape ()."""
+    is_number = lambda leaf: _is_python_number(leaf) or getattr(leaf, "shape", None) == ()
+    return type(x) is list and len(x) > 0 and all(map(is_number, jax.tree.leaves(x)))
 
 
 def have_same_structure(a: PyTree, b: PyTree) -> bool:
