@@ -191,7 +191,7 @@ def test_low_precision_and_functions_in_the_model(tmp_path):
 
 def test_rejected_steps_are_counted_over_sessions(tmp_path):
     bad = gradhpo.ArrayData((X, jnp.full_like(Y, jnp.nan)), 4, jax.random.key(1))
-    with pytest.warns(RuntimeWarning, match="NaN in the data"):
+    with pytest.warns(RuntimeWarning, match="first step was not finite"):
         first, _ = run(tmp_path, num_steps=3, data=bad)
     assert first.metadata["rejected"] == 3
     with pytest.warns(RuntimeWarning, match="6 rejected as non-finite .steps 1, 2, 3, 4, 5, ..."):
@@ -626,7 +626,7 @@ def test_a_disk_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
         found = run(tmp_path, callbacks=[fill, free])
     assert found[1].stop_reason == "num_steps"
     assert_same_run(gradhpo.load_checkpoint(tmp_path, start()), run(None))
-    with pytest.warns(RuntimeWarning, match="No space left.*The last checkpoint is that after 3"):
+    with pytest.warns(RuntimeWarning, match="No space left.*The last checkpoint is from step 3"):
         run(tmp_path / "full", callbacks=[fill])
     with pytest.raises(OSError, match="No space left"):
         run(tmp_path / "other")

@@ -497,7 +497,7 @@ def test_a_failing_callback_ends_the_run_with_its_state(tmp_path):
             raise RuntimeError("a slip of the pen")
 
     message = (
-        "A callback failed: RuntimeError: a slip of the pen.*The last checkpoint is that after 3"
+        "A callback failed: RuntimeError: a slip of the pen.*The last checkpoint is from step 3"
     )
     with pytest.warns(RuntimeWarning, match=message):
         state, history = run(30, callbacks=[fails], checkpoint=gradhpo.Checkpoint(tmp_path, 1))

@@ -244,7 +244,8 @@ MISUSES = {
         lambda: step(vl=lambda a, b, c, d: 0.0), TypeError, "val_loss_fn.*missing",
     ),
     "integer hyperparameters": (
-        lambda: init(W, jnp.arange(3)), TypeError, r"hyperparams has dtype int.*jnp\.asarray",
+        lambda: init(W, jnp.arange(3)), TypeError,
+        r"hyperparams has dtype int.*jnp\.asarray\(\[0, 1, 2\], float\)",
     ),
     "boolean hyperparameter": (
         lambda: init(W, {"on": True}), TypeError, r"hyperparams\['on'\] has dtype bool",
@@ -711,6 +712,10 @@ MISUSES = {
     "a field that is missing": (
         lambda: gradhpo.TaskBatched(one_step()), TypeError,
         r"TaskBatched needs num_tasks; it got optimizer=One.*: write TaskBatched\(optimizer, num_t",
+    ),
+    "a required argument that is missing beside others": (
+        lambda: gradhpo.EarlyStopping(metric="third"), TypeError,
+        r"write EarlyStopping\(patience, metric=...\)",
     ),
     "an argument of run that is unknown": (
         lambda: run(num_step=3), TypeError, r"run has no argument num_step \(did you mean num_step",

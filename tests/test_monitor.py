@@ -1,6 +1,7 @@
 """What `run` records beside its metrics (`record`, `Monitor`), and what its report makes of it."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -173,7 +174,8 @@ def test_a_monitor_that_fails_ends_the_run_and_loses_nothing():
             raise OSError("gone")
         return 0.5
 
-    with pytest.warns(RuntimeWarning, match="A callback failed: OSError: gone"):
+    said = r"A callback failed: OSError: gone \(in Monitor 'test', called as function\(state\)\)"
+    with pytest.warns(RuntimeWarning, match=said):
         state, history = run(callbacks=[gradhpo.Monitor({"test": fails_late})], chunk_size=3)
     assert history.stop_reason == "callback error"
     assert len(history["val_loss"]) == state.step == 6
@@ -194,6 +196,47 @@ def test_bad_monitors():
         run(callbacks=[one], record=lambda s: {"test": s.step})
     with pytest.raises(TypeError, match=r"'test' returned .* return one real number"):
         run(callbacks=[gradhpo.Monitor({"test": lambda s: s.params})])
+    with pytest.raises(TypeError, match=r"'test' returned numbers of shape \(3,\); return one"):
+        run(callbacks=[gradhpo.Monitor({"test": lambda s: jnp.zeros(3)})])
+
+
+@pytest.mark.parametrize(
+    ("callback", "note"),
+    [
+        (lambda fails: gradhpo.Monitor({"third": fails}), "in Monitor 'third', called as function"),
+        (
+            lambda fails: lambda state, metrics: fails(state),
+            r"in callbacks\[0\] \(<lambda>\), call",
+        ),
+        (lambda fails: gradhpo.BestState(metric=fails), "in metric of BestState, called as metric"),
+        (lambda fails: gradhpo.CSVLogger("log.csv", extra=fails), "in extra of CSVLogger, called"),
+    ],
+)
+def test_an_error_in_a_function_says_where_it_was_called(callback, note, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ZeroDivisionError) as raised:
+        run(callbacks=[callback(lambda state: 1 / 0)])
+    assert re.search(note, " ".join(raised.value.__notes__))
+
+
+def test_objects_print_what_they_are():
+    stopping = gradhpo.EarlyStopping(patience=3, metric="third_loss")
+    assert repr(stopping) == "EarlyStopping(patience=3, BestState(third_loss, nothing yet))"
+    run(callbacks=[gradhpo.Monitor({"third_loss": lambda s: 0.5}), stopping], chunk_size=3)
+    assert repr(stopping.best) == "BestState(third_loss=0.5 at step 3)"
+    with pytest.raises(TypeError, match=r"callbacks .*Monitor\(a, b\)"):
+        run(callbacks=gradhpo.Monitor({"a": lambda s: 0.5, "b": lambda s: 0.5}))
+
+
+@pytest.mark.parametrize("name", ["acc", "test_accuracy", "F1", "roc_auc", "score"])
+def test_a_score_to_be_minimised_warns(name):
+    with pytest.warns(UserWarning, match="reads like a score, and the lowest value counts"):
+        gradhpo.EarlyStopping(3, metric=name)
+
+
+@pytest.mark.parametrize("name", ["val_loss", "minus_acc", "neg_score", "accumulated", "f1_error"])
+def test_what_is_no_score_does_not_warn(name):
+    gradhpo.BestState(metric=name)  # a warning is an error in this suite
 
 
 # -- the report --------------------------------------------------------------------------------
@@ -209,6 +252,18 @@ def test_the_report_speaks_of_over_fitting():
     assert "test_loss has risen from 1 after 4 steps to 1.4, while the validation" in history.report
     assert "EarlyStopping(metric='test_loss')" in history.report
     assert "4 validation examples for 4 hyperparameters, 1 for each" in history.report
+    assert (
+        "Monitor looked only 4 times: it looks more often with run(chunk_size=1)" in history.report
+    )
+
+
+def test_early_stopping_says_what_it_saw():
+    test = gradhpo.Monitor({"test_loss": rising_from(4)})
+    stopping = gradhpo.EarlyStopping(patience=4, metric="test_loss")
+    _, history = run(callbacks=[test, stopping], chunk_size=2, num_steps=60)
+    said = "no new lowest test_loss in 4 steps: the lowest was 1, after step 4, and .best.state has"
+    assert said in history.report
+    assert stopping.best.state.step == 4
 
 
 def test_thirty_decays_over_fit_150_patients_in_every_split():

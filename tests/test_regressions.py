@@ -119,7 +119,7 @@ def test_the_report_of_rejections_counts_the_longest_row():
     optimizer = gradhpo.OneStepOptimizer(SGD, OUTER)
     losses = gradhpo.LossFunctions(lambda w, h, batch: quadratic(w * batch, h, None), to_one)
     state = optimizer.init(jnp.zeros(2), jnp.zeros(2))
-    with pytest.warns(RuntimeWarning, match="4 steps in a row"):
+    with pytest.warns(RuntimeWarning, match="4 consecutive steps"):
         _, history = gradhpo.run(
             optimizer, state, losses, bad, None, num_steps=20, chunk_size=10, max_rejections=3,
             progress=False,

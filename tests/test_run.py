@@ -242,7 +242,7 @@ def test_warnings_point_at_the_line_of_the_user():
 
 def test_rejections_in_a_row_stop_the_run_with_a_report():
     data = lambda i: (X, jnp.where(i >= 6, jnp.nan, Y))  # bad from the third step on
-    with pytest.warns(RuntimeWarning, match="in a row came out non-finite.*Usual causes"):
+    with pytest.warns(RuntimeWarning, match="consecutive steps were non-finite.*Usual causes"):
         state, history = run(unrolled(), data, num_steps=100, max_rejections=4, chunk_size=5)
     assert history.stop_reason == "rejected"
     expected, _ = run(unrolled(), data, num_steps=2)
@@ -272,6 +272,13 @@ OF_THEIR_OWN = {
     "outer, from the start": (unrolled(keeping(np.nan)), "outer_opt_state.best"),
     "outer, in the update": (unrolled(keeping(np.inf, -np.inf)), "outer_opt_state.best"),
 }
+
+
+def test_a_loss_that_is_nan_from_the_first_step_blames_the_batch():
+    with pytest.warns(RuntimeWarning, match="training loss of the first step was not finite"):
+        _, history = run(unrolled(), (X, Y * jnp.nan), num_steps=9, max_rejections=4)
+    assert "look first for a NaN, an infinity or too large a number in its batch" in history.report
+    assert "Usual causes" not in history.report
 
 
 @pytest.mark.parametrize("where", OF_THEIR_OWN)
@@ -315,7 +322,7 @@ def test_rejections_in_a_row_are_counted_over_chunks_and_end_with_a_good_step():
     # As `state.step` counts them, also where a run goes on.
     _, history = run(optimizer, spoilt(14), state=state, num_steps=3)
     assert "1 rejected as non-finite (step 15)" in history.report
-    with pytest.warns(RuntimeWarning, match="4 steps in a row"):
+    with pytest.warns(RuntimeWarning, match="4 consecutive steps"):
         _, history = run(optimizer, spoilt(1, 2, 3, 4), **settings)
     assert history.stop_reason == "rejected"
 

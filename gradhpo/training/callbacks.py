@@ -14,6 +14,7 @@ from gradhpo.training.monitor import Monitor
 from gradhpo.utils.description import differences, shown
 from gradhpo.utils.keys import is_key
 from gradhpo.utils.validation import check_arity
+from gradhpo.utils.warn import noted
 
 
 class Callbacks:
@@ -96,10 +97,19 @@ class Callbacks:
         """Why a resumed run has nothing left to do."""
         return next((_reason(c) for c in self._all if getattr(c, "stopped", False)), None)
 
+    def why(self, reason: str) -> str | None:
+        """What the callback that stopped a run has to say of it."""
+        stopping = [c for c in self._all if getattr(c, "stopped", False) and _reason(c) == reason]
+        said = getattr(stopping[0], "why", None) if stopping else None
+        return said if isinstance(said, str) else None
+
     def __call__(self, state: BilevelState, metrics: Mapping[str, np.ndarray]) -> str | None:
         """Calls all of them, since a logger after the one that stops must not miss a chunk."""
         # Each gets its own dict to add to.
-        answers = [callback(state, dict(metrics)) for callback in self._all]
+        answers = []
+        for number, callback in enumerate(self._all):
+            with noted(f"callbacks[{number}] ({_name(callback)}), called as (state, metrics)"):
+                answers.append(callback(state, dict(metrics)))
         for callback, kind in zip(self._remembering, self._kinds, strict=True):
             if _kind(callback.memory) != kind:
                 raise TypeError(
@@ -121,14 +131,17 @@ class Callbacks:
             and answer.shape == ()
         )
         if not is_boolean:
-            callback = self._all[number]
-            name = getattr(callback, "__name__", type(callback).__name__)
+            which = f"callbacks[{number}] ({_name(self._all[number])})"
             raise TypeError(
-                f"callbacks[{number}] ({name}) returned {_short(answer)}: return True to stop the "
-                "run, and False or None to go on; what it measures belongs in extra= of a logger, "
-                "or in metric= of gradhpo.BestState or gradhpo.EarlyStopping"
+                f"{which} returned {_short(answer)}: return True to stop the run, and False or "
+                "None to go on; what it measures belongs in extra= of a logger, or in metric= of "
+                "gradhpo.BestState or gradhpo.EarlyStopping"
             )
         return bool(answer)
+
+
+def _name(callback: Any) -> str:
+    return getattr(callback, "__name__", type(callback).__name__)
 
 
 def _identity(callback: Any) -> dict[str, Any]:

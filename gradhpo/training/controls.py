@@ -6,6 +6,7 @@ it. A resumed run gives it back to a callback with the same `identity` only.
 """
 
 import dataclasses
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,6 +19,13 @@ from gradhpo.core.state import BilevelState
 from gradhpo.utils.description import described_function
 from gradhpo.utils.settings import check_count
 from gradhpo.utils.typecheck import checked
+from gradhpo.utils.warn import noted, warn
+
+
+# Names of metrics of which a higher value is better, unless it is minus one of them.
+_IS_SCORE = re.compile(
+    r"^(?!.*(neg|minus|error|loss)).*(\b|_)(acc|accuracy|auc|auroc|score|f1)(\b|_)"
+)
 
 
 class Best(eqx.Module):
@@ -38,8 +46,9 @@ class BestState:
 
     **Arguments:**
 
-    - `metric`: the name of a metric, default `"val_loss"`, or a function `state -> number` to be
-        minimised: a loss on all validation data if batches are noisy, an error rate.
+    - `metric`: the name of a metric, default `"val_loss"`, or a function `state -> number`. Lower
+        is better: a loss on all validation data if batches are noisy, an error rate, minus an
+        accuracy. A name such as `"accuracy"` gives a warning.
 
     **Afterwards:** `.state`, `.value` and `.step` (`None`, `inf` and 0 if nothing counted).
 
@@ -60,8 +69,25 @@ class BestState:
 
     @checked
     def __init__(self, metric: str | Callable[[BilevelState], Any] = "val_loss"):
+        if isinstance(metric, str) and _IS_SCORE.search(metric.lower()):
+            warn(
+                f"metric={metric!r} reads like a score, and the lowest value counts as the best: "
+                'measure the error rate, or minus the score under another name ("minus_score")'
+            )
         self._metric = metric
         self.memory: Best | None = None
+
+    @property
+    def watched(self) -> str:
+        """What it looks at, in a message."""
+        return (
+            getattr(self._metric, "__name__", "metric") if callable(self._metric) else self._metric
+        )
+
+    def __repr__(self) -> str:
+        if self.memory is None or self.step == 0:
+            return f"BestState({self.watched}, nothing yet)"
+        return f"BestState({self.watched}={self.value:.4g} at step {self.step})"
 
     @property
     def identity(self) -> Any:
@@ -84,7 +110,8 @@ class BestState:
 
     def _value(self, state: BilevelState, metrics: Mapping[str, np.ndarray]) -> float:
         if callable(self._metric):
-            return float(self._metric(state))
+            with noted(f"metric of {type(self).__name__}, called as metric(state)"):
+                return float(self._metric(state))
         if self._metric not in metrics:
             raise ValueError(
                 f"metric={self._metric!r} is not a metric of this run; there are "
@@ -114,8 +141,9 @@ class EarlyStopping:
     **Arguments:**
 
     - `patience`: steps without a new lowest value after which the run stops (at the end of a
-        chunk), at least 1.
-    - `metric`: as for [`BestState`][gradhpo.BestState].
+        chunk), at least 1. It looks once per chunk, so make it several times the `chunk_size` of
+        the run.
+    - `metric`: as for [`BestState`][gradhpo.BestState]; lower is better.
     - `min_delta`: by how much a value must be below the lowest one to count, default 0.
 
     **Afterwards:** `.best`, a [`BestState`][gradhpo.BestState], and `.stopped`. The `stop_reason`
@@ -157,6 +185,9 @@ class EarlyStopping:
         """What the memory is of; patience and `min_delta` may change where a run is resumed."""
         return self.best.identity
 
+    def __repr__(self) -> str:
+        return f"EarlyStopping(patience={self._patience}, {self.best!r})"
+
     # The value and step that patience counts from, the last step seen, and the best state.
 
     @property
@@ -181,6 +212,17 @@ class EarlyStopping:
             value, since = self.best.value, step
         self._seen = np.asarray([value, since, step])
         return self.stopped
+
+    @property
+    def why(self) -> str:
+        """For the report."""
+        best, waited = self.best, f"no new lowest {self.best.watched} in {self._patience} steps"
+        if best.state is None:
+            return f"EarlyStopping saw {waited}, and no finite one at all."
+        return (
+            f"EarlyStopping saw {waited}: the lowest was {best.value:.3g}, after step {best.step}, "
+            "and .best.state has that state."
+        )
 
     @property
     def stopped(self) -> bool:

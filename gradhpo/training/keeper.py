@@ -74,15 +74,14 @@ class Keeper:
     def check_resumable(self, num_steps: int) -> None:
         """The checkpoint belongs to the requested run."""
         assert self._found is not None
-        differing = differences(self._header["description"], self._description)
+        differing = differences(*map(_said, (self._header["description"], self._description)))
         upgrades = differences(self._header["versions"], _versions())
         taken = self._header["taken"]
         if differing:
             raise ValueError(
                 f"{self._found} is of another run: " + "; ".join([*differing, *upgrades]) + ". To "
-                "resume it, call run as before; for another run pass another directory (one that "
-                "begins from this one's state: "
-                "state, _ = gradhpo.load_checkpoint(directory, state))"
+                "resume it, call run as before. To start a new run from this state, load it with "
+                "state, _ = gradhpo.load_checkpoint(directory, state) and pass a new directory"
             )
         if taken > num_steps:
             raise ValueError(
@@ -181,3 +180,16 @@ class Keeper:
 def _versions() -> dict[str, str]:
     ours = sys.modules[__name__.partition(".")[0]].__version__
     return {"gradhpo": ours, "jax": jax.__version__}
+
+
+def _said(description: Any) -> Any:
+    """With what is recorded as a message says it."""
+    kinds = {"record": "a function that returns", "monitored": "a Monitor of"}
+    if not isinstance(description, dict):
+        return description
+    names = {part: description.get(part) for part in kinds}
+    return description | {
+        part: f"{kinds[part]} {x!r}" if x else None
+        for part, x in names.items()
+        if x is None or isinstance(x, str)
+    }

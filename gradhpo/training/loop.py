@@ -26,7 +26,7 @@ from gradhpo.training.history import History
 from gradhpo.training.identity import identity
 from gradhpo.training.keeper import Keeper
 from gradhpo.training.recorded import check_monitored, check_record, recorded_names
-from gradhpo.training.report import write_report
+from gradhpo.training.report import not_finite_at_first, write_report
 from gradhpo.training.start import make_start
 from gradhpo.training.stopping import Interrupts, Stopped
 from gradhpo.utils.advice import on_nan_derivative, on_nan_loss
@@ -207,7 +207,8 @@ def _history(driver: Driver, ending: Stopped, num_steps: int, seconds: float) ->
     remark = _remark(driver, metrics) if record.taken else ""
     unwritten = [] if driver.keeper is None else driver.keeper.failures
     inner = driver.state.inner_opt_state
-    advice = on_nan_derivative(inner), driver.refusal or on_nan_loss(inner)
+    at_first = not_finite_at_first(record)
+    advice = on_nan_derivative(inner), driver.refusal or on_nan_loss(inner, at_first)
     saved = None if driver.keeper is None else driver.keeper.saved_step
     behind = saved if saved != record.taken else None
     logs = driver.callbacks.unwritten
@@ -225,6 +226,7 @@ def _history(driver: Driver, ending: Stopped, num_steps: int, seconds: float) ->
         behind,
         driver.callbacks.monitored,
         (examples, num_coordinates(driver.state.hyperparams)),
+        driver.callbacks.why(ending.reason),
     )
     if driver.reptile_rate != 1 and record.taken % (driver.steps_per_episode or 1) == 0:
         said += " The parameters are those that the next episode starts from."

@@ -7,6 +7,7 @@ import numpy as np
 
 from gradhpo.core.state import BilevelState
 from gradhpo.utils.typecheck import checked
+from gradhpo.utils.warn import noted
 
 
 class Monitor:
@@ -15,8 +16,11 @@ class Monitor:
     Values appear in the history, in logs and in the progress bar under their names, one for each
     step: `nan` except where a chunk ended. `run` evaluates monitors before all other callbacks, so
     that [`EarlyStopping`][gradhpo.EarlyStopping] and [`BestState`][gradhpo.BestState] can watch
-    them by name. For a third data set, whose loss is not minimised: the report of the run says when
-    a monitored loss (with `loss` or `error` in its name) rises while the validation loss falls.
+    them by name. `run(chunk_size=10)` sets how often a monitor looks.
+
+    For a third data set, whose loss is not minimised: put `loss` or `error` into its name
+    (`"third_loss"`), and the report of the run says when it rises while the validation loss falls.
+    It ignores values under other names, which may be better when they are higher.
 
     **Arguments:**
 
@@ -50,6 +54,9 @@ class Monitor:
             raise ValueError('functions is empty: write Monitor({"test_loss": test_loss})')
         self._functions = dict(functions)
 
+    def __repr__(self) -> str:
+        return f"Monitor({', '.join(self._functions)})"
+
     @property
     def names(self) -> list[str]:
         """What it measures."""
@@ -57,7 +64,12 @@ class Monitor:
 
     def measure(self, state: BilevelState) -> dict[str, float]:
         """The values at a state."""
-        return {name: _number(name, f(state)) for name, f in self._functions.items()}
+        measured = {}
+        for name, function in self._functions.items():
+            with noted(f"Monitor {name!r}, called as function(state)"):
+                value = function(state)
+            measured[name] = _number(name, value)
+        return measured
 
     def __call__(self, state: BilevelState, metrics: Mapping[str, np.ndarray]) -> None:
         """Nothing is left to do: `run` has measured."""
@@ -66,5 +78,9 @@ class Monitor:
 def _number(name: str, value: Any) -> float:
     array = np.asarray(value)
     if array.shape != () or array.dtype.kind not in "fiub":
-        raise TypeError(f"Monitor: {name!r} returned {value!r}; return one real number")
+        if array.ndim and array.dtype != object:
+            found = f"numbers of shape {array.shape}"
+        else:
+            found = repr(value) if len(repr(value)) < 80 else f"a {type(value).__name__}"
+        raise TypeError(f"Monitor: {name!r} returned {found}; return one real number")
     return float(array)

@@ -9,6 +9,7 @@ from gradhpo.training.stopping import Stopped
 
 
 _GROWN = 100.0  # more than noise
+_FEW_LOOKS = 5  # of a monitor
 _RISEN = 0.02  # a monitored loss, relative to its lowest value
 
 
@@ -24,32 +25,35 @@ def write_report(
     last_checkpoint: int | None,
     monitored: Sequence[str],
     sizes: tuple[int | None, int],
+    why: str | None,
 ) -> str:
     """The sentences, in order of importance.
 
     `remark` comes from the algorithm; `advice` is for derivatives, and for losses, that are not
     finite; `unwritten` are the checkpoints that failed, and `logs` says what loggers could not
     write; `last_checkpoint` says after how many steps the last one was written, if that is not the
-    end; `sizes` are the numbers of validation examples and of hyperparameters.
+    end; `sizes` are the numbers of validation examples and of hyperparameters; `why` is what the
+    callback that stopped the run says of it.
     """
     earlier = f" ({record.resumed_at} of them before it was resumed)" if record.resumed_at else ""
     sentences = [
         f"{record.taken} of {num_steps} steps{earlier} in {seconds:.1f} s, {len(record.rejected)} "
-        f"rejected as non-finite{_where(record.rejected)}. {_why(ending, record)}"
+        f"rejected as non-finite{_where(record.rejected)}. {why or _why(ending, record)}"
     ]
     if remark:
         sentences.append(remark)
     else:
-        sentences += _on_rejections(record, *advice) + _on_divergence(record)
+        advised = _on_rejections(record, *advice)
+        sentences += advised + _on_divergence(record, bool(advised))
     if ending.error is None:
-        sentences += _on_over_fitting(record, monitored, *sizes)
+        sentences += _on_over_fitting(record, monitored, *sizes) + _on_looks(record, monitored)
     if unwritten:
         sentences.append(
             f"{len(unwritten)} checkpoints could not be written; the last time: {unwritten[-1]}."
         )
     sentences += [f"{said}." for said in logs]
     if last_checkpoint is not None:
-        sentences.append(f"The last checkpoint is that after {last_checkpoint} steps.")
+        sentences.append(f"The last checkpoint is from step {last_checkpoint}.")
     return " ".join(sentences)
 
 
@@ -63,25 +67,24 @@ def _where(rejected: list[int]) -> str:
 def _why(ending: Stopped, record: Record) -> str:
     error = ending.error
     said = "" if error is None else f"{type(error).__name__}: {error}"
+    notes = " ".join(getattr(error, "__notes__", []))
     reasons = {
         "num_steps": "The run is complete."
         + " There was nothing left to do." * (record.resumed_at == record.taken),
         "callback": "A callback stopped the run.",
         "interrupted": "It was interrupted.",
-        "early stopping": "EarlyStopping saw no new lowest value within its patience.",
         "time limit": "Its time limit was reached.",
         "data error": f"A data source failed: {said}",
-        "callback error": f"A callback failed: {said}",
+        "callback error": f"A callback failed: {said}" + f" ({notes})" * bool(notes),
         "loss error": f"A check within a loss failed: {said}",
         "device error": f"The device failed: {said}",
-        "out of memory": f"The device is out of memory: {said}. "
-        + " ".join(getattr(error, "__notes__", [])),
+        "out of memory": f"The device is out of memory: {said}. {notes}",
         "data exhausted": (
             "An iterator ended; gradhpo.iterate(loader) starts a loader again at its end."
         ),
         "rejected": (
-            f"{record.longest} steps in a row came out non-finite and were rejected: they left "
-            "no trace in the state."
+            f"{record.longest} consecutive steps were non-finite and were rejected: they left no "
+            "trace in the state."
         ),
     }
     return reasons.get(ending.reason, f"A callback stopped the run: {ending.reason}.")
@@ -99,8 +102,11 @@ def _on_rejections(record: Record, on_derivatives: str, on_losses: str) -> list[
     return []
 
 
-def _on_divergence(record: Record) -> list[str]:
-    """A loss that has blown up without becoming infinite, which nothing refuses."""
+def _on_divergence(record: Record, advised: bool) -> list[str]:
+    """A loss that has blown up without becoming infinite, which nothing refuses.
+
+    `advised`: the report has named the usual causes already.
+    """
     metrics = record.metrics()
     paths = {
         "training loss": metrics["train_loss"],
@@ -114,10 +120,20 @@ def _on_divergence(record: Record) -> list[str]:
             grown.append(f"the {name} grew from {finite[0]:.3g} to {finite[-1]:.3g}")
     if not grown:
         return []
+    usual = ": usually a learning rate too high (inner or outer), or a momentum of 1 or more"
     return [
-        f"Does it diverge? {_capital(', '.join(grown))}: usually a learning rate too high (inner "
-        "or outer), or a momentum of 1 or more. gradhpo.BestState keeps the state from before."
+        f"Does it diverge? {_capital(', '.join(grown))}{'' if advised else usual}. "
+        "gradhpo.BestState keeps the state from before."
     ]
+
+
+def not_finite_at_first(record: Record) -> str:
+    """The first loss that was not finite in the first step, or nothing."""
+    metrics = record.metrics()
+    losses = {"train_loss": "training loss", "val_loss": "validation loss"}
+    at_first = lambda name: metrics[name][:1]
+    bad = [said for name, said in losses.items() if not np.all(np.isfinite(at_first(name)))]
+    return next(iter(bad), "")
 
 
 def _on_over_fitting(
@@ -142,12 +158,27 @@ def _on_over_fitting(
                 "validate on more examples."
             )
     if examples is not None and hyperparams:
-        each = examples / hyperparams
-        sentences.append(
-            f"{examples:,} validation examples for {hyperparams:,} hyperparameters, {each:.3g} "
-            "for each."
-        )
+        each = f", {examples / hyperparams:.3g} for each" if hyperparams > 1 else ""
+        counts = _counted(examples, "validation example"), _counted(hyperparams, "hyperparameter")
+        sentences.append(f"{' for '.join(counts)}{each}.")
     return sentences
+
+
+def _on_looks(record: Record, monitored: Sequence[str]) -> list[str]:
+    """Monitors that look at the ends of few chunks, which shows no course."""
+    metrics = record.metrics()
+    looks = max((int(np.sum(np.isfinite(metrics[name]))) for name in monitored), default=0)
+    if not 0 < looks < min(_FEW_LOOKS, record.taken):
+        return []
+    size = max(1, record.taken // 10)
+    return [
+        f"Monitor looked only {_counted(looks, 'time')}: it looks more often with "
+        f"run(chunk_size={size})."
+    ]
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _capital(text: str) -> str:

@@ -77,11 +77,18 @@ def on_nan_derivative(inner_opt_state: PyTree) -> str:
     )
 
 
-def on_nan_loss(inner_opt_state: PyTree) -> str:
-    """Why a loss may not be finite, by the inner optimizer's state."""
+def on_nan_loss(inner_opt_state: PyTree, at_first: str) -> str:
+    """Why a loss may not be finite, by the inner optimizer's state.
+
+    `at_first`: the loss that was not finite in the first step, if one was not.
+    """
     usual = (
-        "Usual causes: a learning rate too high (inner or outer), a momentum of 1 or more, or NaN "
-        "in the data."
+        f"The {at_first} of the first step was not finite: look first for a NaN, "
+        "an infinity or too large a number in its batch and in the initial parameters. If there "
+        "is none, training diverged within that step: an inner learning rate too high."
+        if at_first
+        else "Usual causes: a learning rate too high (inner or outer), a momentum of 1 or more, or "
+        "NaN in the data."
     )
     if foreign.keeps_second_moments(inner_opt_state) and _is_half(inner_opt_state):
         return f"{usual} Adam's usual eps is 0 in float16: use {_IN_HALF}."

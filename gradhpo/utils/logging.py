@@ -13,7 +13,7 @@ import numpy as np
 
 from gradhpo.utils.settings import check_count
 from gradhpo.utils.typecheck import checked
-from gradhpo.utils.warn import warn
+from gradhpo.utils.warn import noted, warn
 
 
 class _FileLogger(abc.ABC):
@@ -115,7 +115,9 @@ class _FileLogger(abc.ABC):
             if self._label is not None:
                 columns["label"].append(self._label)
         others = [None] * (len(columns["step"]) - 1)
-        for name, x in self._extra(state).items():
+        with noted(f"extra of {type(self).__name__}, called as extra(state)"):
+            extra = self._extra(state)
+        for name, x in extra.items():
             if name in columns:
                 raise ValueError(
                     f"extra of {type(self).__name__} returned {name!r}, which every line has "

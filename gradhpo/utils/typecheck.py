@@ -113,6 +113,7 @@ def _on_call(function: Callable, args: tuple, kwargs: dict) -> str | None:
         hint = f" (did you mean {meant}?)" if meant else ""
         return f"{name} has no argument {unknown[0]}{hint}; it takes {', '.join(parameters)}"
     written = [x if x in positional else f"{x}=..." for x in required]
+    written += [f"{x}=..." for x in kwargs if x not in required]
     write = f"write {name}({', '.join(written)})"
     if missing:
         skipped = _skipped(given, parameters)

@@ -133,11 +133,18 @@ def prepare_hyperparams(hyperparams: PyTree) -> PyTree:
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise TypeError(
                 f"hyperparams{name} has dtype {jnp.result_type(leaf)}: only floating-point "
-                f"hyperparameters have a derivative; write jnp.asarray({leaf}, float), or leave "
-                "it in params"
+                f"hyperparameters have a derivative; write jnp.asarray({_written(leaf)}, float), "
+                "or leave it in params"
             )
     _refuse_nan(hyperparams, "hyperparams")
     return jax.tree.map(strong, hyperparams)
+
+
+def _written(leaf: Any) -> str:
+    """A leaf in a line of Python."""
+    return (
+        "..." if isinstance(leaf, Tracer) or np.size(leaf) > 5 else repr(np.asarray(leaf).tolist())
+    )
 
 
 def _refuse_complex(tree: PyTree, what: str) -> None:

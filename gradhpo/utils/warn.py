@@ -66,3 +66,13 @@ def forget_warnings() -> None:
 
 def _package(frame: Any) -> str:
     return frame.f_globals.get("__name__", "").partition(".")[0]
+
+
+@contextlib.contextmanager
+def noted(place: str) -> Iterator[None]:
+    """An error inside, of a function of the user's, has a note that says where it was called."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"in {place}")
+        raise
