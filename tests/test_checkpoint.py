@@ -585,6 +585,14 @@ def test_another_run_is_refused_and_left(finished, other, message):
     assert snapshot(finished) == before
 
 
+def test_what_is_recorded_is_compared(tmp_path):
+    run(tmp_path, num_steps=3)
+    said = "record was None, and is a function that returns 'p'"
+    with pytest.raises(ValueError, match=said) as raised:
+        run(tmp_path, num_steps=6, record=lambda s: {"p": s.params[0]})
+    assert "To start a new run from this state, load it with" in str(raised.value)
+
+
 def test_settings_of_the_optimizer_are_compared(tmp_path):
     run(tmp_path, optimizer=GREEDY, num_steps=3)
     changed = dataclasses.replace(GREEDY, gamma=0.25)
