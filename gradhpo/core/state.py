@@ -79,8 +79,8 @@ class BilevelState(eqx.Module):
 
     **Fields:**
 
-    - `params`: the parameters $w$ (with anything else that the model holds). A frozen array is in a
-        node of its own, which [`unfrozen`][gradhpo.unfrozen] removes.
+    - `params`: the parameters $w$ (with anything else that the model holds). A frozen array is
+        wrapped in a node, which [`unfrozen`][gradhpo.unfrozen] removes.
     - `hyperparams`: the hyperparameters $\lambda$, floating-point arrays.
     - `inner_opt_state`, `outer_opt_state`: optax states; `()` if there is none.
     - `step`: how often `step` was called, shape `()`, int32.
