@@ -55,16 +55,16 @@ def batches(*last, good=0):
 
 RUN = {
     "num_steps=0": (lambda: run(num_steps=0), ValueError, "num_steps must be at least 1"),
-    "num_steps=2.5": (lambda: run(num_steps=2.5), TypeError, "argument num_steps must not be 2.5"),
-    "num_steps='9'": (lambda: run(num_steps="9"), TypeError, "argument num_steps must not be '9'"),
+    "num_steps=2.5": (lambda: run(num_steps=2.5), TypeError, r"num_steps must be .*got 2.5"),
+    "num_steps='9'": (lambda: run(num_steps="9"), TypeError, r"num_steps must be .*got '9'"),
     "chunk_size=0": (lambda: run(chunk_size=0), ValueError, "chunk_size must be at least 1"),
     "max_rejections=0": (lambda: run(max_rejections=0), ValueError, "max_rejections must be at"),
     "a callback, not a list": (
         lambda: run(callbacks=lambda state, metrics: None),
         TypeError,
-        r"argument callbacks must not be .*callbacks=\[callback\]",
+        r"callbacks must be .*got .*callbacks=\[callback\]",
     ),
-    "no function": (lambda: run(callbacks=[None]), TypeError, "argument callbacks must not be"),
+    "no function": (lambda: run(callbacks=[None]), TypeError, "callbacks must be"),
     "a class": (
         lambda: run(callbacks=[gradhpo.BestState]),
         TypeError,
@@ -78,22 +78,22 @@ RUN = {
     "optimizer class": (
         lambda: run(optimizer=gradhpo.OneStepOptimizer),
         TypeError,
-        "argument optimizer must not be .*; pass an optimizer such as",
+        r"optimizer must be .*: pass an optimizer such as",
     ),
     "an optax optimizer": (
         lambda: run(optimizer=optax.sgd(0.1)),
         TypeError,
-        "argument optimizer must not be .*; pass an optimizer such as",
+        r"optimizer must be .*: pass an optimizer such as",
     ),
     "params as state": (
         lambda: run(state=jnp.zeros(3)),
         TypeError,
-        r"argument state must not be .*; pass what optimizer.init\(params, hyperparams\)",
+        r"state must be .*: pass what optimizer.init\(params, hyperparams\)",
     ),
     "a pair of losses": (
         lambda: run(losses=(train_loss, val_loss)),
         TypeError,
-        r"argument losses must not be .*; pass gradhpo.LossFunctions\(train_loss, val_loss\)",
+        r"losses must be .*: pass gradhpo.LossFunctions\(train_loss, val_loss\)",
     ),
     "state of another optimizer": (
         lambda: run(optimizer=gradhpo.OneStepOptimizer(optax.adam(0.1), OUTER)),
@@ -102,7 +102,7 @@ RUN = {
     ),
     "lr_hyper is missing": (lambda: without_outer(None), ValueError, "so step needs a step size"),
     "lr_hyper < 0": (lambda: without_outer(-0.1), ValueError, "lr_hyper must not be negative"),
-    "lr_hyper='0.1'": (lambda: without_outer("0.1"), TypeError, "argument lr_hyper must not be"),
+    "lr_hyper='0.1'": (lambda: without_outer("0.1"), TypeError, "lr_hyper must be"),
     "lr_hyper and an outer optimizer": (
         lambda: run(lr_hyper=0.1),
         ValueError,
@@ -132,7 +132,7 @@ RUN = {
     "checkpoint=True": (
         lambda: run(checkpoint=True),
         TypeError,
-        "must not be True; pass the path of a",
+        r"must be .*got True: pass the path of a",
     ),
     "checkpoint=''": (lambda: run(checkpoint=""), ValueError, "must be the path of a directory"),
 }
@@ -196,12 +196,12 @@ RUN |= {
     "gamma='0.9'": (
         lambda: gradhpo.GreedyOptimizer(SGD, OUTER, gamma="0.9"),
         TypeError,
-        "GreedyOptimizer: argument gamma must not be '0.9'; pass one real number",
+        r"GreedyOptimizer: gamma must be one real number.*got '0.9'",
     ),
     "damping=None": (
         lambda: gradhpo.ImplicitOptimizer(SGD, OUTER, damping=None),
         TypeError,
-        "ImplicitOptimizer: argument damping must not be None; pass one real number",
+        r"ImplicitOptimizer: damping must be one real number.*got None",
     ),
 }
 
@@ -376,7 +376,7 @@ DATA = {
         ValueError,
         "train_data and val_data are one and the same iterator",
     ),
-    "iterate(5)": (lambda: gradhpo.iterate(5), TypeError, "argument loader must not be 5"),
+    "iterate(5)": (lambda: gradhpo.iterate(5), TypeError, r"loader must be .*got 5"),
 }
 
 ARRAYS = {
@@ -401,12 +401,12 @@ ARRAYS = {
     "batch_size=2.0": (
         lambda: gradhpo.ArrayData(X, 2.0, KEY),
         TypeError,
-        "argument batch_size must not be 2.0",
+        r"batch_size must be .*got 2.0",
     ),
     "a seed for a key": (
         lambda: gradhpo.ArrayData(X, 2, 0),
         TypeError,
-        r"argument key must not be 0; pass jax.random.key\(0\)",
+        r"key must be .*got 0: pass jax.random.key\(0\)",
     ),
     "many keys": (
         lambda: gradhpo.ArrayData(X, 2, jax.random.split(KEY)),
@@ -422,7 +422,7 @@ ARRAYS = {
     "index=1.5": (
         lambda: gradhpo.ArrayData(X, 2, KEY)(1.5),
         TypeError,
-        "argument index must not be 1.5",
+        r"index must be .*got 1.5",
     ),
     "index=-1": (lambda: gradhpo.ArrayData(X, 2, KEY)(-1), ValueError, "index must be at least 0"),
     "a stack of none": (
@@ -441,16 +441,16 @@ CONTROLS = {
     "optax.MultiSteps": (
         lambda: gradhpo.OneStepOptimizer(SGD, optax.MultiSteps(OUTER, 2)),
         TypeError,
-        r"argument outer_optimizer must not be .*MultiSteps its .gradient_transformation\(\)",
+        r"outer_optimizer must be .*got .*MultiSteps its .gradient_transformation\(\)",
     ),
     "patience=0": (lambda: gradhpo.EarlyStopping(0), ValueError, "patience must be at least 1"),
-    "patience=1.5": (lambda: gradhpo.EarlyStopping(1.5), TypeError, "patience must not be 1.5"),
+    "patience=1.5": (lambda: gradhpo.EarlyStopping(1.5), TypeError, r"patience must be .*got 1.5"),
     "min_delta": (lambda: gradhpo.EarlyStopping(1, min_delta=-1.0), ValueError, "min_delta must"),
-    "metric=5": (lambda: gradhpo.BestState(5), TypeError, "argument metric must not be 5"),
+    "metric=5": (lambda: gradhpo.BestState(5), TypeError, r"metric must be .*got 5"),
     "a metric that is not there": (
-        lambda: run(callbacks=[gradhpo.BestState("accuracy")]),
+        lambda: run(callbacks=[gradhpo.BestState("third_loss")]),
         ValueError,
-        "metric='accuracy' is not a metric of this run; there are .*val_loss",
+        "metric='third_loss' is not a metric of this run; there are .*val_loss",
     ),
     "a memory without a start": (
         lambda: run(callbacks=[Remembering()]),
@@ -459,14 +459,14 @@ CONTROLS = {
     ),
     "seconds=0": (lambda: gradhpo.TimeLimit(0), ValueError, "seconds must be positive"),
     "every=0": (lambda: gradhpo.CSVLogger("x", every=0), ValueError, "every must be at least 1"),
-    "path=None": (lambda: gradhpo.CSVLogger(None), TypeError, "argument path must not be None"),
+    "path=None": (lambda: gradhpo.CSVLogger(None), TypeError, r"path must be .*got None"),
     "path is a directory": (
         lambda: gradhpo.JSONLinesLogger("/tmp"),
         ValueError,
         "is a directory; pass a file",
     ),
     "window=0": (lambda: gradhpo.moving_average(0), ValueError, "window must be at least 1"),
-    "directory=None": (lambda: gradhpo.Checkpoint(None), TypeError, "argument directory must not"),
+    "directory=None": (lambda: gradhpo.Checkpoint(None), TypeError, "directory must be"),
     "every_steps=0": (lambda: gradhpo.Checkpoint("x", 0), ValueError, "every_steps must be at lea"),
     "every_seconds=-1": (
         lambda: gradhpo.Checkpoint("x", every_seconds=-1.0),
@@ -477,7 +477,7 @@ CONTROLS = {
     "load_checkpoint of params": (
         lambda: gradhpo.load_checkpoint("x", jnp.zeros(3)),
         TypeError,
-        "argument state must not be",
+        "state must be",
     ),
 }
 

@@ -303,7 +303,7 @@ def test_what_is_cut_off_is_0_in_the_reference_as_well():
         ({"optimizers": [ONE]}, "pass a dict of name to optimizer"),
         ({"train_batch": [jnp.zeros(3)] * 4}, "train_batch is a list of 4"),
         ({"train_batch": lambda t: t}, "train_batch is a function or a data source"),
-        ({"losses": (train_loss, val_loss)}, "losses must not be"),
+        ({"losses": (train_loss, val_loss)}, "losses must be"),
         ({"reference": jnp.zeros(5)}, "reference must be an optimizer, or a tree like"),
         ({"optimizers": {"reference": ONE}}, "which the report reserves"),
         ({"optimizers": {"a": ONE, "b": gradhpo.TaskBatched(ONE, 2)}}, "numbers of inner problems"),

@@ -550,18 +550,18 @@ MISUSES = {
     "arguments of step in the wrong order": (
         lambda: one_step().step(init(), train_loss, val_loss, B, B), TypeError,
         # (the tests' import hook speaks before `step` does)
-        "argument train_loss_fn.*the order of arguments is|parameter 'train_loss_fn'",
+        r"train_loss_fn.*the order of arguments is|parameter 'train_loss_fn'",
     ),
     "losses as a tuple": (
         lambda: gradhpo.run(one_step(), init(), (train_loss, val_loss), B, B, num_steps=1),
-        TypeError, r"run: argument losses.*gradhpo\.LossFunctions\(train_loss, val_loss\)",
+        TypeError, r"run: losses.*gradhpo\.LossFunctions\(train_loss, val_loss\)",
     ),
     "one callback instead of a list": (
         lambda: run(callbacks=lambda state, metrics: None), TypeError, r"callbacks=\[callback\]",
     ),
     "positional unroll_steps": (
         lambda: gradhpo.UnrolledOptimizer(SGD, 20), TypeError,
-        r"UnrolledOptimizer: argument outer_optimizer must not be 20; pass an optax",
+        r"UnrolledOptimizer: outer_optimizer must be .*got 20: pass an optax",
     ),
     "a stack made of a list": (
         lambda: gradhpo.BatchStack([B, B]), TypeError, r"BatchStack\.of\(\[b1, b2",
@@ -648,14 +648,14 @@ MISUSES = {
     ),
     "optax.adam as outer optimizer, not called": (
         lambda: one_step(outer_optimizer=optax.adam), TypeError,
-        r"argument outer_optimizer must not be .*adam>; pass optax\.adam\(0\.1\)",
+        r"outer_optimizer must be .*got .*adam>: pass optax\.adam\(0\.1\)",
     ),
     "a function that returns optax.adam": (
         lambda: init_with(lambda h: optax.adam), TypeError, r"return optax\.adam\(0\.1\)",
     ),
     "MultiSteps as inner optimizer": (
         lambda: one_step(inner_optimizer=optax.MultiSteps(SGD, 2)), TypeError,
-        r"argument inner_optimizer must not be.*MultiSteps its \.gradient_transformation\(\)",
+        r"inner_optimizer must be.*MultiSteps its \.gradient_transformation\(\)",
     ),
     "a function that returns MultiSteps": (
         lambda: init_with(lambda h: optax.MultiSteps(optax.sgd(h[0]), 2)), TypeError,
@@ -667,28 +667,28 @@ MISUSES = {
     ),
     "gamma of three": (
         lambda: gradhpo.GreedyOptimizer(SGD, gamma=jnp.full(3, 0.9)), TypeError,
-        r"GreedyOptimizer: argument gamma must not be .*\[3\]; pass one real number, of shape \(\)",
+        r"GreedyOptimizer: gamma must be one real number.*got .*\[3\]",
     ),
     "epsilon of one in a list": (
         lambda: gradhpo.T1T2Optimizer(SGD, epsilon=np.full(1, 0.1)), TypeError,
-        r"T1T2Optimizer: argument epsilon must not be f64\[1\].*; pass one real number",
+        r"T1T2Optimizer: epsilon must be one real number.*got f64\[1\].*",
     ),
     "damping of three": (
-        lambda: implicit(damping=jnp.zeros(3)), TypeError, "argument damping must not be",
+        lambda: implicit(damping=jnp.zeros(3)), TypeError, "damping must be",
     ),
     "distillation_weight of three": (
-        lambda: online(distillation_weight=jnp.ones(3)), TypeError, "argument distillation_weight",
+        lambda: online(distillation_weight=jnp.ones(3)), TypeError, "distillation_weight",
     ),
     "step_size of three": (
-        lambda: gradhpo.Neumann(20, jnp.ones(3)), TypeError, "Neumann: argument step_size must not",
+        lambda: gradhpo.Neumann(20, jnp.ones(3)), TypeError, "Neumann: step_size must be",
     ),
     "damping of Nystrom of three": (
         lambda: gradhpo.Nystrom(2, jnp.ones(3), jax.random.key(0)), TypeError,
-        "Nystrom: argument damping must not be",
+        "Nystrom: damping must be",
     ),
     "gamma is text": (
         lambda: gradhpo.GreedyOptimizer(SGD, gamma="0.9"), TypeError,
-        "argument gamma must not be '0.9'; pass one real number",
+        r"gamma must be one real number.*got '0.9'",
     ),
     "gamma is a flag": (
         lambda: gradhpo.GreedyOptimizer(SGD, gamma=True), TypeError, "must be one real number",
@@ -752,7 +752,7 @@ MISUSES = {
     ),
     "unroll_steps from NumPy": (
         lambda: checkpoints(unroll_steps=np.int64(3)), TypeError,
-        r"argument unroll_steps must not be np\.int64\(3\).*unroll_steps=int\(unroll_steps\)",
+        r"unroll_steps must be .*got np\.int64\(3\).*unroll_steps=int\(unroll_steps\)",
     ),
     "num_steps from JAX": (
         lambda: run(num_steps=jnp.asarray(3)), TypeError, r"num_steps=int\(num_steps\)",

@@ -44,7 +44,8 @@ def flops_of(value: float, *, at_least: bool = False) -> str:
 def bytes_of(value: int) -> str:
     """`1.2 MiB`."""
     for power, prefix in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if value >= 999.5 * 1024 ** (power - 1):  # 1,000 and more do not fit into three digits
+        # 1,000 and more do not fit into three digits.
+        if value >= min(1024**power, max(1024, 999.5 * 1024 ** (power - 1))):
             return f"{value / 1024**power:.3g} {prefix}"
     return f"{value:.0f} B"
 

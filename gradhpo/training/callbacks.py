@@ -23,7 +23,7 @@ class Callbacks:
     A callback with a memory also has `start(state, resumed) -> memory` and the attribute `memory`,
     a pytree of arrays with a fixed structure. It may have `identity`, which distinguishes its
     memory from those of other callbacks of its class; `stopped`, whether it has stopped the run for
-    good; and `stop_reason`.
+    good; `stop_reason`; and `why`, which the report says of it then.
     """
 
     def __init__(self, callbacks: Sequence[Callable]):

@@ -169,16 +169,48 @@ _LACKING = {
 }
 
 
+def expected_kind(parameter: str, expected: str) -> str:
+    """What an argument must be; `expected` is its type."""
+    if parameter not in _KINDS and foreign.is_one_number(expected):
+        return "one real number, of shape ()"
+    return _KINDS.get(parameter, _TYPES.get(expected, expected))
+
+
+_TYPES = {"int": "an int", "bool": "a bool", "str": "a str", "str | Path": "a str or a Path"}
+
+
+# By the name of the argument.
+_KINDS = {
+    "optimizer": "an optimizer",
+    "optimizers": "a dict of optimizers",
+    "state": "a BilevelState",
+    "losses": "LossFunctions",
+    "train_loss_fn": "a function",
+    "val_loss_fn": "a function",
+    "train_batches": "a BatchStack",
+    "callbacks": "a list of functions",
+    "where": "a function",
+    "frozen": "a function",
+    "inner_optimizer": "an optax transformation or a function",
+    "outer_optimizer": "an optax transformation or None",
+    "update_fn": "a function",
+    "coordinates": "whole numbers",
+    "linear_solver": "a solver",
+    "key": "a PRNG key",
+    "checkpoint": "a directory",
+    "loader": "an iterable of batches",
+    "metric": "the name of a metric or a function of the state",
+}
+
+
 def instead_of(parameter: str, given: Any, expected: str) -> str | None:
     """What to pass for an argument that is refused; `None` if its type says enough."""
     is_count = isinstance(given, (np.generic, np.ndarray, jax.Array)) and given.ndim == 0
     if is_count and jnp.issubdtype(given.dtype, jnp.integer) and "int" in expected:
-        return f"a Python int: {parameter}=int({parameter})"
+        return f"{parameter}=int({parameter})"
     called = foreign.uncalled(given)
     if called is not None:
         return called
-    if parameter not in _INSTEAD and foreign.is_one_number(expected):
-        return "one real number, of shape ()"
     return _INSTEAD.get(parameter)
 
 

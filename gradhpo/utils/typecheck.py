@@ -11,7 +11,7 @@ import jax
 from beartype import beartype
 from jaxtyping import TypeCheckError, jaxtyped
 
-from gradhpo.utils.advice import also_called, instead_of, lacking
+from gradhpo.utils.advice import also_called, expected_kind, instead_of, lacking
 from gradhpo.utils.foreign import is_transformation, refused_argument
 
 
@@ -83,9 +83,9 @@ def _on_value(function: Callable, args: tuple, kwargs: dict, complaint: str) -> 
     parameter, shown, expected = found
     shown = shown if len(shown) < 100 else shown[:100] + "..."
     given = inspect.signature(function).bind(*args, **kwargs).arguments.get(parameter)
-    instead = instead_of(parameter, given, expected)
-    instead = f"; pass {instead}" if instead else f" (expected {expected})"
-    return f"{_name(function, args)}: argument {parameter} must not be {shown}{instead}"
+    kind, instead = expected_kind(parameter, expected), instead_of(parameter, given, expected)
+    instead = f": pass {instead}" if instead else ""
+    return f"{_name(function, args)}: {parameter} must be {kind}, got {shown}{instead}"
 
 
 def _on_call(function: Callable, args: tuple, kwargs: dict) -> str | None:
