@@ -67,7 +67,8 @@ def _where(rejected: list[int]) -> str:
 def _why(ending: Stopped, record: Record) -> str:
     error = ending.error
     said = "" if error is None else f"{type(error).__name__}: {error}"
-    notes = " ".join(getattr(error, "__notes__", []))
+    notes = getattr(error, "__notes__", [])
+    where = "; ".join(note for note in notes if note.startswith("in "))  # not those of JAX
     reasons = {
         "num_steps": "The run is complete."
         + " There was nothing left to do." * (record.resumed_at == record.taken),
@@ -75,10 +76,10 @@ def _why(ending: Stopped, record: Record) -> str:
         "interrupted": "It was interrupted.",
         "time limit": "Its time limit was reached.",
         "data error": f"A data source failed: {said}",
-        "callback error": f"A callback failed: {said}" + f" ({notes})" * bool(notes),
+        "callback error": f"A callback failed: {said}" + f" ({where})" * bool(where),
         "loss error": f"A check within a loss failed: {said}",
         "device error": f"The device failed: {said}",
-        "out of memory": f"The device is out of memory: {said}. {notes}",
+        "out of memory": f"The device is out of memory: {said}. {' '.join(notes)}",
         "data exhausted": (
             "An iterator ended; gradhpo.iterate(loader) starts a loader again at its end."
         ),
