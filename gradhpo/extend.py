@@ -30,6 +30,7 @@ from gradhpo.core.start import pull_start, push_start
 from gradhpo.core.state import BilevelState, inner_state, with_inner_state
 from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, MetricDict, UpdateFn
 from gradhpo.core.visibility import Sees
+from gradhpo.solvers.default import choose_solver
 from gradhpo.solvers.system import LinearSolution, solve_system
 from gradhpo.utils.coordinates import map_in_blocks, num_coordinates, ravel, unit_vector, unravel
 from gradhpo.utils.keys import fold_keys, is_key, key_of_numbers, numbers_of_key
@@ -76,6 +77,7 @@ __all__ = [
     "check_same_structure",
     "check_setting",
     "checked",
+    "choose_solver",
     "cotangent_at_end",
     "fit_memory",
     "fold_keys",

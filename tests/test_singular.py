@@ -12,10 +12,12 @@ from helpers import assert_same
 from problems import relaxed
 
 import gradhpo
+from gradhpo.extend import choose_solver, solve_system
 from gradhpo.solvers.conjugate import ConjugateGradients
 
 
-SGD, OUTER = optax.sgd(0.01), optax.sgd(1e-3)
+# From hyperparameters of 0, one step of the outer one is the hypergradient.
+SGD, OUTER = optax.sgd(0.01), optax.sgd(1.0)
 
 
 def weighted(w, h, batch):
@@ -50,13 +52,14 @@ def by_pseudo_inverse(w, h, train, val):
     return -weights * (1 - weights) * (x @ w - y) * (x @ q) / len(y), unseen
 
 
+def hypergradient(before, after):
+    return before.hyperparams - after.hyperparams
+
+
 DEFAULT, CG = None, lx.CG(rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    ("features", "examples", "solver"),
-    [(20, 8, DEFAULT), (1_000, 8, DEFAULT), (600, 128, DEFAULT), (50, 8, CG)],
-)
+@pytest.mark.parametrize(("features", "examples", "solver"), [(600, 128, DEFAULT), (50, 8, CG)])
 def test_a_batch_smaller_than_the_parameters_has_the_smallest_norm_answer(
     features, examples, solver
 ):
@@ -64,12 +67,57 @@ def test_a_batch_smaller_than_the_parameters_has_the_smallest_norm_answer(
     optimizer = gradhpo.ImplicitOptimizer(SGD, OUTER, solver)
     start = optimizer.init(jnp.zeros(features), jnp.zeros(examples))
     state = optimizer.step(start, train, val, weighted, error)
-    found = optimizer.compute_hypergradient(start, train, val, weighted, error)
+    found = hypergradient(start, state)
     expected, unseen = by_pseudo_inverse(state.params, start.hyperparams, train, val)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.max(np.abs(expected)))
     np.testing.assert_allclose(state.get_metric("linear_residual"), unseen, rtol=1e-6)
     assert state.metadata["rejected"] == 0
     assert state.get_metric("linear_failures") == 1
+    assert np.all(np.asarray(state.memory.adjoint) == 0)
+
+
+@jax.custom_vjp
+def same(x):
+    return x
+
+
+same.defvjp(lambda x: (x, None), lambda _, bar: (bar,))
+
+
+def with_custom_vjp(w, h, batch):
+    return weighted(same(w), h, batch)
+
+
+def with_detach(w, h, batch):
+    return weighted(w + 0 * gradhpo.detach(w), h, batch)
+
+
+def step_of_sgd(w, h, batch):
+    return w - 0.01 * jax.grad(weighted)(w, h, batch)
+
+
+NOT_SYMMETRIC = {
+    "grad_fn": ({"grad_fn": jax.grad(weighted)}, weighted),
+    "update_fn": ({"inner_optimizer": None, "update_fn": step_of_sgd}, weighted),
+    "custom_vjp": ({}, with_custom_vjp),
+    "detach": ({}, with_detach),
+}
+
+
+@pytest.mark.parametrize("route", list(NOT_SYMMETRIC))
+def test_a_system_that_need_not_be_symmetric_has_the_same_answer(route):
+    """For which GMRES gives 1e15 times as much."""
+    settings, loss = NOT_SYMMETRIC[route]
+    train, val = data(0, 20, 6)
+    optimizer = gradhpo.ImplicitOptimizer(
+        **({"inner_optimizer": SGD} | settings), outer_optimizer=OUTER
+    )
+    start = optimizer.init(jnp.ones(20), jnp.zeros(6))
+    state = optimizer.step(start, train, val, loss, error)
+    expected, unseen = by_pseudo_inverse(state.params, start.hyperparams, train, val)
+    np.testing.assert_allclose(hypergradient(start, state), expected, rtol=1e-8)
+    np.testing.assert_allclose(state.get_metric("linear_residual"), unseen, rtol=1e-6)
+    assert (state.get_metric("linear_failures"), state.get_metric("rejected")) == (1, 0)
     assert np.all(np.asarray(state.memory.adjoint) == 0)
 
 
@@ -80,7 +128,7 @@ def test_in_float32_too(as_a_user_has_it):
     optimizer = gradhpo.ImplicitOptimizer(SGD, OUTER)
     start = optimizer.init(jnp.zeros(features), jnp.zeros(examples))
     state = optimizer.step(start, train, val, weighted, error)
-    found = optimizer.compute_hypergradient(start, train, val, weighted, error)
+    found = hypergradient(start, state)
     expected, unseen = by_pseudo_inverse(state.params, start.hyperparams, train, val)
     assert np.linalg.norm(found - expected) < 2e-2 * np.linalg.norm(expected)
     np.testing.assert_allclose(state.get_metric("linear_residual"), unseen, rtol=1e-3)
@@ -121,8 +169,7 @@ def test_a_direct_solver_that_leaves_more_than_it_solves_has_failed():
     assert by_lu.get_metric("linear_failures") == 1
     assert by_svd.get_metric("linear_failures") == 0
     expected, _ = by_pseudo_inverse(by_svd.params, start.hyperparams, train, val)
-    found = of(lx.SVD()).compute_hypergradient(start, train, val, weighted, error)
-    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    np.testing.assert_allclose(hypergradient(start, by_svd), expected, rtol=1e-9)
 
 
 # -- the solver --------------------------------------------------------------------------------
@@ -142,7 +189,7 @@ def of_rank(rank, size, seed=0):
     return root.T @ root / rank, vector / np.linalg.norm(vector)
 
 
-@pytest.mark.parametrize(("rank", "size"), [(1, 2), (4, 5), (8, 50), (60, 200)])
+@pytest.mark.parametrize(("rank", "size"), [(1, 2), (8, 50), (60, 200)])
 def test_of_a_singular_matrix_it_is_the_pseudo_inverse(rank, size):
     matrix, vector = of_rank(rank, size)
     found = solve(matrix, vector)
@@ -157,9 +204,84 @@ def test_of_a_singular_matrix_it_is_the_pseudo_inverse(rank, size):
     np.testing.assert_allclose(consistent.value, expected, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"max_steps": 3}, {"stabilise_every": 1}, {"max_steps": 40}]
-)
+def test_a_start_keeps_what_a_singular_matrix_does_not_see():
+    """Of solutions that exist, the nearest one."""
+    matrix, vector = of_rank(8, 50)
+    inverse = np.linalg.pinv(matrix, rcond=1e-10)
+    start = np.ones(50)
+    found = solve(matrix, matrix @ vector, y0=start)
+    unseen = start - inverse @ (matrix @ start)
+    np.testing.assert_allclose(found.value, inverse @ matrix @ vector + unseen, rtol=1e-8)
+    assert found.result == lx.RESULTS.successful
+
+
+def spread(rank, size, condition, symmetric):
+    """Singular values between 1 and 1 / `condition`, and 0."""
+    random = np.random.default_rng(0)
+    left, right = np.linalg.qr(random.normal(size=(2, size, size)))[0]
+    values = np.concatenate([np.geomspace(1, 1 / condition, rank), np.zeros(size - rank)])
+    vector = random.normal(size=size)
+    matrix = (left * values) @ (left if symmetric else right).T
+    return matrix, vector / np.linalg.norm(vector), np.linalg.pinv(matrix, rcond=1e-12)
+
+
+@pytest.mark.parametrize(("condition", "error"), [(1e3, 1e-2), (1e6, 1)])
+def test_products_that_end_first_leave_nothing_long_that_the_matrix_does_not_see(condition, error):
+    """At 1e3 30 times too long with it; at 1e6 cut short, which the result does not hide."""
+    matrix, vector, inverse = spread(64, 200, condition, symmetric=True)
+    found, expected = solve(matrix, vector, max_steps=100), inverse @ vector
+    assert np.linalg.norm(found.value - expected) < error * np.linalg.norm(expected)
+    settled = found.result == lx.RESULTS.singular
+    assert bool(settled) == (condition == 1e3)
+    assert bool(settled) == (np.linalg.norm(vector - matrix @ found.value) < 1)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gmres_gives_way_where_its_answer_is_too_long(symmetric):
+    """Its residual says nothing: 0.88, below 1, for an answer of 1e15."""
+    matrix, vector, inverse = spread(20, 50, 100, symmetric)
+    solver = choose_solver(None, jnp.zeros(50), symmetric=False)
+    operator = lx.MatrixLinearOperator(jnp.asarray(matrix))
+    by = lambda solver, b: lx.linear_solve(operator, jnp.asarray(b), solver, throw=False)
+    found, expected = by(solver, vector), inverse @ vector
+    np.testing.assert_allclose(found.value, expected, rtol=1e-8, atol=1e-9)
+    assert found.result == lx.RESULTS.breakdown
+    assert np.linalg.norm(by(solver.settings, vector).value) > 50 * np.linalg.norm(expected)
+
+
+def test_gmres_that_ends_in_time_is_left_alone():
+    """Converged, or cut short with a small residual."""
+    matrix, vector = of_rank(300, 100)
+    solver = choose_solver(None, jnp.zeros(100), symmetric=False)
+    short = dataclasses.replace(solver, settings=dataclasses.replace(solver.settings, max_steps=2))
+    operator = lx.MatrixLinearOperator(jnp.asarray(matrix))
+    for ours in (solver, short):
+        found, plain = (
+            lx.linear_solve(operator, jnp.asarray(vector), x, throw=False)
+            for x in (ours, ours.settings)
+        )
+        np.testing.assert_array_equal(found.value, plain.value)
+        assert found.result == plain.result
+
+
+def test_products_of_a_solve_from_a_good_start():
+    """One for the start's multiple, and one for each step: the start's own image is known."""
+    matrix, vector = of_rank(300, 30)
+    calls = []
+
+    def product(v):
+        jax.debug.callback(lambda: calls.append(1))
+        return jnp.asarray(matrix) @ v
+
+    guess = jnp.asarray(np.linalg.solve(matrix, vector) + 1e-3)
+    solver = choose_solver(None, guess, symmetric=True)
+    settings = {"symmetric": True, "guess": guess, "shift": jnp.zeros(())}
+    solution = jax.jit(lambda b: solve_system(product, b, solver, **settings))(jnp.asarray(vector))
+    jax.effects_barrier()
+    assert len(calls) == 1 + int(solution.iterations)
+
+
+@pytest.mark.parametrize("settings", [{}, {"stabilise_every": 1}, {"max_steps": 40}])
 def test_of_a_regular_matrix_it_is_what_lineax_gives(settings):
     """Of a large multiple, for which it looks at the residual alone, and not at the last move."""
     matrix, vector = of_rank(300, 100)
@@ -179,7 +301,7 @@ def test_negative_curvature_never_leaves_more_than_there_was():
     matrix = rotation @ np.diag(np.linspace(-1, 2, 80)) @ rotation.T
     vector = rotation @ np.ones(80) / np.sqrt(80)
     left, broken = [], []
-    for steps in range(1, 40, 3):
+    for steps in range(1, 40, 9):
         found = solve(matrix, vector, max_steps=steps)
         left.append(np.linalg.norm(vector - matrix @ found.value))
         broken.append(bool(found.result == lx.RESULTS.breakdown))
@@ -209,18 +331,22 @@ def batches(count, features=12, examples=5):
 def of_several(pairs, w, h, val):
     """The hypergradient with H and the mixed derivative as means over these batches, in NumPy."""
     loss = lambda w, h: sum(weighted(w, h, pair) for pair in pairs) / len(pairs)
-    hessian = np.asarray(jax.hessian(loss)(w, h))
-    mixed = np.asarray(jax.jacobian(jax.grad(loss), 1)(w, h))
-    alpha = np.asarray(jax.grad(error)(w, h, val))
-    return -np.linalg.solve(hessian, alpha) @ mixed, np.linalg.norm(jax.grad(loss)(w, h))
+    gradient = jax.grad(loss)
+    derivatives = lambda w, h: (
+        *jax.jacobian(gradient, (0, 1))(w, h),
+        gradient(w, h),
+        jax.grad(error)(w, h, val),
+    )
+    hessian, mixed, residual, alpha = map(np.asarray, jax.jit(derivatives)(w, h))
+    return -np.linalg.solve(hessian, alpha) @ mixed, np.linalg.norm(residual)
 
 
 def test_curvature_of_several_batches_is_their_mean():
     stack, pairs, val = batches(6)
     optimizer = gradhpo.ImplicitOptimizer(SGD, OUTER, lx.LU(), inner_steps=6, curvature_batches=4)
     state = optimizer.init(jnp.ones(12), jnp.zeros(5))
-    found = optimizer.compute_hypergradient(state, stack, val, weighted, error)
     after = optimizer.step(state, stack, val, weighted, error)
+    found = hypergradient(state, after)
     expected, residual = of_several(pairs[2:], after.params, state.hyperparams, val)
     np.testing.assert_allclose(found, expected, rtol=1e-10)
     np.testing.assert_allclose(after.get_metric("inner_residual"), residual, rtol=1e-12)
@@ -234,13 +360,12 @@ def test_a_fixed_point_of_several_batches():
     stack, pairs, val = batches(6)
     update_fn = lambda w, h, batch: w - 0.01 * jax.grad(weighted)(w, h, batch)
     optimizer = gradhpo.ImplicitOptimizer(
-        update_fn=update_fn, linear_solver=lx.LU(), inner_steps=6, curvature_batches=4
+        None, OUTER, lx.LU(), inner_steps=6, curvature_batches=4, update_fn=update_fn
     )
     state = optimizer.init(jnp.ones(12), jnp.zeros(5))
-    found = optimizer.compute_hypergradient(state, stack, val, weighted, error)
-    after = optimizer.step(state, stack, val, weighted, error, lr_hyper=0.0)
+    after = optimizer.step(state, stack, val, weighted, error)
     expected, _ = of_several(pairs[2:], after.params, state.hyperparams, val)
-    np.testing.assert_allclose(found, expected, rtol=1e-10)
+    np.testing.assert_allclose(hypergradient(state, after), expected, rtol=1e-10)
 
 
 def test_one_batch_for_all_inner_steps_counts_once():

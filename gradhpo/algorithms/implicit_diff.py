@@ -27,15 +27,16 @@ from gradhpo.extend import (
     check_count,
     check_setting,
     checked,
+    choose_solver,
     setting,
     solve_system,
+    tree_dot,
     tree_l2_norm,
 )
 
 
-# Products of the default solvers, each of which costs two training gradients. GMRES counts cycles
-# of this many products.
-_MOST_PRODUCTS, _CYCLE = 100, 20
+# The share of itself by which the validation loss may still change, before the report says so.
+_LARGE_GAP = 0.1
 # Used if a solver has no `advice`.
 _ADVICE = (
     "H is singular, as it is where a batch has fewer examples than there are parameters, or not "
@@ -47,11 +48,13 @@ class ImplicitMemory(Memory):
     r"""What [`ImplicitOptimizer`][gradhpo.ImplicitOptimizer] carries over, with its solve metrics.
 
     - `adjoint`: the last $q$, a tree like the parameters.
-    - `inner_residual`, `linear_residual`, `linear_iterations`, `linear_failures`: shape `()`.
+    - `inner_residual`, `optimality_gap`, `linear_residual`, `linear_iterations`,
+        `linear_failures`: shape `()`.
     """
 
     adjoint: PyTree
     inner_residual: Array
+    optimality_gap: Array
     linear_residual: Array
     linear_iterations: Array
     linear_failures: Array
@@ -79,7 +82,9 @@ class ImplicitOptimizer(Algorithm):
     If a batch has fewer examples than there are parameters, $H$ is singular and $q$ does not exist.
     The default solver and `lineax.CG` then take the least-squares solution of the smallest norm,
     $q = H^+ \nabla_w L_{val}$, and count a failure; `linear_residual` is the share of
-    $\nabla_w L_{val}$ that the batch does not see.
+    $\nabla_w L_{val}$ that the batch does not see. (If the products end first, they take what they
+    have reached; a residual above 1 says so.) If $H$ is singular but some $q$ exists, that is no
+    failure, and $q$ is the solution nearest to where iterations start.
 
     It does not see hyperparameters that only change the path to the optimum: learning rates and
     other settings of the inner optimizer. It assumes that training ends at the minimum of the
@@ -90,7 +95,7 @@ class ImplicitOptimizer(Algorithm):
     The hypergradient can itself be differentiated, in forward and reverse mode, for outer
     Hessians. The derivative is that of the computation: through the `inner_steps` from the given
     state, and of the solution of the linear system. If the inner steps converge, that is the
-    derivative of the optimum.
+    derivative of the optimum. If the solve fails, as for a small batch, the derivative is NaN.
 
     **Arguments:**
 
@@ -115,12 +120,15 @@ class ImplicitOptimizer(Algorithm):
     multiple), and its own metrics (`state.get_metric("linear_residual")`): `inner_residual`,
     $\|\nabla_w L_{train}\|$ (or $\|w - \Phi(w)\|$) at the end of the inner steps;
     `linear_residual`, the residual of the linear system relative to its right-hand side;
-    `linear_iterations` as the solver counts them (0 for direct solvers, cycles of 20 products for
-    `lineax.GMRES`); `linear_failures`, the number of solves so far that the solver itself gave up
-    (singular, diverged), or that ended with a `linear_residual` above 1, which is worse than no
-    solve. ([`Neumann`][gradhpo.Neumann] and [`Nystrom`][gradhpo.Nystrom] are not inverses: with
-    them that is not a failure.) Nor is reaching `max_steps`. Nothing is raised: a finite
-    hypergradient of a failed solve is followed like any other, and the report of `run` mentions it.
+    `optimality_gap`, $|q^\top \nabla_w L_{train}| / |L_{val}|$, by which share of itself the
+    validation loss would change, to first order, if training went on to the optimum of the last
+    `curvature_batches`; `linear_iterations` as the solver counts them (0 for direct solvers, cycles
+    of 20 products for `lineax.GMRES`); `linear_failures`, the number of solves so far that the
+    solver itself gave up (singular, diverged), or that ended with a `linear_residual` above 1,
+    which is worse than no solve. ([`Neumann`][gradhpo.Neumann] and [`Nystrom`][gradhpo.Nystrom]
+    are not inverses: with them that is not a failure.) Nor is reaching `max_steps`. Nothing is
+    raised: a finite hypergradient of a failed solve is followed like any other. The report of `run`
+    mentions failures, and an `optimality_gap` above 0.1.
 
     **Raises:** `ValueError` for `inner_steps < 1`, `curvature_batches` outside 1 to `inner_steps`,
     or a negative `damping`; while tracing, for a solver that does not fit the operator.
@@ -202,7 +210,7 @@ class ImplicitOptimizer(Algorithm):
         # Placed, not computed: jax_debug_nans refuses to compute a NaN.
         unknown = jax.device_put(np.full((), np.nan, dtype))
         adjoint = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), z.w)
-        return ImplicitMemory(adjoint, unknown, unknown, unknown, jnp.zeros((), dtype))
+        return ImplicitMemory(adjoint, unknown, unknown, unknown, unknown, jnp.zeros((), dtype))
 
     def finite_part(self, memory: ImplicitMemory) -> PyTree:
         """The adjoint."""
@@ -223,11 +231,7 @@ class ImplicitOptimizer(Algorithm):
         # Solved in float32 at least, and for a right-hand side of length 1.
         wide = accumulation_dtype(w)
         symmetric = phi.update_fn is None and phi.symmetric
-        solver = _default_solver(symmetric, w) if self.linear_solver is None else self.linear_solver
-        _check_fits(solver, symmetric)
-        # Its own numbers as well: lineax asks for their shapes, and JAX warns if they are float64
-        # (made under x64) while x64 is off.
-        solver = jax.tree.map(lambda x: x.astype(wide) if eqx.is_inexact_array(x) else x, solver)
+        solver = choose_solver(self.linear_solver, w, symmetric=symmetric)
         damping = self.damping.astype(wide)
         norm = jax.lax.stop_gradient(tree_l2_norm(alpha).astype(wide))
         norm = jnp.where(norm > 0, norm, 1)
@@ -251,6 +255,9 @@ class ImplicitOptimizer(Algorithm):
             raise ValueError(f"{kind} does not fit this system: {error}") from error
         reached, mixed = product(q)
         inner_residual = tree_l2_norm(residual)
+        change = norm * jnp.abs(tree_dot(q, jax.tree.map(lambda x: x.astype(wide), residual)))
+        size = jnp.abs(val_loss).astype(wide)
+        gap = change / jnp.where(size > 0, size, 1)
         residual_left = tree_l2_norm(jax.tree.map(jnp.subtract, unit, reached))
         if not getattr(solver, "approximates", False):
             failed |= residual_left > 1.01  # by more than rounding
@@ -264,6 +271,7 @@ class ImplicitOptimizer(Algorithm):
         memory = ImplicitMemory(
             adjoint,
             inner_residual=inner_residual.astype(wide),
+            optimality_gap=gap,
             linear_residual=residual_left.astype(wide),
             linear_iterations=iterations.astype(wide),
             linear_failures=memory.linear_failures + failed.astype(wide),
@@ -273,16 +281,31 @@ class ImplicitOptimizer(Algorithm):
     def remarks(
         self, before: MetricDict, metrics: Mapping[str, np.ndarray], copies: int = 1
     ) -> str:
-        """Solves that failed, or left a larger residual than they started with."""
+        """Solves that failed or left a larger residual than they began with; steps too few."""
+        of_solves = self._of_solves(before, metrics, copies)
+        gaps = metrics["optimality_gap"]
+        gap = np.median(gaps[-max(1, len(gaps) // 4) :])
+        if not gap > _LARGE_GAP:
+            return of_solves
+        not_there = (
+            "Training has not converged, or its last batch does not stand for the others: to go on "
+            f"to the optimum of that batch would change the validation loss by {gap:.0%} "
+            "(optimality_gap, median of the last quarter of the steps), so the hypergradient may "
+            "be wrong by any factor: use more inner_steps, larger batches, or curvature_batches."
+        )
+        return f"{of_solves} {not_there}".strip()
+
+    def _of_solves(self, before: MetricDict, metrics: Mapping[str, np.ndarray], copies: int) -> str:
         failures = copies * (metrics["linear_failures"][-1] - before["linear_failures"])
         residuals = metrics["linear_residual"]
         why = getattr(self.linear_solver, "advice", _ADVICE)
         if failures and why is _ADVICE:
             return (
-                f"The linear solver failed {failures:.0f} times: {why}. Conjugate gradients then "
-                "take the least-squares solution of the smallest norm, without what the batch does "
-                f"not see (by the median of linear_residual, {np.median(residuals):.0%} of the "
-                "validation gradient); what other solvers give is not to be trusted."
+                f"The linear solver failed {failures:.0f} times: {why}. lineax.CG and the default "
+                "then take the least-squares solution of the smallest norm, without what the batch "
+                f"does not see (by the median of linear_residual, {np.median(residuals):.0%} of "
+                "the validation gradient; above 100%, that solution was cut short); what other "
+                "solvers give is not to be trusted."
             )
         if failures:
             return (
@@ -296,23 +319,3 @@ class ImplicitOptimizer(Algorithm):
                 f"{np.median(residuals):.0e}), so the adjoint is worse than none; {why}."
             )
         return ""
-
-
-def _check_fits(solver: lx.AbstractLinearSolver, symmetric: bool) -> None:
-    if isinstance(solver, lx.CG | lx.Cholesky) and not symmetric:
-        raise ValueError(
-            f"ImplicitOptimizer(linear_solver=lineax.{type(solver).__name__}(...)) needs "
-            "a symmetric system, which an update_fn, gradhpo.detach or another custom_vjp in the "
-            "loss may not give: use lineax.GMRES, lineax.BiCGStab, lineax.LU, gradhpo.Neumann, or "
-            "None for the default; a rule that is the true derivative can be written as custom_jvp"
-        )
-
-
-def _default_solver(symmetric: bool, w: PyTree) -> lx.AbstractLinearSolver:
-    tolerance = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(w)) ** (2 / 3)
-    # The Euclidean norm: lineax's own applies the tolerance to every component.
-    settings = {"rtol": tolerance, "atol": tolerance, "norm": tree_l2_norm}
-    if symmetric:
-        return lx.CG(**settings, max_steps=_MOST_PRODUCTS)
-    # The first cycle that lineax counts only looks at the start.
-    return lx.GMRES(**settings, max_steps=_MOST_PRODUCTS // _CYCLE + 1, restart=_CYCLE)

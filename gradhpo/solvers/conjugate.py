@@ -12,6 +12,8 @@ from gradhpo.utils.trees import accumulation_dtype, tree_dot, tree_zeros_like
 
 
 _State: TypeAlias = lx.AbstractLinearOperator
+# The share of A's norm below which it hardly sees a residual, which has begun to settle.
+_SEEN = 0.1
 
 
 class _Iterates(NamedTuple):
@@ -19,7 +21,8 @@ class _Iterates(NamedTuple):
 
     `y`, its residual `r` and the direction `p`, with `gamma` = |r|^2 and `length` = |p|^2; the sums
     of `y` / gamma and of 1 / gamma so far; the largest curvature so far, and whether the last one
-    has vanished; whether `y` is the smoothed iterate, at the end.
+    has vanished; the longest image of a unit vector; whether `y` is the smoothed iterate, at the
+    end.
     """
 
     y: PyTree
@@ -32,6 +35,7 @@ class _Iterates(NamedTuple):
     largest: Array
     step: Array
     broken: Array
+    norm: Array
     smoothed: Array
 
 
@@ -41,14 +45,16 @@ class ConjugateGradients(lx.AbstractLinearSolver[_State]):
     A symmetric $A$ that is singular has no solution where $b$ has a part outside its range: the
     iterates $y_j$ of conjugate gradients grow until the curvature along their direction vanishes.
     There it ends, and the answer is the mean of all iterates with weights $1/\|r_j\|^2$,
-    $r_j = b - A y_j$, which are the iterates of least residual (those of MINRES). Without its part
-    along the residual that is left, which $A$ does not see, that is $A^+ b$, the least-squares
-    solution of the smallest norm (from a start of 0). The same mean is the answer where
-    `max_steps` are over and the last residual is larger than $b$, as happens with negative
-    curvature. Elsewhere the iterates are those of `lineax.CG`, which end where the residual meets
-    the tolerances, after one at least.
+    $r_j = b - A y_j$, which are the iterates of least residual (those of MINRES). The same mean is
+    the answer where `max_steps` are over and the last residual is larger than $b$, as happens
+    with negative curvature. Of a residual $r$ that $A$ hardly sees, $\|A r\| \ll \|A\| \|r\|$, the
+    answer keeps no part along it. Once $r$ has settled, $A r = 0$, that is $A^+ b$, the
+    least-squares solution of the smallest norm (from a start of 0); before, it is an
+    approximation that was cut short, with errors where the curvature is small and a residual that
+    may be larger than $b$. Elsewhere the iterates are those of `lineax.CG`, which end where the
+    residual meets the tolerances, after one at least.
 
-    It costs one product more where it fails, and otherwise one vector.
+    It costs two products more where it fails, and otherwise one vector.
 
     **Arguments:**
 
@@ -72,6 +78,8 @@ class ConjugateGradients(lx.AbstractLinearSolver[_State]):
     ) -> tuple[PyTree, lx.RESULTS, dict[str, Any]]:
         r"""The answer for $b$ = `vector`, from `options["y0"]` or 0.
 
+        `options["image"]`, if it is known, is $A$ times that start: it saves one product.
+
         The result is `lineax.RESULTS.singular` where $A$ does not see what is left, and `breakdown`
         where the curvature has vanished otherwise, or the last residual was larger than $b$.
         """
@@ -88,10 +96,16 @@ class ConjugateGradients(lx.AbstractLinearSolver[_State]):
         def to_be_smoothed(at: _Iterates) -> Array:
             return (at.broken | (unsolved(at) & ~(at.gamma <= square))) & ~at.smoothed
 
+        def image(at: _Iterates) -> PyTree:
+            if "image" not in options:
+                return state.mv(at.y)
+            is_start = (at.step == 0) & ~at.smoothed
+            return jax.lax.cond(is_start, lambda: options["image"], lambda: state.mv(at.y))
+
         def stretch(at: _Iterates) -> _Iterates:
             # The residual by itself: what iterations make of it drifts by rounding.
             at = _smoothed_if(~goes_on(at), at)
-            at = _with_residual(at, state, vector)
+            at = _with_residual(at, image(at), vector)
             until = at.step + (steps if every is None else every)
             return jax.lax.while_loop(
                 lambda at: goes_on(at) & (at.step < until), lambda at: _iterate(at, state), at
@@ -99,7 +113,7 @@ class ConjugateGradients(lx.AbstractLinearSolver[_State]):
 
         start = _start(options.get("y0"), vector)
         at = jax.lax.while_loop(lambda at: goes_on(at) | to_be_smoothed(at), stretch, start)
-        value, unseen = _without_unseen(at, square)
+        value, unseen = _without_unseen(at, state, square)
         at_end = lx.RESULTS.singular if most is None else lx.RESULTS.max_steps_reached
         result = lx.RESULTS.where(unsolved(at), at_end, lx.RESULTS.successful)
         result = lx.RESULTS.where(at.smoothed, lx.RESULTS.breakdown, result)
@@ -128,12 +142,12 @@ def _start(y0: PyTree | None, vector: PyTree) -> _Iterates:
     zeros, dtype = tree_zeros_like(vector), accumulation_dtype(vector)
     zero, no, unknown = jnp.zeros((), dtype), jnp.asarray(False), jnp.full((), jnp.inf, dtype)
     y, step = zeros if y0 is None else y0, jnp.zeros((), jnp.int32)
-    return _Iterates(y, zeros, zeros, unknown, zero, zeros, zero, zero, step, no, no)
+    return _Iterates(y, zeros, zeros, unknown, zero, zeros, zero, zero, step, no, zero, no)
 
 
-def _with_residual(at: _Iterates, operator: _State, vector: PyTree) -> _Iterates:
-    """With the residual of `y` as it is, which the direction takes over."""
-    r = jax.tree.map(jnp.subtract, vector, operator.mv(at.y))
+def _with_residual(at: _Iterates, image: PyTree, vector: PyTree) -> _Iterates:
+    """With the residual of `y` as it is, of this image, which the direction takes over."""
+    r = jax.tree.map(jnp.subtract, vector, image)
     p = jax.tree.map(lambda p, new, old: p + (new - old), at.p, r, at.r)
     gamma, first = tree_dot(r, r), at.step == 0
     # At the end `p` is wanted as it was, and sums have all but the first iterate already.
@@ -146,6 +160,7 @@ def _iterate(at: _Iterates, operator: _State) -> _Iterates:
     image = operator.mv(at.p)
     curvature = tree_dot(image, at.p)
     largest = jnp.maximum(at.largest, jnp.abs(curvature) / at.length)
+    norm = jnp.maximum(at.norm, jnp.sqrt(tree_dot(image, image) / at.length))
     rounding = 10 * jnp.finfo(curvature.dtype).eps
     broken = ~(jnp.abs(curvature) > rounding * largest * at.length)
     alpha = jnp.where(broken, 0, at.gamma / jnp.where(broken, 1, curvature))
@@ -156,7 +171,7 @@ def _iterate(at: _Iterates, operator: _State) -> _Iterates:
     p = jax.tree.map(lambda r, p: fresh * r + beta * p, r, at.p)
     length = gamma + beta**2 * at.length  # the residual is orthogonal to the last direction
     at = at._replace(y=y, r=r, p=p, gamma=gamma, length=length, largest=largest, broken=broken)
-    at = at._replace(step=at.step + 1)
+    at = at._replace(step=at.step + 1, norm=norm)
     return _summed(at, jnp.where(broken | ~(gamma > 0), 0, 1 / gamma))
 
 
@@ -171,13 +186,17 @@ def _smoothed_if(ended: Array, at: _Iterates) -> _Iterates:
     return at._replace(y=y, smoothed=ended)
 
 
-def _without_unseen(at: _Iterates, square: Array) -> tuple[PyTree, Array]:
-    """The answer; and whether the residual is where the operator is 0, as the last direction is.
+def _without_unseen(at: _Iterates, operator: _State, square: Array) -> tuple[PyTree, Array]:
+    """The answer; and whether it leaves the same residual without its part along that.
 
-    Then the answer is without its part along it. `square` is that of the right-hand side: of a
-    residual that is rounding the direction is as well.
+    `square` is that of the right-hand side: a residual that is rounding has no direction.
     """
-    along = tree_dot(at.p, at.r) ** 2 > 0.9 * tree_dot(at.p, at.p) * at.gamma
-    unseen = at.broken & along & (at.gamma > jnp.finfo(square.dtype).eps * square)
-    share = jnp.where(unseen, tree_dot(at.r, at.y) / jnp.where(unseen, at.gamma, 1), 0)
-    return jax.tree.map(lambda y, r: y - share * r, at.y, at.r), unseen
+    image = jax.lax.cond(at.smoothed, lambda r: operator.mv(r), tree_zeros_like, at.r)
+    slope = tree_dot(image, image)
+    hardly_seen = at.smoothed & (slope <= (_SEEN * at.norm) ** 2 * at.gamma)
+    hardly_seen &= at.gamma > jnp.finfo(square.dtype).eps * square
+    share = tree_dot(at.r, at.y) / jnp.where(hardly_seen, at.gamma, 1)
+    share = jnp.where(hardly_seen, share, 0)
+    left = jax.tree.map(lambda r, x: r + share * x, at.r, image)
+    value = jax.tree.map(lambda y, r: y - share * r, at.y, at.r)
+    return value, hardly_seen & (tree_dot(left, left) <= 1.1 * at.gamma)

@@ -40,7 +40,8 @@ def solve_system(
 
     Where $A$ and $b$ depend on something, so does $q$, with $q' = A^{-1}(b' - A' q)$: one more
     solve by the same solver, whose steps are not gone through. (A solve that is cut short is
-    therefore differentiated as what it approaches.) Solvers that are meant as something else
+    therefore differentiated as what it approaches.) A solve that failed has the derivative NaN:
+    that of $A^+ b$ has other terms as well. Solvers that are meant as something else
     than $A^{-1}$, [`Neumann`][gradhpo.Neumann] and [`Nystrom`][gradhpo.Nystrom], say so by
     `approximates = True`; their own operations are differentiated.
 
@@ -51,7 +52,8 @@ def solve_system(
     - `solver`: any `lineax` solver. The iterations of `lineax.CG` get an answer for a singular $A$
         as well: the least-squares solution of the smallest norm, which counts as failed.
     - `symmetric`: whether $A$ is. If it is not, reverse mode transposes it.
-    - `guess`: a tree like `rhs`; iterations start from its best multiple.
+    - `guess`: a tree like `rhs`; iterations start from its best multiple, and keep its part that a
+        singular $A$ does not see. From a guess of 0 the solution is that of the smallest norm.
     - `shift`: which multiple of $I$ is in $A$, shape `()`, for solvers that ask.
 
     **Returns:** a `LinearSolution`; a solve that fails raises nothing.
@@ -98,7 +100,12 @@ class _Solve(eqx.Module):
         rhs = jax.tree.map(lambda x: x / scale, rhs)
         tags = lx.positive_semidefinite_tag if self.symmetric else ()
         operator = lx.FunctionLinearOperator(product, jax.eval_shape(lambda: rhs), tags)
-        options = {"y0": _best_multiple(self.guess, self.image, rhs), "shift": self.shift}
+        share = _best_share(self.image, rhs)
+        start, image = (
+            jax.tree.map(lambda x: share.astype(x.dtype) * x, tree)
+            for tree in (self.guess, self.image)
+        )
+        options = {"y0": start, "image": image, "shift": self.shift}
         value, result, statistics = self._run(operator, rhs, options)
         failed = (result != lx.RESULTS.successful) & (result != lx.RESULTS.max_steps_reached)
         failed |= ~all_finite(value)
@@ -134,15 +141,16 @@ def _solved(product: Callable, rhs: PyTree, *, solve: _Solve) -> tuple[PyTree, A
 def _solved_jvp(primals: tuple, tangents: tuple, *, solve: _Solve) -> tuple:
     (product, rhs), (product_dot, rhs_dot) = primals, tangents
     found = _solved(product, rhs, solve=solve)
-    value = found[0]
+    value, failed, _ = found
     # A q = b, so A q' = b' - A' q. What is None does not depend on anything.
     _, moved = eqx.filter_jvp(lambda product: product(value), (product,), (product_dot,))
     left = jax.tree.map(lambda x, y: -x if y is None else y - x, moved, rhs_dot)
-    return found, (solve.derived(product, left), None, None)
+    derivative = solve.derived(product, left)
+    known = jnp.where(failed, jnp.nan, 1)  # a factor: linear, so that reverse mode has it too
+    return found, (jax.tree.map(lambda x: known.astype(x.dtype) * x, derivative), None, None)
 
 
-def _best_multiple(y: PyTree, image: PyTree, target: PyTree) -> PyTree:
-    """The multiple of `y` whose image is nearest to the target: never worse than 0."""
+def _best_share(image: PyTree, target: PyTree) -> Array:
+    """The multiple of the image that is nearest to the target: never worse than 0."""
     square = tree_dot(image, image)
-    share = tree_dot(image, target) / jnp.where(square > 0, square, 1)
-    return jax.tree.map(lambda x: share.astype(x.dtype) * x, y)
+    return tree_dot(image, target) / jnp.where(square > 0, square, 1)
