@@ -228,8 +228,34 @@ def test_metrics_tell_how_far_from_the_optimum_and_how_well_the_system_was_solve
         alpha = jax.grad(problem.val_loss)(state.params, state.hyperparams, None)
         left = jnp.linalg.norm(alpha - hessian @ metrics["adjoint"]) / jnp.linalg.norm(alpha)
         np.testing.assert_allclose(metrics["linear_residual"], left, rtol=1e-9)
+        change = jnp.abs(jnp.vdot(metrics["adjoint"], gradient)) / state.metadata["val_loss"]
+        np.testing.assert_allclose(metrics["optimality_gap"], change, rtol=1e-9)
         assert left > 1e-6
     assert residuals[0] > 10 * residuals[1] > 100 * residuals[2]
+
+
+def test_training_that_does_not_converge_is_reported():
+    """A penalty makes H regular, so that the system has a solution that means nothing."""
+    random = np.random.default_rng(9)
+    x, v, truth = *random.normal(size=(2, 200, 10)), random.normal(size=10)
+    train, val = (x, x @ truth + random.normal(size=200) / 2), (v, v @ truth)
+    error = lambda w, h, batch: jnp.mean((batch[0] @ w - batch[1]) ** 2) / 2
+    ridge = lambda w, h, batch: error(w, h, batch) + jnp.exp(h) * jnp.sum(w**2) / 2
+    losses = gradhpo.LossFunctions(ridge, error)
+
+    def reported(rate, steps, batch_size):
+        optimizer = gradhpo.ImplicitOptimizer(optax.sgd(rate), optax.sgd(1e-4), inner_steps=steps)
+        state = optimizer.init(jnp.zeros(10), jnp.asarray(-3.0))
+        source = gradhpo.ArrayData(train, batch_size, jax.random.key(1)) if batch_size else train
+        settings = {"num_steps": 4, "progress": False}
+        _, history = gradhpo.run(optimizer, state, losses, source, val, **settings)
+        assert history["linear_failures"][-1] == 0
+        return "Training has not converged" in history.report
+
+    assert not reported(0.1, 100, None)
+    for case in ((0.02, 300, 5), (1e-4, 5, None)):
+        with pytest.warns(RuntimeWarning, match=r"validation loss by \d+%.*more inner_steps"):
+            assert reported(*case)
 
 
 def test_damping_adds_to_that_of_a_low_rank_solver():
@@ -442,7 +468,7 @@ def test_failures_are_those_of_this_run_and_counted_over_tasks():
     one = gradhpo.ImplicitOptimizer(optax.sgd(1e-3), optax.sgd(1e-9), gradhpo.Neumann(4, 1.0))
     optimizer = gradhpo.TaskBatched(one, num_tasks=4)
     curvatures = jnp.asarray([[1.0], [0.5], [4.0], [1.0]])
-    state = optimizer.init(jnp.ones(1), jnp.zeros(1))
+    state = optimizer.init(jnp.zeros(1), jnp.zeros(1))  # where training ends
     losses = gradhpo.LossFunctions(train_loss, val_loss)
     settings = {"num_steps": 3, "progress": False}
     with pytest.warns(RuntimeWarning, match="linear solver failed 3 times"):

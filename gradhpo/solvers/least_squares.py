@@ -64,6 +64,7 @@ class GuardedGMRES(lx.AbstractLinearSolver[_State]):
         is_open = ~solved & ~lost
         left = jax.lax.cond(is_open, remaining, lambda _: jnp.zeros_like(square), value)
         lost |= is_open & ~(left <= square)
+        lost &= jnp.isfinite(square)
         doubtful = lost | (left > _ENOUGH**2 * square)
         # No iteration if nothing is doubtful, for a whole batch of systems at once too.
         bounded, rest = self._least_squares(

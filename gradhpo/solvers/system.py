@@ -145,9 +145,11 @@ def _solved_jvp(primals: tuple, tangents: tuple, *, solve: _Solve) -> tuple:
     # A q = b, so A q' = b' - A' q. What is None does not depend on anything.
     _, moved = eqx.filter_jvp(lambda product: product(value), (product,), (product_dot,))
     left = jax.tree.map(lambda x, y: -x if y is None else y - x, moved, rhs_dot)
-    derivative = solve.derived(product, left)
-    known = jnp.where(failed, jnp.nan, 1)  # a factor: linear, so that reverse mode has it too
-    return found, (jax.tree.map(lambda x: known.astype(x.dtype) * x, derivative), None, None)
+    # Linear, so that reverse mode has it too; twice, as a solver may make a number of NaN.
+    known = lambda tree: jax.tree.map(
+        lambda x: jnp.where(failed, jnp.nan, 1).astype(x.dtype) * x, tree
+    )
+    return found, (known(solve.derived(product, known(left))), None, None)
 
 
 def _best_share(image: PyTree, target: PyTree) -> Array:
