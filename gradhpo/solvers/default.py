@@ -45,7 +45,7 @@ def choose_solver(
     if isinstance(solver, lx.CG | lx.Cholesky) and not symmetric:
         raise ValueError(
             f"linear_solver=lineax.{type(solver).__name__}(...) needs a symmetric system, which an "
-            "update_fn, a grad_fn, gradhpo.detach or another custom_vjp in the loss may not give: "
+            "update_fn, gradhpo.detach or another custom_vjp in the loss, or a grad_fn may not give: "
             "use lineax.GMRES, lineax.BiCGStab, lineax.LU, gradhpo.Neumann, or None for the "
             "default; a rule that is the true derivative can be written as custom_jvp"
         )
