@@ -14,6 +14,7 @@ from problems import relaxed
 import gradhpo
 from gradhpo.extend import choose_solver, solve_system
 from gradhpo.solvers.conjugate import ConjugateGradients
+from gradhpo.solvers.least_squares import GuardedGMRES
 
 
 # From hyperparameters of 0, one step of the outer one is the hypergradient.
@@ -241,6 +242,7 @@ def test_gmres_gives_way_where_its_answer_is_too_long(symmetric):
     """Its residual says nothing: below 1, for an answer of 1e15 if the matrix is symmetric."""
     matrix, vector, inverse = spread(20, 50, 100, symmetric)
     solver = choose_solver(None, jnp.zeros(50), symmetric=False)
+    assert isinstance(solver, GuardedGMRES)
     operator = lx.MatrixLinearOperator(jnp.asarray(matrix))
     by = lambda solver, b: lx.linear_solve(operator, jnp.asarray(b), solver, throw=False)
     found, expected = by(solver, vector), inverse @ vector
@@ -253,6 +255,7 @@ def test_gmres_that_ends_in_time_is_left_alone():
     """Converged, or cut short with a small residual."""
     matrix, vector = of_rank(300, 100)
     solver = choose_solver(None, jnp.zeros(100), symmetric=False)
+    assert isinstance(solver, GuardedGMRES)
     short = dataclasses.replace(solver, settings=dataclasses.replace(solver.settings, max_steps=2))
     operator = lx.MatrixLinearOperator(jnp.asarray(matrix))
     for ours in (solver, short):

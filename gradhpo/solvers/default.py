@@ -45,8 +45,8 @@ def choose_solver(
     if isinstance(solver, lx.CG | lx.Cholesky) and not symmetric:
         raise ValueError(
             f"linear_solver=lineax.{type(solver).__name__}(...) needs a symmetric system, which an "
-            "update_fn, gradhpo.detach or another custom_vjp in the loss, or a grad_fn may not give: "
-            "use lineax.GMRES, lineax.BiCGStab, lineax.LU, gradhpo.Neumann, or None for the "
+            "update_fn, gradhpo.detach or another custom_vjp in the loss, or a grad_fn may not "
+            "give: use lineax.GMRES, lineax.BiCGStab, lineax.LU, gradhpo.Neumann, or None for the "
             "default; a rule that is the true derivative can be written as custom_jvp"
         )
     # lineax asks for the shapes of its numbers, and JAX warns if they are float64 (made under
