@@ -15,7 +15,7 @@ from gradhpo.core.outer_step import OuterStep
 from gradhpo.core.partition import check_disjoint
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import LossFn, RealScalarLike
-from gradhpo.core.vanishing import norm_and_moving, warn_of_zeros
+from gradhpo.core.vanishing import warn_of_zeros
 from gradhpo.utils.conversion import as_batch
 from gradhpo.utils.dispatch import compiled
 from gradhpo.utils.freezing import frozen_as, trained
@@ -28,6 +28,7 @@ from gradhpo.utils.settings import (
     outer_rate,
 )
 from gradhpo.utils.tracing import count_trace, num_traces, record_trace
+from gradhpo.utils.trees import scaled_norm_and_moving
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import (
     check_single_batch,
@@ -286,7 +287,7 @@ def _compute_hypergradient(
     count_trace()
     inputs = inputs_of(state, train_batch, val_batch, train_loss_fn, val_loss_fn)
     hypergradient = optimizer._solve(inputs).hypergradient
-    return hypergradient, norm_and_moving(hypergradient)[1]
+    return hypergradient, scaled_norm_and_moving(hypergradient)[1]
 
 
 @compiled

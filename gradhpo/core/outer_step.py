@@ -15,9 +15,8 @@ from gradhpo.core.outer import outer_update
 from gradhpo.core.refusal import Attempt, finite_parts, why_refused
 from gradhpo.core.state import BilevelState, inner_state, with_inner_state, with_metrics
 from gradhpo.core.types import Declared, RealScalarLike
-from gradhpo.core.vanishing import norm_and_moving
 from gradhpo.utils.dispatch import compiled
-from gradhpo.utils.trees import accumulation_dtype, scaled_norm
+from gradhpo.utils.trees import accumulation_dtype, scaled_norm, scaled_norm_and_moving
 
 
 class OuterStep(InnerProblems):
@@ -46,7 +45,7 @@ class OuterStep(InnerProblems):
         """
         state, attempt = inputs.state, self._attempt(inputs, lr_hyper)
         estimate = attempt.estimate
-        norm, moving = norm_and_moving(estimate.hypergradient)
+        norm, moving = scaled_norm_and_moving(estimate.hypergradient)
         accepted = jnp.stack(jax.tree.leaves(finite_parts(self, state, attempt))).all()
         keep = lambda x, y: x if x is y else jnp.where(accepted, x, y)
         z = jax.tree.map(keep, estimate.z, inner_state(state))

@@ -6,13 +6,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import PyTree
 
 from gradhpo.core.inputs import Inputs
 from gradhpo.core.interface import InnerProblems
 from gradhpo.core.state import BilevelState
 from gradhpo.utils.freezing import is_frozen
-from gradhpo.utils.trees import scaled_norm
 from gradhpo.utils.validation import leaf_names
 from gradhpo.utils.warn import warn_once, without_warnings
 
@@ -22,12 +21,6 @@ WHY_ZERO = (
     "the way, a unit is dead, or nothing "
     "in these batches depends on them. gradhpo.check_hypergradient compares with differences"
 )
-
-
-def norm_and_moving(hypergradient: PyTree) -> tuple[Float[Array, ""], Bool[Array, " leaves"]]:
-    """The Euclidean norm, and for each leaf whether any entry is not exactly 0."""
-    largest = [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(hypergradient)]
-    return scaled_norm(hypergradient), jnp.stack([x != 0 for x in largest])
 
 
 def vanished(optimizer: InnerProblems, inputs: Inputs, moving: np.ndarray) -> list[int]:

@@ -64,16 +64,30 @@ def tree_l2_norm(tree: PyTree) -> Real[Array, ""]:
 
 
 def scaled_norm(tree: PyTree) -> Real[Array, ""]:
-    """The same for entries of any finite size, at the cost of another pass over them.
+    """The same for entries of any finite size."""
+    return scaled_norm_and_moving(tree)[0]
 
-    Scaled by the largest, whose square may be out of range.
+
+def scaled_norm_and_moving(tree: PyTree) -> tuple[Real[Array, ""], Bool[Array, " leaves"]]:
+    """The norm for entries of any finite size, and for each leaf whether any entry is not 0.
+
+    If the sum of squares of a leaf is 0 or out of range, a second pass scales by the largest entry.
     """
-    dtype, tree = accumulation_dtype(tree), _accumulated(tree)
-    largest = [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(tree)]
-    top = jnp.max(jnp.stack(largest)) if largest else jnp.zeros((), dtype)
-    top = jax.lax.stop_gradient(top)
-    scale = jnp.where((top > 0) & jnp.isfinite(top), top, 1)
-    return scale * tree_l2_norm(_map_inexact(lambda x: x / scale, tree))
+    dtype, leaves = accumulation_dtype(tree), jax.tree.leaves(_accumulated(tree))
+    if not leaves:
+        return jnp.zeros((), dtype), jnp.zeros((0,), bool)
+    squares = jnp.stack([jnp.sum(x * x) for x in leaves])
+    limits = jnp.finfo(dtype)
+    in_range = jnp.all((squares > limits.tiny / limits.eps) & (jnp.sum(squares) < jnp.inf))
+
+    def scaled():
+        largest = jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in leaves])
+        top = jax.lax.stop_gradient(jnp.max(largest))
+        scale = jnp.where((top > 0) & jnp.isfinite(top), top, 1)
+        return scale * tree_l2_norm([x / scale for x in leaves]), largest != 0
+
+    plain = lambda: (jnp.sqrt(jnp.sum(squares)), jnp.ones(len(leaves), bool))
+    return jax.lax.cond(in_range, plain, scaled)
 
 
 @checked
