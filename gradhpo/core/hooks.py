@@ -1,7 +1,7 @@
 """What an algorithm may say of itself, and do beside its estimate: everything has a default."""
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import equinox as eqx
 import numpy as np
@@ -12,6 +12,9 @@ from gradhpo.core.problem import Problem
 from gradhpo.core.types import MetricDict
 from gradhpo.core.visibility import Sees
 from gradhpo.utils.tracing import TAKES_ALL
+
+
+Same = TypeVar("Same")  # typing.Self, which beartype knows in classes alone
 
 
 class Hooks(eqx.Module):
@@ -121,11 +124,11 @@ class Hooks(eqx.Module):
         """A warning for a run without `steps_per_episode`, or `""`."""
         return ""
 
-    def with_num_steps(self, num_steps: int) -> Self | None:
+    def with_num_steps(self: Same, num_steps: int) -> Same | None:
         """The same optimizer with this number of inner steps; `None` if the number is fixed."""
         return None
 
-    def with_less_memory(self) -> Self | None:
+    def with_less_memory(self: Same) -> Same | None:
         """The same optimizer with less memory, at more work; `None` if there is no such setting."""
         return None
 
@@ -134,7 +137,7 @@ class Hooks(eqx.Module):
         """The setting with which `with_less_memory` saves memory, as `plan` shows it, or `None`."""
         return None
 
-    def with_difference_step(self, factor: float) -> Self | None:
+    def with_difference_step(self: Same, factor: float) -> Same | None:
         """The same optimizer with its finite-difference step scaled; `None` if it takes none."""
         return None
 
