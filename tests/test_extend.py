@@ -281,7 +281,7 @@ def test_a_run_is_not_lost_to_its_remarks():
     assert len(history["val_loss"]) == 3
 
 
-@pytest.mark.filterwarnings("ignore:.*is exactly 0")  # both losses are one
+@pytest.mark.filterwarnings("ignore:.*is exactly 0", "ignore:.*Training has not converged")
 def test_parameters_in_a_memory_are_not_its_entries():
     """A model's own fields must not pass for metrics, whatever they are called."""
 

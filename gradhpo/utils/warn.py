@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def place_of(function: Any) -> str:
 _said: set[tuple[str, ...]] = set()
 
 
-def warn_once(message: str, *about: Callable | None) -> None:
+def warn_once(message: str, *about: Any) -> None:
     """A warning that is given once per process: tracing again finds the same thing again.
 
     Once more about functions that are written elsewhere.
