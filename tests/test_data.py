@@ -452,3 +452,11 @@ def test_big_endian_batches_are_the_same_numbers():
         return gradhpo.run(optimizer, state, losses, batches, one, num_steps=4, progress=False)[1]
 
     np.testing.assert_array_equal(run_on("<f4")["train_loss"], run_on(">f4")["train_loss"])
+
+
+def test_batches_that_are_given_back_twice_come_in_their_order():
+    batches = gradhpo.iterate(list(np.arange(6.0).reshape(6, 1)))
+    drawn = [next(batches) for _ in range(4)]
+    batches.give_back(drawn[2:])
+    batches.give_back(drawn[:2])
+    np.testing.assert_array_equal([next(batches) for _ in range(6)], np.arange(6.0)[:, None])

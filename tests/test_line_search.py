@@ -123,6 +123,24 @@ def test_every_search_is_on_the_batch_of_its_step():
         np.testing.assert_allclose(after.get_metric("train_loss"), loss, rtol=1e-12)
 
 
+def test_a_search_shortens_its_step_on_the_batch_of_that_step():
+    """The second batch is so steep that what suits the first is far too long."""
+    search = optax.scale_by_backtracking_linesearch(20, store_grad=False)
+    inner = relaxed(optax.chain(optax.sgd(1.0), search))
+    loss = lambda w, h, size: size * jnp.sum((w - h) ** 2)
+    optimizer = gradhpo.ImplicitOptimizer(inner, inner_steps=2)
+    start, sizes = jnp.ones(3), jnp.array([0.1, 20.0])
+    state = optimizer.init(start, jnp.zeros(()))
+    after = optimizer.step(state, gradhpo.BatchStack(sizes), 1.0, loss, loss, lr_hyper=0.0)
+    w, s = start, inner.init(start)
+    for size in sizes:
+        value_fn = lambda w, size=size: loss(w, 0.0, size)
+        value, grad = jax.value_and_grad(value_fn)(w)
+        updates, s = inner.update(grad, s, w, value=value, grad=grad, value_fn=value_fn)
+        w = optax.apply_updates(w, updates)
+    np.testing.assert_allclose(after.params, w, rtol=1e-12)
+
+
 REFUSING = [
     gradhpo.OneStepOptimizer(LBFGS),
     gradhpo.UnrolledOptimizer(POLYAK, unroll_steps=2),
