@@ -455,7 +455,7 @@ def test_big_endian_batches_are_the_same_numbers():
 
 
 def test_batches_that_are_given_back_twice_come_in_their_order():
-    batches = gradhpo.iterate(list(np.arange(6.0).reshape(6, 1)))
+    batches: Any = gradhpo.iterate(list(np.arange(6.0).reshape(6, 1)))
     drawn = [next(batches) for _ in range(4)]
     batches.give_back(drawn[2:])
     batches.give_back(drawn[:2])
