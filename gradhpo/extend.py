@@ -35,6 +35,7 @@ from gradhpo.solvers.system import LinearSolution, solve_system
 from gradhpo.utils.coordinates import map_in_blocks, num_coordinates, ravel, unit_vector, unravel
 from gradhpo.utils.keys import fold_keys, is_key, key_of_numbers, numbers_of_key
 from gradhpo.utils.settings import check_count, check_setting, setting
+from gradhpo.utils.structure import check_same_structure
 from gradhpo.utils.trees import (
     accumulation_dtype,
     tree_dot,
@@ -44,7 +45,7 @@ from gradhpo.utils.trees import (
     tree_zeros_like,
 )
 from gradhpo.utils.typecheck import checked
-from gradhpo.utils.validation import check_leading_axis, check_same_structure
+from gradhpo.utils.validation import check_leading_axis
 
 
 __all__ = [

@@ -12,7 +12,7 @@ import pytest
 
 import gradhpo
 from gradhpo.utils.settings import outer_rate
-from gradhpo.utils.validation import check_same_structure, where_they_differ
+from gradhpo.utils.structure import check_same_structure, where_they_differ
 
 
 SGD = optax.sgd(0.1)

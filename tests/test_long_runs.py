@@ -136,7 +136,7 @@ def test_a_forked_worker_that_ends_leaves_the_directory_locked(tmp_path):
 
 
 class FullDisk:
-    """Files that take so many bytes more, and then no more."""
+    """A disk that fills up after a given number of bytes."""
 
     def __init__(self, monkeypatch):
         self.left = 10**9

@@ -120,8 +120,8 @@ class ImplicitOptimizer(Algorithm):
     multiple), and its own metrics (`state.get_metric("linear_residual")`): `inner_residual`,
     $\|\nabla_w L_{train}\|$ (or $\|w - \Phi(w)\|$) at the end of the inner steps;
     `linear_residual`, the residual of the linear system relative to its right-hand side;
-    `optimality_gap`, $|q^\top \nabla_w L_{train}| / |L_{val}|$, by which share of itself the
-    validation loss would change, to first order, if training went on to the optimum of the last
+    `optimality_gap`, $|q^\top \nabla_w L_{train}| / |L_{val}|$, the relative change of the
+    validation loss, to first order, if training went on to the optimum of the last
     `curvature_batches`; `linear_iterations` as the solver counts them (0 for direct solvers, cycles
     of 20 products for `lineax.GMRES`); `linear_failures`, the number of solves so far that the
     solver itself gave up (singular, diverged), or that ended with a `linear_residual` above 1,
@@ -288,8 +288,8 @@ class ImplicitOptimizer(Algorithm):
         if not gap > _LARGE_GAP:
             return of_solves
         not_there = (
-            "Training has not converged, or its last batch does not stand for the others: to go on "
-            f"to the optimum of that batch would change the validation loss by {gap:.0%} "
+            "Training has not converged, or its last batch does not represent the others: training "
+            f"on that batch to its optimum would change the validation loss by {gap:.0%} "
             "(optimality_gap, median of the last quarter of the steps), so the hypergradient may "
             "be wrong by any factor: use more inner_steps, larger batches, or curvature_batches."
         )

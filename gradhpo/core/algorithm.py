@@ -29,9 +29,9 @@ from gradhpo.core.types import Declared, GradFn, InnerOptimizer, MetricDict, Upd
 from gradhpo.core.visibility import Sees, check_later_steps, check_visible, seen_by
 from gradhpo.utils.freezing import trained
 from gradhpo.utils.settings import check_count, check_inner_rule
+from gradhpo.utils.structure import check_same_structure, have_same_structure
 from gradhpo.utils.tracing import differentiation_explained
 from gradhpo.utils.trees import tree_dot, tree_l2_norm, tree_lerp
-from gradhpo.utils.validation import check_same_structure, have_same_structure
 
 
 class Algorithm(Hooks, BilevelOptimizer):

@@ -1,6 +1,7 @@
 """What every optimizer offers: `init`, `step` and `compute_hypergradient`."""
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -201,19 +202,7 @@ class BilevelOptimizer(OuterStep):
         """
         losses = both_losses("step", train_loss_fn, val_loss_fn)
         check_outer_rate(self, lr_hyper)
-        train_batch = as_batch(train_batch, "train_batch")
-        val_batch = as_batch(val_batch, "val_batch")
-        check_shared(state, train_batch=train_batch, val_batch=val_batch)
-        given = state, train_batch, val_batch, *losses
-        traces = num_traces()
-        try:
-            new, moving = _step(self, *given, outer_rate(lr_hyper))
-        except TypeError as error:
-            refuse_text(error, train_batch=train_batch, val_batch=val_batch)
-            raise
-        if num_traces() != traces and not isinstance(moving, Tracer):
-            self._warn_of_zeros(inputs_of(*given), moving)
-        return new
+        return self._called(_step, state, train_batch, val_batch, *losses, outer_rate(lr_hyper))
 
     def compute_hypergradient(
         self,
@@ -232,23 +221,35 @@ class BilevelOptimizer(OuterStep):
         """
         losses = both_losses("compute_hypergradient", train_loss_fn, val_loss_fn)
         check_tunes(self)
+        return self._called(_compute_hypergradient, state, train_batch, val_batch, *losses)
+
+    def _called(
+        self,
+        program: Callable[..., tuple[Any, Array]],
+        state: BilevelState,
+        train_batch: PyTree,
+        val_batch: PyTree,
+        train_loss_fn: Callable,
+        val_loss_fn: Callable,
+        *more: Any,
+    ) -> Any:
+        """The result of a compiled call, after what is checked at every one of them."""
         train_batch = as_batch(train_batch, "train_batch")
         val_batch = as_batch(val_batch, "val_batch")
         check_shared(state, train_batch=train_batch, val_batch=val_batch)
-        given = state, train_batch, val_batch, *losses
+        given = state, train_batch, val_batch, train_loss_fn, val_loss_fn
         traces = num_traces()
         try:
-            hypergradient, moving = _compute_hypergradient(self, *given)
+            made, moving = program(self, *given, *more)
         except TypeError as error:
             refuse_text(error, train_batch=train_batch, val_batch=val_batch)
             raise
         if num_traces() != traces and not isinstance(moving, Tracer):
             self._warn_of_zeros(inputs_of(*given), moving)
-        return hypergradient
+        return made
 
     def _warn_of_zeros(self, inputs: Inputs, moving: Array) -> list[int]:
         """After the first call of a program, when waiting for the device does not matter."""
-
         at = lambda state: _hypergradient_of(self, inputs.at(state))
         return warn_of_zeros(self, inputs, np.asarray(moving), at)
 

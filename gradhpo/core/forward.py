@@ -13,6 +13,7 @@ from jaxtyping import Array, ArrayLike, Bool, PyTree
 from gradhpo.core.inner import InnerUpdate
 from gradhpo.core.inner_optimizer import init_inner_state
 from gradhpo.core.inner_state import InnerState
+from gradhpo.utils.trees import random_like
 
 
 Push: TypeAlias = Callable[[InnerState, PyTree], InnerState]
@@ -27,10 +28,8 @@ def infinite_at_rest(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> bo
     """
     if phi.inner_optimizer is None:
         return False
-    random = np.random.default_rng(0)
-    draw = lambda x: jnp.asarray(random.uniform(0.1, 0.9, x.shape), x.dtype)
     with jax.ensure_compile_time_eval():
-        gradient, w, at = (jax.tree.map(draw, x) for x in (z.w, z.w, hyperparams))
+        gradient, w, at = random_like((z.w, z.w, hyperparams), np.random.default_rng(0))
 
         def product(gradient, w, hyperparams):
             s = init_inner_state(phi.inner_optimizer, w, hyperparams)

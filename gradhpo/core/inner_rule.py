@@ -13,7 +13,7 @@ from gradhpo.core.inner_optimizer import cast_like, explained, gradient_for, res
 from gradhpo.core.types import GradFn, InnerOptimizer, UpdateFn
 from gradhpo.utils.foreign import takes_objective
 from gradhpo.utils.freezing import like_trained
-from gradhpo.utils.validation import where_they_differ
+from gradhpo.utils.structure import where_they_differ
 
 
 def updated_by_optax(

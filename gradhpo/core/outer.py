@@ -12,7 +12,8 @@ from gradhpo.core.inner_optimizer import cast_like, explained
 from gradhpo.core.inner_state import InnerState
 from gradhpo.core.state import BilevelState, inner_state
 from gradhpo.core.types import RealScalarLike
-from gradhpo.utils.validation import check_same_structure, strong
+from gradhpo.utils.structure import check_same_structure
+from gradhpo.utils.validation import strong
 
 
 class Estimate(eqx.Module):

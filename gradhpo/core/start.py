@@ -9,7 +9,6 @@ import dataclasses
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import PyTree
@@ -18,7 +17,7 @@ from gradhpo.core.inner import InnerUpdate
 from gradhpo.core.inner_optimizer import init_inner_state
 from gradhpo.core.inner_state import InnerState
 from gradhpo.utils.tracing import visible_leaves
-from gradhpo.utils.trees import tree_zeros_like
+from gradhpo.utils.trees import random_like, tree_zeros_like
 
 
 def started(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> InnerState:
@@ -82,16 +81,15 @@ def acting_at_start(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> PyT
     if phi.fresh is None:
         return jax.tree.map(lambda x: np.zeros(x.shape, bool), hyperparams)
     random = np.random.default_rng(0)
-    draw = lambda x: jnp.asarray(random.uniform(0.1, 0.9, x.shape), x.dtype)
     read = _read_by_a_step(phi, z, hyperparams)
     with jax.ensure_compile_time_eval():
-        w, hyperparams = jax.tree.map(draw, (z.w, hyperparams))
+        w, hyperparams = random_like((z.w, hyperparams), random)
         if phi.start is not None:  # its key is known only when the program runs
             start = dataclasses.replace(phi.start, key=jax.random.key(0))
             phi = dataclasses.replace(phi, start=start)
         start = lambda h: eqx.filter(_inexact(phi, InnerState(w), h), read)
         made, pull = jax.vjp(start, hyperparams)
-        (hyper_bar,) = pull(jax.tree.map(draw, made))
+        (hyper_bar,) = pull(random_like(made, random))
         return jax.tree.map(lambda x: np.asarray(x != 0), hyper_bar)  # NaN counts
 
 

@@ -16,9 +16,9 @@ from gradhpo.core.partition import combine
 from gradhpo.core.showing import shown
 from gradhpo.core.types import METRICS
 from gradhpo.utils.freezing import frozen_as, trained
+from gradhpo.utils.structure import fitted
 from gradhpo.utils.trees import accumulation_dtype
 from gradhpo.utils.typecheck import checked
-from gradhpo.utils.validation import fitted
 
 
 @jax.tree_util.register_pytree_with_keys_class

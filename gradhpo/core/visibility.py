@@ -131,8 +131,8 @@ def check_later_steps(name: str, sees: Sees, problem: Problem) -> None:
     names = list(itertools.compress(leaf_names(problem.hyperparams), alone))
     if names:
         warn_once(
-            f"hyperparams {', '.join(names)} act {_where(problem)} alone, and so does {name} see "
-            "them: the hypergradients of all steps but the first of an episode are 0. Pass "
+            f"hyperparams {', '.join(names)} act {_where(problem)} alone, as far as {name} sees: "
+            "their hypergradient is 0 in all steps of an episode but the first. Pass "
             "steps_per_episode=1 to run, with the inner steps of a whole episode in each step",
             *problem.functions(),
         )

@@ -15,9 +15,10 @@ from gradhpo.core.state import BilevelState
 from gradhpo.core.types import RealScalarLike
 from gradhpo.diagnostics.case import Case, check_one_problem
 from gradhpo.utils.settings import check_setting
+from gradhpo.utils.structure import check_same_structure
 from gradhpo.utils.trees import all_finite
 from gradhpo.utils.typecheck import checked
-from gradhpo.utils.validation import check_same_structure, leaf_names
+from gradhpo.utils.validation import leaf_names
 from gradhpo.utils.warn import without_warnings
 
 

@@ -40,7 +40,7 @@ class _Iterates(NamedTuple):
 
 
 class ConjugateGradients(lx.AbstractLinearSolver[_State]):
-    r"""`lineax.CG`, with an answer where it has none, a solver for `lineax`.
+    r"""`lineax.CG` with an answer for singular systems, a solver for `lineax`.
 
     A symmetric $A$ that is singular has no solution where $b$ has a part outside its range: the
     iterates $y_j$ of conjugate gradients grow until the curvature along their direction vanishes.

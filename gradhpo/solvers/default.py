@@ -1,4 +1,4 @@
-r"""The linear solver of those who choose none, and which solvers fit a system."""
+r"""The default linear solver, and which solvers fit a system."""
 
 import equinox as eqx
 import jax
@@ -20,17 +20,17 @@ def choose_solver(
 ) -> lx.AbstractLinearSolver:
     """The solver for a system with trees like `like`, or the default if it is `None`.
 
-    That is `lineax.CG` for a symmetric system, and `lineax.GMRES` otherwise, of which a singular
-    system gets a bounded answer; at most about 100 products, and tolerances by the precision of
-    `like`, relative to a right-hand side of length 1.
+    The default is `lineax.CG` for a symmetric system, and otherwise `lineax.GMRES`, guarded so that
+    its answer for a singular system is bounded. It takes at most about 100 products; its tolerances
+    follow the precision of `like`, for a right-hand side of length 1.
 
     **Arguments:**
 
     - `solver`: any `lineax` solver, or `None`.
     - `like`: a tree of floating-point arrays.
-    - `symmetric`: whether the system is.
+    - `symmetric`: whether the system is symmetric.
 
-    **Returns:** the solver, its own numbers in the precision in which systems are solved.
+    **Returns:** the solver, with its own numbers in the precision of the solve (float32 at least).
 
     **Raises:** `ValueError` for `lineax.CG` or `lineax.Cholesky` if the system is not symmetric.
 

@@ -1,4 +1,4 @@
-r"""GMRES that ends in something of use where the operator is singular."""
+r"""GMRES with a bounded answer for singular operators."""
 
 from typing import Any, NamedTuple, TypeAlias
 
@@ -16,10 +16,10 @@ _ENOUGH = 0.1
 
 
 class GuardedGMRES(lx.AbstractLinearSolver[_State]):
-    r"""`lineax.GMRES`, with a bounded answer where it has none, a solver for `lineax`.
+    r"""`lineax.GMRES` with a bounded answer for singular operators, a solver for `lineax`.
 
-    Where $A$ is singular the answer of GMRES may have any length, and a residual that tells nothing
-    of it. If it breaks down, or has not met its tolerances and leaves more than a tenth of $b$,
+    Where $A$ is singular the answer of GMRES may have any length, and its residual does not show
+    it. If it breaks down, or has not met its tolerances and leaves more than a tenth of $b$,
     conjugate gradients are tried on $A^\top A q = A^\top b$ from 0. With every step they become
     longer and leave less, on the way to $A^+ b$, the least-squares solution of the smallest norm.
     They are the answer if GMRES broke down, left more than $b$, or is more than twice as long. The

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike, Bool, PyTree, Real
 
@@ -88,6 +89,12 @@ def scaled_norm_and_moving(tree: PyTree) -> tuple[Real[Array, ""], Bool[Array, "
 
     plain = lambda: (jnp.sqrt(jnp.sum(squares)), jnp.ones(len(leaves), bool))
     return jax.lax.cond(in_range, plain, scaled)
+
+
+def random_like(tree: PyTree, random: np.random.Generator) -> PyTree:
+    """Numbers from 0.1 to 0.9 in place of all others, for derivatives at no special point."""
+    draw = lambda x: jnp.asarray(random.uniform(0.1, 0.9, x.shape), x.dtype)
+    return jax.tree.map(draw, tree)
 
 
 @checked
