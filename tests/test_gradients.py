@@ -10,6 +10,7 @@ from helpers import flat
 import gradhpo
 from gradhpo.algorithms.discount import geometric_sum
 from gradhpo.utils.gradients import linearize_gradient
+from gradhpo.utils.trees import scaled_norm_and_moving
 
 
 A = {"w": jnp.arange(6.0).reshape(2, 3), "b": (jnp.array(-2.0), jnp.arange(3))}
@@ -125,3 +126,14 @@ def test_linearized_gradient_is_both_second_derivatives(symmetric):
     np.testing.assert_allclose(by_w, v @ jax.hessian(loss)(w, h), rtol=1e-13)
     mixed = jax.jacobian(jax.grad(loss), argnums=1)(w, h)
     np.testing.assert_allclose(by_h, v @ mixed, rtol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(1, 2), (1e30, 2e30), (1e-30, 2e-30), (1, 1e-30), (3, 0), (0, 0)]
+)
+def test_norms_of_leaves_of_very_different_sizes(sizes):
+    """And which leaves are not 0, though the square of 1e-30 is."""
+    tree = [jnp.asarray([3 * size, 4 * size], jnp.float32) for size in sizes]
+    norm, moving = jax.jit(scaled_norm_and_moving)(tree)
+    np.testing.assert_allclose(norm, np.hypot(*(5 * np.asarray(sizes, float))), rtol=1e-6)
+    np.testing.assert_array_equal(moving, [size != 0 for size in sizes])

@@ -258,6 +258,36 @@ def test_training_that_does_not_converge_is_reported():
             assert reported(*case)
 
 
+def test_a_penalty_does_not_make_a_small_batch_representative():
+    """The figures of docs/implicit.md: ten draws of batches of 5 for 10 parameters."""
+    random = np.random.default_rng(9)
+    x, v, truth = *random.normal(size=(2, 200, 10)), random.normal(size=10)
+    y, val = x @ truth + random.normal(size=200) / 2, (v, v @ truth)
+    error = lambda w, h, batch: jnp.mean((batch[0] @ w - batch[1]) ** 2) / 2
+    ridge = lambda w, h, batch: error(w, h, batch) + jnp.sum(jnp.exp(h) * w**2) / 2
+    h = jnp.full(10, -3.0)
+
+    def at_the_optimum(h):
+        return error(jnp.linalg.solve(x.T @ x / 200 + jnp.diag(jnp.exp(h)), x.T @ y / 200), h, val)
+
+    exact = jax.grad(at_the_optimum)(h)
+
+    def found(rate, batch):
+        optimizer = gradhpo.ImplicitOptimizer(optax.sgd(rate), inner_steps=300)
+        state = optimizer.init(jnp.zeros(10), h)
+        return optimizer.compute_hypergradient(state, batch, val, ridge, error)
+
+    np.testing.assert_allclose(found(0.1, (x, y)), exact, rtol=1e-6)
+    lengths, cosines = [], []
+    for seed in range(10):
+        drawn = np.random.default_rng(seed).integers(0, 200, (300, 5))
+        g = found(0.02, gradhpo.BatchStack((jnp.asarray(x[drawn]), jnp.asarray(y[drawn]))))
+        lengths.append(jnp.linalg.norm(g) / jnp.linalg.norm(exact))
+        cosines.append(g @ exact / jnp.linalg.norm(g) / jnp.linalg.norm(exact))
+    np.testing.assert_allclose([min(lengths), max(lengths)], [8.5, 32.5], rtol=0.02)
+    np.testing.assert_allclose([min(cosines), max(cosines)], [0.21, 0.95], atol=0.01)
+
+
 def test_damping_adds_to_that_of_a_low_rank_solver():
     """Where two of five columns are seen: the other directions are divided by both."""
     problem, found = ridge(), []
