@@ -8,7 +8,7 @@ import pytest
 
 
 def quick(cases, *, keep):
-    """Parameters of a test, of which those not to `keep` run with `-m slow` alone."""
+    """Test parameters; those not in `keep` run only with `-m slow`."""
     missing = [case for case in keep if case not in cases]
     assert not missing, missing
     as_args = lambda case: case if isinstance(case, tuple) else (case,)

@@ -154,7 +154,7 @@ def test_logs_in_another_order_stay_whole(tmp_path):
 
 
 class Counting:
-    """A callback of the user's, with a setting."""
+    """A user's callback with a setting."""
 
     memory = None
 
@@ -225,7 +225,7 @@ def test_functions_are_told_by_their_code_and_what_they_close_over():
 
 
 def test_another_version_of_python_compares_names():
-    """Its code of the same function is another one."""
+    """The same function with other code counts as another."""
     found = described_function(rising)
     elsewhere = found | {"python": "2.7", "code": found["code"] + 1}
     assert differences(found, elsewhere) == []

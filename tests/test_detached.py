@@ -281,7 +281,7 @@ def test_layers_of_equinox_are_not_named():
 
 
 def test_layers_of_flax_are_not_named():
-    """Where Flax is installed. Not so its SpectralNorm, whose stopped vectors move with W."""
+    """Where Flax is installed; except SpectralNorm, whose stopped vectors move with W."""
     nn = pytest.importorskip("flax.linen")
 
     class Net(nn.Module):

@@ -203,7 +203,7 @@ CONTRIB = {
 
 @pytest.mark.parametrize("name", CONTRIB)
 def test_an_optimizer_that_starts_from_a_square_root_of_0(name):
-    """Its derivative at its first state is infinite: times a Z of exactly 0 that is nothing."""
+    """The derivative at its first state is infinite; times a Z of exactly 0 it adds nothing."""
     inner = lambda h: relaxed(CONTRIB[name](h["rate"]))
     loss = lambda w, h, batch: jnp.sum((w - h["at"]) ** 2 * jnp.arange(1.0, 4.0))
     val_loss = lambda w, h, batch: jnp.sum((w - 1.0) ** 2)

@@ -290,7 +290,7 @@ def test_a_scalar_hyperparameter_is_compared_like_an_array(tmp_path, change):
 
 
 def test_without_compilation_it_is_the_same_run(tmp_path):
-    """Rounding is another one there, also in what the hyperparameters are made of."""
+    """Rounding differs there, in the hyperparameters too."""
     made = lambda: jnp.log(jnp.sum(jnp.asarray([0.1, 0.02, 0.003], jnp.float32)))
     schedule = lambda step: 0.1 * jnp.exp(-0.01 * step.astype(jnp.float32))
     optimizer = gradhpo.OneStepOptimizer(relaxed(optax.adam(0.1)))

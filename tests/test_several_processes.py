@@ -70,7 +70,7 @@ def free_port():
 
 
 def test_batches_of_one_process_beside_a_state_of_all_are_refused():
-    """They would be taken for equal: parameters drift apart without a word."""
+    """They would be treated as equal, and parameters would silently drift apart."""
     processes.context()
     port = free_port()
     start = lambda number: processes.python("-c", PROGRAM, str(port), str(number))

@@ -46,7 +46,7 @@ def test_state_is_an_immutable_pytree():
 
 
 def test_numbers_and_numpy_arrays_become_arrays_of_the_state():
-    """A static step counter would compile every step anew."""
+    """A static step counter would compile again at every step."""
     state = gradhpo.BilevelState.create(jnp.ones(3), jnp.zeros((), jnp.float32), (), ())
     new = state.update(step=5, hyperparams=0.5, params=np.zeros(3))
     assert_same(new.step, jnp.asarray(5, jnp.int32))

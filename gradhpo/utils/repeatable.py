@@ -1,4 +1,4 @@
-"""Functions of the user's that are traced once: they must make the same of the same arguments."""
+"""User functions that are traced once: they must return the same for the same arguments."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
