@@ -60,6 +60,7 @@ show("shared step", lambda: optimizer.step(shared, ours, ours, losses))
 show("shared run", lambda: run(ours))
 show("shared draws", lambda: run(lambda i: jax.random.normal(jax.random.key(i), (4, 3))))
 show("own step", lambda: optimizer.step(alone, mine, mine, losses))
+jax.distributed.shutdown()  # together: one that loses the other is killed
 """
 
 
