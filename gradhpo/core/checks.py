@@ -16,8 +16,7 @@ from gradhpo.core.types import LossFn
 from gradhpo.utils.detached import DETACHED
 from gradhpo.utils.foreign import NO_DERIVATIVE, STOP_GRADIENT
 from gradhpo.utils.keys import looks_like_a_key
-from gradhpo.utils.programs import draws_with, inputs_read, stops_a_function_of
-from gradhpo.utils.tracing import visible_leaves
+from gradhpo.utils.programs import draws_with, inputs_read, stops_a_function_of, visible_leaves
 from gradhpo.utils.validation import (
     THE_WHOLE_TREE,
     check_arity,

@@ -19,7 +19,7 @@ from gradhpo.utils.foreign import (
     uncalled,
 )
 from gradhpo.utils.keys import is_key
-from gradhpo.utils.tracing import visible_leaves
+from gradhpo.utils.programs import visible_leaves
 from gradhpo.utils.validation import strong
 from gradhpo.utils.warn import warn_once
 

@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 from gradhpo.core.inner import InnerUpdate
 from gradhpo.core.inner_optimizer import init_inner_state
 from gradhpo.core.inner_state import InnerState
-from gradhpo.utils.tracing import visible_leaves
+from gradhpo.utils.programs import visible_leaves
 from gradhpo.utils.trees import random_like, tree_zeros_like
 
 

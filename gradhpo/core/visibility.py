@@ -15,7 +15,7 @@ from gradhpo.core.inner_state import InnerState
 from gradhpo.core.problem import Problem
 from gradhpo.core.start import acting_at_start, started
 from gradhpo.utils.advice import IGNORES_SIZE, WHO_SEES
-from gradhpo.utils.tracing import visible_leaves
+from gradhpo.utils.programs import readings, visible_leaves
 from gradhpo.utils.validation import THE_WHOLE_TREE, leaf_names
 from gradhpo.utils.warn import warn_once
 
@@ -34,39 +34,40 @@ def seen_by(sees: Sees, problem: Problem, with_init: bool = False) -> list[bool]
     """
     phi, validation, z, hyperparams = problem
     by_derivative = sees != "everything"
-    found = lambda function, tree: jax.tree.leaves(
-        visible_leaves(function, tree, by_derivative=by_derivative)
+    of_validation = readings(
+        lambda at: validation.loss(*at), (z.w, hyperparams), by_derivative=by_derivative
     )
-    ways = [found(lambda h: validation.loss(z.w, h), hyperparams)]
+    by_w, by_hyperparams = map(jax.tree.leaves, of_validation.by())
+    ways = [by_hyperparams]
     looks_on = sees != "validation" or with_init
-    if all(ways[0]) or not looks_on:
-        return ways[0]
-    if any(found(lambda w: validation.loss(w, hyperparams), z.w)):
-        if with_init and phi.fresh is not None:
-            ways.append(found(lambda h: started(phi, z, h)[:2], hyperparams))
-        if sees == "optimum":
-            ways.append(found(lambda h: phi.optimality(z.w, h, 0)[0], hyperparams))
-        elif sees != "validation":
-            after = lambda h: phi.step(z, h, 0, want_loss=False)[0]
-            ways.append(found(lambda h: after(h).w, hyperparams))
-            further = sees == "everything" or (
-                # What an update leaves in s must come back: signs of it have no derivative.
-                sees == "updates" and _reads_its_state(phi, z, hyperparams)
-            )
-            if further and not all(ways[-1]):
-                ways.append(found(after, hyperparams))
+    if all(by_hyperparams) or not looks_on or not any(by_w):
+        return by_hyperparams
+    if with_init and phi.fresh is not None:
+        start = readings(lambda h: started(phi, z, h)[:2], hyperparams, by_derivative=by_derivative)
+        ways.append(jax.tree.leaves(start.by()))
+    if sees == "optimum":
+        optimality = lambda h: phi.optimality(z.w, h, 0)[0]
+        ways.append(jax.tree.leaves(visible_leaves(optimality, hyperparams)))
+    elif sees != "validation":
+        ways.append(_seen_by_step(sees, phi, z, hyperparams))
     return [any(seen) for seen in zip(*ways, strict=True)]
 
 
-def _reads_its_state(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> bool:
-    """Whether new parameters have a derivative by the optimizer's state before."""
+def _seen_by_step(sees: Sees, phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> list[bool]:
+    """The same by an inner step: on its parameters, or on all that it leaves."""
     inexact, rest = eqx.partition((z.s, z.r), eqx.is_inexact_array)
 
-    def after(inexact):
-        s, r = eqx.combine(inexact, rest)
-        return phi.step(InnerState(z.w, s, r), hyperparams, 0, want_loss=False)[0].w
+    def step(at):
+        (s, r), hyperparams = eqx.combine(at[0], rest), at[1]
+        return phi.step(InnerState(z.w, s, r), hyperparams, 0, want_loss=False)[0]
 
-    return any(jax.tree.leaves(visible_leaves(after, inexact)))
+    of_step = readings(step, (inexact, hyperparams), by_derivative=sees != "everything")
+    before, on_w = of_step.by(lambda new: new.w)
+    # What an update leaves in s must come back: signs of it have no derivative.
+    comes_back = sees == "everything" or any(jax.tree.leaves(before))
+    if sees == "last update" or not comes_back:
+        return jax.tree.leaves(on_w)
+    return jax.tree.leaves(of_step.by()[1])
 
 
 def _sees_its_gradient(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> bool:

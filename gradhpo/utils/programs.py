@@ -1,14 +1,18 @@
 """What a traced program depends on, and what it does with it."""
 
+import contextlib
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
+import jax
 from jax.extend.core import Jaxpr, Literal, jaxprs_in_params
+from jaxtyping import PyTree
 
 from gradhpo.utils.foreign import (
     BRANCHES,
     LOOPS,
     MAXIMA,
+    NO_DERIVATIVE,
     RANDOM,
     STOP_GRADIENT,
     is_custom_vjp,
@@ -23,6 +27,57 @@ def contains_custom_vjp(program: Jaxpr) -> bool:
         or any(contains_custom_vjp(inner) for inner in jaxprs_in_params(eqn.params))
         for eqn in program.eqns
     )
+
+
+class Readings(NamedTuple):
+    """Which leaves of its argument the results of a function depend on.
+
+    `program` is `None` if it cannot be read; then everything counts as read.
+    """
+
+    program: Jaxpr | None
+    argument: Any  # its structure
+    results: PyTree  # their numbers
+
+    def by(self, select: Callable[[PyTree], PyTree] = lambda results: results) -> PyTree:
+        """Marks the leaves of the argument that some of the results depend on; by default all."""
+        read = [True] * self.argument.num_leaves
+        if self.program is not None:
+            selected = set(jax.tree.leaves(select(self.results)))
+            needed = [number in selected for number in range(len(self.program.outvars))]
+            read = _read(self.program, needed, by_derivative=False)
+        return jax.tree.unflatten(self.argument, read)
+
+
+def readings(
+    function: Callable[[PyTree], Any], argument: PyTree, *, by_derivative: bool = True
+) -> Readings:
+    """Reads where the derivative of `function` can be non-zero, from the traced linear program.
+
+    What no operation on the way to a result takes as input has a derivative of exactly 0
+    everywhere. Unless `by_derivative`, reads what it depends on at all. A function without a
+    forward derivative (an opaque callback, a `custom_vjp`) cannot be read.
+    """
+    leaves, treedef = jax.tree.flatten(argument)
+    program, results = None, None
+
+    def probe(*leaves):
+        nonlocal program, results
+        of_leaves = lambda *xs: function(jax.tree.unflatten(treedef, xs))
+        push = jax.linearize(of_leaves, *leaves)[1] if by_derivative else of_leaves
+        closed, shapes = jax.make_jaxpr(push, return_shape=True)(*leaves)
+        numbers, structure = range(len(closed.jaxpr.outvars)), jax.tree.structure(shapes)
+        program, results = closed.jaxpr, jax.tree.unflatten(structure, numbers)
+
+    with contextlib.suppress(*NO_DERIVATIVE):
+        # A separate trace, so that nothing of this reaches the surrounding program.
+        jax.eval_shape(probe, *leaves)
+    return Readings(program, treedef, results)
+
+
+def visible_leaves(function: Callable[[PyTree], Any], tree: PyTree) -> PyTree:
+    """Marks the leaves of `tree` in which the derivative of `function` can be non-zero."""
+    return readings(function, tree).by()
 
 
 def inputs_read(program: Jaxpr, *, by_derivative: bool) -> list[bool]:

@@ -1,4 +1,4 @@
-"""What a traced program reveals: which leaves it can see, and why it was traced again."""
+"""What is said while tracing: that a derivative is missing, or that a job was traced again."""
 
 import contextlib
 import itertools
@@ -37,34 +37,6 @@ def differentiation_explained(
             f"{name} takes {takes}, and JAX has none here: {advice}. What JAX says: "
             f"{str(error).splitlines()[0]}"
         ) from error
-
-
-def visible_leaves(
-    function: Callable[[PyTree], Any], tree: PyTree, *, by_derivative: bool = True
-) -> PyTree:
-    """Marks the leaves of `tree` in which the derivative of `function` can be non-zero.
-
-    Unless `by_derivative`, marks the leaves on which it depends at all.
-
-    Reads the traced linear program: a leaf that no operation takes as input has a derivative of
-    exactly 0 everywhere. A function without a forward derivative (an opaque callback, a
-    `custom_vjp`) cannot be read; then every leaf counts as visible.
-    """
-    leaves, treedef = jax.tree.flatten(tree)
-    seen = [True] * len(leaves)
-
-    def probe(*leaves):
-        of_leaves = lambda *xs: function(jax.tree.unflatten(treedef, xs))
-        push = jax.linearize(of_leaves, *leaves)[1] if by_derivative else of_leaves
-        program = jax.make_jaxpr(push)(*leaves).jaxpr
-        used = {id(v) for eqn in program.eqns for v in eqn.invars}
-        used |= set(map(id, program.outvars))
-        seen[:] = [id(v) in used for v in program.invars]
-
-    with contextlib.suppress(*NO_DERIVATIVE):
-        # A separate trace, so that nothing of this reaches the surrounding program.
-        jax.eval_shape(probe, *leaves)
-    return jax.tree.unflatten(treedef, seen)
 
 
 # Which jobs were traced, and how often, in this process. A function created again in a loop is
