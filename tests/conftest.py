@@ -1,6 +1,5 @@
 """Strict numerics for every test: float64, no silent promotion of dtypes or ranks."""
 
-import gc
 import os
 import signal
 from importlib.metadata import version
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from processes import as_in_the_suite
 
 
 # Most of the suite is compilation of small programs: let the CPU's code generator be quick about
@@ -26,8 +26,6 @@ os.environ["XLA_FLAGS"] = " ".join(flags)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# No test reads where in the source an operation came from: a tenth of the time.
-jax.config.update("jax_traceback_in_locations_limit", 0)
 # With JAX_COMPILATION_CACHE_DIR a second run finds the programs of the first: small ones too.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
@@ -38,10 +36,7 @@ from gradhpo.utils.tracing import forget_traces  # noqa: E402
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Tracing makes many objects that last until it ends: look less often for those that do not, and
-# never among what was imported.
-gc.freeze()
-gc.set_threshold(50_000, 20, 50)
+as_in_the_suite()
 
 
 def pytest_collection_modifyitems(items):

@@ -8,12 +8,12 @@ import pytest
 
 
 def quick(cases, *, keep):
-    """Test parameters; those not in `keep` run only with `-m slow`."""
+    """Test parameters; those not in `keep` run only with `-m thorough`."""
     missing = [case for case in keep if case not in cases]
     assert not missing, missing
     as_args = lambda case: case if isinstance(case, tuple) else (case,)
     return [
-        case if case in keep else pytest.param(*as_args(case), marks=pytest.mark.slow)
+        case if case in keep else pytest.param(*as_args(case), marks=pytest.mark.thorough)
         for case in cases
     ]
 

@@ -6,6 +6,7 @@ import pytest
 from benchmarks.costs.accuracy import PROBLEMS, cosines
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("as_a_user_has_it")
 @pytest.mark.parametrize("name", ["layers, digits"])
 def test_the_order_is_that_of_the_paper(name):

@@ -28,6 +28,7 @@ def test_files_that_a_readme_links_to_exist(readme):
     assert not [link for link in links if not (readme.parent / link).is_file()]
 
 
+@pytest.mark.thorough
 def test_a_peer_that_does_not_install_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.peers.environment.CACHE", tmp_path)
     monkeypatch.setenv("PIP_NO_INDEX", "1")

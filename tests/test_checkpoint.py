@@ -60,6 +60,7 @@ def assert_same_run(found, expected):
 # -- killed ------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_killed_five_times(tmp_path):
     survive(tmp_path, kills=5, num_steps=300)
 
@@ -391,6 +392,7 @@ def test_a_state_that_json_cannot_hold_is_no_state(tmp_path):
     assert again.drawn == 12
 
 
+@pytest.mark.thorough
 def test_grain_seeks(tmp_path):
     grain = pytest.importorskip("grain")
 

@@ -174,6 +174,7 @@ def with_rate(w, h, batch):
     return train_loss(w, h, batch) * (1 + batch)
 
 
+@pytest.mark.thorough
 def test_leaves_that_some_methods_cannot_see():
     """A setting of the optimizer under implicit differentiation."""
     inner = relaxed(lambda h: optax.sgd(jnp.exp(h["log_rate"]), momentum=0.5))
@@ -349,6 +350,7 @@ def test_flops_count_loops_as_often_as_they_run():
     assert Program(lambda x: x, jax.ShapeDtypeStruct((3,), jnp.float32)).cost.flops == 0
 
 
+@pytest.mark.thorough
 def test_from_the_middle_of_a_run():
     """Moments and counts of the state are where every estimator starts."""
     inner = relaxed(optax.adam(0.1, eps_root=1e-16))

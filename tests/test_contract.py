@@ -129,7 +129,7 @@ def test_states_are_serialised_by_equinox(name, inner):
             if name != "tasks"
         ],
         keep=[("dicts", "momentum", name) for name in OPTIMIZERS if name != "tasks"]
-        + [("optimizer", "adam", name) for name in ("unrolled", "HyperDistill", "implicit")],
+        + [("optimizer", "adam", "unrolled")],
     ),
 )
 def test_filtered_models_dicts_and_stateful_optimizers(name, problem_name, optimizer_name, getkey):

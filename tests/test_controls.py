@@ -628,6 +628,7 @@ def test_batches_drawn_ahead_are_given_back():
 # -- runs one after the other ------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_two_hundred_runs_leave_nothing_behind(tmp_path):
     traces = []
 

@@ -24,7 +24,9 @@ from benchmarks.costs.programs import (
 pytestmark = pytest.mark.usefixtures("as_a_user_has_it")
 
 
-@pytest.mark.parametrize("name", list(ALGORITHMS))
+@pytest.mark.parametrize(
+    "name", quick(list(ALGORITHMS), keep=["OneStepOptimizer", "UnrolledOptimizer(20)"])
+)
 def test_flops_are_those_of_a_hand_written_program(name):
     """And what it computes too. A small batch, where what the library adds weighs most."""
     ours, by_hand = step_programs(name, 32)
@@ -41,14 +43,17 @@ def test_flops_are_those_of_a_hand_written_program(name):
 
 @pytest.mark.parametrize(
     ("name", "most"),
-    [
-        ("FOOptimizer", 1),
-        ("OneStepOptimizer", 3),
-        ("T1T2Optimizer", 3),
-        ("GreedyOptimizer(20)", 3),
-        ("HyperDistill", 4),
-        ("UnrolledOptimizer(20)", 4),
-    ],
+    quick(
+        [
+            ("FOOptimizer", 1),
+            ("OneStepOptimizer", 3),
+            ("T1T2Optimizer", 3),
+            ("GreedyOptimizer(20)", 3),
+            ("HyperDistill", 4),
+            ("UnrolledOptimizer(20)", 4),
+        ],
+        keep=[("T1T2Optimizer", 3), ("UnrolledOptimizer(20)", 4)],
+    ),
 )
 def test_a_step_costs_a_few_gradients_of_a_deep_network(name, most):
     """With the validation gradient on top: 4 for one step, T1-T2 and greedy, 5 for HyperDistill."""
@@ -56,7 +61,7 @@ def test_a_step_costs_a_few_gradients_of_a_deep_network(name, most):
 
 
 @pytest.mark.parametrize(("optimizer_name", "most"), [("SGD", 1.25), ("Adam", 1.55)])
-@pytest.mark.parametrize(("batch_size", "depth"), [(128, 1), (128, 3)])
+@pytest.mark.parametrize(("batch_size", "depth"), quick([(128, 1), (128, 3)], keep=[(128, 1)]))
 def test_hyperdistill_costs_little_more_than_one_step(optimizer_name, most, batch_size, depth):
     assert flops_ratio(optimizer_name, batch_size, depth) <= most
 
@@ -87,6 +92,7 @@ def test_memory_with_checkpoints_grows_with_the_root_of_the_steps():
     assert large <= 12 * small
 
 
+@pytest.mark.thorough
 def test_forward_mode_costs_two_gradients_per_hyperparameter_and_no_memory_per_step():
     assert gradients_per_hyperparameter(depth=3) <= 2
     small, large = (
@@ -95,5 +101,6 @@ def test_forward_mode_costs_two_gradients_per_hyperparameter_and_no_memory_per_s
     assert large <= small + 2**10
 
 
+@pytest.mark.thorough
 def test_an_iteration_of_an_implicit_solve_costs_two_gradients():
     assert gradients_per_iteration(depth=3) <= 2

@@ -118,6 +118,7 @@ def test_a_stop_outside_of_jax_grad_is_named_with_the_line_to_write(rule, stop):
     assert abs(lost - found) > 1e-3 * abs(found)
 
 
+@pytest.mark.thorough
 def test_detach_within_a_loss_that_grad_fn_differentiates_is_exact():
     loss = semi_gradient(gradhpo.detach)
     for rule in (jax.grad(loss), lambda p, h, batch: jax.grad(loss)(p, h, batch)):
@@ -154,6 +155,7 @@ def test_a_second_loss_is_named_as_well():
     assert [warns_of(loss) for loss in (first, first, second, second)] == [1, 0, 1, 0]
 
 
+@pytest.mark.thorough
 def test_the_checkup_decides_by_numbers():
     check = lambda stop: gradhpo.check_hypergradient(
         METHODS["unrolled"](),
@@ -251,6 +253,7 @@ def test_it_is_found_within_programs(kind):
     assert warns_of(decayed(HARMFUL[kind]))
 
 
+@pytest.mark.thorough
 def test_layers_of_equinox_are_not_named():
     keys = jax.random.split(jax.random.key(0), 5)
     layers = (

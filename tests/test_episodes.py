@@ -114,6 +114,7 @@ def test_chunks_and_sources_make_no_difference():
         assert_close(dict(history), dict(results[0][1]), rtol=1e-10)
 
 
+@pytest.mark.thorough
 def test_a_run_in_two_parts_is_one_run():
     optimizer = hyperdistill(period=3)
     whole, _ = run(optimizer, reptile_rate=0.5)

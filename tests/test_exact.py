@@ -12,7 +12,7 @@ from problems import CALLABLE, FIXED, OUTER, PROBLEMS, make, relaxed, stack_of, 
 import gradhpo
 
 
-# Every problem and every optimizer; each with each other is slow.
+# Every problem and every optimizer quickly; all pairs thoroughly.
 COMBINATIONS = quick(
     [(p, o) for p in PROBLEMS for o in FIXED],
     keep=[("loss", "adamw"), ("optimizer", "adam"), ("dicts", "sgd"), ("layers", "momentum")],
@@ -40,6 +40,7 @@ def test_unrolled_equals_finite_differences(problem_name, optimizer_name, getkey
     assert relative_error(found, exact) < 1e-6
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("problem_name", "optimizer_name"), COMBINATIONS)
 def test_t1_t2_is_near_the_exact_one_step_value_in_every_component(
     problem_name, optimizer_name, getkey
@@ -147,7 +148,7 @@ def test_darts_toy_goes_to_its_fixed_point(rate, fixed_point):
     ("optimizer_name", "checkpoints"),
     quick(
         [("momentum", n) for n in (1, 2, 3, 5, 7, 11)] + [("adam", "sqrt"), ("adamw", "sqrt")],
-        keep=[("momentum", 1), ("momentum", 3), ("momentum", 11), ("adamw", "sqrt")],
+        keep=[("momentum", 1), ("momentum", 3), ("adam", "sqrt")],
     ),
 )
 def test_checkpoints_change_nothing(optimizer_name, checkpoints, getkey):

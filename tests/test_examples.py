@@ -5,6 +5,7 @@ import os
 import re
 
 import pytest
+from helpers import quick
 from processes import EXAMPLES, interpreter, python
 
 
@@ -43,6 +44,7 @@ print("RESULT" + json.dumps(loss))
     return loss
 
 
+@pytest.mark.thorough
 def test_learned_learning_rates_beat_the_rate_that_they_start_from(tmp_path):
     """Five episodes of 20 steps, two methods."""
     loss = with_learned_rates(tmp_path, "--quick")
@@ -72,7 +74,11 @@ for name in {ALL!r}:
 
 # The others are above and below.
 @pytest.mark.parametrize(
-    "name", sorted(set(ALL) - {"data_hypercleaning", "learned_learning_rates", "regularisation"})
+    "name",
+    quick(
+        sorted(set(ALL) - {"data_hypercleaning", "learned_learning_rates", "regularisation"}),
+        keep=["compressed_sensing", "learned_schedule", "which_algorithm"],
+    ),
 )
 def test_quick_form_prints_a_table_and_saves_a_picture(name, tmp_path):
     picture = tmp_path / "sub" / "picture.png"
@@ -142,6 +148,7 @@ print("RESULT" + json.dumps(rows))
     return rows
 
 
+@pytest.mark.thorough
 def test_hypercleaning_finds_the_wrong_labels(tmp_path):
     """One seed and half of the inner steps: training has not yet learned all of them by heart."""
     rows = cleaned(tmp_path, "--seeds=1", "--inner-steps=1000", compiled=QUICKLY)
@@ -177,6 +184,7 @@ def test_many_penalties_validate_better_than_a_grid_of_ten_times_the_fits(splits
     assert abs(rows["tuned: ridge, 10 penalties, implicit"][0] - unrolled) < 1e-5
 
 
+@pytest.mark.thorough
 def test_an_ode_solve_that_cannot_be_differentiated_twice_ends_in_advice():
     done = python(
         "ode_calibration.py", "--quick", "--adjoint=backsolve", compiled=QUICKLY, check=False

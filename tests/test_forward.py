@@ -5,13 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import relative_error
+from helpers import quick, relative_error
 from problems import OUTER, make, relaxed, stack_of, warmed
 
 import gradhpo
 
 
-@pytest.mark.parametrize("optimizer_name", ["sgd", "momentum", "adam", "adamw"])
+@pytest.mark.parametrize(
+    "optimizer_name", quick(["sgd", "momentum", "adam", "adamw"], keep=["momentum", "adam"])
+)
 def test_forward_is_reverse_is_finite_differences(optimizer_name, getkey):
     """Learning rate, momentum or beta, and weight decay over 50 steps of different batches."""
     problem, inner = make("optimizer", optimizer_name, getkey())
@@ -25,6 +27,7 @@ def test_forward_is_reverse_is_finite_differences(optimizer_name, getkey):
     assert relative_error(found, exact) < 1e-6
 
 
+@pytest.mark.thorough
 def test_every_step_has_the_hypergradient_of_all_steps_so_far(getkey):
     problem, inner = make("optimizer", "adam", getkey())
     online = gradhpo.ForwardModeOptimizer(inner, None)
@@ -201,7 +204,7 @@ CONTRIB = {
 }
 
 
-@pytest.mark.parametrize("name", CONTRIB)
+@pytest.mark.parametrize("name", quick(list(CONTRIB), keep=["adopt"]))
 def test_an_optimizer_that_starts_from_a_square_root_of_0(name):
     """The derivative at its first state is infinite; times a Z of exactly 0 it adds nothing."""
     inner = lambda h: relaxed(CONTRIB[name](h["rate"]))

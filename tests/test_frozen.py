@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_same
+from helpers import assert_same, quick
 from problems import relaxed
 from test_contract import OPTIMIZERS
 
@@ -68,7 +68,13 @@ def stepped(optimizer, params, losses, batch, count=2):
     return state
 
 
-@pytest.mark.parametrize("name", list(OPTIMIZERS))
+@pytest.mark.parametrize(
+    "name",
+    quick(
+        list(OPTIMIZERS),
+        keep=["one step", "greedy", "HyperDistill", "tasks", "implicit", "unrolled"],
+    ),
+)
 def test_every_optimizer_does_what_it_does_with_a_closure(name):
     """The outer rate is 1, so that hyperparameters differ by as much as hypergradients do."""
     cls, settings, _ = OPTIMIZERS[name]
@@ -171,6 +177,7 @@ def lora():
     return [WIDE, WIDE.T], {"adapters": [{"a": a, "b": b}, {"a": b.T, "b": a.T}]}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "make",
     [
@@ -286,6 +293,7 @@ def test_a_derivative_of_zero_is_looked_for_with_the_backbone_as_it_is():
     gradhpo.run(optimizer, state, losses, BATCH, BATCH, num_steps=1, progress=False)
 
 
+@pytest.mark.thorough
 def test_comparisons_are_those_of_a_closure():
     """HyperDistill reads ahead, so that its start is made by a program of its own."""
     optimizers = {"HyperDistill": gradhpo.OnlineHypergradientOptimizer(SGD)}

@@ -104,6 +104,7 @@ def test_other_methods_take_its_last_step(name):
     np.testing.assert_allclose(found, by_jax(semi_gradient, SGD, H, steps=1), rtol=rtol)
 
 
+@pytest.mark.thorough
 def test_implicit_differentiation_of_its_zero():
     """Where the semi-gradient vanishes, a system that is not symmetric."""
     optimizer = gradhpo.ImplicitOptimizer(SGD, inner_steps=500, grad_fn=semi_gradient)
@@ -126,6 +127,7 @@ def test_the_loss_is_a_metric_alone():
     np.testing.assert_allclose(state.get_metric("train_loss"), expected, rtol=1e-12)
 
 
+@pytest.mark.thorough
 def test_diagnostics_take_it_for_the_gradient():
     optimizer = EXACT["unrolled"](sharpness_aware)
     state, losses = optimizer.init(W, H), gradhpo.LossFunctions(*LOSSES)

@@ -140,6 +140,7 @@ def squares(w, h, batch):
     return jnp.sum((w - h["shift"]) ** 2)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
 def test_nan_of_adam(dtype):
     """The last feature is 0 in every example, and so is its gradient."""
@@ -167,6 +168,7 @@ def test_nan_in_the_data():
     one_finding(report, "the validation loss", "its leaf [0]")
 
 
+@pytest.mark.thorough
 def test_nan_of_a_second_derivative():
     """A power of 1.5 has one derivative at 0, where the first parameter starts, and no second."""
     power = lambda w, h, batch: jnp.abs(w[0] - 1 - h["shift"][0]) ** 1.5
@@ -177,6 +179,7 @@ def test_nan_of_a_second_derivative():
     one_finding(report, "the second derivative of the training loss", "inner step 0")
 
 
+@pytest.mark.thorough
 def test_nan_of_the_method_alone():
     """Greedy takes validation gradients on the way: here of a norm that is 0 after one step."""
     straight = relaxed(optax.sgd(0.5))  # to h in one step
@@ -196,6 +199,7 @@ def test_nan_of_the_method_alone():
     assert report.nonfinite.leaf == "['decay']"
 
 
+@pytest.mark.thorough
 def test_no_false_alarm_of_nan():
     """What is not finite on the way, and comes to nothing, is no fault."""
     x, y = TRAIN
@@ -215,6 +219,7 @@ def test_no_false_alarm_of_nan():
     assert "though not this estimate" in str(report)
 
 
+@pytest.mark.thorough
 def test_masks_of_infinities_in_the_parameters():
     """They stay what they are, and hide nothing."""
     masked = lambda w, h, batch: train_loss(w["w"], h, batch) + 0 * jnp.sum(jnp.exp(w["mask"]))
@@ -284,6 +289,7 @@ def test_divergence():
     assert "training that diverges" in report.findings[0] or "left its range" in report.findings[0]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("epsilon", "word"), [(1.0, "epsilon is too large"), (1e-15, "epsilon is too small (rounding)")]
 )
@@ -337,6 +343,7 @@ def dropped(w, h, batch):
     return train_loss(w * keep.astype(w.dtype), h, batch[0])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("place", ["loss", "inner optimizer"])
 def test_random_numbers_are_not_compared(place):
     if place == "loss":
@@ -354,6 +361,7 @@ def test_random_numbers_are_not_compared(place):
     assert "random numbers" in str(report)
 
 
+@pytest.mark.thorough
 def test_what_cannot_be_measured_is_noted(as_a_user_has_it):
     """A loss that is float32 whatever comes in; an update without derivatives."""
 
@@ -440,6 +448,7 @@ def test_metasmoothness_at_its_ends():
         smoothness(turning, 0.1, jnp.ones(4))
 
 
+@pytest.mark.thorough
 def test_how_far_a_derivative_holds():
     """A ripple of width 1e-5: right at 1e-6, and gone at any step of use."""
     at = HYPERPARAMS["decay"]

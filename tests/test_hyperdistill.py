@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import quick
 from jax.flatten_util import ravel_pytree
 from problems import Problem, make, relaxed, stack_of
 
@@ -176,7 +177,7 @@ def batches_of(problem, count):
 NAMES = ["quadratic", "quadratic, momentum", "MLP, adam"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", quick(list(NAMES), keep=["quadratic", "quadratic, momentum"]))
 def test_an_episode_is_algorithm_3(name):
     problem, inner, flat = problem_named(name)
     stack = batches_of(problem, 6)
@@ -195,7 +196,7 @@ def test_an_episode_is_algorithm_3(name):
         np.testing.assert_allclose(ravel_pytree(g)[0], expected[t - 1], rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", quick(list(NAMES), keep=["quadratic", "quadratic, momentum"]))
 def test_theta_is_algorithm_4(name):
     problem, inner, flat = problem_named(name)
     stack = batches_of(problem, 7)
@@ -313,7 +314,7 @@ def test_distilled_data_has_the_shares_of_the_distilled_point_in_expectation(gam
     np.testing.assert_allclose(w_star, expected @ np.arange(1, steps + 1), rtol=1e-12)
 
 
-@pytest.mark.parametrize("optimizer_name", ["momentum", "adam"])
+@pytest.mark.parametrize("optimizer_name", quick(["momentum", "adam"], keep=["momentum"]))
 def test_without_memory_it_is_one_step(optimizer_name, getkey):
     problem, inner = make("optimizer", optimizer_name, getkey())
     outer = relaxed(optax.adam(0.05))

@@ -224,6 +224,7 @@ def test_rounding_of_parameters_is_no_other_update():
     assert differences(of(1e-3), of(2e-3))
 
 
+@pytest.mark.thorough
 def test_another_start_of_episodes_is_another_run(tmp_path):
     start = lambda size: lambda key, h: size * jax.random.normal(key, (3,))
     episodes = {"steps_per_episode": 3, "key": jax.random.key(0)}
@@ -289,6 +290,7 @@ def test_a_scalar_hyperparameter_is_compared_like_an_array(tmp_path, change):
             run(tmp_path, **again)
 
 
+@pytest.mark.thorough
 def test_without_compilation_it_is_the_same_run(tmp_path):
     """Rounding differs there, in the hyperparameters too."""
     made = lambda: jnp.log(jnp.sum(jnp.asarray([0.1, 0.02, 0.003], jnp.float32)))

@@ -10,6 +10,7 @@ import lineax as lx
 import numpy as np
 import optax
 import pytest
+from helpers import quick
 
 import gradhpo
 from benchmarks.costs.methods import iterations
@@ -125,7 +126,9 @@ SGD, OUTER = optax.sgd(1e-3), optax.sgd(0.1)
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 
 
-@pytest.mark.parametrize("make", [ridge, quadratic, logistic, cleaning])
+@pytest.mark.parametrize(
+    "make", quick([ridge, quadratic, logistic, cleaning], keep=[ridge, quadratic])
+)
 def test_closed_forms_with_every_kind_of_solver(make):
     problem = make()
     solvers = [
@@ -190,6 +193,7 @@ def test_lasso_and_elastic_net_through_a_proximal_step(l2):
             assert np.all(np.asarray(found[name])[~support] == 0)
 
 
+@pytest.mark.thorough
 def test_one_neumann_term_is_one_step_with_the_mixed_derivative_at_the_end():
     problem = cleaning()
     w, eta = jnp.asarray(problem.w) + 0.3, 0.05
@@ -205,6 +209,7 @@ def test_one_neumann_term_is_one_step_with_the_mixed_derivative_at_the_end():
     np.testing.assert_allclose(found, -eta * jax.grad(along)(state.hyperparams)["a"], rtol=1e-10)
 
 
+@pytest.mark.thorough
 def test_metrics_tell_how_far_from_the_optimum_and_how_well_the_system_was_solved():
     problem = ridge()
     start = problem._replace(w=problem.w + 1.0)
@@ -258,6 +263,7 @@ def test_training_that_does_not_converge_is_reported():
             assert reported(*case)
 
 
+@pytest.mark.thorough
 def test_a_penalty_does_not_make_a_small_batch_representative():
     """The figures of docs/implicit.md: ten draws of batches of 5 for 10 parameters."""
     random = np.random.default_rng(9)
@@ -316,6 +322,7 @@ def test_with_minibatches_the_system_is_that_of_the_last_one():
     assert not np.allclose(of_stack, found(1, curvature[0]), rtol=0.1)
 
 
+@pytest.mark.thorough
 def test_the_last_adjoint_is_a_good_place_to_start():
     """On a slowly moving problem: CG needs less than half of the iterations."""
     assert iterations(0.01, warm=True) < 0.5 * iterations(0.01, warm=False)
@@ -337,6 +344,7 @@ def test_settings_made_under_x64_serve_without_it(as_a_user_has_it, solver, damp
     np.testing.assert_allclose(found, 2.0 * 2 / (2 + damping), rtol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("solver", [None, lx.LU(), gradhpo.Neumann(300, 10.0)])
 def test_a_singular_or_diverging_system_ends_in_a_report(solver):
     """The validation loss wants what no training example ever sees."""
@@ -396,6 +404,7 @@ def test_a_custom_vjp_in_the_loss_makes_the_system_unsymmetric():
         by_cg.compute_hypergradient(by_cg.init(w, h), None, None, train_loss, val_loss)
 
 
+@pytest.mark.thorough
 def test_imaml_is_a_proximal_inner_problem_for_each_task():
     """Meta-gradient (I + H/c)^-1 grad L_test, the mean over tasks; H of the data alone."""
     random = np.random.default_rng(6)
@@ -423,6 +432,7 @@ def test_imaml_is_a_proximal_inner_problem_for_each_task():
     assert after.memory.of_each.adjoint.shape == (3, 4)
 
 
+@pytest.mark.thorough
 def test_the_default_solver_in_float32_with_thousands_of_parameters(as_a_user_has_it):
     """lineax.CG by itself calls a curvature of 0.2 singular for 10,000 parameters."""
     size, curvature = 10_000, 0.2
@@ -437,6 +447,7 @@ def test_the_default_solver_in_float32_with_thousands_of_parameters(as_a_user_ha
         np.testing.assert_allclose(state.hyperparams, 1.1, rtol=1e-4)  # g = alpha = -1
 
 
+@pytest.mark.thorough
 def test_the_default_solver_on_a_network_in_float32(as_a_user_has_it):
     """The MLP of the benchmarks, 9,610 parameters, with damping against negative curvature."""
     the_job = job(100)
@@ -483,6 +494,7 @@ def test_a_warm_start_does_no_harm_where_the_validation_gradient_changes(factor)
     assert jnp.linalg.norm(found - exact) < 0.9 * jnp.linalg.norm(exact)
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore:.*is exactly 0")
 def test_no_validation_gradient_no_hypergradient():
     for solver in (None, lx.CG(rtol=1e-6, atol=1e-6, max_steps=5), lx.GMRES(**TIGHT)):
@@ -507,6 +519,7 @@ def test_failures_are_those_of_this_run_and_counted_over_tasks():
     assert "linear solver" not in history.report
 
 
+@pytest.mark.thorough
 def test_a_system_that_only_rounding_keeps_from_being_singular_is_reported(as_a_user_has_it):
     """Two copies of one feature, and a validation loss that tells them apart."""
     random = np.random.default_rng(8)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import quick
 from problems import relaxed
 from test_implicit import logistic, ridge
 
@@ -15,7 +16,7 @@ LBFGS = relaxed(optax.lbfgs())
 POLYAK = relaxed(optax.polyak_sgd(max_learning_rate=10.0))
 
 
-@pytest.mark.parametrize("make", [ridge, logistic])
+@pytest.mark.parametrize("make", quick([ridge, logistic], keep=[ridge]))
 def test_implicit_hypergradients_at_the_optimum_that_lbfgs_finds(make):
     problem = make()
     optimizer = gradhpo.ImplicitOptimizer(LBFGS, inner_steps=40)
@@ -38,6 +39,7 @@ def test_implicit_hypergradients_at_the_optimum_that_lbfgs_finds(make):
     np.testing.assert_array_equal(anew.params, state.params)
 
 
+@pytest.mark.thorough
 def test_steps_after_convergence_stay_at_the_optimum(as_a_user_has_it):
     """Also at an optimum of exactly 0, in float32, and one of two tasks that waits."""
     x, y, *_ = (jnp.asarray(a, jnp.float32) for a in ridge_data())
@@ -107,6 +109,7 @@ def searched(batches):
     return w, value
 
 
+@pytest.mark.thorough
 def test_every_search_is_on_the_batch_of_its_step():
     """It has evaluated the next parameters, which is used again while the batch stays."""
     optimizer = gradhpo.ImplicitOptimizer(LBFGS, inner_steps=3)

@@ -43,6 +43,7 @@ def run(directory=None, num_steps=12, state=None, **settings):
 # -- memory ------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_memory_stays_flat_over_many_chunks():
     """A chunk once left six arrays of the device alive, and a dict with their views."""
     found = {}
@@ -230,6 +231,7 @@ def test_the_columns_of_a_table_stay(tmp_path):
 # -- how a program is started ------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_debugging_nans_a_run_begins():
     program = """
 import jax, jax.numpy as jnp, optax, gradhpo
@@ -269,6 +271,7 @@ def test_transfers_of_a_run_are_meant(tmp_path):
     assert_same(found, expected)
 
 
+@pytest.mark.thorough
 def test_transfers_at_every_door_of_a_run_are_meant():
     """Arrays, a function of the index, schedules, episodes with their starts, tasks, monitors."""
     single = gradhpo.OneStepOptimizer(SGD)

@@ -266,6 +266,7 @@ def test_early_stopping_says_what_it_saw():
     assert stopping.best.state.step == 4
 
 
+@pytest.mark.thorough
 def test_thirty_decays_over_fit_150_patients_in_every_split():
     """Breast cancer: the validation loss falls in 5 of 5 splits, and the test loss rises."""
     x, y = load_breast_cancer(return_X_y=True)

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import paramax
 import pytest
+from helpers import quick
 from problems import mse, relaxed
 
 import gradhpo
@@ -70,7 +71,7 @@ KINDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", quick(list(KINDS), keep=["per layer", "schedule"]))
 def test_every_setting_has_an_exact_hypergradient(kind, getkey):
     w, train, val, loss = problem(getkey())
     h, inner = KINDS[kind]
@@ -139,6 +140,7 @@ def test_these_have_no_such_root(name):
 # -- positive, bounded and simplex hyperparameters ---------------------------------------------
 
 
+@pytest.mark.thorough
 def test_paramax_parametrisations_compose(getkey):
     """A positive decay and mixture weights, stored unconstrained, unwrapped in the loss."""
     k1, k2 = jax.random.split(getkey())
@@ -263,6 +265,7 @@ def test_a_guard_in_the_inner_optimizer_is_explained(guard):
         constant_feature(guard(optax.adam(0.1)))
 
 
+@pytest.mark.thorough
 def test_bfloat16_whose_rounding_hides_the_signal_is_a_finding():
     """Validation errors that nearly cancel: the sign of the hypergradient is lost."""
     random = np.random.default_rng(0)
@@ -295,7 +298,7 @@ LAST = {
 }
 
 
-@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("clip", quick(list(CLIPS), keep=["by global norm"]))
 def test_parameters_of_no_size_beside_a_learned_threshold(clip):
     """A mean over them is NaN, which must not reach the threshold; validation reads them too."""
     inner = lambda h: relaxed(CLIPS[clip](h))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import arrays, assert_same
+from helpers import arrays, assert_same, quick
 from problems import OUTER, relaxed
 from ridge import LOSSES, SGD, X, Y, train_loss, val_loss
 
@@ -78,20 +78,29 @@ FIXED = ("one batch", "one batch with a key", "all of it")
 
 @pytest.mark.parametrize(
     ("of_train", "of_val"),
-    [
-        ("function", "function"),
-        ("ArrayData", "ArrayData"),
-        ("iterator", "iterator"),
-        ("iterate", "iterate"),
-        ("one batch with a key", "one batch with a key"),
-        ("function", "iterator"),
-        ("iterator", "function"),
-        ("a cycle", "ArrayData"),
-        ("ArrayData", "a cycle"),
-        ("one batch", "ArrayData"),
-        ("all of it", "iterate"),
-        ("iterate", "one batch"),
-    ],
+    quick(
+        [
+            ("function", "function"),
+            ("ArrayData", "ArrayData"),
+            ("iterator", "iterator"),
+            ("iterate", "iterate"),
+            ("one batch with a key", "one batch with a key"),
+            ("function", "iterator"),
+            ("iterator", "function"),
+            ("a cycle", "ArrayData"),
+            ("ArrayData", "a cycle"),
+            ("one batch", "ArrayData"),
+            ("all of it", "iterate"),
+            ("iterate", "one batch"),
+        ],
+        keep=[
+            ("function", "function"),
+            ("ArrayData", "ArrayData"),
+            ("iterator", "iterator"),
+            ("one batch with a key", "one batch with a key"),
+            ("all of it", "iterate"),
+        ],
+    ),
 )
 def test_every_kind_of_source_is_a_loop_over_step(of_train, of_val):
     optimizer = unrolled(steps=INNER)
@@ -173,6 +182,7 @@ def test_traces_full_chunks_once_and_the_remainder_once():
     assert len(traces) == 2 * per_trace
 
 
+@pytest.mark.thorough
 def test_a_data_function_made_anew_for_every_run_is_named():
     optimizer = unrolled()
 

@@ -122,6 +122,7 @@ def test_a_system_that_need_not_be_symmetric_has_the_same_answer(route):
     assert np.all(np.asarray(state.memory.adjoint) == 0)
 
 
+@pytest.mark.thorough
 def test_in_float32_too(as_a_user_has_it):
     """Where lineax.CG goes on for 100 products, to a hypergradient a million times too long."""
     features, examples = 1_000, 32
@@ -136,6 +137,7 @@ def test_in_float32_too(as_a_user_has_it):
     assert state.get_metric("linear_failures") == 1
 
 
+@pytest.mark.thorough
 def test_a_run_on_such_batches_is_complete_and_says_why_it_failed():
     train, val = data(2, 40, 100)
     by_example = lambda w, h, batch: weighted(w, h[batch[2]], batch[:2])
@@ -251,6 +253,7 @@ def test_gmres_gives_way_where_its_answer_is_too_long(symmetric):
     assert np.linalg.norm(by(solver.settings, vector).value) > 2 * np.linalg.norm(expected)
 
 
+@pytest.mark.thorough
 def test_gmres_that_ends_in_time_is_left_alone():
     """Converged, or cut short with a small residual."""
     matrix, vector = of_rank(300, 100)
@@ -301,6 +304,7 @@ def test_of_a_regular_matrix_it_is_what_lineax_gives(settings):
     assert ours.result == theirs.result
 
 
+@pytest.mark.thorough
 def test_negative_curvature_never_leaves_more_than_there_was():
     """Conjugate gradients of an indefinite matrix, cut short where their residual is large."""
     random = np.random.default_rng(1)

@@ -100,6 +100,7 @@ def test_lookahead_of_plain_parameters_says_what_to_write():
 SCHEDULE_FREE = lambda h: optax.contrib.schedule_free_sgd(jnp.exp(h["rate"]))
 
 
+@pytest.mark.thorough
 def test_schedule_free_is_validated_at_its_average_by_the_lines_of_the_page():
     averaged, both = from_the_page("averaged", "Both")
     inner = lambda h: relaxed(averaged(SCHEDULE_FREE(h)))
@@ -131,6 +132,7 @@ def sophia(h):
     return relaxed(optax.contrib.sophia(jnp.exp(h["rate"]), weight_decay=0.0, **settings))
 
 
+@pytest.mark.thorough
 def test_sophia_is_given_the_loss_and_differentiated_through_its_curvature():
     state = agree(sophia, W, penalised, error)
     by_hand = trained(sophia(H), 7, obj_fn=lambda w: penalised(w, H, TRAIN))
@@ -161,6 +163,7 @@ def test_other_methods_take_sophia(optimizer):
 # -- optax.radam -------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_radam_by_the_lines_of_the_page_has_the_derivative_that_optax_s_has_not():
     [ours] = from_the_page("radam")
     inner = lambda h: relaxed(ours(jnp.exp(h["rate"])))

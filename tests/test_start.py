@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import quick
 from problems import relaxed
 
 import gradhpo
@@ -93,7 +94,7 @@ def test_exact_methods_differentiate_init(kind, name):
     assert_close(found, by_jax(inner, h))
 
 
-@pytest.mark.parametrize("kind", INNER)
+@pytest.mark.parametrize("kind", quick(list(INNER), keep=["velocity"]))
 def test_finite_differences_rebuild_the_initial_state(kind):
     inner, h = INNER[kind]
     optimizer = EXACT["unrolled"](inner)
@@ -108,6 +109,7 @@ def test_finite_differences_rebuild_the_initial_state(kind):
         np.testing.assert_allclose(found.derivative, found.difference, rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_comparisons_and_shares_are_those_of_all_of_training():
     """The coordinate that acts in `init` alone is in their reference too."""
     inner, h = INNER["adagrad"]
@@ -366,6 +368,7 @@ def test_tasks_start_at_points_of_their_own():
     np.testing.assert_allclose(history["w"][0], expected, rtol=1e-10)
 
 
+@pytest.mark.thorough
 def test_it_resumes_bit_for_bit(tmp_path):
     whole, history = run_from(FROM_START["unrolled"](), 4, chunk_size=1)
     for steps in (2, 4):
@@ -382,6 +385,7 @@ def test_others_name_what_they_leave_out():
         run_from(optimizer)
 
 
+@pytest.mark.thorough
 def test_a_fixed_optimizer_draws_new_parameters():
     fixed = gradhpo.FixedOptimizer(relaxed(optax.sgd(0.05)), inner_steps=STEPS)
     _, history = run_from(fixed, record=lambda s: {"w": s.params})

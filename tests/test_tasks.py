@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_same
+from helpers import assert_same, quick
 from problems import OUTER, make, relaxed, stack_of
 
 import gradhpo
@@ -113,7 +113,7 @@ def folded(key, *numbers):
     return key
 
 
-@pytest.mark.parametrize("keep_data", [False, True])
+@pytest.mark.parametrize("keep_data", quick([False, True], keep=[False]))
 def test_theta_of_every_task_is_that_of_its_own_run(keep_data):
     """Three sources of batches; a fixed one has a PRNG key in it."""
     single = gradhpo.OnlineHypergradientOptimizer(optax.sgd(0.05), optax.sgd(0.0), gamma=0.9)

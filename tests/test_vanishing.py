@@ -166,6 +166,7 @@ def test_a_zero_in_the_first_step_alone_is_none_of_a_run():
     assert history["hypergrad_norm"][1] > 0
 
 
+@pytest.mark.thorough
 def test_the_checkup_reports_it():
     check = lambda optimizer, loss, batch: gradhpo.check_hypergradient(
         optimizer,
