@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 from gradhpo.core.inputs import Inputs
 from gradhpo.core.interface import InnerProblems
 from gradhpo.core.state import BilevelState
+from gradhpo.utils.dispatch import compiled
 from gradhpo.utils.freezing import is_frozen
 from gradhpo.utils.validation import leaf_names
 from gradhpo.utils.warn import warn_once, without_warnings
@@ -28,8 +29,13 @@ def vanished(optimizer: InnerProblems, inputs: Inputs, moving: np.ndarray) -> li
     if np.all(moving):
         return []
     with without_warnings():
-        seen = optimizer._seen(inputs)
+        seen = _seen(optimizer, inputs)
     return [i for i, here in enumerate(seen) if here and not moving[i]]
+
+
+@compiled
+def _seen(optimizer: InnerProblems, inputs: Inputs) -> list[bool]:
+    return optimizer._seen(inputs)  # found while tracing, so once for each program
 
 
 def warn_of_zeros(
