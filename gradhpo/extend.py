@@ -46,6 +46,7 @@ from gradhpo.utils.trees import (
 )
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import check_leading_axis
+from gradhpo.utils.warn import warn_once
 
 
 __all__ = [
@@ -107,5 +108,6 @@ __all__ = [
     "unit_vector",
     "unravel",
     "unrolled",
+    "warn_once",
     "with_inner_state",
 ]

@@ -61,7 +61,8 @@ class F2SA(Algorithm):
 
         def penalised(y, h, t):  # g + f/penalty, whose minimum is that of f + penalty g
             share = 1 / self.penalty.astype(jnp.result_type(float))
-            return phi.train_loss(y, h, t) + share * validation.loss(y, h)
+            at_y = z._replace(w=y)
+            return phi.train_loss(at_y, h, t) + share * validation.loss(at_y, h)
 
         def body(carry, t):
             z, y, s = carry
@@ -73,9 +74,9 @@ class F2SA(Algorithm):
         (z, y, s), losses = jax.lax.scan(body, start, jnp.arange(self.inner_steps))
         last = self.inner_steps - 1
         of_y = jax.grad(penalised, 1)(y, hyperparams, last)
-        of_z = jax.grad(phi.train_loss, 1)(z.w, hyperparams, last)
+        of_z = jax.grad(phi.train_loss, 1)(z, hyperparams, last)
         hypergradient = jax.tree.map(lambda a, b: self.penalty * (a - b), of_y, of_z)
-        val_loss = validation.loss(z.w, hyperparams)
+        val_loss = validation.loss(z, hyperparams)
         return Estimate(z, hypergradient, losses[-1], val_loss, PenaltyMemory(y, s))
 
 

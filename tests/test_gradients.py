@@ -119,7 +119,8 @@ def test_geometric_sum_is_accurate_next_to_one(gamma, t, dtype):
 def test_linearized_gradient_is_both_second_derivatives(symmetric):
     loss = lambda w, h: jnp.sum(jnp.sin(w) * h) + jnp.sum(w**3) * jnp.sum(h**2)
     w, h, v = jnp.array([0.2, -0.4]), jnp.array([1.0, 0.3]), jnp.array([0.7, -1.3])
-    value, gradient, products = linearize_gradient(loss, w, h, symmetric=symmetric)
+    with_rest = lambda w, h: (loss(w, h), None)
+    value, gradient, _, products = linearize_gradient(with_rest, w, h, symmetric=symmetric)
     np.testing.assert_allclose(value, loss(w, h))
     np.testing.assert_allclose(gradient, jax.grad(loss)(w, h))
     by_w, by_h = products(v)

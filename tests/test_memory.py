@@ -73,6 +73,16 @@ RUNNING = {
 }
 
 
+def carrying(loss, returns=True):
+    """A loss that hands the running state on."""
+    if returns:
+        return lambda w, h, batch, r: (loss(w, h, batch), r)
+    return lambda w, h, batch, r: loss(w, h, batch)
+
+
+CARRYING = carrying(train_loss), carrying(val_loss, returns=False)
+
+
 def of_task(number):
     """Running state that tells the tasks apart."""
     return jax.tree.map(lambda x: x if x.dtype == bool else x + number, RUNNING)
@@ -99,7 +109,7 @@ def test_running_state_is_carried_everywhere(name, tasks, tmp_path):
         assert found.get_metric("rejected") == rejected
         assert eqx.tree_equal(found.model_state, running)
 
-    step = lambda state, batch: optimizer.step(state, batch, BATCH, train_loss, val_loss)
+    step = lambda state, batch: optimizer.step(state, batch, BATCH, *CARRYING)
     if not tasks:
         state_after = step(state, batch)
         assert_carried(state_after)
@@ -107,12 +117,15 @@ def test_running_state_is_carried_everywhere(name, tasks, tmp_path):
         assert_carried(step(state_after, jnp.nan * batch), rejected=1)
         assert_carried(again := optimizer.adopt(state_after))
         assert (again.step, again.get_metric("val_loss")) == (1, state_after.get_metric("val_loss"))
-    losses = gradhpo.LossFunctions(train_loss, val_loss)
+    losses = gradhpo.LossFunctions(*CARRYING)
     # Chunks of one episode: one program for all of them.
     run = lambda num_steps: gradhpo.run(
         optimizer, state, losses, batch, batch, num_steps=num_steps, steps_per_episode=2,
         reptile_rate=0.5, chunk_size=2, checkpoint=tmp_path, progress=False,
     )[0]  # fmt: skip
+    if tasks:  # episodes of tasks begin with means over them, as their parameters do
+        mean = lambda x: jnp.broadcast_to(jnp.mean(x, 0), x.shape) if x.dtype == float else x
+        running = jax.tree.map(mean, running)
     assert_carried(run(2))
     another = state.update(model_state=jax.tree.map(jnp.zeros_like, running))
     assert_carried(gradhpo.load_checkpoint(tmp_path, another)[0])
@@ -129,7 +142,8 @@ def test_running_state_that_is_not_finite_refuses_the_step():
 
     optimizer = Broken(SGD, SGD)
     state = optimizer.init(jnp.zeros(3), jnp.zeros(3)).update(model_state=jnp.ones(2))
-    after = optimizer.step(state, BATCH, BATCH, LOSSES.train_loss, LOSSES.val_loss)
+    losses = carrying(LOSSES.train_loss), carrying(LOSSES.val_loss, returns=False)
+    after = optimizer.step(state, BATCH, BATCH, *losses)
     assert after.get_metric("rejected") == 1
     np.testing.assert_array_equal(after.model_state, np.ones(2))
     np.testing.assert_array_equal(after.hyperparams, state.hyperparams)

@@ -9,7 +9,6 @@ from gradhpo.extend import (
     Estimate,
     GradFn,
     InnerOptimizer,
-    InnerState,
     Problem,
     Sees,
     UpdateFn,
@@ -40,6 +39,8 @@ class FOOptimizer(Algorithm):
         (DP-SGD), taken at another point (SAM), a semi-gradient. The training loss is then only a
         metric.
     - `update_fn`: replaces `inner_optimizer`, `(params, hyperparams, batch) -> params`.
+        With a [model state](../how_to/running_state.md) both take it as fourth argument, and return
+        the new one as well.
 
     **Raises:** `ValueError` for both or neither of `inner_optimizer` and `update_fn`, or a
     `grad_fn` without an `inner_optimizer`; `TypeError` if one of them is neither an optax
@@ -86,7 +87,7 @@ class FOOptimizer(Algorithm):
     def estimate(self, problem: Problem, memory: None) -> Estimate:
         phi, validation, z, hyperparams = problem
         z, train_loss = phi.step(z, hyperparams, 0)
-        val_loss, _, direct = validation.value_and_grads(z.w, hyperparams)
+        val_loss, _, direct = validation.value_and_grads(z, hyperparams)
         return Estimate(z, direct, train_loss, val_loss)
 
 
@@ -131,7 +132,7 @@ class OneStepOptimizer(Algorithm):
     def estimate(self, problem: Problem, memory: None) -> Estimate:
         phi, validation, z, hyperparams = problem
         z, train_loss, pull = phi.vjp(z, hyperparams, 0)
-        val_loss, alpha, direct = validation.value_and_grads(z.w, hyperparams)
-        _, through_update = pull(InnerState(alpha))
+        val_loss, alpha, direct = validation.value_and_grads(z, hyperparams)
+        _, through_update = pull(alpha)
         hypergradient = jax.tree.map(jnp.add, direct, through_update)
         return Estimate(z, hypergradient, train_loss, val_loss)

@@ -90,19 +90,19 @@ class Distilled(eqx.Module):
         return Distilled(w_star, d_star, numbers_of_key(key))
 
     def product(
-        self, phi: InnerUpdate, z: InnerState, hyperparams: PyTree, t: ArrayLike, alpha: PyTree
+        self, phi: InnerUpdate, z: InnerState, hyperparams: PyTree, t: ArrayLike, alpha: InnerState
     ) -> PyTree:
         r"""$\alpha\,\partial\Phi(w^*, \lambda; D^*)/\partial\lambda$ at `z`, except for $w^*$.
 
-        `alpha` is a cotangent on the parameters alone. Anything in a batch that is not an example
-        (a PRNG key) is taken from step `t`.
+        Of `alpha`, only the part on the parameters is used, not that on the running state. Anything
+        in a batch that is not an example (a PRNG key) is taken from step `t`.
         """
         if self.d_star is not None:
             batch = eqx.combine(self.d_star, phi.batch(t))
             # Not the batch itself: its keys are already folded with t.
             phi = dataclasses.replace(phi, train_batch=DrawnStack(lambda t: batch))
-        _, _, pull = phi.vjp(z._replace(w=cast_like(self.w_star, alpha)), hyperparams, t)
-        return pull(InnerState(alpha))[1]
+        _, _, pull = phi.vjp(z._replace(w=cast_like(self.w_star, alpha.w)), hyperparams, t)
+        return pull(InnerState(alpha.w))[1]
 
 
 def regress(
@@ -115,7 +115,7 @@ def regress(
     """
     phi, validation, z, hyperparams = problem
     last, end, _, line, kept = along_a_line(phi, z, hyperparams, num_steps)
-    alpha = jax.grad(validation.loss)(end.w, hyperparams)
+    alpha = validation.alpha(end, hyperparams)
     bar = cotangent_at_end(alpha, end, tree_zeros_like(hyperparams))
 
     def body(carry, at):

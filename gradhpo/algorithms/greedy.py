@@ -13,7 +13,6 @@ from gradhpo.extend import (
     Estimate,
     GradFn,
     InnerOptimizer,
-    InnerState,
     Problem,
     Sees,
     UpdateFn,
@@ -104,8 +103,8 @@ class GreedyOptimizer(Algorithm):
         def body(carry, t):
             z, total = carry
             z, _, pull = phi.vjp(z, hyperparams, t)
-            alpha = jax.grad(validation.loss)(z.w, hyperparams)
-            return (z, add(total, pull(InnerState(alpha))[1])), None
+            alpha = validation.alpha(z, hyperparams)
+            return (z, add(total, pull(alpha)[1])), None
 
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, wide), hyperparams)
         last = self.unroll_steps - 1
@@ -115,8 +114,8 @@ class GreedyOptimizer(Algorithm):
         # The last step is separate: it alone needs both losses and the direct term.
         z, total = carry
         z, train_loss, pull = phi.vjp(z, hyperparams, last)
-        val_loss, alpha, direct = validation.value_and_grads(z.w, hyperparams)
-        total = add(total, pull(InnerState(alpha))[1])
+        val_loss, alpha, direct = validation.value_and_grads(z, hyperparams)
+        total = add(total, pull(alpha)[1])
         hypergradient = jax.tree.map(lambda x, h: x.astype(wide) + h, direct, total)
         hypergradient = cast_like(hypergradient, hyperparams)
         return Estimate(z, hypergradient, train_loss, val_loss)

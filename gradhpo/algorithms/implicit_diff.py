@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from gradhpo.algorithms.settled import through_state
 from gradhpo.extend import (
     Algorithm,
     Estimate,
@@ -32,12 +33,18 @@ from gradhpo.extend import (
     solve_system,
     tree_dot,
     tree_l2_norm,
+    warn_once,
 )
 
 
 # The share of itself by which the validation loss may still change, before the report says so.
 _LARGE_GAP = 0.1
 # Used if a solver has no `advice`.
+_READS_STATE = (
+    "ImplicitOptimizer holds the model state constant in the training loss, which reads it: the "
+    "hypergradient leaves out how training follows the model state (a target network, running "
+    "statistics that normalise). UnrolledOptimizer differentiates through it"
+)
 _ADVICE = (
     "H is singular, as it is where a batch has fewer examples than there are parameters, or not "
     "positive: use larger batches, curvature_batches, or damping=1e-3 or more"
@@ -85,6 +92,10 @@ class ImplicitOptimizer(Algorithm):
     $\nabla_w L_{val}$ that the batch does not see. (If the products end first, they take what they
     have reached; a residual above 1 says so.) If $H$ is singular but some $q$ exists, that is no
     failure, and $q$ is the solution nearest to where iterations start.
+
+    A model state is taken where it settles on the last batch, $r = R(w, \lambda, r)$, with the
+    derivative of that point. If the training loss reads it, it is held constant there: a warning
+    says so.
 
     It does not see hyperparameters that only change the path to the optimum: learning rates and
     other settings of the inner optimizer. It assumes that training ends at the minimum of the
@@ -225,8 +236,11 @@ class ImplicitOptimizer(Algorithm):
         last = self.inner_steps - 1
         z, train_loss, _ = phi.rollout(z, hyperparams, 0, self.inner_steps)
         w = z.w
-        val_loss, alpha, direct = validation.value_and_grads(w, hyperparams)
-        residual, products = phi.optimality(w, hyperparams, last, self.curvature_batches)
+        val_loss, of_z, direct = validation.value_and_grads(z, hyperparams)
+        alpha, direct, unsettled = through_state(phi, z, hyperparams, last, of_z, direct)
+        if phi.reads_state:
+            warn_once(_READS_STATE, *problem.functions())
+        residual, products = phi.optimality(z, hyperparams, last, self.curvature_batches)
 
         # Solved in float32 at least, and for a right-hand side of length 1.
         wide = accumulation_dtype(w)
@@ -263,6 +277,7 @@ class ImplicitOptimizer(Algorithm):
             failed |= residual_left > 1.01  # by more than rounding
         # If the inner training has blown up, the solver is not to blame.
         failed &= jnp.isfinite(norm) & jnp.isfinite(inner_residual)
+        failed |= unsettled
         hypergradient = jax.tree.map(
             lambda x, y: x - (norm * y.astype(wide)).astype(x.dtype), direct, mixed
         )

@@ -196,7 +196,7 @@ class OnlineHypergradientOptimizer(Algorithm):
 
         distilled = memory.distilled.add(z.w, phi.batch(0), past_share(gamma, t))
         new, train_loss = phi.step(z, hyperparams, 0)
-        val_loss, alpha, direct = validation.value_and_grads(new.w, hyperparams)
+        val_loss, alpha, direct = validation.value_and_grads(new, hyperparams)
         v = distilled.product(phi, z, hyperparams, 0, alpha)
         if self.normalize:
             scale, v = jnp.ones((), dtype), tree_normalize(v, jnp.finfo(dtype).tiny)

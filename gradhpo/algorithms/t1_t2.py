@@ -151,15 +151,15 @@ class T1T2Optimizer(Algorithm):
             # Perturbing w measures the transposed derivative; with a custom_vjp in the loss the two
             # differ, and only the reverse product is right.
             z, train_loss, pull = phi.vjp(before, hyperparams, last)
-            val_loss, alpha, direct = validation.value_and_grads(z.w, hyperparams)
-            _, through_update = pull(InnerState(alpha))
+            val_loss, alpha, direct = validation.value_and_grads(z, hyperparams)
+            _, through_update = pull(alpha)
         elif self.perturb == "weights":
             z, train_loss, gradient = phi.step_and_gradient(before, hyperparams, last)
-            val_loss, alpha, direct = validation.value_and_grads(z.w, hyperparams)
+            val_loss, alpha, direct = validation.value_and_grads(z, hyperparams)
             through_update = self._by_weights(phi, before, gradient, hyperparams, alpha)
         else:
             z, train_loss = phi.step(before, hyperparams, last)
-            val_loss, alpha, direct = validation.value_and_grads(z.w, hyperparams)
+            val_loss, alpha, direct = validation.value_and_grads(z, hyperparams)
             through_update = self._by_hyperparams(phi, before, hyperparams, alpha)
         hypergradient = jax.tree.map(jnp.add, direct, through_update)
         return Estimate(z, hypergradient, train_loss, val_loss)
@@ -170,10 +170,14 @@ class T1T2Optimizer(Algorithm):
         before: InnerState,
         gradient: PyTree,
         hyperparams: PyTree,
-        alpha: PyTree,
+        alpha: InnerState,
     ) -> PyTree:
         last = self.inner_steps - 1
-        v, through_optimizer = phi.optimizer_vjp(gradient, before, hyperparams, last, alpha)
+        v, through_optimizer = phi.optimizer_vjp(gradient, before, hyperparams, last, alpha.w)
+        exact = through_optimizer
+        if jax.tree.leaves(alpha.r):
+            _, (through_state, _) = phi.pull_state(before, hyperparams, last)(alpha.r)
+            exact = jax.tree.map(jnp.add, exact, through_state)
         norm = tree_l2_norm(v)
         # v = 0 must give 0, not 0/0; then any finite scale will do.
         scale = self.epsilon.astype(norm.dtype) / jnp.where(norm > 0, norm, 1)
@@ -181,15 +185,15 @@ class T1T2Optimizer(Algorithm):
         def gradient_at(sign):
             moved = lambda x, d: x + (sign * scale).astype(x.dtype) * d
             w = jax.tree.map(moved, before.w, v)
-            return jax.grad(phi.train_loss, argnums=1)(w, hyperparams, last)
+            return jax.grad(phi.train_loss, argnums=1)(before._replace(w=w), hyperparams, last)
 
         def with_quotient(exact, plus, minus):
             return exact + (plus - minus) / (2 * scale).astype(exact.dtype)
 
-        return jax.tree.map(with_quotient, through_optimizer, gradient_at(+1), gradient_at(-1))
+        return jax.tree.map(with_quotient, exact, gradient_at(+1), gradient_at(-1))
 
     def _by_hyperparams(
-        self, phi: InnerUpdate, before: InnerState, hyperparams: PyTree, alpha: PyTree
+        self, phi: InnerUpdate, before: InnerState, hyperparams: PyTree, alpha: InnerState
     ) -> PyTree:
         leaves, treedef = jax.tree.flatten(hyperparams)
 
@@ -202,7 +206,9 @@ class T1T2Optimizer(Algorithm):
                 changed = [*leaves[:position], moved.reshape(leaf.shape), *leaves[position + 1 :]]
                 new_hyperparams = jax.tree.unflatten(treedef, changed)
                 new, _ = phi.step(before, new_hyperparams, self.inner_steps - 1, want_loss=False)
-                return new.w, moved[coordinate]
+                return InnerState(new.w, None, eqx.filter(new.r, eqx.is_inexact_array)), moved[
+                    coordinate
+                ]
 
             def product(coordinate):
                 (plus, above), (minus, below) = (after(coordinate, e) for e in (epsilon, -epsilon))

@@ -188,7 +188,7 @@ class DrMADOptimizer(Algorithm):
         phi, validation, z, hyperparams = problem
         steps = self.unroll_steps
         _, end, train_loss, line, kept = along_a_line(phi, z, hyperparams, steps)
-        val_loss, alpha, direct = validation.value_and_grads(end.w, hyperparams)
+        val_loss, alpha, direct = validation.value_and_grads(end, hyperparams)
         bar = cotangent_at_end(alpha, end, direct)
         bar, _ = pull_through(phi, line.at, kept, 0, steps, hyperparams, bar)
         bar = through_start(phi, z, hyperparams, bar)

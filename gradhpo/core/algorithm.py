@@ -12,8 +12,9 @@ from jaxtyping import Array, Float, PyTree
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.hooks import Hooks
 from gradhpo.core.inner_optimizer import init_inner_state, resolve
-from gradhpo.core.inner_state import InnerState, Start
+from gradhpo.core.inner_state import InnerState, Start, between
 from gradhpo.core.inputs import Inputs
+from gradhpo.core.losses import called
 from gradhpo.core.memory import (
     MemoryOfEach,
     are_the_same,
@@ -68,7 +69,7 @@ class Algorithm(Hooks, BilevelOptimizer):
         def estimate(self, problem, memory):
             phi, validation, z, hyperparams = problem
             z, train_loss = phi.step(z, hyperparams, 0)
-            val_loss, _, direct = validation.value_and_grads(z.w, hyperparams)
+            val_loss, _, direct = validation.value_and_grads(z, hyperparams)
             return Estimate(z, direct, train_loss, val_loss)
 
     optimizer = DirectTerm(optax.sgd(0.1), optax.sgd(0.1))
@@ -126,11 +127,16 @@ class Algorithm(Hooks, BilevelOptimizer):
             check_same_structure(state.memory, memory, "state.memory", made_here)
 
     def _init_state(
-        self, params: PyTree, hyperparams: PyTree, batch: PyTree, key: Array | None
+        self,
+        params: PyTree,
+        hyperparams: PyTree,
+        model_state: PyTree,
+        batch: PyTree,
+        key: Array | None,
     ) -> BilevelState:
         check_count(f"{type(self).__name__}.num_inner_steps", self.num_inner_steps)
         w = trained(params)
-        z = InnerState(w, init_inner_state(self.inner_optimizer, w, hyperparams))
+        z = InnerState(w, init_inner_state(self.inner_optimizer, w, hyperparams), model_state)
         memory = self.init_memory(z, hyperparams, batch, key)
         check_memory(type(self).__name__, memory)
         return BilevelState.create(
@@ -139,6 +145,7 @@ class Algorithm(Hooks, BilevelOptimizer):
             inner_opt_state=z.s,
             outer_opt_state=init_outer_state(self.outer_optimizer, hyperparams),
             memory=memory,
+            model_state=model_state,
             fresh=True,
         )
 
@@ -195,7 +202,7 @@ class Algorithm(Hooks, BilevelOptimizer):
     def _outer_loss(self, inputs: Inputs) -> Array:
         phi, validation, z, hyperparams = self._problem(inputs)
         z, _, _ = phi.rollout(z, hyperparams, 0, self.num_inner_steps)
-        return validation.loss(z.w, hyperparams)
+        return validation.loss(z, hyperparams)
 
     def _begin_episode(self, inputs: Inputs, num_steps: int) -> BilevelState:
         state = inputs.state
@@ -218,12 +225,13 @@ class Algorithm(Hooks, BilevelOptimizer):
         return inputs.state.update(memory=self.fit(problem, inputs.state.memory, steps))
 
     def _restart(
-        self, state: BilevelState, start: PyTree, reptile_rate: Float[Array, ""]
+        self, state: BilevelState, start: InnerState, reptile_rate: Float[Array, ""]
     ) -> BilevelState:
         self._check_state(state)
-        w = tree_lerp(start, inner_state(state).w, reptile_rate)
+        z = inner_state(state)
+        w = tree_lerp(start.w, z.w, reptile_rate)
         s = init_inner_state(self.inner_optimizer, w, state.hyperparams)
-        z = InnerState(w, s, state.model_state)
+        z = InnerState(w, s, between(start.r, z.r, reptile_rate))
         memory = self._restarted(state.memory, z, state.hyperparams)
         return with_inner_state(state, z).update(memory=memory, fresh=True)
 
@@ -232,7 +240,7 @@ class Algorithm(Hooks, BilevelOptimizer):
         w = start(state.hyperparams, old)
         remedy = "Return params like those that init was given."
         check_same_structure(w, old, "what start_fn returned", remedy)
-        return self._restart(state, w, jnp.zeros(()))
+        return self._restart(state, InnerState(w, r=start.r), jnp.zeros(()))
 
     def _restarted(self, memory: Any, z: InnerState, hyperparams: PyTree) -> Any:
         new = self.restart_memory(memory, z, hyperparams)
@@ -262,7 +270,10 @@ class Algorithm(Hooks, BilevelOptimizer):
     def _function_response(self, state: BilevelState, batch: PyTree) -> tuple[PyTree, bool]:
         function = self.grad_fn if self.update_fn is None else self.update_fn
         assert function is not None
-        made = function(state.params, state.hyperparams, batch)
+        given = state.params, state.hyperparams, batch
+        made = called(function, *given, state.model_state)
+        if state.model_state is not None:
+            made = made[0]
         return eqx.filter(made, eqx.is_inexact_array), self.update_fn is not None
 
     def _param_norm(self, w: PyTree) -> Array:

@@ -11,6 +11,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, PyTree
 
 from gradhpo.core.batches import BatchStack
+from gradhpo.core.inner_state import InnerState
 from gradhpo.core.inputs import Inputs, LossFunctions, both_losses, inputs_of
 from gradhpo.core.outer_step import OuterStep
 from gradhpo.core.partition import check_disjoint
@@ -32,9 +33,11 @@ from gradhpo.utils.tracing import count_trace, num_traces, record_trace
 from gradhpo.utils.trees import scaled_norm_and_moving
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import (
+    check_has_model_state,
     check_single_batch,
     native,
     prepare_hyperparams,
+    prepare_model_state,
     prepare_params,
     refuse_text,
     strong,
@@ -74,6 +77,7 @@ class BilevelOptimizer(OuterStep):
         *,
         batch: PyTree = None,
         key: Array | None = None,
+        model_state: PyTree = None,
     ) -> BilevelState:
         """The state at step 0.
 
@@ -85,24 +89,33 @@ class BilevelOptimizer(OuterStep):
         - `batch`, `key`: an example of a training batch (only its shapes matter) and a PRNG key.
             With them [`OnlineHypergradientOptimizer`][gradhpo.OnlineHypergradientOptimizer] keeps a
             distilled data set; the other algorithms ignore them. Default `None`.
+        - `model_state`: running state of the model, a pytree of arrays: the `state` of
+            `eqx.nn.make_with_state`, batch statistics of another framework, a target network, an
+            average of the weights. With it losses are called as
+            `(params, hyperparams, batch, model_state)`; a training loss returns
+            `(scalar, new_model_state)`, and a validation loss the scalar (or both; then the state
+            is dropped). Hypergradients of exact methods go through it. Default `None`: none.
 
         **Returns:** a [`BilevelState`][gradhpo.BilevelState] whose structure, shapes and dtypes
         every `step` keeps.
 
         **Raises:** `TypeError` for complex leaves, hyperparameters that are not floating-point
-        arrays, or a `batch` that is a data source or a `BatchStack`; `ValueError` for NaN, nothing
-        to train or to tune, running state (BatchNorm), or `params` and `hyperparams` that are
-        swapped or overlap.
+        arrays, a `batch` that is a data source or a `BatchStack`, or a `model_state` with leaves
+        that are not arrays; `ValueError` for NaN, nothing to train or to tune, layers with running
+        state (BatchNorm) without a `model_state`, or `params` and `hyperparams` that are swapped or
+        overlap.
         """
         check_single_batch(batch, "init(batch=...)")
         if isinstance(batch, BatchStack):
             raise TypeError("init(batch=...) is a BatchStack; pass one batch of it, stack.at(0)")
         params, hyperparams = jax.tree.map(native, (params, hyperparams))
         check_disjoint(params, hyperparams)
+        check_has_model_state(params, model_state)
         params, hyperparams = prepare_params(params), prepare_hyperparams(hyperparams)
+        model_state = prepare_model_state(model_state)
         batch = as_batch(batch, "init(batch=...)")
         batch = jax.tree.map(lambda x: strong(x) if eqx.is_array_like(x) else x, batch)
-        return self._init_state(params, hyperparams, batch, key)
+        return self._init_state(params, hyperparams, model_state, batch, key)
 
     @checked
     def adopt(self, state: BilevelState) -> BilevelState:
@@ -138,13 +151,15 @@ class BilevelOptimizer(OuterStep):
     ) -> BilevelState:
         r"""A new episode, for your own loops: what [`run`][gradhpo.run] does between two episodes.
 
-        The parameters move to $\phi - \mathtt{reptile\_rate}\,(\phi - w)$; inner optimizer state
-        and the memory of the episode are reset; the rest of the state stays.
+        The parameters move to $\phi - \mathtt{reptile\_rate}\,(\phi - w)$, and the model state in
+        the same way; inner optimizer state and the memory of the episode are reset; the rest of the
+        state stays.
 
         **Arguments:**
 
         - `state`: at the end of an episode; its parameters are $w$.
-        - `start`: $\phi$, the `params` at its start; needed unless the rate is 1.
+        - `start`: $\phi$, the state at its start, or its `params` if there is no model state;
+            needed unless the rate is 1.
         - `reptile_rate`: in [0, 1], default 1. 1 continues from $w$, 0 goes back to $\phi$.
 
         **Returns:** the state at the start of the next episode.
@@ -159,10 +174,13 @@ class BilevelOptimizer(OuterStep):
         state = optimizer.restart(state, start.params, reptile_rate=0.1)
         ```
         """
-        check_restart(start, reptile_rate)
-        start = state.params if start is None else start
-        w = trained(frozen_as(state.params, start, "start"))
-        return _restart(state, self, w, jnp.asarray(reptile_rate, jnp.result_type(float)))
+        check_restart(start, reptile_rate, state.model_state)
+        start = state if start is None else start
+        r = state.model_state
+        if isinstance(start, BilevelState):
+            start, r = start.params, start.model_state
+        start = InnerState(trained(frozen_as(state.params, start, "start")), r=r)
+        return _restart(state, self, start, jnp.asarray(reptile_rate, jnp.result_type(float)))
 
     def step(
         self,
@@ -302,6 +320,6 @@ def _hypergradient_of(optimizer: BilevelOptimizer, inputs: Inputs) -> PyTree:
 
 @compiled
 def _restart(
-    state: BilevelState, optimizer: BilevelOptimizer, start: PyTree, reptile_rate: Array
+    state: BilevelState, optimizer: BilevelOptimizer, start: InnerState, reptile_rate: Array
 ) -> BilevelState:
     return optimizer._restart(state, start, reptile_rate)

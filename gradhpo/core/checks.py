@@ -27,25 +27,34 @@ from gradhpo.utils.validation import (
 from gradhpo.utils.warn import place_of, warn_once
 
 
-def check_stops(phi: InnerUpdate, of_loss: Jaxpr, w: PyTree, hyperparams: PyTree) -> None:
+def check_stops(phi: InnerUpdate, of_training: Jaxpr, z: InnerState, hyperparams: PyTree) -> None:
     """What is stopped as a function of the parameters is missing in later derivatives."""
-    of_w = _parameters(w, hyperparams)
+    of_w = _trained(z, hyperparams)
     found = "of something that depends on the parameters"
     compare = "gradhpo.check_hypergradient shows whether it matters"
     if phi.grad_fn is phi.update_fn is None:
-        if stops_a_function_of(of_loss, of_w):
+        if stops_a_function_of(result_of(of_training, 0), of_w):
             warn_once(
                 f"train_loss_fn ({place_of(phi.train_loss_fn)}) stops the gradient {found} "
                 "(jax.lax.stop_gradient), so its second derivatives are wrong, and so may be the "
                 "hypergradient: write gradhpo.detach(x), which the training gradient treats as a "
                 f"constant too. {compare}"
             )
+        of_state = result_of(of_training, slice(1, None))
+        if stops_a_function_of(of_state, of_w, (STOP_GRADIENT, DETACHED)):
+            warn_once(
+                f"train_loss_fn ({place_of(phi.train_loss_fn)}) stops the gradient {found} on the "
+                "way to the new model state, and the hypergradient leaves out what hyperparameters "
+                "do to it: the training gradient has no part of it, so leave out the stop. "
+                f"{compare}"
+            )
         return
     by_hand = phi.update_fn is not None
     name, function = ("update_fn", phi.update_fn) if by_hand else ("grad_fn", phi.grad_fn)
-    rule = phi.updated_by_hand if by_hand else phi.gradient
+    rule = phi.updated_by_hand if by_hand else phi.gradient_and_state
     try:
-        program = jax.make_jaxpr(lambda w, h: rule(w, h, 0))(w, hyperparams).jaxpr
+        given = z._replace(s=None), hyperparams
+        program = jax.make_jaxpr(lambda z, h: rule(z, h, 0))(*given).jaxpr
     except NO_DERIVATIVE:
         return  # it takes one itself, of what has none: explained where the step is taken
     if stops_a_function_of(program, of_w, (STOP_GRADIENT, DETACHED)):
@@ -59,10 +68,10 @@ def check_stops(phi: InnerUpdate, of_loss: Jaxpr, w: PyTree, hyperparams: PyTree
 
 
 def check_validation(
-    val_loss_fn: LossFn, of_validation: Jaxpr, w: PyTree, hyperparams: PyTree
+    val_loss_fn: LossFn, of_validation: Jaxpr, z: InnerState, hyperparams: PyTree
 ) -> None:
     """It is differentiated once, so that `detach` is a stop too."""
-    of_w = _parameters(w, hyperparams)
+    of_w = _trained(z, hyperparams)
     if stops_a_function_of(of_validation, of_w, (STOP_GRADIENT, DETACHED)):
         warn_once(
             f"val_loss_fn ({place_of(val_loss_fn)}) stops the gradient of something that depends "
@@ -72,9 +81,16 @@ def check_validation(
         )
 
 
-def _parameters(w: PyTree, hyperparams: PyTree) -> list[bool]:
-    """Which inputs of a traced loss are parameters."""
-    return [True] * len(jax.tree.leaves(w)) + [False] * len(jax.tree.leaves(hyperparams))
+def _trained(z: InnerState, hyperparams: PyTree) -> list[bool]:
+    """Which inputs of a traced loss training changes: parameters and running state."""
+    w, h, r = (len(jax.tree.leaves(tree)) for tree in (z.w, hyperparams, z.r))
+    return [True] * (w + r) + [False] * h
+
+
+def result_of(program: Jaxpr, which: int | slice) -> Jaxpr:
+    """The program of one result of a traced function, or of several."""
+    chosen = program.outvars[which] if isinstance(which, slice) else [program.outvars[which]]
+    return program.replace(outvars=chosen, debug_info=program.debug_info.with_unknown_names())
 
 
 def check_trained(
@@ -86,7 +102,7 @@ def check_trained(
 ) -> None:
     """What validation reads is trained: running statistics of another framework are not."""
     names = leaf_names(z.w)
-    trained = inputs_read(of_training, by_derivative=True)
+    trained = inputs_read(result_of(of_training, 0), by_derivative=True)
     read = inputs_read(of_validation, by_derivative=False)
     # The hyperparameters come after them.
     candidates = [i for i in range(len(names)) if read[i] and not trained[i]]
@@ -146,17 +162,35 @@ def check_batches(inputs: Inputs, num_steps: int) -> None:
     check_single_batch(val_batch, "val_batch")
 
 
+def arguments_of(r: PyTree) -> str:
+    """What losses are called with."""
+    return "params, hyperparams, batch" + ("" if r is None else ", model_state")
+
+
 def trace_loss(
-    which: str, function: LossFn, on_batch: Callable, batch: PyTree, w: PyTree, hyperparams: PyTree
+    which: str,
+    function: LossFn,
+    on_batch: Callable,
+    batch: PyTree,
+    z: InnerState,
+    hyperparams: PyTree,
 ) -> Jaxpr:
-    """The traced program of a loss, after checking its arity and its output."""
+    """The traced program of a loss, after checking its arity and its output.
+
+    Its inputs are the leaves of w, r and the hyperparameters; its results the loss and the new r.
+    """
     name = f"{which}_loss_fn"
     remedy = "; a loss fn(model, batch) becomes one of these by gradhpo.model_loss(fn)"
-    check_arity(function, name, "params, hyperparams, batch", remedy)
+    if z.r is not None:
+        remedy = (
+            "; the state has a model_state, which losses take as fourth argument. A loss "
+            "fn(model, batch, model_state) becomes one of these by gradhpo.model_loss(fn)"
+        )
+    check_arity(function, name, arguments_of(z.r), remedy)
 
-    def checked(w, hyperparams):
+    def checked(z, hyperparams):
         try:
-            loss = on_batch(w, hyperparams)
+            loss, r = on_batch(z, hyperparams)
         except (TypeError, AttributeError) as error:
             if batch is not None:
                 raise
@@ -165,6 +199,6 @@ def trace_loss(
                 f"({error}): pass the batch that it reads"
             ) from error
         check_scalar(loss, name)
-        return loss
+        return loss, r
 
-    return jax.make_jaxpr(checked)(w, hyperparams).jaxpr
+    return jax.make_jaxpr(checked)(z, hyperparams).jaxpr

@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, Bool, PyTree
 
 from gradhpo.core.inner import InnerUpdate
 from gradhpo.core.inner_optimizer import init_inner_state
-from gradhpo.core.inner_state import InnerState
+from gradhpo.core.inner_state import InnerState, differentiated
 from gradhpo.utils.trees import random_like
 
 
@@ -37,8 +37,9 @@ def infinite_at_rest(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> bo
 
             def update(inexact):
                 w, s = eqx.combine(inexact, rest)
-                evaluation = jnp.zeros(()), gradient
-                new, _, _ = phi.step_and_gradient(InnerState(w, s), hyperparams, 0, evaluation)
+                evaluation = jnp.zeros(()), gradient, z.r
+                at = InnerState(w, s, z.r)
+                new, _, _ = phi.step_and_gradient(at, hyperparams, 0, evaluation)
                 return eqx.filter((new.w, new.s), eqx.is_inexact_array)
 
             zero = jax.tree.map(jnp.zeros_like, inexact)
@@ -75,28 +76,34 @@ def push_step(
         new, push, (new_rest, loss) = jax.linearize(step, inexact, hyperparams, has_aux=True)
         return eqx.combine(new, new_rest), loss, push
 
-    def evaluate(w, hyperparams):
+    def evaluate(w, r, hyperparams):
+        z = InnerState(w, None, eqx.combine(r, rest.r))
         if phi.grad_fn is not None:
-            loss = phi.loss_if(want_loss, w, hyperparams, t)
-            return phi.gradient(w, hyperparams, t), loss
-        loss, gradient = phi.loss_and_gradient(w, hyperparams, t)
-        return gradient, loss
+            loss = phi.loss_if(want_loss, z, hyperparams, t)
+            gradient, new_r = phi.gradient_and_state(z, hyperparams, t)
+        else:
+            loss, gradient, new_r = phi.loss_and_gradient(z, hyperparams, t)
+        new_r, r_rest = differentiated(new_r)
+        return (gradient, new_r), (loss, r_rest)
 
-    def update(gradient, inexact, hyperparams):
-        evaluation = (loss, gradient)
+    def update(evaluated, inexact, hyperparams):
+        gradient, new_r = evaluated
+        evaluation = loss, gradient, eqx.combine(new_r, r_rest)
         z = eqx.combine(inexact, rest)
         new, _, _ = phi.step_and_gradient(z, hyperparams, t, evaluation)
         return eqx.partition(new, eqx.is_inexact_array)
 
-    gradient, push_gradient, loss = jax.linearize(evaluate, z.w, hyperparams, has_aux=True)
-    new, push_update, new_rest = jax.linearize(update, gradient, inexact, hyperparams, has_aux=True)
-    at_z = lambda gradient, hyperparams: update(gradient, inexact, hyperparams)
-    _, push_from_rest, _ = jax.linearize(at_z, gradient, hyperparams, has_aux=True)
+    at = z.w, inexact.r, hyperparams
+    evaluated, push_gradient, (loss, r_rest) = jax.linearize(evaluate, *at, has_aux=True)
+    at = evaluated, inexact, hyperparams
+    new, push_update, new_rest = jax.linearize(update, *at, has_aux=True)
+    at_z = lambda evaluated, hyperparams: update(evaluated, inexact, hyperparams)
+    _, push_from_rest, _ = jax.linearize(at_z, evaluated, hyperparams, has_aux=True)
 
     def push(z_dot: InnerState, hyper_dot: PyTree) -> InnerState:
-        gradient_dot = push_gradient(z_dot.w, hyper_dot)
-        moving = push_update(gradient_dot, z_dot, hyper_dot)
-        resting = push_from_rest(gradient_dot, hyper_dot)
+        evaluated_dot = push_gradient(z_dot.w, z_dot.r, hyper_dot)
+        moving = push_update(evaluated_dot, z_dot, hyper_dot)
+        resting = push_from_rest(evaluated_dot, hyper_dot)
         at_rest = _is_zero(z_dot)
         return jax.tree.map(lambda x, y: jnp.where(at_rest, y, x), moving, resting)
 

@@ -16,7 +16,8 @@ from jaxtyping import Array, ArrayLike, PyTree
 
 from gradhpo.core.batches import batch_of_step, is_same_each_step
 from gradhpo.core.inner_rule import gradient_by, updated_by_hand, updated_by_optax
-from gradhpo.core.inner_state import InnerState, Start
+from gradhpo.core.inner_state import InnerState, Start, differentiated
+from gradhpo.core.losses import Result, called, with_state
 from gradhpo.core.means import mean_over_steps
 from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, UpdateFn
 from gradhpo.utils.foreign import (
@@ -52,6 +53,7 @@ class InnerUpdate(eqx.Module):
     frozen: PyTree
     train_batch: PyTree
     symmetric: bool = eqx.field(static=True)
+    reads_state: bool = eqx.field(static=True, default=False)  # the training loss reads z.r
     # Whether `z.s` is what the optimizer's `init` made at these hyperparameters, shape `()`; `None`
     # if no hyperparameters act there, nor in `start`, which makes the parameters of an episode.
     # core/start.py has the consequences.
@@ -65,16 +67,32 @@ class InnerUpdate(eqx.Module):
         """$D_t$."""
         return batch_of_step(self.train_batch, t)
 
-    def train_loss(self, w: PyTree, hyperparams: PyTree, t: ArrayLike) -> Any:
-        """The result of the user's loss, which `make_problem` checks to be a scalar."""
-        return self.train_loss_fn(eqx.combine(w, self.frozen), hyperparams, self.batch(t))
+    def evaluate(self, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> tuple[Any, PyTree]:
+        """`(training loss, new running state)`: what the user's loss returns."""
+        params = eqx.combine(z.w, self.frozen)
+        returned = called(self.train_loss_fn, params, hyperparams, self.batch(t), z.r)
+        return with_state("train_loss_fn", "loss", returned, z.r)
 
-    def gradient(self, w: PyTree, hyperparams: PyTree, t: ArrayLike) -> PyTree:
+    def train_loss(self, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> Any:
+        """The training loss, which `make_problem` checks to be a scalar."""
+        return self.evaluate(z, hyperparams, t)[0]
+
+    def gradient(self, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> PyTree:
         """What the inner optimizer is given: the training gradient, or what `grad_fn` returns."""
+        return self.gradient_and_state(z, hyperparams, t)[0]
+
+    def gradient_and_state(
+        self, z: InnerState, hyperparams: PyTree, t: ArrayLike
+    ) -> tuple[PyTree, PyTree]:
+        """The gradient, and the new running state."""
         if self.grad_fn is None:
-            return jax.grad(self.train_loss)(w, hyperparams, t)
-        params = eqx.combine(w, self.frozen)
-        return gradient_by(self.grad_fn, params, w, hyperparams, self.batch(t))
+            return jax.grad(self._of_w(z, hyperparams, t), has_aux=True)(z.w)
+        params, batch = eqx.combine(z.w, self.frozen), self.batch(t)
+        return gradient_by(self.grad_fn, params, z.w, hyperparams, batch, z.r)
+
+    def _of_w(self, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> Callable:
+        """`evaluate` as a function of the parameters."""
+        return lambda w: self.evaluate(z._replace(w=w), hyperparams, t)
 
     def at_new_hyperparams(self, z: InnerState, num_steps: int) -> InnerState:
         """The z that `num_steps` inner steps start from once the hyperparameters have moved.
@@ -94,67 +112,78 @@ class InnerUpdate(eqx.Module):
         done only if `want_loss`; otherwise it is `nan`.
         """
         if self.update_fn is not None:
-            new_w = self.updated_by_hand(z.w, hyperparams, t)
-            return z._replace(w=new_w), self.loss_if(want_loss, z.w, hyperparams, t)
+            new_w, r = self.updated_by_hand(z, hyperparams, t)
+            return z._replace(w=new_w, r=r), self.loss_if(want_loss, z, hyperparams, t)
         evaluation = None
         if self.grad_fn is not None and not self.passes_loss:
-            loss = self.loss_if(want_loss, z.w, hyperparams, t)
-            evaluation = loss, self.gradient(z.w, hyperparams, t)
+            loss = self.loss_if(want_loss, z, hyperparams, t)
+            evaluation = loss, *self.gradient_and_state(z, hyperparams, t)
         new_z, loss, _ = self.step_and_gradient(z, hyperparams, t, evaluation)
         return new_z, loss
 
-    def loss_if(self, wanted: ArrayLike, w: PyTree, hyperparams: PyTree, t: ArrayLike) -> Array:
+    def loss_if(self, wanted: ArrayLike, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> Array:
         """The loss, computed only if it is wanted, otherwise `nan`."""
-        compute = lambda: self._loss_alone(w, hyperparams, t)
+        compute = lambda: self._loss_alone(z, hyperparams, t)
         skip = lambda: jnp.full_like(jax.eval_shape(compute), jnp.nan)
         return jax.lax.cond(wanted, compute, skip)
 
     def loss_and_gradient(
-        self, w: PyTree, hyperparams: PyTree, t: ArrayLike
-    ) -> tuple[Array, PyTree]:
-        """The loss, and what the inner optimizer is given."""
+        self, z: InnerState, hyperparams: PyTree, t: ArrayLike
+    ) -> tuple[Array, PyTree, PyTree]:
+        """The loss, what the inner optimizer is given, and the new running state."""
         if self.grad_fn is None:
-            return jax.value_and_grad(self.train_loss)(w, hyperparams, t)
-        return self._loss_alone(w, hyperparams, t), self.gradient(w, hyperparams, t)
+            of_w = self._of_w(z, hyperparams, t)
+            (loss, r), gradient = jax.value_and_grad(of_w, has_aux=True)(z.w)
+            return loss, gradient, r
+        loss = self._loss_alone(z, hyperparams, t)
+        return loss, *self.gradient_and_state(z, hyperparams, t)
 
-    def _loss_alone(self, w: PyTree, hyperparams: PyTree, t: ArrayLike) -> Array:
+    def _loss_alone(self, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> Array:
         """The loss as a metric, of which nothing is differentiated; nor need it be possible."""
-        return self.train_loss(*jax.lax.stop_gradient((w, hyperparams)), t)
+        return self.train_loss(*jax.lax.stop_gradient((z, hyperparams)), t)
 
     def _linearized(
-        self, w: PyTree, hyperparams: PyTree, last: ArrayLike, count: int = 1
-    ) -> tuple[Array, PyTree, Callable[[PyTree], tuple[PyTree, PyTree]]]:
-        """The loss, the gradient, and the products of a cotangent on it with its derivatives.
+        self, z: InnerState, hyperparams: PyTree, last: ArrayLike, count: int = 1
+    ) -> tuple[Array, PyTree, PyTree, Callable[[PyTree], tuple[PyTree, tuple[PyTree, PyTree]]]]:
+        """The loss, the gradient, the new r, and products of a cotangent with the derivatives.
 
-        Means over the batches of the `count` steps that end with step `last`.
+        These are by the parameters, and by (hyperparameters, running state). Loss and gradient are
+        means over the batches of the `count` steps that end with step `last`; the running state is
+        that of one step, if `count` is 1.
         """
+        of_r, rest = differentiated(z.r)
+        at = lambda w, others: (InnerState(w, None, eqx.combine(others[1], rest)), others[0])
+        evaluate = lambda w, others, t: self.evaluate(*at(w, others), t)
+        given = z.w, (hyperparams, of_r)
         if self.grad_fn is None:
-            loss = lambda w, h: mean_over_steps(self.train_loss, w, h, last, count)
-            return linearize_gradient(loss, w, hyperparams, symmetric=self.symmetric)
-        mean = lambda w, h: mean_over_steps(self.gradient, w, h, last, count)
-        gradient, pull = jax.vjp(mean, w, hyperparams)
-        return mean_over_steps(self._loss_alone, w, hyperparams, last, count), gradient, pull
+            mean = lambda w, others: mean_over_steps(evaluate, w, others, last, count)
+            return linearize_gradient(mean, *given, symmetric=self.symmetric)
+        by_hand = lambda w, others, t: self.gradient_and_state(*at(w, others), t)
+        mean = lambda w, others: mean_over_steps(by_hand, w, others, last, count)
+        gradient, pull, r = jax.vjp(mean, *given, has_aux=True)
+        of_loss = lambda w, others, t: (self._loss_alone(*at(w, others), t), None)
+        return mean_over_steps(of_loss, *given, last, count)[0], gradient, r, pull
 
     def step_and_gradient(
         self,
         z: InnerState,
         hyperparams: PyTree,
         t: ArrayLike,
-        evaluation: tuple[Array, PyTree] | None = None,
+        evaluation: tuple[Array, PyTree, PyTree] | None = None,
     ) -> tuple[InnerState, Array, PyTree]:
         """`(z', loss, gradient)`; only with an `inner_optimizer`.
 
-        `evaluation` is the loss and its gradient, if they are already known.
+        `evaluation` is the loss, its gradient and the new running state, if already known.
         """
         if evaluation is None:
-            evaluation = self.loss_and_gradient(z.w, hyperparams, t)
-        loss, gradient = evaluation
+            evaluation = self.loss_and_gradient(z, hyperparams, t)
+        loss, gradient, r = evaluation
         of_loss = {}
         if self.passes_loss:
-            value_fn = lambda w: self.train_loss(w, hyperparams, t)
+            value_fn = lambda w: self.train_loss(z._replace(w=w), hyperparams, t)
             of_loss = {"value": loss, "grad": gradient, "value_fn": value_fn}
-        new_w, new_s = self._updated_by_optax(gradient, z.s, z.w, hyperparams, t, of_loss)
-        return InnerState(new_w, new_s, z.r), loss, gradient
+        new_w, new_s = self._updated_by_optax(gradient, z, hyperparams, t, of_loss)
+        return InnerState(new_w, new_s, r), loss, gradient
 
     def vjp(
         self, z: InnerState, hyperparams: PyTree, t: ArrayLike
@@ -162,79 +191,118 @@ class InnerUpdate(eqx.Module):
         r"""`(z', loss, pull)`, where `pull(z_bar)` is $(\bar z A_t, \bar z B_t)$.
 
         First the optimizer's own update is transposed, which is element-wise and carries the
-        effects on $\lambda$ through it. That leaves a cotangent on the training gradient, whose two
+        effects on $\lambda$ through it. That leaves a cotangent on the training gradient, whose
         second-derivative products come from one linearization, shared with the gradient that the
-        step needs anyway.
+        step needs anyway. A cotangent on the running state is pulled back on its own.
         """
         if self.update_fn is not None:
             return self._vjp_by_hand(z, hyperparams, t)
-        loss, gradient, second_derivatives = self._linearized(z.w, hyperparams, t)
-        s_inexact, s_rest = eqx.partition(z.s, eqx.is_inexact_array)
+        loss, gradient, r, second_derivatives = self._linearized(z, hyperparams, t)
+        (s_inexact, of_r), rest = eqx.partition((z.s, z.r), eqx.is_inexact_array)
 
-        def optimizer_update(gradient, s_inexact, w, hyperparams):
-            new_w, new_s = self._updated_by_optax(
-                gradient, eqx.combine(s_inexact, s_rest), w, hyperparams, t
-            )
-            return _differentiable((new_w, new_s))
+        def optimizer_update(gradient, w, others):
+            hyperparams, s, r = others
+            s, r = eqx.combine((s, r), rest)
+            new = self._updated_by_optax(gradient, InnerState(w, s, r), hyperparams, t)
+            return _differentiable(new)
 
-        new, pull_optimizer, rest = jax.vjp(
-            optimizer_update, gradient, s_inexact, z.w, hyperparams, has_aux=True
+        others = hyperparams, s_inexact, of_r
+        new, pull_optimizer, new_rest = jax.vjp(
+            optimizer_update, gradient, z.w, others, has_aux=True
         )
 
         def pull(bar: InnerState) -> tuple[InnerState, PyTree]:
             s_bar = tree_zeros_like(new[1]) if bar.s is None else bar.s
             on_outputs, _ = _differentiable((bar.w, s_bar))
-            gradient_bar, s_out, w_direct, hyper_direct = pull_optimizer(on_outputs)
-            w_mixed, hyper_mixed = second_derivatives(gradient_bar)
-            z_out = InnerState(jax.tree.map(jnp.add, w_direct, w_mixed), s_out, bar.r)
-            return z_out, jax.tree.map(jnp.add, hyper_direct, hyper_mixed)
+            gradient_bar, w_out, (hyper_out, s_out, r_out) = pull_optimizer(on_outputs)
+            ways = [(w_out, (hyper_out, r_out)), second_derivatives(gradient_bar)]
+            if jax.tree.leaves(bar.r):
+                ways.append(self.pull_state(z, hyperparams, t)(bar.r))
+            w_out, (hyper_out, r_out) = jax.tree.map(lambda *x: sum(x[1:], x[0]), *ways)
+            return InnerState(w_out, s_out, r_out), hyper_out
 
-        new_w, new_s = eqx.combine(new, rest)
-        return InnerState(new_w, new_s, z.r), loss, pull
+        new_w, new_s = eqx.combine(new, new_rest)
+        return InnerState(new_w, new_s, r), loss, pull
+
+    def pull_state(
+        self, z: InnerState, hyperparams: PyTree, t: ArrayLike
+    ) -> Callable[[PyTree], tuple[PyTree, tuple[PyTree, PyTree]]]:
+        """Pulls a cotangent on the new running state back: to w, and to (hyperparameters, r).
+
+        A cotangent is a tree like the floating-point part of the running state.
+        """
+        of_r, rest = differentiated(z.r)
+
+        def running(w, others):
+            hyperparams, r = others
+            z = InnerState(w, None, eqx.combine(r, rest))
+            if self.update_fn is not None:
+                new = self.updated_by_hand(z, hyperparams, t)[1]
+            elif self.grad_fn is not None:
+                new = self.gradient_and_state(z, hyperparams, t)[1]
+            else:
+                new = self.evaluate(z, hyperparams, t)[1]
+            return differentiated(new)[0]
+
+        return jax.vjp(running, z.w, (hyperparams, of_r))[1]
 
     def _vjp_by_hand(
         self, z: InnerState, hyperparams: PyTree, t: ArrayLike
     ) -> tuple[InnerState, Array, Pull]:
-        update = lambda w, h: _differentiable(self.updated_by_hand(w, h, t))
-        new_w, pull_by_hand, rest = jax.vjp(update, z.w, hyperparams, has_aux=True)
+        of_r, rest = differentiated(z.r)
+
+        def update(w, hyperparams, r):
+            z = InnerState(w, None, eqx.combine(r, rest))
+            return _differentiable(tuple(self.updated_by_hand(z, hyperparams, t)))
+
+        new, pull_by_hand, new_rest = jax.vjp(update, z.w, hyperparams, of_r, has_aux=True)
 
         def pull(bar: InnerState) -> tuple[InnerState, PyTree]:
-            w_out, hyper_out = pull_by_hand(_differentiable(bar.w)[0])
-            return bar._replace(w=w_out), hyper_out
+            r_bar = tree_zeros_like(new[1]) if bar.r is None else bar.r
+            w_out, hyper_out, r_out = pull_by_hand(_differentiable((bar.w, r_bar))[0])
+            return bar._replace(w=w_out, r=r_out), hyper_out
 
-        return z._replace(w=eqx.combine(new_w, rest)), self._loss_alone(z.w, hyperparams, t), pull
+        new_w, r = eqx.combine(new, new_rest)
+        return z._replace(w=new_w, r=r), self._loss_alone(z, hyperparams, t), pull
 
     def optimizer_vjp(
         self, gradient: PyTree, z: InnerState, hyperparams: PyTree, t: ArrayLike, w_bar: PyTree
     ) -> tuple[PyTree, PyTree]:
         """Cotangents on the gradient and on the hyperparameters, through optax alone."""
-        update = lambda g, h: _differentiable(self._updated_by_optax(g, z.s, z.w, h, t)[0])[0]
+        update = lambda g, h: _differentiable(self._updated_by_optax(g, z, h, t)[0])[0]
         return jax.vjp(update, gradient, hyperparams)[1](_differentiable(w_bar)[0])
 
     def optimality(
-        self, w: PyTree, hyperparams: PyTree, last: ArrayLike, count: int = 1
+        self, z: InnerState, hyperparams: PyTree, last: ArrayLike, count: int = 1
     ) -> tuple[PyTree, Callable[[PyTree], tuple[PyTree, PyTree]]]:
         r"""What vanishes at the inner optimum, and the products with its derivatives.
 
         $F = \nabla_w L_{train}$ (or what `grad_fn` returns), or $F = w - \Phi(w, \lambda)$
         with an `update_fn`; and
         $v \mapsto (v^\top \partial F/\partial w,\; v^\top \partial F/\partial\lambda)$. Both
-        are means over the batches of the `count` steps that end with step `last`.
+        are means over the batches of the `count` steps that end with step `last`. The running state
+        of `z` is held.
         """
         if is_same_each_step(self.train_batch):
             count = 1
         if self.update_fn is None:
-            _, gradient, products = self._linearized(w, hyperparams, last, count)
-            return gradient, products
-        update = lambda w, h: mean_over_steps(self.updated_by_hand, w, h, last, count)
-        new, pull = jax.vjp(update, w, hyperparams)
+            _, gradient, _, products = self._linearized(z, hyperparams, last, count)
+
+            def of_gradient(v):
+                by_w, (by_hyperparams, _) = products(v)
+                return by_w, by_hyperparams
+
+            return gradient, of_gradient
+        by_hand = lambda w, h, t: self.updated_by_hand(z._replace(w=w), h, t)
+        update = lambda w, h: mean_over_steps(by_hand, w, h, last, count)
+        new, pull, _ = jax.vjp(update, z.w, hyperparams, has_aux=True)
 
         def minus_pulled(v):
             by_w, by_hyperparams = pull(v)
             by_w = jax.tree.map(jnp.subtract, v, by_w)
             return by_w, jax.tree.map(jnp.negative, by_hyperparams)
 
-        return jax.tree.map(jnp.subtract, w, new), minus_pulled
+        return jax.tree.map(jnp.subtract, z.w, new), minus_pulled
 
     def rollout(
         self,
@@ -259,7 +327,9 @@ class InnerUpdate(eqx.Module):
 
         def body(z, t):
             if evaluated:
-                new_z, loss, _ = self.step_and_gradient(z, hyperparams, t, last_evaluation(z.s))
+                last = last_evaluation(z.s)
+                assert last is not None
+                new_z, loss, _ = self.step_and_gradient(z, hyperparams, t, (*last, z.r))
             else:
                 new_z, loss = self.step(z, hyperparams, t, want_loss=t == wanted)
             return new_z, (loss, keep(z))
@@ -277,11 +347,11 @@ class InnerUpdate(eqx.Module):
         The search has evaluated the parameters that it ends at: half of the work of most steps. The
         first evaluation is always made, since hyperparameters and batch have changed.
         """
-        reusable = self.passes_loss and is_same_each_step(self.train_batch)
+        reusable = self.passes_loss and is_same_each_step(self.train_batch) and z.r is None
         last = last_evaluation(z.s) if reusable else None
         if last is None:
             return z, False
-        loss, gradient = self.loss_and_gradient(z.w, hyperparams, t)
+        loss, gradient, _ = self.loss_and_gradient(z, hyperparams, t)
         if loss.dtype != last[0].dtype:
             return z, False
         return z._replace(s=with_evaluation(z.s, loss, gradient)), True
@@ -289,23 +359,22 @@ class InnerUpdate(eqx.Module):
     def _updated_by_optax(
         self,
         gradient: PyTree,
-        s: PyTree,
-        w: PyTree,
+        z: InnerState,
         hyperparams: PyTree,
         t: ArrayLike,
         of_loss: Any = (),
     ) -> tuple[PyTree, PyTree]:
         """`of_loss` must not be differentiated. The objective of Sophia is, as all of this."""
         assert self.inner_optimizer is not None
-        objective = lambda w: self.train_loss(w, hyperparams, t)
-        given = gradient, s, w, hyperparams, objective
+        objective = lambda w: self.train_loss(z._replace(w=w), hyperparams, t)
+        given = gradient, z.s, z.w, hyperparams, objective
         return updated_by_optax(self.inner_optimizer, *given, **dict(of_loss))
 
-    def updated_by_hand(self, w: PyTree, hyperparams: PyTree, t: ArrayLike) -> PyTree:
-        """The parameters by `update_fn`."""
+    def updated_by_hand(self, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> Result:
+        """The parameters by `update_fn`, and the new running state."""
         assert self.update_fn is not None
-        params = eqx.combine(w, self.frozen)
-        return updated_by_hand(self.update_fn, params, w, hyperparams, self.batch(t))
+        params, batch = eqx.combine(z.w, self.frozen), self.batch(t)
+        return updated_by_hand(self.update_fn, params, z.w, hyperparams, batch, z.r)
 
 
 def _differentiable(tree: PyTree) -> tuple[PyTree, PyTree]:

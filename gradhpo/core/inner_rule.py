@@ -10,6 +10,7 @@ import optax
 from jaxtyping import PyTree
 
 from gradhpo.core.inner_optimizer import cast_like, explained, gradient_for, resolve
+from gradhpo.core.losses import Result, called, with_state
 from gradhpo.core.types import GradFn, InnerOptimizer, UpdateFn
 from gradhpo.utils.foreign import takes_objective
 from gradhpo.utils.freezing import like_trained
@@ -37,10 +38,11 @@ def updated_by_optax(
 
 
 def gradient_by(
-    grad_fn: GradFn, params: PyTree, w: PyTree, hyperparams: PyTree, batch: PyTree
-) -> PyTree:
+    grad_fn: GradFn, params: PyTree, w: PyTree, hyperparams: PyTree, batch: PyTree, r: PyTree
+) -> Result:
     """What `grad_fn` returns, for the trained part `w` of the params."""
-    returned = grad_fn(params, hyperparams, batch)
+    given = called(grad_fn, params, hyperparams, batch, r)
+    returned, r = with_state("grad_fn", "gradient", given, r)
     gradient = like_trained(w, returned)
     if not _have_same_shapes(gradient, w):
         alone = _alone("gradient", returned, w, {1: ", not (value, gradient)"})
@@ -48,17 +50,18 @@ def gradient_by(
             f"grad_fn must return a gradient of the structure and shapes of the params{alone}\n"
             f"{where_they_differ(gradient, w)}"
         )
-    return cast_like(gradient, w)
+    return Result(cast_like(gradient, w), r)
 
 
 def updated_by_hand(
-    update_fn: UpdateFn, params: PyTree, w: PyTree, hyperparams: PyTree, batch: PyTree
-) -> PyTree:
+    update_fn: UpdateFn, params: PyTree, w: PyTree, hyperparams: PyTree, batch: PyTree, r: PyTree
+) -> Result:
     """What `update_fn` returns, for the trained part `w` of the params.
 
     What it returns for frozen leaves is ignored: most rules treat all arrays the same way.
     """
-    returned = update_fn(params, hyperparams, batch)
+    given = called(update_fn, params, hyperparams, batch, r)
+    returned, r = with_state("update_fn", "params", given, r)
     new = like_trained(w, returned)
     if not _have_same_shapes(new, w):
         alone = _alone("new params", returned, w, {})
@@ -75,7 +78,7 @@ def updated_by_hand(
             "update_fn changes a leaf of params that is not a floating-point array (a counter?); "
             "such leaves stay as they are: keep it as a float, or out of params"
         )
-    return cast_like(new, w)
+    return Result(cast_like(new, w), r)
 
 
 def _have_same_shapes(tree: PyTree, w: PyTree) -> bool:

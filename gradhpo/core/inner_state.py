@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PyTree
 
 from gradhpo.utils.freezing import like_trained
+from gradhpo.utils.trees import tree_lerp
 
 
 class InnerState(NamedTuple):
@@ -24,12 +26,33 @@ class InnerState(NamedTuple):
     r: PyTree = None
 
 
+def differentiated(r: PyTree) -> tuple[PyTree, PyTree]:
+    """The floating-point part of the running state, and the rest."""
+    return eqx.partition(r, eqx.is_inexact_array)
+
+
+def between(start: PyTree, end: PyTree, rate: ArrayLike) -> PyTree:
+    """Running state on the way from the start of an episode (`rate` 0) to its end (1).
+
+    What is not a floating-point number is that of the end, unless `rate` is 0.
+    """
+    numbers = tree_lerp(start, end, rate)
+    choose = lambda x, y, z: (
+        x if eqx.is_inexact_array(x) else jnp.where(jnp.asarray(rate) > 0, z, y)
+    )
+    return jax.tree.map(choose, numbers, start, end)
+
+
 class Start(eqx.Module):
-    r"""Initial parameters of an episode: `function(key, hyperparams)`, by their episode's key."""
+    r"""Initial parameters of an episode: `function(key, hyperparams)`, by their episode's key.
+
+    `r` is the running state that every episode starts with.
+    """
 
     function: Callable[[Array, PyTree], PyTree]
     key: Array
     steps_per_episode: int = eqx.field(static=True)
+    r: PyTree = None
 
     def __call__(self, hyperparams: PyTree, w: PyTree) -> PyTree:
         """The floating-point part of the parameters, with the structure of `w`."""
@@ -42,3 +65,8 @@ class Start(eqx.Module):
     def folded(self, number: ArrayLike) -> "Start":
         """With a key of its own for every number."""
         return dataclasses.replace(self, key=jax.random.fold_in(self.key, number))
+
+    def of_task(self, number: ArrayLike) -> "Start":
+        """That of one of many inner problems: with a key and the running state of its own."""
+        r = jax.tree.map(lambda x: x[number], self.r)
+        return dataclasses.replace(self.folded(number), r=r)

@@ -25,6 +25,9 @@ class LossFunctions(eqx.Module):
     - `val_loss`: `(params, hyperparams, batch) -> scalar`, minimised by the outer
         optimizer over the hyperparameters.
 
+    If the state has a `model_state`, both take it as fourth argument, and `train_loss` returns
+    `(scalar, new_model_state)`.
+
     **Raises:** `TypeError` for a loss that is not a function.
 
     ```python

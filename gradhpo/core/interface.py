@@ -7,7 +7,7 @@ import equinox as eqx
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from gradhpo.core.inner_state import Start
+from gradhpo.core.inner_state import InnerState, Start
 from gradhpo.core.inputs import Inputs
 from gradhpo.core.outer import Estimate
 from gradhpo.core.state import BilevelState
@@ -55,7 +55,12 @@ class InnerProblems(eqx.Module):
 
     @abc.abstractmethod
     def _init_state(
-        self, params: PyTree, hyperparams: PyTree, batch: PyTree, key: Array | None
+        self,
+        params: PyTree,
+        hyperparams: PyTree,
+        model_state: PyTree,
+        batch: PyTree,
+        key: Array | None,
     ) -> BilevelState:
         """The state at step 0, from leaves that were checked."""
 
@@ -85,7 +90,7 @@ class InnerProblems(eqx.Module):
 
     @abc.abstractmethod
     def _restart(
-        self, state: BilevelState, start: PyTree, reptile_rate: Float[Array, ""]
+        self, state: BilevelState, start: InnerState, reptile_rate: Float[Array, ""]
     ) -> BilevelState:
         """The state at the start of the next episode; the last one started from `start`."""
 

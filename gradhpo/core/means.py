@@ -11,31 +11,32 @@ from gradhpo.utils.trees import accumulation_dtype
 
 
 def mean_over_steps(
-    function: Callable[[PyTree, PyTree, ArrayLike], PyTree],
+    function: Callable[[PyTree, PyTree, ArrayLike], tuple[PyTree, PyTree]],
     w: PyTree,
     hyperparams: PyTree,
     last: ArrayLike,
     count: int,
-) -> PyTree:
+) -> tuple[PyTree, PyTree]:
     """Of `function` at the last `count` steps, in a loop: a program does not grow with them.
 
+    `function` returns what to average, and more, which comes back where there is one step alone.
     Sums, and those of cotangents, are in float32 at least.
     """
     if count == 1:
         return function(w, hyperparams, last)
     at = w, hyperparams
     wide = jax.tree.map(_widened, at)
-    made = jax.eval_shape(function, *at, last)
+    made = jax.eval_shape(lambda w, h: function(w, h, last)[0], *at)
 
     def body(total, t):
         w, hyperparams = cast_like(wide, at)
-        new = function(w, hyperparams, t)
+        new, _ = function(w, hyperparams, t)
         return jax.tree.map(lambda x, y: x + _widened(y), total, new), None
 
     sums = jax.eval_shape(lambda x: jax.tree.map(_widened, x), made)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
     total, _ = jax.lax.scan(body, zeros, last - jnp.arange(count))
-    return cast_like(jax.tree.map(lambda x: x / count, total), made)
+    return cast_like(jax.tree.map(lambda x: x / count, total), made), None
 
 
 def _widened(x: Array) -> Array:

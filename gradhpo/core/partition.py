@@ -1,5 +1,6 @@
 """Splits one model into a trained and a tuned part."""
 
+import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -7,11 +8,11 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from gradhpo.utils.freezing import is_frozen, marked, unfrozen
 from gradhpo.utils.typecheck import checked
-from gradhpo.utils.validation import check_arity, leaf_names
+from gradhpo.utils.validation import check_arity, has_arity, leaf_names
 
 
 # The two halves of a model look alike, so only the arrays themselves tell which is which. The
@@ -217,27 +218,51 @@ def combine(params: PyTree, hyperparams: PyTree) -> PyTree:
     return eqx.combine(params, hyperparams)
 
 
+_STATELESS, _STATEFUL = "model, batch", "model, batch, model_state"
+
+
 class _ModelLoss(eqx.Module):
     fn: Callable
 
-    def __call__(self, params: PyTree, hyperparams: PyTree, batch: PyTree) -> Array:
-        return self.fn(combine(params, hyperparams), batch)
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """What `fn` takes: `inspect` looks here, so that a loss with too few arguments is named."""
+        names = ["params", "hyperparams", "batch"]
+        if has_arity(self.fn, _STATEFUL):
+            names.append("model_state")
+        optional = has_arity(self.fn, _STATELESS)
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        default = {"model_state": None} if optional else {}
+        given = [
+            inspect.Parameter(name, kind, default=default.get(name, inspect.Parameter.empty))
+            for name in names
+        ]
+        return inspect.Signature(given)
+
+    def __call__(
+        self, params: PyTree, hyperparams: PyTree, batch: PyTree, *model_state: PyTree
+    ) -> Any:
+        return self.fn(combine(params, hyperparams), batch, *model_state)
 
 
 @checked
 def model_loss(fn: Callable) -> Callable:
     """Turns `fn(model, batch) -> scalar` into a loss `(params, hyperparams, batch) -> scalar`.
 
+    And `fn(model, batch, model_state)` into a loss of a model with running state.
+
     Create it once, outside the training loop: a new loss object triggers a new compilation.
 
     **Arguments:**
 
-    - `fn`: `(model, batch) -> scalar`, a real array of shape `()`.
+    - `fn`: `(model, batch) -> scalar`, a real array of shape `()`; with running state
+        `(model, batch, model_state) -> (scalar, new_model_state)`, for validation the scalar alone.
 
     **Returns:** a loss for trees from [`partition`][gradhpo.partition], which combines them again;
     it raises `ValueError` for two trees that are not halves of one model.
 
-    **Raises:** `TypeError` if `fn` cannot be called as `fn(model, batch)`.
+    **Raises:** `TypeError` if `fn` cannot be called as `fn(model, batch)` or as
+    `fn(model, batch, model_state)`.
 
     ```python
     def mean_square(model, batch):
@@ -247,5 +272,6 @@ def model_loss(fn: Callable) -> Callable:
     loss = gradhpo.model_loss(mean_square)
     ```
     """
-    check_arity(fn, "fn", "model, batch")
+    if not has_arity(fn, _STATEFUL):
+        check_arity(fn, "fn", _STATELESS)
     return _ModelLoss(fn)

@@ -9,22 +9,25 @@ import jax
 from jaxtyping import Array, PyTree
 
 from gradhpo.core.checks import (
+    arguments_of,
     check_batches,
     check_keys,
     check_stops,
     check_trained,
     check_validation,
+    result_of,
     trace_loss,
 )
 from gradhpo.core.inner import InnerUpdate
-from gradhpo.core.inner_state import InnerState
+from gradhpo.core.inner_state import InnerState, differentiated
 from gradhpo.core.inputs import Inputs
+from gradhpo.core.losses import called, validation_value
 from gradhpo.core.start import act_at_start
 from gradhpo.core.state import inner_state
 from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, UpdateFn
 from gradhpo.utils.foreign import NO_DERIVATIVE
 from gradhpo.utils.freezing import not_trained
-from gradhpo.utils.programs import contains_custom_vjp
+from gradhpo.utils.programs import contains_custom_vjp, inputs_read
 from gradhpo.utils.validation import check_arity
 
 
@@ -35,14 +38,30 @@ class Validation(eqx.Module):
     frozen: PyTree
     val_batch: PyTree
 
-    def loss(self, w: PyTree, hyperparams: PyTree) -> Any:
-        """The result of the user's loss, which `make_problem` checks to be a scalar."""
-        return self.val_loss_fn(eqx.combine(w, self.frozen), hyperparams, self.val_batch)
+    def loss(self, z: InnerState, hyperparams: PyTree) -> Array:
+        """The validation loss at the parameters and the running state of `z`."""
+        params = eqx.combine(z.w, self.frozen)
+        returned = called(self.val_loss_fn, params, hyperparams, self.val_batch, z.r)
+        return validation_value(returned, z.r)
 
-    def value_and_grads(self, w: PyTree, hyperparams: PyTree) -> tuple[Array, PyTree, PyTree]:
-        r"""$L_{val}$, its derivative $\alpha$ by the parameters, and the direct term."""
-        value, (alpha, direct) = jax.value_and_grad(self.loss, argnums=(0, 1))(w, hyperparams)
+    def value_and_grads(
+        self, z: InnerState, hyperparams: PyTree
+    ) -> tuple[Array, InnerState, PyTree]:
+        r"""$L_{val}$, its derivative $\alpha$ by z (not by s), and the direct term."""
+        at, loss = self._of_differentiated(z)
+        value, (alpha, direct) = jax.value_and_grad(loss, argnums=(0, 1))(at, hyperparams)
         return value, alpha, direct
+
+    def alpha(self, z: InnerState, hyperparams: PyTree) -> InnerState:
+        r"""$\alpha$ alone."""
+        at, loss = self._of_differentiated(z)
+        return jax.grad(loss)(at, hyperparams)
+
+    def _of_differentiated(self, z: InnerState) -> tuple[InnerState, Callable]:
+        """What the loss is differentiated by, and the loss as a function of it."""
+        of_r, rest = differentiated(z.r)
+        full = lambda at: at._replace(r=eqx.combine(at.r, rest))
+        return InnerState(z.w, None, of_r), lambda at, h: self.loss(full(at), h)
 
 
 class Problem(NamedTuple):
@@ -87,7 +106,7 @@ def make_problem(
     state, losses = inputs.state, inputs.losses
     for name, function in (("grad_fn", grad_fn), ("update_fn", update_fn)):
         if function is not None:
-            check_arity(function, name, "params, hyperparams, batch")
+            check_arity(function, name, arguments_of(state.model_state))
     frozen = not_trained(state.params)
     z, hyperparams = inner_state(state), state.hyperparams
     phi = InnerUpdate(
@@ -102,21 +121,27 @@ def make_problem(
         start=inputs.start,
     )
     validation = Validation(losses.val_loss, frozen, inputs.val_batch)
-    at = z.w, hyperparams
-    on_batch = lambda w, h: phi.train_loss(w, h, 0)
+    on_batch = lambda z, h: phi.evaluate(z, h, 0)
+    at = z._replace(s=None), hyperparams
     program = trace_loss("train", losses.train_loss, on_batch, inputs.train_batch, *at)
-    of_validation = trace_loss("val", losses.val_loss, validation.loss, inputs.val_batch, *at)
-    symmetric = grad_fn is None and not contains_custom_vjp(program)
+    on_batch = lambda z, h: (validation.loss(z, h), None)
+    of_validation = trace_loss("val", losses.val_loss, on_batch, inputs.val_batch, *at)
+    symmetric = grad_fn is None and not contains_custom_vjp(result_of(program, 0))
+    reads_state = z.r is not None
+    if grad_fn is update_fn is None:
+        reads = inputs_read(result_of(program, 0), by_derivative=True)
+        after_w = len(jax.tree.leaves(z.w))
+        reads_state = any(reads[after_w : after_w + len(jax.tree.leaves(z.r))])
     if grad_fn is update_fn is None:
         check_trained(program, of_validation, phi, z, hyperparams)
     if differentiates:
-        check_stops(phi, program, z.w, hyperparams)
+        check_stops(phi, program, z, hyperparams)
     if tunes:
-        check_validation(losses.val_loss, of_validation, z.w, hyperparams)
+        check_validation(losses.val_loss, of_validation, z, hyperparams)
     if num_steps > 1 or inputs.repeats:
         check_keys(phi, z, hyperparams)
     fresh = state.fresh if act_at_start(phi, z, hyperparams) else None
-    phi = dataclasses.replace(phi, symmetric=symmetric, fresh=fresh)
+    phi = dataclasses.replace(phi, symmetric=symmetric, reads_state=reads_state, fresh=fresh)
     return Problem(phi, validation, z, hyperparams)
 
 
@@ -131,7 +156,7 @@ def not_differentiable(problem: Problem) -> str:
             return True
         return False
 
-    if fails(validation.value_and_grads, z.w, hyperparams):
+    if fails(validation.value_and_grads, z, hyperparams):
         return "val_loss_fn"
     step_fails = fails(lambda w: phi.step(z._replace(w=w), hyperparams, 0)[0].w, z.w)
     if phi.update_fn is phi.grad_fn is None:

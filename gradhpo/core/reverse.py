@@ -41,15 +41,15 @@ class PulledStep(NamedTuple):
     bar: Cotangent
 
 
-def cotangent_at_end(alpha: PyTree, z: InnerState, hyper_bar: PyTree) -> Cotangent:
-    """Start of the backward pass: the outer loss sees the parameters, not the rest of `z`.
+def cotangent_at_end(alpha: InnerState, z: InnerState, hyper_bar: PyTree) -> Cotangent:
+    """Start of the backward pass: the outer loss sees parameters and running state, and no `s`.
 
     The hyperparameters accumulate many small terms: in bfloat16 the sum would stall.
     """
     wide = accumulation_dtype(hyper_bar)
-    s_bar, r_bar = tree_zeros_like(eqx.filter((z.s, z.r), eqx.is_inexact_array))
+    s_bar = tree_zeros_like(eqx.filter(z.s, eqx.is_inexact_array))
     bar = jax.tree.map(lambda x: x.astype(wide), hyper_bar)
-    return Cotangent(InnerState(alpha, s_bar, r_bar), bar)
+    return Cotangent(alpha._replace(s=s_bar), bar)
 
 
 def pull_step(
@@ -107,7 +107,7 @@ def unrolled(problem: Problem, first: int, steps: int, num_segments: int | None 
     phi, validation, z, hyperparams = problem
     keep, count = (_keeping_all, ()) if num_segments is None else (_keeping_starts, (num_segments,))
     z, train_loss, pull_back = keep(phi, z, hyperparams, first, steps, *count)
-    val_loss, alpha, direct = validation.value_and_grads(z.w, hyperparams)
+    val_loss, alpha, direct = validation.value_and_grads(z, hyperparams)
     bar = pull_back(cotangent_at_end(alpha, z, direct))
     if first == 0:
         bar = through_start(phi, problem.z, hyperparams, bar)

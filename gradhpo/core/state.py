@@ -89,7 +89,7 @@ class BilevelState(eqx.Module):
         new text or Python number compiles `step` again.
     - `memory`: what the algorithm itself carries from step to step, an object of its own type (see
         its docstring); `None` if it carries nothing.
-    - `model_state`: running state of the model; `None` if it has none.
+    - `model_state`: running state of the model, such as batch statistics; `None` if it has none.
     - `fresh`: whether the inner optimizer's state is what its `init` made at these hyperparameters,
         shape `()`, bool: true after `init` and `restart`, false after a `step` and after
         `update(inner_opt_state=...)`. `eqx.tree_at` leaves it true: a state of your own that is set

@@ -10,14 +10,20 @@ from jaxtyping import Array, ArrayLike, PyTree, Real
 RealScalarLike: TypeAlias = Real[ArrayLike, ""]
 """A real number: a Python `int` or `float`, or an array of shape `()`; not a `bool`."""
 
-LossFn: TypeAlias = Callable[[PyTree, PyTree, PyTree], Array]
-"""A loss, `(params, hyperparams, batch) -> scalar`: a real array of shape `()`."""
+LossFn: TypeAlias = Callable[..., Any]
+"""A loss, `(params, hyperparams, batch) -> scalar`: a real array of shape `()`.
 
-UpdateFn: TypeAlias = Callable[[PyTree, PyTree, PyTree], PyTree]
-"""One step of a hand-written inner update, `(params, hyperparams, batch) -> params`."""
+With running state, `(params, hyperparams, batch, model_state) -> (scalar, new_model_state)`."""
 
-GradFn: TypeAlias = Callable[[PyTree, PyTree, PyTree], PyTree]
-"""A training gradient written by hand, `(params, hyperparams, batch) -> gradient`."""
+UpdateFn: TypeAlias = Callable[..., PyTree]
+"""One step of a hand-written inner update, `(params, hyperparams, batch) -> params`.
+
+With running state, `(params, hyperparams, batch, model_state) -> (params, new_model_state)`."""
+
+GradFn: TypeAlias = Callable[..., PyTree]
+"""A training gradient written by hand, `(params, hyperparams, batch) -> gradient`.
+
+With running state, `(params, hyperparams, batch, model_state) -> (gradient, new_model_state)`."""
 
 InnerOptimizer: TypeAlias = (
     optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation]

@@ -1,7 +1,7 @@
 """Which hyperparameters a method can see, found from the traced program."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
 import equinox as eqx
@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from gradhpo.core.inner import InnerUpdate
-from gradhpo.core.inner_state import InnerState
+from gradhpo.core.inner_state import InnerState, differentiated
 from gradhpo.core.problem import Problem
 from gradhpo.core.start import acting_at_start, started
 from gradhpo.utils.advice import IGNORES_SIZE, WHO_SEES
@@ -34,27 +34,43 @@ def seen_by(sees: Sees, problem: Problem, with_init: bool = False) -> list[bool]
     """
     phi, validation, z, hyperparams = problem
     by_derivative = sees != "everything"
+    of_r, rest = differentiated(z.r)
+    full = lambda w, r: InnerState(w, None, eqx.combine(r, rest))
     of_validation = readings(
-        lambda at: validation.loss(*at), (z.w, hyperparams), by_derivative=by_derivative
+        lambda at: validation.loss(full(*at[0]), at[1]),
+        ((z.w, of_r), hyperparams),
+        by_derivative=by_derivative,
     )
-    by_w, by_hyperparams = map(jax.tree.leaves, of_validation.by())
+    (by_w, by_r), by_hyperparams = of_validation.by()
+    reads_w, reads_r = (any(jax.tree.leaves(reads)) for reads in (by_w, by_r))
+    by_hyperparams = jax.tree.leaves(by_hyperparams)
     ways = [by_hyperparams]
     looks_on = sees != "validation" or with_init
-    if all(by_hyperparams) or not looks_on or not any(by_w):
+    if all(by_hyperparams) or not looks_on or not (reads_w or reads_r):
         return by_hyperparams
     if with_init and phi.fresh is not None:
         start = readings(lambda h: started(phi, z, h)[:2], hyperparams, by_derivative=by_derivative)
         ways.append(jax.tree.leaves(start.by()))
     if sees == "optimum":
-        optimality = lambda h: phi.optimality(z.w, h, 0)[0]
+        optimality = lambda h: phi.optimality(z, h, 0)[0]
         ways.append(jax.tree.leaves(visible_leaves(optimality, hyperparams)))
+        if reads_r:
+            new_r = lambda h: phi.step(z, h, 0, want_loss=False)[0].r
+            ways.append(jax.tree.leaves(visible_leaves(new_r, hyperparams)))
     elif sees != "validation":
-        ways.append(_seen_by_step(sees, phi, z, hyperparams))
+        read = lambda new: (new.w if reads_w else (), new.r if reads_r else ())
+        ways.append(_seen_by_step(sees, phi, z, hyperparams, read))
     return [any(seen) for seen in zip(*ways, strict=True)]
 
 
-def _seen_by_step(sees: Sees, phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> list[bool]:
-    """The same by an inner step: on its parameters, or on all that it leaves."""
+def _seen_by_step(
+    sees: Sees,
+    phi: InnerUpdate,
+    z: InnerState,
+    hyperparams: PyTree,
+    read: Callable[[InnerState], PyTree],
+) -> list[bool]:
+    """The same by an inner step: on what is `read` of its result, or on all that it leaves."""
     inexact, rest = eqx.partition((z.s, z.r), eqx.is_inexact_array)
 
     def step(at):
@@ -62,11 +78,11 @@ def _seen_by_step(sees: Sees, phi: InnerUpdate, z: InnerState, hyperparams: PyTr
         return phi.step(InnerState(z.w, s, r), hyperparams, 0, want_loss=False)[0]
 
     of_step = readings(step, (inexact, hyperparams), by_derivative=sees != "everything")
-    before, on_w = of_step.by(lambda new: new.w)
+    before, on_what_is_read = of_step.by(read)
     # What an update leaves in s must come back: signs of it have no derivative.
     comes_back = sees == "everything" or any(jax.tree.leaves(before))
     if sees == "last update" or not comes_back:
-        return jax.tree.leaves(on_w)
+        return jax.tree.leaves(on_what_is_read)
     return jax.tree.leaves(of_step.by()[1])
 
 
@@ -80,7 +96,7 @@ def _sees_its_gradient(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> 
     def after(gradient):
         state = z
         for held in (gradient, z.w, z.w):  # a gradient is a tree like w
-            state = phi.step_and_gradient(state, hyperparams, 0, (loss, held))[0]
+            state = phi.step_and_gradient(state, hyperparams, 0, (loss, held, state.r))[0]
         return state.w
 
     return any(jax.tree.leaves(visible_leaves(after, z.w)))
@@ -108,8 +124,10 @@ def check_visible(name: str, sees: Sees, problem: Problem, with_init: bool) -> N
     # How each unseen leaf acts, computed only now: most programs never need it.
     through = {kind: seen_by(kind, problem) for kind in _NARROWER}
     through[_INIT] = seen_by("validation", problem, True)
-    of_weights = lambda w: problem.validation.loss(w, problem.hyperparams)
-    blind = not any(jax.tree.leaves(visible_leaves(of_weights, problem.z.w)))
+    (of_r, rest), w = differentiated(problem.z.r), problem.z.w
+    full = lambda at: InnerState(at[0], None, eqx.combine(at[1], rest))
+    of_z = lambda at: problem.validation.loss(full(at), problem.hyperparams)
+    blind = not any(jax.tree.leaves(visible_leaves(of_z, (w, of_r))))
     groups: dict[str, list[str]] = {}
     for leaf, here, *elsewhere in zip(names, seen, *through.values(), strict=True):
         if not here:

@@ -12,7 +12,6 @@ from jaxtyping import Array, PyTree
 from gradhpo.algorithms.shares import StepWeights, short_horizons
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.batches import BatchStack
-from gradhpo.core.inner_state import InnerState
 from gradhpo.core.inputs import LossFunctions
 from gradhpo.core.problem import Problem
 from gradhpo.core.reverse import PulledStep, cotangent_at_end, pull_through, through_start
@@ -188,18 +187,18 @@ def _contributions(
     """
     phi, validation, z, hyperparams = problem
     end, _, kept = phi.rollout(z, hyperparams, 0, num_steps, keep=lambda z: z)
-    _, alpha, direct = validation.value_and_grads(end.w, hyperparams)
+    _, alpha, direct = validation.value_and_grads(end, hyperparams)
     bar = cotangent_at_end(alpha, end, direct)
     way_back = (phi, lambda z, _: z, kept, 0, num_steps, hyperparams, bar)
     at_start = through_start(phi, z, hyperparams, pull_through(*way_back)[0])
     g, before = at_start.hyperparams, pull_start(phi, z, hyperparams, at_start.z)
 
     def look(step: PulledStep) -> dict[str, Array]:
-        after = jax.grad(validation.loss)(step.new_z.w, hyperparams)
+        after = validation.alpha(step.new_z, hyperparams)
         total = step.bar.hyperparams
         return {
             "exact": _dots(step.term, g),
-            "right after": _dots(step.pull(InnerState(after))[1], g),
+            "right after": _dots(step.pull(after)[1], g),
             "square": _dots(step.term, step.term),
             "last": _dots(total, g),
             "last square": _dots(total, total),

@@ -181,7 +181,7 @@ def train_around(case: Case, optimizer: Any, hypergradient: PyTree, step_size: f
         def loss(leaves):
             moved = jax.tree.unflatten(treedef, leaves)
             end, _, _ = phi.rollout(started(phi, z, moved), moved, 0, case.num_steps)
-            return validation.loss(end.w, moved)
+            return validation.loss(end, moved)
 
         def difference(at):
             chosen, epsilon = at

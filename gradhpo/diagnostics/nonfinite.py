@@ -85,7 +85,7 @@ def finiteness(problem: Problem, num_steps: int) -> dict[str, Any]:
     phi, validation, z, hyperparams = problem
 
     def forward(z, t):
-        gradient = phi.gradient(z.w, hyperparams, t)
+        gradient = phi.gradient(z, hyperparams, t)
         new, loss = phi.step(z, hyperparams, t)
         # The rule itself, without the momentum that may carry a good step uphill for a while.
         fresh = z._replace(s=init_inner_state(phi.inner_optimizer, z.w, hyperparams))
@@ -96,24 +96,24 @@ def finiteness(problem: Problem, num_steps: int) -> dict[str, Any]:
             "gradient": finite_leaves(gradient),
             "params": finite_leaves(new.w, unless_as_in=z.w),
             "inner_opt_state": finite_leaves(new.s, unless_as_in=z.s),
-            "alpha": finite_leaves(jax.grad(validation.loss)(new.w, hyperparams)),
+            "alpha": finite_leaves(validation.alpha(new, hyperparams).w),
             "uphill": tree_dot(jax.tree.map(difference, ruled.w, z.w), gradient) > 0,
         }
         return new, (z, found)
 
     end, (kept, forward_found) = jax.lax.scan(forward, z, jnp.arange(num_steps))
-    val_loss, alpha, direct = validation.value_and_grads(end.w, hyperparams)
+    val_loss, alpha, direct = validation.value_and_grads(end, hyperparams)
     validation_found = {
         "val_batch": finite_leaves(validation.val_batch),
         "val_loss": finite_leaves(val_loss),
-        "alpha": finite_leaves(alpha),
+        "alpha": finite_leaves(alpha.w),
         "direct": finite_leaves(direct),
     }
 
     def look(step: PulledStep) -> dict[str, Any]:
         found = {}
         if phi.update_fn is None:
-            gradient = phi.gradient(step.z.w, hyperparams, step.t)
+            gradient = phi.gradient(step.z, hyperparams, step.t)
             through = phi.optimizer_vjp(gradient, step.z, hyperparams, step.t, step.bar_after.z.w)
             found["through_optimizer"] = finite_leaves(through[0])
         return found | {

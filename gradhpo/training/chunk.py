@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from gradhpo.core.base import BilevelOptimizer
-from gradhpo.core.inner_state import Start
+from gradhpo.core.inner_state import InnerState, Start
 from gradhpo.core.inputs import Inputs, LossFunctions
 from gradhpo.core.state import BilevelState, inner_state, with_metrics
 from gradhpo.core.types import METRICS, RealScalarLike
@@ -48,17 +48,17 @@ class Chunk(eqx.Module):
     def run_episodes(
         self,
         state: BilevelState,
-        start: PyTree,
+        start: InnerState,
         reptile_rate: Float[Array, ""],
         episodes: int,
         length: int,
         steps_per_episode: int,
-    ) -> tuple[BilevelState, PyTree, PyTree, dict[str, Array], Bool[Array, " leaves"]]:
+    ) -> tuple[BilevelState, InnerState, InnerState, dict[str, Array], Bool[Array, " leaves"]]:
         """`episodes` times `length` outer steps; either part of one episode, or whole ones.
 
-        `start` holds the initial parameters of the current episode. Returns the state, the initial
-        parameters of the next (or still the same) episode, the parameters that the last step
-        reached, the stacked metrics, and which hyperparameters ever moved.
+        `start` holds the initial parameters and model state of the current episode. Returns the
+        state, the same of the next (or still the same) episode, the same as the last step reached
+        them, the stacked metrics, and which hyperparameters ever moved.
         """
         self._record(state, f"run (chunks of {episodes} x {length})")
         arrays, static = carried(state)
@@ -80,11 +80,11 @@ class Chunk(eqx.Module):
                     new = self.optimizer._restart(state, start, reptile_rate)
                 else:
                     new = self.optimizer._restart_at(state, self.start.at(state.step))
-                return _arrays(new), inner_state(new).w
+                return _arrays(new), inner_state(new)._replace(s=None)
 
             ended = state.step % steps_per_episode == 0
             arrays, start = jax.lax.cond(ended, restarted, lambda: (_arrays(state), start))
-            return (arrays, start, inner_state(state).w), (metrics, moved)
+            return (arrays, start, inner_state(state)._replace(s=None)), (metrics, moved)
 
         (arrays, start, reached), (metrics, moved) = jax.lax.scan(
             body, (arrays, start, start), jnp.arange(episodes, dtype=jnp.int32)

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from gradhpo.core.algorithm import Algorithm
 from gradhpo.core.base import BilevelOptimizer
@@ -48,10 +48,10 @@ class Driver:
     def __post_init__(self):
         if self.start_fn is not None:
             self.state = started(self.optimizer, self.state, self.start_fn)
-        self.start: PyTree = inner_state(self.state).w  # of the episode
+        self.start = inner_state(self.state)._replace(s=None)  # of the episode
         with jax.debug_nans(False):  # what is not measured yet is NaN
             self.before = self.optimizer._scalars(self.state.memory)
-        squares = [np.sum(np.square(np.asarray(x, float))) for x in jax.tree.leaves(self.start)]
+        squares = [np.sum(np.square(np.asarray(x, float))) for x in jax.tree.leaves(self.start.w)]
         self.record = Record(
             int(self.state.step),
             float(self.state.metadata["rejected"]),

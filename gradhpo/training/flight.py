@@ -6,8 +6,9 @@ from typing import Any
 
 import equinox as eqx
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
+from gradhpo.core.inner_state import InnerState
 from gradhpo.core.state import BilevelState
 from gradhpo.training.chunk import Chunk
 
@@ -30,8 +31,8 @@ class Flight:
 
     chunk: Chunk
     state: BilevelState
-    start: PyTree
-    reached: PyTree  # the parameters after the last step, if they differ from the state's
+    start: InnerState
+    reached: InnerState | None  # what the last step left, if it differs from the state's
     metrics: dict[str, Array]
     moved: Array  # for each leaf of the hyperparameters whether its hypergradient was ever not 0
     positions: dict[str, Any]
@@ -45,4 +46,5 @@ class Flight:
         """
         if self.reached is None:
             return self.state
-        return self.state.update(params=eqx.combine(self.reached, self.state.params))
+        params = eqx.combine(self.reached.w, self.state.params)
+        return self.state.update(params=params, model_state=self.reached.r)

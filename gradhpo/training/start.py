@@ -55,6 +55,6 @@ def make_start(
         draws="counts its calls, in Python, and a compiled run would do so once for all episodes. "
         "Draw with the key: jax.random.normal(key, shape)",
     )
-    start = Start(start_fn, key, steps_per_episode)
+    start = Start(start_fn, key, steps_per_episode, state.model_state)
     eqx.filter_eval_shape(lambda: optimizer._restart_at(state, start))  # raises if it does not fit
     return start

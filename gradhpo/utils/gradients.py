@@ -81,11 +81,16 @@ def undifferentiable(tree: PyTree, why: str) -> PyTree:
 
 
 def linearize_gradient(
-    loss: Callable[[PyTree, PyTree], Array], params: PyTree, hyperparams: PyTree, *, symmetric: bool
-) -> tuple[Array, PyTree, Callable[[PyTree], tuple[PyTree, PyTree]]]:
+    loss: Callable[[PyTree, PyTree], tuple[Array, PyTree]],
+    params: PyTree,
+    hyperparams: PyTree,
+    *,
+    symmetric: bool,
+) -> tuple[Array, PyTree, PyTree, Callable[[PyTree], tuple[PyTree, PyTree]]]:
     r"""The loss, its gradient, and both second-derivative products, with a shared primal.
 
-    Returns $L$, $g = \nabla_w L$ and the function
+    `loss` returns $L$ and something else, which is not differentiated. Returns $L$,
+    $g = \nabla_w L$, the rest, and the function
     $v \mapsto (v^\top \partial g/\partial w,\; v^\top \partial g/\partial\lambda)$. Second
     derivatives are symmetric, so both products come from one forward derivative of
     $\nabla_{(w,\lambda)} L$ along $(v, 0)$ (mixed mode): no activation outlives the step. With a
@@ -98,14 +103,18 @@ def linearize_gradient(
         arXiv:2505.00793.
     """
     if symmetric:
-        (value, (gradient, _)), push = jax.linearize(
-            lambda w: jax.value_and_grad(loss, argnums=(0, 1))(w, hyperparams), params
-        )
-        return value, gradient, lambda v: push(v)[1]
+
+        def forward(w):
+            both = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+            (value, rest), gradients = both(w, hyperparams)
+            return (value, gradients), rest
+
+        (value, (gradient, _)), push, rest = jax.linearize(forward, params, has_aux=True)
+        return value, gradient, rest, lambda v: push(v)[1]
 
     def reverse(w, h):
-        value, gradient = jax.value_and_grad(loss)(w, h)
-        return gradient, value
+        (value, rest), gradient = jax.value_and_grad(loss, has_aux=True)(w, h)
+        return gradient, (value, rest)
 
-    gradient, pull, value = jax.vjp(reverse, params, hyperparams, has_aux=True)
-    return value, gradient, pull
+    gradient, pull, (value, rest) = jax.vjp(reverse, params, hyperparams, has_aux=True)
+    return value, gradient, rest, pull

@@ -76,15 +76,41 @@ def check_single_batch(batch: PyTree, name: str) -> None:
         )
 
 
+def check_has_model_state(params: PyTree, model_state: PyTree) -> None:
+    """A model with running state comes with it."""
+    write = (
+        "model, model_state = eqx.nn.make_with_state(Model)(...), and "
+        "init(params, hyperparams, model_state=model_state)"
+    )
+    is_state = lambda x: isinstance(x, eqx.nn.State)
+    if any(map(is_state, jax.tree.leaves(params, is_leaf=is_state))):
+        raise ValueError(f"params holds an eqx.nn.State, which is not trained: write {write}")
+    is_layer = lambda x: isinstance(x, eqx.nn.StateIndex)
+    if model_state is None and any(map(is_layer, jax.tree.leaves(params, is_leaf=is_layer))):
+        raise ValueError(
+            "params has a layer with running state (such as eqx.nn.BatchNorm), and there is no "
+            f"model_state: write {write}"
+        )
+
+
+def prepare_model_state(model_state: PyTree) -> PyTree:
+    """Running state as strongly typed arrays, or an error that names the leaf."""
+    if model_state is None:
+        return None
+    names = leaf_names(model_state)
+    for name, leaf in zip(names, jax.tree.leaves(model_state), strict=True):
+        if not eqx.is_array_like(leaf):
+            raise TypeError(
+                f"model_state{name.removeprefix(THE_WHOLE_TREE)} is {leaf!r}, and running state is "
+                "arrays: pass what changes in training, and close over the rest in the loss"
+            )
+    _refuse_complex(model_state, "model_state")
+    _refuse_nan(model_state, "model_state")
+    return jax.tree.map(strong, model_state)
+
+
 def prepare_params(params: PyTree) -> PyTree:
     """Parameters as strongly typed arrays, or an error that says what cannot be trained."""
-    is_state = lambda x: isinstance(x, (eqx.nn.State, eqx.nn.StateIndex))
-    for node in jax.tree.leaves(params, is_leaf=is_state):
-        if is_state(node):
-            raise ValueError(
-                "params holds running state (a layer such as eqx.nn.BatchNorm); layers with "
-                "running state are not supported yet: use LayerNorm or GroupNorm instead"
-            )
     _refuse_complex(without_frozen(params), "params")
     _refuse_nan(unfrozen(params), "params")
     params = jax.tree.map(lambda x: strong(x) if eqx.is_array(x) else x, params)
@@ -209,6 +235,15 @@ def _is_list_of_numbers(x: Any) -> bool:
 
 
 # -- losses ------------------------------------------------------------------------------
+
+
+def has_arity(function: Callable, arguments: str) -> bool:
+    """Whether `check_arity` would pass."""
+    try:
+        check_arity(function, "", arguments)
+    except TypeError:
+        return False
+    return True
 
 
 def check_arity(function: Callable, name: str, arguments: str, remedy: str = "") -> None:

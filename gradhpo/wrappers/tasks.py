@@ -143,17 +143,22 @@ class TaskBatched(Wrapper):
         return self.optimizer.remarks(before, metrics, copies * self.num_tasks)
 
     def _init_state(
-        self, params: PyTree, hyperparams: PyTree, batch: PyTree, key: Array | None
+        self,
+        params: PyTree,
+        hyperparams: PyTree,
+        model_state: PyTree,
+        batch: PyTree,
+        key: Array | None,
     ) -> BilevelState:
         keys = None if key is None else jax.random.split(key, self.num_tasks)
         examples, batch_of = self._per_task("init(batch=...)", batch)
 
         def of_task(number, examples, key):
             batch = batch_of(number, examples)
-            return _own(self.optimizer._init_state(params, hyperparams, batch, key))
+            return _own(self.optimizer._init_state(params, hyperparams, model_state, batch, key))
 
         numbers = jnp.arange(self.num_tasks, dtype=jnp.int32)
-        state = self.optimizer._init_state(params, hyperparams, None, None)
+        state = self.optimizer._init_state(params, hyperparams, model_state, None, None)
         with jax.debug_nans(False):  # metrics that are not measured yet are NaN
             z, of_each = jax.vmap(of_task)(numbers, examples, keys)
         state = with_inner_state(state, z).update(fresh=True)
@@ -207,15 +212,16 @@ class TaskBatched(Wrapper):
         return inputs.state.update(memory=TaskMemory(task, of_each))
 
     def _restart(
-        self, state: BilevelState, start: PyTree, reptile_rate: Float[Array, ""]
+        self, state: BilevelState, start: InnerState, reptile_rate: Float[Array, ""]
     ) -> BilevelState:
         z, memory = inner_state(state), self._checked(state.memory)
-        w, start = jax.tree.map(lambda x: jnp.broadcast_to(_mean(x), x.shape), (z.w, start))
+        averaged = lambda x: jnp.broadcast_to(_mean(x), x.shape) if eqx.is_inexact_array(x) else x
+        (w, r), start = jax.tree.map(averaged, ((z.w, z.r), start))
 
         def of_task(z, memory, start):
             return _own(self.optimizer._restart(_of_task(state, z, memory), start, reptile_rate))
 
-        z, of_each = jax.vmap(of_task)(z._replace(w=w), memory.of_each, start)
+        z, of_each = jax.vmap(of_task)(z._replace(w=w, r=r), memory.of_each, start)
         memory = TaskMemory(memory.task, of_each)
         return with_inner_state(state, z).update(memory=memory, fresh=True)
 
@@ -224,7 +230,7 @@ class TaskBatched(Wrapper):
 
         def of_task(number, z, memory):
             at = _of_task(state, z, memory)
-            return _own(self.optimizer._restart_at(at, start.folded(number)))
+            return _own(self.optimizer._restart_at(at, start.of_task(number)))
 
         z, of_each = jax.vmap(of_task)(memory.task, inner_state(state), memory.of_each)
         memory = TaskMemory(memory.task, of_each)
@@ -262,7 +268,7 @@ class TaskBatched(Wrapper):
 
         def of_task(number, z, memory, train, val):
             batches = {"train_batch": train_of(number, train), "val_batch": val_of(number, val)}
-            start = None if inputs.start is None else inputs.start.folded(number)
+            start = None if inputs.start is None else inputs.start.of_task(number)
             return function(inputs.at(_of_task(state, z, memory), start=start, **batches))
 
         return jax.vmap(of_task)(memory.task, inner_state(state), memory.of_each, train, val)

@@ -1,0 +1,59 @@
+r"""The running state at the inner optimum, where it has settled: $r = R(w, \lambda, r)$."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, PyTree
+
+from gradhpo.extend import (
+    InnerState,
+    InnerUpdate,
+    accumulation_dtype,
+    cast_like,
+    choose_solver,
+    solve_system,
+    tree_zeros_like,
+)
+
+
+class ThroughState(NamedTuple):
+    """Cotangents on w and the hyperparameters, with what acts on validation by way of r."""
+
+    w: PyTree
+    hyperparams: PyTree
+    failed: Array
+
+
+def through_state(
+    phi: InnerUpdate,
+    z: InnerState,
+    hyperparams: PyTree,
+    t: ArrayLike,
+    alpha: InnerState,
+    direct: PyTree,
+) -> ThroughState:
+    r"""Adds $q\,\partial R/\partial w$ to $\alpha_w$, $q\,\partial R/\partial\lambda$ to `direct`.
+
+    With $q = \alpha_r (I - \partial R/\partial r)^{-1}$, on the batch of step `t`.
+    """
+    if not jax.tree.leaves(alpha.r):
+        return ThroughState(alpha.w, direct, jnp.zeros((), bool))
+    pull, wide = phi.pull_state(z, hyperparams, t), accumulation_dtype(alpha.r)
+    widened = lambda tree: jax.tree.map(lambda x: x.astype(wide), tree)
+
+    def product(v):
+        _, (_, by_r) = pull(cast_like(v, alpha.r))
+        return jax.tree.map(jnp.subtract, v, widened(by_r))
+
+    q, failed, _ = solve_system(
+        product,
+        widened(alpha.r),
+        choose_solver(None, alpha.r, symmetric=False),
+        symmetric=False,
+        guess=tree_zeros_like(widened(alpha.r)),
+        shift=jnp.zeros((), wide),
+    )
+    by_w, (by_hyperparams, _) = pull(cast_like(q, alpha.r))
+    add = lambda x, y: jax.tree.map(jnp.add, x, y)
+    return ThroughState(add(alpha.w, by_w), add(direct, by_hyperparams), failed)
