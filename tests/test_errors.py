@@ -272,7 +272,7 @@ MISUSES = {
     "running state": (
         lambda: init(
             BatchNormed(eqx.nn.BatchNorm(3, axis_name="b", mode="batch"), jnp.ones(3)), H
-        ), ValueError, "running state.*LayerNorm",
+        ), ValueError, "running state.*make_with_state",
     ),
     "mismatched batch axes": (
         lambda: gradhpo.DataBatch(jnp.ones((4, 2)), jnp.ones(3)), ValueError,

@@ -25,6 +25,7 @@ from test_frozen import (
 )  # fmt: skip
 
 import gradhpo
+from gradhpo.core.inner_state import InnerState
 from gradhpo.data.source import Fixed
 from gradhpo.diagnostics.cost import Program
 from gradhpo.training.chunk import Chunk
@@ -94,7 +95,7 @@ def test_a_chunk_makes_no_copy_of_the_backbone():
     state = optimizer.init(params, jnp.asarray(0.1, jnp.float32))
     data = Fixed(jnp.ones((4, 512), jnp.float32))
     chunk = Chunk(optimizer, gradhpo.LossFunctions(loss, loss), data, data, None)
-    rate, start = jnp.asarray(0.5), {"backbone": None, "head": head}
+    rate, start = jnp.asarray(0.5), InnerState({"backbone": None, "head": head})
     of_steps = Program(lambda chunk, state: chunk.run_steps(state, 3), chunk, state)
     of_episodes = Program(
         lambda chunk, state, *at: chunk.run_episodes(state, *at, 2, 2, 2),

@@ -66,7 +66,7 @@ class Start(eqx.Module):
         """With a key of its own for every number."""
         return dataclasses.replace(self, key=jax.random.fold_in(self.key, number))
 
-    def of_task(self, number: ArrayLike) -> "Start":
+    def of_one(self, number: ArrayLike) -> "Start":
         """That of one of many inner problems: with a key and the running state of its own."""
         r = jax.tree.map(lambda x: x[number], self.r)
         return dataclasses.replace(self.folded(number), r=r)

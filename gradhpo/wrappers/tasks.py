@@ -230,7 +230,7 @@ class TaskBatched(Wrapper):
 
         def of_task(number, z, memory):
             at = _of_task(state, z, memory)
-            return _own(self.optimizer._restart_at(at, start.of_task(number)))
+            return _own(self.optimizer._restart_at(at, start.of_one(number)))
 
         z, of_each = jax.vmap(of_task)(memory.task, inner_state(state), memory.of_each)
         memory = TaskMemory(memory.task, of_each)
@@ -268,7 +268,7 @@ class TaskBatched(Wrapper):
 
         def of_task(number, z, memory, train, val):
             batches = {"train_batch": train_of(number, train), "val_batch": val_of(number, val)}
-            start = None if inputs.start is None else inputs.start.of_task(number)
+            start = None if inputs.start is None else inputs.start.of_one(number)
             return function(inputs.at(_of_task(state, z, memory), start=start, **batches))
 
         return jax.vmap(of_task)(memory.task, inner_state(state), memory.of_each, train, val)
