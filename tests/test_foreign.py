@@ -103,7 +103,9 @@ def test_operations_have_the_names_that_are_looked_for():
     assert "linear_solve" in names_in(solve, x)
     assert names_in(jax.vmap(solve), jnp.ones(3)) & set(foreign.OPEN_LOOPS)
     assert any(map(foreign.is_custom_vjp, names_in(own_rule, x)))
-    assert programs.contains_custom_vjp(jax.make_jaxpr(own_rule)(x).jaxpr)
+    assert programs.contains(jax.make_jaxpr(own_rule)(x).jaxpr, foreign.is_custom_vjp)
+    assert any(map(foreign.is_recomputed, names_in(jax.checkpoint(jnp.sin), x)))
+    assert any(map(foreign.is_recomputed, names_in(eqx.filter_checkpoint(jnp.sin), x)))
 
 
 DRAWS = (

@@ -402,6 +402,7 @@ def test_training_without_tuning_and_sophia():
     assert relative_error(pushed, exact) < 1e-10
 
 
+@pytest.mark.filterwarnings("ignore:.*Training has not converged")
 @pytest.mark.parametrize("name", quick(list(OPTIMIZERS), keep=["HyperDistill", "tasks", "DrMAD"]))
 def test_a_run_is_a_loop_over_step(name, tmp_path):
     """With episodes from a `start_fn`, each with the state that the run began with."""

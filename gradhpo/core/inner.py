@@ -53,6 +53,7 @@ class InnerUpdate(eqx.Module):
     frozen: PyTree
     train_batch: PyTree
     symmetric: bool = eqx.field(static=True)
+    recomputes: bool = eqx.field(static=True, default=False)  # the loss has a jax.checkpoint
     reads_state: bool = eqx.field(static=True, default=False)  # the training loss reads z.r
     # Whether `z.s` is what the optimizer's `init` made at these hyperparameters, shape `()`; `None`
     # if no hyperparameters act there, nor in `start`, which makes the parameters of an episode.
@@ -157,7 +158,8 @@ class InnerUpdate(eqx.Module):
         given = z.w, (hyperparams, of_r)
         if self.grad_fn is None:
             mean = lambda w, others: mean_over_steps(evaluate, w, others, last, count)
-            return linearize_gradient(mean, *given, symmetric=self.symmetric)
+            kind = {"symmetric": self.symmetric, "shared": not self.recomputes}
+            return linearize_gradient(mean, *given, **kind)
         by_hand = lambda w, others, t: self.gradient_and_state(*at(w, others), t)
         mean = lambda w, others: mean_over_steps(by_hand, w, others, last, count)
         gradient, pull, r = jax.vjp(mean, *given, has_aux=True)

