@@ -237,7 +237,7 @@ class ImplicitOptimizer(Algorithm):
         z, train_loss, _ = phi.rollout(z, hyperparams, 0, self.inner_steps)
         w = z.w
         val_loss, of_z, direct = validation.value_and_grads(z, hyperparams)
-        alpha, direct, unsettled = through_state(phi, z, hyperparams, last, of_z, direct)
+        alpha, direct, unsettled, moves = through_state(phi, z, hyperparams, last, of_z, direct)
         if phi.reads_state:
             warn_once(_READS_STATE, *problem.functions())
         residual, products = phi.optimality(z, hyperparams, last, self.curvature_batches)
@@ -270,6 +270,7 @@ class ImplicitOptimizer(Algorithm):
         reached, mixed = product(q)
         inner_residual = tree_l2_norm(residual)
         change = norm * jnp.abs(tree_dot(q, jax.tree.map(lambda x: x.astype(wide), residual)))
+        change += jnp.abs(moves).astype(wide)
         size = jnp.abs(val_loss).astype(wide)
         gap = change / jnp.where(size > 0, size, 1)
         residual_left = tree_l2_norm(jax.tree.map(jnp.subtract, unit, reached))
@@ -303,7 +304,8 @@ class ImplicitOptimizer(Algorithm):
         if not gap > _LARGE_GAP:
             return of_solves
         not_there = (
-            "Training has not converged, or its last batch does not represent the others: training "
+            "Training has not converged, or its last batch does not represent the others (nor may "
+            "the model state have settled): training "
             f"on that batch to its optimum would change the validation loss by {gap:.0%} "
             "(optimality_gap, median of the last quarter of the steps), so the hypergradient may "
             "be wrong by any factor: use more inner_steps, larger batches, or curvature_batches."

@@ -2,6 +2,7 @@ r"""The running state at the inner optimum, where it has settled: $r = R(w, \lam
 
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PyTree
@@ -13,16 +14,21 @@ from gradhpo.extend import (
     cast_like,
     choose_solver,
     solve_system,
+    tree_dot,
     tree_zeros_like,
 )
 
 
 class ThroughState(NamedTuple):
-    """Cotangents on w and the hyperparameters, with what acts on validation by way of r."""
+    """Cotangents on w and the hyperparameters, with what acts on validation by way of r.
+
+    And `change`, that of the validation loss if r were to settle, to first order.
+    """
 
     w: PyTree
     hyperparams: PyTree
     failed: Array
+    change: Array
 
 
 def through_state(
@@ -38,8 +44,10 @@ def through_state(
     With $q = \alpha_r (I - \partial R/\partial r)^{-1}$, on the batch of step `t`.
     """
     if not jax.tree.leaves(alpha.r):
-        return ThroughState(alpha.w, direct, jnp.zeros((), bool))
-    pull, wide = phi.pull_state(z, hyperparams, t), accumulation_dtype(alpha.r)
+        nothing = jnp.zeros((), accumulation_dtype(alpha.w))
+        return ThroughState(alpha.w, direct, jnp.zeros((), bool), nothing)
+    wide = accumulation_dtype(alpha.r)
+    new, pull = phi.state_vjp(z, hyperparams, t)
     widened = lambda tree: jax.tree.map(lambda x: x.astype(wide), tree)
 
     def product(v):
@@ -56,4 +64,6 @@ def through_state(
     )
     by_w, (by_hyperparams, _) = pull(cast_like(q, alpha.r))
     add = lambda x, y: jax.tree.map(jnp.add, x, y)
-    return ThroughState(add(alpha.w, by_w), add(direct, by_hyperparams), failed)
+    left = jax.tree.map(jnp.subtract, new, eqx.filter(z.r, eqx.is_inexact_array))
+    change = tree_dot(q, widened(left))
+    return ThroughState(add(alpha.w, by_w), add(direct, by_hyperparams), failed, change)

@@ -176,7 +176,8 @@ class T1T2Optimizer(Algorithm):
         v, through_optimizer = phi.optimizer_vjp(gradient, before, hyperparams, last, alpha.w)
         exact = through_optimizer
         if jax.tree.leaves(alpha.r):
-            _, (through_state, _) = phi.pull_state(before, hyperparams, last)(alpha.r)
+            _, pull = phi.state_vjp(before, hyperparams, last)
+            _, (through_state, _) = pull(alpha.r)
             exact = jax.tree.map(jnp.add, exact, through_state)
         norm = tree_l2_norm(v)
         # v = 0 must give 0, not 0/0; then any finite scale will do.

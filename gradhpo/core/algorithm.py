@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PyTree
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.hooks import Hooks
 from gradhpo.core.inner_optimizer import init_inner_state, resolve
-from gradhpo.core.inner_state import InnerState, Start, between
+from gradhpo.core.inner_state import InnerState, Start, restarted
 from gradhpo.core.inputs import Inputs
 from gradhpo.core.losses import called
 from gradhpo.core.memory import (
@@ -231,7 +231,7 @@ class Algorithm(Hooks, BilevelOptimizer):
         z = inner_state(state)
         w = tree_lerp(start.w, z.w, reptile_rate)
         s = init_inner_state(self.inner_optimizer, w, state.hyperparams)
-        z = InnerState(w, s, between(start.r, z.r, reptile_rate))
+        z = InnerState(w, s, restarted(start.r, z.r, reptile_rate))
         memory = self._restarted(state.memory, z, state.hyperparams)
         return with_inner_state(state, z).update(memory=memory, fresh=True)
 

@@ -151,9 +151,9 @@ class BilevelOptimizer(OuterStep):
     ) -> BilevelState:
         r"""A new episode, for your own loops: what [`run`][gradhpo.run] does between two episodes.
 
-        The parameters move to $\phi - \mathtt{reptile\_rate}\,(\phi - w)$, and the model state in
-        the same way; inner optimizer state and the memory of the episode are reset; the rest of the
-        state stays.
+        The parameters move to $\phi - \mathtt{reptile\_rate}\,(\phi - w)$; inner optimizer state
+        and the memory of the episode are reset; the model state is that of the start if the rate is
+        0, and otherwise stays, as the rest does.
 
         **Arguments:**
 

@@ -180,7 +180,10 @@ def trace_loss(
     Its inputs are the leaves of w, r and the hyperparameters; its results the loss and the new r.
     """
     name = f"{which}_loss_fn"
-    remedy = "; a loss fn(model, batch) becomes one of these by gradhpo.model_loss(fn)"
+    remedy = (
+        "; a loss fn(model, batch) becomes one of these by gradhpo.model_loss(fn), and with "
+        "running state, init(params, hyperparams, model_state=...), there is a fourth argument"
+    )
     if z.r is not None:
         remedy = (
             "; the state has a model_state, which losses take as fourth argument. A loss "

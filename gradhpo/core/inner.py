@@ -219,19 +219,19 @@ class InnerUpdate(eqx.Module):
             gradient_bar, w_out, (hyper_out, s_out, r_out) = pull_optimizer(on_outputs)
             ways = [(w_out, (hyper_out, r_out)), second_derivatives(gradient_bar)]
             if jax.tree.leaves(bar.r):
-                ways.append(self.pull_state(z, hyperparams, t)(bar.r))
+                ways.append(self.state_vjp(z, hyperparams, t)[1](bar.r))
             w_out, (hyper_out, r_out) = jax.tree.map(lambda *x: sum(x[1:], x[0]), *ways)
             return InnerState(w_out, s_out, r_out), hyper_out
 
         new_w, new_s = eqx.combine(new, new_rest)
         return InnerState(new_w, new_s, r), loss, pull
 
-    def pull_state(
+    def state_vjp(
         self, z: InnerState, hyperparams: PyTree, t: ArrayLike
-    ) -> Callable[[PyTree], tuple[PyTree, tuple[PyTree, PyTree]]]:
-        """Pulls a cotangent on the new running state back: to w, and to (hyperparameters, r).
+    ) -> tuple[PyTree, Callable[[PyTree], tuple[PyTree, tuple[PyTree, PyTree]]]]:
+        """The floating-point part of the new running state, and its pullback.
 
-        A cotangent is a tree like the floating-point part of the running state.
+        That takes a cotangent on it to w, and to (hyperparameters, running state).
         """
         of_r, rest = differentiated(z.r)
 
@@ -246,7 +246,7 @@ class InnerUpdate(eqx.Module):
                 new = self.evaluate(z, hyperparams, t)[1]
             return differentiated(new)[0]
 
-        return jax.vjp(running, z.w, (hyperparams, of_r))[1]
+        return jax.vjp(running, z.w, (hyperparams, of_r))
 
     def _vjp_by_hand(
         self, z: InnerState, hyperparams: PyTree, t: ArrayLike

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PyTree
 
 from gradhpo.utils.freezing import like_trained
-from gradhpo.utils.trees import tree_lerp
 
 
 class InnerState(NamedTuple):
@@ -31,16 +30,12 @@ def differentiated(r: PyTree) -> tuple[PyTree, PyTree]:
     return eqx.partition(r, eqx.is_inexact_array)
 
 
-def between(start: PyTree, end: PyTree, rate: ArrayLike) -> PyTree:
-    """Running state on the way from the start of an episode (`rate` 0) to its end (1).
+def restarted(start: PyTree, end: PyTree, rate: ArrayLike) -> PyTree:
+    """Running state for the next episode: from the start of the last one if the `rate` is 0.
 
-    What is not a floating-point number is that of the end, unless `rate` is 0.
+    Otherwise that of its end: a point between two averages with different counts is neither's.
     """
-    numbers = tree_lerp(start, end, rate)
-    choose = lambda x, y, z: (
-        x if eqx.is_inexact_array(x) else jnp.where(jnp.asarray(rate) > 0, z, y)
-    )
-    return jax.tree.map(choose, numbers, start, end)
+    return jax.tree.map(lambda x, y: jnp.where(jnp.asarray(rate) > 0, y, x), start, end)
 
 
 class Start(eqx.Module):

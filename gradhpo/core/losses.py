@@ -35,7 +35,9 @@ def with_state(name: str, what: str, returned: Any, r: PyTree) -> Result:
         return Result(returned, None)
     fits = isinstance(returned, tuple) and len(returned) == 2
     if not fits or jax.tree.structure(returned[1]) != jax.tree.structure(r):
-        differs = f"\n{where_they_differ(returned[1], r)}" if fits else ""
+        differs = f", not a {type(returned).__name__}"
+        if fits:
+            differs = f"\n{where_they_differ(returned[1], r)}"
         raise ValueError(
             f"{name} got a model state, as the state has one, and must return ({what}, "
             f"new_model_state), the second with the structure of the first{differs}"

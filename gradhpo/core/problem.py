@@ -27,7 +27,7 @@ from gradhpo.core.state import inner_state
 from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, UpdateFn
 from gradhpo.utils.foreign import NO_DERIVATIVE, is_custom_vjp, is_recomputed
 from gradhpo.utils.freezing import not_trained
-from gradhpo.utils.programs import contains, inputs_read
+from gradhpo.utils.programs import contains, inputs_read, visible_leaves
 from gradhpo.utils.validation import check_arity
 
 
@@ -127,8 +127,13 @@ def make_problem(
     on_batch = lambda z, h: (validation.loss(z, h), None)
     of_validation = trace_loss("val", losses.val_loss, on_batch, inputs.val_batch, *at)
     symmetric = grad_fn is None and not contains(result_of(program, 0), is_custom_vjp)
-    reads_state = z.r is not None
-    if grad_fn is update_fn is None:
+    reads_state = False
+    of_r, rest = differentiated(z.r)
+    if jax.tree.leaves(of_r) and not grad_fn is update_fn is None:
+        rule = phi.gradient_and_state if update_fn is None else phi.updated_by_hand
+        new = lambda r: rule(z._replace(r=eqx.combine(r, rest)), hyperparams, 0)[0]
+        reads_state = any(jax.tree.leaves(visible_leaves(new, of_r)))
+    elif jax.tree.leaves(of_r):
         reads = inputs_read(result_of(program, 0), by_derivative=True)
         after_w = len(jax.tree.leaves(z.w))
         reads_state = any(reads[after_w : after_w + len(jax.tree.leaves(z.r))])

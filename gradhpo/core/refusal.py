@@ -47,6 +47,11 @@ def why_refused(finite: dict[str, PyTree]) -> str:
         for name, fine in zip(leaf_names(leaves), jax.tree.leaves(leaves), strict=True)
         if not np.all(fine)
     ]
+    if bad and all(name.startswith("model_state") for name in bad):
+        return (
+            "From the first step on everything else is finite, and the new model state that "
+            f"train_loss_fn returns is not: {', '.join(bad[:5])}."
+        )
     if not bad or not all(name.startswith(("inner_opt_state", "outer_opt_state")) for name in bad):
         return ""
     return (

@@ -80,5 +80,6 @@ def _beside(state: BilevelState) -> BilevelState:
         by = 0.01 * random.normal(size=x.shape) * np.maximum(1, np.abs(np.asarray(x, float)))
         return x + jnp.asarray(by, x.dtype)
 
-    params, hyperparams = jax.tree.map(move, (state.params, state.hyperparams), is_leaf=is_frozen)
-    return state.update(params=params, hyperparams=hyperparams)
+    given = state.params, state.hyperparams, state.model_state
+    params, hyperparams, model_state = jax.tree.map(move, given, is_leaf=is_frozen)
+    return state.update(params=params, hyperparams=hyperparams, model_state=model_state)

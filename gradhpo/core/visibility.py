@@ -1,7 +1,7 @@
 """Which hyperparameters a method can see, found from the traced program."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 import equinox as eqx
@@ -58,32 +58,34 @@ def seen_by(sees: Sees, problem: Problem, with_init: bool = False) -> list[bool]
             new_r = lambda h: phi.step(z, h, 0, want_loss=False)[0].r
             ways.append(jax.tree.leaves(visible_leaves(new_r, hyperparams)))
     elif sees != "validation":
-        read = lambda new: (new.w if reads_w else (), new.r if reads_r else ())
+        read = {"w": reads_w, "s": False, "r": reads_r}
         ways.append(_seen_by_step(sees, phi, z, hyperparams, read))
     return [any(seen) for seen in zip(*ways, strict=True)]
 
 
 def _seen_by_step(
-    sees: Sees,
-    phi: InnerUpdate,
-    z: InnerState,
-    hyperparams: PyTree,
-    read: Callable[[InnerState], PyTree],
+    sees: Sees, phi: InnerUpdate, z: InnerState, hyperparams: PyTree, read: dict[str, bool]
 ) -> list[bool]:
-    """The same by an inner step: on what is `read` of its result, or on all that it leaves."""
-    inexact, rest = eqx.partition((z.s, z.r), eqx.is_inexact_array)
+    """The same by an inner step: on the parts of z that are `read` after it, or after later steps.
+
+    What an update leaves in s must come back, for example: signs of it have no derivative.
+    """
+    inexact, rest = eqx.partition(z, eqx.is_inexact_array)
+    if not read["r"]:  # the parameters are read themselves: what they do later tells no more
+        inexact, rest = inexact._replace(w=None), rest._replace(w=z.w)
 
     def step(at):
-        (s, r), hyperparams = eqx.combine(at[0], rest), at[1]
-        return phi.step(InnerState(z.w, s, r), hyperparams, 0, want_loss=False)[0]
+        z, hyperparams = eqx.combine(at[0], rest), at[1]
+        return phi.step(z, hyperparams, 0, want_loss=False)[0]
 
     of_step = readings(step, (inexact, hyperparams), by_derivative=sees != "everything")
-    before, on_what_is_read = of_step.by(read)
-    # What an update leaves in s must come back: signs of it have no derivative.
-    comes_back = sees == "everything" or any(jax.tree.leaves(before))
-    if sees == "last update" or not comes_back:
-        return jax.tree.leaves(on_what_is_read)
-    return jax.tree.leaves(of_step.by()[1])
+    of_parts = lambda new: [getattr(new, part) for part, here in read.items() if here]
+    for _ in read if sees != "last update" else ():
+        before, _ = of_step.by(of_parts)
+        read = {p: here or any(jax.tree.leaves(getattr(before, p))) for p, here in read.items()}
+    if sees == "everything":
+        return jax.tree.leaves(of_step.by()[1])
+    return jax.tree.leaves(of_step.by(of_parts)[1])
 
 
 def _sees_its_gradient(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> bool:
@@ -195,7 +197,7 @@ _LOOKS_ELSEWHERE: dict[Sees, str] = {
     "validation": "the validation loss does not depend on them, and this method looks nowhere else",
     "optimum": "the optimum of the training loss does not depend on them (settings of the inner "
     "optimizer change the way to it; a weight decay goes into the loss)",
-    "last update": "they act on later updates alone, through the optimizer's state",
+    "last update": "they act on later updates alone, through what an update leaves for the next",
 }
 
 

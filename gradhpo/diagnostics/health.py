@@ -211,6 +211,8 @@ class _Run:
 
 def _where(run: _Run, watched: dict[str, Any] | None, notes: list[str]) -> NonFinite | None:
     """The source of a non-finite estimate: first in the exact computation, then in the estimate."""
+    if watched and not all(map(np.all, jax.tree.leaves(watched["forward"]["model_state"]))):
+        return first_nonfinite(watched)  # every step is refused, with a finite hypergradient too
     if _is_finite(run.hypergradient):
         return None
     watched = run.watched(notes) if watched is None else watched

@@ -39,6 +39,7 @@ _FORWARD = {
     "gradient": ("the training gradient", _FIRST),
     "params": ("the updated parameters", _DIVERGED),
     "inner_opt_state": ("the inner optimizer's state", _DIVERGED),
+    "model_state": ("the new model state", _FIRST),
 }
 _VALIDATION = {
     "val_loss": ("the validation loss", _RANGE),
@@ -96,6 +97,7 @@ def finiteness(problem: Problem, num_steps: int) -> dict[str, Any]:
             "gradient": finite_leaves(gradient),
             "params": finite_leaves(new.w, unless_as_in=z.w),
             "inner_opt_state": finite_leaves(new.s, unless_as_in=z.s),
+            "model_state": finite_leaves(new.r, unless_as_in=z.r),
             "alpha": finite_leaves(validation.alpha(new, hyperparams).w),
             "uphill": tree_dot(jax.tree.map(difference, ruled.w, z.w), gradient) > 0,
         }

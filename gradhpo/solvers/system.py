@@ -144,7 +144,10 @@ def _solved_jvp(primals: tuple, tangents: tuple, *, solve: _Solve) -> tuple:
     value, failed, _ = found
     # A q = b, so A q' = b' - A' q. What is None does not depend on anything.
     _, moved = eqx.filter_jvp(lambda product: product(value), (product,), (product_dot,))
-    left = jax.tree.map(lambda x, y: -x if y is None else y - x, moved, rhs_dot)
+    minus = lambda y, x: jnp.zeros_like(x) if y is None else y
+    given = jax.tree.map(minus, rhs_dot, value, is_leaf=lambda x: x is None)
+    gone = jax.tree.map(minus, moved, value, is_leaf=lambda x: x is None)
+    left = jax.tree.map(jnp.subtract, given, gone)
     # Linear, so that reverse mode has it too; twice, as a solver may make a number of NaN.
     known = lambda tree: jax.tree.map(
         lambda x: jnp.where(failed, jnp.nan, 1).astype(x.dtype) * x, tree

@@ -203,8 +203,9 @@ def check_episodes(
 def check_restart(start: PyTree, reptile_rate: Any, model_state: PyTree) -> None:
     """What `restart` needs in addition to the state."""
     check_setting("reptile_rate", jnp.asarray(reptile_rate), _is_share, "in [0, 1]")
-    moves = not isinstance(reptile_rate, Tracer) and np.any(reptile_rate != 1)
-    if moves and model_state is not None and not hasattr(start, "model_state"):
+    traced = isinstance(reptile_rate, Tracer)
+    moves = not traced and np.any(reptile_rate != 1)
+    if (traced or moves) and model_state is not None and not hasattr(start, "model_state"):
         raise ValueError(
             f"reptile_rate={reptile_rate} goes part of the way from where the episode started, for "
             "the model state too: pass the state from there, "

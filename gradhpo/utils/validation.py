@@ -86,7 +86,13 @@ def check_has_model_state(params: PyTree, model_state: PyTree) -> None:
     if any(map(is_state, jax.tree.leaves(params, is_leaf=is_state))):
         raise ValueError(f"params holds an eqx.nn.State, which is not trained: write {write}")
     is_layer = lambda x: isinstance(x, eqx.nn.StateIndex)
-    if model_state is None and any(map(is_layer, jax.tree.leaves(params, is_leaf=is_layer))):
+    layers = list(filter(is_layer, jax.tree.leaves(params, is_leaf=is_layer)))
+    if any(map(eqx.is_array, jax.tree.leaves(layers))):
+        raise ValueError(
+            "params has a layer with running state (such as eqx.nn.BatchNorm) whose state was not "
+            f"taken out of the model: write {write}"
+        )
+    if model_state is None and layers:
         raise ValueError(
             "params has a layer with running state (such as eqx.nn.BatchNorm), and there is no "
             f"model_state: write {write}"
@@ -267,8 +273,8 @@ def check_scalar(output: Any, name: str) -> None:
     if len(leaves) != 1 or output is not leaves[0]:
         raise TypeError(
             f"{name} must return a scalar, got a {type(output).__name__} with {len(leaves)} "
-            f"{'leaf' if len(leaves) == 1 else 'leaves'}: return the loss alone; auxiliary outputs "
-            "are not kept"
+            f"{'leaf' if len(leaves) == 1 else 'leaves'}: return the loss alone (auxiliary outputs "
+            "are not kept; running state goes into init(model_state=...))"
         )
     shape, dtype = jnp.shape(output), jnp.result_type(output)
     if shape != () or not jnp.issubdtype(dtype, jnp.floating):

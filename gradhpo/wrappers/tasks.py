@@ -215,13 +215,13 @@ class TaskBatched(Wrapper):
         self, state: BilevelState, start: InnerState, reptile_rate: Float[Array, ""]
     ) -> BilevelState:
         z, memory = inner_state(state), self._checked(state.memory)
-        averaged = lambda x: jnp.broadcast_to(_mean(x), x.shape) if eqx.is_inexact_array(x) else x
-        (w, r), start = jax.tree.map(averaged, ((z.w, z.r), start))
+        averaged = lambda tree: jax.tree.map(lambda x: jnp.broadcast_to(_mean(x), x.shape), tree)
+        w, start = averaged(z.w), start._replace(w=averaged(start.w))
 
         def of_task(z, memory, start):
             return _own(self.optimizer._restart(_of_task(state, z, memory), start, reptile_rate))
 
-        z, of_each = jax.vmap(of_task)(z._replace(w=w, r=r), memory.of_each, start)
+        z, of_each = jax.vmap(of_task)(z._replace(w=w), memory.of_each, start)
         memory = TaskMemory(memory.task, of_each)
         return with_inner_state(state, z).update(memory=memory, fresh=True)
 
