@@ -61,7 +61,7 @@ NUMBER = re.compile(r"[-+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?")
 
 LONG = {
     "diagnostics.md", "hyperparameters.md", "implicit.md", "training.md", "which_algorithm.md",
-    "how_to/episodes.md",
+    "how_to/episodes.md", "how_to/frozen.md", "how_to/optax_loop.md",
 }  # fmt: skip
 
 

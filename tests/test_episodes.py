@@ -95,6 +95,7 @@ def losses():
     return LOSSES.train_loss, LOSSES.val_loss
 
 
+@pytest.mark.thorough
 def test_chunks_and_sources_make_no_difference():
     """Chunks of several episodes, of one, of parts of one; arrays, or an iterator over them."""
     optimizer = hyperdistill()

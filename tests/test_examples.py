@@ -77,7 +77,7 @@ for name in {ALL!r}:
     "name",
     quick(
         sorted(set(ALL) - {"data_hypercleaning", "learned_learning_rates", "regularisation"}),
-        keep=["compressed_sensing", "learned_schedule", "which_algorithm"],
+        keep=["which_algorithm"],
     ),
 )
 def test_quick_form_prints_a_table_and_saves_a_picture(name, tmp_path):

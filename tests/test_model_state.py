@@ -91,7 +91,7 @@ def images(number, steps=None):
     ("inner", "mode"),
     quick(
         [(inner, mode) for inner in (MOMENTUM, ADAM) for mode in ("batch", "ema")],
-        keep=[(MOMENTUM, "batch"), (ADAM, "ema")],
+        keep=[(MOMENTUM, "batch")],
     ),
 )
 def test_a_batchnorm_network_is_differentiated_through_its_statistics(inner, mode, promotes):
