@@ -207,9 +207,8 @@ class T1T2Optimizer(Algorithm):
                 changed = [*leaves[:position], moved.reshape(leaf.shape), *leaves[position + 1 :]]
                 new_hyperparams = jax.tree.unflatten(treedef, changed)
                 new, _ = phi.step(before, new_hyperparams, self.inner_steps - 1, want_loss=False)
-                return InnerState(new.w, None, eqx.filter(new.r, eqx.is_inexact_array)), moved[
-                    coordinate
-                ]
+                seen = InnerState(new.w, None, eqx.filter(new.r, eqx.is_inexact_array))
+                return seen, moved[coordinate]
 
             def product(coordinate):
                 (plus, above), (minus, below) = (after(coordinate, e) for e in (epsilon, -epsilon))

@@ -99,8 +99,8 @@ def linearize_gradient(
     `symmetric=False` transposes it (reverse over reverse).
 
     `shared`: whether the products keep the activations of the gradient. A loss with
-    `jax.checkpoint` recomputes them to save memory, and then every product starts anew: with ten
-    layers, 2.3 times the memory of a gradient in place of 8.6 times.
+    `jax.checkpoint` recomputes them to save memory, and then every product starts anew: kept, they
+    would take the memory that it saves.
 
     ??? cite "Reference"
 
