@@ -48,16 +48,16 @@ class Validation(eqx.Module):
         self, z: InnerState, hyperparams: PyTree
     ) -> tuple[Array, InnerState, PyTree]:
         r"""$L_{val}$, its derivative $\alpha$ by z (not by s), and the direct term."""
-        at, loss = self._of_differentiated(z)
+        at, loss = self.of_differentiated(z)
         value, (alpha, direct) = jax.value_and_grad(loss, argnums=(0, 1))(at, hyperparams)
         return value, alpha, direct
 
     def alpha(self, z: InnerState, hyperparams: PyTree) -> InnerState:
         r"""$\alpha$ alone."""
-        at, loss = self._of_differentiated(z)
+        at, loss = self.of_differentiated(z)
         return jax.grad(loss)(at, hyperparams)
 
-    def _of_differentiated(self, z: InnerState) -> tuple[InnerState, Callable]:
+    def of_differentiated(self, z: InnerState) -> tuple[InnerState, Callable]:
         """What the loss is differentiated by, and the loss as a function of it."""
         of_r, rest = differentiated(z.r)
         full = lambda at: at._replace(r=eqx.combine(at.r, rest))

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from gradhpo.core.inner import InnerUpdate
-from gradhpo.core.inner_state import InnerState, differentiated
+from gradhpo.core.inner_state import InnerState
 from gradhpo.core.problem import Problem
 from gradhpo.core.start import acting_at_start, started
 from gradhpo.utils.advice import IGNORES_SIZE, WHO_SEES
@@ -34,15 +34,10 @@ def seen_by(sees: Sees, problem: Problem, with_init: bool = False) -> list[bool]
     """
     phi, validation, z, hyperparams = problem
     by_derivative = sees != "everything"
-    of_r, rest = differentiated(z.r)
-    full = lambda w, r: InnerState(w, None, eqx.combine(r, rest))
-    of_validation = readings(
-        lambda at: validation.loss(full(*at[0]), at[1]),
-        ((z.w, of_r), hyperparams),
-        by_derivative=by_derivative,
-    )
-    (by_w, by_r), by_hyperparams = of_validation.by()
-    reads_w, reads_r = (any(jax.tree.leaves(reads)) for reads in (by_w, by_r))
+    at, loss = validation.of_differentiated(z)
+    of_validation = readings(lambda x: loss(*x), (at, hyperparams), by_derivative=by_derivative)
+    by_z, by_hyperparams = of_validation.by()
+    reads_w, reads_r = (any(jax.tree.leaves(reads)) for reads in (by_z.w, by_z.r))
     by_hyperparams = jax.tree.leaves(by_hyperparams)
     ways = [by_hyperparams]
     looks_on = sees != "validation" or with_init
@@ -126,10 +121,9 @@ def check_visible(name: str, sees: Sees, problem: Problem, with_init: bool) -> N
     # How each unseen leaf acts, computed only now: most programs never need it.
     through = {kind: seen_by(kind, problem) for kind in _NARROWER}
     through[_INIT] = seen_by("validation", problem, True)
-    (of_r, rest), w = differentiated(problem.z.r), problem.z.w
-    full = lambda at: InnerState(at[0], None, eqx.combine(at[1], rest))
-    of_z = lambda at: problem.validation.loss(full(at), problem.hyperparams)
-    blind = not any(jax.tree.leaves(visible_leaves(of_z, (w, of_r))))
+    at, loss = problem.validation.of_differentiated(problem.z)
+    of_z = lambda at: loss(at, problem.hyperparams)
+    blind = not any(jax.tree.leaves(visible_leaves(of_z, at)))
     groups: dict[str, list[str]] = {}
     for leaf, here, *elsewhere in zip(names, seen, *through.values(), strict=True):
         if not here:
