@@ -401,6 +401,7 @@ def test_what_was_learned_before_is_compared_as_it_is():
     assert report.metrics[""]["theta"] == fitted.memory.theta != state.memory.theta
 
 
+@pytest.mark.thorough
 def test_bfloat16(as_a_user_has_it):
     """In their own precision, compared in float64."""
     inner, short = optax.sgd(0.1), jnp.bfloat16

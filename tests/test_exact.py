@@ -195,7 +195,11 @@ def frozen_at_first():
 
 
 @pytest.mark.parametrize(
-    ("kept", "checkpoints"), [(1, None), (2, None), (4, None), (6, None), (4, "sqrt"), (5, 2)]
+    ("kept", "checkpoints"),
+    quick(
+        [(1, None), (2, None), (4, None), (6, None), (4, "sqrt"), (5, 2)],
+        keep=[(2, None), (4, "sqrt")],
+    ),
 )
 def test_truncation_keeps_the_last_terms_of_the_sum(kept, checkpoints, frozen_at_first):
     arguments, by_hand = frozen_at_first

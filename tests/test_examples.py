@@ -93,6 +93,7 @@ def number(pattern, text):
     return float(re.search(pattern, text, re.MULTILINE).group(1))
 
 
+@pytest.mark.thorough
 def test_a_first_hypergradient_by_hand_is_that_of_gradhpo(tmp_path):
     picture = tmp_path / "sub" / "first.png"
     script = ["reading/first_hypergradient.py", "--quick", "--output", str(picture)]
@@ -106,6 +107,7 @@ def test_a_first_hypergradient_by_hand_is_that_of_gradhpo(tmp_path):
     assert abs(number(r"hypergradient there (\S+)", told)) < 1e-4 * abs(difference)
 
 
+@pytest.mark.thorough
 def test_short_horizons_want_small_rates(tmp_path):
     picture = tmp_path / "sub" / "picture.png"
     script = ["reading/short_horizon.py", "--quick", "--output", str(picture)]
@@ -162,6 +164,7 @@ def test_hypercleaning_reaches_what_readme_says(tmp_path):
     assert rows["untuned, training set"][0] < 0.78
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("splits", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_many_penalties_validate_better_than_a_grid_of_ten_times_the_fits(splits, tmp_path):
     """Ridge and elastic net by implicit differentiation, means over the splits."""

@@ -194,6 +194,7 @@ def test_lora_takes_the_memory_of_a_closure(make, lora):
     assert ours <= 1.1 * temporary_bytes(optimizer, adapters, backbone)
 
 
+@pytest.mark.thorough
 def test_kept_inner_states_do_not_hold_the_backbone(lora):
     """As they do where an optimizer that does nothing is given to it: 16 times 2 MiB."""
     backbone, adapters = lora

@@ -43,6 +43,7 @@ def run(optimizer=OPTIMIZER, params=PARAMS, losses=LOSSES, num_steps=8, batches=
     return gradhpo.run(optimizer, state, losses, train, val, num_steps=num_steps, **settings)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("tasks", [None, 2])
 def test_reptile_moves_what_is_trained(tasks):
     optimizer, batches = OPTIMIZER, None

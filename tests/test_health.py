@@ -157,6 +157,7 @@ def test_nan_of_adam(dtype):
             one_finding(report, "inner step 5", "eps_root=1e-16", "training gradient")
 
 
+@pytest.mark.thorough
 def test_nan_in_the_data():
     x, y = TRAIN
     stack = gradhpo.BatchStack((jnp.stack([x] * 6), jnp.stack([y] * 6).at[3, 2].set(jnp.nan)))
@@ -237,6 +238,7 @@ def test_masks_of_infinities_in_the_parameters():
         assert report.metasmoothness > 0.9
 
 
+@pytest.mark.thorough
 def test_momentum_may_go_uphill_for_a_while():
     """The rule is not to blame, only its memory: heavy balls overshoot."""
     optimizer = unrolled(relaxed(optax.sgd(0.05, momentum=0.95)), steps=4)

@@ -426,6 +426,7 @@ def test_estimating_traces_once(getkey):
     assert len(traces) == first
 
 
+@pytest.mark.thorough
 def test_keys_and_scalars_of_a_batch_are_those_of_the_step():
     """Dropout: D* keeps examples, never a key."""
 

@@ -239,6 +239,7 @@ def test_metrics_tell_how_far_from_the_optimum_and_how_well_the_system_was_solve
     assert residuals[0] > 10 * residuals[1] > 100 * residuals[2]
 
 
+@pytest.mark.thorough
 def test_training_that_does_not_converge_is_reported():
     """A penalty makes H regular, so that the system has a solution that means nothing."""
     random = np.random.default_rng(9)

@@ -221,6 +221,7 @@ def test_checks_while_tracing_leave_nothing_in_the_program():
     assert len(calls) == 3
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("rule", quick(["loss", "grad_fn", "update_fn"], keep=["loss"]))
 def test_means_over_many_batches_add_up_in_float32(rule):
     """Sums of 256 numbers in bfloat16 stall, and those of cotangents too."""

@@ -342,6 +342,7 @@ def test_what_has_not_settled_is_a_gap():
     assert state.get_metric("optimality_gap") > 1
 
 
+@pytest.mark.thorough
 def test_the_settled_state_has_second_derivatives():
     train = lambda w, h, batch, r: (jnp.sum((w - h) ** 2 + 0.1 * w**4), 0.9 * r + 0.1 * w**2)
     val = lambda w, h, batch, r: jnp.sum(r**2) + 0.1 * jnp.sum(h**2)
@@ -455,6 +456,7 @@ def test_every_optimizer_carries_it(name):
         assert_same(new.model_state, (state if rate else begin).model_state)
 
 
+@pytest.mark.thorough
 def test_training_without_tuning_and_sophia():
     fixed = gradhpo.FixedOptimizer(ADAM, inner_steps=2)
     state = fixed.step(fixed.init(W, H, model_state=BEGIN), BATCH, BATCH, AVERAGE)

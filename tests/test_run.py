@@ -322,6 +322,7 @@ def spoilt(*steps):
     return lambda i: (X, jnp.where(jnp.isin(i, jnp.asarray(steps, i.dtype)), jnp.nan, Y))
 
 
+@pytest.mark.thorough
 def test_rejections_in_a_row_are_counted_over_chunks_and_end_with_a_good_step():
     optimizer = unrolled(steps=1)
     settings = {"num_steps": 13, "max_rejections": 4}

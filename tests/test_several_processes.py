@@ -4,6 +4,7 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import processes
+import pytest
 
 
 PROGRAM = """
@@ -70,6 +71,7 @@ def free_port():
         return listener.getsockname()[1]
 
 
+@pytest.mark.thorough
 def test_batches_of_one_process_beside_a_state_of_all_are_refused():
     """They would be treated as equal, and parameters would silently drift apart."""
     processes.context()

@@ -73,6 +73,7 @@ LOOKAHEAD = lambda h: relaxed(
 )
 
 
+@pytest.mark.thorough
 def test_lookahead_trains_its_fast_parameters_and_validates_the_slow_ones():
     w = optax.LookaheadParams.init_synced(W)
     of_fast = lambda p, h, batch: penalised(p.fast, h, batch)

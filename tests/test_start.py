@@ -85,8 +85,13 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize("name", EXACT)
-@pytest.mark.parametrize("kind", INNER)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    quick(
+        [(kind, name) for kind in INNER for name in EXACT],
+        keep=[(kind, "unrolled") for kind in INNER],
+    ),
+)
 def test_exact_methods_differentiate_init(kind, name):
     inner, h = INNER[kind]
     optimizer = EXACT[name](inner)
