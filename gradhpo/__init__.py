@@ -12,6 +12,7 @@ from gradhpo.algorithms.unrolled import DrMADOptimizer, UnrolledOptimizer
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.batches import BatchStack, DataBatch
 from gradhpo.core.inputs import LossFunctions
+from gradhpo.core.microbatches import chunked_cross_entropy, microbatched
 from gradhpo.core.partition import model_loss, partition
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, MetricDict, RealScalarLike, UpdateFn
@@ -85,6 +86,7 @@ __all__ = [
     "UnrolledOptimizer",
     "UpdateFn",
     "check_hypergradient",
+    "chunked_cross_entropy",
     "compare_hypergradients",
     "compare_over_batches",
     "detach",
@@ -94,6 +96,7 @@ __all__ = [
     "iterate",
     "load_checkpoint",
     "metasmoothness",
+    "microbatched",
     "model_loss",
     "moving_average",
     "partition",

@@ -234,7 +234,7 @@ MISUSES = {
     ),
     "loss returns auxiliary output": (
         lambda: step(tl=lambda w, h, b: (train_loss(w, h, b), w)), TypeError,
-        "train_loss_fn must return a scalar, got a tuple.*return the loss alone",
+        r"train_loss_fn returned a loss and an array: .*a dict of scalars.*model_state",
     ),
     "loss takes two arguments": (
         lambda: step(tl=lambda model, batch: 0.0), TypeError,

@@ -93,4 +93,4 @@ class FixedOptimizer(Algorithm):
         phi, validation, z, hyperparams = problem
         z, train_loss, _ = phi.rollout(z, hyperparams, 0, self.inner_steps)
         nothing = jax.tree.map(jnp.zeros_like, hyperparams)
-        return Estimate(z, nothing, train_loss, validation.loss(z, hyperparams))
+        return Estimate(z, nothing, train_loss, validation.measured(z, hyperparams))

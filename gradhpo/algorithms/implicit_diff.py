@@ -271,7 +271,7 @@ class ImplicitOptimizer(Algorithm):
         inner_residual = tree_l2_norm(residual)
         change = norm * jnp.abs(tree_dot(q, jax.tree.map(lambda x: x.astype(wide), residual)))
         change += jnp.abs(moves).astype(wide)
-        size = jnp.abs(val_loss).astype(wide)
+        size = jnp.abs(jnp.asarray(val_loss)).astype(wide)
         gap = change / jnp.where(size > 0, size, 1)
         residual_left = tree_l2_norm(jax.tree.map(jnp.subtract, unit, reached))
         if not getattr(solver, "approximates", False):

@@ -176,7 +176,7 @@ class Algorithm(Hooks, BilevelOptimizer):
                 "these in its memory: take them out first, "
                 f"dataclasses.replace(state, metadata=state.metadata.without({taken!r}))"
             )
-        return with_metrics(made.update(step=state.step), dict(state.metadata))
+        return with_metrics(made.update(step=state.step), state.metadata)
 
     def _solve(self, inputs: Inputs) -> Estimate:
         problem = self._problem(inputs)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, PyTree
 from gradhpo.core.batches import BatchStack
 from gradhpo.core.inner_state import InnerState
 from gradhpo.core.inputs import Inputs, LossFunctions, both_losses, inputs_of
+from gradhpo.core.measured import as_it_was, aux_of, not_measured, without_aux
 from gradhpo.core.outer_step import OuterStep
 from gradhpo.core.partition import check_disjoint
 from gradhpo.core.state import BilevelState
@@ -78,6 +79,8 @@ class BilevelOptimizer(OuterStep):
         batch: PyTree = None,
         key: Array | None = None,
         model_state: PyTree = None,
+        losses: LossFunctions | None = None,
+        val_batch: PyTree = None,
     ) -> BilevelState:
         """The state at step 0.
 
@@ -95,6 +98,10 @@ class BilevelOptimizer(OuterStep):
             `(params, hyperparams, batch, model_state)`; a training loss returns
             `(scalar, new_model_state)`, and a validation loss the scalar (or both; then the state
             is dropped). Hypergradients of exact methods go through it. Default `None`: none.
+        - `losses`, `val_batch`: the [`LossFunctions`][gradhpo.LossFunctions], and an example of a
+            validation batch, as `batch` is of a training batch. With `losses` the state has the
+            names of the metrics that they return, as `nan`: needed for losses with metrics if your
+            own `jax.lax.scan` carries the state through `step`. Default `None`.
 
         **Returns:** a [`BilevelState`][gradhpo.BilevelState] whose structure, shapes and dtypes
         every `step` keeps.
@@ -115,7 +122,12 @@ class BilevelOptimizer(OuterStep):
         model_state = prepare_model_state(model_state)
         batch = as_batch(batch, "init(batch=...)")
         batch = jax.tree.map(lambda x: strong(x) if eqx.is_array_like(x) else x, batch)
-        return self._init_state(params, hyperparams, model_state, batch, key)
+        state = self._init_state(params, hyperparams, model_state, batch, key)
+        if losses is None:
+            return state
+        inputs = Inputs(state, batch, as_batch(val_batch, "init(val_batch=...)"), losses)
+        found = eqx.filter_eval_shape(lambda inputs: self._solve(inputs), inputs)
+        return not_measured(state, aux_of(found.train_loss, found.val_loss))
 
     @checked
     def adopt(self, state: BilevelState) -> BilevelState:
@@ -200,9 +212,10 @@ class BilevelOptimizer(OuterStep):
             `jax.random.key` are folded with the inner index; make a new key for each `step`), or a
             [`BatchStack`][gradhpo.BatchStack] with one batch per inner step.
         - `val_batch`: any pytree of arrays.
-        - `train_loss_fn`, `val_loss_fn`: `(params, hyperparams, batch) -> scalar`, or one
-            [`LossFunctions`][gradhpo.LossFunctions] in place of both. Create them once: every new
-            function is compiled again.
+        - `train_loss_fn`, `val_loss_fn`: `(params, hyperparams, batch) -> scalar`, or
+            `-> (scalar, {name: scalar})` with metrics, which the next state has as `train_<name>`
+            and `val_<name>`; or one [`LossFunctions`][gradhpo.LossFunctions] in place of both.
+            Create them once: every new function is compiled again.
         - `lr_hyper`: the step size of $\lambda \leftarrow \lambda - \mathtt{lr\_hyper}\cdot g$,
             shape `()`, needed with `outer_optimizer=None` and refused otherwise.
 
@@ -220,7 +233,8 @@ class BilevelOptimizer(OuterStep):
         """
         losses = both_losses("step", train_loss_fn, val_loss_fn)
         check_outer_rate(self, lr_hyper)
-        return _called(_step, self, state, train_batch, val_batch, *losses, outer_rate(lr_hyper))
+        given = train_batch, val_batch, *losses, outer_rate(lr_hyper)
+        return as_it_was(_called(_step, self, state, *given), state)
 
     def compute_hypergradient(
         self,
@@ -264,7 +278,7 @@ def _called(
     train_batch = as_batch(train_batch, "train_batch")
     val_batch = as_batch(val_batch, "val_batch")
     check_shared(state, train_batch=train_batch, val_batch=val_batch)
-    given = state, train_batch, val_batch, train_loss_fn, val_loss_fn
+    given = without_aux(state), train_batch, val_batch, train_loss_fn, val_loss_fn
     traces = num_traces()
     try:
         made, moving = program(optimizer, *given, *more)

@@ -25,8 +25,13 @@ class LossFunctions(eqx.Module):
     - `val_loss`: `(params, hyperparams, batch) -> scalar`, minimised by the outer
         optimizer over the hyperparameters.
 
+    Either may return `(scalar, metrics)`, where `metrics` is a dict of scalars such as
+    `{"accuracy": accuracy}`: they are in the history, the logs and the metadata of the state, as
+    `train_accuracy` (of the last inner step, before its update) and `val_accuracy` (at $w_T$), and
+    nothing is differentiated.
+
     If the state has a `model_state`, both take it as fourth argument, and `train_loss` returns
-    `(scalar, new_model_state)`.
+    `(scalar, new_model_state)` or `(scalar, (new_model_state, metrics))`.
 
     **Raises:** `TypeError` for a loss that is not a function.
 

@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from gradhpo.core.inner_optimizer import cast_like
+from gradhpo.core.types import METRICS
 from gradhpo.utils.structure import where_they_differ
 from gradhpo.utils.validation import check_scalar
 
@@ -23,10 +25,18 @@ def called(function: Callable, params: PyTree, hyperparams: PyTree, batch: PyTre
 
 
 class Result(NamedTuple):
-    """What a loss, a gradient or an update returned, and the new running state."""
+    """What a function of the user's returned, and the new running state."""
 
     value: Any
     r: PyTree
+
+
+class Evaluation(NamedTuple):
+    """What a training loss returned; `aux` are its metrics, by their names in the history."""
+
+    loss: Any
+    r: PyTree
+    aux: dict[str, Array]
 
 
 def with_state(name: str, what: str, returned: Any, r: PyTree) -> Result:
@@ -57,11 +67,76 @@ def _kind(x: Any) -> tuple:
     return jnp.shape(x), "float" if jnp.issubdtype(dtype, jnp.floating) else dtype
 
 
-def validation_value(returned: Any, r: PyTree) -> Array:
-    """The loss alone: a validation loss may return the running state as well, which is dropped."""
-    if r is not None and isinstance(returned, tuple) and len(returned) == 2:
+def training_result(returned: Any, r: PyTree) -> Evaluation:
+    """Of a training loss: `loss` or `(loss, aux)`; with a running state `(loss, new)` or
+    `(loss, (new, aux))`.
+    """
+    aux: Any = None
+    if _is_pair(returned):
         value, second = returned
-        if jax.tree.structure(second) == jax.tree.structure(r):
-            returned = value
+        if r is None:
+            returned, aux = value, second
+        elif not _is_like(second, r) and _is_pair(second) and _is_like(second[0], r):
+            returned, aux = (value, second[0]), second[1]
+    result = with_state("train_loss_fn", "loss", returned, r)
+    check_scalar(result.value, "train_loss_fn")
+    return Evaluation(*result, _metrics("train", aux))
+
+
+def validation_result(returned: Any, r: PyTree) -> tuple[Array, dict[str, Array]]:
+    """Of a validation loss: `loss` or `(loss, aux)`.
+
+    It may return the running state as a training loss does, which is dropped.
+    """
+    aux: Any = None
+    if _is_pair(returned):
+        returned, aux = returned
+        if r is not None and _is_like(aux, r):
+            aux = None
+        elif r is not None and _is_pair(aux) and _is_like(aux[0], r):
+            aux = aux[1]
     check_scalar(returned, "val_loss_fn")
-    return returned  # pyright: ignore[reportReturnType]
+    return returned, _metrics("val", aux)
+
+
+def _is_pair(x: Any) -> bool:
+    return isinstance(x, tuple) and len(x) == 2
+
+
+def _is_like(x: Any, r: PyTree) -> bool:
+    return jax.tree.structure(x) == jax.tree.structure(r)
+
+
+def _metrics(which: str, aux: Any) -> dict[str, Array]:
+    """The metrics beside a loss, by their names in the history."""
+    if aux is None:
+        return {}
+    name = f"{which}_loss_fn"
+    if not isinstance(aux, dict) or not all(isinstance(key, str) for key in aux):
+        kind = "an array" if eqx.is_array(aux) else f"a {type(aux).__name__}"
+        raise TypeError(
+            f"{name} returned a loss and {kind}: beside the loss it may return a dict "
+            "of scalars, return loss, {'accuracy': accuracy}, which are metrics; running state "
+            "goes into init(model_state=...)"
+        )
+    metrics = {}
+    for key, value in aux.items():
+        shape, dtype = jnp.shape(value), jnp.result_type(value)
+        is_number = any(jnp.issubdtype(dtype, kind) for kind in (jnp.number, jnp.bool_))
+        if shape != () or not is_number:
+            raise ValueError(
+                f"{name} returned {key!r} of shape {shape} and dtype {dtype} beside the loss, "
+                "where metrics are: scalars of shape (), such as a mean over the examples. An "
+                "array of every step is recorded by run(record=...)"
+            )
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            raise ValueError(f"{name} returned {key!r} beside the loss, which is complex")
+        if f"{which}_{key}" in METRICS:
+            raise ValueError(
+                f"{name} returned {key!r} beside the loss: it would be the metric {which}_{key}, "
+                "which every step has. Give it another name"
+            )
+        value = jnp.asarray(value)
+        is_float = jnp.issubdtype(value.dtype, jnp.floating)
+        metrics[f"{which}_{key}"] = value if is_float else value.astype(float)
+    return metrics

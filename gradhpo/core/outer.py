@@ -10,6 +10,7 @@ from jaxtyping import Array, PyTree
 
 from gradhpo.core.inner_optimizer import cast_like, explained
 from gradhpo.core.inner_state import InnerState
+from gradhpo.core.measured import Measured, loss_of
 from gradhpo.core.state import BilevelState, inner_state
 from gradhpo.core.types import RealScalarLike
 from gradhpo.utils.structure import check_same_structure
@@ -21,15 +22,16 @@ class Estimate(eqx.Module):
 
     - `z`: the $(w, s, r)$ after the inner steps.
     - `hypergradient`: a tree like the hyperparameters.
-    - `train_loss`, `val_loss`: at the last inner step, before its update; and at the end.
+    - `train_loss`, `val_loss`: at the last inner step, before its update; and at the end. As
+        `problem` gives them: metrics that a loss has beside it come along.
     - `memory`: the algorithm's memory after the step, with the structure, shapes and dtypes that
         `init_memory` gave it.
     """
 
     z: InnerState
     hypergradient: PyTree
-    train_loss: Array
-    val_loss: Array
+    train_loss: Array | Measured
+    val_loss: Array | Measured
     memory: PyTree = None
 
 
@@ -48,7 +50,8 @@ def check_estimate(name: str, found: Any, state: BilevelState) -> None:
         what, remedy = f"the {part} that {made}", f"To go on from there, {write}."
         check_same_structure(value, like, what, remedy)
     for part, value in (("train_loss", found.train_loss), ("val_loss", found.val_loss)):
-        if not (eqx.is_inexact_array(value) and value.shape == ()):
+        loss = loss_of(value)
+        if not (eqx.is_inexact_array(loss) and loss.shape == ()):
             raise ValueError(f"{made} {part}={value}, which is not a scalar of shape (): {write}")
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, ArrayLike, Bool, PyTree
 
 from gradhpo.core.inputs import Inputs
 from gradhpo.core.interface import InnerProblems
+from gradhpo.core.measured import aux_of, check_free, loss_of, with_aux
 from gradhpo.core.outer import outer_update
 from gradhpo.core.refusal import Attempt, finite_parts, why_refused
 from gradhpo.core.state import BilevelState, inner_state, with_inner_state, with_metrics
@@ -41,7 +42,8 @@ class OuterStep(InnerProblems):
     ) -> tuple[BilevelState, Bool[Array, " leaves"]]:
         """One outer step, for use inside a compiled program. Refuses non-finite results.
 
-        Also returns, for each leaf of the hyperparameters, whether its hypergradient is not 0.
+        Takes a state without the metrics that losses return, and adds those of this step. Also
+        returns, for each leaf of the hyperparameters, whether its hypergradient is not 0.
         """
         state, attempt = inputs.state, self._attempt(inputs, lr_hyper)
         estimate = attempt.estimate
@@ -54,8 +56,8 @@ class OuterStep(InnerProblems):
         refused = self.after_refusal(state.memory, estimate.memory)
         rejected = state.metadata["rejected"]
         metrics = {
-            "train_loss": estimate.train_loss,
-            "val_loss": estimate.val_loss,
+            "train_loss": loss_of(estimate.train_loss),
+            "val_loss": loss_of(estimate.val_loss),
             "hypergrad_norm": norm,
             "param_norm": self._param_norm(z.w),
             "hyperparam_norm": scaled_norm(hyperparams),
@@ -69,8 +71,10 @@ class OuterStep(InnerProblems):
             memory=jax.tree.map(keep, estimate.memory, refused),
             fresh=state.fresh & ~accepted,
         )
-        metrics = {name: x.astype(dtype) for name, x in metrics.items()}
-        return with_metrics(state, metrics), moving
+        cast = lambda metrics: {name: x.astype(dtype) for name, x in metrics.items()}
+        aux = aux_of(estimate.train_loss, estimate.val_loss)
+        check_free(aux, state)
+        return with_aux(with_metrics(state, cast(metrics)), cast(aux)), moving
 
     def _why_refused(self, inputs: Inputs, lr_hyper: ArrayLike | None) -> str:
         """Why a step on these inputs is refused, if that is not in its metrics."""

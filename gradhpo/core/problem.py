@@ -21,7 +21,8 @@ from gradhpo.core.checks import (
 from gradhpo.core.inner import InnerUpdate
 from gradhpo.core.inner_state import InnerState, differentiated
 from gradhpo.core.inputs import Inputs
-from gradhpo.core.losses import called, validation_value
+from gradhpo.core.losses import called, validation_result
+from gradhpo.core.measured import Measured, measured
 from gradhpo.core.start import act_at_start
 from gradhpo.core.state import inner_state
 from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, UpdateFn
@@ -40,17 +41,29 @@ class Validation(eqx.Module):
 
     def loss(self, z: InnerState, hyperparams: PyTree) -> Array:
         """The validation loss at the parameters and the running state of `z`."""
+        return self.evaluate(z, hyperparams)[0]
+
+    def measured(self, z: InnerState, hyperparams: PyTree) -> Array | Measured:
+        """The validation loss, as `Measured` if it has metrics beside it."""
+        return measured(*self.evaluate(z, hyperparams))
+
+    def evaluate(self, z: InnerState, hyperparams: PyTree) -> tuple[Array, dict[str, Array]]:
+        """What the user's loss returned: the loss, and metrics."""
         params = eqx.combine(z.w, self.frozen)
         returned = called(self.val_loss_fn, params, hyperparams, self.val_batch, z.r)
-        return validation_value(returned, z.r)
+        return validation_result(returned, z.r)
 
     def value_and_grads(
         self, z: InnerState, hyperparams: PyTree
-    ) -> tuple[Array, InnerState, PyTree]:
-        r"""$L_{val}$, its derivative $\alpha$ by z (not by s), and the direct term."""
-        at, loss = self.of_differentiated(z)
-        value, (alpha, direct) = jax.value_and_grad(loss, argnums=(0, 1))(at, hyperparams)
-        return value, alpha, direct
+    ) -> tuple[Array | Measured, InnerState, PyTree]:
+        r"""$L_{val}$, its derivative $\alpha$ by z (not by s), and the direct term.
+
+        The loss is `Measured` if it has metrics beside it.
+        """
+        at, evaluate = self._of_differentiated(z)
+        both = jax.value_and_grad(evaluate, argnums=(0, 1), has_aux=True)
+        (loss, aux), (alpha, direct) = both(at, hyperparams)
+        return measured(loss, aux), alpha, direct
 
     def alpha(self, z: InnerState, hyperparams: PyTree) -> InnerState:
         r"""$\alpha$ alone."""
@@ -59,9 +72,13 @@ class Validation(eqx.Module):
 
     def of_differentiated(self, z: InnerState) -> tuple[InnerState, Callable]:
         """What the loss is differentiated by, and the loss as a function of it."""
+        at, evaluate = self._of_differentiated(z)
+        return at, lambda at, h: evaluate(at, h)[0]
+
+    def _of_differentiated(self, z: InnerState) -> tuple[InnerState, Callable]:
         of_r, rest = differentiated(z.r)
         full = lambda at: at._replace(r=eqx.combine(at.r, rest))
-        return InnerState(z.w, None, of_r), lambda at, h: self.loss(full(at), h)
+        return InnerState(z.w, None, of_r), lambda at, h: self.evaluate(full(at), h)
 
 
 class Problem(NamedTuple):
@@ -121,7 +138,7 @@ def make_problem(
         start=inputs.start,
     )
     validation = Validation(losses.val_loss, frozen, inputs.val_batch)
-    on_batch = lambda z, h: phi.evaluate(z, h, 0)
+    on_batch = lambda z, h: phi.evaluate(z, h, 0)[:2]
     at = z._replace(s=None), hyperparams
     program = trace_loss("train", losses.train_loss, on_batch, inputs.train_batch, *at)
     on_batch = lambda z, h: (validation.loss(z, h), None)

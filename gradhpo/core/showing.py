@@ -24,7 +24,9 @@ def shown(
 ) -> str:
     """A few lines, for models of any size."""
     leaves = [x for x in jax.tree.leaves(params) if eqx.is_inexact_array(x)]
-    metrics = {name: metadata[name] for name in _METRICS if name in metadata}
+    aux = getattr(metadata, "aux", frozenset())
+    names = [*_METRICS, *sorted(aux)]
+    metrics = {name: metadata[name] for name in names if name in metadata}
     count = sum(x.size for x in leaves)
     lines = [
         f"step={_value(step)}",
@@ -32,7 +34,7 @@ def shown(
         f"hyperparams: {_by_value(hyperparams)}",
         ", ".join(f"{name}={_value(x)}" for name, x in metrics.items()),
     ]
-    notes = {name: x for name, x in metadata.items() if name not in METRICS}
+    notes = {name: x for name, x in metadata.items() if name not in (*METRICS, *aux)}
     if notes:
         lines.append(f"notes: {_by_value(notes)}")
     if memory is not None:

@@ -25,12 +25,19 @@ from gradhpo.utils.typecheck import checked
 class Metadata(dict[str, Any]):
     """Metrics of the last step and the user's notes: a dict that knows where other entries went.
 
-    `in_memory` names what the algorithm keeps in `state.memory`, as the state says.
+    `in_memory` names what the algorithm keeps in `state.memory`, as the state says; `aux` those
+    entries that are metrics which a loss returned.
     """
 
-    def __init__(self, entries: Mapping[str, Any], in_memory: frozenset[str] = frozenset()):
+    def __init__(
+        self,
+        entries: Mapping[str, Any],
+        in_memory: frozenset[str] = frozenset(),
+        aux: frozenset[str] | None = None,
+    ):
         super().__init__(entries)
         self.in_memory = in_memory
+        self.aux = getattr(entries, "aux", frozenset()) if aux is None else aux
 
     def __missing__(self, key: str) -> Any:
         if key in self.in_memory:
@@ -48,24 +55,30 @@ class Metadata(dict[str, Any]):
         return self[key] if key in self or key in self.in_memory else default
 
     def __or__(self, other: Mapping[str, Any]) -> "Metadata":  # pyright: ignore
-        return Metadata({**self, **other}, self.in_memory)
+        aux = self.aux | getattr(other, "aux", frozenset())
+        return Metadata({**self, **other}, self.in_memory, aux)
 
     def without(self, names: Iterable[str]) -> "Metadata":
         """The other entries."""
-        return Metadata({k: x for k, x in self.items() if k not in names}, self.in_memory)
+        names = frozenset(names)
+        rest = {k: x for k, x in self.items() if k not in names}
+        return Metadata(rest, self.in_memory, self.aux - names)
 
     def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], Any]:
         names = tuple(sorted(self))
-        return [(jax.tree_util.DictKey(x), self[x]) for x in names], (names, self.in_memory)
+        return [(jax.tree_util.DictKey(x), self[x]) for x in names], self._about(names)
 
     def tree_flatten(self) -> tuple[list[Any], Any]:
         names = tuple(sorted(self))  # without keys, which take longer to make than everything else
-        return [self[name] for name in names], (names, self.in_memory)
+        return [self[name] for name in names], self._about(names)
+
+    def _about(self, names: tuple[str, ...]) -> Any:
+        return names, self.in_memory, self.aux
 
     @classmethod
     def tree_unflatten(cls, about: Any, values: Iterable[Any]) -> "Metadata":
         made = cls.__new__(cls)  # without __init__: a loop over `step` spends its time here
-        names, made.in_memory = about
+        names, made.in_memory, made.aux = about
         made.update(zip(names, values))  # noqa: B905
         return made
 
@@ -99,7 +112,8 @@ class BilevelState(eqx.Module):
     The metrics are scalars, float32 (float64 if a parameter is float64), and `nan` before the first
     step: `train_loss` (last inner step, before its update), `val_loss` (at $w_T$, before the outer
     update), `hypergrad_norm`, `param_norm`, `hyperparam_norm` (Euclidean), and `rejected` (how many
-    steps so far were refused for a non-finite value; initially 0).
+    steps so far were refused for a non-finite value; initially 0). After a step also what losses
+    returned beside their values, as `train_<name>` and `val_<name>`.
 
     ```python
     optimizer = gradhpo.FOOptimizer(optax.sgd(0.1), optax.sgd(0.1))
@@ -213,7 +227,7 @@ class BilevelState(eqx.Module):
 
     def _check_notes(self, notes: dict[str, Any]) -> None:
         for name in notes:
-            if name in METRICS:
+            if name in METRICS or name in self.metadata.aux:
                 raise ValueError(
                     f"update(metadata=...) has {name}, which is a metric that every step writes: "
                     "call your note by another name"

@@ -13,7 +13,9 @@ RealScalarLike: TypeAlias = Real[ArrayLike, ""]
 LossFn: TypeAlias = Callable[..., Any]
 """A loss, `(params, hyperparams, batch) -> scalar`: a real array of shape `()`.
 
-With running state, `(params, hyperparams, batch, model_state) -> (scalar, new_model_state)`."""
+Or `-> (scalar, metrics)`, a dict of scalars beside it. With running state,
+`(params, hyperparams, batch, model_state) -> (scalar, new_model_state)` or
+`-> (scalar, (new_model_state, metrics))`."""
 
 UpdateFn: TypeAlias = Callable[..., PyTree]
 """One step of a hand-written inner update, `(params, hyperparams, batch) -> params`.

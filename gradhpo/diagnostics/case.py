@@ -13,6 +13,7 @@ from jaxtyping import Array, PyTree
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.batches import BatchStack, DrawnStack, batch_of_step
 from gradhpo.core.inputs import Inputs, LossFunctions
+from gradhpo.core.measured import loss_of
 from gradhpo.core.problem import Problem
 from gradhpo.core.state import BilevelState, with_inner_state
 from gradhpo.core.types import MetricDict
@@ -130,7 +131,7 @@ class Case:
             # The inner problem continues; nothing is refused.
             state = with_inner_state(state, estimate.z).update(memory=estimate.memory)
             arrays, _ = carried(state)
-            return (arrays, estimate.hypergradient), estimate.val_loss
+            return (arrays, estimate.hypergradient), loss_of(estimate.val_loss)
 
         steps = jnp.arange(self.num_steps // per_step, dtype=jnp.int32)
         (arrays, hypergradient), val_losses = jax.lax.scan(body, (arrays, start.hyperparams), steps)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from gradhpo.core.inner_optimizer import init_inner_state
+from gradhpo.core.measured import loss_of
 from gradhpo.core.problem import Problem
 from gradhpo.core.reverse import PulledStep, cotangent_at_end, pull_through, through_start
 from gradhpo.core.start import pull_start
@@ -93,7 +94,7 @@ def finiteness(problem: Problem, num_steps: int) -> dict[str, Any]:
         ruled, _ = phi.step(fresh, hyperparams, t, want_loss=False)
         found = {
             "batch": finite_leaves(phi.batch(t)),
-            "train_loss": finite_leaves(loss),
+            "train_loss": finite_leaves(loss_of(loss)),
             "gradient": finite_leaves(gradient),
             "params": finite_leaves(new.w, unless_as_in=z.w),
             "inner_opt_state": finite_leaves(new.s, unless_as_in=z.s),
@@ -107,7 +108,7 @@ def finiteness(problem: Problem, num_steps: int) -> dict[str, Any]:
     val_loss, alpha, direct = validation.value_and_grads(end, hyperparams)
     validation_found = {
         "val_batch": finite_leaves(validation.val_batch),
-        "val_loss": finite_leaves(val_loss),
+        "val_loss": finite_leaves(loss_of(val_loss)),
         "alpha": finite_leaves(alpha.w),
         "direct": finite_leaves(direct),
     }

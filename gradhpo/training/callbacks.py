@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from gradhpo.core.measured import not_yet_measured
 from gradhpo.core.state import BilevelState
 from gradhpo.training.monitor import Monitor
 from gradhpo.utils.description import differences, shown
@@ -71,6 +72,11 @@ class Callbacks:
     def memory(self) -> list[PyTree]:
         """What they remember."""
         return [callback.memory for callback in self._remembering]
+
+    def remember(self, change: Callable[[PyTree], PyTree]) -> None:
+        """Changes what they remember."""
+        for callback in self._remembering:
+            callback.memory = change(callback.memory)
 
     @property
     def monitored(self) -> list[str]:
@@ -188,7 +194,7 @@ def _short(value: Any) -> str:
 
 
 def _kind(memory: PyTree) -> Any:
-    leaves, treedef = jax.tree.flatten(memory)
+    leaves, treedef = jax.tree.flatten(not_yet_measured(memory))
     return treedef, [(x.shape, x.dtype) if eqx.is_array(x) else type(x) for x in leaves]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gradhpo.core.measured import measured_again, without_aux
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import METRICS
 from gradhpo.training.callbacks import Callbacks, are_one, called
@@ -112,7 +113,7 @@ def load_checkpoint(
     assert state.step == 5 and len(history["val_loss"]) == 5
     ```
     """
-    path = Path(path)
+    path, state = Path(path), without_aux(state)
     if path.is_dir():
         found = checkpoints_in(path)
         if not found:
@@ -124,8 +125,8 @@ def load_checkpoint(
     check_leaves(path, header["leaves"]["state"], leaves_of(state))
     state = FrozenFile(path.parent).read_into(state, header.get("frozen"))
     state = read_tree(body, state)
+    wanted = Callbacks(callbacks)
     if callbacks:
-        wanted = Callbacks(callbacks)
         wanted.start(state, resumed=True)
         read_memories(path, header, body, wanted, all_of_them=False)
     metrics, report = {}, f"Read from {path}."
@@ -134,6 +135,10 @@ def load_checkpoint(
     except ValueError as error:
         report += f" The history is empty: {error}"
         warn(report, RuntimeWarning)
+    aux = {name: metrics[name] for name in header.get("aux", []) if name in metrics}
+    again = lambda tree: measured_again(tree, aux, int(state.step) - header["taken"])
+    wanted.remember(again)
+    state = again(state)
     metrics = metrics or {name: np.zeros(0) for name in METRICS}
     return state, History(metrics, header["stop_reason"], report)
 

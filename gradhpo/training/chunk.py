@@ -11,10 +11,11 @@ from jaxtyping import Array, Bool, Float, PyTree
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.inner_state import InnerState, Start
 from gradhpo.core.inputs import Inputs, LossFunctions
+from gradhpo.core.measured import with_aux, without_aux
 from gradhpo.core.state import BilevelState, inner_state, with_metrics
 from gradhpo.core.types import METRICS, RealScalarLike
 from gradhpo.data.source import Batches
-from gradhpo.training.recorded import recorded
+from gradhpo.training.recorded import check_names, recorded
 from gradhpo.utils.dispatch import compiled
 from gradhpo.utils.freezing import carried
 from gradhpo.utils.settings import outer_rate
@@ -32,6 +33,7 @@ class Chunk(eqx.Module):
     record: Callable | None = None
     start: Start | None = None
     continues: bool = eqx.field(static=True, default=False)
+    monitored: tuple[str, ...] = eqx.field(static=True, default=())
 
     @compiled
     def run_steps(
@@ -39,10 +41,12 @@ class Chunk(eqx.Module):
     ) -> tuple[BilevelState, dict[str, Array], Bool[Array, " leaves"]]:
         """`length` outer steps, their stacked metrics, and which hyperparameters ever moved.
 
-        The device may still be at work.
+        The device may still be at work. The state comes without the metrics that losses return,
+        and goes with those of its last step.
         """
         self._record(state, f"run (chunks of {length})")
-        return self._steps(state, jnp.zeros((), jnp.int32), length)
+        state, metrics, aux, moved = self._steps(state, jnp.zeros((), jnp.int32), length)
+        return with_aux(state, _last(aux)), metrics | aux, moved
 
     @compiled
     def run_episodes(
@@ -73,7 +77,7 @@ class Chunk(eqx.Module):
                 self.losses,
             )
             state = self.optimizer._begin_episode(episode, steps_per_episode)
-            state, metrics, moved = self._steps(state, position, length)
+            state, metrics, aux, moved = self._steps(state, position, length)
 
             def restarted():
                 if self.start is None:
@@ -84,16 +88,18 @@ class Chunk(eqx.Module):
 
             ended = state.step % steps_per_episode == 0
             arrays, start = jax.lax.cond(ended, restarted, lambda: (_arrays(state), start))
-            return (arrays, start, inner_state(state)._replace(s=None)), (metrics, moved)
+            return (arrays, start, inner_state(state)._replace(s=None)), (metrics, aux, moved)
 
-        (arrays, start, reached), (metrics, moved) = jax.lax.scan(
+        (arrays, start, reached), (metrics, aux, moved) = jax.lax.scan(
             body, (arrays, start, start), jnp.arange(episodes, dtype=jnp.int32)
         )
-        metrics = {name: x.reshape(-1, *x.shape[2:]) for name, x in metrics.items()}
-        return eqx.combine(arrays, static), start, reached, metrics, jnp.any(moved, axis=0)
+        metrics, aux = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (metrics, aux))
+        state = with_aux(eqx.combine(arrays, static), _last(aux))
+        return state, start, reached, metrics | aux, jnp.any(moved, axis=0)
 
     def first_inputs(self, state: BilevelState) -> Inputs:
         """What the first step of the chunk was given."""
+        state = without_aux(state)
         first = jnp.zeros((), jnp.int32)
         train = self.train.stack(state.step, first, self.optimizer.num_inner_steps)
         val = self.val.batch(state.step, first)
@@ -125,8 +131,12 @@ class Chunk(eqx.Module):
 
     def _steps(
         self, state: BilevelState, first: Array, length: int
-    ) -> tuple[BilevelState, dict[str, Array], Bool[Array, " leaves"]]:
-        """Steps whose batches are at `first` and after in the data of this chunk."""
+    ) -> tuple[BilevelState, dict[str, Array], dict[str, Array], Bool[Array, " leaves"]]:
+        """Steps whose batches are at `first` and after in the data of this chunk.
+
+        Returns the state, the stacked metrics, those that the losses returned, and which
+        hyperparameters ever moved.
+        """
         # The metrics of a step are outputs, not inputs of the next: carrying them as well makes
         # the compiler copy them at every step (20 us on a CPU, a fifth of a short step).
         measured = {name: state.metadata[name] for name in METRICS if name != "rejected"}
@@ -148,13 +158,15 @@ class Chunk(eqx.Module):
             new, moving = self.optimizer._advance(inputs, rate)
             metrics = {name: new.metadata[name] for name in METRICS}
             metrics |= self.optimizer._scalars(new.memory) | recorded(new, self.record)
-            return _arrays(_without(new, measured)), (metrics, moving)
+            aux = {name: new.metadata[name] for name in new.metadata.aux}
+            check_names(aux, [*metrics, *self.monitored])
+            return _arrays(_without(new, [*measured, *aux])), (metrics, aux, moving)
 
         steps = first + jnp.arange(length, dtype=first.dtype)
-        arrays, (metrics, moving) = jax.lax.scan(body, arrays, steps)
-        last = {name: metrics[name][-1] for name in measured}
+        arrays, (metrics, aux, moving) = jax.lax.scan(body, arrays, steps)
+        last = _last({name: metrics[name] for name in measured})
         state = with_metrics(eqx.combine(arrays, static), last)
-        return state, metrics, jnp.any(moving, axis=0)
+        return state, metrics, aux, jnp.any(moving, axis=0)
 
 
 @compiled
@@ -165,6 +177,10 @@ def started(optimizer: BilevelOptimizer, state: BilevelState, start: Start) -> B
 
 def _arrays(tree: PyTree) -> PyTree:
     return carried(tree)[0]
+
+
+def _last(metrics: dict[str, Array]) -> dict[str, Array]:
+    return {name: x[-1] for name, x in metrics.items()}
 
 
 def _without(state: BilevelState, names: Iterable[str]) -> BilevelState:

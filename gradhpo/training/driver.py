@@ -13,6 +13,7 @@ from gradhpo.core.algorithm import Algorithm
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.inner_state import Start
 from gradhpo.core.inputs import LossFunctions
+from gradhpo.core.measured import measured_again, not_yet_measured, without_aux
 from gradhpo.core.state import BilevelState, inner_state
 from gradhpo.core.wrapper import algorithm_of
 from gradhpo.data.sources import Feed
@@ -73,13 +74,17 @@ class Driver:
             self.save("")
             return
         self.keeper.check_resumable(num_steps)
+        first = int(self.state.step)
         self.state = self.keeper.resume(self.state)
         self.callbacks.start(self.state, resumed=True)
         self.keeper.read_memories(self.callbacks)
         self.start, self.before = self.keeper.read("rest", (self.start, self.before))
-        metrics, self.positions = self.keeper.read_past()
+        metrics, self.positions, aux = self.keeper.read_past()
         self.feed.resume(self.positions)
         self.record.resume(metrics)
+        again = lambda tree: measured_again(tree, {name: metrics[name] for name in aux}, first)
+        self.state = again(self.state)
+        self.callbacks.remember(again)
 
     def go(
         self, shapes: Iterable[tuple[int, int]], bar: ProgressBar, interrupts: Interrupts
@@ -132,11 +137,12 @@ class Driver:
                 "stop_reason": stop_reason,
                 "callbacks": self.callbacks.identities,
                 "positions": self.positions,
+                "aux": sorted(self.state.metadata.aux),
             }
             # In this order `load_checkpoint` finds everything that it can ask for at the start.
             parts = {
-                "state": self.state,
-                "memories": self.callbacks.memory,
+                "state": without_aux(self.state),
+                "memories": not_yet_measured(self.callbacks.memory),
                 "rest": (self.start, self.before),
             }
             self.keeper.save(self.record.columns, parts, about)
@@ -151,6 +157,7 @@ class Driver:
         """Hands a chunk to the device, behind those it works on; and why it is the last, if so."""
         wanted, may_return = episodes * length, bool(before) or self.record.may_return
         state, start = (before[-1].state, before[-1].start) if before else (self.state, self.start)
+        state = without_aux(state)
         by_episodes = self.steps_per_episode is not None
         try:
             with failing("data error", may_return=may_return):
@@ -165,7 +172,8 @@ class Driver:
             positions = self.feed.positions() if self.keeper is not None else {}
             with failing("device error", may_return=may_return, advice=self._advice):
                 about = self.rate, self.record_fn, self.start_fn, self.steps_per_episode != 1
-                chunk = Chunk(self.optimizer, self.losses, train, val, *about)
+                monitored = tuple(self.callbacks.monitored)
+                chunk = Chunk(self.optimizer, self.losses, train, val, *about, monitored)
                 try:
                     if self.steps_per_episode is None:
                         (state, stacked, moved), reached = chunk.run_steps(state, taken), None
@@ -214,7 +222,8 @@ class Driver:
         self.record.add(metrics)
         self.state, self.start, self.positions = flight.state, flight.start, flight.positions
         self.feed.release_oldest()
-        bar.advance(len(metrics["rejected"]), metrics)
+        aux = sorted(self.state.metadata.aux)
+        bar.advance(len(metrics["rejected"]), metrics, aux)
         with failing("callback error", may_return=flight.may_return):
             if failure is not None:
                 raise failure

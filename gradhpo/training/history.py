@@ -14,9 +14,10 @@ class History(Mapping[str, np.ndarray]):
     """Metrics of a run: a mapping from a metric's name to an array `[steps]`.
 
     `"train_loss"`, `"val_loss"`, `"hypergrad_norm"`, `"param_norm"`, `"hyperparam_norm"` and
-    `"rejected"` (how many so far) as in [`BilevelState`][gradhpo.BilevelState], and the scalars in
-    the memory of the algorithm (`"theta"`, `"linear_residual"`). Looking up another name raises
-    `KeyError`.
+    `"rejected"` (how many so far) as in [`BilevelState`][gradhpo.BilevelState]; the scalars in the
+    memory of the algorithm (`"theta"`, `"linear_residual"`); and what losses return beside their
+    values, `"train_accuracy"` and `"val_accuracy"` for `{"accuracy": ...}`. Looking up another name
+    raises `KeyError`.
 
     **Fields:**
 

@@ -116,10 +116,11 @@ class Keeper:
         assert self._found is not None
         read_memories(self._found, self._header, self._body, callbacks)
 
-    def read_past(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """The metrics so far, and the positions of the data."""
+    def read_past(self) -> tuple[dict[str, np.ndarray], dict[str, Any], list[str]]:
+        """The metrics so far, the positions of the data, and which metrics the losses returned."""
         self.saved_step = self._tried_step = self._header["taken"]
-        return self._metrics.read(self._header["metrics"]), self._header["positions"]
+        metrics = self._metrics.read(self._header["metrics"])
+        return metrics, self._header["positions"], self._header.get("aux", [])
 
     def is_due(self, taken: int) -> bool:
         """Whether the settings ask for a checkpoint now."""

@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.inputs import LossFunctions
+from gradhpo.core.measured import without_aux
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import RealScalarLike
 from gradhpo.core.vanishing import explain_zeros
@@ -143,6 +144,7 @@ def run(
         Episodes: Reptile, Nichol et al., *On First-Order Meta-Learning Algorithms*, 2018,
         arXiv:1803.02999.
     """
+    state = without_aux(state)
     check_count("num_steps", num_steps)
     check_count("chunk_size", chunk_size)
     check_count("max_rejections", max_rejections)

@@ -1,6 +1,6 @@
 """What a run records of every state, besides its metrics."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import equinox as eqx
@@ -68,6 +68,16 @@ def check_record(optimizer: BilevelOptimizer, state: BilevelState, record: Any) 
         if not isinstance(value, jax.ShapeDtypeStruct) or not is_number(value):
             raise TypeError(f"record returned {value!r} for {name!r}, which is not an array")
     return sorted(found)
+
+
+def check_names(aux: Iterable[str], ours: Sequence[str]) -> None:
+    """No metric that a loss returns has the name of another one in the history."""
+    taken = [name for name in aux if name in ours]
+    if taken:
+        raise ValueError(
+            f"a loss returns the metric {taken[0]}, and the history has another one of that name, "
+            "by record= or a Monitor: give one of them another name"
+        )
 
 
 def check_monitored(monitored: list[str], ours: list[str]) -> None:

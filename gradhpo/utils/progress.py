@@ -5,7 +5,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from tqdm import TqdmWarning
@@ -67,14 +67,17 @@ class ProgressBar:
         except (OSError, ValueError):
             self._lines, self._bar.disable = False, True
 
-    def advance(self, steps: int, metrics: Mapping[str, np.ndarray]) -> None:
-        """Advances by a chunk of steps with these metrics."""
+    def advance(
+        self, steps: int, metrics: Mapping[str, np.ndarray], more: Iterable[str] = ()
+    ) -> None:
+        """Advances by a chunk of steps with these metrics; `more` names those to show as well."""
         with self._ignoring_the_terminal():
-            self._advance(steps, metrics)
+            self._advance(steps, metrics, more)
 
-    def _advance(self, steps: int, metrics: Mapping[str, np.ndarray]) -> None:
+    def _advance(self, steps: int, metrics: Mapping[str, np.ndarray], more: Iterable[str]) -> None:
         self._done += steps
-        last = {short: float(metrics[name][-1]) for short, name in self._shown.items()}
+        names = self._shown | {name: name for name in more}
+        last = {short: float(metrics[name][-1]) for short, name in names.items()}
         self._last = ", ".join(f"{short}={value:.3g}" for short, value in last.items())
         self._bar.set_postfix_str(self._last, refresh=False)
         if self._warm:

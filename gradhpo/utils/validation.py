@@ -273,8 +273,9 @@ def check_scalar(output: Any, name: str) -> None:
     if len(leaves) != 1 or output is not leaves[0]:
         raise TypeError(
             f"{name} must return a scalar, got a {type(output).__name__} with {len(leaves)} "
-            f"{'leaf' if len(leaves) == 1 else 'leaves'}: return the loss alone (auxiliary outputs "
-            "are not kept; running state goes into init(model_state=...))"
+            f"{'leaf' if len(leaves) == 1 else 'leaves'}: return the loss alone, or "
+            "(loss, {'accuracy': accuracy}) with metrics beside it; running state goes into "
+            "init(model_state=...)"
         )
     shape, dtype = jnp.shape(output), jnp.result_type(output)
     if shape != () or not jnp.issubdtype(dtype, jnp.floating):

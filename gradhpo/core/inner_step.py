@@ -1,0 +1,239 @@
+r"""$\Phi$, evaluated: the inner steps of training.
+
+An inner step takes $z = (w, s, r)$, the parameters, optimizer state and running state of the model,
+to $z' = \Phi(z, \lambda; D_t)$. Here $w$ is the floating-point part of the user's params, without
+frozen leaves; the rest of them (functions, integer arrays, what is frozen) is constant during
+training and kept separately.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, PyTree
+
+from gradhpo.core.batches import batch_of_step, is_same_each_step
+from gradhpo.core.inner_rule import gradient_by, updated_by_hand, updated_by_optax
+from gradhpo.core.inner_state import InnerState, Start
+from gradhpo.core.losses import Evaluation, Result, called, training_result
+from gradhpo.core.measured import Measured, loss_of, measured
+from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, UpdateFn
+from gradhpo.utils.foreign import (
+    forget_secants,
+    last_evaluation,
+    searches_along_lines,
+    with_evaluation,
+)
+from gradhpo.utils.gradients import undifferentiable
+
+
+_LINE_SEARCH = (
+    "a hypergradient cannot be differentiated through a line search, as in optax.lbfgs: the "
+    "derivative would be that of how the search ends, in rounding; for this take gradient descent "
+    "as inner_optimizer, optax.sgd(0.1), in as many inner steps as it needs"
+)
+
+
+class InnerStep(eqx.Module):
+    """The half of `InnerUpdate` that takes inner steps."""
+
+    inner_optimizer: InnerOptimizer | None
+    grad_fn: GradFn | None
+    update_fn: UpdateFn | None
+    train_loss_fn: LossFn
+    frozen: PyTree
+    train_batch: PyTree
+    symmetric: bool = eqx.field(static=True)
+    recomputes: bool = eqx.field(static=True, default=False)  # the loss has a jax.checkpoint
+    reads_state: bool = eqx.field(static=True, default=False)  # the training loss reads z.r
+    # Whether `z.s` is what the optimizer's `init` made at these hyperparameters, shape `()`; `None`
+    # if no hyperparameters act there, nor in `start`, which makes the parameters of an episode.
+    # core/start.py has the consequences.
+    fresh: Array | None = None
+    start: Start | None = None
+    # Whether `step` also gives the loss to optax. `vjp` never does: the derivative would miss how
+    # what optax does with the loss depends on w and the hyperparameters.
+    passes_loss: bool = eqx.field(static=True, default=False)
+
+    def batch(self, t: ArrayLike) -> PyTree:
+        """$D_t$."""
+        return batch_of_step(self.train_batch, t)
+
+    def evaluate(self, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> Evaluation:
+        """What the user's loss returned: the loss, the new running state, and metrics."""
+        params = eqx.combine(z.w, self.frozen)
+        returned = called(self.train_loss_fn, params, hyperparams, self.batch(t), z.r)
+        return training_result(returned, z.r)
+
+    def train_loss(self, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> Any:
+        """The training loss."""
+        return self.evaluate(z, hyperparams, t).loss
+
+    def gradient(self, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> PyTree:
+        """What the inner optimizer is given: the training gradient, or what `grad_fn` returns."""
+        return self.gradient_and_state(z, hyperparams, t)[0]
+
+    def gradient_and_state(
+        self, z: InnerState, hyperparams: PyTree, t: ArrayLike
+    ) -> tuple[PyTree, PyTree]:
+        """The gradient, and the new running state."""
+        if self.grad_fn is None:
+            gradient, (r, _) = jax.grad(self._of_w(z, hyperparams, t), has_aux=True)(z.w)
+            return gradient, r
+        params, batch = eqx.combine(z.w, self.frozen), self.batch(t)
+        return gradient_by(self.grad_fn, params, z.w, hyperparams, batch, z.r)
+
+    def _of_w(self, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> Callable:
+        """`evaluate` as a function of the parameters: `(loss, (new running state, metrics))`."""
+
+        def evaluate(w: PyTree) -> tuple[Any, tuple[PyTree, dict[str, Array]]]:
+            loss, r, aux = self.evaluate(z._replace(w=w), hyperparams, t)
+            return loss, (r, aux)
+
+        return evaluate
+
+    def at_new_hyperparams(self, z: InnerState, num_steps: int) -> InnerState:
+        """The z that `num_steps` inner steps start from once the hyperparameters have moved.
+
+        L-BFGS remembers differences of gradients, the first of which would be between two losses.
+        """
+        if self.passes_loss and num_steps > 1:
+            return z._replace(s=forget_secants(z.s))
+        return z
+
+    def step(
+        self, z: InnerState, hyperparams: PyTree, t: ArrayLike, want_loss: ArrayLike = True
+    ) -> tuple[InnerState, Array]:
+        """`(z', training loss before the update)`, the loss as `Measured` if it has metrics.
+
+        It comes free with its gradient. With a `grad_fn` or an `update_fn` it is extra work,
+        done only if `want_loss`; otherwise it is `nan`.
+        """
+        if self.update_fn is not None:
+            new_w, r = self.updated_by_hand(z, hyperparams, t)
+            return z._replace(w=new_w, r=r), self.loss_if(want_loss, z, hyperparams, t)
+        evaluation = None
+        if self.grad_fn is not None and not self.passes_loss:
+            loss = self.loss_if(want_loss, z, hyperparams, t)
+            evaluation = loss, *self.gradient_and_state(z, hyperparams, t)
+        new_z, loss, _ = self.step_and_gradient(z, hyperparams, t, evaluation)
+        return new_z, loss
+
+    def loss_if(self, wanted: ArrayLike, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> Array:
+        """The loss, computed only if it is wanted, otherwise `nan`."""
+        compute = lambda: self._loss_alone(z, hyperparams, t)
+        nan = lambda like: jnp.full(like.shape, jnp.nan, like.dtype)
+        skip = lambda: jax.tree.map(nan, jax.eval_shape(compute))
+        return jax.lax.cond(wanted, compute, skip)
+
+    def loss_and_gradient(
+        self, z: InnerState, hyperparams: PyTree, t: ArrayLike
+    ) -> tuple[Array, PyTree, PyTree]:
+        """The loss, what the inner optimizer is given, and the new running state."""
+        if self.grad_fn is None:
+            of_w = self._of_w(z, hyperparams, t)
+            (loss, (r, aux)), gradient = jax.value_and_grad(of_w, has_aux=True)(z.w)
+            return measured(loss, aux), gradient, r
+        loss = self._loss_alone(z, hyperparams, t)
+        return loss, *self.gradient_and_state(z, hyperparams, t)
+
+    def _loss_alone(self, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> Array:
+        """The loss as a metric, of which nothing is differentiated; nor need it be possible."""
+        loss, _, aux = self.evaluate(*jax.lax.stop_gradient((z, hyperparams)), t)
+        return measured(loss, aux)
+
+    def step_and_gradient(
+        self,
+        z: InnerState,
+        hyperparams: PyTree,
+        t: ArrayLike,
+        evaluation: tuple[Array, PyTree, PyTree] | None = None,
+    ) -> tuple[InnerState, Array, PyTree]:
+        """`(z', loss, gradient)`; only with an `inner_optimizer`.
+
+        `evaluation` is the loss, its gradient and the new running state, if already known.
+        """
+        if evaluation is None:
+            evaluation = self.loss_and_gradient(z, hyperparams, t)
+        loss, gradient, r = evaluation
+        of_loss = {}
+        if self.passes_loss:
+            value_fn = lambda w: self.train_loss(z._replace(w=w), hyperparams, t)
+            of_loss = {"value": loss_of(loss), "grad": gradient, "value_fn": value_fn}
+        new_w, new_s = self._updated_by_optax(gradient, z, hyperparams, t, of_loss)
+        return InnerState(new_w, new_s, r), loss, gradient
+
+    def rollout(
+        self,
+        z: InnerState,
+        hyperparams: PyTree,
+        first: ArrayLike,
+        num_steps: int,
+        *,
+        keep: Callable[[InnerState], PyTree] = lambda z: None,
+        loss_at: int | None = None,
+    ) -> tuple[InnerState, Array, PyTree]:
+        """Inner steps from number `first` on: `(z', last loss, kept)`.
+
+        `kept` stacks what `keep` takes from the z before each step. The loss of zero steps is
+        `nan`. With an `update_fn` the loss is computed only at step `loss_at`, by default the last.
+        """
+        if num_steps == 0:
+            return z, jnp.asarray(jnp.nan), None
+
+        wanted = first + num_steps - 1 if loss_at is None else loss_at
+        z, evaluated = self._evaluated(z, hyperparams, first)
+
+        def body(z, t):
+            if evaluated:
+                last = last_evaluation(z.s)
+                assert last is not None
+                new_z, loss, _ = self.step_and_gradient(z, hyperparams, t, (*last, z.r))
+            else:
+                new_z, loss = self.step(z, hyperparams, t, want_loss=t == wanted)
+            return new_z, (loss, keep(z))
+
+        z, (losses, before) = jax.lax.scan(body, z, first + jnp.arange(num_steps))
+        if searches_along_lines(z.s):
+            z = undifferentiable(z, _LINE_SEARCH)
+        return z, losses[-1], before
+
+    def _evaluated(
+        self, z: InnerState, hyperparams: PyTree, t: ArrayLike
+    ) -> tuple[InnerState, bool]:
+        """`z` with the loss at `w` in its line search, and whether every step finds it there.
+
+        The search has evaluated the parameters that it ends at: half of the work of most steps. The
+        first evaluation is always made, since hyperparameters and batch have changed. Metrics
+        beside the loss, and running state, are not in the search.
+        """
+        reusable = self.passes_loss and is_same_each_step(self.train_batch) and z.r is None
+        last = last_evaluation(z.s) if reusable else None
+        if last is None:
+            return z, False
+        loss, gradient, _ = self.loss_and_gradient(z, hyperparams, t)
+        if isinstance(loss, Measured) or loss.dtype != last[0].dtype:
+            return z, False
+        return z._replace(s=with_evaluation(z.s, loss, gradient)), True
+
+    def _updated_by_optax(
+        self,
+        gradient: PyTree,
+        z: InnerState,
+        hyperparams: PyTree,
+        t: ArrayLike,
+        of_loss: Any = (),
+    ) -> tuple[PyTree, PyTree]:
+        """`of_loss` must not be differentiated. The objective of Sophia is, as all of this."""
+        assert self.inner_optimizer is not None
+        objective = lambda w: self.train_loss(z._replace(w=w), hyperparams, t)
+        given = gradient, z.s, z.w, hyperparams, objective
+        return updated_by_optax(self.inner_optimizer, *given, **dict(of_loss))
+
+    def updated_by_hand(self, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> Result:
+        """The parameters by `update_fn`, and the new running state."""
+        assert self.update_fn is not None
+        params, batch = eqx.combine(z.w, self.frozen), self.batch(t)
+        return updated_by_hand(self.update_fn, params, z.w, hyperparams, batch, z.r)

@@ -1,0 +1,128 @@
+"""Metrics that losses return beside their values, on their way into the metadata of a state."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, PyTree
+
+from gradhpo.core.memory import entries_of
+from gradhpo.core.state import BilevelState, Metadata
+from gradhpo.utils.trees import accumulation_dtype
+
+
+class Measured(eqx.Module):
+    """A loss with the metrics beside it, on its way through an algorithm as one value.
+
+    For JAX's own functions it is the loss: `jnp.asarray(value)` has nothing else.
+    """
+
+    loss: Array
+    aux: dict[str, Array]
+
+    def __getitem__(self, index: Any) -> "Measured":
+        return jax.tree.map(lambda x: x[index], self)
+
+    def __jax_array__(self) -> Array:
+        return self.loss
+
+
+def measured(loss: Array, aux: dict[str, Array]) -> Any:
+    """A loss as algorithms carry it: alone, if nothing was measured beside it."""
+    return Measured(loss, aux) if aux else loss
+
+
+def loss_of(value: Any) -> Any:
+    """The loss alone."""
+    return value.loss if isinstance(value, Measured) else value
+
+
+def aux_of(*values: Any) -> dict[str, Array]:
+    """What was measured beside losses."""
+    found: dict[str, Array] = {}
+    for value in values:
+        found |= value.aux if isinstance(value, Measured) else {}
+    return found
+
+
+def with_aux(state: BilevelState, aux: Mapping[str, Any]) -> BilevelState:
+    """A state with metrics that the losses returned; they are never inputs of a step."""
+    added = Metadata(aux, aux=frozenset(aux))
+    return dataclasses.replace(state, metadata=state.metadata | added) if aux else state
+
+
+def without_aux(state: BilevelState) -> BilevelState:
+    """A state without them, the same for any losses; anything else as it is."""
+    if not isinstance(state, BilevelState) or not state.metadata.aux:
+        return state
+    return dataclasses.replace(state, metadata=state.metadata.without(state.metadata.aux))
+
+
+def not_measured(state: BilevelState, names: Iterable[str]) -> BilevelState:
+    """A state with these metrics as `nan`."""
+    dtype = accumulation_dtype(state.params)
+    # Placed, not computed: under jax_debug_nans no computation may return NaN.
+    nan = lambda: jax.device_put(np.full((), np.nan, dtype))
+    return with_aux(state, {name: nan() for name in names})
+
+
+def as_it_was(state: BilevelState, given: BilevelState) -> BilevelState:
+    """A new state with the metrics of the given one, where a loop carries it inside a program."""
+    aux, wanted = state.metadata.aux, given.metadata.aux
+    if aux == wanted or not isinstance(given.step, Tracer):
+        return state
+    if aux - wanted:
+        raise ValueError(
+            f"the losses return metrics, {', '.join(sorted(aux - wanted))}, and inside a compiled "
+            "loop the state must have their names from the start: make it with "
+            "optimizer.init(params, hyperparams, losses=losses, batch=batch, val_batch=val_batch), "
+            "or let gradhpo.run do the loop"
+        )
+    return not_measured(state, wanted - aux)
+
+
+def check_free(aux: Mapping[str, Any], state: BilevelState) -> None:
+    """No note and no entry of the algorithm's memory has the name of one of these metrics."""
+    for name in aux:
+        if name in state.metadata:
+            raise ValueError(
+                f"a loss returns the metric {name}, and the state has a note of that name: take "
+                "it out, dataclasses.replace(state, metadata=state.metadata.without("
+                f"[{name!r}])), or give one of them another name"
+            )
+        if name in entries_of(state.memory):
+            raise ValueError(
+                f"a loss returns the metric {name}, which is also what the algorithm keeps in "
+                "its memory: give yours another name"
+            )
+
+
+def measured_again(tree: PyTree, metrics: Mapping[str, np.ndarray], first: int) -> PyTree:
+    """States in a tree with the metrics that losses returned at their steps.
+
+    Row 0 of `metrics` is the step after `first`.
+    """
+
+    def again(x: Any) -> Any:
+        if not isinstance(x, BilevelState):
+            return x
+        row = int(x.step) - first - 1
+        if not all(0 <= row < len(values) for values in metrics.values()):
+            return x
+        return with_aux(x, {name: jnp.asarray(values[row]) for name, values in metrics.items()})
+
+    return _over_states(again, tree)
+
+
+def not_yet_measured(tree: PyTree) -> PyTree:
+    """States in a tree without such metrics."""
+    return _over_states(without_aux, tree)
+
+
+def _over_states(function: Any, tree: PyTree) -> PyTree:
+    return jax.tree.map(function, tree, is_leaf=lambda x: isinstance(x, BilevelState))

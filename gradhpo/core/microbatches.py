@@ -1,0 +1,198 @@
+"""Losses computed piece by piece, so that less is kept for their derivatives."""
+
+import functools
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Int, PyTree
+
+from gradhpo.core.inner_optimizer import cast_like
+from gradhpo.core.types import LossFn
+from gradhpo.utils.keys import is_key, looks_like_a_key
+from gradhpo.utils.settings import check_count
+from gradhpo.utils.trees import accumulation_dtype
+from gradhpo.utils.typecheck import checked
+from gradhpo.utils.validation import check_arity, leaf_names
+
+
+class Microbatched(eqx.Module):
+    """What `microbatched` returns: a loss like the one inside."""
+
+    loss: LossFn
+    num: int = eqx.field(static=True)
+
+    def __call__(
+        self, params: PyTree, hyperparams: PyTree, batch: PyTree, model_state: PyTree = None
+    ) -> Any:
+        """The mean over the pieces of a batch."""
+        if model_state is not None:
+            raise ValueError(
+                "a microbatched loss takes no model_state: its statistics would be those of a "
+                "piece. Normalise without running state (LayerNorm, GroupNorm), or save memory "
+                "with jax.checkpoint inside the loss"
+            )
+        piece_of = _pieces(batch, self.num)
+
+        @functools.partial(jax.checkpoint, prevent_cse=False)  # a loop keeps the two passes apart
+        def of_piece(i: Array) -> PyTree:
+            return jax.tree.map(_as_number, self.loss(params, hyperparams, piece_of(i)))
+
+        def add(total: PyTree, i: Array) -> tuple[PyTree, None]:
+            return jax.tree.map(lambda x, y: x + _widened(y), total, of_piece(i)), None
+
+        first = jnp.zeros((), int)
+        made, sums = jax.eval_shape(
+            lambda: (of_piece(first), jax.tree.map(_widened, of_piece(first)))
+        )
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+        total, _ = jax.lax.scan(add, zero, jnp.arange(self.num))
+        return cast_like(jax.tree.map(lambda x: x / self.num, total), made)
+
+
+@checked
+def microbatched(loss: LossFn, num: int) -> LossFn:
+    """A mean loss, computed on `num` pieces of the batch, one after another.
+
+    Each piece is recomputed where a derivative needs it (`jax.checkpoint`), so that the activations
+    of one piece are kept and not those of a batch: for a training gradient, and for every product
+    of an algorithm that differentiates training. The work grows by one more forward pass. Losses
+    add up in float32 at least, gradients in the dtype of their parameters: keep these in float32,
+    and cast to bfloat16 inside the loss.
+
+    Every array of the batch has the examples along axis 0, all with the same number of them. A PRNG
+    key is split into one for each piece, so random numbers are others than those of the whole
+    batch; keys along axis 0 go with their examples; numbers of shape `()` are the same for all
+    pieces. Metrics beside the loss are averaged.
+
+    The result is that of `loss` if this is a mean with a fixed divisor: `jnp.mean(weights *
+    losses)`, penalties included. It is another one for a loss that divides by a sum over its batch
+    (`jnp.sum(weights * losses) / jnp.sum(weights)`), compares examples with each other
+    (contrastive losses) or normalises over them (BatchNorm): take `jax.checkpoint` inside such a
+    loss.
+
+    **Arguments:**
+
+    - `loss`: `(params, hyperparams, batch) -> scalar`, or `-> (scalar, metrics)`.
+    - `num`: number of pieces, at least 1; must divide the number of examples.
+
+    **Returns:** a loss of the same signature. Create it once, as any loss.
+
+    **Raises:** `TypeError` for a loss with other arguments; when it is called, `ValueError` for
+    arrays with different numbers of examples or a number that `num` does not divide, and for a
+    `model_state`.
+
+    ```python
+    def loss(w, h, batch):
+        x, y = batch
+        return jnp.mean((x @ w - y) ** 2) + h * jnp.sum(w**2)
+
+    in_pieces = gradhpo.microbatched(loss, 4)
+    batch = jnp.ones((32, 3)), jnp.zeros(32)
+    assert jnp.isclose(in_pieces(jnp.ones(3), 0.1, batch), loss(jnp.ones(3), 0.1, batch))
+    ```
+    """
+    check_arity(loss, "loss", "params, hyperparams, batch")
+    check_count("num", num)
+    return Microbatched(loss, num)
+
+
+def _pieces(batch: PyTree, num: int) -> Any:
+    """The function of `i` that gives piece `i`: every `num`-th example, from `i` on.
+
+    Not a slice of neighbours: where the examples are spread over devices, each has its part of
+    every piece.
+    """
+    batch = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, batch)
+    is_random = lambda x: looks_like_a_key(x) or (is_key(x) and x.ndim == 0)
+    keys, rest = eqx.partition(batch, is_random)
+    arrays, shared = eqx.partition(rest, lambda x: eqx.is_array(x) and x.ndim > 0)
+    sizes = {
+        name: x.shape[0]
+        for name, x in zip(leaf_names(arrays), jax.tree.leaves(arrays), strict=True)
+    }
+    if len(set(sizes.values())) > 1:
+        shown = ", ".join(f"batch{name}: {size}" for name, size in sizes.items())
+        raise ValueError(
+            "a microbatched loss takes every num-th example along axis 0 of each array of a batch, "
+            f"and these differ ({shown}): what belongs to no example goes into the loss by other "
+            "ways, in hyperparams or as an attribute of a module"
+        )
+    for size in set(sizes.values()):
+        if size % num:
+            raise ValueError(f"microbatched(loss, num={num}) must divide the {size} examples")
+    keys = jax.tree.map(lambda key: jax.random.split(key, num), keys)
+    arrays = jax.tree.map(lambda x: x.reshape(x.shape[0] // num, num, *x.shape[1:]), arrays)
+
+    def piece(i: ArrayLike) -> PyTree:
+        of_examples = jax.tree.map(lambda x: x[:, i], arrays)
+        return eqx.combine(of_examples, jax.tree.map(lambda x: x[i], keys), shared)
+
+    return piece
+
+
+def _widened(x: Array) -> Array:
+    return x.astype(accumulation_dtype(x))
+
+
+def _as_number(x: Any) -> Array:
+    x = jnp.asarray(x)
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(float)
+
+
+@checked
+def chunked_cross_entropy(
+    features: Float[Array, "*tokens width"],
+    head: Float[Array, "vocabulary width"],
+    labels: Int[Array, "*tokens"],
+    num: int,
+    label_smoothing: Float[ArrayLike, "*#tokens"] = 0.0,
+) -> Float[Array, "*tokens"]:
+    r"""Cross-entropy over a large vocabulary, without all logits at once.
+
+    The logits $x_i W^\top$ are computed for one of `num` chunks of the tokens after another, and
+    again where a derivative needs them: their memory is that of one chunk. It can be differentiated
+    as often as you like.
+
+    **Arguments:**
+
+    - `features`: the last hidden state of each token, shape `[..., width]`.
+    - `head`: the matrix $W$ of the output layer, shape `[vocabulary, width]`; that of the embedding
+        if they are tied.
+    - `labels`: the next token of each, integers of shape `[...]`.
+    - `num`: number of chunks, at least 1; must divide the number of tokens.
+    - `label_smoothing`: the share of the target that is spread over the whole vocabulary, in
+        [0, 1], a number or one for each token (or what broadcasts to that); default 0.
+
+    **Returns:** the loss of every token, shape `[...]`, in float32 at least. Take their mean, or a
+    weighted one.
+
+    **Raises:** `ValueError` if `num` does not divide the number of tokens.
+
+    ```python
+    features, head = jnp.ones((2, 8, 4)), jnp.ones((1000, 4))
+    losses = gradhpo.chunked_cross_entropy(features, head, jnp.zeros((2, 8), int), num=4)
+    assert losses.shape == (2, 8) and jnp.allclose(losses, jnp.log(1000))
+    ```
+    """
+    check_count("num", num)
+    tokens = int(np.prod(labels.shape))
+    if tokens % num:
+        raise ValueError(f"chunked_cross_entropy(num={num}) must divide the {tokens} tokens")
+    smoothing = jnp.broadcast_to(jnp.asarray(label_smoothing, float), labels.shape)
+    of_chunk = lambda x: x.reshape(tokens // num, num, *x.shape[labels.ndim :])
+    wide = accumulation_dtype(features)
+
+    @jax.checkpoint
+    def losses(i: Array) -> Array:
+        x, label, share = (of_chunk(x)[:, i] for x in (features, labels, smoothing))
+        logits = jnp.einsum("td,vd->tv", x, head, preferred_element_type=wide)
+        own = jnp.take_along_axis(logits, label[:, None], axis=1)[:, 0]
+        share = share.astype(wide)
+        total = jax.nn.logsumexp(logits, axis=1)
+        return total - (1 - share) * own - share * jnp.mean(logits, axis=1)
+
+    found = jax.lax.map(losses, jnp.arange(num))
+    return found.T.reshape(labels.shape)
