@@ -23,6 +23,7 @@ from benchmarks.costs.programs import (
     step_programs,
 )
 from gradhpo.diagnostics.cost import Program
+from gradhpo.utils.programs import bytes_computed
 
 
 pytestmark = pytest.mark.usefixtures("as_a_user_has_it")
@@ -128,22 +129,53 @@ def deep_loss(recompute):
     return loss
 
 
-def test_a_product_keeps_nothing_that_a_loss_recomputes():
-    """One step, with the gradients of both losses, at most 2.6 times one training gradient."""
+def deep_problem(unroll_steps=1):
     keys = jax.random.split(jax.random.key(0))
     w = 0.1 * jax.random.normal(keys[0], (LAYERS, 2, WIDTH, WIDTH))
-    batch = jax.random.normal(keys[1], (BATCH, WIDTH))
-    optimizer = gradhpo.OneStepOptimizer(optax.sgd(0.1), optax.sgd(0.1))
-    state = optimizer.init(w, jnp.array(-3.0))
-    found, bytes_of = {}, {}
-    for recompute in (True, False):
-        loss = deep_loss(recompute)
-        of_gradient = Program(jax.value_and_grad(loss), w, state.hyperparams, batch)
-        of_step = lambda state, loss=loss: optimizer.compute_hypergradient(
-            state, batch, batch, loss, loss
-        )
-        program = Program(of_step, state)
-        found[recompute] = program()
-        bytes_of[recompute] = program.temporary_bytes / of_gradient.temporary_bytes
-    np.testing.assert_allclose(found[True], found[False], rtol=1e-5)
-    assert bytes_of[True] <= 2.6, bytes_of
+    inner = optax.sgd(0.1)
+    optimizer = gradhpo.UnrolledOptimizer(inner, optax.sgd(0.1), unroll_steps=unroll_steps)
+    return optimizer, optimizer.init(w, jnp.array(-3.0)), jax.random.normal(keys[1], (BATCH, WIDTH))
+
+
+def deep_program(loss, unroll_steps=1):
+    """The hypergradient, and its memory in training gradients."""
+    optimizer, state, batch = deep_problem(unroll_steps)
+    of_gradient = Program(jax.value_and_grad(loss), state.params, state.hyperparams, batch)
+    compute = lambda state: optimizer.compute_hypergradient(state, batch, batch, loss, loss)
+    program = Program(compute, state)
+    return program(), program.temporary_bytes / of_gradient.temporary_bytes
+
+
+def test_a_product_keeps_nothing_that_a_loss_recomputes():
+    """One step, with the gradients of both losses, at most 2.6 times one training gradient."""
+    (with_it, memory), (without, _) = (deep_program(deep_loss(x)) for x in (True, False))
+    np.testing.assert_allclose(with_it, without, rtol=1e-5)
+    assert memory <= 2.6
+
+
+def test_a_product_of_a_large_loss_keeps_less(monkeypatch):
+    """Above the limit it recomputes, and `plan` says so."""
+    optimizer, state, batch = deep_problem(4)
+    found, memory, shown = [], [], []
+    for limit in (2**28, 2**18):
+        monkeypatch.setattr("gradhpo.core.problem._LARGE", limit)
+        loss = deep_loss(recompute=False)
+        losses = gradhpo.LossFunctions(loss, loss)
+        plan = gradhpo.plan({"exact": optimizer}, state, batch, batch, losses)
+        shown.append((plan["exact", 4].recomputes, "recomputes activations" in str(plan)))
+        hypergradient, times = deep_program(loss, 4)
+        found.append(hypergradient)
+        memory.append(times)
+    np.testing.assert_allclose(*found, rtol=1e-5)
+    assert memory[1] < 2.6 < memory[0], memory
+    assert shown == [(False, False), (True, True)]
+
+
+def test_bytes_that_a_loss_computes():
+    def loss(x):
+        doubled, _ = jax.lax.scan(lambda x, _: (2 * x, None), x, None, 5)
+        return jnp.sum(jax.lax.cond(x[0] > 0, lambda x: x + 1, lambda x: x, doubled))
+
+    program = jax.make_jaxpr(loss)(jnp.ones(100)).jaxpr
+    # Five doublings, one branch, their sum; a few numbers for the condition.
+    assert 4 * 601 <= bytes_computed(program) <= 4 * 601 + 64

@@ -222,7 +222,7 @@ def scanned(optimizer, state, losses):
 def test_a_scan_carries_them_from_init():
     optimizer = build("unrolled", ADAM)
     bare = optimizer.init(W, H)
-    with pytest.raises(ValueError, match=r"train_twice.*init\(.*losses=losses, batch=batch"):
+    with pytest.raises(ValueError, match=r"(?s)train_twice.*scan, jit or vmap.*losses=losses,"):
         scanned(optimizer, bare, LOSSES)
     state = optimizer.init(W, H, losses=LOSSES, batch=BATCH, val_batch=BATCH)
     assert state.metadata.aux == NAMES
@@ -270,6 +270,45 @@ def test_diagnostics_take_such_losses():
     assert not found.findings
 
 
+class Careless(gradhpo.FOOptimizer):
+    """First order, as one may write it: with the losses alone."""
+
+    def estimate(self, problem, memory):
+        found = super().estimate(problem, memory)
+        return gradhpo.extend.Estimate(
+            found.z, found.hypergradient, jnp.asarray(found.train_loss), jnp.asarray(found.val_loss)
+        )
+
+
+def test_an_algorithm_that_drops_them_is_named():
+    optimizer = Careless(PLAIN, OUTER)
+    with pytest.warns(UserWarning, match="Careless.estimate returned losses without .*train_twice"):
+        state = optimizer.step(optimizer.init(W, H), BATCH, BATCH, LOSSES)
+    assert state.metadata.aux == set()
+    plain = gradhpo.FOOptimizer(PLAIN, OUTER)
+    plain = plain.step(plain.init(W, H), BATCH, BATCH, PLAIN_LOSSES)
+    np.testing.assert_allclose(state.metadata["val_loss"], plain.metadata["val_loss"])
+
+
+def test_record_reads_them_where_the_state_has_their_names():
+    optimizer = build("one step")
+    settings = {"record": lambda state: {"half": state.metadata["val_twice"] / 2}}
+    with pytest.raises(KeyError, match=r"init\(params, hyperparams, losses="):
+        run(optimizer, optimizer.init(W, H), **settings)
+    state = optimizer.init(W, H, losses=LOSSES, batch=BATCH, val_batch=BATCH)
+    _, history = run(optimizer, state, **settings)
+    np.testing.assert_allclose(history["half"], history["val_loss"], rtol=1e-12)
+
+
+def test_a_monitor_compiles_nothing():
+    optimizer = build("one step")
+    state = optimizer.init(W, H)
+    run(optimizer, state)
+    traces = num_traces()
+    run(optimizer, state, callbacks=[gradhpo.Monitor({"third": lambda state: 1.0})])
+    assert num_traces() == traces
+
+
 # -- misuse ------------------------------------------------------------------------------------
 
 
@@ -285,8 +324,10 @@ BAD = {
         "a loss and a list: .*a dict of scalars",
     ),
     "keys that are no texts": (returning(lambda w: {0: w[0]}), TypeError, "a dict of scalars"),
-    "an array": (returning(lambda w: {"x": w}), ValueError, r"'x' of shape \(2,\).*record="),
-    "a text": (returning(lambda w: {"x": "good"}), TypeError, "x"),
+    "an array": (returning(lambda w: {"x": w}), ValueError, r"'x', shape \(2,\).*record="),
+    "a text": (returning(lambda w: {"x": "good"}), ValueError, "'x', a str, beside the loss"),
+    "None": (returning(lambda w: {"x": None}), ValueError, "'x', a NoneType, beside the loss"),
+    "no name": (returning(lambda w: {"": w[0]}), ValueError, "without a name"),
     "a complex number": (returning(lambda w: {"x": 1j}), ValueError, "'x'.*complex"),
     "a metric of every step": (returning(lambda w: {"loss": w[0]}), ValueError, "train_loss"),
     "three things": (lambda w, h, b: (train(w, h, b), {}, {}), TypeError, "got a tuple"),

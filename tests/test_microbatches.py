@@ -117,7 +117,8 @@ def test_keys_are_split_and_those_of_examples_stay_with_them():
     key = jax.random.key(0)
     seen = lambda w, h, batch: (w + 0.0, {"drawn": jax.random.normal(batch["key"])})
     for given in (key, jax.random.key_data(key)):
-        _, beside = gradhpo.microbatched(seen, 4)(jnp.ones(()), None, {"key": given})
+        batch = {"key": given, "x": jnp.ones(8)}
+        _, beside = gradhpo.microbatched(seen, 4)(jnp.ones(()), None, batch)
         draws = [jax.random.normal(key) for key in jax.random.split(given, 4)]
         np.testing.assert_allclose(beside["drawn"], np.mean(draws))
     own = lambda w, h, b: jnp.mean(jax.vmap(jax.random.normal)(b["keys"]) * b["x"]) * w
@@ -171,6 +172,18 @@ BAD = {
         lambda: gradhpo.microbatched(simple, 3)(jnp.ones(3), jnp.ones(2), (X, Y[:6])),
         ValueError,
         r"batch\[0\]: 12, batch\[1\]: 6",
+    ),
+    "nothing to divide": (
+        lambda: gradhpo.microbatched(lambda w, h, b: w, 3)(jnp.ones(()), None, jax.random.key(0)),
+        ValueError,
+        "no array of examples",
+    ),
+    "two examples, or a key": (
+        lambda: gradhpo.microbatched(simple, 2)(
+            jnp.ones(3), jnp.ones(2), (X[:2], jnp.array([0, 1], jnp.uint32))
+        ),
+        ValueError,
+        r"batch\[1\] may be a key.*jax\.random\.key, and examples int32",
     ),
     "a model state": (
         lambda: gradhpo.microbatched(simple, 3)(jnp.ones(3), jnp.ones(2), (X, Y), jnp.ones(())),
@@ -250,3 +263,10 @@ def test_low_precision_logits_are_float32():
     assert found.dtype == jnp.float32
     wide = plain_cross_entropy(x.astype(float), head.astype(float), LABELS, jnp.zeros((4, 6)))
     np.testing.assert_allclose(found, wide, rtol=1e-5)
+    # The gradient of the head adds up in float32, over 24 chunks as over one.
+    mean = lambda head, num: jnp.mean(gradhpo.chunked_cross_entropy(x, head, LABELS, num))
+    gradients = [jax.grad(mean)(head, num) for num in (24, 1)]
+    assert all(g.dtype == jnp.bfloat16 for g in gradients)
+    assert relative_error(*jax.tree.map(lambda g: g.astype(float), gradients)) < 5e-3
+    unsigned = gradhpo.chunked_cross_entropy(x, head, LABELS.astype(jnp.uint16), 2, 0)
+    np.testing.assert_array_equal(unsigned, found)

@@ -184,13 +184,17 @@ class Algorithm(Hooks, BilevelOptimizer):
         find = lambda: not_differentiable(problem)
         with differentiation_explained(type(self).__name__, self.derivatives, find):
             found = self.estimate(problem, inputs.state.memory)
-        check_estimate(type(self).__name__, found, inputs.state)
+        check_estimate(type(self).__name__, found, inputs.state, problem)
         return found
 
     def _seen(self, inputs: Inputs) -> list[bool]:
         if not self.tunes:
             return [False] * len(jax.tree.leaves(inputs.state.hyperparams))
         return seen_by(self.sees, self._problem(inputs), self.differentiates_init)
+
+    def _recomputes(self, inputs: Inputs) -> bool:
+        differentiates = self.tunes and self.sees not in ("validation", "everything")
+        return differentiates and self.update_fn is None and self._problem(inputs).phi.recomputes
 
     def _check_visible(self, problem: Problem, continues: bool = False) -> None:
         name = type(self).__name__

@@ -100,11 +100,11 @@ class BilevelOptimizer(OuterStep):
             is dropped). Hypergradients of exact methods go through it. Default `None`: none.
         - `losses`, `val_batch`: the [`LossFunctions`][gradhpo.LossFunctions], and an example of a
             validation batch, as `batch` is of a training batch. With `losses` the state has the
-            names of the metrics that they return, as `nan`: needed for losses with metrics if your
-            own `jax.lax.scan` carries the state through `step`. Default `None`.
+            names of the metrics that they return, as `nan`: needed for losses with metrics if
+            `step` is inside a `scan`, `jit` or `vmap` of your own. Default `None`.
 
         **Returns:** a [`BilevelState`][gradhpo.BilevelState] whose structure, shapes and dtypes
-        every `step` keeps.
+        every `step` keeps (but for metrics that losses return, without `losses`).
 
         **Raises:** `TypeError` for complex leaves, hyperparameters that are not floating-point
         arrays, a `batch` that is a data source or a `BatchStack`, or a `model_state` with leaves

@@ -46,7 +46,8 @@ class InnerStep(eqx.Module):
     frozen: PyTree
     train_batch: PyTree
     symmetric: bool = eqx.field(static=True)
-    recomputes: bool = eqx.field(static=True, default=False)  # the loss has a jax.checkpoint
+    recomputes: bool = eqx.field(static=True, default=False)  # products recompute activations
+    metrics: tuple[str, ...] = eqx.field(static=True, default=())  # beside the training loss
     reads_state: bool = eqx.field(static=True, default=False)  # the training loss reads z.r
     # Whether `z.s` is what the optimizer's `init` made at these hyperparameters, shape `()`; `None`
     # if no hyperparameters act there, nor in `start`, which makes the parameters of an episode.

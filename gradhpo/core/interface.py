@@ -77,6 +77,10 @@ class InnerProblems(eqx.Module):
         """For each leaf of the hyperparameters, whether this method can see it."""
 
     @abc.abstractmethod
+    def _recomputes(self, inputs: Inputs) -> bool:
+        """Whether second-derivative products start anew, and keep no activations."""
+
+    @abc.abstractmethod
     def _outer_loss(self, inputs: Inputs) -> Array:
         """The validation loss after `num_inner_steps` inner steps."""
 

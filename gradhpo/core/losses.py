@@ -121,16 +121,19 @@ def _metrics(which: str, aux: Any) -> dict[str, Array]:
         )
     metrics = {}
     for key, value in aux.items():
-        shape, dtype = jnp.shape(value), jnp.result_type(value)
-        is_number = any(jnp.issubdtype(dtype, kind) for kind in (jnp.number, jnp.bool_))
-        if shape != () or not is_number:
+        kind = f"a {type(value).__name__}"
+        if eqx.is_array_like(value):
+            kind = f"shape {jnp.shape(value)} and dtype {jnp.result_type(value)}"
+        if not eqx.is_array_like(value) or jnp.shape(value) != ():
             raise ValueError(
-                f"{name} returned {key!r} of shape {shape} and dtype {dtype} beside the loss, "
-                "where metrics are: scalars of shape (), such as a mean over the examples. An "
-                "array of every step is recorded by run(record=...)"
+                f"{name} returned {key!r}, {kind}, beside the loss, where metrics are: scalars of "
+                "shape (), such as a mean over the examples. An array of every step is recorded "
+                "by run(record=...)"
             )
-        if jnp.issubdtype(dtype, jnp.complexfloating):
+        if jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
             raise ValueError(f"{name} returned {key!r} beside the loss, which is complex")
+        if not key:
+            raise ValueError(f"{name} returned a metric without a name, {{'': ...}}: give it one")
         if f"{which}_{key}" in METRICS:
             raise ValueError(
                 f"{name} returned {key!r} beside the loss: it would be the metric {which}_{key}, "

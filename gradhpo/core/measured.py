@@ -19,7 +19,7 @@ from gradhpo.utils.trees import accumulation_dtype
 class Measured(eqx.Module):
     """A loss with the metrics beside it, on its way through an algorithm as one value.
 
-    For JAX's own functions it is the loss: `jnp.asarray(value)` has nothing else.
+    `jnp.asarray(value)` is the loss alone.
     """
 
     loss: Array
@@ -78,10 +78,9 @@ def as_it_was(state: BilevelState, given: BilevelState) -> BilevelState:
         return state
     if aux - wanted:
         raise ValueError(
-            f"the losses return metrics, {', '.join(sorted(aux - wanted))}, and inside a compiled "
-            "loop the state must have their names from the start: make it with "
-            "optimizer.init(params, hyperparams, losses=losses, batch=batch, val_batch=val_batch), "
-            "or let gradhpo.run do the loop"
+            f"the losses return metrics, {', '.join(sorted(aux - wanted))}, and inside your "
+            "own scan, jit or vmap the state must have their names from the start: make it with "
+            "optimizer.init(params, hyperparams, losses=losses, batch=batch, val_batch=val_batch)"
         )
     return not_measured(state, wanted - aux)
 

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int, PyTree
+from jaxtyping import Array, ArrayLike, Float, Integer, PyTree, Real
 
 from gradhpo.core.inner_optimizer import cast_like
 from gradhpo.core.types import LossFn
@@ -106,13 +106,22 @@ def _pieces(batch: PyTree, num: int) -> Any:
     every piece.
     """
     batch = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, batch)
-    is_random = lambda x: looks_like_a_key(x) or (is_key(x) and x.ndim == 0)
-    keys, rest = eqx.partition(batch, is_random)
+    is_one_key = lambda x: is_key(x) and x.ndim == 0
+    keys, rest = eqx.partition(batch, is_one_key)
     arrays, shared = eqx.partition(rest, lambda x: eqx.is_array(x) and x.ndim > 0)
-    sizes = {
-        name: x.shape[0]
-        for name, x in zip(leaf_names(arrays), jax.tree.leaves(arrays), strict=True)
-    }
+    legacy, arrays = eqx.partition(arrays, looks_like_a_key)
+    sizes = {name: x.shape[0] for name, x in _named(arrays)}
+    if jax.tree.leaves(legacy) and set(sizes.values()) <= {2}:
+        name = _named(legacy)[0][0]
+        raise ValueError(
+            f"batch{name} may be a key made by jax.random.PRNGKey, or two examples of uint32: make "
+            "keys with jax.random.key, and examples int32"
+        )
+    keys = eqx.combine(keys, legacy)
+    if not sizes and num > 1:
+        raise ValueError(
+            f"microbatched(loss, num={num}) found no array of examples in the batch to divide"
+        )
     if len(set(sizes.values())) > 1:
         shown = ", ".join(f"batch{name}: {size}" for name, size in sizes.items())
         raise ValueError(
@@ -133,6 +142,10 @@ def _pieces(batch: PyTree, num: int) -> Any:
     return piece
 
 
+def _named(tree: PyTree) -> list[tuple[str, Array]]:
+    return list(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True))
+
+
 def _widened(x: Array) -> Array:
     return x.astype(accumulation_dtype(x))
 
@@ -146,9 +159,9 @@ def _as_number(x: Any) -> Array:
 def chunked_cross_entropy(
     features: Float[Array, "*tokens width"],
     head: Float[Array, "vocabulary width"],
-    labels: Int[Array, "*tokens"],
+    labels: Integer[Array, "*tokens"],
     num: int,
-    label_smoothing: Float[ArrayLike, "*#tokens"] = 0.0,
+    label_smoothing: Real[ArrayLike, "*#tokens"] = 0.0,
 ) -> Float[Array, "*tokens"]:
     r"""Cross-entropy over a large vocabulary, without all logits at once.
 
@@ -161,7 +174,8 @@ def chunked_cross_entropy(
     - `features`: the last hidden state of each token, shape `[..., width]`.
     - `head`: the matrix $W$ of the output layer, shape `[vocabulary, width]`; that of the embedding
         if they are tied.
-    - `labels`: the next token of each, integers of shape `[...]`.
+    - `labels`: the next token of each, integers of shape `[...]` from 0 to `vocabulary - 1`: give
+        what is masked the label 0, and its loss the weight 0.
     - `num`: number of chunks, at least 1; must divide the number of tokens.
     - `label_smoothing`: the share of the target that is spread over the whole vocabulary, in
         [0, 1], a number or one for each token (or what broadcasts to that); default 0.
@@ -183,12 +197,15 @@ def chunked_cross_entropy(
         raise ValueError(f"chunked_cross_entropy(num={num}) must divide the {tokens} tokens")
     smoothing = jnp.broadcast_to(jnp.asarray(label_smoothing, float), labels.shape)
     of_chunk = lambda x: x.reshape(tokens // num, num, *x.shape[labels.ndim :])
-    wide = accumulation_dtype(features)
+    wide = accumulation_dtype((features, head))
+    narrow = head.dtype
+    head = head.astype(wide)  # so that its cotangents add up in this precision
 
     @jax.checkpoint
     def losses(i: Array) -> Array:
         x, label, share = (of_chunk(x)[:, i] for x in (features, labels, smoothing))
-        logits = jnp.einsum("td,vd->tv", x, head, preferred_element_type=wide)
+        matrix = head.astype(narrow)
+        logits = jnp.einsum("td,vd->tv", x, matrix, preferred_element_type=wide)
         own = jnp.take_along_axis(logits, label[:, None], axis=1)[:, 0]
         share = share.astype(wide)
         total = jax.nn.logsumexp(logits, axis=1)

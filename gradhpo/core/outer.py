@@ -10,11 +10,13 @@ from jaxtyping import Array, PyTree
 
 from gradhpo.core.inner_optimizer import cast_like, explained
 from gradhpo.core.inner_state import InnerState
-from gradhpo.core.measured import Measured, loss_of
+from gradhpo.core.measured import Measured, aux_of, loss_of
+from gradhpo.core.problem import Problem
 from gradhpo.core.state import BilevelState, inner_state
 from gradhpo.core.types import RealScalarLike
 from gradhpo.utils.structure import check_same_structure
 from gradhpo.utils.validation import strong
+from gradhpo.utils.warn import warn_once
 
 
 class Estimate(eqx.Module):
@@ -23,7 +25,8 @@ class Estimate(eqx.Module):
     - `z`: the $(w, s, r)$ after the inner steps.
     - `hypergradient`: a tree like the hyperparameters.
     - `train_loss`, `val_loss`: at the last inner step, before its update; and at the end. As
-        `problem` gives them: metrics that a loss has beside it come along.
+        `problem` gives them: then metrics that a loss has beside it come along (`jnp.asarray` of
+        such a value is the loss alone).
     - `memory`: the algorithm's memory after the step, with the structure, shapes and dtypes that
         `init_memory` gave it.
     """
@@ -35,7 +38,7 @@ class Estimate(eqx.Module):
     memory: PyTree = None
 
 
-def check_estimate(name: str, found: Any, state: BilevelState) -> None:
+def check_estimate(name: str, found: Any, state: BilevelState, problem: Problem) -> None:
     """Checks that the result of an algorithm's `estimate` can follow this state."""
     made = f"{name}.estimate returned"
     write = "return Estimate(z, hypergradient, train_loss, val_loss, memory)"
@@ -53,6 +56,14 @@ def check_estimate(name: str, found: Any, state: BilevelState) -> None:
         loss = loss_of(value)
         if not (eqx.is_inexact_array(loss) and loss.shape == ()):
             raise ValueError(f"{made} {part}={value}, which is not a scalar of shape (): {write}")
+    measured = aux_of(found.train_loss, found.val_loss)
+    lost = [x for x in (*problem.phi.metrics, *problem.validation.metrics) if x not in measured]
+    if lost:
+        warn_once(
+            f"{made} losses without the metrics beside them ({', '.join(lost)}): return them as "
+            "phi.step(...) and validation.value_and_grads(...) give them",
+            *problem.functions(),
+        )
 
 
 def init_outer_state(

@@ -47,7 +47,8 @@ class Metadata(dict[str, Any]):
             )
         raise KeyError(
             f"metadata has no {key!r}; there are {', '.join(map(str, self))}. What an algorithm "
-            "keeps is in state.memory"
+            "keeps is in state.memory; the metrics that a loss returns are there after a step, and "
+            "before it with init(params, hyperparams, losses=..., batch=..., val_batch=...)"
         )
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -88,7 +89,9 @@ class BilevelState(eqx.Module):
     r"""State of a bilevel optimization: an immutable pytree.
 
     Made by an optimizer's `init`, advanced by its `step`. Structure, shapes and dtypes never change
-    between steps, so that loops compile once and `jax.lax.scan` can carry it.
+    between steps, so that loops compile once and `jax.lax.scan` can carry it. Only metrics that
+    losses return are added by the first step, unless `init(losses=...)` has made their names: do
+    that for a `scan`, `jit` or `vmap` of your own, and for a state that you deserialise into.
 
     **Fields:**
 

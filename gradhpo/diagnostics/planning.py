@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.batches import BatchStack
 from gradhpo.core.inputs import Inputs, LossFunctions
+from gradhpo.core.measured import without_aux
 from gradhpo.core.state import BilevelState
 from gradhpo.core.wrapper import algorithm_of, rewrapped
 from gradhpo.diagnostics.case import check_optimizers
@@ -31,6 +32,9 @@ class Planned:
     - `optimizer`: ready for use, with the chosen `checkpoints`.
     - `cost`: of a `step`; `None` if it does not work, and `failed` says why.
     - `fits`: whether `max_bytes` is enough; `None` if no limit was given.
+    - `recomputes`: whether second-derivative products compute the activations of the training loss
+        once more instead of keeping them: if it has a `jax.checkpoint`, or computes more than
+        256 MiB on its way.
     """
 
     name: str
@@ -39,6 +43,7 @@ class Planned:
     cost: Cost | None
     fits: bool | None
     failed: str = ""
+    recomputes: bool = False
 
     @property
     def checkpoints(self) -> Any:
@@ -86,6 +91,8 @@ class Plan(Report):
             remark = {None: "", True: "fits", False: "does not fit"}[row.fits]
             if row.checkpoints is not None:
                 remark += f"{', ' if remark else ''}checkpoints={row.checkpoints!r}"
+            if row.recomputes:
+                remark += f"{', ' if remark else ''}recomputes activations"
             rows.append([
                 row.name,
                 str(row.num_steps),
@@ -197,15 +204,16 @@ def _planned(
         costs = lambda algorithm: _cost_of_step(
             rewrapped(optimizer, algorithm), state, train_batch, val_batch, losses
         )
-        cost = costs(chosen)
+        cost, recomputes = costs(chosen)
         if max_bytes is not None and cost.total_bytes > max_bytes:
             smaller = chosen.with_less_memory()
             if smaller is not None:
-                chosen, cost = smaller, costs(smaller)
+                chosen, (cost, recomputes) = smaller, costs(smaller)
     except FAILURES as error:
         return Planned(name, num_steps, optimizer, None, None, str(error))
     fits = None if max_bytes is None else cost.total_bytes <= max_bytes
-    return Planned(name, num_steps, rewrapped(optimizer, chosen), cost, fits)
+    chosen = rewrapped(optimizer, chosen)
+    return Planned(name, num_steps, chosen, cost, fits, recomputes=recomputes)
 
 
 def _cost_of_step(
@@ -214,20 +222,20 @@ def _cost_of_step(
     train_batch: PyTree,
     val_batch: PyTree,
     losses: LossFunctions,
-) -> Cost:
+) -> tuple[Cost, bool]:
+    """The cost, and whether second-derivative products recompute activations."""
     rate = jnp.zeros(()) if optimizer.outer_optimizer is None else None
     with without_warnings():
-        return Program(
-            lambda optimizer, inputs, rate: optimizer._advance(inputs, rate)[0],
-            optimizer,
-            Inputs(
-                optimizer._adopt(state, keep_memory=True),
-                _stack_of(train_batch, optimizer.num_inner_steps),
-                val_batch,
-                losses,
-            ),
-            rate,
-        ).cost
+        state = optimizer._adopt(without_aux(state), keep_memory=True)
+        stack = _stack_of(train_batch, optimizer.num_inner_steps)
+        inputs = Inputs(state, stack, val_batch, losses)
+        found = []
+
+        def advance(optimizer: BilevelOptimizer, inputs: Inputs, rate: Any) -> BilevelState:
+            found.append(optimizer._recomputes(inputs))
+            return optimizer._advance(inputs, rate)[0]
+
+        return Program(advance, optimizer, inputs, rate).cost, found[0]
 
 
 def _has_horizon(optimizer: BilevelOptimizer) -> bool:

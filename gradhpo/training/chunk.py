@@ -33,7 +33,6 @@ class Chunk(eqx.Module):
     record: Callable | None = None
     start: Start | None = None
     continues: bool = eqx.field(static=True, default=False)
-    monitored: tuple[str, ...] = eqx.field(static=True, default=())
 
     @compiled
     def run_steps(
@@ -159,7 +158,7 @@ class Chunk(eqx.Module):
             metrics = {name: new.metadata[name] for name in METRICS}
             metrics |= self.optimizer._scalars(new.memory) | recorded(new, self.record)
             aux = {name: new.metadata[name] for name in new.metadata.aux}
-            check_names(aux, [*metrics, *self.monitored])
+            check_names(aux, metrics)
             return _arrays(_without(new, [*measured, *aux])), (metrics, aux, moving)
 
         steps = first + jnp.arange(length, dtype=first.dtype)

@@ -22,6 +22,7 @@ from gradhpo.training.chunk import Chunk, started
 from gradhpo.training.flight import Flight, at_the_end, on_host
 from gradhpo.training.keeper import Keeper
 from gradhpo.training.record import Record
+from gradhpo.training.recorded import check_names
 from gradhpo.training.stopping import Interrupts, Stopped, failing
 from gradhpo.utils.processes import check_shared
 from gradhpo.utils.progress import ProgressBar
@@ -172,8 +173,7 @@ class Driver:
             positions = self.feed.positions() if self.keeper is not None else {}
             with failing("device error", may_return=may_return, advice=self._advice):
                 about = self.rate, self.record_fn, self.start_fn, self.steps_per_episode != 1
-                monitored = tuple(self.callbacks.monitored)
-                chunk = Chunk(self.optimizer, self.losses, train, val, *about, monitored)
+                chunk = Chunk(self.optimizer, self.losses, train, val, *about)
                 try:
                     if self.steps_per_episode is None:
                         (state, stacked, moved), reached = chunk.run_steps(state, taken), None
@@ -187,6 +187,7 @@ class Driver:
                     raise
         except Stopped as stopped:
             return [], stopped
+        check_names(state.metadata.aux, self.callbacks.monitored)
         flight = Flight(chunk, state, start, reached, stacked, moved, positions, may_return)
         return [flight], None if taken == wanted else self._out_of_data(may_return=True)
 

@@ -144,7 +144,6 @@ def run(
         Episodes: Reptile, Nichol et al., *On First-Order Meta-Learning Algorithms*, 2018,
         arXiv:1803.02999.
     """
-    state = without_aux(state)
     check_count("num_steps", num_steps)
     check_count("chunk_size", chunk_size)
     check_count("max_rejections", max_rejections)
@@ -163,6 +162,7 @@ def run(
     start = make_start(start_fn, key, state, optimizer, steps_per_episode, reptile_rate)
     watching = Callbacks(callbacks)
     names = check_record(optimizer, state, record)
+    state = without_aux(state)
     check_monitored(watching.monitored, [*recorded_names(optimizer, state), *names])
     keeper = None
     if checkpoint is not None:

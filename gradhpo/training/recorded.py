@@ -1,6 +1,6 @@
 """What a run records of every state, besides its metrics."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable
 from typing import Any, TypeAlias
 
 import equinox as eqx
@@ -70,7 +70,7 @@ def check_record(optimizer: BilevelOptimizer, state: BilevelState, record: Any) 
     return sorted(found)
 
 
-def check_names(aux: Iterable[str], ours: Sequence[str]) -> None:
+def check_names(aux: Iterable[str], ours: Container[str]) -> None:
     """No metric that a loss returns has the name of another one in the history."""
     taken = [name for name in aux if name in ours]
     if taken:

@@ -98,9 +98,9 @@ def linearize_gradient(
     `custom_vjp` inside the loss, the Jacobian of the gradient need not be symmetric, and
     `symmetric=False` transposes it (reverse over reverse).
 
-    `shared`: whether the products keep the activations of the gradient. A loss with
-    `jax.checkpoint` recomputes them to save memory, and then every product starts anew: kept, they
-    would take the memory that it saves.
+    `shared`: whether the products keep the activations of the gradient, which takes more memory and
+    less work than to start every product anew. A loss with `jax.checkpoint` recomputes them to save
+    memory: kept, they would take what it saves.
 
     ??? cite "Reference"
 

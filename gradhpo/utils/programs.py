@@ -1,6 +1,7 @@
 """What a traced program depends on, and what it does with it."""
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -26,6 +27,27 @@ def contains(program: Jaxpr, kind: Callable[[str], bool]) -> bool:
         or any(contains(inner, kind) for inner in jaxprs_in_params(eqn.params))
         for eqn in program.eqns
     )
+
+
+def bytes_computed(program: Jaxpr) -> int:
+    """The size of all that a traced program computes on the way, loops as often as they run.
+
+    A loop without a fixed number of steps counts once. The compiler keeps less, as it fuses.
+    """
+
+    def of(eqn: Any) -> int:
+        inner = [bytes_computed(part) for part in jaxprs_in_params(eqn.params)]
+        if not inner:
+            return sum(_bytes_of(x.aval) for x in eqn.outvars)
+        most = max(inner) if eqn.primitive.name in BRANCHES else sum(inner)
+        return eqn.params.get("length", 1) * most
+
+    return sum(map(of, program.eqns))
+
+
+def _bytes_of(aval: Any) -> int:
+    itemsize = getattr(getattr(aval, "dtype", None), "itemsize", 0)
+    return math.prod(getattr(aval, "shape", ())) * itemsize
 
 
 class Readings(NamedTuple):

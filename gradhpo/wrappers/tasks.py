@@ -187,14 +187,21 @@ class TaskBatched(Wrapper):
         )
 
     def _seen(self, inputs: Inputs) -> list[bool]:
-        seen = []
+        return self._of_any(self.optimizer._seen, inputs)
 
-        def look(inputs: Inputs) -> tuple[()]:
-            seen[:] = self.optimizer._seen(inputs)
+    def _recomputes(self, inputs: Inputs) -> bool:
+        return self._of_any(self.optimizer._recomputes, inputs)
+
+    def _of_any(self, look: Callable[[Inputs], Any], inputs: Inputs) -> Any:
+        """What is found while tracing, once for all tasks."""
+        found = []
+
+        def trace(inputs: Inputs) -> tuple[()]:
+            found.append(look(inputs))
             return ()
 
-        self._over_tasks(look, inputs)  # traced once for all tasks
-        return seen
+        self._over_tasks(trace, inputs)
+        return found[0]
 
     def _outer_loss(self, inputs: Inputs) -> Array:
         return _mean(self._over_tasks(self.optimizer._outer_loss, inputs))
