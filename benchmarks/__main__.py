@@ -21,7 +21,7 @@ import jax
 import optax
 
 import gradhpo
-from benchmarks.costs import accuracy, compiled, host, loops, methods, scaling
+from benchmarks.costs import accuracy, compiled, host, loops, methods, networks, scaling
 from benchmarks.peers import budget, earlier, implicit, pytorch
 
 
@@ -33,6 +33,7 @@ TABLES = {
     "compile": compiled.print_compile_times,
     "memory": compiled.print_memory,
     "exact": loops.print_exact,
+    "networks": networks.print_networks,
     "units": compiled.print_units,
     "distilled": methods.print_distilled,
     "roads": methods.print_roads,

@@ -145,19 +145,21 @@ def exact_programs(
     *,
     activation: str = "tanh",
     depth: int = 1,
-    checkpoint: bool = False,
-) -> tuple[Program, Program]:
-    """Exact unrolling by the library, and by `jax.grad` through a plain or checkpointed scan."""
+) -> tuple[Program, Program, Program]:
+    """Exact unrolling by the library, and by `jax.grad` through a checkpointed and a plain scan."""
     inner = INNER[optimizer_name]
     the_job = job(batch_size, activation=activation, depth=depth)
     ours = hypergradient_program(gradhpo.UnrolledOptimizer(inner, unroll_steps=STEPS), the_job)
-    return ours, Program(
-        unrolled.plain_unrolled_hypergradient(the_job, inner, STEPS, checkpoint=checkpoint),
-        eqx.filter(the_job.params, eqx.is_inexact_array),
-        the_job.hyperparams,
-        the_job.train_data(0),
-        the_job.val_batch,
+    params = eqx.filter(the_job.params, eqx.is_inexact_array)
+    given = params, the_job.hyperparams, the_job.train_data(0), the_job.val_batch
+    checkpointed, plain = (
+        Program(
+            unrolled.plain_unrolled_hypergradient(the_job, inner, STEPS, checkpoint=checkpoint),
+            *given,
+        )
+        for checkpoint in (True, False)
     )
+    return ours, checkpointed, plain
 
 
 def checkpointed_program(steps: int, checkpoints: Any) -> Program:

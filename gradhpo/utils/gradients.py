@@ -107,10 +107,6 @@ def linearize_gradient(
         Kemaev et al., *Scalable Meta-Learning via Mixed-Mode Differentiation*, ICML 2025,
         arXiv:2505.00793.
     """
-    if symmetric and not shared:
-        (value, rest), gradient = jax.value_and_grad(loss, has_aux=True)(params, hyperparams)
-        both = lambda w: jax.grad(loss, argnums=(0, 1), has_aux=True)(w, hyperparams)[0]
-        return value, gradient, rest, lambda v: jax.jvp(both, (params,), (v,))[1]
     if symmetric:
 
         def forward(w):
@@ -118,6 +114,8 @@ def linearize_gradient(
             (value, rest), gradients = both(w, hyperparams)
             return (value, gradients), rest
 
+        if not shared:
+            forward = jax.checkpoint(forward)
         (value, (gradient, _)), push, rest = jax.linearize(forward, params, has_aux=True)
         return value, gradient, rest, lambda v: push(v)[1]
 
