@@ -25,7 +25,8 @@ from test_compare import (
 )
 
 import gradhpo
-from gradhpo.diagnostics import tables
+from gradhpo.diagnostics import cost, tables
+from gradhpo.diagnostics.cost import Program
 
 
 # -- over batches ------------------------------------------------------------------------
@@ -309,6 +310,18 @@ def planned():
         optimizers, state, stack, None, BENT, horizons=[10, 400, 100_000], max_bytes=limit
     )
     return plan, limit
+
+
+@pytest.mark.parametrize("counts_on_the_cpu", [True, False])
+def test_flops_where_the_compiler_does_not_count_them(monkeypatch, counts_on_the_cpu):
+    """As on a GPU: the compiler for the CPU is asked; and without one they are not 0."""
+    function = lambda x: jax.lax.scan(lambda x, _: (jnp.tanh(x @ x), None), x, None, 5)[0]
+    expected, count = Program(function, jnp.ones((8, 8))).cost.flops, cost._flops
+    on_the_cpu = lambda: counts_on_the_cpu and jax.config.jax_default_device is not None
+    monkeypatch.setattr(cost, "_flops", lambda x: count(x) if on_the_cpu() else float("nan"))
+    found = Program(function, jnp.ones((8, 8))).cost.flops
+    np.testing.assert_equal(found, expected if counts_on_the_cpu else np.nan)
+    assert (tables.flops_of(found) == "-") != counts_on_the_cpu
 
 
 def test_plan_agrees_with_the_program_that_runs(planned):

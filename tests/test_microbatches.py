@@ -252,9 +252,10 @@ def test_chunks_never_hold_all_logits():
         return jax.jit(product).lower(x, x).compile().memory_analysis().temp_size_in_bytes
 
     all_logits = 8 * tokens * vocabulary
+    workspace = 2**25 if jax.default_backend() == "gpu" else 0  # that cuBLAS asks for
     assert memory(lambda x: plain_cross_entropy(x, head, labels, jnp.zeros(tokens))) > all_logits
     chunked = lambda x: gradhpo.chunked_cross_entropy(x, head, labels, 16)
-    assert memory(chunked) < 0.6 * all_logits
+    assert memory(chunked) < 0.6 * all_logits + workspace
 
 
 def test_low_precision_logits_are_float32():

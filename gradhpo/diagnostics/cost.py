@@ -1,5 +1,6 @@
 """What a compiled program costs: work and memory as the compiler counts, time by the clock."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -101,7 +102,7 @@ class Program:
         memory = self._memory
         held = memory.argument_size_in_bytes + memory.output_size_in_bytes
         return Cost(
-            flops=_flops(self._lowered) + _beyond_once(self._jaxpr.jaxpr),
+            flops=_once(self._jaxpr, self._lowered) + _beyond_once(self._jaxpr.jaxpr),
             at_least=self.has(OPEN_LOOPS),
             temporary_bytes=memory.temp_size_in_bytes,
             total_bytes=memory.temp_size_in_bytes + held - memory.alias_size_in_bytes,
@@ -118,8 +119,9 @@ def _is_array(x: Any) -> bool:
 
 
 def _flops(program: Any) -> float:
+    """As the compiler counts them; `nan` if it does not."""
     analysis = program.cost_analysis()
-    return float((analysis or {}).get("flops", 0.0))
+    return float("nan") if analysis is None else float(analysis.get("flops", 0.0))
 
 
 def _beyond_once(program: Jaxpr) -> float:
@@ -146,9 +148,18 @@ def _of_operation(eqn: Any) -> float:
     return math.fsum(map(_beyond_once, jaxprs_in_params(eqn.params)))
 
 
-def _once(program: ClosedJaxpr) -> float:
+def _once(program: ClosedJaxpr, lowered: Any = None) -> float:
+    """The flops of a traced program, which may be `lowered` already, with loops once.
+
+    Before optimisation, which the compilers for GPUs do not count: then that for the CPU does.
+    """
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in program.in_avals]
-    return _flops(jax.jit(jaxpr_as_fun(program)).lower(*shapes))
+    lower = lambda: jax.jit(jaxpr_as_fun(program)).lower(*shapes)
+    found = _flops(lower() if lowered is None else lowered)
+    if math.isnan(found):
+        with contextlib.suppress(RuntimeError), jax.default_device(jax.devices("cpu")[0]):
+            found = _flops(lower())
+    return found
 
 
 def _primitives(program: Jaxpr) -> Iterator[str]:

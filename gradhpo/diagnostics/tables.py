@@ -34,6 +34,8 @@ def number(value: float, digits: int = 3) -> str:
 
 def flops_of(value: float, *, at_least: bool = False) -> str:
     """`1.2 G`: floating-point operations."""
+    if math.isnan(value):
+        return "-"
     sign = ">" if at_least else ""
     for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
