@@ -317,7 +317,7 @@ def test_flops_where_the_compiler_does_not_count_them(monkeypatch, counts_on_the
     """As on a GPU: the compiler for the CPU is asked; and without one they are not 0."""
     function = lambda x: jax.lax.scan(lambda x, _: (jnp.tanh(x @ x), None), x, None, 5)[0]
     expected, count = Program(function, jnp.ones((8, 8))).cost.flops, cost._flops
-    on_the_cpu = lambda: counts_on_the_cpu and jax.config.jax_default_device is not None
+    on_the_cpu = lambda: counts_on_the_cpu and jax.config.jax_default_device is not None  # pyright: ignore
     monkeypatch.setattr(cost, "_flops", lambda x: count(x) if on_the_cpu() else float("nan"))
     found = Program(function, jnp.ones((8, 8))).cost.flops
     np.testing.assert_equal(found, expected if counts_on_the_cpu else np.nan)

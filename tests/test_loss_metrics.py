@@ -14,6 +14,7 @@ from test_contract import ADAM, OPTIMIZERS, PLAIN, build
 
 import gradhpo
 from gradhpo.core.measured import without_aux
+from gradhpo.extend import Estimate
 from gradhpo.utils.tracing import num_traces
 
 
@@ -275,7 +276,7 @@ class Careless(gradhpo.FOOptimizer):
 
     def estimate(self, problem, memory):
         found = super().estimate(problem, memory)
-        return gradhpo.extend.Estimate(
+        return Estimate(
             found.z, found.hypergradient, jnp.asarray(found.train_loss), jnp.asarray(found.val_loss)
         )
 
