@@ -3,6 +3,7 @@
 import warnings
 
 import equinox as eqx
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -283,9 +284,9 @@ def test_layers_of_equinox_are_not_named():
     eqx.filter_eval_shape(compute, state)  # a warning would be an error
 
 
+@pytest.mark.thorough
 def test_layers_of_flax_are_not_named():
-    """Where Flax is installed; except SpectralNorm, whose stopped vectors move with W."""
-    nn = pytest.importorskip("flax.linen")
+    """Except SpectralNorm, whose stopped vectors move with W."""
 
     class Net(nn.Module):
         @nn.compact
