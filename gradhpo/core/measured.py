@@ -56,7 +56,7 @@ def with_aux(state: BilevelState, aux: Mapping[str, Any]) -> BilevelState:
     return dataclasses.replace(state, metadata=state.metadata | added) if aux else state
 
 
-def without_aux(state: BilevelState) -> BilevelState:
+def without_aux(state: Any) -> Any:
     """A state without them, the same for any losses; anything else as it is."""
     if not isinstance(state, BilevelState) or not state.metadata.aux:
         return state
