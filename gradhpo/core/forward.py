@@ -13,6 +13,7 @@ from jaxtyping import Array, ArrayLike, Bool, PyTree
 from gradhpo.core.inner import InnerUpdate
 from gradhpo.core.inner_optimizer import init_inner_state
 from gradhpo.core.inner_state import InnerState, differentiated
+from gradhpo.core.measured import Loss
 from gradhpo.utils.trees import random_like
 
 
@@ -58,7 +59,7 @@ def push_step(
     want_loss: ArrayLike = True,
     *,
     from_rest: bool = False,
-) -> tuple[InnerState, Array, Push]:
+) -> tuple[InnerState, Loss, Push]:
     r"""`(z', loss, push)`, where `push(z_dot, hyper_dot)` is $A_t \dot z + B_t \dot\lambda$.
 
     `z_dot` is a tree like the floating-point part of $z$. With `from_rest` (for an optimizer that

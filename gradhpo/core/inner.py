@@ -6,13 +6,13 @@ from typing import TypeAlias
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, PyTree
+from jaxtyping import ArrayLike, PyTree
 
 from gradhpo.core.batches import is_same_each_step
 from gradhpo.core.inner_state import InnerState, differentiated
 from gradhpo.core.inner_step import InnerStep
 from gradhpo.core.means import mean_over_steps
-from gradhpo.core.measured import measured
+from gradhpo.core.measured import Loss, measured
 from gradhpo.utils.gradients import linearize_gradient
 from gradhpo.utils.trees import tree_zeros_like
 
@@ -29,7 +29,7 @@ class InnerUpdate(InnerStep):
 
     def _linearized(
         self, z: InnerState, hyperparams: PyTree, last: ArrayLike, count: int = 1
-    ) -> tuple[Array, PyTree, PyTree, Callable[[PyTree], tuple[PyTree, tuple[PyTree, PyTree]]]]:
+    ) -> tuple[Loss, PyTree, PyTree, Callable[[PyTree], tuple[PyTree, tuple[PyTree, PyTree]]]]:
         """The loss, the gradient, the new r, and products of a cotangent with the derivatives.
 
         These are by the parameters, and by (hyperparameters, running state). Loss and gradient are
@@ -58,7 +58,7 @@ class InnerUpdate(InnerStep):
 
     def vjp(
         self, z: InnerState, hyperparams: PyTree, t: ArrayLike
-    ) -> tuple[InnerState, Array, Pull]:
+    ) -> tuple[InnerState, Loss, Pull]:
         r"""`(z', loss, pull)`, where `pull(z_bar)` is $(\bar z A_t, \bar z B_t)$.
 
         First the optimizer's own update is transposed, which is element-wise and carries the
@@ -119,7 +119,7 @@ class InnerUpdate(InnerStep):
 
     def _vjp_by_hand(
         self, z: InnerState, hyperparams: PyTree, t: ArrayLike
-    ) -> tuple[InnerState, Array, Pull]:
+    ) -> tuple[InnerState, Loss, Pull]:
         of_r, rest = differentiated(z.r)
 
         def update(w, hyperparams, r):

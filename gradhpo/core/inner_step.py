@@ -18,7 +18,7 @@ from gradhpo.core.batches import batch_of_step, is_same_each_step
 from gradhpo.core.inner_rule import gradient_by, updated_by_hand, updated_by_optax
 from gradhpo.core.inner_state import InnerState, Start
 from gradhpo.core.losses import Evaluation, Result, called, training_result
-from gradhpo.core.measured import Measured, loss_of, measured
+from gradhpo.core.measured import Loss, Measured, loss_of, measured
 from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, UpdateFn
 from gradhpo.utils.foreign import (
     forget_secants,
@@ -106,7 +106,7 @@ class InnerStep(eqx.Module):
 
     def step(
         self, z: InnerState, hyperparams: PyTree, t: ArrayLike, want_loss: ArrayLike = True
-    ) -> tuple[InnerState, Array]:
+    ) -> tuple[InnerState, Loss]:
         """`(z', training loss before the update)`, the loss as `Measured` if it has metrics.
 
         It comes free with its gradient. With a `grad_fn` or an `update_fn` it is extra work,
@@ -122,7 +122,7 @@ class InnerStep(eqx.Module):
         new_z, loss, _ = self.step_and_gradient(z, hyperparams, t, evaluation)
         return new_z, loss
 
-    def loss_if(self, wanted: ArrayLike, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> Array:
+    def loss_if(self, wanted: ArrayLike, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> Loss:
         """The loss, computed only if it is wanted, otherwise `nan`."""
         compute = lambda: self._loss_alone(z, hyperparams, t)
         nan = lambda like: jnp.full(like.shape, jnp.nan, like.dtype)
@@ -131,7 +131,7 @@ class InnerStep(eqx.Module):
 
     def loss_and_gradient(
         self, z: InnerState, hyperparams: PyTree, t: ArrayLike
-    ) -> tuple[Array, PyTree, PyTree]:
+    ) -> tuple[Loss, PyTree, PyTree]:
         """The loss, what the inner optimizer is given, and the new running state."""
         if self.grad_fn is None:
             of_w = self._of_w(z, hyperparams, t)
@@ -140,7 +140,7 @@ class InnerStep(eqx.Module):
         loss = self._loss_alone(z, hyperparams, t)
         return loss, *self.gradient_and_state(z, hyperparams, t)
 
-    def _loss_alone(self, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> Array:
+    def _loss_alone(self, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> Loss:
         """The loss as a metric, of which nothing is differentiated; nor need it be possible."""
         loss, _, aux = self.evaluate(*jax.lax.stop_gradient((z, hyperparams)), t)
         return measured(loss, aux)
@@ -150,8 +150,8 @@ class InnerStep(eqx.Module):
         z: InnerState,
         hyperparams: PyTree,
         t: ArrayLike,
-        evaluation: tuple[Array, PyTree, PyTree] | None = None,
-    ) -> tuple[InnerState, Array, PyTree]:
+        evaluation: tuple[Loss, PyTree, PyTree] | None = None,
+    ) -> tuple[InnerState, Loss, PyTree]:
         """`(z', loss, gradient)`; only with an `inner_optimizer`.
 
         `evaluation` is the loss, its gradient and the new running state, if already known.
@@ -175,7 +175,7 @@ class InnerStep(eqx.Module):
         *,
         keep: Callable[[InnerState], PyTree] = lambda z: None,
         loss_at: int | None = None,
-    ) -> tuple[InnerState, Array, PyTree]:
+    ) -> tuple[InnerState, Loss, PyTree]:
         """Inner steps from number `first` on: `(z', last loss, kept)`.
 
         `kept` stacks what `keep` takes from the z before each step. The loss of zero steps is

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -32,6 +32,10 @@ class Measured(eqx.Module):
         return self.loss
 
 
+Loss: TypeAlias = Array | Measured
+"""A loss as algorithms carry it."""
+
+
 def measured(loss: Array, aux: dict[str, Array]) -> Any:
     """A loss as algorithms carry it: alone, if nothing was measured beside it."""
     return Measured(loss, aux) if aux else loss
@@ -42,9 +46,9 @@ def loss_of(value: Any) -> Any:
     return value.loss if isinstance(value, Measured) else value
 
 
-def aux_of(*values: Any) -> dict[str, Array]:
+def aux_of(*values: Any) -> dict[str, Any]:
     """What was measured beside losses."""
-    found: dict[str, Array] = {}
+    found: dict[str, Any] = {}
     for value in values:
         found |= value.aux if isinstance(value, Measured) else {}
     return found

@@ -12,6 +12,7 @@ from jaxtyping import Array, ArrayLike, PyTree
 from gradhpo.core.inner import InnerUpdate, Pull
 from gradhpo.core.inner_optimizer import cast_like
 from gradhpo.core.inner_state import InnerState
+from gradhpo.core.measured import Loss
 from gradhpo.core.outer import Estimate
 from gradhpo.core.problem import Problem
 from gradhpo.core.start import pull_start
@@ -115,7 +116,7 @@ def unrolled(problem: Problem, first: int, steps: int, num_segments: int | None 
 
 
 # Both run the steps forward, and return the end, the last training loss, and the backward pass.
-Kept: TypeAlias = tuple[InnerState, Array, Callable[[Cotangent], Cotangent]]
+Kept: TypeAlias = tuple[InnerState, Loss, Callable[[Cotangent], Cotangent]]
 
 
 def _keeping_all(
@@ -211,7 +212,7 @@ def not_interpolated(z: InnerState) -> PyTree:
 
 def along_a_line(
     phi: InnerUpdate, z: InnerState, hyperparams: PyTree, num_steps: int
-) -> tuple[InnerState, InnerState, Array, Line, PyTree]:
+) -> tuple[InnerState, InnerState, Loss, Line, PyTree]:
     """Steps from 0 on: `(z_{T-1}, z_T, last loss, line, kept)`, where `kept` is for `line.at`."""
 
     def body(carry, t):
