@@ -343,6 +343,15 @@ def test_misuse_is_named(case):
         optimizer.step(optimizer.init(W, H), BATCH, BATCH, loss, val)
 
 
+@pytest.mark.parametrize("which", ["train", "val"])
+def test_what_a_loss_returns_is_not_blamed_on_a_batch_of_none(which):
+    optimizer = build("one step")
+    losses = {"train": lambda w, h, b: jnp.sum((w - h) ** 2), "val": lambda w, h, b: jnp.sum(w**2)}
+    losses[which] = lambda w, h, b: (jnp.sum((w - h) ** 2), w)
+    with pytest.raises(TypeError, match=f"^{which}_loss_fn returned a loss and an array"):
+        optimizer.step(optimizer.init(W, H), None, None, losses["train"], losses["val"])
+
+
 def test_names_that_are_taken():
     optimizer = build("one step")
     state = optimizer.init(W, H)

@@ -20,7 +20,6 @@ from gradhpo.utils.programs import draws_with, inputs_read, stops_a_function_of,
 from gradhpo.utils.validation import (
     THE_WHOLE_TREE,
     check_arity,
-    check_scalar,
     check_single_batch,
     leaf_names,
 )
@@ -170,12 +169,15 @@ def arguments_of(r: PyTree) -> str:
 def trace_loss(
     which: str,
     function: LossFn,
-    on_batch: Callable,
+    call: Callable,
+    parse: Callable,
     batch: PyTree,
     z: InnerState,
     hyperparams: PyTree,
 ) -> Jaxpr:
     """The traced program of a loss, after checking its arity and its output.
+
+    `call(z, hyperparams)` is what it returns, and `parse` the loss and the new r in that.
 
     Its inputs are the leaves of w, r and the hyperparameters; its results the loss and the new r.
     """
@@ -193,7 +195,7 @@ def trace_loss(
 
     def checked(z, hyperparams):
         try:
-            loss, r = on_batch(z, hyperparams)
+            returned = call(z, hyperparams)
         except (TypeError, AttributeError) as error:
             if batch is not None:
                 raise
@@ -201,7 +203,6 @@ def trace_loss(
                 f"{which}_batch ({which}_data in run) is None, and {name} fails with that "
                 f"({error}): pass the batch that it reads"
             ) from error
-        check_scalar(loss, name)
-        return loss, r
+        return parse(returned)
 
     return jax.make_jaxpr(checked)(z, hyperparams).jaxpr

@@ -63,10 +63,13 @@ class InnerStep(eqx.Module):
         return batch_of_step(self.train_batch, t)
 
     def evaluate(self, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> Evaluation:
-        """What the user's loss returned: the loss, the new running state, and metrics."""
+        """The training loss, the new running state, and metrics."""
+        return training_result(self.returned(z, hyperparams, t), z.r)
+
+    def returned(self, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> Any:
+        """What the user's loss returns."""
         params = eqx.combine(z.w, self.frozen)
-        returned = called(self.train_loss_fn, params, hyperparams, self.batch(t), z.r)
-        return training_result(returned, z.r)
+        return called(self.train_loss_fn, params, hyperparams, self.batch(t), z.r)
 
     def train_loss(self, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> Any:
         """The training loss."""

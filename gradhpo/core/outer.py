@@ -10,7 +10,7 @@ from jaxtyping import Array, PyTree
 
 from gradhpo.core.inner_optimizer import cast_like, explained
 from gradhpo.core.inner_state import InnerState
-from gradhpo.core.measured import Measured, aux_of, loss_of
+from gradhpo.core.measured import Loss, aux_of, loss_of
 from gradhpo.core.problem import Problem
 from gradhpo.core.state import BilevelState, inner_state
 from gradhpo.core.types import RealScalarLike
@@ -33,8 +33,8 @@ class Estimate(eqx.Module):
 
     z: InnerState
     hypergradient: PyTree
-    train_loss: Array | Measured
-    val_loss: Array | Measured
+    train_loss: Loss
+    val_loss: Loss
     memory: PyTree = None
 
 

@@ -21,8 +21,8 @@ from gradhpo.core.checks import (
 from gradhpo.core.inner import InnerUpdate
 from gradhpo.core.inner_state import InnerState, differentiated
 from gradhpo.core.inputs import Inputs
-from gradhpo.core.losses import called, validation_result
-from gradhpo.core.measured import Measured, measured
+from gradhpo.core.losses import called, training_result, validation_result
+from gradhpo.core.measured import Loss, measured
 from gradhpo.core.start import act_at_start
 from gradhpo.core.state import inner_state
 from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, UpdateFn
@@ -50,39 +50,38 @@ class Validation(eqx.Module):
         """The validation loss at the parameters and the running state of `z`."""
         return self.evaluate(z, hyperparams)[0]
 
-    def measured(self, z: InnerState, hyperparams: PyTree) -> Array | Measured:
+    def measured(self, z: InnerState, hyperparams: PyTree) -> Loss:
         """The validation loss, as `Measured` if it has metrics beside it."""
         return measured(*self.evaluate(z, hyperparams))
 
     def evaluate(self, z: InnerState, hyperparams: PyTree) -> tuple[Array, dict[str, Array]]:
-        """What the user's loss returned: the loss, and metrics."""
+        """The validation loss, and metrics."""
+        return validation_result(self.returned(z, hyperparams), z.r)
+
+    def returned(self, z: InnerState, hyperparams: PyTree) -> Any:
+        """What the user's loss returns."""
         params = eqx.combine(z.w, self.frozen)
-        returned = called(self.val_loss_fn, params, hyperparams, self.val_batch, z.r)
-        return validation_result(returned, z.r)
+        return called(self.val_loss_fn, params, hyperparams, self.val_batch, z.r)
 
     def value_and_grads(
         self, z: InnerState, hyperparams: PyTree
-    ) -> tuple[Array | Measured, InnerState, PyTree]:
+    ) -> tuple[Loss, InnerState, PyTree]:
         r"""$L_{val}$, its derivative $\alpha$ by z (not by s), and the direct term.
 
         The loss is `Measured` if it has metrics beside it.
         """
-        at, evaluate = self._of_differentiated(z)
+        at, evaluate = self.of_differentiated(z)
         both = jax.value_and_grad(evaluate, argnums=(0, 1), has_aux=True)
         (loss, aux), (alpha, direct) = both(at, hyperparams)
         return measured(loss, aux), alpha, direct
 
     def alpha(self, z: InnerState, hyperparams: PyTree) -> InnerState:
         r"""$\alpha$ alone."""
-        at, loss = self.of_differentiated(z)
-        return jax.grad(loss)(at, hyperparams)
+        at, evaluate = self.of_differentiated(z)
+        return jax.grad(evaluate, has_aux=True)(at, hyperparams)[0]
 
     def of_differentiated(self, z: InnerState) -> tuple[InnerState, Callable]:
-        """What the loss is differentiated by, and the loss as a function of it."""
-        at, evaluate = self._of_differentiated(z)
-        return at, lambda at, h: evaluate(at, h)[0]
-
-    def _of_differentiated(self, z: InnerState) -> tuple[InnerState, Callable]:
+        """What the loss is differentiated by, and loss and metrics as a function of it."""
         of_r, rest = differentiated(z.r)
         full = lambda at: at._replace(r=eqx.combine(at.r, rest))
         return InnerState(z.w, None, of_r), lambda at, h: self.evaluate(full(at), h)
@@ -147,20 +146,22 @@ def make_problem(
     validation = Validation(losses.val_loss, frozen, inputs.val_batch)
     names: dict[str, tuple[str, ...]] = {}
 
-    def on_batch(z: InnerState, h: PyTree) -> tuple[Any, PyTree]:
-        loss, r, aux = phi.evaluate(z, h, 0)
+    def of_training(returned: Any) -> tuple[Any, PyTree]:
+        loss, r, aux = training_result(returned, z.r)
         names["train"] = tuple(aux)
         return loss, r
 
-    at = z._replace(s=None), hyperparams
-    program = trace_loss("train", losses.train_loss, on_batch, inputs.train_batch, *at)
-
-    def on_val_batch(z: InnerState, h: PyTree) -> tuple[Any, None]:
-        loss, aux = validation.evaluate(z, h)
+    def of_validation(returned: Any) -> tuple[Any, None]:
+        loss, aux = validation_result(returned, z.r)
         names["val"] = tuple(aux)
         return loss, None
 
-    of_validation = trace_loss("val", losses.val_loss, on_val_batch, inputs.val_batch, *at)
+    at = z._replace(s=None), hyperparams
+    call = lambda z, h: phi.returned(z, h, 0)
+    given = call, of_training, inputs.train_batch
+    program = trace_loss("train", losses.train_loss, *given, *at)
+    given = validation.returned, of_validation, inputs.val_batch
+    val_program = trace_loss("val", losses.val_loss, *given, *at)
     validation = dataclasses.replace(validation, metrics=names["val"])
     symmetric = grad_fn is None and not contains(result_of(program, 0), is_custom_vjp)
     reads_state = False
@@ -174,11 +175,11 @@ def make_problem(
         after_w = len(jax.tree.leaves(z.w))
         reads_state = any(reads[after_w : after_w + len(jax.tree.leaves(z.r))])
     if grad_fn is update_fn is None:
-        check_trained(program, of_validation, phi, z, hyperparams)
+        check_trained(program, val_program, phi, z, hyperparams)
     if differentiates:
         check_stops(phi, program, z, hyperparams)
     if tunes:
-        check_validation(losses.val_loss, of_validation, z, hyperparams)
+        check_validation(losses.val_loss, val_program, z, hyperparams)
     if num_steps > 1 or inputs.repeats:
         check_keys(phi, z, hyperparams)
     fresh = state.fresh if act_at_start(phi, z, hyperparams) else None

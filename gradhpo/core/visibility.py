@@ -34,7 +34,8 @@ def seen_by(sees: Sees, problem: Problem, with_init: bool = False) -> list[bool]
     """
     phi, validation, z, hyperparams = problem
     by_derivative = sees != "everything"
-    at, loss = validation.of_differentiated(z)
+    at, evaluate = validation.of_differentiated(z)
+    loss = lambda at, h: evaluate(at, h)[0]
     of_validation = readings(lambda x: loss(*x), (at, hyperparams), by_derivative=by_derivative)
     by_z, by_hyperparams = of_validation.by()
     reads_w, reads_r = (any(jax.tree.leaves(reads)) for reads in (by_z.w, by_z.r))
@@ -121,7 +122,8 @@ def check_visible(name: str, sees: Sees, problem: Problem, with_init: bool) -> N
     # How each unseen leaf acts, computed only now: most programs never need it.
     through = {kind: seen_by(kind, problem) for kind in _NARROWER}
     through[_INIT] = seen_by("validation", problem, True)
-    at, loss = problem.validation.of_differentiated(problem.z)
+    at, evaluate = problem.validation.of_differentiated(problem.z)
+    loss = lambda at, h: evaluate(at, h)[0]
     of_z = lambda at: loss(at, problem.hyperparams)
     blind = not any(jax.tree.leaves(visible_leaves(of_z, at)))
     groups: dict[str, list[str]] = {}
