@@ -138,17 +138,18 @@ def deep_problem(unroll_steps=1):
 
 
 def deep_program(loss, unroll_steps=1):
-    """The hypergradient, and its memory in training gradients."""
+    """The hypergradient, its memory in training gradients, and its flops."""
     optimizer, state, batch = deep_problem(unroll_steps)
     of_gradient = Program(jax.value_and_grad(loss), state.params, state.hyperparams, batch)
     compute = lambda state: optimizer.compute_hypergradient(state, batch, batch, loss, loss)
     program = Program(compute, state)
-    return program(), program.temporary_bytes / of_gradient.temporary_bytes
+    memory = program.temporary_bytes / of_gradient.temporary_bytes
+    return program(), memory, program.cost.flops
 
 
 def test_a_product_keeps_nothing_that_a_loss_recomputes():
     """One step, with the gradients of both losses, at most 2.6 times one training gradient."""
-    (with_it, memory), (without, _) = (deep_program(deep_loss(x)) for x in (True, False))
+    (with_it, memory, _), (without, *_) = (deep_program(deep_loss(x)) for x in (True, False))
     np.testing.assert_allclose(with_it, without, rtol=1e-5)
     assert memory <= 2.6
 
@@ -156,18 +157,18 @@ def test_a_product_keeps_nothing_that_a_loss_recomputes():
 def test_a_product_of_a_large_loss_keeps_less(monkeypatch):
     """Above the limit it recomputes, and `plan` says so."""
     optimizer, state, batch = deep_problem(4)
-    found, memory, shown = [], [], []
+    found, memory, flops, shown = [], [], [], []
     for limit in (2**28, 2**18):
         monkeypatch.setattr("gradhpo.core.problem._LARGE", limit)
         loss = deep_loss(recompute=False)
         losses = gradhpo.LossFunctions(loss, loss)
         plan = gradhpo.plan({"exact": optimizer}, state, batch, batch, losses)
         shown.append((plan["exact", 4].recomputes, "recomputes activations" in str(plan)))
-        hypergradient, times = deep_program(loss, 4)
-        found.append(hypergradient)
-        memory.append(times)
+        for column, value in zip((found, memory, flops), deep_program(loss, 4), strict=True):
+            column.append(value)
     np.testing.assert_allclose(*found, rtol=1e-5)
     assert memory[1] < 2.6 < memory[0], memory
+    assert flops[0] < flops[1] < 1.25 * flops[0], flops
     assert shown == [(False, False), (True, True)]
 
 

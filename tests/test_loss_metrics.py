@@ -133,7 +133,7 @@ def update_by_hand(w, h, batch):
 def test_however_the_inner_step_is_taken(optimizer):
     batch = gradhpo.BatchStack(jnp.stack([BATCH, 2 * BATCH, 3 * BATCH]))
     if optimizer.inner_optimizer is not None and optimizer.passes_loss:
-        batch = BATCH  # one for all steps: their evaluations are those of the search
+        batch = BATCH  # the same for all steps: the search's evaluation could be reused
     state = optimizer.step(optimizer.init(W, H), batch, BATCH, LOSSES)
     check(state.metadata)
     plain = optimizer.step(optimizer.init(W, H), batch, BATCH, PLAIN_LOSSES)

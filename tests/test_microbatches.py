@@ -8,7 +8,7 @@ import optax
 import pytest
 from helpers import assert_same, quick, relative_error
 from problems import OUTER, relaxed
-from test_contract import OPTIMIZERS, build
+from test_contract import ADAM, OPTIMIZERS, build
 
 import gradhpo
 
@@ -103,7 +103,7 @@ Y = jnp.sin(X @ jnp.ones(3))
     ),
 )
 def test_every_optimizer_takes_them(name):
-    optimizer = build(name)
+    optimizer = build(name, ADAM)
     batch = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), (X, Y)) if name == "tasks" else (X, Y)
     w, h = jnp.array([0.5, -0.2, 0.1]), jnp.array([0.1, 0.2])
     of_one, of_pieces = (

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, PyTree
 from gradhpo.core.batches import BatchStack
 from gradhpo.core.inner_state import InnerState
 from gradhpo.core.inputs import Inputs, LossFunctions, both_losses, inputs_of
-from gradhpo.core.measured import as_it_was, aux_of, not_measured, without_aux
+from gradhpo.core.measured import aux_of, not_measured, with_same_metrics, without_aux
 from gradhpo.core.outer_step import OuterStep
 from gradhpo.core.partition import check_disjoint
 from gradhpo.core.state import BilevelState
@@ -234,7 +234,7 @@ class BilevelOptimizer(OuterStep):
         losses = both_losses("step", train_loss_fn, val_loss_fn)
         check_outer_rate(self, lr_hyper)
         given = train_batch, val_batch, *losses, outer_rate(lr_hyper)
-        return as_it_was(_called(_step, self, state, *given), state)
+        return with_same_metrics(_called(_step, self, state, *given), state)
 
     def compute_hypergradient(
         self,

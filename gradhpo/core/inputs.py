@@ -28,14 +28,14 @@ class LossFunctions(eqx.Module):
     Either may return `(scalar, metrics)`, where `metrics` is a dict of scalars such as
     `{"accuracy": accuracy}`: they are in the history, the logs and the metadata of the state, as
     `train_accuracy` (of the last inner step, before its update) and `val_accuracy` (at $w_T$). They
-    have no part in any derivative, but every evaluation of the loss computes them, in all inner
-    steps: keep them as cheap as an accuracy, and measure what is not with
-    [`Monitor`][gradhpo.Monitor]. What JAX cannot differentiate (a callback) takes its arguments
-    through `jax.lax.stop_gradient`.
+    do not affect any derivative. Every evaluation of the loss computes them, in all inner steps:
+    use [`Monitor`][gradhpo.Monitor] for metrics that cost more than an accuracy. Wrap the arguments
+    of a function that JAX cannot differentiate (a callback) in `jax.lax.stop_gradient`.
 
     If the state has a `model_state`, both take it as fourth argument, and `train_loss` returns
-    `(scalar, new_model_state)` or `(scalar, (new_model_state, metrics))`. What has the structure of
-    the model state counts as that: a dict of metrics needs other keys.
+    `(scalar, new_model_state)` or `(scalar, (new_model_state, metrics))`. A second
+    result with the structure of the model state is taken as the model state, so a dict of metrics
+    needs other keys.
 
     **Raises:** `TypeError` for a loss that is not a function.
 

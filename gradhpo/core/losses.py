@@ -68,8 +68,9 @@ def _kind(x: Any) -> tuple:
 
 
 def training_result(returned: Any, r: PyTree) -> Evaluation:
-    """Of a training loss: `loss` or `(loss, aux)`; with a running state `(loss, new)` or
-    `(loss, (new, aux))`.
+    """What a training loss returned: `loss` or `(loss, aux)`.
+
+    With a running state: `(loss, new)` or `(loss, (new, aux))`.
     """
     aux: Any = None
     if _is_pair(returned):
@@ -84,9 +85,9 @@ def training_result(returned: Any, r: PyTree) -> Evaluation:
 
 
 def validation_result(returned: Any, r: PyTree) -> tuple[Array, dict[str, Array]]:
-    """Of a validation loss: `loss` or `(loss, aux)`.
+    """What a validation loss returned: `loss` or `(loss, aux)`.
 
-    It may return the running state as a training loss does, which is dropped.
+    A running state, returned as a training loss does, is dropped.
     """
     aux: Any = None
     if _is_pair(returned):
@@ -139,7 +140,11 @@ def _metrics(which: str, aux: Any) -> dict[str, Array]:
                 f"{name} returned {key!r} beside the loss: it would be the metric {which}_{key}, "
                 "which every step has. Give it another name"
             )
-        value = jnp.asarray(value)
-        is_float = jnp.issubdtype(value.dtype, jnp.floating)
-        metrics[f"{which}_{key}"] = value if is_float else value.astype(float)
+        metrics[f"{which}_{key}"] = as_number(value)
     return metrics
+
+
+def as_number(x: Any) -> Array:
+    """A floating-point array, of flags and counts too."""
+    x = jnp.asarray(x)
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(float)

@@ -25,19 +25,20 @@ def mean_over_steps(
     if count == 1:
         return function(w, hyperparams, last)
     at = w, hyperparams
-    wide = jax.tree.map(_widened, at)
+    wide = jax.tree.map(widened, at)
     made = jax.eval_shape(lambda w, h: function(w, h, last)[0], *at)
 
     def body(total, t):
         w, hyperparams = cast_like(wide, at)
         new, _ = function(w, hyperparams, t)
-        return jax.tree.map(lambda x, y: x + _widened(y), total, new), None
+        return jax.tree.map(lambda x, y: x + widened(y), total, new), None
 
-    sums = jax.eval_shape(lambda x: jax.tree.map(_widened, x), made)
+    sums = jax.eval_shape(lambda x: jax.tree.map(widened, x), made)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
     total, _ = jax.lax.scan(body, zeros, last - jnp.arange(count))
     return cast_like(jax.tree.map(lambda x: x / count, total), made), None
 
 
-def _widened(x: Array) -> Array:
+def widened(x: Array) -> Array:
+    """In the dtype that sums are taken in."""
     return x.astype(accumulation_dtype(x))

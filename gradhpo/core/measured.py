@@ -12,7 +12,8 @@ from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from gradhpo.core.memory import entries_of
-from gradhpo.core.state import BilevelState, Metadata
+from gradhpo.core.metadata import Metadata, placed_nan
+from gradhpo.core.state import BilevelState
 from gradhpo.utils.trees import accumulation_dtype
 
 
@@ -70,13 +71,11 @@ def without_aux(state: Any) -> Any:
 def not_measured(state: BilevelState, names: Iterable[str]) -> BilevelState:
     """A state with these metrics as `nan`."""
     dtype = accumulation_dtype(state.params)
-    # Placed, not computed: under jax_debug_nans no computation may return NaN.
-    nan = lambda: jax.device_put(np.full((), np.nan, dtype))
-    return with_aux(state, {name: nan() for name in names})
+    return with_aux(state, {name: placed_nan(dtype) for name in names})
 
 
-def as_it_was(state: BilevelState, given: BilevelState) -> BilevelState:
-    """A new state with the metrics of the given one, where a loop carries it inside a program."""
+def with_same_metrics(state: BilevelState, given: BilevelState) -> BilevelState:
+    """A new state with the metric names of the given one, if a user's program carries it."""
     aux, wanted = state.metadata.aux, given.metadata.aux
     if aux == wanted or not isinstance(given.step, Tracer):
         return state
@@ -105,7 +104,7 @@ def check_free(aux: Mapping[str, Any], state: BilevelState) -> None:
             )
 
 
-def measured_again(tree: PyTree, metrics: Mapping[str, np.ndarray], first: int) -> PyTree:
+def with_aux_of_steps(tree: PyTree, metrics: Mapping[str, np.ndarray], first: int) -> PyTree:
     """States in a tree with the metrics that losses returned at their steps.
 
     Row 0 of `metrics` is the step after `first`.
@@ -122,7 +121,7 @@ def measured_again(tree: PyTree, metrics: Mapping[str, np.ndarray], first: int) 
     return _over_states(again, tree)
 
 
-def not_yet_measured(tree: PyTree) -> PyTree:
+def without_aux_in(tree: PyTree) -> PyTree:
     """States in a tree without such metrics."""
     return _over_states(without_aux, tree)
 

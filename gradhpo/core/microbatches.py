@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Integer, PyTree, Real
 
 from gradhpo.core.inner_optimizer import cast_like
+from gradhpo.core.losses import as_number
+from gradhpo.core.means import widened
 from gradhpo.core.types import LossFn
 from gradhpo.utils.keys import is_key, looks_like_a_key
 from gradhpo.utils.settings import check_count
@@ -38,14 +40,14 @@ class Microbatched(eqx.Module):
 
         @functools.partial(jax.checkpoint, prevent_cse=False)  # a loop keeps the two passes apart
         def of_piece(i: Array) -> PyTree:
-            return jax.tree.map(_as_number, self.loss(params, hyperparams, piece_of(i)))
+            return jax.tree.map(as_number, self.loss(params, hyperparams, piece_of(i)))
 
         def add(total: PyTree, i: Array) -> tuple[PyTree, None]:
-            return jax.tree.map(lambda x, y: x + _widened(y), total, of_piece(i)), None
+            return jax.tree.map(lambda x, y: x + widened(y), total, of_piece(i)), None
 
         first = jnp.zeros((), int)
         made, sums = jax.eval_shape(
-            lambda: (of_piece(first), jax.tree.map(_widened, of_piece(first)))
+            lambda: (of_piece(first), jax.tree.map(widened, of_piece(first)))
         )
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
         total, _ = jax.lax.scan(add, zero, jnp.arange(self.num))
@@ -63,14 +65,14 @@ def microbatched(loss: LossFn, num: int) -> LossFn:
     and cast to bfloat16 inside the loss.
 
     Every array of the batch has the examples along axis 0, all with the same number of them. A PRNG
-    key is split into one for each piece, so random numbers are others than those of the whole
-    batch; keys along axis 0 go with their examples; numbers of shape `()` are the same for all
-    pieces. Metrics beside the loss are averaged.
+    key is split into one for each piece, so the random numbers differ from those of the unsplit
+    batch; keys along axis 0 stay with their examples; numbers of shape `()` are shared by all
+    pieces. Metrics are averaged.
 
-    The result is that of `loss` if this is a mean with a fixed divisor: `jnp.mean(weights *
-    losses)`, penalties included. It is another one for a loss that divides by a sum over its batch
+    The result equals that of `loss` if this is a mean with a fixed divisor: `jnp.mean(weights *
+    losses)`, penalties included. It differs for a loss that divides by a sum over its batch
     (`jnp.sum(weights * losses) / jnp.sum(weights)`), compares examples with each other
-    (contrastive losses) or normalises over them (BatchNorm): take `jax.checkpoint` inside such a
+    (contrastive losses) or normalises over them (BatchNorm): use `jax.checkpoint` inside such a
     loss.
 
     **Arguments:**
@@ -126,8 +128,8 @@ def _pieces(batch: PyTree, num: int) -> Any:
         shown = ", ".join(f"batch{name}: {size}" for name, size in sizes.items())
         raise ValueError(
             "a microbatched loss takes every num-th example along axis 0 of each array of a batch, "
-            f"and these differ ({shown}): what belongs to no example goes into the loss by other "
-            "ways, in hyperparams or as an attribute of a module"
+            f"and these differ ({shown}): pass arrays that are not per example outside the batch, "
+            "in hyperparams or as an attribute of the loss"
         )
     for size in set(sizes.values()):
         if size % num:
@@ -144,15 +146,6 @@ def _pieces(batch: PyTree, num: int) -> Any:
 
 def _named(tree: PyTree) -> list[tuple[str, Array]]:
     return list(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True))
-
-
-def _widened(x: Array) -> Array:
-    return x.astype(accumulation_dtype(x))
-
-
-def _as_number(x: Any) -> Array:
-    x = jnp.asarray(x)
-    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(float)
 
 
 @checked

@@ -32,7 +32,7 @@ from gradhpo.utils.programs import bytes_computed, contains, inputs_read, visibl
 from gradhpo.utils.validation import check_arity
 
 
-# Bytes that a training loss computes on its way. Above, a second-derivative product does not share
+# Bytes of intermediate values of a training loss. Above, second-derivative products do not share
 # the activations of the gradient. Where the layers are a `lax.scan`, an exact hypergradient then
 # takes half the memory and a fifth more flops; elsewhere the compiler finds the same program.
 _LARGE = 2**28

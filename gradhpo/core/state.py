@@ -1,17 +1,16 @@
 """What one training run carries from step to step."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Int, PyTree
 
 from gradhpo.core.inner_state import InnerState
 from gradhpo.core.memory import entries_of, path_to
+from gradhpo.core.metadata import Metadata, placed_nan
 from gradhpo.core.partition import combine
 from gradhpo.core.showing import shown
 from gradhpo.core.types import METRICS
@@ -19,69 +18,6 @@ from gradhpo.utils.freezing import frozen_as, trained
 from gradhpo.utils.structure import fitted
 from gradhpo.utils.trees import accumulation_dtype
 from gradhpo.utils.typecheck import checked
-
-
-@jax.tree_util.register_pytree_with_keys_class
-class Metadata(dict[str, Any]):
-    """Metrics of the last step and the user's notes: a dict that knows where other entries went.
-
-    `in_memory` names what the algorithm keeps in `state.memory`, as the state says; `aux` those
-    entries that are metrics which a loss returned.
-    """
-
-    def __init__(
-        self,
-        entries: Mapping[str, Any],
-        in_memory: frozenset[str] = frozenset(),
-        aux: frozenset[str] | None = None,
-    ):
-        super().__init__(entries)
-        self.in_memory = in_memory
-        self.aux = getattr(entries, "aux", frozenset()) if aux is None else aux
-
-    def __missing__(self, key: str) -> Any:
-        if key in self.in_memory:
-            raise KeyError(
-                f"{key} is not in metadata, which holds metrics and your own notes: write "
-                f'state.get_metric("{key}"); all that the algorithm keeps is in state.memory'
-            )
-        raise KeyError(
-            f"metadata has no {key!r}; there are {', '.join(map(str, self))}. What an algorithm "
-            "keeps is in state.memory; the metrics that a loss returns are there after a step, and "
-            "before it with init(params, hyperparams, losses=..., batch=..., val_batch=...)"
-        )
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """As for any dict; raises `KeyError` for entries that have moved to `state.memory`."""
-        return self[key] if key in self or key in self.in_memory else default
-
-    def __or__(self, other: Mapping[str, Any]) -> "Metadata":  # pyright: ignore
-        aux = self.aux | getattr(other, "aux", frozenset())
-        return Metadata({**self, **other}, self.in_memory, aux)
-
-    def without(self, names: Iterable[str]) -> "Metadata":
-        """The other entries."""
-        names = frozenset(names)
-        rest = {k: x for k, x in self.items() if k not in names}
-        return Metadata(rest, self.in_memory, self.aux - names)
-
-    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], Any]:
-        names = tuple(sorted(self))
-        return [(jax.tree_util.DictKey(x), self[x]) for x in names], self._about(names)
-
-    def tree_flatten(self) -> tuple[list[Any], Any]:
-        names = tuple(sorted(self))  # without keys, which take longer to make than everything else
-        return [self[name] for name in names], self._about(names)
-
-    def _about(self, names: tuple[str, ...]) -> Any:
-        return names, self.in_memory, self.aux
-
-    @classmethod
-    def tree_unflatten(cls, about: Any, values: Iterable[Any]) -> "Metadata":
-        made = cls.__new__(cls)  # without __init__: a loop over `step` spends its time here
-        names, made.in_memory, made.aux = about
-        made.update(zip(names, values))  # noqa: B905
-        return made
 
 
 @checked
@@ -160,8 +96,7 @@ class BilevelState(eqx.Module):
         ```
         """
         dtype = accumulation_dtype(params)
-        # Placed, not computed: under jax_debug_nans no computation may return NaN.
-        metrics = {name: jax.device_put(np.full((), np.nan, dtype)) for name in METRICS}
+        metrics = {name: placed_nan(dtype) for name in METRICS}
         metrics["rejected"] = jnp.zeros((), dtype)
         return cls(
             params=params,

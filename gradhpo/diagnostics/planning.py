@@ -32,9 +32,9 @@ class Planned:
     - `optimizer`: ready for use, with the chosen `checkpoints`.
     - `cost`: of a `step`; `None` if it does not work, and `failed` says why.
     - `fits`: whether `max_bytes` is enough; `None` if no limit was given.
-    - `recomputes`: whether second-derivative products compute the activations of the training loss
-        once more instead of keeping them: if it has a `jax.checkpoint`, or computes more than
-        256 MiB on its way.
+    - `recomputes`: whether second-derivative products recompute the activations of the training
+        loss instead of keeping them: if it has a `jax.checkpoint`, or computes more than 256 MiB of
+        intermediate values.
     """
 
     name: str

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from gradhpo.core.measured import not_yet_measured
+from gradhpo.core.measured import without_aux_in
 from gradhpo.core.state import BilevelState
 from gradhpo.training.monitor import Monitor
 from gradhpo.utils.description import differences, shown
@@ -194,7 +194,7 @@ def _short(value: Any) -> str:
 
 
 def _kind(memory: PyTree) -> Any:
-    leaves, treedef = jax.tree.flatten(not_yet_measured(memory))
+    leaves, treedef = jax.tree.flatten(without_aux_in(memory))
     return treedef, [(x.shape, x.dtype) if eqx.is_array(x) else type(x) for x in leaves]
 
 

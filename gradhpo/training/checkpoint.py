@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gradhpo.core.measured import measured_again, without_aux
+from gradhpo.core.measured import with_aux_of_steps, without_aux
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import METRICS
 from gradhpo.training.callbacks import Callbacks, are_one, called
@@ -136,7 +136,7 @@ def load_checkpoint(
         report += f" The history is empty: {error}"
         warn(report, RuntimeWarning)
     aux = {name: metrics[name] for name in header.get("aux", []) if name in metrics}
-    again = lambda tree: measured_again(tree, aux, int(state.step) - header["taken"])
+    again = lambda tree: with_aux_of_steps(tree, aux, int(state.step) - header["taken"])
     wanted.remember(again)
     state = again(state)
     metrics = metrics or {name: np.zeros(0) for name in METRICS}

@@ -13,7 +13,7 @@ from gradhpo.core.algorithm import Algorithm
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.inner_state import Start
 from gradhpo.core.inputs import LossFunctions
-from gradhpo.core.measured import measured_again, not_yet_measured, without_aux
+from gradhpo.core.measured import with_aux_of_steps, without_aux, without_aux_in
 from gradhpo.core.state import BilevelState, inner_state
 from gradhpo.core.wrapper import algorithm_of
 from gradhpo.data.sources import Feed
@@ -83,7 +83,7 @@ class Driver:
         metrics, self.positions, aux = self.keeper.read_past()
         self.feed.resume(self.positions)
         self.record.resume(metrics)
-        again = lambda tree: measured_again(tree, {name: metrics[name] for name in aux}, first)
+        again = lambda tree: with_aux_of_steps(tree, {name: metrics[name] for name in aux}, first)
         self.state = again(self.state)
         self.callbacks.remember(again)
 
@@ -143,7 +143,7 @@ class Driver:
             # In this order `load_checkpoint` finds everything that it can ask for at the start.
             parts = {
                 "state": without_aux(self.state),
-                "memories": not_yet_measured(self.callbacks.memory),
+                "memories": without_aux_in(self.callbacks.memory),
                 "rest": (self.start, self.before),
             }
             self.keeper.save(self.record.columns, parts, about)

@@ -30,7 +30,7 @@ def contains(program: Jaxpr, kind: Callable[[str], bool]) -> bool:
 
 
 def bytes_computed(program: Jaxpr) -> int:
-    """The size of all that a traced program computes on the way, loops as often as they run.
+    """The size of all intermediate values of a traced program, loops as often as they run.
 
     A loop without a fixed number of steps counts once. The compiler keeps less, as it fuses.
     """
