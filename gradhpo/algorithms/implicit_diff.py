@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from gradhpo.algorithms.implicit_remarks import ADVICE, of_solves, of_training
 from gradhpo.algorithms.settled import through_state
 from gradhpo.extend import (
     Algorithm,
@@ -37,17 +38,10 @@ from gradhpo.extend import (
 )
 
 
-# The share of itself by which the validation loss may still change, before the report says so.
-_LARGE_GAP = 0.1
-# Used if a solver has no `advice`.
 _READS_STATE = (
     "ImplicitOptimizer holds the model state constant in the training loss, which reads it: the "
     "hypergradient leaves out how training follows the model state (a target network, running "
     "statistics that normalise). UnrolledOptimizer differentiates through it"
-)
-_ADVICE = (
-    "H is singular, as it is where a batch has fewer examples than there are parameters, or not "
-    "positive: use larger batches, curvature_batches, or damping=1e-3 or more"
 )
 
 
@@ -206,7 +200,7 @@ class ImplicitOptimizer(Algorithm):
     @property
     def suspect(self) -> str:
         """The linear system."""
-        return f"the linear system: {_ADVICE}"
+        return f"the linear system: {ADVICE}"
 
     def with_num_steps(self, num_steps: int) -> "ImplicitOptimizer":
         """The same optimizer with other `inner_steps`, and at most as many `curvature_batches`."""
@@ -298,41 +292,7 @@ class ImplicitOptimizer(Algorithm):
         self, before: MetricDict, metrics: Mapping[str, np.ndarray], copies: int = 1
     ) -> str:
         """Solves that failed or left a larger residual than they began with; steps too few."""
-        of_solves = self._of_solves(before, metrics, copies)
-        gaps = metrics["optimality_gap"]
-        gap = np.median(gaps[-max(1, len(gaps) // 4) :])
-        if not gap > _LARGE_GAP:
-            return of_solves
-        not_there = (
-            "Training has not converged, or its last batch does not represent the others (nor may "
-            "the model state have settled): training "
-            f"on that batch to its optimum would change the validation loss by {gap:.0%} "
-            "(optimality_gap, median of the last quarter of the steps), so the hypergradient may "
-            "be wrong by any factor: use more inner_steps, larger batches, or curvature_batches."
-        )
-        return f"{of_solves} {not_there}".strip()
-
-    def _of_solves(self, before: MetricDict, metrics: Mapping[str, np.ndarray], copies: int) -> str:
+        advice = getattr(self.linear_solver, "advice", None)
         failures = copies * (metrics["linear_failures"][-1] - before["linear_failures"])
-        residuals = metrics["linear_residual"]
-        why = getattr(self.linear_solver, "advice", _ADVICE)
-        if failures and why is _ADVICE:
-            return (
-                f"The linear solver failed {failures:.0f} times: {why}. lineax.CG and the default "
-                "then take the least-squares solution of the smallest norm, without what the batch "
-                f"does not see (by the median of linear_residual, {np.median(residuals):.0%} of "
-                "the validation gradient; above 100%, that solution was cut short); what other "
-                "solvers give is not to be trusted."
-            )
-        if failures:
-            return (
-                f"The linear solver failed {failures:.0f} times; the hypergradients of those steps "
-                f"cannot be trusted. In general {why}."
-            )
-        if np.mean(residuals > 1) > 0.5:
-            return (
-                f"In {np.sum(residuals > 1)} of {len(residuals)} steps the linear system was left "
-                "with a residual larger than its right-hand side (linear_residual, median "
-                f"{np.median(residuals):.0e}), so the adjoint is worse than none; {why}."
-            )
-        return ""
+        residuals, gaps = metrics["linear_residual"], metrics["optimality_gap"]
+        return f"{of_solves(failures, residuals, advice)} {of_training(gaps)}".strip()

@@ -1,28 +1,21 @@
 """What every optimizer offers: `init`, `step` and `compute_hypergradient`."""
 
-from collections.abc import Callable
-from typing import Any
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, PyTree
 
+from gradhpo.core import calls
 from gradhpo.core.batches import BatchStack
 from gradhpo.core.inner_state import InnerState
-from gradhpo.core.inputs import Inputs, LossFunctions, both_losses, inputs_of
-from gradhpo.core.measured import aux_of, not_measured, with_same_metrics, without_aux
+from gradhpo.core.inputs import Inputs, LossFunctions, both_losses
+from gradhpo.core.measured import aux_of, not_measured, with_same_metrics
 from gradhpo.core.outer_step import OuterStep
 from gradhpo.core.partition import check_disjoint
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import LossFn, RealScalarLike
-from gradhpo.core.vanishing import warn_of_zeros
 from gradhpo.utils.conversion import as_batch
-from gradhpo.utils.dispatch import compiled
 from gradhpo.utils.freezing import frozen_as, trained
-from gradhpo.utils.processes import check_shared
 from gradhpo.utils.settings import (
     check_outer_optimizer,
     check_outer_rate,
@@ -30,8 +23,6 @@ from gradhpo.utils.settings import (
     check_tunes,
     outer_rate,
 )
-from gradhpo.utils.tracing import count_trace, num_traces, record_trace
-from gradhpo.utils.trees import scaled_norm_and_moving
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import (
     check_has_model_state,
@@ -40,7 +31,6 @@ from gradhpo.utils.validation import (
     prepare_hyperparams,
     prepare_model_state,
     prepare_params,
-    refuse_text,
     strong,
 )
 
@@ -192,7 +182,7 @@ class BilevelOptimizer(OuterStep):
         if isinstance(start, BilevelState):
             start, r = start.params, start.model_state
         start = InnerState(trained(frozen_as(state.params, start, "start")), r=r)
-        return _restart(state, self, start, jnp.asarray(reptile_rate, jnp.result_type(float)))
+        return calls.restart(state, self, start, jnp.asarray(reptile_rate, jnp.result_type(float)))
 
     def step(
         self,
@@ -234,7 +224,7 @@ class BilevelOptimizer(OuterStep):
         losses = both_losses("step", train_loss_fn, val_loss_fn)
         check_outer_rate(self, lr_hyper)
         given = train_batch, val_batch, *losses, outer_rate(lr_hyper)
-        return with_same_metrics(_called(_step, self, state, *given), state)
+        return with_same_metrics(calls.call(calls.step, self, state, *given), state)
 
     def compute_hypergradient(
         self,
@@ -253,87 +243,4 @@ class BilevelOptimizer(OuterStep):
         """
         losses = both_losses("compute_hypergradient", train_loss_fn, val_loss_fn)
         check_tunes(self)
-        return _called(_compute_hypergradient, self, state, train_batch, val_batch, *losses)
-
-    def _warn_of_zeros(self, inputs: Inputs, moving: Array) -> list[int]:
-        """After the first call of a program, when waiting for the device does not matter."""
-        at = lambda state: _hypergradient_of(self, inputs.at(state))
-        return warn_of_zeros(self, inputs, np.asarray(moving), at)
-
-
-def _called(
-    program: Callable[..., tuple[Any, Array]],
-    optimizer: BilevelOptimizer,
-    state: BilevelState,
-    train_batch: PyTree,
-    val_batch: PyTree,
-    train_loss_fn: Callable,
-    val_loss_fn: Callable,
-    *more: Any,
-) -> Any:
-    """The result of a compiled call, after what is checked at every one of them.
-
-    A function: Equinox makes a module of every method that is looked up, in 50 us.
-    """
-    train_batch = as_batch(train_batch, "train_batch")
-    val_batch = as_batch(val_batch, "val_batch")
-    check_shared(state, train_batch=train_batch, val_batch=val_batch)
-    given = without_aux(state), train_batch, val_batch, train_loss_fn, val_loss_fn
-    traces = num_traces()
-    try:
-        made, moving = program(optimizer, *given, *more)
-    except TypeError as error:
-        refuse_text(error, train_batch=train_batch, val_batch=val_batch)
-        raise
-    if num_traces() != traces and not isinstance(moving, Tracer):
-        optimizer._warn_of_zeros(inputs_of(*given), moving)
-    return made
-
-
-# Shapes are checked innermost, while tracing, so that a compiled call pays nothing for it.
-
-
-@compiled
-@checked
-def _step(
-    optimizer: BilevelOptimizer,
-    state: BilevelState,
-    train_batch: PyTree,
-    val_batch: PyTree,
-    train_loss_fn: Callable,
-    val_loss_fn: Callable,
-    lr_hyper: RealScalarLike | None,
-) -> tuple[BilevelState, Bool[Array, " leaves"]]:
-    inputs = inputs_of(state, train_batch, val_batch, train_loss_fn, val_loss_fn)
-    record_trace(
-        "step", optimizer, state, inputs.losses, train_batch=train_batch, val_batch=val_batch
-    )
-    return optimizer._advance(inputs, lr_hyper)
-
-
-@compiled
-@checked
-def _compute_hypergradient(
-    optimizer: BilevelOptimizer,
-    state: BilevelState,
-    train_batch: PyTree,
-    val_batch: PyTree,
-    train_loss_fn: Callable,
-    val_loss_fn: Callable,
-) -> tuple[PyTree, Bool[Array, " leaves"]]:
-    count_trace()
-    inputs = inputs_of(state, train_batch, val_batch, train_loss_fn, val_loss_fn)
-    hypergradient = optimizer._solve(inputs).hypergradient
-    return hypergradient, scaled_norm_and_moving(hypergradient)[1]
-
-
-@compiled
-def _hypergradient_of(optimizer: BilevelOptimizer, inputs: Inputs) -> PyTree:
-    return optimizer._solve(inputs).hypergradient
-
-
-@compiled
-def _restart(
-    state: BilevelState, optimizer: BilevelOptimizer, start: InnerState, reptile_rate: Array
-) -> BilevelState:
-    return optimizer._restart(state, start, reptile_rate)
+        return calls.call(calls.compute_hypergradient, self, state, train_batch, val_batch, *losses)

@@ -17,7 +17,7 @@ from jaxtyping import Array, ArrayLike, PyTree
 from gradhpo.core.batches import batch_of_step, is_same_each_step
 from gradhpo.core.inner_rule import gradient_by, updated_by_hand, updated_by_optax
 from gradhpo.core.inner_state import InnerState, Start
-from gradhpo.core.losses import Evaluation, Result, called, training_result
+from gradhpo.core.losses import Evaluation, Result, called, train_result
 from gradhpo.core.measured import Loss, Measured, loss_of, measured
 from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, UpdateFn
 from gradhpo.utils.foreign import (
@@ -64,7 +64,7 @@ class InnerStep(eqx.Module):
 
     def evaluate(self, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> Evaluation:
         """The training loss, the new running state, and metrics."""
-        return training_result(self.returned(z, hyperparams, t), z.r)
+        return train_result(self.returned(z, hyperparams, t), z.r)
 
     def returned(self, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> Any:
         """What the user's loss returns."""

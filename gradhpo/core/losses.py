@@ -67,7 +67,7 @@ def _kind(x: Any) -> tuple:
     return jnp.shape(x), "float" if jnp.issubdtype(dtype, jnp.floating) else dtype
 
 
-def training_result(returned: Any, r: PyTree) -> Evaluation:
+def train_result(returned: Any, r: PyTree) -> Evaluation:
     """What a training loss returned: `loss` or `(loss, aux)`.
 
     With a running state: `(loss, new)` or `(loss, (new, aux))`.
@@ -84,7 +84,7 @@ def training_result(returned: Any, r: PyTree) -> Evaluation:
     return Evaluation(*result, _metrics("train", aux))
 
 
-def validation_result(returned: Any, r: PyTree) -> tuple[Array, dict[str, Array]]:
+def val_result(returned: Any, r: PyTree) -> tuple[Array, dict[str, Array]]:
     """What a validation loss returned: `loss` or `(loss, aux)`.
 
     A running state, returned as a training loss does, is dropped.

@@ -21,7 +21,7 @@ from gradhpo.core.checks import (
 from gradhpo.core.inner import InnerUpdate
 from gradhpo.core.inner_state import InnerState, differentiated
 from gradhpo.core.inputs import Inputs
-from gradhpo.core.losses import called, training_result, validation_result
+from gradhpo.core.losses import called, train_result, val_result
 from gradhpo.core.measured import Loss, measured
 from gradhpo.core.start import act_at_start
 from gradhpo.core.state import inner_state
@@ -56,7 +56,7 @@ class Validation(eqx.Module):
 
     def evaluate(self, z: InnerState, hyperparams: PyTree) -> tuple[Array, dict[str, Array]]:
         """The validation loss, and metrics."""
-        return validation_result(self.returned(z, hyperparams), z.r)
+        return val_result(self.returned(z, hyperparams), z.r)
 
     def returned(self, z: InnerState, hyperparams: PyTree) -> Any:
         """What the user's loss returns."""
@@ -147,12 +147,12 @@ def make_problem(
     names: dict[str, tuple[str, ...]] = {}
 
     def of_training(returned: Any) -> tuple[Any, PyTree]:
-        loss, r, aux = training_result(returned, z.r)
+        loss, r, aux = train_result(returned, z.r)
         names["train"] = tuple(aux)
         return loss, r
 
     def of_validation(returned: Any) -> tuple[Any, None]:
-        loss, aux = validation_result(returned, z.r)
+        loss, aux = val_result(returned, z.r)
         names["val"] = tuple(aux)
         return loss, None
 

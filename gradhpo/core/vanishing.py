@@ -1,12 +1,12 @@
 """Reports a hypergradient of exactly 0 for a visible hyperparameter, with the reason."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import ArrayLike, PyTree
 
 from gradhpo.core.inputs import Inputs
 from gradhpo.core.interface import InnerProblems
@@ -38,21 +38,21 @@ def _seen(optimizer: InnerProblems, inputs: Inputs) -> list[bool]:
     return optimizer._seen(inputs)  # found while tracing, so once for each program
 
 
-def warn_of_zeros(
-    optimizer: InnerProblems,
-    inputs: Inputs,
-    moving: np.ndarray,
-    hypergradient_at: Callable[[BilevelState], PyTree],
-) -> list[int]:
+@compiled
+def _hypergradient(optimizer: InnerProblems, inputs: Inputs) -> PyTree:
+    return optimizer._solve(inputs).hypergradient
+
+
+def warn_of_zeros(optimizer: InnerProblems, inputs: Inputs, moving: ArrayLike) -> list[int]:
     """Warns about leaves whose hypergradient is 0 here and also nearby, and returns them.
 
     For example, a penalty has no derivative at parameters of 0, but has one a step away.
     """
-    zeros = vanished(optimizer, inputs, moving)
+    zeros = vanished(optimizer, inputs, np.asarray(moving))
     if not zeros:
         return []
     with without_warnings():
-        beside = jax.tree.leaves(hypergradient_at(_beside(inputs.state)))
+        beside = jax.tree.leaves(_hypergradient(optimizer, inputs.at(_beside(inputs.state))))
     zeros = [i for i in zeros if not np.any(np.asarray(beside[i]) != 0)]
     if zeros:
         losses = inputs.losses.train_loss, inputs.losses.val_loss

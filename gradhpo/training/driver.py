@@ -15,6 +15,7 @@ from gradhpo.core.inner_state import Start
 from gradhpo.core.inputs import LossFunctions
 from gradhpo.core.measured import with_aux_of_steps, without_aux, without_aux_in
 from gradhpo.core.state import BilevelState, inner_state
+from gradhpo.core.vanishing import warn_of_zeros
 from gradhpo.core.wrapper import algorithm_of
 from gradhpo.data.sources import Feed
 from gradhpo.training.callbacks import Callbacks
@@ -212,7 +213,7 @@ class Driver:
             self.zeros = []
             if unexplained or not np.all(moved):
                 inputs = flight.chunk.first_inputs(self.state)
-                self.zeros = self.optimizer._warn_of_zeros(inputs, flight.moved)
+                self.zeros = warn_of_zeros(self.optimizer, inputs, moved)
                 if unexplained:
                     rate = self.rate(self.state.step) if callable(self.rate) else self.rate
                     self.refusal = self.optimizer._why_refused(inputs, outer_rate(rate))

@@ -1,6 +1,5 @@
 r"""Many tasks in parallel with shared hyperparameters: the meta-batch of meta-learning."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,29 +10,18 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from gradhpo.core.base import BilevelOptimizer
-from gradhpo.core.batches import BatchStack, DrawnStack
+from gradhpo.core.batches import BatchStack
 from gradhpo.core.fitting import fit_memory
 from gradhpo.core.inner_state import InnerState, Start
 from gradhpo.core.inputs import Inputs, LossFunctions
-from gradhpo.core.memory import MemoryOfEach
 from gradhpo.core.outer import Estimate
 from gradhpo.core.state import BilevelState, inner_state, with_inner_state, with_memory
 from gradhpo.core.types import LossFn, MetricDict
 from gradhpo.core.wrapper import Wrapper
-from gradhpo.utils.keys import fold_keys
 from gradhpo.utils.settings import check_count
 from gradhpo.utils.typecheck import checked
-
-
-class TaskMemory(MemoryOfEach):
-    """What [`TaskBatched`][gradhpo.TaskBatched] carries over.
-
-    - `task`: the number of each task, shape `[tasks]`, int32.
-    - `of_each`: the memory of the wrapped optimizer, every leaf with a leading task axis.
-    """
-
-    task: Array
-    of_each: PyTree
+from gradhpo.wrappers.task_batches import per_task
+from gradhpo.wrappers.task_memory import TaskMemory, memory_of
 
 
 @checked
@@ -119,7 +107,7 @@ class TaskBatched(Wrapper):
 
         **Raises:** `ValueError` for a number without a task, or a state of other tasks.
         """
-        memory = self._checked(state.memory)
+        memory = memory_of(state.memory, self.num_tasks)
         if not 0 <= number < self.num_tasks:
             raise ValueError(
                 f"of_task(number={number}): the {self.num_tasks} tasks are numbered from 0 to "
@@ -151,7 +139,7 @@ class TaskBatched(Wrapper):
         key: Array | None,
     ) -> BilevelState:
         keys = None if key is None else jax.random.split(key, self.num_tasks)
-        examples, batch_of = self._per_task("init(batch=...)", batch)
+        examples, batch_of = per_task("init(batch=...)", batch, self.num_tasks)
 
         def of_task(number, examples, key):
             batch = batch_of(number, examples)
@@ -165,7 +153,7 @@ class TaskBatched(Wrapper):
         return with_memory(state, TaskMemory(numbers, of_each))
 
     def _adopt(self, state: BilevelState, *, keep_memory: bool) -> BilevelState:
-        memory = self._checked(state.memory)
+        memory = memory_of(state.memory, self.num_tasks)
         own = inner_state(state), memory.of_each
 
         def adopt(z, memory):
@@ -183,7 +171,7 @@ class TaskBatched(Wrapper):
             hypergradient=_mean(every.hypergradient),
             train_loss=_mean(every.train_loss),
             val_loss=_mean(every.val_loss),
-            memory=TaskMemory(self._checked(inputs.state.memory).task, every.memory),
+            memory=TaskMemory(memory_of(inputs.state.memory, self.num_tasks).task, every.memory),
         )
 
     def _seen(self, inputs: Inputs) -> list[bool]:
@@ -215,13 +203,13 @@ class TaskBatched(Wrapper):
 
     def _with_memories(self, inputs: Inputs, function: Callable[[Inputs], Any]) -> BilevelState:
         of_each = self._over_tasks(function, inputs)
-        task = self._checked(inputs.state.memory).task
+        task = memory_of(inputs.state.memory, self.num_tasks).task
         return inputs.state.update(memory=TaskMemory(task, of_each))
 
     def _restart(
         self, state: BilevelState, start: InnerState, reptile_rate: Float[Array, ""]
     ) -> BilevelState:
-        z, memory = inner_state(state), self._checked(state.memory)
+        z, memory = inner_state(state), memory_of(state.memory, self.num_tasks)
         averaged = lambda tree: jax.tree.map(lambda x: jnp.broadcast_to(_mean(x), x.shape), tree)
         w, start = averaged(z.w), start._replace(w=averaged(start.w))
 
@@ -233,7 +221,7 @@ class TaskBatched(Wrapper):
         return with_inner_state(state, z).update(memory=memory, fresh=True)
 
     def _restart_at(self, state: BilevelState, start: Start) -> BilevelState:
-        memory = self._checked(state.memory)
+        memory = memory_of(state.memory, self.num_tasks)
 
         def of_task(number, z, memory):
             at = _of_task(state, z, memory)
@@ -248,7 +236,7 @@ class TaskBatched(Wrapper):
         return jax.vmap(respond)(inner_state(state), gradient)
 
     def _function_response(self, state: BilevelState, batch: PyTree) -> tuple[PyTree, bool]:
-        batches, batch_of = self._per_task("train_batch", batch)
+        batches, batch_of = per_task("train_batch", batch, self.num_tasks)
         moves = []
 
         def respond(number, z, of_task):
@@ -264,14 +252,14 @@ class TaskBatched(Wrapper):
         return _mean(jax.vmap(self.optimizer._param_norm)(w))
 
     def _scalars(self, memory: TaskMemory) -> MetricDict:
-        of_each = self._checked(memory).of_each
+        of_each = memory_of(memory, self.num_tasks).of_each
         return _mean(jax.vmap(self.optimizer._scalars)(of_each)) if jax.tree.leaves(of_each) else {}
 
     def _over_tasks(self, function: Callable[[Inputs], Any], inputs: Inputs) -> Any:
         """`function` of the inputs of every task, with results stacked."""
-        state, memory = inputs.state, self._checked(inputs.state.memory)
-        train, train_of = self._per_task("train_batch", inputs.train_batch)
-        val, val_of = self._per_task("val_batch", inputs.val_batch)
+        state, memory = inputs.state, memory_of(inputs.state.memory, self.num_tasks)
+        train, train_of = per_task("train_batch", inputs.train_batch, self.num_tasks)
+        val, val_of = per_task("val_batch", inputs.val_batch, self.num_tasks)
 
         def of_task(number, z, memory, train, val):
             batches = {"train_batch": train_of(number, train), "val_batch": val_of(number, val)}
@@ -279,41 +267,6 @@ class TaskBatched(Wrapper):
             return function(inputs.at(_of_task(state, z, memory), start=start, **batches))
 
         return jax.vmap(of_task)(memory.task, inner_state(state), memory.of_each, train, val)
-
-    def _checked(self, memory: Any) -> TaskMemory:
-        """The memory of a state made for these tasks; its parameters alone would not tell."""
-        if isinstance(memory, TaskMemory) and memory.task.shape == (self.num_tasks,):
-            return memory
-        found = "without a task axis"
-        if isinstance(memory, TaskMemory):
-            found = f"for {memory.task.shape[0]} tasks"
-        raise ValueError(
-            f"the state was made {found}, and TaskBatched has num_tasks={self.num_tasks}: make it "
-            "with this optimizer's init(params, hyperparams), where params are those of one task"
-        )
-
-    def _per_task(self, name: str, batch: PyTree) -> tuple[PyTree, Callable[[Array, PyTree], Any]]:
-        """What to map over in a batch (tasks first), and how to rebuild a task's batch."""
-        if isinstance(batch, DrawnStack):
-
-            def drawn_for(number, nothing):
-                def draw(t):
-                    arrays, batch_of = self._per_task(name, batch.draw(t))
-                    return batch_of(number, jax.tree.map(lambda x: x[number], arrays))
-
-                return dataclasses.replace(batch, draw=draw)
-
-            return None, drawn_for
-        if isinstance(batch, BatchStack):
-            arrays, shared = eqx.partition(batch.batches, lambda x: np.ndim(x) > 1)
-            _check_task_axis(arrays, name, self.num_tasks, axis=1)
-            rebuild = lambda number, of_task: BatchStack(
-                eqx.combine(of_task, fold_keys(shared, number))
-            )
-            return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), arrays), rebuild
-        arrays, shared = eqx.partition(batch, lambda x: eqx.is_array(x) and x.ndim > 0)
-        _check_task_axis(arrays, name, self.num_tasks, axis=0)
-        return arrays, lambda number, of_task: eqx.combine(of_task, fold_keys(shared, number))
 
 
 def _mean(tree: PyTree) -> PyTree:
@@ -326,14 +279,3 @@ def _own(state: BilevelState) -> tuple[InnerState, Any]:
 
 def _of_task(state: BilevelState, z: InnerState, memory: Any) -> BilevelState:
     return with_memory(with_inner_state(state, z).update(fresh=state.fresh), memory)
-
-
-def _check_task_axis(tree: PyTree, name: str, num_tasks: int, *, axis: int) -> None:
-    """Every array of a batch has one entry per task."""
-    layout = "[tasks, ...]" if axis == 0 else "[inner steps, tasks, ...]"
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if leaf.shape[axis] != num_tasks:
-            raise ValueError(
-                f"{name}{jax.tree_util.keystr(path)} has shape {leaf.shape}; TaskBatched with "
-                f"num_tasks={num_tasks} needs {layout}, with {num_tasks} at axis {axis}"
-            )
