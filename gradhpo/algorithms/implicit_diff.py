@@ -293,6 +293,6 @@ class ImplicitOptimizer(Algorithm):
     ) -> str:
         """Solves that failed or left a larger residual than they began with; steps too few."""
         advice = getattr(self.linear_solver, "advice", None)
-        failures = copies * (metrics["linear_failures"][-1] - before["linear_failures"])
+        failures = copies * float(metrics["linear_failures"][-1] - before["linear_failures"])
         residuals, gaps = metrics["linear_residual"], metrics["optimality_gap"]
         return f"{of_solves(failures, residuals, advice)} {of_training(gaps)}".strip()
