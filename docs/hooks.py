@@ -22,7 +22,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 READING = sorted(path.stem for path in (ROOT / "examples" / "reading").glob("*.py"))
-RESULTS = sorted(path.name for path in (ROOT / "benchmarks" / "results").glob("*.txt"))
+RESULTS = sorted(str(x.relative_to(ROOT)) for x in (ROOT / "benchmarks/results").rglob("*.txt"))
 # Files of the repository that become pages, or parts of pages.
 PAGES = {
     "README.md": "index.md",
@@ -34,7 +34,7 @@ PAGES = {
     "benchmarks/NOTES.md": "benchmarks_notes.md",
     "benchmarks/costs/README.md": "benchmarks/costs.md",
     "benchmarks/peers/README.md": "benchmarks/peers.md",
-    **{f"benchmarks/results/{name}": f"benchmarks/results/{name}" for name in RESULTS},
+    **{name: name for name in RESULTS},
     "examples/README.md": "examples/index.md",
     **{f"examples/{name}.py": f"examples/{name}.md" for name in EXAMPLES},
     **{f"examples/reading/{name}.py": f"examples/reading/{name}.md" for name in READING},
