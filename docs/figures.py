@@ -1,6 +1,6 @@
 """Makes the pictures under docs/images, and saves each script's output next to its picture.
 
-    python docs/figures.py                          # all of them, about 20 minutes on 2 slow cores
+    python docs/figures.py                          # all of them, about 25 minutes on 2 slow cores
     python docs/figures.py regularisation           # some
     python docs/figures.py --quick --into out/      # smoke tests, never into docs/images
 
@@ -58,6 +58,7 @@ FIGURES = {
     "learned_schedule": Figure("learned_schedule.py"),
     "optimizer_hyperparameters": Figure("optimizer_hyperparameters.py"),
     "ode_calibration": Figure("ode_calibration.py"),
+    "language_model_mixture": Figure("language_model_mixture.py"),
     "where_algorithms_fail": Figure("where_algorithms_fail.py"),
     "which_algorithm": Figure("which_algorithm.py", others=("_noise", "_horizon")),
     "meta_learning_sinusoid": Figure("meta_learning_sinusoid.py", ("--seeds=1",)),  # of 5: minutes

@@ -69,7 +69,7 @@ for name in {ALL!r}:
     with contextlib.suppress(SystemExit):
         importlib.import_module(name).main(["--help"])
 """
-    assert interpreter("-c", program).stdout.count("usage:") == len(ALL) == 10
+    assert interpreter("-c", program).stdout.count("usage:") == len(ALL) == 11
 
 
 # The others are above and below.
@@ -302,3 +302,19 @@ print("RESULT" + json.dumps(tables))
     assert start["forward mode"] > 0.9999 < optimum["forward mode"]
     assert start["implicit"] < 0.9 < 0.9999 < optimum["implicit"]
     assert optimum["one step"] < 0.9
+
+
+@pytest.mark.slow
+def test_a_tuned_mixture_of_texts_beats_uniform_shares_for_every_seed(tmp_path):
+    program = f"""
+import json, language_model_mixture
+runs = language_model_mixture.main(["--output", {str(tmp_path / "picture.png")!r}])
+print("RESULT" + json.dumps([
+    {{name: row.test_loss for name, row in run.items()}} for run in runs
+]))
+"""
+    runs = json.loads(python("-c", program).stdout.split("RESULT")[1])
+    assert len(runs) == 5
+    for run in runs:
+        assert run["tuned while training"] < run["uniform"]
+        assert run["trained again: all as tuned"] < run["uniform"]
