@@ -31,6 +31,7 @@ from gradhpo.core.state import BilevelState, inner_state, with_inner_state
 from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, MetricDict, UpdateFn
 from gradhpo.core.visibility import Sees
 from gradhpo.solvers.default import choose_solver
+from gradhpo.solvers.remarks import SINGULAR, remark_on_solves
 from gradhpo.solvers.system import LinearSolution, solve_system
 from gradhpo.utils.coordinates import map_in_blocks, num_coordinates, ravel, unit_vector, unravel
 from gradhpo.utils.keys import fold_keys, is_key, key_of_numbers, numbers_of_key
@@ -50,6 +51,7 @@ from gradhpo.utils.warn import warn_once
 
 
 __all__ = [
+    "SINGULAR",
     "Algorithm",
     "BatchStack",
     "BilevelOptimizer",
@@ -96,6 +98,7 @@ __all__ = [
     "push_start",
     "push_step",
     "ravel",
+    "remark_on_solves",
     "setting",
     "solve_system",
     "square_root",

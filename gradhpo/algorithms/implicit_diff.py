@@ -11,9 +11,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from gradhpo.algorithms.implicit_remarks import ADVICE, of_solves, of_training
 from gradhpo.algorithms.settled import through_state
 from gradhpo.extend import (
+    SINGULAR,
     Algorithm,
     Estimate,
     GradFn,
@@ -30,6 +30,7 @@ from gradhpo.extend import (
     check_setting,
     checked,
     choose_solver,
+    remark_on_solves,
     setting,
     solve_system,
     tree_dot,
@@ -38,6 +39,8 @@ from gradhpo.extend import (
 )
 
 
+# The share of itself by which the validation loss may still change, before the report says so.
+_LARGE_GAP = 0.1
 _READS_STATE = (
     "ImplicitOptimizer holds the model state constant in the training loss, which reads it: the "
     "hypergradient leaves out how training follows the model state (a target network, running "
@@ -200,7 +203,7 @@ class ImplicitOptimizer(Algorithm):
     @property
     def suspect(self) -> str:
         """The linear system."""
-        return f"the linear system: {ADVICE}"
+        return f"the linear system: {SINGULAR}"
 
     def with_num_steps(self, num_steps: int) -> "ImplicitOptimizer":
         """The same optimizer with other `inner_steps`, and at most as many `curvature_batches`."""
@@ -292,7 +295,20 @@ class ImplicitOptimizer(Algorithm):
         self, before: MetricDict, metrics: Mapping[str, np.ndarray], copies: int = 1
     ) -> str:
         """Solves that failed or left a larger residual than they began with; steps too few."""
-        advice = getattr(self.linear_solver, "advice", None)
         failures = copies * float(metrics["linear_failures"][-1] - before["linear_failures"])
-        residuals, gaps = metrics["linear_residual"], metrics["optimality_gap"]
-        return f"{of_solves(failures, residuals, advice)} {of_training(gaps)}".strip()
+        solves = remark_on_solves(failures, metrics["linear_residual"], self.linear_solver)
+        return f"{solves} {_on_training(metrics['optimality_gap'])}".strip()
+
+
+def _on_training(gaps: np.ndarray) -> str:
+    """Whether training has converged, from the `optimality_gap` of every step."""
+    gap = np.median(gaps[-max(1, len(gaps) // 4) :])
+    if not gap > _LARGE_GAP:
+        return ""
+    return (
+        "Training has not converged, or its last batch does not represent the others (nor may "
+        f"the model state have settled): training on that batch to its optimum would change the "
+        f"validation loss by {gap:.0%} (optimality_gap, median of the last quarter of the steps), "
+        "so the hypergradient may be wrong by any factor: use more inner_steps, larger batches, or "
+        "curvature_batches."
+    )

@@ -33,9 +33,8 @@ class LossFunctions(eqx.Module):
     of a function that JAX cannot differentiate (a callback) in `jax.lax.stop_gradient`.
 
     If the state has a `model_state`, both take it as fourth argument, and `train_loss` returns
-    `(scalar, new_model_state)` or `(scalar, (new_model_state, metrics))`. A second
-    result with the structure of the model state is taken as the model state, so a dict of metrics
-    needs other keys.
+    `(scalar, new_model_state)` or `(scalar, (new_model_state, metrics))`. A second result with the
+    structure of the model state is taken as the model state, so a dict of metrics needs other keys.
 
     **Raises:** `TypeError` for a loss that is not a function.
 

@@ -64,10 +64,10 @@ def microbatched(loss: LossFn, num: int) -> LossFn:
     add up in float32 at least, gradients in the dtype of their parameters: keep these in float32,
     and cast to bfloat16 inside the loss.
 
-    Every array of the batch has the examples along axis 0, all with the same number of them. A PRNG
-    key is split into one for each piece, so the random numbers differ from those of the unsplit
-    batch; keys along axis 0 stay with their examples; numbers of shape `()` are shared by all
-    pieces. Metrics are averaged.
+    Every array of the batch has the examples along axis 0, all with the same number of them. Each
+    piece gets its own PRNG key, split from the key of the batch, so dropout masks change when you
+    change `num`; keys along axis 0 stay with their examples; numbers of shape `()` are shared by
+    all pieces. Metrics are averaged.
 
     The result equals that of `loss` if this is a mean with a fixed divisor: `jnp.mean(weights *
     losses)`, penalties included. It differs for a loss that divides by a sum over its batch
