@@ -121,8 +121,8 @@ class Data(eqx.Module):
     text: Int[Array, " tokens"]
     starts: Int[Array, " domains"]
     lengths: Int[Array, " domains"]
-    val: Int[Array, "val {LENGTH+1}"]
-    test: Int[Array, "test {LENGTH+1}"]
+    val: Int[Array, "val window"]
+    test: Int[Array, "test window"]
 
 
 def load_data(tokens: list[np.ndarray], seed: int, val_too: bool = False) -> Data:
@@ -151,7 +151,7 @@ def load_data(tokens: list[np.ndarray], seed: int, val_too: bool = False) -> Dat
 
 
 class Batch(NamedTuple):
-    windows: Int[Array, "rows {LENGTH+1}"]
+    windows: Int[Array, "rows window"]
     domain: Int[Array, " rows"]
     key: Array  # of the dropout
 
@@ -236,8 +236,8 @@ class Layer(eqx.Module):
 class GPT(eqx.Module):
     """A decoder, whose layers are stacked and scanned, and the hyperparameters."""
 
-    symbols: Float[Array, "{SYMBOLS} {WIDTH}"]
-    places: Float[Array, "{LENGTH} {WIDTH}"]
+    symbols: Float[Array, "symbols width"]
+    places: Float[Array, "length width"]
     layers: Layer
     norm: eqx.nn.LayerNorm
     tuned: Tuned
@@ -301,10 +301,14 @@ def losses(bfloat16: bool) -> gradhpo.LossFunctions:
 def adamw(steps: int) -> Callable[[GPT], optax.GradientTransformation]:
     """AdamW with clipping, warm-up and cosine decay; vectors have no weight decay."""
 
+    def matrices(params: GPT) -> GPT:
+        found = jax.tree.map(lambda x: x.ndim > 1, params)
+        of_layers = jax.tree.map(lambda x: x.ndim > 2, params.layers)  # these are stacked
+        return eqx.tree_at(lambda m: m.layers, found, of_layers)
+
     def of(hyperparams: GPT) -> optax.GradientTransformation:
         tuned = hyperparams.tuned
         schedule = optax.warmup_cosine_decay_schedule(0.0, 5e-3, steps // 10, steps)
-        matrices = lambda params: jax.tree.map(lambda x: x.ndim > 1, params)
         return optax.chain(
             optax.clip_by_global_norm(1.0),
             optax.scale_by_adam(b2=0.99, eps_root=1e-8),
@@ -350,18 +354,18 @@ class Trainer(NamedTuple):
         start: Tuned | None = None,
     ) -> Result:
         """A new network, on batches with these shares of rows."""
-        model = GPT(jax.random.key(seed))
+        of_model, *of_data = jax.random.split(jax.random.key(seed), 3)
+        model = GPT(of_model)
         model = eqx.tree_at(lambda m: m.tuned, model, start or model.tuned)
         params, hyperparams = gradhpo.partition(model, lambda m: m.tuned)
-        keys = jax.random.split(jax.random.key(seed + 1))
         started, recorded = time.perf_counter(), [hyperparams]
         num_steps = self.steps // optimizer.num_inner_steps
         state, _ = gradhpo.run(
             optimizer,
             optimizer.init(params, hyperparams),
             self.losses,
-            Windows(data, jnp.asarray(rows_of(shares)), keys[0]),
-            gradhpo.ArrayData(data.val, ROWS, keys[1]),
+            Windows(data, jnp.asarray(rows_of(shares)), of_data[0]),
+            gradhpo.ArrayData(data.val, ROWS, of_data[1]),
             num_steps=num_steps,
             chunk_size=max(1, num_steps // 20),
             callbacks=[lambda state, metrics: recorded.append(state.hyperparams)],
