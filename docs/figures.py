@@ -58,6 +58,7 @@ FIGURES = {
     "learned_schedule": Figure("learned_schedule.py"),
     "optimizer_hyperparameters": Figure("optimizer_hyperparameters.py"),
     "ode_calibration": Figure("ode_calibration.py"),
+    "convolutional_network": Figure("convolutional_network.py"),
     "language_model_mixture": Figure("language_model_mixture.py"),
     "where_algorithms_fail": Figure("where_algorithms_fail.py"),
     "which_algorithm": Figure("which_algorithm.py", others=("_noise", "_horizon")),

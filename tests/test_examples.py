@@ -69,7 +69,7 @@ for name in {ALL!r}:
     with contextlib.suppress(SystemExit):
         importlib.import_module(name).main(["--help"])
 """
-    assert interpreter("-c", program).stdout.count("usage:") == len(ALL) == 11
+    assert interpreter("-c", program).stdout.count("usage:") == len(ALL) == 12
 
 
 # The others are above and below.
