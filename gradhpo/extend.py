@@ -7,6 +7,7 @@ one](../own_algorithm.md) from a paper's equation to its tests.
 from gradhpo.core.algorithm import Algorithm
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.batches import BatchStack, DrawnStack
+from gradhpo.core.checkpoints import square_root, unrolled
 from gradhpo.core.fitting import fit_memory
 from gradhpo.core.forward import infinite_at_rest, push_step
 from gradhpo.core.inner import InnerUpdate
@@ -22,9 +23,7 @@ from gradhpo.core.reverse import (
     cotangent_at_end,
     pull_step,
     pull_through,
-    square_root,
     through_start,
-    unrolled,
 )
 from gradhpo.core.start import pull_start, push_start
 from gradhpo.core.state import BilevelState, inner_state, with_inner_state

@@ -21,10 +21,12 @@ from benchmarks.costs.programs import (
     checkpointed_program,
     exact_programs,
     gradients_per_step,
+    job,
     step_programs,
 )
 from gradhpo.diagnostics.cost import Program
 from gradhpo.utils.programs import bytes_computed
+from gradhpo.utils.trees import inexact_bytes
 
 
 pytestmark = pytest.mark.usefixtures("as_a_user_has_it")
@@ -95,6 +97,14 @@ def test_exact_hypergradient_needs_a_fraction_of_the_memory(optimizer_name, batc
 def test_memory_with_checkpoints_grows_with_the_root_of_the_steps():
     small, large = (checkpointed_program(steps, "sqrt").temporary_bytes for steps in (100, 10_000))
     assert large <= 12 * small
+
+
+def test_memory_of_bisection_grows_by_a_state_when_the_steps_double():
+    """A state has parameters and momentum."""
+    size = 2 * inexact_bytes(job(32).params)
+    small, large = (checkpointed_program(steps, "log").temporary_bytes for steps in (64, 16_384))
+    assert large - small <= (8 + 2) * size
+    assert small <= 14 * size
 
 
 @pytest.mark.thorough

@@ -347,13 +347,13 @@ def test_plan_says_what_does_not_fit(planned):
     plan, _ = planned
     far = plan["exact", 100_000]
     assert far.fits is False
-    assert far.checkpoints == "sqrt"
+    assert far.checkpoints == "log"
     assert plan["greedy", 100_000].fits is False  # its batches alone are too many
     assert plan["greedy", 400].fits
     assert [row.num_steps for row in plan.rows if row.name == "one step"] == [1]
     assert "sees none" in plan["first order", 1].failed
     text = str(plan)
-    assert "does not fit, checkpoints='sqrt'" in text
+    assert "does not fit, checkpoints='log'" in text
     assert "sees none" in text
     with pytest.raises(KeyError, match="exact"):
         plan["exact", 11]

@@ -1,5 +1,7 @@
 """Every hypergradient against central finite differences, exact formulas or closed forms."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -145,16 +147,25 @@ def test_darts_toy_goes_to_its_fixed_point(rate, fixed_point):
 
 
 @pytest.mark.parametrize(
-    ("optimizer_name", "checkpoints"),
+    ("optimizer_name", "checkpoints", "store"),
     quick(
-        [("momentum", n) for n in (1, 2, 3, 5, 7, 11)] + [("adam", "sqrt"), ("adamw", "sqrt")],
-        keep=[("momentum", 1), ("momentum", 3), ("adam", "sqrt")],
+        [("momentum", n, "device") for n in (1, 2, 3, 5, 7, 11)]
+        + [("adam", "sqrt", "device"), ("adamw", "sqrt", "device")]
+        + [("adam", "log", "device"), ("adamw", "log", "device")]
+        + [("adam", kept, "host") for kept in (None, 3, "log")],
+        keep=[
+            ("momentum", 1, "device"),
+            ("momentum", 3, "device"),
+            ("adam", "sqrt", "device"),
+            ("adam", "log", "device"),
+            ("adam", None, "host"),
+        ],
     ),
 )
-def test_checkpoints_change_nothing(optimizer_name, checkpoints, getkey):
+def test_kept_states_change_nothing(optimizer_name, checkpoints, store, getkey):
     problem, inner = make("layers", optimizer_name, getkey())
     plain = gradhpo.UnrolledOptimizer(inner, OUTER, unroll_steps=11)
-    saving = gradhpo.UnrolledOptimizer(inner, OUTER, unroll_steps=11, checkpoints=checkpoints)
+    saving = dataclasses.replace(plain, checkpoints=checkpoints, store=store)
     arguments = warmed(plain, problem, stack_of(problem, 11, getkey()))
     stepped, expected = (optimizer.step(*arguments) for optimizer in (saving, plain))
     assert relative_error(stepped.hyperparams, expected.hyperparams) < 1e-12
@@ -197,7 +208,7 @@ def frozen_at_first():
 @pytest.mark.parametrize(
     ("kept", "checkpoints"),
     quick(
-        [(1, None), (2, None), (4, None), (6, None), (4, "sqrt"), (5, 2)],
+        [(1, None), (2, None), (4, None), (6, None), (4, "sqrt"), (5, 2), (5, "log")],
         keep=[(2, None), (4, "sqrt")],
     ),
 )

@@ -172,6 +172,7 @@ def test_nystrom_of_dead_units_has_a_derivative():
 EXACT = {
     "unrolled": gradhpo.UnrolledOptimizer(SGD, unroll_steps=6),
     "with checkpoints": gradhpo.UnrolledOptimizer(SGD, unroll_steps=6, checkpoints="sqrt"),
+    "bisected": gradhpo.UnrolledOptimizer(SGD, unroll_steps=6, checkpoints="log"),
     "forward mode": gradhpo.ForwardModeOptimizer(SGD, unroll_steps=6),
 }
 
@@ -189,6 +190,13 @@ def plain_hessian(steps):
 @pytest.mark.parametrize("name", quick(list(EXACT), keep=["unrolled", "forward mode"]))
 def test_exact_methods_give_the_hessian_of_the_outer_loss(name):
     found = both_modes(hypergradient_of(EXACT[name], BENT))
+    np.testing.assert_allclose(found, plain_hessian(6), rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.thorough
+def test_states_on_the_host_have_derivatives_in_forward_mode():
+    optimizer = dataclasses.replace(EXACT["unrolled"], store="host")
+    found = jax.jit(jax.jacfwd(hypergradient_of(optimizer, BENT)))(PENALTY)
     np.testing.assert_allclose(found, plain_hessian(6), rtol=1e-11, atol=1e-13)
 
 

@@ -113,7 +113,7 @@ PROSE = re.compile(
 )
 # What stands in generic rooms all the same, by its place and its exact form.
 ALLOWED = {
-    "core/reverse.py": {
+    "core/checkpoints.py": {
         "def unrolled": "reverse mode is the tool of several algorithms and of the reference",
     },
     "core/inner_state.py": {"self.key": "the PRNG key of a Start"},
@@ -129,7 +129,7 @@ ALLOWED = {
         "data.key": "the PRNG key of ArrayData",
     },
     "diagnostics/reference.py": {
-        "import gradhpo.core.reverse.unrolled": "the exact reference, by reverse mode",
+        "import gradhpo.core.checkpoints.unrolled": "the exact reference, by reverse mode",
         "unrolled": "the exact reference, by reverse mode",
     },
     "diagnostics/finite_difference.py": {
@@ -159,9 +159,8 @@ ALLOWED = {
         "distill_gamma": "handed on to that room",
     },
     "diagnostics/planning.py": {
-        "def checkpoints": "the public name of `checkpointing` in a Plan",
-        "row.checkpoints": "the public name of `checkpointing` in a Plan",
-        "text: checkpoints": "the public name of `checkpointing` in a Plan",
+        "def checkpoints": "the public name of one of the `memory_settings` in a Plan",
+        "algorithm_of(self.optimizer).memory_settings.get('checkpoints')": "the same",
     },
 }
 

@@ -70,7 +70,7 @@ def print_memory() -> None:
                 held = [p.temporary_bytes / 2**20 for p in programs]
                 shown = (f"{x:8.2f} ({x / held[0]:4.1f} x)" for x in held[1:])
                 print(f"  {activation}  batch {batch_size:5}  {name:5} {held[0]:8.2f}", *shown)
-    for checkpoints in (None, "sqrt"):
+    for checkpoints in (None, "sqrt", "log"):
         small, large = (
             checkpointed_program(steps, checkpoints).temporary_bytes for steps in (100, 10_000)
         )
@@ -86,6 +86,9 @@ COMPILED = {
     "UnrolledOptimizer": lambda sgd, t: gradhpo.UnrolledOptimizer(sgd, unroll_steps=t),
     "  with checkpoints": lambda sgd, t: gradhpo.UnrolledOptimizer(
         sgd, unroll_steps=t, checkpoints="sqrt"
+    ),
+    "  with bisection": lambda sgd, t: gradhpo.UnrolledOptimizer(
+        sgd, unroll_steps=t, checkpoints="log"
     ),
     "DrMADOptimizer": lambda sgd, t: gradhpo.DrMADOptimizer(sgd, unroll_steps=t),
     "ForwardModeOptimizer": lambda sgd, t: gradhpo.ForwardModeOptimizer(sgd, unroll_steps=t),

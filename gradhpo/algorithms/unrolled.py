@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, Literal
 
 import equinox as eqx
+import jax
 import optax
 
 from gradhpo.extend import (
@@ -43,13 +44,18 @@ class UnrolledOptimizer(Algorithm):
         [`FOOptimizer`][gradhpo.FOOptimizer].
     - `unroll_steps`: inner steps $T$ per `step`, at least 1; default 1.
     - `truncation`: keep only the last K terms of the sum; `None` (the default) keeps all.
-    - `checkpoints`: `None` (the default) keeps every inner state, memory $O(P \cdot T)$. A number
-        of segments, or `"sqrt"` for $\lceil\sqrt T\rceil$ of them, keeps the first state of each
-        segment and runs each segment once more on the backward pass: memory $O(P\sqrt T)$ with
-        `"sqrt"`, for one more forward pass. Applies to the steps that `truncation` leaves.
+    - `checkpoints`: which inner states are kept. `None` (the default) keeps all, memory
+        $O(P \cdot T)$. A number of segments, or `"sqrt"` for $\lceil\sqrt T\rceil$ of them, keeps
+        the first state of each segment and runs each segment once more on the backward pass: memory
+        $O(P\sqrt T)$ with `"sqrt"`, for one more forward pass. `"log"` keeps
+        $\lfloor\log_2 T\rfloor + 1$ states and takes $\tfrac12 T(\log_2 T - 2)$ more steps.
+        Applies to the steps that `truncation` leaves.
+    - `store`: where they are kept: `"device"` (the default), or `"host"`, the memory of the host,
+        with transfers inside the compiled program. On a CPU both are the same memory. With `"host"`
+        the hypergradient can be differentiated in forward mode only.
 
     **Raises:** `ValueError` for counts below 1, `truncation > unroll_steps`, or more
-    checkpoints than steps.
+    checkpoints than steps; `TypeError` for other texts.
 
     ```python
     train_loss = lambda w, h, batch: jnp.sum((w - h) ** 2)
@@ -63,14 +69,16 @@ class UnrolledOptimizer(Algorithm):
 
         Franceschi et al., *Forward and Reverse Gradient-Based Hyperparameter Optimization*,
         ICML 2017, arXiv:1703.01785; truncation: Shaban et al., *Truncated Back-propagation
-        for Bilevel Optimization*, AISTATS 2019, arXiv:1810.10667.
+        for Bilevel Optimization*, AISTATS 2019, arXiv:1810.10667; checkpoints: Griewank and
+        Walther, *Evaluating Derivatives*, SIAM 2008, chapter 12.
     """
 
     inner_optimizer: InnerOptimizer | None = None
     outer_optimizer: optax.GradientTransformation | None = None
     unroll_steps: int = eqx.field(static=True, default=1)
     truncation: int | None = eqx.field(static=True, default=None)
-    checkpoints: int | Literal["sqrt"] | None = eqx.field(static=True, default=None)
+    checkpoints: int | Literal["sqrt", "log"] | None = eqx.field(static=True, default=None)
+    store: Literal["device", "host"] = eqx.field(static=True, default="device")
     grad_fn: GradFn | None = None
     update_fn: UpdateFn | None = None
 
@@ -78,7 +86,7 @@ class UnrolledOptimizer(Algorithm):
         check_count("unroll_steps", self.unroll_steps)
         if self.truncation is not None:
             check_count("truncation", self.truncation, most=self.unroll_steps)
-        if self.checkpoints not in (None, "sqrt"):
+        if self.checkpoints not in (None, "sqrt", "log"):
             check_count("checkpoints", self.checkpoints, most=self._differentiated_steps)
 
     @property
@@ -101,25 +109,38 @@ class UnrolledOptimizer(Algorithm):
         return self.unroll_steps if self.truncation is None else self.truncation
 
     @property
-    def checkpointing(self) -> Any:
-        """`checkpoints`."""
-        return self.checkpoints
+    def memory_settings(self) -> dict[str, Any]:
+        """`checkpoints` and `store`, where they are not the defaults."""
+        settings: dict[str, Any] = {}
+        if self.checkpoints is not None:
+            settings["checkpoints"] = self.checkpoints
+        if self.store != "device":
+            settings["store"] = self.store
+        return settings
 
     def with_less_memory(self) -> "UnrolledOptimizer | None":
-        """With `checkpoints="sqrt"`, if every inner state is kept."""
-        return dataclasses.replace(self, checkpoints="sqrt") if self.checkpoints is None else None
+        """The next of: all states, the root of them, all in host memory if there is any, log T."""
+        ways: list[tuple[Any, str]] = [(None, "device"), ("sqrt", "device")]
+        if jax.default_backend() != "cpu":
+            ways.append((None, "host"))
+        ways.append(("log", "device"))
+        kind = "sqrt" if isinstance(self.checkpoints, int) else self.checkpoints
+        now = ways.index((kind, self.store)) if (kind, self.store) in ways else len(ways) - 2
+        if now + 1 == len(ways):
+            return None
+        checkpoints, store = ways[now + 1]
+        return dataclasses.replace(self, checkpoints=checkpoints, store=store)
 
     def with_num_steps(self, num_steps: int) -> "UnrolledOptimizer":
         """The same optimizer with other `unroll_steps`."""
         return dataclasses.replace(self, unroll_steps=num_steps)
 
     def estimate(self, problem: Problem, memory: None) -> Estimate:
-        steps, segments = self._differentiated_steps, self.checkpoints
+        steps = self._differentiated_steps
         first = self.unroll_steps - steps
         z, _, _ = problem.phi.rollout(problem.z, problem.hyperparams, 0, first)
-        if segments == "sqrt":
-            segments = square_root(steps)
-        return unrolled(problem._replace(z=z), first, steps, segments)
+        kept = square_root(steps) if self.checkpoints == "sqrt" else self.checkpoints
+        return unrolled(problem._replace(z=z), first, steps, kept, self.store)
 
 
 @checked

@@ -133,9 +133,9 @@ class Hooks(eqx.Module):
         return None
 
     @property
-    def checkpointing(self) -> Any:
-        """The setting with which `with_less_memory` saves memory, as `plan` shows it, or `None`."""
-        return None
+    def memory_settings(self) -> dict[str, Any]:
+        """What `with_less_memory` has set, as `plan` shows it: names of fields to their values."""
+        return {}
 
     def with_difference_step(self: Same, factor: float) -> Same | None:
         """The same optimizer with its finite-difference step scaled; `None` if it takes none."""

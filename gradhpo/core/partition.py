@@ -166,12 +166,12 @@ def _check_selected(nodes: Any, by_itself: Any) -> None:
         if not eqx.is_inexact_array(node):
             found = node.dtype if eqx.is_array(node) else repr(node)
             raise ValueError(
-                f"where selects {found} by itself, which has no derivative: store it in the "
+                f"where selects {found} by itself, which has no derivative: put it into the "
                 "model as a floating-point array, jnp.asarray(value, float), or leave it out"
             )
     if any(eqx.is_array(x) and jnp.iscomplexobj(x) for x in leaves):
         raise ValueError(
-            "where selects a complex array; hypergradients are taken over real numbers: store "
+            "where selects a complex array; hypergradients are taken over real numbers: keep "
             "its real and imaginary parts as two real arrays"
         )
     if not any(map(eqx.is_inexact_array, leaves)):

@@ -1,8 +1,7 @@
 r"""Reverse mode through a sequence of inner steps, wherever their states come from."""
 
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -10,11 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PyTree
 
 from gradhpo.core.inner import InnerUpdate, Pull
-from gradhpo.core.inner_optimizer import cast_like
 from gradhpo.core.inner_state import InnerState
 from gradhpo.core.measured import Loss
-from gradhpo.core.outer import Estimate
-from gradhpo.core.problem import Problem
 from gradhpo.core.start import pull_start
 from gradhpo.utils.trees import accumulation_dtype, tree_lerp, tree_zeros_like
 
@@ -97,92 +93,6 @@ def through_start(
     term = pull_start(phi, z, hyperparams, bar.z)
     add = lambda total, x: total + x.astype(total.dtype)
     return bar._replace(hyperparams=jax.tree.map(add, bar.hyperparams, term))
-
-
-def unrolled(problem: Problem, first: int, steps: int, num_segments: int | None = None) -> Estimate:
-    """The exact hypergradient of inner steps from number `first` on, and of `init` before step 0.
-
-    Keeps every inner state; or (`num_segments`) only the first of each segment, which then runs
-    once more on the backward pass.
-    """
-    phi, validation, z, hyperparams = problem
-    keep, count = (_keeping_all, ()) if num_segments is None else (_keeping_starts, (num_segments,))
-    z, train_loss, pull_back = keep(phi, z, hyperparams, first, steps, *count)
-    val_loss, alpha, direct = validation.value_and_grads(z, hyperparams)
-    bar = pull_back(cotangent_at_end(alpha, z, direct))
-    if first == 0:
-        bar = through_start(phi, problem.z, hyperparams, bar)
-    return Estimate(z, cast_like(bar.hyperparams, direct), train_loss, val_loss)
-
-
-# Both run the steps forward, and return the end, the last training loss, and the backward pass.
-Kept: TypeAlias = tuple[InnerState, Loss, Callable[[Cotangent], Cotangent]]
-
-
-def _keeping_all(
-    phi: InnerUpdate, z: InnerState, hyperparams: PyTree, first: int, steps: int
-) -> Kept:
-    z, loss, before = phi.rollout(z, hyperparams, first, steps, keep=lambda z: z)
-    return z, loss, lambda bar: _through_kept(phi, before, first, steps, hyperparams, bar)
-
-
-def _keeping_starts(
-    phi: InnerUpdate, z: InnerState, hyperparams: PyTree, first: int, steps: int, count: int
-) -> Kept:
-    end = first + steps - 1
-
-    def forward(z, start, length):
-        new_z, loss, _ = phi.rollout(z, hyperparams, start, length, loss_at=end)
-        return new_z, (loss, z)
-
-    def backward(bar, z, start, length):
-        _, _, before = phi.rollout(z, hyperparams, start, length, keep=lambda z: z, loss_at=-1)
-        return _through_kept(phi, before, start, length, hyperparams, bar)
-
-    groups, loss = [], jnp.asarray(jnp.nan)
-    for starts, length in _segments(first, steps, count):
-        body = lambda z, start, length=length: forward(z, start, length)
-        z, (losses, before) = jax.lax.scan(body, z, starts)
-        loss = losses[-1]
-        groups.append((before, starts, length))
-
-    def pull_back(bar):
-        for before, starts, length in reversed(groups):
-            body = lambda bar, at, length=length: (backward(bar, at[0], at[1], length), None)
-            bar, _ = jax.lax.scan(body, bar, (before, starts), reverse=True)
-        return bar
-
-    return z, loss, pull_back
-
-
-def _through_kept(
-    phi: InnerUpdate,
-    before: InnerState,
-    first: ArrayLike,
-    steps: int,
-    hyperparams: PyTree,
-    bar: Cotangent,
-) -> Cotangent:
-    return pull_through(phi, lambda z, t: z, before, first, steps, hyperparams, bar)[0]
-
-
-def _segments(first: int, steps: int, count: int) -> list[tuple[Array, int]]:
-    """`count` segments that cover the steps, in groups of equal length: (their starts, length).
-
-    The lengths differ by at most 1, so there are at most two groups, and two programs.
-    """
-    short, longer = divmod(steps, count)
-    middle = first + longer * (short + 1)
-    groups = [
-        (first + (short + 1) * jnp.arange(longer), short + 1),
-        (middle + short * jnp.arange(count - longer), short),
-    ]
-    return [(starts, length) for starts, length in groups if starts.size]
-
-
-def square_root(steps: int) -> int:
-    r"""$\lceil\sqrt T\rceil$, the number of segments with the least memory."""
-    return math.ceil(math.sqrt(steps))
 
 
 class Line(eqx.Module):

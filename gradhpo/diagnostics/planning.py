@@ -48,7 +48,7 @@ class Planned:
     @property
     def checkpoints(self) -> Any:
         """The `checkpoints` of an `UnrolledOptimizer`, otherwise `None`."""
-        return algorithm_of(self.optimizer).checkpointing
+        return algorithm_of(self.optimizer).memory_settings.get("checkpoints")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -89,10 +89,11 @@ class Plan(Report):
                 continue
             sign = {"at_least": row.cost.at_least}
             remark = {None: "", True: "fits", False: "does not fit"}[row.fits]
-            if row.checkpoints is not None:
-                remark += f"{', ' if remark else ''}checkpoints={row.checkpoints!r}"
+            settings = algorithm_of(row.optimizer).memory_settings
+            remarks = [remark] if remark else []
+            remarks += [f"{name}={value!r}" for name, value in settings.items()]
             if row.recomputes:
-                remark += f"{', ' if remark else ''}recomputes activations"
+                remarks.append("recomputes activations")
             rows.append([
                 row.name,
                 str(row.num_steps),
@@ -101,7 +102,7 @@ class Plan(Report):
                 bytes_of(row.cost.temporary_bytes),
                 bytes_of(row.cost.total_bytes - row.cost.temporary_bytes),
                 bytes_of(row.cost.total_bytes),
-                remark,
+                ", ".join(remarks),
             ])  # fmt: skip
         limit = "" if self.max_bytes is None else f"; {bytes_of(self.max_bytes)} available"
         if any(row.cost is not None and row.cost.at_least for row in self.rows):
@@ -137,9 +138,10 @@ def plan(
     - `horizons`: inner steps per `step` to try, in `unroll_steps` or `inner_steps`; optimizers
         without such a setting appear once. If empty, every optimizer keeps its own number.
     - `max_bytes`: the available memory, for arguments, results and temporaries together. An
-        `UnrolledOptimizer` that keeps every inner state (`checkpoints=None`) and does not fit is
-        tried with `checkpoints="sqrt"`: any number of segments costs the same one more forward
-        pass, and this one needs the least memory.
+        `UnrolledOptimizer` that does not fit is tried with `checkpoints="sqrt"` (one more forward
+        pass, the least memory of any number of segments), then with `store="host"` where the host
+        has a memory of its own, then with `checkpoints="log"`. If nothing fits, the plan shows the
+        one with the least memory.
 
     **Returns:** a [`Plan`][gradhpo.diagnostics.planning.Plan]: `plan[name, steps].cost.flops`,
     `.cost.temporary_bytes`, `.fits`, `.checkpoints`, and `.optimizer`, ready for use; `.failed`
@@ -190,7 +192,7 @@ def _planned(
     losses: LossFunctions,
     max_bytes: int | None,
 ) -> Planned:
-    """At one horizon, with checkpoints if it does not fit without."""
+    """At one horizon, with less memory and more work if it does not fit."""
     num_steps = optimizer.num_inner_steps if horizon is None else horizon
     algorithm = algorithm_of(optimizer)
     try:
@@ -205,10 +207,14 @@ def _planned(
             rewrapped(optimizer, algorithm), state, train_batch, val_batch, losses
         )
         cost, recomputes = costs(chosen)
-        if max_bytes is not None and cost.total_bytes > max_bytes:
-            smaller = chosen.with_less_memory()
-            if smaller is not None:
-                chosen, (cost, recomputes) = smaller, costs(smaller)
+        smaller = chosen
+        while max_bytes is not None and cost.total_bytes > max_bytes:
+            smaller = smaller.with_less_memory()
+            if smaller is None:
+                break
+            of_smaller, recomputes = costs(smaller)
+            if of_smaller.total_bytes < cost.total_bytes:
+                chosen, cost = smaller, of_smaller
     except FAILURES as error:
         return Planned(name, num_steps, optimizer, None, None, str(error))
     fits = None if max_bytes is None else cost.total_bytes <= max_bytes
