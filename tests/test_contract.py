@@ -326,7 +326,9 @@ def test_program_size_does_not_grow_with_the_inner_steps(name):
         step = lambda state, o=optimizer: o.step(
             state, jnp.zeros(2), jnp.zeros(2), train_loss, val_loss
         )
-        sizes.append(eqx.filter_jit(step).lower(state).as_text().count("\n"))  # operations
+        text = eqx.filter_jit(step).lower(state).as_text()
+        # The table of a bisection grows; the number of operations does not.
+        sizes.append(text.count("\n") if name == "bisected" else len(text))
     assert sizes[1] < 1.1 * sizes[0]
 
 

@@ -1,5 +1,6 @@
 """Noise over batches, contributions along the horizon, and plans."""
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -341,6 +342,27 @@ def test_plan_agrees_with_the_program_that_runs(planned):
         held = memory.argument_size_in_bytes + memory.output_size_in_bytes
         # All but a few scalars.
         assert abs(row.cost.total_bytes - row.cost.temporary_bytes - held) <= 64
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_every_smaller_setting_is_tried_once(monkeypatch, backend):
+    """Each needs less memory of the device, and host memory counts only beside a device."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    exact = gradhpo.UnrolledOptimizer(SGD, unroll_steps=100)
+
+    def smaller(**settings):
+        found, optimizer = [], dataclasses.replace(exact, **settings)
+        while (optimizer := optimizer.with_less_memory()) is not None:
+            found.append((optimizer.checkpoints, optimizer.store))
+        return found
+
+    on_device, on_host = [("sqrt", "device"), ("log", "device")], [(None, "host")]
+    beside = on_host if backend == "gpu" else []
+    assert smaller() == on_device + beside
+    assert smaller(checkpoints=3) == on_device[1:] + beside
+    assert smaller(checkpoints="log") == beside
+    assert smaller(store="host") == ([] if beside else on_device)
+    assert smaller(checkpoints="sqrt", store="host") == (beside or on_device[1:])
 
 
 def test_plan_says_what_does_not_fit(planned):

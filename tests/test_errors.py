@@ -330,6 +330,10 @@ MISUSES = {
     "unknown checkpoint scheme": (
         lambda: checkpoints(unroll_steps=3, checkpoints="cube"), TypeError, "checkpoints",
     ),
+    "few states in the memory of the host": (
+        lambda: checkpoints(unroll_steps=3, checkpoints="log", store="host"), ValueError,
+        'write store="device"',
+    ),
     "epsilon is zero": (
         lambda: gradhpo.T1T2Optimizer(SGD, SGD, epsilon=0.0), ValueError,
         r"epsilon must be positive, got epsilon=0\.0",

@@ -12,6 +12,7 @@ from helpers import flat, quick, relative_error
 from problems import CALLABLE, FIXED, OUTER, PROBLEMS, make, relaxed, stack_of, warmed
 
 import gradhpo
+from gradhpo.core.bisection import bisection
 
 
 # Every problem and every optimizer quickly; all pairs thoroughly.
@@ -152,7 +153,7 @@ def test_darts_toy_goes_to_its_fixed_point(rate, fixed_point):
         [("momentum", n, "device") for n in (1, 2, 3, 5, 7, 11)]
         + [("adam", "sqrt", "device"), ("adamw", "sqrt", "device")]
         + [("adam", "log", "device"), ("adamw", "log", "device")]
-        + [("adam", kept, "host") for kept in (None, 3, "log")],
+        + [("adam", kept, "host") for kept in (None, 3)],
         keep=[
             ("momentum", 1, "device"),
             ("momentum", 3, "device"),
@@ -171,6 +172,53 @@ def test_kept_states_change_nothing(optimizer_name, checkpoints, store, getkey):
     assert relative_error(stepped.hyperparams, expected.hyperparams) < 1e-12
     for name in ("train_loss", "val_loss", "hypergrad_norm", "param_norm"):
         np.testing.assert_allclose(stepped.get_metric(name), expected.get_metric(name), rtol=1e-12)
+
+
+@pytest.mark.parametrize("steps", quick([1, 2, 3, 8, 29], keep=[1, 8]))
+def test_bisection_of_few_steps(steps, getkey):
+    problem, inner = make("layers", "adam", getkey())
+    plain = gradhpo.UnrolledOptimizer(inner, OUTER, unroll_steps=steps)
+    arguments = warmed(plain, problem, stack_of(problem, steps, getkey()))
+    found, expected = (
+        dataclasses.replace(plain, checkpoints=kept).compute_hypergradient(*arguments)
+        for kept in ("log", None)
+    )
+    assert relative_error(found, expected) < 1e-13
+
+
+def test_bisection_visits_the_steps_from_the_last_to_the_first():
+    for steps in range(1, 130):
+        schedule = bisection(steps)
+        slots: dict[int, int] = {int(slot): t for t, slot in enumerate(schedule.forward)}
+        left, advanced = steps, 0
+        for t, source, target, pulls in zip(*schedule.backward, strict=True):
+            assert slots[source] == t
+            assert target < schedule.num_slots == int(np.log2(steps)) + 1
+            if pulls:
+                left -= 1
+                assert t == left
+            else:
+                slots[target] = t + 1
+                advanced += 1
+        assert left == 0
+        if steps.bit_count() == 1:
+            assert advanced == steps * np.log2(steps) / 2 - steps + 1
+
+
+@pytest.mark.parametrize("settings", [{"checkpoints": "log"}, {"store": "host"}])
+def test_kept_states_of_tasks(settings):
+    plain = gradhpo.UnrolledOptimizer(optax.sgd(0.1), OUTER, unroll_steps=5)
+    loss = lambda w, h, batch: jnp.sum(jnp.cosh(w - h) * batch)
+    tasks = [
+        gradhpo.TaskBatched(optimizer, num_tasks=2)
+        for optimizer in (dataclasses.replace(plain, **settings), plain)
+    ]
+    state = tasks[0].init(jnp.zeros(3), jnp.arange(3.0))
+    batch = jnp.arange(1.0, 7.0).reshape(2, 3)
+    found, expected = (
+        optimizer.compute_hypergradient(state, batch, batch, loss, loss) for optimizer in tasks
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-13)
 
 
 @pytest.fixture(scope="module")

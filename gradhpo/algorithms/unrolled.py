@@ -48,14 +48,15 @@ class UnrolledOptimizer(Algorithm):
         $O(P \cdot T)$. A number of segments, or `"sqrt"` for $\lceil\sqrt T\rceil$ of them, keeps
         the first state of each segment and runs each segment once more on the backward pass: memory
         $O(P\sqrt T)$ with `"sqrt"`, for one more forward pass. `"log"` keeps
-        $\lfloor\log_2 T\rfloor + 1$ states and takes $\tfrac12 T(\log_2 T - 2)$ more steps.
+        $\lfloor\log_2 T\rfloor + 1$ states and takes about $T(\tfrac12\log_2 T - 1)$ more steps.
         Applies to the steps that `truncation` leaves.
     - `store`: where they are kept: `"device"` (the default), or `"host"`, the memory of the host,
-        with transfers inside the compiled program. On a CPU both are the same memory. With `"host"`
-        the hypergradient can be differentiated in forward mode only.
+        with transfers inside the compiled program; not with `checkpoints="log"`, whose few states
+        fit on the device. On a CPU both are the same memory. With `"host"` the hypergradient can be
+        differentiated in forward mode only.
 
-    **Raises:** `ValueError` for counts below 1, `truncation > unroll_steps`, or more
-    checkpoints than steps; `TypeError` for other texts.
+    **Raises:** `ValueError` for counts below 1, `truncation > unroll_steps`, more checkpoints than
+    steps, or `store="host"` with `checkpoints="log"`; `TypeError` for any other value.
 
     ```python
     train_loss = lambda w, h, batch: jnp.sum((w - h) ** 2)
@@ -88,6 +89,11 @@ class UnrolledOptimizer(Algorithm):
             check_count("truncation", self.truncation, most=self.unroll_steps)
         if self.checkpoints not in (None, "sqrt", "log"):
             check_count("checkpoints", self.checkpoints, most=self._differentiated_steps)
+        if (self.checkpoints, self.store) == ("log", "host"):
+            raise ValueError(
+                'store="host" with checkpoints="log": write store="device"; about log2(T) states '
+                "are kept, and every step would wait for a transfer"
+            )
 
     @property
     def num_inner_steps(self) -> int:
@@ -119,17 +125,19 @@ class UnrolledOptimizer(Algorithm):
         return settings
 
     def with_less_memory(self) -> "UnrolledOptimizer | None":
-        """The next of: all states, the root of them, all in host memory if there is any, log T."""
-        ways: list[tuple[Any, str]] = [(None, "device"), ("sqrt", "device")]
-        if jax.default_backend() != "cpu":
-            ways.append((None, "host"))
-        ways.append(("log", "device"))
-        kind = "sqrt" if isinstance(self.checkpoints, int) else self.checkpoints
-        now = ways.index((kind, self.store)) if (kind, self.store) in ways else len(ways) - 2
-        if now + 1 == len(ways):
+        """The next in this order: all states, √T of them, log T, all on the host.
+
+        The host counts only where it has a memory of its own.
+        """
+        host_apart = jax.default_backend() != "cpu"
+        if host_apart and (self.store == "host" or self.checkpoints == "log"):
+            all_there = self.checkpoints is None and self.store == "host"
+            on_host = dataclasses.replace(self, checkpoints=None, store="host")
+            return None if all_there else on_host
+        if self.checkpoints == "log":
             return None
-        checkpoints, store = ways[now + 1]
-        return dataclasses.replace(self, checkpoints=checkpoints, store=store)
+        kept = "sqrt" if self.checkpoints is None else "log"
+        return dataclasses.replace(self, checkpoints=kept, store="device")
 
     def with_num_steps(self, num_steps: int) -> "UnrolledOptimizer":
         """The same optimizer with other `unroll_steps`."""

@@ -38,13 +38,13 @@ def unrolled(
     """The exact hypergradient of inner steps from number `first` on, and of `init` before step 0.
 
     It keeps every inner state; or the first of each of `keep` segments, which then run once more on
-    the backward pass; or (`"log"`) the first of each half that is under way.
+    the backward pass; or (`"log"`) the state at the start of each open interval of a bisection.
     """
     phi, validation, z, hyperparams = problem
     if keep is None:
         kept = _keeping_all(phi, z, hyperparams, first, steps, space)
     elif keep == "log":
-        kept = _keeping_halves(phi, z, hyperparams, first, steps, space)
+        kept = _keeping_halves(phi, z, hyperparams, first, steps)
     else:
         kept = _keeping_starts(phi, z, hyperparams, first, steps, keep, space)
     z, train_loss, pull_back = kept
@@ -106,42 +106,39 @@ def _keeping_starts(
 
 
 def _keeping_halves(
-    phi: InnerUpdate, z: InnerState, hyperparams: PyTree, first: int, steps: int, space: Space
+    phi: InnerUpdate, z: InnerState, hyperparams: PyTree, first: int, steps: int
 ) -> Kept:
     plan = bisection(steps)
     end = first + steps - 1
+    number = lambda x: jnp.asarray(x).astype(int)
 
     def forward(carry, at):
         z, slots = carry
         t, slot = at
-        slots = _put(slots, slot, z, space)
+        slots = _put(slots, number(slot), z)
         new_z, loss, _ = phi.rollout(z, hyperparams, t, 1, loss_at=end)
         return (new_z, slots), loss
 
     slots = jax.tree.map(lambda x: jnp.broadcast_to(x, (plan.num_slots, *x.shape)), z)
     at = first + jnp.arange(steps), plan.forward
-    (z, slots), losses = jax.lax.scan(forward, (z, to_space(slots, space)), at)
+    (z, slots), losses = jax.lax.scan(forward, (z, slots), at)
 
     def visit(carry, at):
         bar, slots = carry
-        t, source, target, pulls = first + at.step, at.source, at.target, at.pulls
-        z = _get(slots, source, space)
+        t, source, target = first + number(at.step), number(at.source), number(at.target)
+        take = lambda x: jax.lax.dynamic_index_in_dim(x, source, keepdims=False)
+        z = jax.tree.map(take, slots)
         advance = lambda: (phi.rollout(z, hyperparams, t, 1, loss_at=-1)[0], bar)
         pull = lambda: (z, pull_step(phi, z, hyperparams, t, bar).bar)
-        new_z, bar = jax.lax.cond(pulls, pull, advance)
-        return (bar, _put(slots, target, new_z, space)), None
+        new_z, bar = jax.lax.cond(at.pulls, pull, advance)
+        return (bar, _put(slots, target, new_z)), None
 
     return z, losses[-1], lambda bar: jax.lax.scan(visit, (bar, slots), plan.backward)[0][0]
 
 
-def _get(slots: PyTree, number: Array, space: Space) -> PyTree:
-    take = lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False)
-    return from_space(jax.tree.map(take, slots), space)
-
-
-def _put(slots: PyTree, number: Array, z: PyTree, space: Space) -> PyTree:
+def _put(slots: PyTree, number: Array, z: InnerState) -> PyTree:
     write = lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, number, 0)
-    return jax.tree.map(write, slots, to_space(z, space))
+    return jax.tree.map(write, slots, z)
 
 
 def _segments(first: int, steps: int, count: int) -> list[tuple[Array, int]]:

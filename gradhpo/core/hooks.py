@@ -134,7 +134,7 @@ class Hooks(eqx.Module):
 
     @property
     def memory_settings(self) -> dict[str, Any]:
-        """What `with_less_memory` has set, as `plan` shows it: names of fields to their values."""
+        """The settings that save memory and are not the defaults, as `plan` shows them."""
         return {}
 
     def with_difference_step(self: Same, factor: float) -> Same | None:

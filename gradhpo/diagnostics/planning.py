@@ -1,13 +1,15 @@
 """What will fit: flops and memory of a step, from compiling it without running it."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from gradhpo.core.algorithm import Algorithm
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.batches import BatchStack
 from gradhpo.core.inputs import Inputs, LossFunctions
@@ -29,7 +31,7 @@ class Planned:
     """One optimizer at one horizon.
 
     - `name`, `num_steps`: the optimizer, and its inner steps per `step`.
-    - `optimizer`: ready for use, with the chosen `checkpoints`.
+    - `optimizer`: ready for use, with the chosen `checkpoints` and `store`.
     - `cost`: of a `step`; `None` if it does not work, and `failed` says why.
     - `fits`: whether `max_bytes` is enough; `None` if no limit was given.
     - `recomputes`: whether second-derivative products recompute the activations of the training
@@ -139,8 +141,8 @@ def plan(
         without such a setting appear once. If empty, every optimizer keeps its own number.
     - `max_bytes`: the available memory, for arguments, results and temporaries together. An
         `UnrolledOptimizer` that does not fit is tried with `checkpoints="sqrt"` (one more forward
-        pass, the least memory of any number of segments), then with `store="host"` where the host
-        has a memory of its own, then with `checkpoints="log"`. If nothing fits, the plan shows the
+        pass, the least memory of any number of segments), then with `"log"`, then with
+        `store="host"` where the host has a memory of its own. If nothing fits, the plan shows the
         one with the least memory.
 
     **Returns:** a [`Plan`][gradhpo.diagnostics.planning.Plan]: `plan[name, steps].cost.flops`,
@@ -207,19 +209,27 @@ def _planned(
             rewrapped(optimizer, algorithm), state, train_batch, val_batch, losses
         )
         cost, recomputes = costs(chosen)
-        smaller = chosen
-        while max_bytes is not None and cost.total_bytes > max_bytes:
-            smaller = smaller.with_less_memory()
-            if smaller is None:
-                break
-            of_smaller, recomputes = costs(smaller)
-            if of_smaller.total_bytes < cost.total_bytes:
-                chosen, cost = smaller, of_smaller
+        if max_bytes is not None:
+            chosen, cost = _that_fits(chosen, cost, max_bytes, lambda smaller: costs(smaller)[0])
     except FAILURES as error:
         return Planned(name, num_steps, optimizer, None, None, str(error))
     fits = None if max_bytes is None else cost.total_bytes <= max_bytes
     chosen = rewrapped(optimizer, chosen)
     return Planned(name, num_steps, chosen, cost, fits, recomputes=recomputes)
+
+
+def _that_fits(
+    algorithm: Algorithm, cost: Cost, max_bytes: int, cost_of: Callable[[Algorithm], Cost]
+) -> tuple[Algorithm, Cost]:
+    """The first of the algorithm and those with less memory that fits, or the smallest."""
+    best, smaller = (algorithm, cost), algorithm.with_less_memory()
+    while smaller is not None and best[1].total_bytes > max_bytes:
+        with contextlib.suppress(*FAILURES):  # that of the algorithm itself is known
+            found = cost_of(smaller)
+            if found.total_bytes < best[1].total_bytes:
+                best = smaller, found
+        smaller = smaller.with_less_memory()
+    return best
 
 
 def _cost_of_step(

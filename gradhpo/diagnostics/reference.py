@@ -9,9 +9,9 @@ import optax
 
 from gradhpo.core.algorithm import Algorithm
 from gradhpo.core.base import BilevelOptimizer
+from gradhpo.core.checkpoints import square_root, unrolled
 from gradhpo.core.outer import Estimate
 from gradhpo.core.problem import Problem
-from gradhpo.core.checkpoints import square_root, unrolled
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import GradFn, InnerOptimizer, UpdateFn
 from gradhpo.core.visibility import Sees

@@ -1,6 +1,6 @@
 """Moves arrays between the memory of the device and that of its host, inside compiled programs."""
 
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import equinox as eqx
 import jax
@@ -20,6 +20,6 @@ def from_space(tree: PyTree, space: Space) -> PyTree:
     return tree if space == "device" else _moved(tree, jax.memory.Space.Device)
 
 
-def _moved(tree: PyTree, to: jax.memory.Space) -> PyTree:
+def _moved(tree: PyTree, to: Any) -> PyTree:
     move = lambda x: jax.device_put(x, to) if eqx.is_inexact_array(x) else x
     return jax.tree.map(move, tree)
