@@ -124,7 +124,7 @@ class ForwardModeOptimizer(Algorithm):
         """`Z` = 0."""
         count = num_coordinates(hyperparams)
         inexact = eqx.filter(z, eqx.is_inexact_array)
-        zeros = lambda x: jnp.zeros((count, *x.shape), x.dtype)
+        zeros = lambda x: jnp.broadcast_to(jnp.zeros_like(x), (count, *x.shape))
         return ForwardMemory(jax.tree.map(zeros, inexact))
 
     def restart_memory(

@@ -217,7 +217,7 @@ class ImplicitOptimizer(Algorithm):
         dtype = accumulation_dtype(z.w)
         # Placed, not computed: jax_debug_nans refuses to compute a NaN.
         unknown = jax.device_put(np.full((), np.nan, dtype))
-        adjoint = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), z.w)
+        adjoint = jax.tree.map(lambda x: jnp.zeros_like(x, dtype), z.w)
         return ImplicitMemory(adjoint, unknown, unknown, unknown, unknown, jnp.zeros((), dtype))
 
     def finite_part(self, memory: ImplicitMemory) -> PyTree:

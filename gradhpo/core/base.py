@@ -16,6 +16,7 @@ from gradhpo.core.state import BilevelState
 from gradhpo.core.types import LossFn, RealScalarLike
 from gradhpo.utils.conversion import as_batch
 from gradhpo.utils.freezing import frozen_as, trained
+from gradhpo.utils.placement import beside
 from gradhpo.utils.settings import (
     check_outer_optimizer,
     check_outer_rate,
@@ -113,6 +114,7 @@ class BilevelOptimizer(OuterStep):
         batch = as_batch(batch, "init(batch=...)")
         batch = jax.tree.map(lambda x: strong(x) if eqx.is_array_like(x) else x, batch)
         state = self._init_state(params, hyperparams, model_state, batch, key)
+        state = beside(state, state)
         if losses is None:
             return state
         inputs = Inputs(state, batch, as_batch(val_batch, "init(val_batch=...)"), losses)
@@ -142,7 +144,7 @@ class BilevelOptimizer(OuterStep):
         state = exact.step(exact.adopt(state), None, None, loss, loss)
         ```
         """
-        return self._adopt(state, keep_memory=False)
+        return beside(self._adopt(state, keep_memory=False), state)
 
     @checked
     def restart(

@@ -1,0 +1,32 @@
+"""Where arrays are: what the library makes is placed beside what it is given."""
+
+from typing import Any
+
+import jax
+from jax.core import Tracer
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+
+def mesh_of(tree: PyTree) -> Mesh | None:
+    """The mesh that the arrays are spread over; `None` on one device, and while tracing."""
+    for x in jax.tree.leaves(tree):
+        if _is_placed(x) and isinstance(x.sharding, NamedSharding) and x.sharding.num_devices > 1:
+            return x.sharding.mesh
+    return None
+
+
+def beside(tree: PyTree, source: PyTree) -> PyTree:
+    """The tree, with a copy on every device of the source's mesh of what is on one device only."""
+    mesh = mesh_of(source)
+    if mesh is None:
+        return tree
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def placed(x):
+        alone = (
+            isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.sharding.num_devices == 1
+        )
+        return jax.device_put(x, everywhere) if alone else x
+
+    return jax.tree.map(placed, tree)
