@@ -4,11 +4,11 @@ from typing import Any
 
 import jax
 from jax.core import Tracer
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 
-def mesh_of(tree: PyTree) -> Mesh | None:
+def mesh_of(tree: PyTree) -> Mesh | AbstractMesh | None:
     """The mesh that the arrays are spread over; `None` on one device, and while tracing."""
     for x in jax.tree.leaves(tree):
         if _is_placed(x) and isinstance(x.sharding, NamedSharding) and x.sharding.num_devices > 1:
@@ -22,11 +22,9 @@ def beside(tree: PyTree, source: PyTree) -> PyTree:
     if mesh is None:
         return tree
     everywhere = NamedSharding(mesh, PartitionSpec())
+    alone = lambda x: _is_placed(x) and x.sharding.num_devices == 1
+    return jax.tree.map(lambda x: jax.device_put(x, everywhere) if alone(x) else x, tree)
 
-    def placed(x):
-        alone = (
-            isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.sharding.num_devices == 1
-        )
-        return jax.device_put(x, everywhere) if alone else x
 
-    return jax.tree.map(placed, tree)
+def _is_placed(x: Any) -> bool:
+    return isinstance(x, jax.Array) and not isinstance(x, Tracer)
