@@ -17,7 +17,6 @@ from gradhpo.extend import (
     Memory,
     Problem,
     UpdateFn,
-    accumulation_dtype,
     check_count,
     checked,
     infinite_at_rest,
@@ -25,7 +24,7 @@ from gradhpo.extend import (
     num_coordinates,
     push_start,
     push_step,
-    ravel,
+    tree_dot,
     unit_vector,
     unravel,
 )
@@ -153,8 +152,7 @@ class ForwardModeOptimizer(Algorithm):
             tangents = tangents._replace(w=w, s=s)
         (z, tangents), losses = jax.lax.scan(body, (z, tangents), jnp.arange(self.unroll_steps))
         val_loss, alpha, direct = validation.value_and_grads(z, hyperparams)
-        wide = accumulation_dtype(z.w)
-        alpha, seen = ravel(alpha, wide), tangents._replace(s=None)
-        through_updates = map_in_blocks(lambda of_z: ravel(of_z, wide) @ alpha, seen)
+        seen = tangents._replace(s=None)
+        through_updates = map_in_blocks(lambda of_z: tree_dot(of_z, alpha), seen)
         hypergradient = jax.tree.map(jnp.add, direct, unravel(through_updates, hyperparams))
         return Estimate(z, hypergradient, losses[-1], val_loss, ForwardMemory(tangents))

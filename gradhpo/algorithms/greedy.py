@@ -106,7 +106,7 @@ class GreedyOptimizer(Algorithm):
             alpha = validation.alpha(z, hyperparams)
             return (z, add(total, pull(alpha)[1])), None
 
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, wide), hyperparams)
+        zero = jax.tree.map(lambda x: jnp.zeros_like(x, wide), hyperparams)
         last = self.unroll_steps - 1
         carry = (z, zero)
         if last:

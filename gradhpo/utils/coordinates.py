@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PyTree
 
+from gradhpo.utils.placement import sharded_like
+
 
 # Number of coordinates that are processed in parallel: enough to fill the vector units, few enough
 # that as many copies of parameters and activations fit into memory.
@@ -38,10 +40,14 @@ def unit_vector(coordinate: ArrayLike, like: PyTree) -> PyTree:
     """The tree of `like`'s shapes and dtypes with a 1 at one coordinate, else 0."""
     leaves, treedef = jax.tree.flatten(like)
     parts = [
-        (first + jnp.arange(leaf.size) == coordinate).reshape(leaf.shape).astype(leaf.dtype)
+        sharded_like(_one_at(coordinate - first, leaf), leaf)
         for first, leaf in zip(_offsets(leaves), leaves, strict=True)
     ]
     return jax.tree.unflatten(treedef, parts)
+
+
+def _one_at(coordinate: ArrayLike, like: Array) -> Array:
+    return (jnp.arange(like.size) == coordinate).reshape(like.shape).astype(like.dtype)
 
 
 def map_in_blocks(function: Callable[[Any], PyTree], over: PyTree) -> PyTree:

@@ -4,8 +4,8 @@ from typing import Any
 
 import jax
 from jax.core import Tracer
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
 
 
 def mesh_of(tree: PyTree) -> Mesh | AbstractMesh | None:
@@ -24,6 +24,13 @@ def beside(tree: PyTree, source: PyTree) -> PyTree:
     everywhere = NamedSharding(mesh, PartitionSpec())
     alone = lambda x: _is_placed(x) and x.sharding.num_devices == 1
     return jax.tree.map(lambda x: jax.device_put(x, everywhere) if alone(x) else x, tree)
+
+
+def sharded_like(x: Array, like: Array) -> Array:
+    """`x` with the sharding in the type of `like`, which arrays have under explicit mesh axes."""
+    sharding = jax.typeof(like).sharding
+    explicit = AxisType.Explicit in sharding.mesh.axis_types
+    return jax.sharding.reshard(x, sharding) if explicit else x
 
 
 def _is_placed(x: Any) -> bool:

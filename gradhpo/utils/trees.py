@@ -124,7 +124,11 @@ def tree_dot(a: PyTree, b: PyTree) -> Real[Array, ""]:
     ```
     """
     dtype = accumulation_dtype((a, b))
-    return jnp.asarray(optax.tree.vdot(_accumulated(a, dtype), _accumulated(b, dtype)), dtype)
+    # Not as products of vectors, which would gather leaves that are spread over devices.
+    products = jax.tree.map(
+        lambda x, y: jnp.sum(x * y), _accumulated(a, dtype), _accumulated(b, dtype)
+    )
+    return jnp.asarray(sum(jax.tree.leaves(products), jnp.zeros((), dtype)), dtype)
 
 
 @checked
