@@ -6,7 +6,7 @@ one weight per training example, the size of random rotations, shifts and scalin
 smoothing. BatchNorm's running averages are the model state: training updates them, validation
 reads them.
 
-    python examples/convolutional_network.py            # 3 seeds, about ten minutes
+    python examples/convolutional_network.py            # 3 seeds, 10 to 20 minutes
     python examples/convolutional_network.py --quick    # 1 seed, 40 steps
 """
 
@@ -30,6 +30,7 @@ import gradhpo
 
 TRAIN, VAL, BATCH = 2_000, 100, 100
 NOISE = 0.45
+MOST = 0.5, 60.0, 6.0, 0.5  # smoothing; degrees, pixels and logarithm of the size
 
 
 class Tuned(eqx.Module):
@@ -52,9 +53,6 @@ class Tuned(eqx.Module):
         before = lambda share: jnp.asarray(np.log(share / (1 - share)), jnp.float32)
         chosen = np.array([0.1, 10.0, 1.5, 0.1])
         return cls(jnp.zeros(TRAIN), *map(before, chosen / np.array(MOST)))
-
-
-MOST = 0.5, 60.0, 6.0, 0.5  # smoothing; degrees, pixels and logarithm of the size
 
 
 def sizes(tuned: Tuned) -> list[Array]:
@@ -96,11 +94,11 @@ class Network(eqx.Module):
 
     def __init__(self, key: Array):
         keys = jax.random.split(key, 4)
-        sizes = (1, 16, 32, 32)
-        self.convs = [Convolution(sizes[i], sizes[i + 1], keys[i]) for i in range(3)]
+        channels = (1, 16, 32, 32)
+        self.convs = [Convolution(channels[i], channels[i + 1], keys[i]) for i in range(3)]
         self.norms = [
             eqx.nn.BatchNorm(size, axis_name="batch", mode="batch", momentum=0.9)
-            for size in sizes[1:]
+            for size in channels[1:]
         ]
         self.out = eqx.nn.Linear(32, 10, key=keys[3])
         self.tuned = Tuned.by_hand()

@@ -39,18 +39,24 @@ class Evaluation(NamedTuple):
     aux: dict[str, Array]
 
 
+_METRICS_WITH_STATE = "With metrics, return (loss, (new_model_state, {'accuracy': accuracy}))"
+
+
 def with_state(name: str, what: str, returned: Any, r: PyTree) -> Result:
     """The result of a function that returns a new running state, where there is one."""
     if r is None:
         return Result(returned, None)
     fits = isinstance(returned, tuple) and len(returned) == 2
     if not fits or jax.tree.structure(returned[1]) != jax.tree.structure(r):
+        metrics = f"\n{_METRICS_WITH_STATE}" if what == "loss" else ""
         differs = f", not a {type(returned).__name__}"
+        if isinstance(returned, tuple):
+            differs += f" of {len(returned)}"
         if fits:
             differs = f"\n{where_they_differ(returned[1], r)}"
         raise ValueError(
             f"{name} got a model state, as the state has one, and must return ({what}, "
-            f"new_model_state), the second with the structure of the first{differs}"
+            f"new_model_state), the second with the structure of the first{differs}{metrics}"
         )
     value, new = returned
     if list(map(_kind, jax.tree.leaves(new))) != list(map(_kind, jax.tree.leaves(r))):
@@ -80,7 +86,7 @@ def train_result(returned: Any, r: PyTree) -> Evaluation:
         elif not _is_like(second, r) and _is_pair(second) and _is_like(second[0], r):
             returned, aux = (value, second[0]), second[1]
     result = with_state("train_loss_fn", "loss", returned, r)
-    check_scalar(result.value, "train_loss_fn")
+    check_scalar(result.value, "train_loss_fn", "" if r is None else _METRICS_WITH_STATE)
     return Evaluation(*result, _metrics("train", aux))
 
 

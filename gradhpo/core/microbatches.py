@@ -17,7 +17,14 @@ from gradhpo.utils.keys import is_key, looks_like_a_key
 from gradhpo.utils.settings import check_count
 from gradhpo.utils.trees import accumulation_dtype
 from gradhpo.utils.typecheck import checked
-from gradhpo.utils.validation import check_arity, leaf_names
+from gradhpo.utils.validation import check_arity, has_arity, leaf_names
+
+
+_WITHOUT_STATE = (
+    "a microbatched loss takes no model_state: its statistics would be those of a piece. Normalise "
+    "without running state (LayerNorm, GroupNorm), or save memory with jax.checkpoint inside the "
+    "loss"
+)
 
 
 class Microbatched(eqx.Module):
@@ -31,11 +38,7 @@ class Microbatched(eqx.Module):
     ) -> Any:
         """The mean over the pieces of a batch."""
         if model_state is not None:
-            raise ValueError(
-                "a microbatched loss takes no model_state: its statistics would be those of a "
-                "piece. Normalise without running state (LayerNorm, GroupNorm), or save memory "
-                "with jax.checkpoint inside the loss"
-            )
+            raise ValueError(_WITHOUT_STATE)
         piece_of = _pieces(batch, self.num)
 
         @functools.partial(jax.checkpoint, prevent_cse=False)  # a loop keeps the two passes apart
@@ -96,7 +99,10 @@ def microbatched(loss: LossFn, num: int) -> LossFn:
     assert jnp.isclose(in_pieces(jnp.ones(3), 0.1, batch), loss(jnp.ones(3), 0.1, batch))
     ```
     """
-    check_arity(loss, "loss", "params, hyperparams, batch")
+    arguments = "params, hyperparams, batch"
+    if not has_arity(loss, arguments) and has_arity(loss, f"{arguments}, model_state"):
+        raise TypeError(_WITHOUT_STATE)
+    check_arity(loss, "loss", arguments)
     check_count("num", num)
     return Microbatched(loss, num)
 

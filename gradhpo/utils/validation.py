@@ -267,15 +267,19 @@ def check_arity(function: Callable, name: str, arguments: str, remedy: str = "")
         ) from None
 
 
-def check_scalar(output: Any, name: str) -> None:
+_LOSS_OR_METRICS = (
+    "Return the loss alone, or (loss, {'accuracy': accuracy}) with metrics beside it; running "
+    "state goes into init(model_state=...)"
+)
+
+
+def check_scalar(output: Any, name: str, remedy: str = "") -> None:
     """A loss returned one real number."""
     leaves = jax.tree.leaves(output)
     if len(leaves) != 1 or output is not leaves[0]:
         raise TypeError(
             f"{name} must return a scalar, got a {type(output).__name__} with {len(leaves)} "
-            f"{'leaf' if len(leaves) == 1 else 'leaves'}: return the loss alone, or "
-            "(loss, {'accuracy': accuracy}) with metrics beside it; running state goes into "
-            "init(model_state=...)"
+            f"{'leaf' if len(leaves) == 1 else 'leaves'}. {remedy or _LOSS_OR_METRICS}"
         )
     shape, dtype = jnp.shape(output), jnp.result_type(output)
     if shape != () or not jnp.issubdtype(dtype, jnp.floating):
