@@ -83,6 +83,17 @@ def solve_system(
     return LinearSolution(*_solved(eqx.filter_closure_convert(product, rhs), rhs, solve=solve))
 
 
+class _Square(lx.FunctionLinearOperator):
+    """An operator on one space, which is told and not traced: a trace would lose shardings."""
+
+    def __init__(self, product: Callable, structure: PyTree, tags: Any):
+        super().__init__(product, structure, tags, closure_convert=False)
+
+    def out_structure(self) -> PyTree:
+        """That of the vectors that it takes."""
+        return self.in_structure()
+
+
 class _Solve(eqx.Module):
     """A solver with what it is told of the system."""
 
@@ -99,25 +110,21 @@ class _Solve(eqx.Module):
         scale = jnp.exp2(jnp.round(jnp.log2(jnp.where(size > 0, size, 1))))
         rhs = jax.tree.map(lambda x: x / scale, rhs)
         tags = lx.positive_semidefinite_tag if self.symmetric else ()
-        operator = lx.FunctionLinearOperator(product, jax.eval_shape(lambda: rhs), tags)
+        operator = _Square(product, jax.eval_shape(lambda: rhs), tags)
         share = _best_share(self.image, rhs)
         start, image = (
             jax.tree.map(lambda x: share.astype(x.dtype) * x, tree)
             for tree in (self.guess, self.image)
         )
         options = {"y0": start, "image": image, "shift": self.shift}
-        value, result, statistics = self._run(operator, rhs, options)
+        # Not by `lx.linear_solve`, whose derivatives are not needed here (`_solved` has them) and
+        # whose primitive loses the shardings of explicit mesh axes.
+        state = self.solver.init(operator, options)
+        value, result, statistics = self.solver.compute(state, rhs, options)
         failed = (result != lx.RESULTS.successful) & (result != lx.RESULTS.max_steps_reached)
         failed |= ~all_finite(value)
         iterations = jnp.asarray(statistics.get("num_steps", 0))
         return jax.tree.map(lambda x: scale * x, value), failed, iterations
-
-    def _run(self, operator: Any, rhs: PyTree, options: dict[str, Any]) -> tuple:
-        if getattr(self.solver, "approximates", False):
-            # lineax would differentiate it as the inverse that it is not.
-            return self.solver.compute(self.solver.init(operator, options), rhs, options)
-        found = lx.linear_solve(operator, rhs, self.solver, options=options, throw=False)
-        return found.value, found.result, found.stats
 
     def derived(self, product: Callable, rhs: PyTree) -> PyTree:
         """The solution alone, linear in `rhs`, with derivatives in every mode and of any order."""
