@@ -46,7 +46,7 @@ def unit_vector(coordinate: ArrayLike, like: PyTree) -> PyTree:
     return jax.tree.unflatten(treedef, parts)
 
 
-def _one_at(coordinate: ArrayLike, like: Array) -> Array:
+def _one_at(coordinate: ArrayLike, like: Any) -> Array:
     return (jnp.arange(like.size) == coordinate).reshape(like.shape).astype(like.dtype)
 
 
