@@ -1,6 +1,12 @@
-"""What every optimizer makes of arrays on four devices, held against one: printed as JSON.
+"""What every optimizer makes of arrays on several devices, held against one: printed as JSON.
 
-XLA_FLAGS=--xla_force_host_platform_device_count=4 python on_devices.py Auto data greedy ...
+    export XLA_FLAGS=--xla_force_host_platform_device_count=4
+    python on_devices.py steps Auto data greedy ...
+    python on_devices.py runs Auto data greedy ...
+    python on_devices.py flops greedy ...
+    python on_devices.py resumed 4 12 directory
+
+`data` spreads the batches only, `state` also parameters and hyperparameters.
 """
 
 import json
@@ -14,6 +20,9 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import gradhpo
+from gradhpo.data.sources import as_source
+from gradhpo.diagnostics.cost import Program
+from gradhpo.training.chunk import Chunk
 
 
 INNER, OUTER = optax.adam(1e-2, eps_root=1e-8), optax.adam(1e-2)
@@ -107,11 +116,23 @@ def furthest(found, expected):
     return float(max(jax.tree.leaves(jax.tree.map(away, *trees))))
 
 
-def main(axes, spread, *names):
-    mesh = jax.make_mesh((4,), ("devices",), axis_types=(getattr(AxisType, axes),))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    split = NamedSharding(mesh, PartitionSpec("devices"))
-    whole = lambda x: jax.sharding.reshard(x, everywhere) if axes == "Explicit" else x
+class Mesh:
+    """The devices, and where on them parameters and batches are."""
+
+    def __init__(self, axes="Auto", spread="state", count=4):
+        kind = getattr(AxisType, axes)
+        self.mesh = jax.make_mesh((count,), ("devices",), axis_types=(kind,))
+        self.everywhere = NamedSharding(self.mesh, PartitionSpec())
+        self.split = NamedSharding(self.mesh, PartitionSpec("devices"))
+        self.of_state = self.split if spread == "state" else self.everywhere
+        self.explicit = axes == "Explicit"
+
+    def whole(self, x):
+        return jax.sharding.reshard(x, self.everywhere) if self.explicit else x
+
+
+def steps(axes, spread, *names):
+    here = Mesh(axes, spread)
     jax.monitoring.register_event_duration_secs_listener(count)
     params, hyperparams, *batches = problem()
     found = {}
@@ -119,11 +140,11 @@ def main(axes, spread, *names):
         tasks = name == "tasks"
         data = jax.tree.map(for_two, batches) if tasks else batches
         expected = two_steps(OPTIMIZERS[name], params, hyperparams, *data)
-        of_batch = NamedSharding(mesh, PartitionSpec(*[None] * tasks, "devices"))
-        own = split if spread == "state" else everywhere
-        given = jax.device_put((params, hyperparams), own)
-        with jax.set_mesh(mesh):
-            got = two_steps(OPTIMIZERS[name], *given, *jax.device_put(data, of_batch), whole=whole)
+        of_batch = NamedSharding(here.mesh, PartitionSpec(*[None] * tasks, "devices"))
+        given = jax.device_put((params, hyperparams), here.of_state)
+        data = jax.device_put(data, of_batch)
+        with jax.set_mesh(here.mesh):
+            got = two_steps(OPTIMIZERS[name], *given, *data, whole=here.whole)
         found[name] = {
             "error": furthest(got[:3], expected[:3]),
             "compiled": got[3],
@@ -131,9 +152,102 @@ def main(axes, spread, *names):
             "hypergradient moved": moved(given[1], got[0]),
             "alone": alone(got[1]),
         }
-    print("RESULT" + json.dumps(found))
+    return found
+
+
+def quarters(batch):
+    """Four batches on the host."""
+    x, y = (np.split(np.asarray(x), 4) for x in batch)
+    return list(zip(x, y, strict=True))
+
+
+SOURCES = {
+    "arrays": lambda batch: gradhpo.ArrayData(batch, 16, jax.random.key(0)),
+    "iterator": lambda batch: gradhpo.iterate(quarters(batch)),
+    "fixed": lambda batch: batch,
+}
+SETTINGS = {"num_steps": 6, "chunk_size": 3, "progress": False}
+
+
+def runs(axes, spread, *names):
+    here = Mesh(axes, spread)
+    params, hyperparams, *batches = problem()
+    found = {}
+    for name in names:
+        for source, of in SOURCES.items():
+            for episodes in (None, 3):
+                more = {"steps_per_episode": episodes, "reptile_rate": 0.0 if episodes else 1.0}
+
+                def run(given, whole, of=of, name=name, more=more, **settings):
+                    state = OPTIMIZERS[name].init(*given)
+                    both = gradhpo.LossFunctions(*losses(whole))
+                    data = map(of, batches)
+                    found = gradhpo.run(
+                        OPTIMIZERS[name], state, both, *data, **SETTINGS, **more, **settings
+                    )
+                    return state, *found
+
+                expected = run((params, hyperparams), lambda x: x)
+                given = jax.device_put((params, hyperparams), here.of_state)
+                with jax.set_mesh(here.mesh):
+                    got = run(given, here.whole, data_sharding=here.split)
+                found[f"{name}, {source}, {episodes}"] = {
+                    "error": furthest(got[1], expected[1]),
+                    "moved": moved(got[0], got[1]),
+                }
+    return found
+
+
+def flops(*names):
+    """Of a chunk, for one of four devices, as a share of those of one that does all the work."""
+    here = Mesh()
+    random = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(random.normal(size=shape))
+    params, hyperparams = {"matrix": draw(64, 64), "bias": jnp.zeros(64)}, draw(64, 64)
+    batches = [(draw(512, 64), draw(512, 64)) for _ in range(2)]
+
+    def of_chunk(optimizer, of, given, sharding):
+        state = optimizer.init(*given)
+        counts = optimizer.num_inner_steps, None
+        sources = [
+            as_source(of(batch), name, number, sharding)
+            for batch, name, number in zip(batches, ("train", "val"), counts, strict=True)
+        ]
+        drawn = [source.fetch(source.draw(3, in_part=True)) for source in sources]
+        chunk = Chunk(optimizer, gradhpo.LossFunctions(*losses(lambda x: x)), *drawn, None)
+        program = Program(lambda chunk, state: chunk.run_steps(state, 3)[0], chunk, state)
+        return program.flops_with_loops_once
+
+    found = {}
+    wide = {
+        "arrays": lambda batch: gradhpo.ArrayData(batch, 256, jax.random.key(0)),
+        "iterator": lambda batch: gradhpo.iterate([jax.tree.map(np.asarray, batch)]),
+        "fixed": lambda batch: batch,
+    }
+    for name in names:
+        for source, of in wide.items():
+            alone = of_chunk(OPTIMIZERS[name], of, (params, hyperparams), None)
+            for spread in ("data", "state"):
+                own = here.split if spread == "state" else here.everywhere
+                given = jax.device_put((params, hyperparams), own)
+                each = of_chunk(OPTIMIZERS[name], of, given, here.split)
+                found[f"{name}, {source}, {spread}"] = each / alone
+    return found
+
+
+def resumed(count, num_steps, directory):
+    """What a run on so many devices ends with; it may have begun on others."""
+    here = Mesh(count=int(count))
+    params, hyperparams, *batches = problem()
+    state = OPTIMIZERS["greedy"].init(*jax.device_put((params, hyperparams), here.of_state))
+    data = (gradhpo.ArrayData(x, 16, jax.random.key(0), sharding=here.split) for x in batches)
+    both = gradhpo.LossFunctions(*losses(lambda x: x))
+    settings = SETTINGS | {"num_steps": int(num_steps), "checkpoint": directory}
+    end, _ = gradhpo.run(OPTIMIZERS["greedy"], state, both, *data, **settings)
+    return {"moved": moved(state, end), "hyperparams": np.asarray(end.hyperparams).tolist()}
 
 
 if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
-    main(*sys.argv[1:])
+    what, *arguments = sys.argv[1:]
+    print("RESULT" + json.dumps(globals()[what](*arguments)))

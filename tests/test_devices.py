@@ -1,29 +1,26 @@
-"""Four devices: values, placement, and what is compiled."""
+"""Four devices: values, placement, what is compiled, and how the work is divided."""
 
 import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import quick
 from on_devices import OPTIMIZERS
 from processes import python
 
 
-FOUR = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
-FEW = ["greedy", "bisected", "forward mode"]
-
-
 PROGRAM = str(Path(__file__).with_name("on_devices.py"))
+FLAGS = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count="
+FEW = ["greedy", "bisected", "forward mode", "implicit"]
 
 
-def on_four_devices(*arguments):
-    told = python(PROGRAM, *arguments, compiled=FOUR).stdout
+def on_devices(*arguments, count=4):
+    told = python(PROGRAM, *map(str, arguments), compiled=f"{FLAGS}{count}").stdout
     return json.loads(told.split("RESULT")[1])
 
 
-# lineax takes systems of explicitly sharded arrays apart without their shardings.
-WITHOUT_EXPLICIT = {"implicit"}
 CASES = quick(
     [
         (axes, spread, few)
@@ -39,11 +36,40 @@ CASES = quick(
 def test_where_the_arrays_are_the_state_stays(axes, spread, few):
     """As on one device; and nothing moves, nor is compiled again, in the second step."""
     names = [name for name in OPTIMIZERS if (name in FEW) == few]
-    if axes == "Explicit":
-        names = [name for name in names if name not in WITHOUT_EXPLICIT]
-    for name, found in on_four_devices(axes, spread, *names).items():
+    for name, found in on_devices("steps", axes, spread, *names).items():
         assert found["error"] < 1e-12, name
         assert found["compiled"][1] == 0, name
         assert not found["moved"], name
         assert not found["hypergradient moved"], name
         assert not found["alone"], name
+
+
+@pytest.mark.parametrize(
+    ("axes", "spread", "name"),
+    quick(
+        [
+            (axes, spread, name)
+            for axes in ("Auto", "Explicit")
+            for spread in ("data", "state")
+            for name in ("greedy", "HyperDistill")
+        ],
+        keep=[("Explicit", "state", "greedy")],
+    ),
+)
+def test_runs_with_batches_that_are_spread(axes, spread, name):
+    for case, found in on_devices("runs", axes, spread, name).items():
+        assert found["error"] < 1e-12, case
+        assert not found["moved"], case
+
+
+def test_a_quarter_of_the_work_for_each_of_four_devices():
+    for case, share in on_devices("flops", "greedy").items():
+        assert share < 0.3, case
+
+
+def test_a_run_goes_on_with_fewer_devices(tmp_path):
+    expected = on_devices("resumed", 1, 12, tmp_path / "one", count=1)["hyperparams"]
+    on_devices("resumed", 4, 6, tmp_path / "four")
+    found = on_devices("resumed", 2, 12, tmp_path / "four", count=2)
+    np.testing.assert_allclose(found["hyperparams"], expected, rtol=1e-12)
+    assert not found["moved"]

@@ -6,12 +6,14 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, ArrayLike, Int, PyTree, UInt32
 
 from gradhpo.core.batches import BatchStack
 from gradhpo.utils.conversion import as_array
 from gradhpo.utils.dispatch import compiled
 from gradhpo.utils.keys import is_key
+from gradhpo.utils.placement import rows, spread
 from gradhpo.utils.settings import check_count
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import check_leading_axis
@@ -47,6 +49,9 @@ class ArrayData(eqx.Module):
     - `hold`: repeat every batch for `hold` consecutive indices, default 1. `run` draws
         `optimizer.num_inner_steps` training batches per validation batch: with that number here,
         both parts of a pair stay together.
+    - `sharding`: how the arrays of a batch are spread over devices, such as
+        `NamedSharding(mesh, PartitionSpec("data"))`, which divides the examples. Default `None`:
+        every device gets whole batches.
 
     **Raises:** `ValueError` if leading axes differ, if there is no example, for a `batch_size` or
     `hold` below 1, several keys, and (unless with `replacement`) for a `batch_size` above the
@@ -70,6 +75,7 @@ class ArrayData(eqx.Module):
     replacement: bool = eqx.field(static=True, default=False)
     with_indices: bool = eqx.field(static=True, default=False)
     hold: int = eqx.field(static=True, default=1)
+    sharding: NamedSharding | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
         check_leading_axis(self.arrays, "ArrayData(arrays)")
@@ -157,8 +163,12 @@ def stacked(draw: Callable[[Array], PyTree], first: Array, count: int) -> BatchS
 @compiled
 def _draw(data: ArrayData, index: Array) -> PyTree:
     chosen = _indices(data, index)
-    batch = data.arrays if data.is_whole else jax.tree.map(lambda x: x[chosen], data.arrays)
-    return (batch, chosen) if data.with_indices else batch
+    if data.is_whole:
+        batch = data.arrays
+    else:
+        batch = jax.tree.map(lambda x: rows(x, chosen), data.arrays)
+    found = (batch, chosen) if data.with_indices else batch
+    return spread(found, data.sharding, "ArrayData(sharding=...)")
 
 
 @compiled

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
 from gradhpo.data.loaders import Repeated, is_untouched, seek, state_of
@@ -15,6 +16,7 @@ from gradhpo.data.source import Fetched, Source
 from gradhpo.utils.conversion import as_array
 from gradhpo.utils.description import described, differences
 from gradhpo.utils.keys import is_key
+from gradhpo.utils.placement import spread
 
 
 class Kind(NamedTuple):
@@ -127,8 +129,15 @@ class FromIterator(Source):
 
     from_host = True
 
-    def __init__(self, name: str, iterator: Any, per_step: int | None):
+    def __init__(
+        self,
+        name: str,
+        iterator: Any,
+        per_step: int | None,
+        sharding: NamedSharding | None = None,
+    ):
         self.name, self._iterator, self._per_step = name, iterator, per_step
+        self._sharding = sharding  # of one batch
         self._waiting: Waiting | None = None  # until the first batch shows how many fit
         # Handed out and still in use: how many batches of which buffer.
         self._taken: collections.deque[tuple[Buffer, int]] = collections.deque()
@@ -172,7 +181,8 @@ class FromIterator(Source):
         past = self._ahead or self.failure is not None
         self._position = self._here() | ({"state": None} if past else {})
         self._last = buffer.batch(count - 1)
-        return Fetched(buffer.stacked(*lead))
+        values = spread(buffer.stacked(*lead), self._sharding, "data_sharding", before=len(lead))
+        return Fetched(values)
 
     def release_oldest(self) -> None:
         assert self._waiting is not None

@@ -11,6 +11,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
 from gradhpo.core.batches import BatchStack, DrawnStack
@@ -19,6 +20,7 @@ from gradhpo.utils.conversion import foreign_as_arrays
 from gradhpo.utils.description import described, described_arrays
 from gradhpo.utils.dispatch import compiled
 from gradhpo.utils.keys import fold_keys, is_key
+from gradhpo.utils.placement import spread
 
 
 class Batches(eqx.Module):
@@ -48,11 +50,13 @@ class Generated(Batches):
     """A traceable `index -> batch`."""
 
     function: Callable
+    sharding: NamedSharding | None = eqx.field(static=True, default=None)
 
     def __call__(self, index: Array) -> PyTree:
         batch = self.function(index)
         batch = tuple(batch) if type(batch) is list else batch
-        return foreign_as_arrays(batch, "a batch that the function of the index returned")
+        batch = foreign_as_arrays(batch, "a batch that the function of the index returned")
+        return spread(batch, self.sharding, "data_sharding")
 
     def batch(self, step: Array, position: Array) -> PyTree:
         return self(step)

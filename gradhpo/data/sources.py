@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
 
 from gradhpo.core.batches import BatchStack, DataBatch
 from gradhpo.data.arrays import ArrayData, on_device
@@ -11,14 +12,20 @@ from gradhpo.data.functions import check_function
 from gradhpo.data.iterators import FromIterator
 from gradhpo.data.source import Batches, Fixed, Generated, OnDevice, Source
 from gradhpo.utils.conversion import is_container, is_convertible
+from gradhpo.utils.placement import spread
 
 
 # Batches of an iterator wait, for two chunks; more than this would only cost memory.
 _MOST_BYTES_FETCHED = 64 * 2**20
 
 
-def as_source(data: Any, name: str, per_step: int | None) -> Source:
-    """The kind of source for these data. `per_step`: inner steps, or `None` for one batch."""
+def as_source(
+    data: Any, name: str, per_step: int | None, sharding: NamedSharding | None = None
+) -> Source:
+    """The kind of source for these data. `per_step`: inner steps, or `None` for one batch.
+
+    `sharding`: of one batch; `None` leaves the arrays where they are.
+    """
     if isinstance(data, list) or (
         isinstance(data, tuple) and any(isinstance(x, (DataBatch, dict)) for x in data)
     ):
@@ -26,19 +33,20 @@ def as_source(data: Any, name: str, per_step: int | None) -> Source:
     if inspect.isgeneratorfunction(data):
         raise TypeError(f"{name} is a generator function; call it: {name}={data.__name__}()")
     if hasattr(data, "__next__"):
-        return FromIterator(name, data, per_step)
+        return FromIterator(name, data, per_step, sharding)
     if isinstance(data, BatchStack):
         raise TypeError(f"{name} is a BatchStack, which serves one step; pass gradhpo.ArrayData")
     if isinstance(data, ArrayData) and data.is_whole:
-        return OnDevice(Fixed(data(0)))  # the same at every step: no stack of copies
+        # The same at every step: no stack of copies.
+        return OnDevice(Fixed(spread(data(0), sharding, "data_sharding")))
     if callable(data):
         if not isinstance(data, ArrayData):
             check_function(data, name)
-        return OnDevice(Generated(data))
+        return OnDevice(Generated(data, sharding))
     for where, leaf in jax.tree_util.tree_leaves_with_path(data):
         if not is_convertible(leaf):
             raise TypeError(_on_foreign(leaf, name, jax.tree_util.keystr(where)))
-    return OnDevice(Fixed(on_device(data, name)))
+    return OnDevice(Fixed(spread(on_device(data, name), sharding, "data_sharding")))
 
 
 def _on_list(data: list | tuple, name: str) -> str:

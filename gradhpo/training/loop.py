@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from gradhpo.core.base import BilevelOptimizer
@@ -66,6 +67,7 @@ def run(
     record: Callable | None = None,
     start_fn: Callable | None = None,
     key: Array | None = None,
+    data_sharding: NamedSharding | None = None,
 ) -> tuple[BilevelState, History]:
     r"""Runs many outer steps, as chunks of one compiled `lax.scan` each.
 
@@ -116,6 +118,10 @@ def run(
         own; default `None`. Hyperparameters that act in it (a learned initial point, the scale of
         an initialisation) are differentiated by methods that go back to the start of the episode,
         [`UnrolledOptimizer`][gradhpo.UnrolledOptimizer] with `steps_per_episode=1` above all.
+    - `data_sharding`: how the arrays of every batch are spread over devices, such as
+        `NamedSharding(mesh, PartitionSpec("data"))`, which divides the examples; default `None`:
+        every device gets whole batches, unless [`ArrayData`][gradhpo.ArrayData] or your function of
+        the index spreads them.
 
     **Returns:** `(state, history)`, see [`History`][gradhpo.History]. Ctrl-C also returns them,
     after the current chunk; a second one raises.
@@ -153,8 +159,8 @@ def run(
         check_rate_schedule(lr_hyper)
     rate = lr_hyper if callable(lr_hyper) else outer_rate(lr_hyper)
     feed = Feed(
-        as_source(train_data, "train_data", optimizer.num_inner_steps),
-        as_source(val_data, "val_data", None),
+        as_source(train_data, "train_data", optimizer.num_inner_steps, data_sharding),
+        as_source(val_data, "val_data", None, data_sharding),
     )
     missing = algorithm_of(optimizer).without_episodes
     if missing and steps_per_episode is None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
@@ -26,7 +27,44 @@ def beside(tree: PyTree, source: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jax.device_put(x, everywhere) if alone(x) else x, tree)
 
 
-def sharded_like(x: Array, like: Array) -> Array:
+def spread(tree: PyTree, sharding: NamedSharding | None, name: str, before: int = 0) -> PyTree:
+    """Batches whose arrays are spread over devices as `sharding` says of one batch.
+
+    `before` counts the axes in front of those of a batch. Scalars and single keys stay everywhere.
+    Raises `ValueError` for examples that cannot be divided evenly; `name` is what users call it.
+    """
+    if sharding is None:
+        return tree
+    explicit = AxisType.Explicit in sharding.mesh.axis_types
+
+    def placed(where: Any, x: Any) -> Any:
+        shape, spec = jnp.shape(x)[before:], sharding.spec[: jnp.ndim(x) - before]
+        of_batch = NamedSharding(sharding.mesh, PartitionSpec(*spec))
+        try:
+            of_batch.shard_shape(shape)
+        except ValueError:
+            raise ValueError(
+                f"{name} cannot spread {jax.tree_util.keystr(where) or 'the batch'}, of shape "
+                f"{shape}, as {of_batch.spec} over a mesh of {dict(sharding.mesh.shape)}: choose a "
+                "batch size that the number of devices divides"
+            ) from None
+        to = NamedSharding(sharding.mesh, PartitionSpec(*[None] * before, *spec))
+        if not isinstance(x, Tracer):
+            return jax.device_put(x, to)
+        return jax.sharding.reshard(x, to) if explicit else jax.lax.with_sharding_constraint(x, to)
+
+    return jax.tree.map_with_path(placed, tree)
+
+
+def rows(x: Array, chosen: Array) -> Array:
+    """`x[chosen]`; explicit mesh axes ask where that is to be: everywhere."""
+    mesh = jax.typeof(x).sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
+        return x[chosen]
+    return x.at[chosen].get(out_sharding=NamedSharding(mesh, PartitionSpec()))
+
+
+def sharded_like(x: Array, like: Any) -> Array:
     """`x` with the sharding in the type of `like`, which arrays have under explicit mesh axes."""
     sharding = jax.typeof(like).sharding
     explicit = AxisType.Explicit in sharding.mesh.axis_types
