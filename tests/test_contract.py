@@ -55,7 +55,10 @@ SEES_NO_OPTIMIZER = {"first order", "implicit"}
 PLAIN = relaxed(optax.sgd(0.1))
 ADAM = relaxed(optax.adam(0.1, eps_root=1e-8))
 
-every = pytest.mark.parametrize("name", list(OPTIMIZERS))
+# The others are settings of these, and run thoroughly.
+QUICKLY = [name for name in OPTIMIZERS if name != "bisected"]
+
+every = pytest.mark.parametrize("name", quick(list(OPTIMIZERS), keep=QUICKLY))
 
 
 def build(name, inner_optimizer=PLAIN, outer_optimizer=OUTER):
@@ -131,7 +134,7 @@ def test_states_are_serialised_by_equinox(name, inner):
             for name in OPTIMIZERS
             if name != "tasks"
         ],
-        keep=[("dicts", "momentum", name) for name in OPTIMIZERS if name != "tasks"]
+        keep=[("dicts", "momentum", name) for name in QUICKLY if name != "tasks"]
         + [("optimizer", "adam", "unrolled")],
     ),
 )
@@ -333,7 +336,7 @@ def test_program_size_does_not_grow_with_the_inner_steps(name):
 
 
 # T1-T2 by weights differences the training gradient, which an update_fn does not show.
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "T1-T2"])
+@pytest.mark.parametrize("name", [name for name in QUICKLY if name != "T1-T2"])
 def test_an_update_fn_is_as_good_as_an_inner_optimizer(name):
     update_fn = lambda w, h, batch: w - 0.1 * jax.grad(train_loss)(w, h, batch)
     cls, settings, _ = OPTIMIZERS[name]
