@@ -4,9 +4,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
+
+from gradhpo.utils.keys import is_key
 
 
 def mesh_of(tree: PyTree) -> Mesh | AbstractMesh | None:
@@ -24,7 +27,18 @@ def beside(tree: PyTree, source: PyTree) -> PyTree:
         return tree
     everywhere = NamedSharding(mesh, PartitionSpec())
     alone = lambda x: _is_placed(x) and x.sharding.num_devices == 1
-    return jax.tree.map(lambda x: jax.device_put(x, everywhere) if alone(x) else x, tree)
+    return jax.tree.map(lambda x: _copied(x, everywhere) if alone(x) else x, tree)
+
+
+def _copied(x: Array, everywhere: NamedSharding) -> Array:
+    """Not by `device_put` where several processes take part: it takes two NaN to be different."""
+    if everywhere.is_fully_addressable:
+        return jax.device_put(x, everywhere)
+    if is_key(x):
+        data = _copied(jax.random.key_data(x), everywhere)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    here = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, everywhere, lambda index: here[index])
 
 
 def spread(tree: PyTree, sharding: NamedSharding | None, name: str, before: int = 0) -> PyTree:
