@@ -1,6 +1,6 @@
 """Makes the pictures under docs/images, and saves each script's output next to its picture.
 
-    python docs/figures.py                          # all of them, about 25 minutes on 2 slow cores
+    python docs/figures.py                          # all of them, about 40 minutes on 2 slow cores
     python docs/figures.py regularisation           # some
     python docs/figures.py --quick --into out/      # smoke tests, never into docs/images
 

@@ -236,7 +236,7 @@ def flops(*names):
 
 
 def resumed(count, num_steps, directory):
-    """What a run on so many devices ends with; it may have begun on others."""
+    """The end of a run on `count` devices, which may resume a run that used more or fewer."""
     here = Mesh(count=int(count))
     params, hyperparams, *batches = problem()
     state = OPTIMIZERS["greedy"].init(*jax.device_put((params, hyperparams), here.of_state))
