@@ -21,7 +21,16 @@ import jax
 import optax
 
 import gradhpo
-from benchmarks.costs import accuracy, compiled, host, loops, methods, networks, scaling
+from benchmarks.costs import (
+    accuracy,
+    compiled,
+    convolutions,
+    host,
+    loops,
+    methods,
+    networks,
+    scaling,
+)
 from benchmarks.peers import budget, earlier, implicit, pytorch
 
 
@@ -34,6 +43,7 @@ TABLES = {
     "memory": compiled.print_memory,
     "exact": loops.print_exact,
     "networks": networks.print_networks,
+    "convolutions": convolutions.print_convolutions,
     "units": compiled.print_units,
     "distilled": methods.print_distilled,
     "roads": methods.print_roads,
