@@ -5,6 +5,7 @@
     python on_devices.py runs Auto data greedy ...
     python on_devices.py flops greedy ...
     python on_devices.py resumed 4 12 directory
+    python on_devices.py uneven
 
 `data` spreads the batches only, `state` also parameters and hyperparameters.
 """
@@ -233,6 +234,25 @@ def flops(*names):
                 each = of_chunk(OPTIMIZERS[name], of, given, here.split)
                 found[f"{name}, {source}, {spread}"] = each / alone
     return found
+
+
+def uneven():
+    """What 18 examples for four devices are answered with, from each kind of source."""
+    here = Mesh()
+    x, said = jnp.ones((18, 2)), {}
+    sources = {
+        "arrays": gradhpo.ArrayData(x, 6, jax.random.key(0)),
+        "iterator": gradhpo.iterate([np.ones((18, 2))]),
+        "fixed": x,
+    }
+    for name, data in sources.items():
+        try:
+            source = as_source(data, "train_data", None, here.split)
+            source.draw(1, in_part=True)
+            source.fetch(1).batch(jnp.zeros((), int), jnp.zeros((), int))
+        except ValueError as error:
+            said[name] = str(error)
+    return said
 
 
 def resumed(count, num_steps, directory):

@@ -65,3 +65,11 @@ def test_a_run_goes_on_with_fewer_devices(tmp_path):
     found = on_devices("resumed", 2, 12, tmp_path / "four", count=2)
     np.testing.assert_allclose(found["hyperparams"], expected, rtol=1e-12)
     assert not found["moved"]
+
+
+@pytest.mark.thorough
+def test_examples_that_the_devices_cannot_share_are_refused():
+    said = on_devices("uneven")
+    assert set(said) == {"arrays", "iterator", "fixed"}
+    assert all("data_sharding cannot spread" in text for text in said.values())
+    assert all("choose a batch size that" in text for text in said.values())
