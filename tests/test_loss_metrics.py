@@ -363,3 +363,23 @@ def test_names_that_are_taken():
     for settings in ({"record": record}, {"callbacks": [monitor]}):
         with pytest.raises(ValueError, match=r"a loss returns the metric val_twice.*another"):
             run(optimizer, state, **settings)
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        lambda loss, aux, new: (loss, new, aux),
+        lambda loss, aux, new: ((loss, aux), new),
+    ],
+    ids=["three results", "metrics beside the loss"],
+)
+def test_metrics_in_another_place_than_beside_the_model_state(returned):
+    def train_loss(w, h, batch, r):
+        loss = jnp.sum((w - h) ** 2)
+        return returned(loss, {"twice": 2 * loss}, r + 1)
+
+    val_loss = lambda w, h, batch, r: jnp.sum(w**2)
+    optimizer = build("one step")
+    state = optimizer.init(W, H, model_state=jnp.zeros(()))
+    with pytest.raises((TypeError, ValueError), match=r"\(loss, \(new_model_state, \{"):
+        optimizer.step(state, BATCH, BATCH, train_loss, val_loss)

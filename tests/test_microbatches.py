@@ -271,3 +271,9 @@ def test_low_precision_logits_are_float32():
     assert relative_error(*jax.tree.map(lambda g: g.astype(float), gradients)) < 5e-3
     unsigned = gradhpo.chunked_cross_entropy(x, head, LABELS.astype(jnp.uint16), 2, 0)
     np.testing.assert_array_equal(unsigned, found)
+
+
+def test_a_loss_with_running_state_is_refused_at_once():
+    loss = lambda w, h, batch, model_state: (jnp.sum(w), model_state)
+    with pytest.raises(TypeError, match=r"takes no model_state.*LayerNorm"):
+        gradhpo.microbatched(loss, 2)
