@@ -128,8 +128,8 @@ def plan(
 
     Every step is compiled for the shapes that are passed. Memory is the compiler's own figure for
     the program that a `step` then runs; flops are its count for that program before optimisation,
-    corrected for loops. Of several branches the most expensive counts, so `checkpoints="log"`, which
-    chooses between two at every visit of a step, takes fewer than it shows.
+    corrected for loops. Of several branches the most expensive counts, so those of
+    `checkpoints="log"`, which chooses between two at every visit of a step, are too high.
 
     **Arguments:**
 
