@@ -25,6 +25,7 @@ from benchmarks.costs import (
     accuracy,
     compiled,
     convolutions,
+    gpu,
     host,
     loops,
     methods,
@@ -52,12 +53,15 @@ TABLES = {
     "night": host.print_night,
     "scaling": scaling.print_scaling,
     "accuracy": accuracy.print_accuracy,
+    "gpu": gpu.print_gpu,
     # peers
     "earlier": earlier.print_earlier,
     "torch": pytorch.print_pytorch,
     "implicit": implicit.print_implicit,
     "budget": budget.print_budget,
 }
+# About the device and not about ratios on it: made on request, and saved under the device's name.
+OF_A_GPU = {"gpu"}
 # A table may save more than its text.
 SAVING = TABLES | {"budget": functools.partial(budget.print_budget, figure=budget.FIGURE)}
 
@@ -85,8 +89,28 @@ def machine() -> str:
     )
 
 
+def file_of(name: str) -> Path:
+    if name not in OF_A_GPU:
+        return RESULTS / f"{name}.txt"
+    card = re.sub(r"\W+", "-", jax.devices()[0].device_kind).lower()
+    return RESULTS / name / f"{card}.txt"
+
+
 def save(name: str, printed: str) -> None:
-    (RESULTS / f"{name}.txt").write_text(f"{machine()}\n\n{printed.strip(chr(10))}\n")
+    file = file_of(name)
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(f"{machine()}\n\n{printed.strip(chr(10))}\n")
+
+
+def names_of(given: argparse.Namespace) -> list[str]:
+    """The tables to print: those that are named, or all but those of a GPU."""
+    named = given.tables or [name for name in TABLES if name not in OF_A_GPU]
+    return [name for name in named if name not in given.without]
+
+
+def refused(names: list[str], backend: str) -> list[str]:
+    """The tables that must not be saved on this backend."""
+    return [name for name in names if (name in OF_A_GPU) != (backend == "gpu")]
 
 
 def main() -> None:
@@ -94,17 +118,24 @@ def main() -> None:
     parser.add_argument("tables", nargs="*", metavar="table", help=f"of {', '.join(TABLES)}")
     parser.add_argument("--without", nargs="+", default=[], choices=TABLES, metavar="table")
     parser.add_argument("--save", action="store_true", help=f"write to {RESULTS.name}/ as well")
+    parser.add_argument("--minutes", type=float, default=8.0, help="that `gpu` may take (8)")
     given = parser.parse_args()
     if unknown := set(given.tables) - set(TABLES):
         parser.error(f"no table is called {', '.join(unknown)}; there are {', '.join(TABLES)}")
-    if given.save and jax.default_backend() != "cpu":
-        parser.error("the saved tables were made on a CPU; run without --save to print yours")
+    names = names_of(given)
+    if OF_A_GPU & set(names):
+        # Its processes share the GPU with this one, which JAX would give most of the memory.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if given.save and (wrong := refused(names, jax.default_backend())):
+        parser.error(
+            f"{', '.join(sorted(OF_A_GPU))} is saved on a GPU, all other tables on a CPU; run "
+            f"{', '.join(wrong)} without --save to print yours"
+        )
     jax.config.update("jax_compilation_cache_dir", None)  # compiling is measured too
     print(machine())
     tables, failed = SAVING if given.save else TABLES, []
-    for name in given.tables or TABLES:
-        if name in given.without:
-            continue
+    tables = tables | {"gpu": functools.partial(gpu.print_gpu, given.minutes)}
+    for name in names:
         started = time.perf_counter()
         try:
             with contextlib.redirect_stdout(Tee()) as printed:

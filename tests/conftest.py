@@ -10,17 +10,25 @@ import pytest
 from processes import as_in_the_suite
 
 
-# Most of the suite is compilation of small programs: let the CPU's code generator be quick about
-# it. What XLA itself does to a program (its flops, its memory) is as always. XLA stops at a flag
-# that it does not know, and the others are younger than the first.
-flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
-# The workers fill the cores already.
-one_thread = ["--xla_cpu_parallel_codegen_split_count=1", "--xla_cpu_multi_thread_eigen=false"]
-if version("jaxlib").startswith("0.10."):
-    flags += ["--xla_cpu_use_fusion_emitters=false", *one_thread]
-elif version("jaxlib").startswith("0.12."):
-    flags += ["--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE", *one_thread]
-os.environ["XLA_FLAGS"] = " ".join(flags)
+def flags_of_the_cpu() -> list[str]:
+    """Most of the suite is compilation of small programs: let the code generator be quick about it.
+
+    What XLA itself does to a program (its flops, its memory) is as always. XLA stops at a flag that
+    it does not know, and the others are younger than the first.
+    """
+    flags = ["--xla_backend_optimization_level=0"]
+    # The workers fill the cores already.
+    one_thread = ["--xla_cpu_parallel_codegen_split_count=1", "--xla_cpu_multi_thread_eigen=false"]
+    if version("jaxlib").startswith("0.10."):
+        flags += ["--xla_cpu_use_fusion_emitters=false", *one_thread]
+    elif version("jaxlib").startswith("0.12."):
+        flags += ["--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE", *one_thread]
+    return flags
+
+
+# The compiler for a GPU has no such level. JAX_PLATFORMS=cuda,cpu says that it is the one.
+if (os.environ.get("JAX_PLATFORMS") or "cpu").startswith("cpu"):
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags_of_the_cpu()])
 
 
 jax.config.update("jax_enable_x64", True)

@@ -1,25 +1,34 @@
 """The benchmarks' own machinery; test_costs.py asserts what they measure."""
 
+import argparse
 import re
 
+import jax
+import numpy as np
 import pytest
+from processes import LIMIT
 
-from benchmarks.__main__ import RESULTS, TABLES
+from benchmarks.__main__ import OF_A_GPU, RESULTS, TABLES, file_of, names_of, refused
+from benchmarks.costs import gpu
+from benchmarks.costs.gpt import SIZES, gpt, num_params
+from benchmarks.costs.gpu_row import ALL, BY_JAX, LOG, ON_HOST, SQRT, program
+from benchmarks.limited import Ended, python
 from benchmarks.peers.environment import PeerError, python_of
 
 
 READMES = [RESULTS.parent / name for name in ("README.md", "costs/README.md", "peers/README.md")]
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", [name for name in TABLES if name not in OF_A_GPU])
 def test_every_table_has_a_saved_result_and_its_place_in_a_readme(name):
     assert (RESULTS / f"{name}.txt").is_file()
     assert any(f"results/{name}.txt)" in readme.read_text() for readme in READMES[1:])
 
 
 def test_every_saved_result_is_that_of_a_table():
-    assert {path.stem for path in RESULTS.glob("*.txt")} == set(TABLES)
-    assert {path.stem for path in RESULTS.glob("*/*.txt")} <= set(TABLES)  # of other machines
+    assert {path.stem for path in RESULTS.glob("*.txt")} == set(TABLES) - OF_A_GPU
+    others = [path for path in RESULTS.glob("*/*.txt") if path.parent.name not in OF_A_GPU]
+    assert {path.stem for path in others} <= set(TABLES)  # of other machines
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)
@@ -36,3 +45,76 @@ def test_a_peer_that_does_not_install_is_reported(tmp_path, monkeypatch):
     with pytest.raises(PeerError, match=r"does not install: .*no-such-package"):
         python_of(["no-such-package==1"])
     assert not any(tmp_path.iterdir())
+
+
+# -- the table of a GPU --------------------------------------------------------------------------
+
+
+def test_it_is_made_by_name_and_saved_on_a_gpu_alone():
+    given = lambda *tables: argparse.Namespace(tables=tables, without=["budget"])
+    assert set(names_of(given())) == set(TABLES) - OF_A_GPU - {"budget"}
+    assert names_of(given("gpu", "flops", "budget")) == ["gpu", "flops"]
+    assert refused(["gpu", "flops"], "cpu") == ["gpu"]
+    assert refused(["gpu", "flops"], "gpu") == ["flops"]
+    assert file_of("flops") == RESULTS / "flops.txt"
+    assert file_of("gpu").parent == RESULTS / "gpu"
+
+
+def test_without_time_it_starts_nothing_and_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "python", None)
+    gpu.print_gpu(minutes=0)
+    printed = capsys.readouterr().out
+    assert printed.lstrip().startswith("Nothing below is about a GPU")
+    assert printed.count("no time left") == 4  # numbers, rows, loops, tests
+    assert all(f"{steps} {kept}" in printed for steps, kept in gpu.ROWS)
+
+
+def test_a_process_that_is_stopped_or_fails_keeps_what_it_said():
+    sleeping = "print('first', flush=True); import time; time.sleep(1_000)"
+    assert python("-c", sleeping, limit=3) == Ended("first\n", "stopped after 3 s")
+    failing = "import os; print(os.environ['GIVEN']); raise ValueError('last line')"
+    done = python("-c", failing, limit=LIMIT, GIVEN="x")
+    assert done == Ended("x\n", "ValueError: last line")
+
+
+def test_a_row_that_fails_shows_what_it_told_before():
+    told = '{"temporary": 1048576, "host": 0}\n{"failed": "out of memory"}\n'
+    line = gpu.columns(gpu.row_of(Ended(told, "")))
+    assert line.split() == ["1", "MiB", "0", "B", "out", "of", "memory"]
+    told = '{"temporary": 1048576, "peak": 2097152, "at_most": true, "found": [1.0, 3.0]}'
+    row = gpu.row_of(Ended(told, "stopped after 3 s")) | {"expected": [1.0, 4.0]}
+    assert gpu.columns(row).split() == "1 MiB <= 2 MiB 2e-01 stopped after 3 s".split()
+
+
+def test_the_large_model_has_the_parameters_that_it_is_called_by():
+    """And no state of it is made to count them."""
+    size = SIZES["110M"]
+    shapes = jax.eval_shape(lambda: gpt(size).params)
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == num_params(size)
+    assert round(num_params(size), -7) == 110_000_000
+
+
+@pytest.mark.thorough
+@pytest.mark.usefixtures("as_a_user_has_it")
+def test_all_ways_to_the_hypergradient_of_the_model_agree():
+    expected = jax.tree.leaves(program("tiny", 3, BY_JAX)())
+    for kept in (ALL, ON_HOST, SQRT, LOG):
+        for x, y in zip(jax.tree.leaves(program("tiny", 3, kept)()), expected, strict=True):
+            # float32, and Adam's first step divides by the root of small squares.
+            np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4 * np.abs(y).max())
+
+
+@pytest.mark.thorough
+def test_its_smallest_form_runs_from_end_to_end(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "ROWS", [(4, BY_JAX), (4, ON_HOST)])
+    monkeypatch.setattr(gpu, "LOOPS", ["OneStepOptimizer"])
+    monkeypatch.setattr(gpu, "TESTS", "tests/test_keys.py")
+    # Its programs run for milliseconds.
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    gpu.print_gpu(minutes=2 * LIMIT / 60)
+    printed = capsys.readouterr().out
+    assert not [word for word in ("WRONG", "FAILED", "skipped", "stopped") if word in printed]
+    assert len(re.findall(r"e-\d\d   right$", printed, re.MULTILINE)) >= 6
+    assert re.search(rf"^ +4 {ON_HOST} .*MiB|KiB", printed, re.MULTILINE)
+    assert "OneStepOptimizer       batch  128" in printed
+    assert re.search(r"tests/test_keys.py: \d+ passed", printed)

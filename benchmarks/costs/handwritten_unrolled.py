@@ -217,20 +217,24 @@ def plain_unrolled_hypergradient(
 ):
     """`jax.grad` through a plain `lax.scan` of optax steps: the obvious way to write it.
 
-    With `checkpoint` the body is under `jax.checkpoint`: what to try next when memory is short.
+    `inner_optimizer` may be a function of the hyperparameters. With `checkpoint` the body is under
+    `jax.checkpoint`: what to try next when memory is short.
     """
     train, val = losses(job)
+    fixed = isinstance(inner_optimizer, optax.GradientTransformation)
 
     def hypergradient(w, h, batch, val_batch):
         def outer(h):
+            inner = inner_optimizer if fixed else inner_optimizer(h)
+
             def body(carry, _):
                 w, s = carry
-                updates, s = inner_optimizer.update(jax.grad(train)(w, h, batch), s, w)
+                updates, s = inner.update(jax.grad(train)(w, h, batch), s, w)
                 return (optax.apply_updates(w, updates), s), None
 
             if checkpoint:
                 body = jax.checkpoint(body, prevent_cse=False)
-            (w_end, _), _ = jax.lax.scan(body, (w, inner_optimizer.init(w)), None, length=steps)
+            (w_end, _), _ = jax.lax.scan(body, (w, inner.init(w)), None, length=steps)
             return val(w_end, h, val_batch)
 
         return jax.grad(outer)(h)

@@ -1,5 +1,7 @@
 """Loops by the clock: `gradhpo.run`, loops over `step`, the same by hand, and plain training."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -98,14 +100,19 @@ def step_pair(name: str, batch_size: int, num_steps: int):
     return ours, theirs
 
 
-def print_loops() -> None:
+def print_loops(
+    names: Sequence[str] = tuple(ALGORITHMS),
+    batch_sizes: Sequence[int] = (32, 128),
+    inner_steps: int = 4_000,
+    repeats: int = 11,
+) -> None:
     print("\ngradhpo.run / a hand-written lax.scan, and a Python loop over step / over jax.jit")
     print(f"  {'us a step, medians, and of the ratios':37} {'run':>14} {'':23} {'step':>12}")
-    for name, pair in ALGORITHMS.items():
-        for batch_size in (32, 128):
-            num_steps = 4_000 // pair.optimizer.num_inner_steps
-            loops = alternating(*loop_pair(name, batch_size, num_steps), repeats=11)
-            steps = alternating(*step_pair(name, batch_size, num_steps // 10), repeats=11)
+    for name in names:
+        for batch_size in batch_sizes:
+            num_steps = inner_steps // ALGORITHMS[name].optimizer.num_inner_steps
+            loops = alternating(*loop_pair(name, batch_size, num_steps), repeats=repeats)
+            steps = alternating(*step_pair(name, batch_size, num_steps // 10), repeats=repeats)
             print(
                 f"  {name:22} batch {batch_size:4}"
                 f"  {1e6 * loops.first / num_steps:8.0f} {1e6 * loops.second / num_steps:8.0f}"

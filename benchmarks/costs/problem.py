@@ -24,7 +24,7 @@ class Job(NamedTuple):
     params: Any
     hyperparams: Any
     train_data: Any
-    val_batch: tuple[Array, Array]
+    val_batch: Any
     train_loss: Any
     val_loss: Any
 

@@ -81,6 +81,11 @@ class Program:
         return float((self._compiled.cost_analysis() or {}).get("bytes accessed", 0.0))
 
     @property
+    def host_bytes(self) -> int:
+        """Of those, what is in a memory of the host apart from that of the device."""
+        return self._memory.host_temp_size_in_bytes
+
+    @property
     def temporary_bytes(self) -> int:
         return self._memory.temp_size_in_bytes
 

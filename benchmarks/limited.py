@@ -1,0 +1,55 @@
+"""Processes with a limit on their time, and the time that all of them may take."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+
+HOME = Path(__file__).parents[1]
+
+
+class Clock:
+    """Counts `minutes` down, from the time when it is made."""
+
+    def __init__(self, minutes: float):
+        self._start, self._seconds = time.monotonic(), 60 * minutes
+
+    def left(self, share: float = 1.0) -> float:
+        """Seconds until this share of the time is over."""
+        return self._start + share * self._seconds - time.monotonic()
+
+
+class Ended(NamedTuple):
+    """What a process has printed, and why it failed: empty if it did not."""
+
+    stdout: str
+    failure: str
+
+
+def python(*arguments: str, limit: float, **environment: str) -> Ended:
+    """`python *arguments`, stopped after `limit` seconds with all that it has started."""
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=HOME, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        stdout, stderr = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        _kill(process)
+        return Ended(process.communicate()[0], f"stopped after {limit:.0f} s")
+    finally:
+        _kill(process)
+    if process.returncode == 0:
+        return Ended(stdout, "")
+    last = stderr.strip().splitlines()[-1:] or [f"ended with {process.returncode}"]
+    return Ended(stdout, last[0])
+
+
+def _kill(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
