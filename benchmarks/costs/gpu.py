@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,8 +30,8 @@ ROWS = [
 LOOPS = ["OneStepOptimizer", "UnrolledOptimizer(20)", "GreedyOptimizer(20)"]
 TESTS = "tests/test_contract.py"
 
-# Shares of the time after which no row and no loop starts, and seconds that they need.
-ROWS_END, LOOPS_END = 0.62, 0.75
+# The shares of the time in which the parts end, and seconds that they need.
+NUMBERS_END, ROWS_END, LOOPS_END = 0.2, 0.62, 0.75
 A_ROW, A_LOOP, A_TEST = 40, 30, 20
 LONGEST_ROW, LONGEST_TESTS = 130, 180
 
@@ -42,10 +43,12 @@ def print_gpu(minutes: float = 8.0) -> None:
         print(f"\n{card()}; jax {jax.__version__}; at most {minutes:g} minutes")
     else:
         print("\nNothing below is about a GPU: JAX found none. A tiny model runs on the CPU.")
-    print_part(clock, A_TEST, 0.2, "-m", "benchmarks.costs.gpu_numbers", JAX_ENABLE_X64="1")
+    numbers = "-m", "benchmarks.costs.gpu_numbers"
+    print_part("numbers", numbers, clock, NUMBERS_END, A_TEST, JAX_ENABLE_X64="1")
     print_rows("110M" if large else "tiny", clock)
     call = f"print_loops({LOOPS}, [128], inner_steps=1_000, repeats=3)"
-    print_part(clock, A_LOOP, LOOPS_END, "-c", f"from benchmarks.costs.loops import *; {call}")
+    loops = "-c", f"from benchmarks.costs.loops import *; {call}"
+    print_part("loops", loops, clock, LOOPS_END, A_LOOP)
     print_tests(clock)
 
 
@@ -60,13 +63,14 @@ def card() -> str:
     return f"{name}, {memory}, driver {driver}"
 
 
-def print_part(clock: Clock, needs: float, share: float, *arguments: str, **environment: str):
-    """What a process prints, if there is the time that it needs before its share is over."""
-    name = " ".join(arguments[:2])
-    if clock.left(share) < needs:
+def print_part(
+    name: str, arguments: Sequence[str], clock: Clock, end: float, needs: float, **environment: str
+) -> None:
+    """What a process prints, if there are the seconds that it needs before its share is over."""
+    if clock.left(end) < needs:
         print(f"\n({name}: skipped, no time left)")
         return
-    done = python(*arguments, limit=clock.left(share), **environment)
+    done = python(*arguments, limit=clock.left(end), **environment)
     print(f"\n{done.stdout.strip(chr(10))}", flush=True)
     if done.failure:
         print(f"({name}: {done.failure})", flush=True)
