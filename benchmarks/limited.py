@@ -46,8 +46,10 @@ def python(*arguments: str, limit: float, **environment: str) -> Ended:
         _kill(process)
     if process.returncode == 0:
         return Ended(stdout, "")
-    last = stderr.strip().splitlines()[-1:] or [f"ended with {process.returncode}"]
-    return Ended(stdout, last[0])
+    said = (stderr.strip().splitlines() or [""])[-1]
+    if process.returncode > 0 and said:
+        return Ended(stdout, said)
+    return Ended(stdout, f"ended with {process.returncode} {said}".strip())
 
 
 def _kill(process: subprocess.Popen) -> None:

@@ -59,13 +59,28 @@ def test_it_is_made_by_name_and_saved_on_a_gpu_alone():
     assert file_of("gpu").parent == RESULTS / "gpu"
 
 
-def test_without_time_it_starts_nothing_and_says_so(monkeypatch, capsys):
+@pytest.mark.parametrize(("backend", "millions"), [("cpu", "0.00717"), ("gpu", "110")])
+def test_without_time_it_starts_nothing_and_says_so(backend, millions, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "python", None)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     gpu.print_gpu(minutes=0)
     printed = capsys.readouterr().out
-    assert printed.lstrip().startswith("Nothing below is about a GPU")
+    assert printed.lstrip().startswith("Nothing below is about a GPU") == (backend == "cpu")
+    assert f"a transformer of {millions} M parameters" in printed
     assert printed.count("no time left") == 4  # numbers, rows, loops, tests
     assert all(f"{steps} {kept}" in printed for steps, kept in gpu.ROWS)
+
+
+def test_rows_may_take_the_whole_card_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "20")
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+    given = gpu.of_rows("folder")
+    assert given["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"] == "20"
+    assert given["XLA_CLIENT_MEM_FRACTION"] == "0.92"
+    # Beside the old name, the new one would be an error of JAX.
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    assert "XLA_CLIENT_MEM_FRACTION" not in gpu.of_rows("folder")
 
 
 def test_a_process_that_is_stopped_or_fails_keeps_what_it_said():
@@ -74,6 +89,8 @@ def test_a_process_that_is_stopped_or_fails_keeps_what_it_said():
     failing = "import os; print(os.environ['GIVEN']); raise ValueError('last line')"
     done = python("-c", failing, limit=LIMIT, GIVEN="x")
     assert done == Ended("x\n", "ValueError: last line")
+    killed = "import os; os.write(2, b'a warning'); os.kill(os.getpid(), 9)"
+    assert python("-c", killed, limit=LIMIT) == Ended("", "ended with -9 a warning")
 
 
 def test_a_row_that_fails_shows_what_it_told_before():
@@ -81,6 +98,7 @@ def test_a_row_that_fails_shows_what_it_told_before():
     line = gpu.columns(gpu.row_of(Ended(told, "")))
     assert line.split() == ["1", "MiB", "0", "B", "out", "of", "memory"]
     told = '{"temporary": 1048576, "peak": 2097152, "at_most": true, "found": [1.0, 3.0]}'
+    told += '\n{"seconds": 1'
     row = gpu.row_of(Ended(told, "stopped after 3 s")) | {"expected": [1.0, 4.0]}
     assert gpu.columns(row).split() == "1 MiB <= 2 MiB 2e-01 stopped after 3 s".split()
 

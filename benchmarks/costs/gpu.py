@@ -53,14 +53,17 @@ def print_gpu(minutes: float = 8.0) -> None:
 
 
 def card() -> str:
-    """What the driver says about it, or else JAX."""
+    """Name, memory and driver as the driver says; otherwise what JAX knows."""
     asked = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
         said = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return jax.devices()[0].device_kind
-    name, memory, driver = said.splitlines()[0].split(", ")
-    return f"{name}, {memory}, driver {driver}"
+        said = ""
+    if said.strip():
+        return f"{said.splitlines()[0]} (driver)"
+    device = jax.devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit", 0)
+    return f"{device.device_kind}, {bytes_of(limit)} for JAX"
 
 
 def print_part(
@@ -130,7 +133,8 @@ def row_of(done: Ended) -> dict[str, Any]:
     """All that it has told, and how it failed."""
     row: dict[str, Any] = {"failed": done.failure} if done.failure else {}
     for line in done.stdout.splitlines():
-        row |= json.loads(line)
+        if line.startswith("{") and line.endswith("}"):  # the last one may be cut off
+            row |= json.loads(line)
     return row
 
 
