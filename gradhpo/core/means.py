@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PyTree
 
 from gradhpo.core.inner_optimizer import cast_like
+from gradhpo.utils.placement import zeros_of
 from gradhpo.utils.trees import accumulation_dtype
 
 
@@ -34,8 +35,7 @@ def mean_over_steps(
         return jax.tree.map(lambda x, y: x + widened(y), total, new), None
 
     sums = jax.eval_shape(lambda x: jax.tree.map(widened, x), made)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
-    total, _ = jax.lax.scan(body, zeros, last - jnp.arange(count))
+    total, _ = jax.lax.scan(body, zeros_of(sums), last - jnp.arange(count))
     return cast_like(jax.tree.map(lambda x: x / count, total), made), None
 
 

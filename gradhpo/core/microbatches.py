@@ -14,6 +14,7 @@ from gradhpo.core.losses import as_number
 from gradhpo.core.means import widened
 from gradhpo.core.types import LossFn
 from gradhpo.utils.keys import is_key, looks_like_a_key
+from gradhpo.utils.placement import interleaved, zeros_of
 from gradhpo.utils.settings import check_count
 from gradhpo.utils.trees import accumulation_dtype
 from gradhpo.utils.typecheck import checked
@@ -52,8 +53,7 @@ class Microbatched(eqx.Module):
         made, sums = jax.eval_shape(
             lambda: (of_piece(first), jax.tree.map(widened, of_piece(first)))
         )
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
-        total, _ = jax.lax.scan(add, zero, jnp.arange(self.num))
+        total, _ = jax.lax.scan(add, zeros_of(sums), jnp.arange(self.num))
         return cast_like(jax.tree.map(lambda x: x / self.num, total), made)
 
 
@@ -108,11 +108,7 @@ def microbatched(loss: LossFn, num: int) -> LossFn:
 
 
 def _pieces(batch: PyTree, num: int) -> Any:
-    """The function of `i` that gives piece `i`: every `num`-th example, from `i` on.
-
-    Not a slice of neighbours: where the examples are spread over devices, each has its part of
-    every piece.
-    """
+    """The function of `i` that gives piece `i`: every `num`-th example, from `i` on."""
     batch = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, batch)
     is_one_key = lambda x: is_key(x) and x.ndim == 0
     keys, rest = eqx.partition(batch, is_one_key)
@@ -141,13 +137,17 @@ def _pieces(batch: PyTree, num: int) -> Any:
         if size % num:
             raise ValueError(f"microbatched(loss, num={num}) must divide the {size} examples")
     keys = jax.tree.map(lambda key: jax.random.split(key, num), keys)
-    arrays = jax.tree.map(lambda x: x.reshape(x.shape[0] // num, num, *x.shape[1:]), arrays)
+    arrays = jax.tree.map(lambda x: interleaved(x, num, f"microbatched(loss, num={num})"), arrays)
 
-    def piece(i: ArrayLike) -> PyTree:
-        of_examples = jax.tree.map(lambda x: x[:, i], arrays)
+    def piece(i: Array) -> PyTree:
+        of_examples = jax.tree.map(lambda x: _column(x, i), arrays)
         return eqx.combine(of_examples, jax.tree.map(lambda x: x[i], keys), shared)
 
     return piece
+
+
+def _column(x: Array, i: Array) -> Array:
+    return jax.lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False)
 
 
 def _named(tree: PyTree) -> list[tuple[str, Array]]:
@@ -195,14 +195,15 @@ def chunked_cross_entropy(
     if tokens % num:
         raise ValueError(f"chunked_cross_entropy(num={num}) must divide the {tokens} tokens")
     smoothing = jnp.broadcast_to(jnp.asarray(label_smoothing, float), labels.shape)
-    of_chunk = lambda x: x.reshape(tokens // num, num, *x.shape[labels.ndim :])
+    name = f"chunked_cross_entropy(num={num})"
+    in_chunks = [interleaved(x, num, name, labels.ndim) for x in (features, labels, smoothing)]
     wide = accumulation_dtype((features, head))
     narrow = head.dtype
     head = head.astype(wide)  # so that its cotangents add up in this precision
 
     @jax.checkpoint
     def losses(i: Array) -> Array:
-        x, label, share = (of_chunk(x)[:, i] for x in (features, labels, smoothing))
+        x, label, share = (_column(x, i) for x in in_chunks)
         matrix = head.astype(narrow)
         logits = jnp.einsum("td,vd->tv", x, matrix, preferred_element_type=wide)
         own = jnp.take_along_axis(logits, label[:, None], axis=1)[:, 0]
@@ -211,4 +212,4 @@ def chunked_cross_entropy(
         return total - (1 - share) * own - share * jnp.mean(logits, axis=1)
 
     found = jax.lax.map(losses, jnp.arange(num))
-    return found.T.reshape(labels.shape)
+    return found.T.reshape(tokens).reshape(labels.shape)

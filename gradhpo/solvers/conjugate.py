@@ -1,6 +1,6 @@
 r"""Conjugate gradients that end in something of use where the operator is singular."""
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +68,8 @@ class ConjugateGradients(lx.AbstractLinearSolver[_State]):
     """
 
     settings: lx.CG
+    keeps_shardings: ClassVar[bool] = True
+    """It works on vectors that explicit mesh axes spread over devices."""
 
     def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]) -> _State:
         """The linearised operator."""

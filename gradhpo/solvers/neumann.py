@@ -59,6 +59,8 @@ class Neumann(lx.AbstractLinearSolver[_State]):
 
     approximates: ClassVar[bool] = True
     """It is not the inverse, and has derivatives of its own."""
+    keeps_shardings: ClassVar[bool] = True
+    """It works on vectors that explicit mesh axes spread over devices."""
 
     def __check_init__(self):
         check_count("terms", self.terms)

@@ -10,7 +10,15 @@ import lineax as lx
 from jaxtyping import Array, PyTree
 
 from gradhpo.solvers.conjugate import ConjugateGradients
+from gradhpo.utils.placement import everywhere, has_explicit_axes, sharded_like
 from gradhpo.utils.trees import all_finite, tree_dot, tree_l2_norm
+
+
+_UNDER_EXPLICIT_AXES = (
+    "lineax compares the shapes of arrays together with their shardings, so under explicit mesh "
+    "axes it solves with lineax.CG and lineax.BiCGStab alone (gradhpo.Neumann and gradhpo.Nystrom "
+    "work too): pass one of these, or make the mesh with AxisType.Auto"
+)
 
 
 class LinearSolution(NamedTuple):
@@ -109,22 +117,33 @@ class _Solve(eqx.Module):
         size = jax.lax.stop_gradient(tree_l2_norm(rhs))
         scale = jnp.exp2(jnp.round(jnp.log2(jnp.where(size > 0, size, 1))))
         rhs = jax.tree.map(lambda x: x / scale, rhs)
-        tags = lx.positive_semidefinite_tag if self.symmetric else ()
-        operator = _Square(product, jax.eval_shape(lambda: rhs), tags)
         share = _best_share(self.image, rhs)
         start, image = (
             jax.tree.map(lambda x: share.astype(x.dtype) * x, tree)
             for tree in (self.guess, self.image)
         )
+        back = lambda tree: tree
+        if not getattr(self.solver, "keeps_shardings", False):
+            # Others multiply vectors in ways that explicit mesh axes do not allow.
+            back = lambda tree, like=rhs: jax.tree.map(sharded_like, tree, like)
+            of_spread, product = product, lambda v: everywhere(of_spread(back(v)))
+            rhs, start, image = everywhere((rhs, start, image))
+        tags = lx.positive_semidefinite_tag if self.symmetric else ()
+        operator = _Square(product, jax.eval_shape(lambda: rhs), tags)
         options = {"y0": start, "image": image, "shift": self.shift}
         # Not by `lx.linear_solve`, whose derivatives are not needed here (`_solved` has them) and
         # whose primitive loses the shardings of explicit mesh axes.
-        state = self.solver.init(operator, options)
-        value, result, statistics = self.solver.compute(state, rhs, options)
+        try:
+            state = self.solver.init(operator, options)
+            value, result, statistics = self.solver.compute(state, rhs, options)
+        except ValueError as error:
+            if getattr(self.solver, "approximates", False) or not has_explicit_axes(rhs):
+                raise
+            raise ValueError(_UNDER_EXPLICIT_AXES) from error
         failed = (result != lx.RESULTS.successful) & (result != lx.RESULTS.max_steps_reached)
         failed |= ~all_finite(value)
         iterations = jnp.asarray(statistics.get("num_steps", 0))
-        return jax.tree.map(lambda x: scale * x, value), failed, iterations
+        return jax.tree.map(lambda x: scale * x, back(value)), failed, iterations
 
     def derived(self, product: Callable, rhs: PyTree) -> PyTree:
         """The solution alone, linear in `rhs`, with derivatives in every mode and of any order."""

@@ -47,7 +47,9 @@ def moving_average(window: int) -> optax.GradientTransformation:
     check_count("window", window)
 
     def init(params: PyTree) -> MovingAverageState:
-        empty = lambda x: jnp.zeros((window, *jnp.shape(x)), jnp.result_type(x))
+        # Made of the hyperparameters, so that it is spread over devices as they are.
+        zero = lambda x: jnp.zeros_like(x, jnp.result_type(x))
+        empty = lambda x: jnp.broadcast_to(zero(x), (window, *jnp.shape(x)))
         last = jax.tree.map(empty, params)
         return MovingAverageState(jnp.zeros((), jnp.int32), last)
 
@@ -55,7 +57,8 @@ def moving_average(window: int) -> optax.GradientTransformation:
         updates: PyTree, state: Any, params: PyTree = None
     ) -> tuple[PyTree, MovingAverageState]:
         slot = state.number % window
-        last = jax.tree.map(lambda old, new: old.at[slot].set(new), state.last, updates)
+        put = lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, slot, 0)
+        last = jax.tree.map(lambda old, new: put(old, new.astype(old.dtype)), state.last, updates)
         # From one full window on it wraps around, so that a long run does not overflow it.
         number = jnp.where(state.number + 1 < 2 * window, state.number + 1, window)
         filled = jnp.minimum(number, window)

@@ -1,5 +1,6 @@
 """Where arrays are: what the library makes is placed beside what it is given."""
 
+import math
 from typing import Any
 
 import jax
@@ -72,17 +73,69 @@ def spread(tree: PyTree, sharding: NamedSharding | None, name: str, before: int 
 
 def rows(x: Array, chosen: Array) -> Array:
     """`x[chosen]`; explicit mesh axes ask where that is to be: everywhere."""
-    mesh = jax.typeof(x).sharding.mesh
-    if AxisType.Explicit not in mesh.axis_types:
+    if not has_explicit_axes(x):
         return x[chosen]
+    mesh = jax.typeof(x).sharding.mesh
     return x.at[chosen].get(out_sharding=NamedSharding(mesh, PartitionSpec()))
+
+
+def has_explicit_axes(tree: PyTree) -> bool:
+    """Whether arrays have their shardings in their types, along some axis of a mesh."""
+    meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(tree))
+    return any(AxisType.Explicit in mesh.axis_types for mesh in meshes)
 
 
 def sharded_like(x: Array, like: Any) -> Array:
     """`x` with the sharding in the type of `like`, which arrays have under explicit mesh axes."""
-    sharding = jax.typeof(like).sharding
-    explicit = AxisType.Explicit in sharding.mesh.axis_types
-    return jax.sharding.reshard(x, sharding) if explicit else x
+    if not has_explicit_axes(like):
+        return x
+    return jax.sharding.reshard(x, jax.typeof(like).sharding)
+
+
+def everywhere(tree: PyTree) -> PyTree:
+    """The tree with all of every array on each device, as far as their types say where it is."""
+
+    def copied(x: Array) -> Array:
+        if not has_explicit_axes(x):
+            return x
+        mesh = jax.typeof(x).sharding.mesh
+        return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
+
+    return jax.tree.map(copied, tree)
+
+
+def interleaved(x: Array, num: int, name: str, before: int = 1) -> Array:
+    """`x` with its first `before` axes, of n entries, as `[n / num, num]`.
+
+    Column i has every `num`-th entry, from i on, and not a slice of neighbours: where the entries
+    are spread over devices, each device has its part of every column. Raises `ValueError` where it
+    cannot under explicit mesh axes; `name` is what users call what divides the entries.
+    """
+    count, rest = math.prod(x.shape[:before]), x.shape[before:]
+    flat = x.reshape(count, *rest)  # explicit mesh axes allow no merge and split in one
+    column, sharding = count // num, jax.typeof(flat).sharding
+    try:
+        sharding.shard_shape((column, *rest))
+    except ValueError:
+        raise ValueError(
+            f"{name} cannot spread the {column} examples of a piece as {sharding.spec} over a mesh "
+            f"of {dict(sharding.mesh.shape)}: choose a num that leaves pieces which the number of "
+            "devices divides"
+        ) from None
+    return flat.reshape(column, num, *rest)
+
+
+def zeros_of(abstract: PyTree) -> PyTree:
+    """Zeros in place of abstract values, as `jax.eval_shape` gives them, for sums to start at.
+
+    With the shardings in their types: under explicit mesh axes the carry of a loop keeps its own.
+    """
+
+    def zeros(x: Any) -> Array:
+        explicit = x.sharding is not None and AxisType.Explicit in x.sharding.mesh.axis_types
+        return jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding if explicit else None)
+
+    return jax.tree.map(zeros, abstract)
 
 
 def _is_placed(x: Any) -> bool:
