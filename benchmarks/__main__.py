@@ -25,6 +25,7 @@ from benchmarks.costs import (
     accuracy,
     compiled,
     convolutions,
+    devices,
     gpu,
     host,
     loops,
@@ -52,6 +53,7 @@ TABLES = {
     "host": host.print_host,
     "night": host.print_night,
     "scaling": scaling.print_scaling,
+    "devices": devices.print_devices,
     "accuracy": accuracy.print_accuracy,
     "gpu": gpu.print_gpu,
     # peers

@@ -4,6 +4,7 @@
     python on_devices.py steps Auto data greedy ...
     python on_devices.py runs Auto data greedy ...
     python on_devices.py flops greedy ...
+    python on_devices.py step_costs greedy "network, data"
     python on_devices.py resumed 4 12 directory
     python on_devices.py uneven
 
@@ -21,6 +22,7 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import gradhpo
+from benchmarks.costs import devices
 from gradhpo.data.sources import as_source
 from gradhpo.diagnostics.cost import Program
 from gradhpo.training.chunk import Chunk
@@ -75,9 +77,11 @@ def count(event, *_, **__):
     num_compiled += "backend_compile" in event
 
 
-def two_steps(optimizer, params, hyperparams, train_batch, val_batch, whole=lambda x: x):
-    """The hypergradient, the states before and after, and programs compiled by each step."""
-    given = train_batch, val_batch, *losses(whole)
+def two_steps(optimizer, params, hyperparams, *given):
+    """The hypergradient, the states before and after, and programs compiled by each step.
+
+    Of the batches and losses that are `given`.
+    """
     first = state = optimizer.init(params, hyperparams)
     hypergradient = optimizer.compute_hypergradient(state, *given)
     compiled = []
@@ -86,6 +90,26 @@ def two_steps(optimizer, params, hyperparams, train_batch, val_batch, whole=lamb
         state = jax.block_until_ready(optimizer.step(state, *given))
         compiled.append(num_compiled - before)
     return hypergradient, first, state, compiled
+
+
+def compared(make, losses, params, hyperparams, batches, here, of_batches):
+    """Two steps on several devices, where `here` and `of_batches` say, held against one device.
+
+    `make` and `losses` return optimizer and losses for a function that gathers parameters.
+    """
+    same = lambda x: x
+    expected = two_steps(make(same), params, hyperparams, *batches, *losses(same))
+    given = jax.device_put((params, hyperparams), here.of_state)
+    batches = jax.device_put(batches, of_batches)
+    with jax.set_mesh(here.mesh):
+        got = two_steps(make(here.whole), *given, *batches, *losses(here.whole))
+    return {
+        "error": furthest(got[:3], expected[:3]),
+        "compiled": got[3],
+        "moved": moved(got[1], got[2]),
+        "hypergradient moved": moved(given[1], got[0]),
+        "alone": alone(got[1]),
+    }
 
 
 def for_two(x):
@@ -140,19 +164,9 @@ def steps(axes, spread, *names):
     for name in names:
         tasks = name == "tasks"
         data = jax.tree.map(for_two, batches) if tasks else batches
-        expected = two_steps(OPTIMIZERS[name], params, hyperparams, *data)
         of_batch = NamedSharding(here.mesh, PartitionSpec(*[None] * tasks, "devices"))
-        given = jax.device_put((params, hyperparams), here.of_state)
-        data = jax.device_put(data, of_batch)
-        with jax.set_mesh(here.mesh):
-            got = two_steps(OPTIMIZERS[name], *given, *data, whole=here.whole)
-        found[name] = {
-            "error": furthest(got[:3], expected[:3]),
-            "compiled": got[3],
-            "moved": moved(got[1], got[2]),
-            "hypergradient moved": moved(given[1], got[0]),
-            "alone": alone(got[1]),
-        }
+        make = lambda whole, name=name: OPTIMIZERS[name]
+        found[name] = compared(make, losses, params, hyperparams, data, here, of_batch)
     return found
 
 
@@ -267,7 +281,19 @@ def resumed(count, num_steps, directory):
     return {"moved": moved(state, end), "hyperparams": np.asarray(end.hyperparams).tolist()}
 
 
-if __name__ == "__main__":
+def step_costs(name, kind):
+    """Of one optimizer, from the table of the benchmarks."""
+    found = devices.step_costs(name, kind)
+    beside = "reductions", "largest_exchanged"
+    return found._asdict() | {name: getattr(found, name) for name in beside}
+
+
+def answer(operations):
+    """Runs the operation that the command line names, and prints what it returns."""
     jax.config.update("jax_enable_x64", True)
     what, *arguments = sys.argv[1:]
-    print("RESULT" + json.dumps(globals()[what](*arguments)))
+    print("RESULT" + json.dumps(operations[what](*arguments)))
+
+
+if __name__ == "__main__":
+    answer(globals())

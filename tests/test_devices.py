@@ -1,5 +1,6 @@
 """Four devices: values, placement, what is compiled, and how the work is divided."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -10,14 +11,18 @@ from helpers import quick
 from on_devices import OPTIMIZERS
 from processes import python
 
+from benchmarks.costs import devices
 
-PROGRAM = str(Path(__file__).with_name("on_devices.py"))
+
+PROGRAM, SUMS = (
+    str(Path(__file__).with_name(name)) for name in ("on_devices.py", "sums_on_devices.py")
+)
 FLAGS = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count="
 FEW = ["greedy", "forward mode", "implicit"]
 
 
-def on_devices(*arguments, count=4):
-    told = python(PROGRAM, *map(str, arguments), compiled=f"{FLAGS}{count}").stdout
+def on_devices(*arguments, count=4, program=PROGRAM):
+    told = python(program, *map(str, arguments), compiled=f"{FLAGS}{count}").stdout
     return json.loads(told.split("RESULT")[1])
 
 
@@ -36,12 +41,39 @@ CASES = quick(
 def test_where_the_arrays_are_the_state_stays(axes, spread, few):
     """As on one device; and nothing moves, nor is compiled again, in the second step."""
     names = [name for name in OPTIMIZERS if (name in FEW) == few]
-    for name, found in on_devices("steps", axes, spread, *names).items():
-        assert found["error"] < 1e-12, name
+    check(on_devices("steps", axes, spread, *names))
+
+
+def check(cases):
+    for name, found in cases.items():
+        assert found["error"] < 1e-12, name  # rounding: sums are taken in another order
         assert found["compiled"][1] == 0, name
         assert not found["moved"], name
         assert not found["hypergradient moved"], name
         assert not found["alone"], name
+
+
+SPREADS = [(axes, spread) for axes in ("Auto", "Explicit") for spread in ("data", "state")]
+
+
+@pytest.mark.parametrize(("axes", "spread"), quick(SPREADS, keep=[("Explicit", "state")]))
+def test_sums_begin_where_their_terms_are(axes, spread):
+    check(on_devices("sums", axes, spread, program=SUMS))
+
+
+@pytest.mark.thorough
+def test_every_piece_of_a_batch_is_spread_over_the_devices():
+    for case, share in on_devices("shares", program=SUMS).items():
+        assert share < 0.3, case
+
+
+@pytest.mark.thorough
+def test_what_explicit_axes_exclude_is_refused():
+    said = on_devices("refused", program=SUMS)
+    assert set(said) == {"pieces", "words", "GMRES"}
+    assert "pass one of these, or make the mesh with AxisType.Auto" in said.pop("GMRES")
+    assert all("the 2 examples of a piece" in text for text in said.values())
+    assert all("choose a num that leaves pieces" in text for text in said.values())
 
 
 @pytest.mark.thorough
@@ -57,6 +89,43 @@ def test_runs_with_batches_that_are_spread(axes, spread, name):
 def test_a_quarter_of_the_work_for_each_of_four_devices():
     for case, share in on_devices("flops", "greedy").items():
         assert share < 0.3, case
+
+
+# How often XLA sums a derivative by the hyperparameters over the devices: where it is computed, and
+# not once at the end of a loop that adds such derivatives up.
+REDUCTIONS = {
+    "first order": 0,  # the validation loss has them in a penalty alone
+    "one step": 1,
+    "T1-T2": 2,  # two gradients, and their difference
+    "HyperDistill": 1,
+    "implicit": 1,  # none in the products of the linear solver
+    **dict.fromkeys(["greedy", "tasks", "DrMAD", "unrolled", "checkpointed"], devices.STEPS),
+    "bisected": devices.STEPS + 1,  # counted where the pass only takes a step, too
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    quick(
+        list(itertools.product(OPTIMIZERS, devices.KINDS)),
+        keep=[("one step", "network, data"), ("unrolled", "entries, state")],
+    ),
+)
+def test_four_devices_divide_the_costs_of_a_step(name, kind):
+    """A quarter, and 0.05 for scalars, masks and what one device alone would fuse."""
+    found = on_devices("step_costs", name, kind)
+    assert max(found[part] for part in ("arguments", "made", "flops")) < 0.3
+    copies = devices.FEW if name == "forward mode" else devices.TASKS if name == "tasks" else 1
+    if kind == "entries, state":
+        # Sums over the parameters, and the unit vectors of forward mode.
+        assert found["largest_exchanged"] <= (devices.FEW**2 if name == "forward mode" else 8)
+        return
+    # In "entries" temporaries are a few arrays: how many of them stay outside of what will be
+    # results is for the compiler to say.
+    assert found["temporaries"] < 0.3
+    assert found["largest_exchanged"] <= copies * found["largest"]  # gradients, and no trajectory
+    if name != "forward mode":  # whose few hyperparameters do not differ from scalars
+        assert found["reductions"] <= REDUCTIONS[name]
 
 
 def test_a_run_goes_on_with_fewer_devices(tmp_path):

@@ -86,8 +86,8 @@ def microbatched(loss: LossFn, num: int) -> LossFn:
     **Returns:** a loss of the same signature. Create it once, as any loss.
 
     **Raises:** `TypeError` for a loss with other arguments; when it is called, `ValueError` for
-    arrays with different numbers of examples or a number that `num` does not divide, and for a
-    `model_state`.
+    arrays with different numbers of examples or a number that `num` does not divide, for a
+    `model_state`, and for pieces that devices cannot share evenly under explicit mesh axes.
 
     ```python
     def loss(w, h, batch):
@@ -182,7 +182,8 @@ def chunked_cross_entropy(
     **Returns:** the loss of every token, shape `[...]`, in float32 at least. Take their mean, or a
     weighted one.
 
-    **Raises:** `ValueError` if `num` does not divide the number of tokens.
+    **Raises:** `ValueError` if `num` does not divide the number of tokens, or under explicit mesh
+    axes devices cannot share a chunk evenly.
 
     ```python
     features, head = jnp.ones((2, 8, 4)), jnp.ones((1000, 4))

@@ -90,6 +90,21 @@ class Program:
         return self._memory.temp_size_in_bytes
 
     @property
+    def argument_bytes(self) -> int:
+        """Of one device, as all of these bytes."""
+        return self._memory.argument_size_in_bytes
+
+    @property
+    def result_bytes(self) -> int:
+        """In which the compiler keeps temporary numbers too, until the results are written."""
+        return self._memory.output_size_in_bytes
+
+    @property
+    def text(self) -> str:
+        """What the compiler has made of it."""
+        return self._compiled.as_text() or ""
+
+    @property
     def _memory(self) -> Any:
         found = self._compiled.memory_analysis()
         if found is None:
