@@ -1,7 +1,7 @@
 """Means over batches, pieces of a batch and updates, on four devices: printed as JSON.
 
     export XLA_FLAGS=--xla_force_host_platform_device_count=4
-    python sums_on_devices.py sums Explicit state
+    python sums_on_devices.py sums Explicit state pieces ...
     python sums_on_devices.py shares
     python sums_on_devices.py refused
 
@@ -80,7 +80,7 @@ same = lambda batch: batch
 one_step = lambda whole: gradhpo.OneStepOptimizer(INNER, OUTER)
 smoothed = optax.chain(gradhpo.moving_average(2), OUTER)
 # The optimizer and the losses, for what gathers parameters; and the two batches.
-CASES = {
+SUMS = {
     "curvature": (lambda whole: in_two(inner_optimizer=INNER), losses, stacked, same),
     "curvature, grad_fn": (by_gradient, losses, stacked, same),
     "curvature, update_fn": (by_update, losses, stacked, same),
@@ -92,12 +92,13 @@ CASES = {
 }
 
 
-def sums(axes, spread):
+def sums(axes, spread, *names):
     here = Mesh(axes, spread)
     jax.monitoring.register_event_duration_secs_listener(count)
     params, hyperparams, *batches = problem()
     found = {}
-    for name, (make, both, *forms) in CASES.items():
+    for name in names:
+        make, both, *forms = SUMS[name]
         data = [form(batch) for form, batch in zip(forms, batches, strict=True)]
         later = NamedSharding(here.mesh, PartitionSpec(None, "devices"))
         where = [later if isinstance(x, gradhpo.BatchStack) else here.split for x in data]
@@ -112,7 +113,7 @@ def shares():
     params, hyperparams = {"matrix": draw(64, 64), "bias": jnp.zeros(64)}, draw(64, 64)
     batch = draw(16, 32, 64), draw(16, 32, 64)
     for name in ("pieces", "words"):
-        make, both, *_ = CASES[name]
+        make, both, *_ = SUMS[name]
 
         def of_step(of_state, of_batch, make=make, both=both):
             given = jax.device_put((params, hyperparams), of_state)

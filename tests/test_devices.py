@@ -10,15 +10,17 @@ import pytest
 from helpers import quick
 from on_devices import OPTIMIZERS
 from processes import python
+from sums_on_devices import SUMS
 
 from benchmarks.costs import devices
 
 
-PROGRAM, SUMS = (
+PROGRAM, OF_SUMS = (
     str(Path(__file__).with_name(name)) for name in ("on_devices.py", "sums_on_devices.py")
 )
 FLAGS = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count="
 FEW = ["greedy", "forward mode", "implicit"]
+FEW_SUMS = ["curvature, update_fn", "words", "smoothed"]
 
 
 def on_devices(*arguments, count=4, program=PROGRAM):
@@ -53,23 +55,21 @@ def check(cases):
         assert not found["alone"], name
 
 
-SPREADS = [(axes, spread) for axes in ("Auto", "Explicit") for spread in ("data", "state")]
-
-
-@pytest.mark.parametrize(("axes", "spread"), quick(SPREADS, keep=[("Explicit", "state")]))
-def test_sums_begin_where_their_terms_are(axes, spread):
-    check(on_devices("sums", axes, spread, program=SUMS))
+@pytest.mark.parametrize(("axes", "spread", "few"), CASES)
+def test_sums_begin_where_their_terms_are(axes, spread, few):
+    names = [name for name in SUMS if (name in FEW_SUMS) == few]
+    check(on_devices("sums", axes, spread, *names, program=OF_SUMS))
 
 
 @pytest.mark.thorough
 def test_every_piece_of_a_batch_is_spread_over_the_devices():
-    for case, share in on_devices("shares", program=SUMS).items():
+    for case, share in on_devices("shares", program=OF_SUMS).items():
         assert share < 0.3, case
 
 
 @pytest.mark.thorough
 def test_what_explicit_axes_exclude_is_refused():
-    said = on_devices("refused", program=SUMS)
+    said = on_devices("refused", program=OF_SUMS)
     assert set(said) == {"pieces", "words", "GMRES"}
     assert "pass one of these, or make the mesh with AxisType.Auto" in said.pop("GMRES")
     assert all("the 2 examples of a piece" in text for text in said.values())
