@@ -112,9 +112,14 @@ REDUCTIONS = {
     ),
 )
 def test_four_devices_divide_the_costs_of_a_step(name, kind):
-    """A quarter, and 0.05 for scalars, masks and what one device alone would fuse."""
+    """A quarter, and 0.05 for scalars, masks and what one device alone would fuse.
+
+    0.1 where XLA gathers parameters before every use: of a program with them it takes some products
+    of matrices twice (52 for 43 with checkpoints), and keeps what one device would not.
+    """
     found = on_devices("step_costs", name, kind)
-    assert max(found[part] for part in ("arguments", "made", "flops")) < 0.3
+    most = 0.35 if kind == "network, state" else 0.3
+    assert max(found[part] for part in ("arguments", "made", "flops")) < most
     copies = devices.FEW if name == "forward mode" else devices.TASKS if name == "tasks" else 1
     if kind == "entries, state":
         # Sums over the parameters, and the unit vectors of forward mode.
@@ -122,7 +127,7 @@ def test_four_devices_divide_the_costs_of_a_step(name, kind):
         return
     # In "entries" temporaries are a few arrays: how many of them stay outside of what will be
     # results is for the compiler to say.
-    assert found["temporaries"] < 0.3
+    assert found["temporaries"] < most
     assert found["largest_exchanged"] <= copies * found["largest"]  # gradients, and no trajectory
     if name != "forward mode":  # whose few hyperparameters do not differ from scalars
         assert found["reductions"] <= REDUCTIONS[name]
