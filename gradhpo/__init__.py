@@ -32,6 +32,7 @@ from gradhpo.training.controls import BestState, EarlyStopping, TimeLimit
 from gradhpo.training.history import History
 from gradhpo.training.loop import run
 from gradhpo.training.monitor import Monitor
+from gradhpo.training.replay import Replay, replay
 from gradhpo.training.sign_descent import sign_descent
 from gradhpo.training.smoothing import moving_average
 from gradhpo.utils.detached import detach
@@ -80,6 +81,7 @@ __all__ = [
     "OneStepOptimizer",
     "OnlineHypergradientOptimizer",
     "RealScalarLike",
+    "Replay",
     "T1T2Optimizer",
     "TaskBatched",
     "TimeLimit",
@@ -101,6 +103,7 @@ __all__ = [
     "moving_average",
     "partition",
     "plan",
+    "replay",
     "run",
     "sign_descent",
     "tree_dot",

@@ -128,7 +128,7 @@ ALLOWED = {
         "self.key": "the PRNG key of ArrayData",
         "data.key": "the PRNG key of ArrayData",
     },
-    "diagnostics/reference.py": {
+    "core/exact.py": {
         "import gradhpo.core.checkpoints.unrolled": "the exact reference, by reverse mode",
         "unrolled": "the exact reference, by reverse mode",
     },

@@ -50,10 +50,20 @@ def cotangent_at_end(alpha: InnerState, z: InnerState, hyper_bar: PyTree) -> Cot
 
 
 def pull_step(
-    phi: InnerUpdate, z: InnerState, hyperparams: PyTree, t: ArrayLike, bar: Cotangent
+    phi: InnerUpdate,
+    z: InnerState,
+    hyperparams: PyTree,
+    t: ArrayLike,
+    bar: Cotangent,
+    over: Callable[[Pull], Pull] = lambda pull: pull,
 ) -> PulledStep:
-    r"""Adds $\bar z B_t$ to $\bar\lambda$ and takes $\bar z$ to $\bar z A_t$."""
+    r"""Adds $\bar z B_t$ to $\bar\lambda$ and takes $\bar z$ to $\bar z A_t$.
+
+    With `over=jax.vmap` for many cotangents at once, which then have one more leading axis: the
+    step is linearized once.
+    """
     new_z, _, pull = phi.vjp(z, hyperparams, t)
+    pull = over(pull)
     z_bar, term = pull(bar.z)
     total = jax.tree.map(lambda total, x: total + x.astype(total.dtype), bar.hyperparams, term)
     return PulledStep(z, jnp.asarray(t), new_z, pull, bar, term, Cotangent(z_bar, total))
@@ -68,16 +78,18 @@ def pull_through(
     hyperparams: PyTree,
     bar: Cotangent,
     observe: Callable[[PulledStep], Any] = lambda step: None,
+    over: Callable[[Pull], Pull] = lambda pull: pull,
 ) -> tuple[Cotangent, Any]:
     """The whole backward pass through steps `first`, `first + 1`, ..., with `kept` stacked.
 
-    `state_at(kept of one step, its number)` is the state before that step. Returns the cotangent at
+    `state_at(kept of one step, its number)` is the state before that step; `over` is that of
+    `pull_step`. Returns the cotangent at
     the start, and the results of `observe` for every step, stacked in the order of the steps.
     """
 
     def body(bar, at):
         kept, t = at
-        step = pull_step(phi, state_at(kept, t), hyperparams, t, bar)
+        step = pull_step(phi, state_at(kept, t), hyperparams, t, bar, over)
         return step.bar, observe(step)
 
     steps = first + jnp.arange(num_steps)

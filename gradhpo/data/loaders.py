@@ -51,7 +51,7 @@ class Repeated(Iterator[Any]):
     """The iterator that `iterate` returns."""
 
     def __init__(self, loader: Iterable[Any]):
-        self._loader = loader
+        self.loader = loader
         self._pass: Iterator[Any] | None = None
         self._passes = 0
         self._returned: list[Any] = []
@@ -72,7 +72,7 @@ class Repeated(Iterator[Any]):
         raise StopIteration
 
     def _begin_pass(self) -> Iterator[Any]:
-        self._pass = iter(self._loader)
+        self._pass = iter(self.loader)
         self._passes += 1
         return self._pass
 
@@ -83,8 +83,8 @@ class Repeated(Iterator[Any]):
 
     def get_state(self) -> Any:
         """The number of the pass and the loader's position in it; `None` if it cannot tell."""
-        of_loader = _seeking(self._loader) is not None
-        place = state_of(self._loader if of_loader else self._pass)
+        of_loader = _seeking(self.loader) is not None
+        place = state_of(self.loader if of_loader else self._pass)
         if self._returned or place is None:
             return None
         return {"passes": 0 if of_loader else self._passes, "place": place}
@@ -92,8 +92,8 @@ class Repeated(Iterator[Any]):
     def set_state(self, state: Any) -> None:
         """Back to the `get_state` position, from a newly created loader or from the same one."""
         self._returned, self._pass = [], None
-        if _seeking(self._loader):
-            seek(self._loader, state["place"])
+        if _seeking(self.loader):
+            seek(self.loader, state["place"])
             return
         # A loader may reshuffle for every pass: it is asked for that many, and never for more.
         if self._passes >= state["passes"]:

@@ -8,7 +8,7 @@ from gradhpo.core.vanishing import WHY_ZERO
 from gradhpo.diagnostics.comparison import Agreement
 from gradhpo.diagnostics.metasmooth import FiniteDifference
 from gradhpo.diagnostics.nonfinite import NonFinite
-from gradhpo.diagnostics.tables import Report, aligned, number
+from gradhpo.utils.tables import Report, aligned, number
 
 
 # A measurement above these (for smoothness, below) becomes a finding.

@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 
 from gradhpo.diagnostics.cost import Cost
 from gradhpo.diagnostics.drawing import draw_comparison
-from gradhpo.diagnostics.tables import (
+from gradhpo.utils.tables import (
     OPEN_LOOPS,
     Report,
     aligned,

@@ -21,7 +21,7 @@ from gradhpo.core.types import RealScalarLike
 from gradhpo.core.wrapper import algorithm_of
 from gradhpo.diagnostics.case import Case, check_one_problem
 from gradhpo.diagnostics.drawing import draw_horizon
-from gradhpo.diagnostics.tables import Report, aligned, number
+from gradhpo.utils.tables import Report, aligned, number
 from gradhpo.utils.tracing import differentiation_explained
 from gradhpo.utils.trees import tree_dot
 from gradhpo.utils.typecheck import checked

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from gradhpo.diagnostics.drawing import draw_noise
-from gradhpo.diagnostics.tables import Report, aligned, number
+from gradhpo.utils.tables import Report, aligned, number
 
 
 @dataclasses.dataclass(frozen=True)

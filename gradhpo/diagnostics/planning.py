@@ -19,9 +19,9 @@ from gradhpo.core.wrapper import algorithm_of, rewrapped
 from gradhpo.diagnostics.case import check_optimizers
 from gradhpo.diagnostics.cost import Cost, Program
 from gradhpo.diagnostics.reference import FAILURES
-from gradhpo.diagnostics.tables import OPEN_LOOPS, Report, aligned, bytes_of, flops_of
 from gradhpo.utils.conversion import as_batch
 from gradhpo.utils.settings import check_count
+from gradhpo.utils.tables import OPEN_LOOPS, Report, aligned, bytes_of, flops_of
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.warn import without_warnings
 

@@ -3,18 +3,12 @@
 import contextlib
 from collections.abc import Iterator
 
-import equinox as eqx
 import jax
-import optax
 
-from gradhpo.core.algorithm import Algorithm
 from gradhpo.core.base import BilevelOptimizer
-from gradhpo.core.checkpoints import square_root, unrolled
-from gradhpo.core.outer import Estimate
-from gradhpo.core.problem import Problem
+from gradhpo.core.checkpoints import square_root
+from gradhpo.core.exact import with_its_update
 from gradhpo.core.state import BilevelState
-from gradhpo.core.types import GradFn, InnerOptimizer, UpdateFn
-from gradhpo.core.visibility import Sees
 from gradhpo.core.wrapper import algorithm_of, rewrapped
 from gradhpo.utils.trees import inexact_bytes
 
@@ -25,46 +19,13 @@ FAILURES = (TypeError, ValueError, NotImplementedError, jax.errors.JaxRuntimeErr
 _MOST_BYTES_KEPT = 2**30
 
 
-class ExactHypergradient(Algorithm):
-    """Reverse mode through `num_steps` inner steps, all kept or in `num_segments` segments."""
-
-    inner_optimizer: InnerOptimizer | None = None
-    outer_optimizer: optax.GradientTransformation | None = None
-    num_steps: int = eqx.field(static=True, default=1)
-    num_segments: int | None = eqx.field(static=True, default=None)
-    grad_fn: GradFn | None = None
-    update_fn: UpdateFn | None = None
-
-    @property
-    def num_inner_steps(self) -> int:
-        return self.num_steps
-
-    @property
-    def sees(self) -> Sees:
-        return "updates" if self.num_steps > 1 else "last update"
-
-    @property
-    def differentiates_init(self) -> bool:
-        return True
-
-    def estimate(self, problem: Problem, memory: None) -> Estimate:
-        return unrolled(problem, 0, self.num_steps, self.num_segments)
-
-
 def exact_reference(
     like: BilevelOptimizer, state: BilevelState, num_steps: int
 ) -> BilevelOptimizer:
     """For the inner problems of an optimizer, in memory that fits on most machines."""
-    algorithm = algorithm_of(like)
     size = inexact_bytes((state.params, state.inner_opt_state, state.model_state))
-    exact = ExactHypergradient(
-        algorithm.inner_optimizer,
-        num_steps=num_steps,
-        num_segments=square_root(num_steps) if size * num_steps > _MOST_BYTES_KEPT else None,
-        grad_fn=algorithm.grad_fn,
-        update_fn=algorithm.update_fn,
-    )
-    return rewrapped(like, exact)
+    segments = square_root(num_steps) if size * num_steps > _MOST_BYTES_KEPT else None
+    return rewrapped(like, with_its_update(algorithm_of(like), num_steps, segments))
 
 
 @contextlib.contextmanager

@@ -130,6 +130,11 @@ def is_frozen_header(x: Any) -> bool:
     return _fits(x, {"leaves": [_is_leaf], "checksum": int})
 
 
+def is_boundary_header(x: Any) -> bool:
+    """Whether JSON is the header of a state at a boundary of a replay."""
+    return _fits(x, {"description": dict, "leaves": [_is_leaf], "about": object})
+
+
 def _fits(x: Any, kind: Any) -> bool:
     """Whether JSON has these types: `[kind]` is a list of it, a dict needs the keys."""
     if isinstance(kind, dict):

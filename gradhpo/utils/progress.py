@@ -26,11 +26,17 @@ class ProgressBar:
 
     The first chunk includes compilation and does not predict the others: the clock of the estimate
     starts after it. Without a terminal or a notebook, a line is printed every ten seconds, and one
-    at the end. `shown` may be a label.
+    at the end. `shown` may be a label; `call` is what the first line says without one.
     """
 
     def __init__(
-        self, total: int, *, done: int = 0, shown: bool | str = True, monitored: Sequence[str] = ()
+        self,
+        total: int,
+        *,
+        done: int = 0,
+        shown: bool | str = True,
+        monitored: Sequence[str] = (),
+        call: str = "gradhpo.run",
     ):
         self._shown = _SHOWN | {name: name for name in monitored}
         if sys.stderr is None:  # a program without a console
@@ -47,7 +53,7 @@ class ProgressBar:
         if self._lines:
             with self._ignoring_the_terminal():
                 resumed = f"resumed after {done} of {total} steps" if done else f"{total} steps"
-                label = self._label or "gradhpo.run"
+                label = self._label or call
                 print(f"{label}: {resumed}, compiling", file=sys.stderr, flush=True)
 
     def __enter__(self) -> "ProgressBar":
@@ -77,8 +83,8 @@ class ProgressBar:
     def _advance(self, steps: int, metrics: Mapping[str, np.ndarray], more: Iterable[str]) -> None:
         self._done += steps
         names = self._shown | {name: name for name in more}
-        last = {short: float(metrics[name][-1]) for short, name in names.items()}
-        self._last = ", ".join(f"{short}={value:.3g}" for short, value in last.items())
+        last = {short: metrics[name][-1] for short, name in names.items() if name in metrics}
+        self._last = ", ".join(f"{short}={float(value):.3g}" for short, value in last.items())
         self._bar.set_postfix_str(self._last, refresh=False)
         if self._warm:
             self._bar.update(steps)

@@ -1,0 +1,50 @@
+"""The exact hypergradient with the inner update of any algorithm."""
+
+import equinox as eqx
+import optax
+
+from gradhpo.core.algorithm import Algorithm
+from gradhpo.core.checkpoints import unrolled
+from gradhpo.core.outer import Estimate
+from gradhpo.core.problem import Problem
+from gradhpo.core.types import GradFn, InnerOptimizer, UpdateFn
+from gradhpo.core.visibility import Sees
+
+
+class ExactHypergradient(Algorithm):
+    """Reverse mode through `num_steps` inner steps, all kept or in `num_segments` segments."""
+
+    inner_optimizer: InnerOptimizer | None = None
+    outer_optimizer: optax.GradientTransformation | None = None
+    num_steps: int = eqx.field(static=True, default=1)
+    num_segments: int | None = eqx.field(static=True, default=None)
+    grad_fn: GradFn | None = None
+    update_fn: UpdateFn | None = None
+
+    @property
+    def num_inner_steps(self) -> int:
+        return self.num_steps
+
+    @property
+    def sees(self) -> Sees:
+        return "updates" if self.num_steps > 1 else "last update"
+
+    @property
+    def differentiates_init(self) -> bool:
+        return True
+
+    def estimate(self, problem: Problem, memory: None) -> Estimate:
+        return unrolled(problem, 0, self.num_steps, self.num_segments)
+
+
+def with_its_update(
+    algorithm: Algorithm, num_steps: int, num_segments: int | None = None
+) -> ExactHypergradient:
+    """The exact hypergradient of this number of an algorithm's inner steps."""
+    return ExactHypergradient(
+        algorithm.inner_optimizer,
+        num_steps=num_steps,
+        num_segments=num_segments,
+        grad_fn=algorithm.grad_fn,
+        update_fn=algorithm.update_fn,
+    )

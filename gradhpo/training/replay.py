@@ -1,0 +1,202 @@
+"""The exact hypergradient of a whole training run, in compiled segments driven from the host."""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from gradhpo.core.algorithm import Algorithm
+from gradhpo.core.base import BilevelOptimizer
+from gradhpo.core.checkpoints import square_root
+from gradhpo.core.exact import ExactHypergradient, with_its_update
+from gradhpo.core.inputs import LossFunctions
+from gradhpo.core.measured import without_aux
+from gradhpo.core.state import BilevelState, inner_state, with_inner_state, with_metrics
+from gradhpo.core.vanishing import explain_zeros
+from gradhpo.data.passes import as_passes
+from gradhpo.data.sources import Feed, as_source
+from gradhpo.training.boundaries import Boundaries, InDirectory, InMemory
+from gradhpo.training.identity import identity
+from gradhpo.training.rewind import Diverged, Rewind
+from gradhpo.training.segments import Training, is_shared
+from gradhpo.utils.conversion import as_batch
+from gradhpo.utils.placement import beside
+from gradhpo.utils.settings import check_count
+from gradhpo.utils.trees import all_finite, scaled_norm, scaled_norm_and_moving, tree_l2_norm
+from gradhpo.utils.typecheck import checked
+from gradhpo.utils.validation import check_leading_axis, check_single_batch
+from gradhpo.utils.warn import warn
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """What [`replay`][gradhpo.replay] returns.
+
+    **Fields:**
+
+    - `hypergradient`: a tree like the hyperparameters; with `queries=True` each leaf has one more
+        leading axis, `[queries, ...]`.
+    - `state`: the state at the end of training, with the hyperparameters of the start; its `step`
+        has advanced by the outer steps that `num_steps` inner steps make, rounded down.
+    - `report`: a few sentences on how it went.
+    """
+
+    hypergradient: PyTree
+    state: BilevelState
+    report: str
+
+    def __repr__(self) -> str:
+        return f"Replay({self.report})"
+
+
+# Numbers and batches of loaders move between host and device on purpose.
+@jax.transfer_guard("allow")
+@checked
+def replay(
+    optimizer: BilevelOptimizer,
+    state: BilevelState,
+    train_data: Any,
+    val_batch: PyTree,
+    losses: LossFunctions,
+    *,
+    num_steps: int,
+    segment: int | None = None,
+    store: str | Path | None = None,
+    queries: bool = False,
+    progress: bool | str = True,
+) -> Replay:
+    r"""The exact hypergradient of a whole training run of any length.
+
+    It trains for `num_steps` inner steps at fixed hyperparameters, keeps the state at the start of
+    each segment, and then goes back, segment by segment: each runs forward once more, and the
+    cotangent is pulled through it. The result is that of
+    [`UnrolledOptimizer`][gradhpo.UnrolledOptimizer] with `unroll_steps=num_steps`, for twice the
+    forward work. The device holds the states of one segment; the number of steps is limited by
+    what `store` can hold, and the compile time does not depend on it.
+
+    **Arguments:**
+
+    - `optimizer`: any algorithm on one inner problem; only its `inner_optimizer`, `grad_fn` and
+        `update_fn` are used.
+    - `state`: where training starts, from `init` or a later one.
+    - `train_data`: as for [`run`][gradhpo.run], except that the data are gone through again on the
+        way back: a function `index -> batch` such as [`ArrayData`][gradhpo.ArrayData] (inner step t
+        gets batch `state.step * optimizer.num_inner_steps + t`); one batch for all steps; or a
+        loader, from which `iter` makes a new iterator that yields the same batches again. A loader
+        that cannot seek (see [`iterate`][gradhpo.iterate]) is read from its start for every
+        segment.
+    - `val_batch`: one validation batch.
+    - `losses`: the [`LossFunctions`][gradhpo.LossFunctions].
+    - `num_steps`: *inner* steps to take, T, at least 1.
+    - `segment`: inner steps in a segment, default $\lceil\sqrt T\rceil$. The device holds as many
+        states, and `store` T / `segment` of them.
+    - `store`: where the states between segments are kept. `None`, the default: in the memory of the
+        host. A directory: one file for each, and a replay that was killed goes on where it was when
+        it is called again, with the same result bit for bit.
+    - `queries`: one hypergradient for each validation example, all in the same pass. `val_loss`
+        gets each example as a batch of one; PRNG keys of shape `()` are shared. Default `False`.
+    - `progress`: show a progress bar, which counts every step twice; a text is its label.
+
+    **Returns:** a [`Replay`][gradhpo.Replay]. If training diverges, the replay stops there: the
+    hypergradient is `nan`, and report and a warning say where.
+
+    **Raises:** `ValueError` for a `num_steps` or `segment` below 1 or a `segment` above
+    `num_steps`, an optimizer with several inner problems, a directory that holds another replay, a
+    loader that yields other batches on the way back, and as [`step`][gradhpo.BilevelOptimizer.step]
+    for losses and batches; `TypeError` for an iterator as `train_data`.
+
+    ```python
+    train_loss = lambda w, h, batch: jnp.mean((w - h) ** 2 * batch)
+    val_loss = lambda w, h, batch: jnp.mean((w - 1.0) ** 2)
+    optimizer = gradhpo.OneStepOptimizer(optax.sgd(0.1, momentum=0.9))
+    replayed = gradhpo.replay(
+        optimizer,
+        optimizer.init(jnp.zeros(3), jnp.zeros(3)),
+        gradhpo.ArrayData(jnp.ones((10, 3)), batch_size=5, key=jax.random.key(0)),
+        None,
+        gradhpo.LossFunctions(train_loss, val_loss),
+        num_steps=1_000,
+        progress=False,
+    )
+    assert replayed.hypergradient.shape == (3,)
+    ```
+
+    ??? cite "Reference"
+
+        Engstrom et al., *Optimizing ML Training with Metagradient Descent*, 2025,
+        arXiv:2503.13751, for metagradients of whole runs by replay; segments: Griewank and Walther,
+        *Evaluating Derivatives*, SIAM 2008, chapter 12.
+    """
+    if not isinstance(optimizer, Algorithm):
+        raise ValueError(
+            f"replay takes an algorithm on one inner problem, and {type(optimizer).__name__} runs "
+            "several: pass the optimizer inside it, with the state of one problem"
+        )
+    check_count("num_steps", num_steps)
+    if segment is not None:
+        check_count("segment", segment, most=num_steps)
+    check_single_batch(val_batch, "val_batch")
+    val_batch = as_batch(val_batch, "val_batch")
+    if queries:
+        examples = tuple(x for x in jax.tree.leaves(val_batch) if not is_shared(x))
+        check_leading_axis(examples, "replay(queries=True) takes val_batch apart; it")
+    passes = as_passes(train_data, optimizer.num_inner_steps)
+    # What is compiled must not depend on their number, only on whether there are several.
+    exact = with_its_update(optimizer, min(num_steps, 2))
+    training = Training(exact, losses, val_batch, queries)
+    at_start = beside(exact._adopt(without_aux(state), keep_memory=True), state)
+    segment = square_root(num_steps) if segment is None else segment
+    if store is None:
+        kept: Boundaries = InMemory()
+    else:
+        feed = Feed(passes.source, as_source(val_batch, "val_batch", None))
+        settings = {"num_steps": num_steps, "segment": segment, "queries": queries}
+        kept = InDirectory(Path(store), identity(exact, at_start, feed, None, None, **settings))
+    with contextlib.closing(kept):
+        ways = Rewind(training, passes, kept, at_start, num_steps, segment, progress)
+        try:
+            found, where = ways.go(), ""
+        except Diverged:
+            lead = _num_queries(val_batch) if queries else ()
+            found = jax.tree.map(lambda x: jnp.full((*lead, *x.shape), jnp.nan), state.hyperparams)
+            where = (
+                f"Training diverged: parameters are not finite after inner step {ways.at:,}, or up "
+                f"to {segment} before, and the hypergradient is nan."
+            )
+    cast = lambda x, like: x.astype(like.dtype)
+    found = jax.tree.map(cast, found, state.hyperparams)
+    end = with_inner_state(state, inner_state(ways.state))
+    end = dataclasses.replace(end, step=state.step + num_steps // optimizer.num_inner_steps)
+    metrics = {
+        "train_loss": ways.loss,
+        "val_loss": jnp.mean(ways.val_loss),
+        "hypergrad_norm": jnp.asarray(jnp.nan) if queries else scaled_norm(found),
+        "param_norm": tree_l2_norm(inner_state(end).w),
+    }
+    kinds = {name: state.metadata[name] for name in metrics}
+    end = with_metrics(end, jax.tree.map(cast, metrics, kinds))
+    remark = where or _remark(exact, state, found)
+    report = " ".join(filter(None, [ways.report(), remark]))
+    if remark:
+        warn(f"replay: {remark}", RuntimeWarning)
+    return Replay(found, end, report)
+
+
+def _num_queries(val_batch: PyTree) -> tuple[int]:
+    return (next(x for x in jax.tree.leaves(val_batch) if not is_shared(x)).shape[0],)
+
+
+def _remark(exact: ExactHypergradient, state: BilevelState, found: PyTree) -> str:
+    """What is wrong with a hypergradient, if anything is."""
+    if not bool(all_finite(found)):
+        return (
+            "The hypergradient is not finite although training is: gradhpo.check_hypergradient "
+            "finds the first step whose derivative is not."
+        )
+    zeros = np.flatnonzero(~np.asarray(scaled_norm_and_moving(found)[1])).tolist()
+    return explain_zeros(exact, state, zeros) + "." if zeros else ""

@@ -1,0 +1,105 @@
+r"""The compiled programs of a replay: forward through a segment, the end, and back through one.
+
+A state at the boundary of two segments is a `BilevelState` with the z there; its `step` is that of
+the start, from which batches are counted.
+"""
+
+import dataclasses
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from gradhpo.core.exact import ExactHypergradient
+from gradhpo.core.inner_state import InnerState
+from gradhpo.core.inputs import Inputs, LossFunctions
+from gradhpo.core.measured import loss_of
+from gradhpo.core.problem import Problem, Validation
+from gradhpo.core.reverse import Cotangent, cotangent_at_end, pull_through, through_start
+from gradhpo.core.state import BilevelState, with_inner_state
+from gradhpo.data.passes import Part
+from gradhpo.utils.dispatch import compiled
+from gradhpo.utils.keys import is_key
+from gradhpo.utils.tracing import count_trace
+from gradhpo.utils.trees import all_finite
+
+
+class Training(eqx.Module):
+    """What is replayed. With `queries`, every validation example has a cotangent of its own."""
+
+    exact: ExactHypergradient
+    losses: LossFunctions
+    val_batch: PyTree
+    queries: bool = eqx.field(static=True)
+
+    def inputs(self, state: BilevelState, part: Part) -> Inputs:
+        """As `step` has them; the validation batch is that of the first query."""
+        first = jnp.zeros((), jnp.int32)
+        drawn = part.batches.drawn(state.step, first, part.per_step)
+        val_batch = self.val_batch
+        if self.queries:
+            val_batch = jax.tree.map(lambda x: x if is_shared(x) else x[:1], val_batch)
+        return Inputs(state, drawn, val_batch, self.losses)
+
+    def _problem(self, state: BilevelState, part: Part, length: int) -> Problem:
+        count_trace()
+        return self.exact._problem(self.inputs(state, part), length)
+
+    def check(self, state: BilevelState, part: Part) -> None:
+        """Raises what is wrong with losses, batches or derivatives, before hours are spent."""
+        solve = lambda training, state, part: training.exact._solve(training.inputs(state, part))
+        eqx.filter_eval_shape(solve, self, state, part)
+
+    @compiled
+    def forward(
+        self, state: BilevelState, part: Part, length: int
+    ) -> tuple[BilevelState, Array, Array]:
+        """The state after a segment, its last training loss, and whether the state is finite."""
+        phi, _, z, hyperparams = self._problem(state, part, length)
+        new, loss, _ = phi.rollout(z, hyperparams, part.first, length)
+        # What an episode starts with may be infinite on purpose.
+        return with_inner_state(state, new), loss_of(loss), all_finite(new.w, unless_as_in=z.w)
+
+    @compiled
+    def at_end(self, state: BilevelState, part: Part) -> tuple[Array, Cotangent]:
+        """The validation loss and the cotangent at the end; of every query."""
+        _, validation, z, hyperparams = self._problem(state, part, 1)
+        if not self.queries:
+            return _loss_and_cotangent(validation, z, hyperparams)
+        axes = jax.tree.map(lambda x: None if is_shared(x) else 0, self.val_batch)
+        alone = jax.tree.map(lambda x: x if is_shared(x) else x[:, None], self.val_batch)
+
+        def of_query(batch: PyTree) -> tuple[Array, Cotangent]:
+            return _loss_and_cotangent(_with_batch(validation, batch), z, hyperparams)
+
+        return eqx.filter_vmap(of_query, in_axes=(axes,))(alone)
+
+    @compiled
+    def back(self, state: BilevelState, part: Part, length: int, bar: Cotangent) -> Cotangent:
+        """The cotangent at the start of a segment, which begins at this state."""
+        phi, _, z, hyperparams = self._problem(state, part, length)
+        of_each = jax.vmap if self.queries else lambda function: function
+        keep = lambda z: z
+        _, _, before = phi.rollout(z, hyperparams, part.first, length, keep=keep, loss_at=-1)
+        state_at = lambda kept, t: kept
+        way = phi, state_at, before, part.first, length, hyperparams, bar
+        bar, _ = pull_through(*way, over=of_each)
+        return of_each(lambda bar: through_start(phi, z, hyperparams, bar))(bar)
+
+
+def _loss_and_cotangent(
+    validation: Validation, z: InnerState, hyperparams: PyTree
+) -> tuple[Array, Cotangent]:
+    loss, alpha, direct = validation.value_and_grads(z, hyperparams)
+    return loss_of(loss), cotangent_at_end(alpha, z, direct)
+
+
+def _with_batch(validation: Validation, batch: PyTree) -> Validation:
+    return dataclasses.replace(validation, val_batch=batch)
+
+
+def is_shared(x: Any) -> bool:
+    """Whether all queries have this leaf of the validation batch in common: a key, a function."""
+    return not eqx.is_array(x) or (is_key(x) and x.ndim == 0)
