@@ -31,6 +31,7 @@ from benchmarks.costs import (
     loops,
     methods,
     networks,
+    replays,
     scaling,
 )
 from benchmarks.peers import budget, earlier, implicit, pytorch
@@ -54,6 +55,7 @@ TABLES = {
     "night": host.print_night,
     "scaling": scaling.print_scaling,
     "devices": devices.print_devices,
+    "replay": replays.print_replay,
     "accuracy": accuracy.print_accuracy,
     "gpu": gpu.print_gpu,
     # peers

@@ -72,7 +72,30 @@ def train(directory, num_steps):
     return state, history, best
 
 
-def killed_within_a_write(call, directory, num_steps):
+class Shuffled:
+    """The same batches in every pass."""
+
+    def __iter__(self):
+        return shuffled(0)
+
+
+def replay(directory, num_steps):
+    """A whole run for one hypergradient, forward and back."""
+    ours = optimizer()
+    return gradhpo.replay(
+        ours,
+        start(ours),
+        Shuffled(),
+        (X, Y),
+        gradhpo.LossFunctions(train_loss, val_loss),
+        num_steps=num_steps,
+        segment=7,
+        store=directory,
+        progress=False,
+    )
+
+
+def killed_within_a_write(call, directory, num_steps, function=train):
     """Runs, and kills this process just before or after its `call`-th change of the disk."""
     left = [call]
 
@@ -91,4 +114,4 @@ def killed_within_a_write(call, directory, num_steps):
 
     for name in ("fsync", "replace", "unlink"):
         setattr(os, name, counted(getattr(os, name)))
-    train(directory, num_steps)
+    function(directory, num_steps)

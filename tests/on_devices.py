@@ -6,6 +6,7 @@
     python on_devices.py flops greedy ...
     python on_devices.py step_costs greedy "network, data"
     python on_devices.py resumed 4 12 directory
+    python on_devices.py replays Auto data
     python on_devices.py uneven
 
 `data` spreads the batches only, `state` also parameters and hyperparameters.
@@ -13,6 +14,7 @@
 
 import json
 import sys
+import tempfile
 
 import equinox as eqx
 import jax
@@ -247,6 +249,43 @@ def flops(*names):
                 given = jax.device_put((params, hyperparams), own)
                 each = of_chunk(OPTIMIZERS[name], of, given, here.split)
                 found[f"{name}, {source}, {spread}"] = each / alone
+    return found
+
+
+def replays(axes, spread):
+    """Whole runs, kept in memory and in a directory; and one hypergradient for each example."""
+    here = Mesh(axes, spread)
+    params, hyperparams, train, val = problem()
+    optimizer, found = OPTIMIZERS["one step"], {}
+    for queries in (False, True):
+
+        def replay(given, data, val, whole, queries=queries, **settings):
+            both = gradhpo.LossFunctions(*losses(whole))
+            given = optimizer, optimizer.init(*given), data, val, both
+            made = gradhpo.replay(
+                *given, num_steps=7, segment=3, queries=queries, progress=False, **settings
+            )
+            return given[1], made
+
+        source = lambda **more: gradhpo.ArrayData(train, 16, jax.random.key(0), **more)
+        _, expected = replay((params, hyperparams), source(), val, lambda x: x)
+        given = jax.device_put((params, hyperparams), here.of_state)
+        # Each query is whole: what is spread of them are the parameters.
+        spread_val = jax.device_put(val, here.everywhere if queries else here.split)
+        with jax.set_mesh(here.mesh), tempfile.TemporaryDirectory() as directory:
+            for store in (None, directory):
+                first, got = replay(
+                    given, source(sharding=here.split), spread_val, here.whole, store=store
+                )
+                pairs = [
+                    (got.hypergradient, expected.hypergradient),
+                    (got.state.params, expected.state.params),
+                ]
+                found[f"{'queries' if queries else 'one'}, {'file' if store else 'memory'}"] = {
+                    "error": furthest(*zip(*pairs, strict=True)),
+                    "moved": moved(first, got.state),
+                    "hypergradient moved": [] if queries else moved(given[1], got.hypergradient),
+                }
     return found
 
 

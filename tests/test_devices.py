@@ -142,6 +142,16 @@ def test_a_run_goes_on_with_fewer_devices(tmp_path):
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("axes", ["Auto", "Explicit"])
+@pytest.mark.parametrize("spread", ["data", "state"])
+def test_whole_runs_are_replayed(axes, spread):
+    for case, found in on_devices("replays", axes, spread).items():
+        assert found["error"] < 1e-12, case
+        assert not found["moved"], case
+        assert not found["hypergradient moved"], case
+
+
+@pytest.mark.thorough
 def test_examples_that_the_devices_cannot_share_are_refused():
     said = on_devices("uneven")
     assert set(said) == {"arrays", "iterator", "fixed"}

@@ -1,12 +1,15 @@
 """Whole training runs replayed in segments: equal to unrolling, resumable, many queries at once."""
 
 import os
+import signal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import killed_run
 import numpy as np
 import optax
+import processes
 import pytest
 from helpers import assert_same, quick
 from problems import OUTER, make, relaxed
@@ -322,6 +325,30 @@ def test_goes_on_where_it_was_bit_for_bit(tmp_path, monkeypatch, queries, source
         "bar-0000000000.ckpt",
         "state-0000000023.ckpt",
     ]
+
+
+@pytest.mark.thorough
+def test_killed_five_times(tmp_path):
+    """At random changes of the disk; the last two kills are on the way back."""
+    random, kills = np.random.default_rng(0), []
+    for least in (1, 50, 50, 150, 50):
+        before = set(os.listdir(tmp_path / "killed")) if kills else set()
+        arguments = int(random.integers(least, least + 40)), tmp_path / "killed", 200
+        process = processes.context().Process(
+            target=killed_run.killed_within_a_write, args=(*arguments, killed_run.replay)
+        )
+        process.start()
+        process.join(processes.LIMIT)
+        kills.append(process.exitcode)
+        assert set(os.listdir(tmp_path / "killed")) != before
+    assert kills == [-signal.SIGKILL] * 5
+    assert list((tmp_path / "killed").glob("bar-*"))
+    with jax.numpy_dtype_promotion("standard"):  # as in the other processes
+        found = killed_run.replay(tmp_path / "killed", 200)
+        expected = killed_run.replay(tmp_path / "whole", 200)
+    assert "went on on the way back" in found.report
+    assert_same(found.hypergradient, expected.hypergradient)
+    assert_same(found.state, expected.state)
 
 
 @pytest.mark.parametrize(

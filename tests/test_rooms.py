@@ -124,6 +124,11 @@ ALLOWED = {
         "start.key": "the PRNG key of a Start",
     },
     "training/responses.py": {"start.key": "the PRNG key of a Start"},
+    "training/boundaries.py": {"text: store": "the argument of replay"},
+    "training/replay.py": {
+        "(store)": "where it keeps its own states",
+        "store": "the same",
+    },
     "data/arrays.py": {
         "self.key": "the PRNG key of ArrayData",
         "data.key": "the PRNG key of ArrayData",
