@@ -44,6 +44,16 @@ class Replay:
     - `state`: the state at the end of training, with the hyperparameters of the start; its `step`
         has advanced by the outer steps that `num_steps` inner steps make, rounded down.
     - `report`: a few sentences on how it went.
+
+    ```python
+    loss = lambda w, h, batch: jnp.sum((w - h) ** 2)
+    optimizer = gradhpo.OneStepOptimizer(optax.sgd(0.1))
+    replayed = gradhpo.replay(
+        optimizer, optimizer.init(jnp.ones(3), jnp.zeros(3)), None, None,
+        gradhpo.LossFunctions(loss, loss), num_steps=10, progress=False,
+    )
+    assert replayed.state.step == 10 and replayed.report.startswith("10 inner steps")
+    ```
     """
 
     hypergradient: PyTree
