@@ -49,8 +49,11 @@ class Training(eqx.Module):
 
     def check(self, state: BilevelState, part: Part) -> None:
         """Raises what is wrong with losses, batches or derivatives, before hours are spent."""
-        solve = lambda training, state, part: training.exact._solve(training.inputs(state, part))
-        eqx.filter_eval_shape(solve, self, state, part)
+        eqx.filter_eval_shape(self._hypergradient, state, part)
+
+    @compiled  # traced once, and never run
+    def _hypergradient(self, state: BilevelState, part: Part) -> PyTree:
+        return self.exact._solve(self.inputs(state, part)).hypergradient
 
     @compiled
     def forward(
