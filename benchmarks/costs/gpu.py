@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.costs.gpt import SIZES, num_params
 from benchmarks.costs.gpu_row import ALL, BY_JAX, LOG, ON_HOST, SQRT
 from benchmarks.limited import Clock, Ended, python
-from gradhpo.diagnostics.tables import bytes_of, flops_of
+from gradhpo.utils.tables import bytes_of, flops_of
 
 
 # What matters most comes first: states that the device has room for, and those for which only the

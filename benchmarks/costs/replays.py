@@ -136,7 +136,7 @@ def print_replay() -> None:
         per_step = 1e3 * found["seconds"] / steps
         print(f"{steps:7,} {found['peak']:10.0f} MiB {found['seconds']:8.1f}  {per_step:5.1f} ms")
 
-    optimizer, state, data, val = problem(128, 128)
+    optimizer, state, data, val = problem(256, 256)
     one = jax.tree.map(lambda x: x[:1], val)
     settings = {"num_steps": QUERIED_STEPS, "segment": SEGMENT, "progress": False}
 
@@ -153,11 +153,11 @@ def print_replay() -> None:
         return time.perf_counter() - started
 
     print(
-        f"\n{QUERIES} queries at once, {QUERIED_STEPS} steps (MLP 64-128-128-10, batches of 128): "
+        f"\n{QUERIES} queries at once, {QUERIED_STEPS} steps (MLP 64-256-256-10, batches of 256): "
         "median of pairs"
     )
-    many = by_turns(lambda: replayed(val), lambda: replayed(one, queries=False), repeats=11)
-    hand = by_turns(lambda: replayed(val), timed_by_hand, repeats=11)
+    many = by_turns(lambda: replayed(val), lambda: replayed(one, queries=False), repeats=5)
+    hand = by_turns(lambda: replayed(val), timed_by_hand, repeats=5)
     print(f"  all at once              {many.first:6.2f} s")
     print(f"  one, {QUERIES} times            {QUERIES * many.second:6.2f} s")
     print(f"  of them, as a share      {many.ratio / QUERIES:6.2f}   (limit 0.6)")

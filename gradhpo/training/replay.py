@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from gradhpo.core.algorithm import Algorithm
 from gradhpo.core.base import BilevelOptimizer
@@ -23,11 +23,10 @@ from gradhpo.data.sources import Feed, as_source
 from gradhpo.training.boundaries import Boundaries, InDirectory, InMemory
 from gradhpo.training.identity import identity
 from gradhpo.training.rewind import Diverged, Rewind
-from gradhpo.training.segments import Training, is_shared
+from gradhpo.training.segments import Training, is_shared, measured
 from gradhpo.utils.conversion import as_batch
 from gradhpo.utils.placement import beside
 from gradhpo.utils.settings import check_count
-from gradhpo.utils.trees import all_finite, scaled_norm, scaled_norm_and_moving, tree_l2_norm
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import check_leading_axis, check_single_batch
 from gradhpo.utils.warn import warn
@@ -182,15 +181,16 @@ def replay(
     found = jax.tree.map(cast, found, state.hyperparams)
     end = with_inner_state(state, inner_state(ways.state))
     end = dataclasses.replace(end, step=state.step + num_steps // optimizer.num_inner_steps)
+    param_norm, norm, moving, is_finite = measured(inner_state(end).w, found)
     metrics = {
         "train_loss": ways.loss,
         "val_loss": jnp.mean(ways.val_loss),
-        "hypergrad_norm": jnp.asarray(jnp.nan) if queries else scaled_norm(found),
-        "param_norm": tree_l2_norm(inner_state(end).w),
+        "hypergrad_norm": jnp.asarray(jnp.nan) if queries else norm,
+        "param_norm": param_norm,
     }
     kinds = {name: state.metadata[name] for name in metrics}
     end = with_metrics(end, jax.tree.map(cast, metrics, kinds))
-    remark = where or _remark(exact, state, found)
+    remark = where or _remark(exact, state, moving, bool(is_finite))
     report = " ".join(filter(None, [ways.report(), remark]))
     if remark:
         warn(f"replay: {remark}", RuntimeWarning)
@@ -201,12 +201,12 @@ def _num_queries(val_batch: PyTree) -> tuple[int]:
     return (next(x for x in jax.tree.leaves(val_batch) if not is_shared(x)).shape[0],)
 
 
-def _remark(exact: ExactHypergradient, state: BilevelState, found: PyTree) -> str:
+def _remark(exact: ExactHypergradient, state: BilevelState, moving: Array, is_finite: bool) -> str:
     """What is wrong with a hypergradient, if anything is."""
-    if not bool(all_finite(found)):
+    if not is_finite:
         return (
             "The hypergradient is not finite although training is: gradhpo.check_hypergradient "
             "finds the first step whose derivative is not."
         )
-    zeros = np.flatnonzero(~np.asarray(scaled_norm_and_moving(found)[1])).tolist()
+    zeros = np.flatnonzero(~np.asarray(moving)).tolist()
     return explain_zeros(exact, state, zeros) + "." if zeros else ""

@@ -23,7 +23,7 @@ from gradhpo.data.passes import Part
 from gradhpo.utils.dispatch import compiled
 from gradhpo.utils.keys import is_key
 from gradhpo.utils.tracing import count_trace
-from gradhpo.utils.trees import all_finite
+from gradhpo.utils.trees import all_finite, scaled_norm_and_moving, tree_l2_norm
 
 
 class Training(eqx.Module):
@@ -90,6 +90,13 @@ class Training(eqx.Module):
         way = phi, state_at, before, part.first, length, hyperparams, bar
         bar, _ = pull_through(*way, over=of_each)
         return of_each(lambda bar: through_start(phi, z, hyperparams, bar))(bar)
+
+
+@compiled
+def measured(w: PyTree, hypergradient: PyTree) -> tuple[Array, Array, Array, Array]:
+    """Both norms; which leaves of the hypergradient are not 0; and whether it is finite."""
+    norm, moving = scaled_norm_and_moving(hypergradient)
+    return tree_l2_norm(w), norm, moving, all_finite(hypergradient)
 
 
 def _loss_and_cotangent(
