@@ -15,7 +15,7 @@ from problems import OUTER, relaxed
 import gradhpo
 from gradhpo.core.batches import batch_of_step
 from gradhpo.data.arrays import _permute
-from gradhpo.data.iterators import Buffer
+from gradhpo.data.buffer import Buffer
 from gradhpo.data.sources import Feed, as_source
 
 

@@ -105,6 +105,18 @@ def test_checksums_of_the_host_and_of_the_device_are_the_same(dtype, monkeypatch
     assert sums.checksum(x) == expected
 
 
+@pytest.mark.parametrize("shape", [(), (3, 700, 5), (9, 2_048)])
+def test_arrays_of_several_processes_are_described_as_those_of_one(shape, monkeypatch):
+    x = np.random.default_rng(0).normal(size=shape)
+    x = x + 1j if len(shape) == 2 else np.asarray(x, np.float32)
+    expected = sums.float_sums(x), sums.checksum_of_bits(x)
+    monkeypatch.setattr(sums, "is_of_several", lambda x: True)
+    x = jnp.asarray(x)
+    # As above: sums of a block in float32.
+    np.testing.assert_allclose(sums.float_sums(x), expected[0], rtol=1e-5, atol=1e-5)
+    assert sums.checksum_of_bits(x) == expected[1]
+
+
 def test_numbers_out_of_the_range_of_squares_are_compared():
     with np.errstate(all="raise"):
         tiny, huge = (described_arrays(np.asarray([size, -size])) for size in (1e-300, 1e300))

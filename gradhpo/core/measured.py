@@ -14,6 +14,7 @@ from jaxtyping import Array, PyTree
 from gradhpo.core.memory import entries_of
 from gradhpo.core.metadata import Metadata, placed_nan
 from gradhpo.core.state import BilevelState
+from gradhpo.utils.placement import beside
 from gradhpo.utils.trees import accumulation_dtype
 
 
@@ -116,7 +117,8 @@ def with_aux_of_steps(tree: PyTree, metrics: Mapping[str, np.ndarray], first: in
         row = int(x.step) - first - 1
         if not all(0 <= row < len(values) for values in metrics.values()):
             return x
-        return with_aux(x, {name: jnp.asarray(values[row]) for name, values in metrics.items()})
+        found = {name: jnp.asarray(values[row]) for name, values in metrics.items()}
+        return with_aux(x, beside(found, x.params))
 
     return _over_states(again, tree)
 

@@ -6,13 +6,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import ArrayLike, PyTree
+from jaxtyping import Array, ArrayLike, PyTree
 
 from gradhpo.core.inputs import Inputs
 from gradhpo.core.interface import InnerProblems
 from gradhpo.core.state import BilevelState
 from gradhpo.utils.dispatch import compiled
 from gradhpo.utils.freezing import is_frozen
+from gradhpo.utils.placement import placed
+from gradhpo.utils.processes import numbers
 from gradhpo.utils.validation import leaf_names
 from gradhpo.utils.warn import warn_once, without_warnings
 
@@ -43,17 +45,27 @@ def _hypergradient(optimizer: InnerProblems, inputs: Inputs) -> PyTree:
     return optimizer._solve(inputs).hypergradient
 
 
+@compiled
+def _any_moves(x: Array) -> Array:
+    return jnp.any(x != 0)
+
+
+@compiled
+def _moved(x: Array, noise: Array) -> Array:
+    return x + noise * jnp.maximum(1, jnp.abs(x))
+
+
 def warn_of_zeros(optimizer: InnerProblems, inputs: Inputs, moving: ArrayLike) -> list[int]:
     """Warns about leaves whose hypergradient is 0 here and also nearby, and returns them.
 
     For example, a penalty has no derivative at parameters of 0, but has one a step away.
     """
-    zeros = vanished(optimizer, inputs, np.asarray(moving))
+    zeros = vanished(optimizer, inputs, numbers(moving))
     if not zeros:
         return []
     with without_warnings():
         beside = jax.tree.leaves(_hypergradient(optimizer, inputs.at(_beside(inputs.state))))
-    zeros = [i for i in zeros if not np.any(np.asarray(beside[i]) != 0)]
+    zeros = [i for i in zeros if not _any_moves(beside[i])]
     if zeros:
         losses = inputs.losses.train_loss, inputs.losses.val_loss
         own = [x for x in jax.tree.leaves(optimizer) if callable(x)]
@@ -77,8 +89,8 @@ def _beside(state: BilevelState) -> BilevelState:
     def move(x):
         if not eqx.is_inexact_array(x):
             return x
-        by = 0.01 * random.normal(size=x.shape) * np.maximum(1, np.abs(np.asarray(x, float)))
-        return x + jnp.asarray(by, x.dtype)
+        noise = np.asarray(0.01 * random.normal(size=x.shape)).astype(x.dtype)
+        return _moved(x, placed(noise, x.sharding))
 
     given = state.params, state.hyperparams, state.model_state
     params, hyperparams, model_state = jax.tree.map(move, given, is_leaf=is_frozen)

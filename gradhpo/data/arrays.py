@@ -1,5 +1,6 @@
 """Batches of arrays that fit on the device."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -13,8 +14,10 @@ from gradhpo.core.batches import BatchStack
 from gradhpo.utils.conversion import as_array
 from gradhpo.utils.dispatch import compiled
 from gradhpo.utils.keys import is_key
-from gradhpo.utils.placement import rows, spread
+from gradhpo.utils.placement import beside, is_of_several, rows, spread
+from gradhpo.utils.processes import check_alike
 from gradhpo.utils.settings import check_count
+from gradhpo.utils.sums import checksum
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import check_leading_axis
 
@@ -141,6 +144,14 @@ class ArrayData(eqx.Module):
         _check_index("first", first)
         check_count("count", count)
         return _stack(self, jnp.asarray(first, jnp.int32), count)
+
+
+def with_key_beside(data: ArrayData) -> ArrayData:
+    """Where several processes share the arrays, the key is theirs too."""
+    if not any(map(is_of_several, jax.tree.leaves(data.arrays))):
+        return data
+    check_alike(shared=True, **{"the checksum of ArrayData(key)": checksum(data.key)})
+    return dataclasses.replace(data, key=beside(data.key, data.arrays))
 
 
 def _check_index(name: str, index: ArrayLike) -> None:

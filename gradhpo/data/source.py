@@ -123,6 +123,10 @@ class Source(abc.ABC):
         """Host memory that the batches of one step take."""
         return 0
 
+    def kind(self) -> str:
+        """The structure, shapes and dtypes of drawn batches, or nothing."""
+        return ""
+
     def draw(self, steps: int, *, in_part: bool) -> int:
         """Draws what `steps` steps need, and returns for how many steps there are batches.
 
@@ -144,6 +148,9 @@ class Source(abc.ABC):
 
     def check_can_resume(self) -> None:  # noqa: B027
         """A run that keeps checkpoints must start with a source that can be restored."""
+
+    def check_spread(self) -> None:  # noqa: B027
+        """A source beside a state of several processes says where its batches are to be."""
 
     def resume(self, position: dict[str, Any]) -> None:  # noqa: B027
         """Brings the source to a `position`."""

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from gradhpo.core.batches import BatchStack, DataBatch
-from gradhpo.data.arrays import ArrayData, on_device
+from gradhpo.data.arrays import ArrayData, on_device, with_key_beside
 from gradhpo.data.functions import check_function
 from gradhpo.data.iterators import FromIterator
 from gradhpo.data.source import Batches, Fixed, Generated, OnDevice, Source
@@ -36,6 +36,8 @@ def as_source(
         return FromIterator(name, data, per_step, sharding)
     if isinstance(data, BatchStack):
         raise TypeError(f"{name} is a BatchStack, which serves one step; pass gradhpo.ArrayData")
+    if isinstance(data, ArrayData):
+        data = with_key_beside(data)
     if isinstance(data, ArrayData) and data.is_whole:
         # The same at every step: no stack of copies.
         return OnDevice(Fixed(spread(data(0), sharding, "data_sharding")))
@@ -107,6 +109,11 @@ class Feed:
         needed = self._train.bytes_per_step() + self._val.bytes_per_step()
         return max(1, min(chunk_size, _MOST_BYTES_FETCHED // max(needed, 1)))
 
+    def draw(self, steps: int, multiple: int, *, in_part: bool) -> int:
+        """Draws what a chunk of up to `steps` steps needs; for how many there are batches."""
+        taken = min(source.draw(steps, in_part=in_part) for source in self._sources.values())
+        return taken - taken % multiple
+
     def draw_chunk(
         self, steps: int, multiple: int, *, in_part: bool
     ) -> tuple[Batches, Batches, int] | None:
@@ -115,8 +122,7 @@ class Feed:
         Fewer if an iterator has ended, or (`in_part`) before one that has failed; `None` for less
         than `multiple` of them.
         """
-        taken = min(source.draw(steps, in_part=in_part) for source in self._sources.values())
-        taken -= taken % multiple
+        taken = self.draw(steps, multiple, in_part=in_part)
         return (self._train.fetch(taken), self._val.fetch(taken), taken) if taken else None
 
     @property
@@ -133,6 +139,15 @@ class Feed:
         """Batches that were drawn and not used go back, if possible."""
         for source in self._sources.values():
             source.close()
+
+    def check_spread(self) -> None:
+        """Where several processes share the state, each has a part of every batch."""
+        for source in self._sources.values():
+            source.check_spread()
+
+    def kinds(self) -> dict[str, str]:
+        """What the batches of iterators have in common, from the first one."""
+        return {name: source.kind() for name, source in self._sources.items()}
 
     def described(self) -> dict[str, Any]:
         """What distinguishes the data of a run from other data, as far as possible."""

@@ -11,11 +11,12 @@ from jaxtyping import Array
 from gradhpo.core.inner_state import InnerState
 from gradhpo.core.state import BilevelState
 from gradhpo.training.chunk import Chunk
+from gradhpo.utils.processes import numbers
 
 
 def on_host(x: Array) -> np.ndarray:
     """A copy: a view of an array of the device, which a CPU gives, would keep all of it alive."""
-    copy = np.array(x)
+    copy = np.array(numbers(x))
     copy.flags.writeable = False  # several callbacks are given it
     return copy
 

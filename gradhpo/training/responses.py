@@ -23,6 +23,7 @@ from gradhpo.core.state import BilevelState, inner_state, with_inner_state
 from gradhpo.core.wrapper import algorithm_of
 from gradhpo.utils.description import UNKNOWN, described_responses
 from gradhpo.utils.dispatch import compiled
+from gradhpo.utils.placement import placed
 from gradhpo.utils.settings import outer_rate
 from gradhpo.utils.sums import spread
 
@@ -114,7 +115,7 @@ def _direction(like: PyTree, start: int) -> PyTree:
     def made(number: int, x: Array) -> Array:
         values = np.resize(spread((_ENTRIES,), start + 7919 * number, np), x.shape)
         values = values.astype(x.dtype)
-        return jax.device_put(values, x.sharding) if x.committed else jnp.asarray(values)
+        return placed(values, x.sharding) if x.committed else jnp.asarray(values)
 
     leaves, treedef = jax.tree.flatten(like)
     return jax.tree.unflatten(treedef, list(itertools.starmap(made, enumerate(leaves))))

@@ -18,6 +18,7 @@ from jaxtyping import PyTree
 
 from gradhpo.utils.conversion import is_container
 from gradhpo.utils.keys import is_key
+from gradhpo.utils.processes import numbers
 from gradhpo.utils.sums import checksum, float_sums, whole_sums
 from gradhpo.utils.validation import leaf_names
 
@@ -59,7 +60,7 @@ def described_responses(tree: PyTree, responses: list[list[Any]]) -> dict[str, A
     found = {name: [] for name in names}
     for response in responses:
         for name, x in zip(names, response, strict=True):
-            found[name].append(whole_sums(np.asarray(x)))
+            found[name].append(whole_sums(numbers(x)))
     return {_LEAVES: {name: {"responses": x} for name, x in found.items()}}
 
 

@@ -11,6 +11,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from gradhpo.utils.processes import is_first, is_shared
 from gradhpo.utils.settings import check_count
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.warn import noted, warn
@@ -41,6 +42,7 @@ class _FileLogger(abc.ABC):
             raise ValueError(f"path={str(path)!r} is a directory; pass a file, path/log.jsonl")
         self.memory = np.asarray(0)
         self._began = self._resumed = False
+        self._writes = True  # of several processes that share a state, only one does
         self._written = ""  # the header
         self._waiting: list[dict[str, list]] = []  # columns that are not in the file yet
         self._error: OSError | None = None  # for which they are not
@@ -68,6 +70,9 @@ class _FileLogger(abc.ABC):
 
     def start(self, state: Any, resumed: bool) -> np.ndarray:
         """The memory before the first step; refuses to add to the file of another run."""
+        self._writes = is_first(is_shared(state))
+        if not self._writes:
+            return np.asarray(0)
         size = self._path.stat().st_size if self._path.exists() else 0
         if size and not (resumed or self._append or self._began):
             raise ValueError(
@@ -81,7 +86,9 @@ class _FileLogger(abc.ABC):
         return np.asarray(size)
 
     def __call__(self, state: Any, metrics: Mapping[str, np.ndarray]) -> None:
-        columns = self._columns(state, metrics)
+        columns = self._columns(state, metrics)  # in every process: `extra` may need them all
+        if not self._writes:
+            return
         if columns["step"]:
             self._waiting.append(columns)
         try:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, PyTree
 
 from gradhpo.utils.keys import is_key
@@ -38,13 +38,20 @@ def _copied(x: Array, everywhere: NamedSharding) -> Array:
     if is_key(x):
         data = _copied(jax.random.key_data(x), everywhere)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
-    here = np.asarray(x)
-    return jax.make_array_from_callback(x.shape, everywhere, lambda index: here[index])
+    return placed(np.asarray(x), everywhere)
+
+
+def placed(x: np.ndarray, sharding: Sharding) -> Array:
+    """An array of the host, which all processes have alike, on the devices of a sharding."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 def spread(tree: PyTree, sharding: NamedSharding | None, name: str, before: int = 0) -> PyTree:
     """Batches whose arrays are spread over devices as `sharding` says of one batch.
 
+    Over those of several processes: arrays of this one are its part, and all parts are joined.
     `before` counts the axes in front of those of a batch. Scalars and single keys stay everywhere.
     Raises `ValueError` for examples that cannot be divided evenly; `name` is what users call it.
     """
@@ -55,20 +62,37 @@ def spread(tree: PyTree, sharding: NamedSharding | None, name: str, before: int 
     def placed(where: Any, x: Any) -> Any:
         shape, spec = jnp.shape(x)[before:], sharding.spec[: jnp.ndim(x) - before]
         of_batch = NamedSharding(sharding.mesh, PartitionSpec(*spec))
+        to = NamedSharding(sharding.mesh, PartitionSpec(*[None] * before, *spec))
+        is_part = not (to.is_fully_addressable or isinstance(x, Tracer) or is_of_several(x))
         try:
+            if is_part:
+                return _joined(x, to)
             of_batch.shard_shape(shape)
         except ValueError:
             raise ValueError(
                 f"{name} cannot spread {jax.tree_util.keystr(where) or 'the batch'}, of shape "
-                f"{shape}, as {of_batch.spec} over a mesh of {dict(sharding.mesh.shape)}: choose a "
-                "batch size that the number of devices divides"
+                f"{shape}{' in each process' * is_part}, as {of_batch.spec} over a mesh of "
+                f"{dict(sharding.mesh.shape)}: choose a batch size that the number of devices "
+                "divides"
             ) from None
-        to = NamedSharding(sharding.mesh, PartitionSpec(*[None] * before, *spec))
         if not isinstance(x, Tracer):
             return jax.device_put(x, to)
         return jax.sharding.reshard(x, to) if explicit else jax.lax.with_sharding_constraint(x, to)
 
     return jax.tree.map_with_path(placed, tree)
+
+
+def _joined(part: Any, to: NamedSharding) -> Array:
+    """The parts of all processes as one array."""
+    if is_key(part):
+        data = _joined(jax.random.key_data(part), to)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(part))
+    return jax.make_array_from_process_local_data(to, np.asarray(part))
+
+
+def is_of_several(x: Any) -> bool:
+    """Whether an array belongs to several processes."""
+    return isinstance(x, jax.Array) and not isinstance(x, Tracer) and not x.is_fully_addressable
 
 
 def rows(x: Array, chosen: Array) -> Array:

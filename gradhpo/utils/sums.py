@@ -4,6 +4,7 @@ Every number counts, with a weight of its own: positions at a stride would share
 column.
 """
 
+import math
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +15,7 @@ from jaxtyping import Array, PyTree
 
 from gradhpo.utils.dispatch import compiled
 from gradhpo.utils.keys import is_key
+from gradhpo.utils.placement import is_of_several
 
 
 _ROW = 1024
@@ -24,24 +26,35 @@ _MOST_ON_HOST = 2**20
 
 def float_sums(x: Any) -> list[list[float]]:
     """Norm and weighted sum of each of up to 16 pieces of a floating-point array."""
-    if np.size(x) > _MOST_ON_HOST:
-        scale, rows = _rows_on_device(jnp.asarray(x))
+    if is_of_several(x):
+        scale, sums = map(np.asarray, _sums_in_place(x))
     else:
-        scale, rows = _rows(np.asarray(x), np)
-    rows = np.asarray(rows, np.float64)
-    count = min(max(len(rows) // _ROWS_PER_BLOCK, 1), _MOST_BLOCKS)
-    blocks = [np.sum(block, axis=0) for block in np.array_split(rows, count)]
-    scale = float(scale)
-    return [[_rounded(scale * square**0.5), _rounded(scale * total)] for square, total in blocks]
+        on_device = np.size(x) > _MOST_ON_HOST
+        scale, rows = _rows_on_device(jnp.asarray(x)) if on_device else _rows(np.asarray(x), np)
+        rows = np.asarray(rows, np.float64)
+        sums = [np.sum(block, axis=0) for block in np.array_split(rows, _num_blocks(len(rows)))]
+    scale, sums = float(scale), np.asarray(sums, np.float64)
+    return [[_rounded(scale * square**0.5), _rounded(scale * total)] for square, total in sums]
 
 
 def checksum(x: Any) -> int:
     """A number that any change of an array of integers, booleans or keys changes."""
     x = jax.random.key_data(x) if is_key(x) else x
-    if np.size(x) > _MOST_ON_HOST:
+    if np.size(x) > _MOST_ON_HOST or is_of_several(x):
         return int(_hash_on_device(jnp.asarray(x)))
     with np.errstate(over="ignore"):  # a sum modulo 2**32
         return int(_hash(np.asarray(x), np))
+
+
+def checksum_of_bits(x: Any) -> int:
+    """The same of an array of any kind, by its bits."""
+    x = jax.random.key_data(x) if is_key(x) else x
+    if jnp.iscomplexobj(x):
+        x = (jnp if is_of_several(x) else np).stack([x.real, x.imag])
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        bits = np.dtype(f"uint{8 * x.dtype.itemsize}")
+        x = _bits(x, bits) if is_of_several(x) else np.ascontiguousarray(x).view(bits)
+    return checksum(x)
 
 
 def whole_sums(x: np.ndarray) -> list[float]:
@@ -55,9 +68,13 @@ def spread(shape: tuple[int, ...], start: Any, xp: ModuleType = jnp) -> Any:
     """Weights in [-0.5, 0.5), one for each position; other ones for another start. float32."""
     count = int(np.prod(shape))
     positions = xp.arange(count, dtype=np.uint32) + xp.asarray(start, np.uint32)
+    return _weights(positions).reshape(shape)
+
+
+def _weights(positions: Any) -> Any:
     # The golden ratio of all integers, of which the upper 24 bits are exact in float32.
     bits = (positions * np.uint32(2654435769)) >> np.uint32(8)
-    return (bits.astype(np.float32) * np.float32(2**-24) - np.float32(0.5)).reshape(shape)
+    return bits.astype(np.float32) * np.float32(2**-24) - np.float32(0.5)
 
 
 def _rows(x: Any, xp: ModuleType) -> tuple[Any, Any]:
@@ -75,14 +92,49 @@ def _rows(x: Any, xp: ModuleType) -> tuple[Any, Any]:
     return scale, xp.stack([xp.sum(table * table, axis=1), xp.sum(table * weights, axis=1)], axis=1)
 
 
+def _num_blocks(rows: int) -> int:
+    return min(max(rows // _ROWS_PER_BLOCK, 1), _MOST_BLOCKS)
+
+
+@compiled
+def _sums_in_place(x: Array) -> PyTree:
+    """`scale` and the sums of all blocks, with no number moved: of arrays of several processes."""
+    if jnp.iscomplexobj(x):
+        x = jnp.stack([x.real, x.imag])
+    wide = np.float64 if x.dtype == np.float64 else np.float32
+    x = jnp.nan_to_num(x.astype(wide), nan=0.0, posinf=0.0, neginf=0.0)
+    scale = jnp.max(jnp.abs(x), initial=0)
+    x = x / jnp.where(scale > 0, scale, jnp.ones_like(scale))
+    place = _positions(x.shape, jnp)
+    terms = x * x, x * _weights(place).astype(wide)
+    rows = max(1, -(-x.size // _ROW))
+
+    def of_block(block: np.ndarray) -> Array:
+        inside = place - block[0] * _ROW < len(block) * _ROW  # what comes before wraps around
+        return jnp.stack([jnp.sum(jnp.where(inside, y, 0), dtype=wide) for y in terms])
+
+    blocks = np.array_split(np.arange(rows, dtype=np.uint32), _num_blocks(rows))
+    return scale, jnp.stack([of_block(block) for block in blocks])
+
+
+def _positions(shape: tuple[int, ...], xp: ModuleType) -> Any:
+    """The number of each entry, row by row, modulo 2**32."""
+    if xp is np:
+        return np.arange(math.prod(shape), dtype=np.uint32).reshape(shape)
+    place = jnp.zeros(shape, np.uint32)
+    for axis in range(len(shape)):
+        stride = np.uint32(math.prod(shape[axis + 1 :]) % 2**32)
+        place = place + jax.lax.broadcasted_iota(np.uint32, shape, axis) * stride
+    return place
+
+
 def _hash(x: Any, xp: ModuleType) -> Any:
-    flat = xp.ravel(x)
-    words = [flat.astype(np.uint32)]
-    if flat.dtype.itemsize > 4:
-        words.append((flat >> 32).astype(np.uint32))
+    words = [x.astype(np.uint32)]
+    if x.dtype.itemsize > 4:
+        words.append((x >> 32).astype(np.uint32))
     total = xp.zeros((), np.uint32)
     for number, word in enumerate(words):
-        place = _scrambled(xp.arange(flat.size, dtype=np.uint32) + np.uint32(number * 2**31))
+        place = _scrambled(_positions(x.shape, xp) + np.uint32(number * 2**31))
         total = total + xp.sum(_scrambled(word ^ place), dtype=np.uint32)
     return total
 
@@ -97,6 +149,11 @@ def _scrambled(x: Any) -> Any:
 @compiled
 def _rows_on_device(x: Array) -> PyTree:
     return _rows(x, jnp)
+
+
+@compiled
+def _bits(x: Array, kind: np.dtype) -> Array:
+    return jax.lax.bitcast_convert_type(x, kind)
 
 
 @compiled

@@ -13,7 +13,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
+from gradhpo.utils.dispatch import compiled
 from gradhpo.utils.freezing import frozen_part, trained, unfrozen, without_frozen
+from gradhpo.utils.placement import is_of_several
 
 
 THE_WHOLE_TREE = "(the whole tree)"
@@ -191,13 +193,17 @@ def _refuse_nan(tree: PyTree, what: str) -> None:
     for path, leaf in _with_path(tree):
         if isinstance(leaf, Tracer) or not eqx.is_inexact_array(leaf):
             continue
-        # With NumPy if possible: jnp would compile two programs per shape.
-        elsewhere = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
-        if bool(np.any(np.isnan(leaf if elsewhere else np.asarray(leaf)))):
+        # With NumPy if possible: jnp would compile a program per shape.
+        if _has_nan(leaf) if is_of_several(leaf) else np.any(np.isnan(np.asarray(leaf))):
             raise ValueError(
                 f"{what}{jax.tree_util.keystr(path)} holds NaN at the start: every step from "
                 "there would be rejected"
             )
+
+
+@compiled
+def _has_nan(x: Array) -> Array:
+    return jnp.any(jnp.isnan(x))
 
 
 def refuse_text(error: Exception, **batches: PyTree) -> None:

@@ -11,11 +11,27 @@ from typing import Any
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """A warning that points at the first line outside this library and the packages below it."""
+    if _is_muted:
+        return
     beneath = {"gradhpo", "equinox", "jax", "jaxtyping", "beartype", "contextlib", "functools"}
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and _package(frame) in beneath:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
+
+
+@contextlib.contextmanager
+def muted(is_muted: bool) -> Iterator[None]:
+    """Inside, no warning: another process of the same program gives it."""
+    global _is_muted
+    before, _is_muted = _is_muted, _is_muted or is_muted
+    try:
+        yield
+    finally:
+        _is_muted = before
+
+
+_is_muted = False
 
 
 def place_of(function: Any) -> str:
