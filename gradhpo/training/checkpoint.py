@@ -16,9 +16,9 @@ from gradhpo.training.checkpoint_file import (
     Leaves,
     is_checkpoint_header,
     leaves_of,
-    read_file,
     read_tree,
 )
+from gradhpo.training.checkpoint_folder import SUFFIX, Stored, is_folder, read_kept
 from gradhpo.training.frozen_file import FrozenFile
 from gradhpo.training.history import History
 from gradhpo.training.metrics_file import MetricsFile
@@ -27,7 +27,7 @@ from gradhpo.utils.typecheck import checked
 from gradhpo.utils.warn import warn
 
 
-_NAME = re.compile(r"step-\d{10}\.ckpt")
+_NAME = re.compile(r"step-\d{10}\.(ckpt|orbax)")
 
 
 @checked
@@ -40,7 +40,9 @@ class Checkpoint:
     `every_steps` or `every_seconds`, whichever comes first, and at the end of the run (unless a
     callback failed, which has not seen all of the last chunk). Each is one file
     `step-0000001000.ckpt`, written atomically; next to them are the history, in `metrics.bin`, and
-    frozen leaves, written once, in `frozen.ckpt`.
+    frozen leaves, written once, in `frozen.ckpt`. Where several processes share the state, it is a
+    folder `step-0000001000.orbax`, in which each writes its part of the arrays with Orbax
+    (`pip install "gradhpo[orbax]"`): give them a directory that all of them see.
 
     **Arguments:**
 
@@ -114,14 +116,14 @@ def load_checkpoint(
     ```
     """
     path, state = Path(path), without_aux(state)
-    if path.is_dir():
+    if path.is_dir() and path.suffix != SUFFIX:
         found = checkpoints_in(path)
         if not found:
             raise ValueError(f"{path} holds no checkpoint (a file such as step-0000001000.ckpt)")
         path = found[-1]
-    if not path.is_file():
+    if not (path.is_file() or is_folder(path)):
         raise ValueError(f"there is no checkpoint at {path}")
-    header, body = read_file(path, is_checkpoint_header)
+    header, body = read_kept(path, is_checkpoint_header)
     check_leaves(path, header["leaves"]["state"], leaves_of(state))
     state = FrozenFile(path.parent).read_into(state, header.get("frozen"))
     state = read_tree(body, state)
@@ -146,7 +148,7 @@ def load_checkpoint(
 def read_memories(
     path: Path,
     header: dict[str, Any],
-    body: Leaves,
+    body: Leaves | Stored,
     callbacks: Callbacks,
     all_of_them: bool = True,
 ) -> None:
@@ -179,8 +181,9 @@ def read_memories(
 
 
 def checkpoints_in(directory: Path) -> list[Path]:
-    """From the oldest to the newest."""
-    return sorted(path for path in directory.iterdir() if _NAME.fullmatch(path.name))
+    """From the oldest to the newest: files of one process, and complete folders of several."""
+    named = (path for path in directory.iterdir() if _NAME.fullmatch(path.name))
+    return sorted(path for path in named if path.suffix != SUFFIX or is_folder(path))
 
 
 def check_leaves(path: Path, found: list, expected: list) -> None:

@@ -17,6 +17,7 @@ from jaxtyping import PyTree
 
 from gradhpo.utils.freezing import without_frozen
 from gradhpo.utils.keys import is_key
+from gradhpo.utils.placement import is_of_several, placed
 from gradhpo.utils.validation import leaf_names
 
 
@@ -83,6 +84,10 @@ class Leaves(io.BytesIO):
         with self.reading():
             for _ in range(count):
                 np.load(self)
+
+    def tree(self, like: PyTree) -> PyTree:
+        """The next leaves as a tree like this one, placed as its arrays are."""
+        return eqx.tree_deserialise_leaves(self, like, filter_spec=_read_leaf)
 
 
 def read_file(
@@ -161,6 +166,8 @@ def _are_metrics(x: Any) -> bool:
 
 
 def _are_positions(x: Any) -> bool:
+    if isinstance(x, list):  # of each process
+        return len(x) > 0 and all(map(_are_positions, x))
     known = isinstance(x, dict) and set(x) <= {"train_data", "val_data"}
     return known and all(_fits(y, {"drawn": _is_count, "state": object}) for y in x.values())
 
@@ -177,13 +184,13 @@ _CHECKPOINT = {
 }
 
 
-def read_tree(body: Leaves, like: PyTree) -> PyTree:
-    """The leaves of a tree like this one, which was checked against the header.
+def read_tree(body: Any, like: PyTree) -> PyTree:
+    """The next leaves of a file or a folder as a tree like this, which fits its header.
 
     Frozen leaves are those of `like`.
     """
     with body.reading():
-        found = eqx.tree_deserialise_leaves(body, without_frozen(like), filter_spec=_read_leaf)
+        found = body.tree(without_frozen(like))
     return eqx.combine(found, like)
 
 
@@ -204,6 +211,8 @@ def _write_leaf(file: io.BytesIO, x: Any) -> None:
 def _read_leaf(file: io.BytesIO, like: Any) -> Any:
     if is_key(like):
         return jax.random.wrap_key_data(jnp.load(file), impl=jax.random.key_impl(like))
+    if is_of_several(like):  # each process has the file, and takes its part
+        return placed(np.load(file), like.sharding)
     found = eqx.default_deserialise_filter_spec(file, like)
     if isinstance(like, jax.Array) and like.committed:
         return jax.device_put(found, like.sharding)

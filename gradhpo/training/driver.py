@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from gradhpo.core.algorithm import Algorithm
 from gradhpo.core.base import BilevelOptimizer
@@ -25,9 +25,11 @@ from gradhpo.training.keeper import Keeper
 from gradhpo.training.record import Record
 from gradhpo.training.recorded import check_names
 from gradhpo.training.stopping import Interrupts, Stopped, failing
-from gradhpo.utils.processes import check_shared
+from gradhpo.utils.dispatch import compiled
+from gradhpo.utils.processes import check_shared, is_shared, numbers, together
 from gradhpo.utils.progress import ProgressBar
 from gradhpo.utils.settings import outer_rate
+from gradhpo.utils.trees import tree_l2_norm
 from gradhpo.utils.validation import refuse_text
 
 
@@ -54,11 +56,11 @@ class Driver:
         self.start = inner_state(self.state)._replace(s=None)  # of the episode
         with jax.debug_nans(False):  # what is not measured yet is NaN
             self.before = self.optimizer._scalars(self.state.memory)
-        squares = [np.sum(np.square(np.asarray(x, float))) for x in jax.tree.leaves(self.start.w)]
+        self.shared = is_shared(self.state)
         self.record = Record(
             int(self.state.step),
             float(self.state.metadata["rejected"]),
-            norm_at_start=float(np.sqrt(np.sum(squares))),
+            norm_at_start=_norm(self.start.w),
         )
         self.positions = self.feed.positions()
         self.refusal = ""  # why every step is refused although its metrics are finite
@@ -69,20 +71,25 @@ class Driver:
     def begin(self, num_steps: int) -> None:
         """A new run, or the one in the checkpoints."""
         if self.keeper is None or not self.keeper.holds_a_run:
+            with together(self.shared):
+                if self.keeper is not None:
+                    self.feed.check_can_resume()
+                self.callbacks.start(self.state, resumed=False)
             if self.keeper is not None:
-                self.feed.check_can_resume()
                 self.keeper.begin(self.state)
-            self.callbacks.start(self.state, resumed=False)
             self.save("")
             return
-        self.keeper.check_resumable(num_steps)
+        with together(self.shared):
+            self.keeper.check_resumable(num_steps)
         first = int(self.state.step)
         self.state = self.keeper.resume(self.state)
-        self.callbacks.start(self.state, resumed=True)
+        with together(self.shared):
+            self.callbacks.start(self.state, resumed=True)
         self.keeper.read_memories(self.callbacks)
         self.start, self.before = self.keeper.read("rest", (self.start, self.before))
-        metrics, self.positions, aux = self.keeper.read_past()
-        self.feed.resume(self.positions)
+        with together(self.shared):
+            metrics, self.positions, aux = self.keeper.read_past()
+            self.feed.resume(self.positions)
         self.record.resume(metrics)
         again = lambda tree: with_aux_of_steps(tree, {name: metrics[name] for name in aux}, first)
         self.state = again(self.state)
@@ -154,9 +161,12 @@ class Driver:
             self.save("")
 
     def _launch(
-        self, episodes: int, length: int, before: "list[Flight]"
+        self, episodes: int, length: int, before: "list[Flight]", at_most: int | None = None
     ) -> "tuple[list[Flight], Stopped | None]":
-        """Hands a chunk to the device, behind those it works on; and why it is the last, if so."""
+        """Hands a chunk to the device, behind those it works on; and why it is the last, if so.
+
+        `at_most`: the steps for which all processes have data.
+        """
         wanted, may_return = episodes * length, bool(before) or self.record.may_return
         state, start = (before[-1].state, before[-1].start) if before else (self.state, self.start)
         state = without_aux(state)
@@ -164,7 +174,9 @@ class Driver:
         try:
             with failing("data error", may_return=may_return):
                 drawn = self.feed.draw_chunk(
-                    wanted, length if by_episodes else 1, in_part=may_return
+                    wanted if at_most is None else at_most,
+                    length if by_episodes else 1,
+                    in_part=may_return or at_most is not None,
                 )
             if drawn is None:
                 return [], self._out_of_data(may_return)
@@ -206,7 +218,7 @@ class Driver:
         """Waits for a chunk, and shows it to the callbacks."""
         with failing("device error", may_return=flight.may_return, advice=self._advice):
             metrics = {name: on_host(values) for name, values in flight.metrics.items()}
-            moved = np.asarray(flight.moved)
+            moved = numbers(flight.moved)
         if self.zeros is None:
             refused = metrics["rejected"][-1] - float(self.state.metadata["rejected"])
             unexplained = refused == len(metrics["rejected"]) and _looks_finite(metrics)
@@ -242,6 +254,19 @@ class Driver:
             raise Stopped(reason)
         if self.record.longest >= self.max_rejections:
             raise Stopped("rejected")
+
+
+def _norm(tree: PyTree) -> float:
+    """On the host where the numbers are, since every model would be another program."""
+    if is_shared(tree):
+        return float(_norm_in_place(tree))
+    squares = [np.sum(np.square(np.asarray(x, float))) for x in jax.tree.leaves(tree)]
+    return float(np.sqrt(np.sum(squares)))
+
+
+@compiled
+def _norm_in_place(tree: PyTree) -> Array:
+    return tree_l2_norm(tree)
 
 
 def _looks_finite(metrics: Mapping[str, np.ndarray]) -> bool:

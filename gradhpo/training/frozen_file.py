@@ -1,4 +1,4 @@
-"""The frozen leaves of a run on disk: one file that all its checkpoints share."""
+"""The frozen leaves of a run on disk: one file (or folder) that all its checkpoints share."""
 
 import json
 import zlib
@@ -13,40 +13,68 @@ from gradhpo.training.checkpoint_file import (
     is_checkpoint,
     is_frozen_header,
     leaves_of,
-    read_file,
     read_tree,
     write_file,
 )
+from gradhpo.training.checkpoint_folder import (
+    SUFFIX,
+    is_folder,
+    read_kept,
+    remove_folder,
+    write_folder,
+)
 from gradhpo.utils.freezing import frozen_part, with_frozen
 from gradhpo.utils.keys import is_key
+from gradhpo.utils.processes import is_first, is_shared, together
+from gradhpo.utils.sums import checksum_of_bits
 
 
 _REMEDY = "No checkpoint next to it can be read without it: restore it from a copy"
 
 
 class FrozenFile:
-    """`frozen.ckpt` in the directory of a run; checkpoints contain its checksum."""
+    """`frozen.ckpt` in the directory of a run, or `frozen.orbax` where several processes wrote it.
+
+    Checkpoints contain its checksum.
+    """
 
     def __init__(self, directory: Path):
-        self.path = directory / "frozen.ckpt"
+        self._file, self._folder = directory / "frozen.ckpt", directory / f"frozen{SUFFIX}"
 
-    def write(self, state: BilevelState) -> int | None:
+    @property
+    def path(self) -> Path:
+        """Where the frozen leaves are: there is only one of the two."""
+        return self._folder if is_folder(self._folder) else self._file
+
+    def write(self, state: BilevelState, shared: bool = False) -> int | None:
         """Writes the frozen leaves of a new run; their checksum, or `None` if nothing is frozen.
 
         Replaces the file of a run that was killed before its first checkpoint.
         """
         part = frozen_part(state.params)
-        checksum = _checksum(part)
+        checksum = _checksum(part, of_bits=shared)
         if checksum is None:
             return None
-        if self.path.exists() and not (self.path.is_file() and is_checkpoint(self.path)):
+        with together(shared):
+            if is_first(shared):
+                self._make_room()
+        header = json.dumps({"leaves": leaves_of(part), "checksum": checksum})
+        if shared:
+            write_folder(self._folder, header, part)
+        else:
+            write_file(self._file, header, part)
+        return checksum
+
+    def _make_room(self) -> None:
+        path = self._file
+        if path.exists() and not (path.is_file() and is_checkpoint(path)):
             raise ValueError(
-                f"{self.path} exists and was not written by gradhpo, but the frozen leaves of a "
+                f"{path} exists and was not written by gradhpo, but the frozen leaves of a "
                 "run are kept under this name: move it away, or pass another directory"
             )
-        header = {"leaves": leaves_of(part), "checksum": checksum}
-        write_file(self.path, json.dumps(header), part)
-        return checksum
+        path.unlink(missing_ok=True)
+        if is_folder(self._folder):
+            remove_folder(self._folder)
 
     def read_into(self, state: BilevelState, checksum: int | None) -> BilevelState:
         """The state with the frozen leaves of the run.
@@ -55,24 +83,31 @@ class FrozenFile:
         """
         if checksum is None:
             return state
-        if not self.path.is_file():
-            raise ValueError(f"{self.path}, the frozen leaves of the run, is missing. {_REMEDY}")
-        header, body = read_file(self.path, is_frozen_header, _REMEDY)
+        path = self.path
+        if not path.exists():
+            raise ValueError(f"{path}, the frozen leaves of the run, is missing. {_REMEDY}")
+        header, body = read_kept(path, is_frozen_header, _REMEDY)
         if header["checksum"] != checksum:
-            raise ValueError(f"{self.path} holds the frozen leaves of another run. {_REMEDY}")
+            raise ValueError(f"{path} holds the frozen leaves of another run. {_REMEDY}")
         part = frozen_part(state.params)
-        _check_leaves(self.path, header["leaves"], leaves_of(part))
-        if _checksum(part) == checksum:
+        _check_leaves(path, header["leaves"], leaves_of(part))
+        of_bits = path == self._folder
+        can_tell = of_bits or not is_shared(part)
+        if can_tell and _checksum(part, of_bits) == checksum:
             return state
         return state.update(params=with_frozen(state.params, read_tree(body, part)))
 
 
-def _checksum(part: PyTree) -> int | None:
-    """Over every byte; `None` if nothing is frozen."""
+def _checksum(part: PyTree, of_bits: bool) -> int | None:
+    """Over every byte, or by the bits where the arrays are; `None` if nothing is frozen."""
     found = None
     for leaf in jax.tree.leaves(part):
-        data = np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
-        found = zlib.crc32(np.ravel(data).view(np.uint8).data, found or 0)
+        if of_bits:
+            data = str(checksum_of_bits(leaf)).encode()
+        else:
+            data = np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+            data = np.ravel(data).view(np.uint8).data
+        found = zlib.crc32(data, found or 0)
     return found
 
 

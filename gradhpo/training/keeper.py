@@ -23,48 +23,69 @@ from gradhpo.training.checkpoint_file import (
     is_checkpoint,
     is_checkpoint_header,
     leaves_of,
-    read_file,
     read_tree,
     write_file,
+)
+from gradhpo.training.checkpoint_folder import (
+    SUFFIX,
+    is_folder,
+    orbax,
+    read_kept,
+    remove_folder,
+    write_folder,
 )
 from gradhpo.training.frozen_file import FrozenFile
 from gradhpo.training.lock import DirectoryLock
 from gradhpo.training.metrics_file import MetricsFile
 from gradhpo.training.record import Columns
 from gradhpo.utils.description import differences
+from gradhpo.utils.processes import exchanged, from_first, is_first, together
 from gradhpo.utils.warn import warn
 
 
 class Keeper:
     """Writes the checkpoints of one run, and finds the last one."""
 
-    def __init__(self, settings: Checkpoint, description: dict[str, Any]):
-        self._settings, self._description = settings, description
+    def __init__(self, settings: Checkpoint, description: dict[str, Any], shared: bool = False):
+        self._settings, self._description, self._shared = settings, description, shared
         self._directory = Path(settings.directory).absolute()
-        if self._directory.exists() and not self._directory.is_dir():
-            raise ValueError(
-                f"checkpoint={str(settings.directory)!r} is a file; pass a directory, which is "
-                "made if it is not there"
-            )
-        self._directory.mkdir(parents=True, exist_ok=True)
         self._metrics = MetricsFile(self._directory / "metrics.bin")
         self._frozen_file, self._frozen = FrozenFile(self._directory), None
         self.saved_step = self._tried_step = 0
         self._tried_at = time.monotonic()
         self._same, self._tidied = "", False
         self.failures: list[str] = []
+        self._lock: DirectoryLock | None = None
+        self._there: list[Path] = []
+        self._known: set[Path] = set()
+        if shared:
+            orbax()  # before the first step
+        try:
+            newest = from_first(shared, self._open)
+            self._found = None if newest is None else self._directory / newest
+            with together(shared):
+                if self._found is not None:
+                    _check_seen(self._found)
+                    self._header, self._body = read_kept(self._found, is_checkpoint_header)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> str | None:
+        """Takes the directory, and says what the newest checkpoint there is called."""
+        if self._directory.exists() and not self._directory.is_dir():
+            raise ValueError(
+                f"checkpoint={str(self._settings.directory)!r} is a file; pass a directory, which "
+                "is made if it is not there"
+            )
+        self._directory.mkdir(parents=True, exist_ok=True)
         self._lock = DirectoryLock(self._directory / ".lock")
         self._there = checkpoints_in(self._directory)
         self._known = set(self._there)
-        self._found = self._there[-1] if self._there else None
-        try:
-            if self._found is None:
-                self._metrics.check_absent()
-            else:
-                self._header, self._body = read_file(self._found, is_checkpoint_header)
-        except BaseException:
-            self._lock.close()
-            raise
+        if not self._there:
+            self._metrics.check_absent()
+            return None
+        return self._there[-1].name
 
     @property
     def holds_a_run(self) -> bool:
@@ -96,7 +117,7 @@ class Keeper:
 
     def begin(self, state: BilevelState) -> None:
         """Writes what no step of a new run changes."""
-        self._frozen = self._frozen_file.write(state)
+        self._frozen = self._frozen_file.write(state, self._shared)
 
     def resume(self, state: BilevelState) -> BilevelState:
         """The state in the checkpoint; `state` is the one that the run started from."""
@@ -120,7 +141,24 @@ class Keeper:
         """The metrics so far, the positions of the data, and which metrics the losses returned."""
         self.saved_step = self._tried_step = self._header["taken"]
         metrics = self._metrics.read(self._header["metrics"])
-        return metrics, self._header["positions"], self._header.get("aux", [])
+        return metrics, self._positions(), self._header.get("aux", [])
+
+    def _positions(self) -> dict[str, Any]:
+        """Those of this process, if as many go on as there were: each had a part of the data."""
+        found = self._header["positions"]
+        of_each = found if isinstance(found, list) else [found]
+        here = jax.process_count() if self._shared else 1
+        if not any(of_each):
+            return {}
+        if len(of_each) != here:
+            raise ValueError(
+                f"{self._found} is of a run whose {' and '.join(of_each[0])} came from iterators "
+                f"in {len(of_each)} processes, each with a part of every batch, and {here} "
+                f"cannot go on with them: resume it in {len(of_each)}, or load its state with "
+                "gradhpo.load_checkpoint(directory, state) for a new run. Runs on "
+                "gradhpo.ArrayData or on functions of the index go on in any number"
+            )
+        return of_each[jax.process_index() if self._shared else 0]
 
     def is_due(self, taken: int) -> bool:
         """Whether the settings ask for a checkpoint now."""
@@ -131,20 +169,24 @@ class Keeper:
     def save(self, steps: Columns, parts: dict[str, PyTree], header: dict[str, Any]) -> None:
         """Writes a checkpoint. A full disk must not end a run: it is noted, and retried later."""
         taken = steps.length
-        path = self._directory / f"step-{taken:010d}.ckpt"
+        path = self._directory / f"step-{taken:010d}{SUFFIX if self._shared else '.ckpt'}"
         if not self._same:  # for every checkpoint of this session
             leaves: dict[str, Any] = {name: leaves_of(part) for name, part in parts.items()}
             leaves["memories"] = [leaves_of(memory) for memory in parts["memories"]]
             same = {"versions": _versions(), "description": self._description}
             self._same = json.dumps(same | {"leaves": leaves, "frozen": self._frozen})
         try:
-            if not self._lock.held:
-                self._check_alone()
-            self._known.add(path)
-            self._metrics.add(steps.since(self._metrics.num_rows))
+            with together(self._shared):
+                if is_first(self._shared):
+                    self._check_alone()
+                    self._known.add(path)
+                    self._metrics.add(steps.since(self._metrics.num_rows))
             changing = header | {"taken": taken, "metrics": self._metrics.header()}
+            if self._shared:
+                changing["positions"] = exchanged(header["positions"])
             written = self._same[:-1] + ", " + json.dumps(changing)[1:]
-            write_file(path, written, list(parts.values()))
+            write = write_folder if self._shared else write_file
+            write(path, written, list(parts.values()))
             self._there = [*(old for old in self._there if old != path), path]
             self.saved_step = taken
         except Exception as error:
@@ -152,8 +194,9 @@ class Keeper:
                 raise
             self.failures.append(f"{type(error).__name__}: {error}")
         self._tried_step, self._tried_at = taken, time.monotonic()
-        with contextlib.suppress(OSError):  # leftovers are removed the next time
-            self._tidy_up()
+        if is_first(self._shared):
+            with contextlib.suppress(OSError):  # leftovers are removed the next time
+                self._tidy_up()
 
     def _tidy_up(self) -> None:
         if not self._tidied:
@@ -161,21 +204,38 @@ class Keeper:
             for torn in self._directory.glob(".step-*.ckpt.tmp"):  # from a process that was killed
                 with contextlib.suppress(OSError):
                     torn.unlink()
+            for torn in self._directory.glob(f"step-{'?' * 10}{SUFFIX}"):
+                if not is_folder(torn):
+                    remove_folder(torn)
         while len(self._there) > self._settings.keep:
             old = self._there[0]
-            if old.is_file() and is_checkpoint(old):
+            if is_folder(old):
+                remove_folder(old)
+            elif old.is_file() and is_checkpoint(old):
                 old.unlink()
             del self._there[0]
 
     def _check_alone(self) -> None:
         """If there is no lock, another run shows by its checkpoints."""
+        if self._lock is not None and self._lock.held:
+            return
         other = set(checkpoints_in(self._directory)) - self._known
         if other:
             raise OSError(f"{min(other)} was written by another run in the same directory")
 
     def close(self) -> None:
         """Another run may use the directory."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
+
+
+def _check_seen(path: Path) -> None:
+    """The first process has found a checkpoint."""
+    if not path.exists():
+        raise ValueError(
+            f"{path} is not there for process {jax.process_index()}: pass checkpoint= a directory "
+            "that all processes see"
+        )
 
 
 def _versions() -> dict[str, str]:

@@ -20,6 +20,7 @@ from gradhpo.core.types import RealScalarLike
 from gradhpo.core.vanishing import explain_zeros
 from gradhpo.core.wrapper import algorithm_of
 from gradhpo.data.sources import Feed, as_source
+from gradhpo.training.agreement import affordable, go_together
 from gradhpo.training.callbacks import Callbacks
 from gradhpo.training.checkpoint import Checkpoint
 from gradhpo.training.chunk import chunk_shapes
@@ -33,6 +34,7 @@ from gradhpo.training.start import make_start
 from gradhpo.training.stopping import Interrupts, Stopped
 from gradhpo.utils.advice import on_nan_derivative, on_nan_loss
 from gradhpo.utils.coordinates import num_coordinates
+from gradhpo.utils.processes import check_alike, is_first, is_shared
 from gradhpo.utils.progress import ProgressBar
 from gradhpo.utils.settings import (
     check_count,
@@ -41,8 +43,9 @@ from gradhpo.utils.settings import (
     check_rate_schedule,
     outer_rate,
 )
+from gradhpo.utils.sums import checksum
 from gradhpo.utils.typecheck import checked
-from gradhpo.utils.warn import warn, warn_once
+from gradhpo.utils.warn import muted, warn, warn_once
 
 
 # Numbers, batches of iterators and metrics move between host and device on purpose.
@@ -158,10 +161,22 @@ def run(
     if callable(lr_hyper):
         check_rate_schedule(lr_hyper)
     rate = lr_hyper if callable(lr_hyper) else outer_rate(lr_hyper)
+    shared = is_shared(state)
+    check_alike(
+        shared,
+        num_steps=num_steps,
+        chunk_size=chunk_size,
+        steps_per_episode=steps_per_episode,
+        max_rejections=max_rejections,
+        checkpoint=checkpoint is not None,
+        **{"the checksum of key": None if key is None else checksum(key)},
+    )
     feed = Feed(
         as_source(train_data, "train_data", optimizer.num_inner_steps, data_sharding),
         as_source(val_data, "val_data", None, data_sharding),
     )
+    if shared:
+        feed.check_spread()
     missing = algorithm_of(optimizer).without_episodes
     if missing and steps_per_episode is None:
         warn_once(missing)
@@ -175,7 +190,7 @@ def run(
         settings = {"steps_per_episode": steps_per_episode, "reptile_rate": reptile_rate}
         settings |= {"record": ", ".join(names), "monitored": ", ".join(watching.monitored)}
         about = identity(optimizer, state, feed, lr_hyper=rate, start=start, **settings)
-        keeper = Keeper(Checkpoint.of(checkpoint), about)
+        keeper = Keeper(Checkpoint.of(checkpoint), about, shared)
     driver = Driver(
         optimizer=optimizer,
         losses=losses,
@@ -195,16 +210,21 @@ def run(
     with (
         contextlib.closing(feed),
         contextlib.closing(keeper) if keeper else contextlib.nullcontext(),
+        muted(not is_first(shared)),
     ):
         driver.begin(num_steps)
         taken = driver.record.taken
         # An estimate from the batches of an episode cannot wait for later batches.
         whole = feed.from_host and optimizer.reads_ahead
-        size = feed.affordable(chunk_size)
+        size = affordable(feed, chunk_size, shared)
         shapes = chunk_shapes(num_steps, size, steps_per_episode, whole, taken)
-        bar = ProgressBar(num_steps, done=taken, shown=progress, monitored=watching.monitored)
+        shown = progress if is_first(shared) else False
+        bar = ProgressBar(num_steps, done=taken, shown=shown, monitored=watching.monitored)
         with Interrupts() as interrupts, bar:
-            ending = driver.go(shapes, bar, interrupts)
+            if shared:
+                ending = go_together(driver, shapes, bar, interrupts)
+            else:
+                ending = driver.go(shapes, bar, interrupts)
             driver.finish(ending)
     return driver.state, _history(driver, ending, num_steps, time.perf_counter() - started)
 
@@ -242,7 +262,8 @@ def _history(driver: Driver, ending: Stopped, num_steps: int, seconds: float) ->
         said += f" In every step, {explain_zeros(driver.optimizer, driver.state, driver.zeros)}."
     # A run that ends in refused steps has stopped moving: with fixed data, for good.
     stuck, unmeant = record.in_a_row > 0, ending.reason in ("rejected", "data exhausted")
-    if stuck or unmeant or ending.error or remark or unwritten or logs:
+    alarming = stuck or unmeant or ending.error or remark or unwritten or logs
+    if alarming and is_first(driver.shared):
         warn(said, RuntimeWarning)
     return History(metrics, ending.reason, said, ending.error)
 
