@@ -1,13 +1,204 @@
-"""Two processes of one program, each with batches of its own."""
+"""Two processes of one program, with two devices each: runs of a state that they share."""
 
+import json
+import os
+import shutil
+import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import processes
 import pytest
+from helpers import assert_same
+
+from gradhpo.training.checkpoint_file import read_tree
+from gradhpo.training.checkpoint_folder import is_folder, read_kept, remove_folder, write_folder
+from gradhpo.utils.processes import exchanged
 
 
-PROGRAM = """
+PROGRAM = str(Path(__file__).with_name("on_processes.py"))
+FLAGS = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def started(count, *arguments, check=True):
+    """What each of so many processes has printed, and to where."""
+    processes.context()
+    port = free_port()
+
+    def start(number):
+        given = map(str, (port, number, count, *arguments))
+        return processes.python(PROGRAM, *given, compiled=FLAGS, check=check)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(start, range(count)))
+
+
+def on(count, *arguments, check=True):
+    """The results of each of so many processes."""
+    done = started(count, *arguments, check=check)
+    return [json.loads(x.stdout.split("RESULT")[1].splitlines()[0]) for x in done]
+
+
+# Sums over four devices are taken in another order: a few roundings of numbers around 10.
+ROUNDING = 1e-12
+
+
+def test_parts_of_a_batch_are_the_whole_batch():
+    """The same numbers as in one process, and everything stays where it was."""
+    first, second = on(2, "alike", "one step", "step", "iterator, 0")
+    assert first == second
+    for case, found in first.items():
+        assert found["error"] < ROUNDING, case
+        assert not found["moved"], case
+
+
+@pytest.mark.thorough
+def test_every_kind_of_data_has_parts():
+    cases = [f"{data}, {episodes}" for data in ("iterator", "arrays", "fixed") for episodes in (0, 3)]
+    first, second = on(2, "alike", "greedy", "step", *cases)
+    assert first == second
+    for case, found in first.items():
+        assert found["error"] < ROUNDING, case
+        assert not found["moved"], case
+
+
+@pytest.mark.thorough
+def test_what_ends_a_run_in_one_process_ends_it_in_all(tmp_path):
+    done = started(2, "endings", tmp_path)
+    first, second = (json.loads(x.stdout.split("RESULT")[1].splitlines()[0]) for x in done)
+    whole = {"reason": "num_steps", "steps": 12, "error": None}
+    alike = {
+        "logged": whole,
+        "bar": whole,
+        "start": whole,
+        "answer": whole,  # that of the second process does not count
+        "time limit": {"reason": "time limit", "steps": 2, "error": None},
+        "exhausted": {"reason": "data exhausted", "steps": 7, "error": None},
+        "interrupt": {"reason": "interrupted", "steps": 2, "error": None},
+        "long": [10, 3000],
+    }
+    refused = {
+        "no sharding": "train_data is an iterator, and the state is shared",
+        "num_steps": "num_steps is 12 in process 0 and 13 in process 1",
+        "key": "the checksum of ArrayData(key) is",
+        "parts": "float64[2, 3] in process 0 and batches PyTreeDef(*) of float64[4, 3] in process",
+        "whole": "yield the part of this one alone",
+        "uneven": "of shape (3, 3) in each process",
+        "orbax": 'pip install "gradhpo[orbax]"',
+    }
+    for name, expected in alike.items():
+        assert first[name] == second[name] == expected, name
+    for name, said in refused.items():
+        assert first[name] == second[name], name
+        assert said in first[name], name
+    ended = {"callback": ("callback error", 4), "failing data": ("data error", 7)}
+    for name, (reason, steps) in ended.items():
+        said = second[name]["error"]
+        assert said in ("OSError: no more", "OSError: the disk is gone")
+        assert second[name] == {"reason": reason, "steps": steps, "error": said}
+        assert first[name] == second[name] | {"error": f"RuntimeError: process 1 failed: {said}"}
+    # Nothing to return: all of them raise.
+    for name, one, other in (
+        ("first callback", second, first),
+        ("at first", second, first),
+        ("log", first, second),
+    ):
+        assert isinstance(one[name], str), name
+        assert other[name] == f"RuntimeError: process {int(one is second)} failed: {one[name]}"
+    # What is written, one process writes.
+    lines = Path(tmp_path, "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 13))
+    assert "labelled: 100% 12/12" in done[0].stderr
+    assert "RuntimeWarning: 7 of 12 steps" in done[0].stderr
+    assert "labelled" not in done[1].stderr
+    assert "Warning" not in done[1].stderr
+
+
+@pytest.mark.thorough
+def test_both_processes_are_killed_and_go_on_bit_for_bit(tmp_path):
+    whole, killed, copied = (tmp_path / name for name in ("whole", "killed", "copied"))
+    whole.mkdir()
+    killed.mkdir()
+    done = started(2, "kept", whole, killed, check=False)
+    assert [x.returncode for x in done] == [-signal.SIGKILL] * 2
+    first, second = (json.loads(x.stdout.split("RESULT")[1].splitlines()[0]) for x in done)
+    assert first == second
+    assert not first["moved"]
+    shutil.copytree(killed, copied)
+    (killed / "step-0000000099.orbax" / "arrays").mkdir(parents=True)  # torn: it counts for nothing
+    for found in on(2, "resumed", killed, 12):
+        assert found.pop("read alone") == found["of state"]
+        assert found == first
+    assert (killed / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
+    kept = sorted(path.name for path in killed.glob("step-*"))
+    assert kept == ["step-0000000010.orbax", "step-0000000012.orbax"]
+    # Half of every batch would be missing.
+    said = on(1, "refused", copied)[0]
+    assert "is of a run whose train_data came from iterators in 2 processes" in said
+    assert "resume it in 2" in said
+
+
+@pytest.mark.thorough
+def test_a_run_goes_on_in_fewer_and_in_more_processes(tmp_path):
+    names = "one", "first two", "first one"
+    whole, of_two, of_one = (tmp_path / name for name in names)
+    for path in (whole, of_two, of_one):
+        path.mkdir()
+    expected = on(1, "resumed", whole, 12, "arrays")[0]["hyperparams"]
+    on(1, "resumed", of_one, 6, "arrays")
+    on(2, "resumed", of_two, 6, "arrays")
+    for found in (*on(1, "resumed", of_two, 12, "arrays"), *on(2, "resumed", of_one, 12, "arrays")):
+        assert found["read alone"] == found["of state"]
+        assert not found["moved"]
+        np.testing.assert_allclose(found["hyperparams"], expected, rtol=ROUNDING)
+    assert sorted(path.suffix for path in of_two.glob("step-*")) == [".ckpt"] * 2
+    assert sorted(path.suffix for path in of_one.glob("step-*")) == [".orbax"] * 2
+
+
+def test_a_folder_holds_every_kind_of_leaf(tmp_path, getkey):
+    path = tmp_path / "step-0000000001.orbax"
+    tree = {
+        "wide": jnp.arange(6.0).reshape(2, 3),
+        "narrow": jnp.ones(3, jnp.bfloat16),
+        "scalar": jnp.asarray(2, jnp.int32),
+        "none": jnp.zeros((0, 3)),
+        "flags": np.asarray([True, False]),
+        "complex": np.asarray(1 + 2j),
+        "key": getkey(),
+        "number": np.float32(0.5),
+        "count": 3,
+    }
+    more = [jnp.asarray([7.0])]
+    write_folder(path, json.dumps({"leaves": [], "checksum": 1}), [tree, more])
+    assert is_folder(path)
+    _, body = read_kept(path, lambda header: header["checksum"] == 1)
+    assert_same(read_tree(body, tree), tree)
+    assert_same(read_tree(body, more), more)
+    _, body = read_kept(path, lambda header: True)
+    body.skip(len(tree))
+    assert_same(read_tree(body, more), more)
+    remove_folder(path)
+    assert not is_folder(path)
+    assert not path.exists()
+
+
+def test_what_is_exchanged_may_be_long():
+    for text in ("", "ä" * 1000):
+        assert exchanged({"text": text}) == [{"text": text}]
+
+
+# -- independent states, and batches of one process ------------------------------------------------
+
+OF_ONE = """
 import sys
 import jax
 
@@ -65,18 +256,12 @@ jax.distributed.shutdown()  # together: one that loses the other is killed
 """
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
-
-
 @pytest.mark.thorough
 def test_batches_of_one_process_beside_a_state_of_all_are_refused():
     """They would be treated as equal, and parameters would silently drift apart."""
     processes.context()
     port = free_port()
-    start = lambda number: processes.python("-c", PROGRAM, str(port), str(number))
+    start = lambda number: processes.python("-c", OF_ONE, str(port), str(number))
     with ThreadPoolExecutor(2) as pool:
         first, second = (done.stdout.splitlines() for done in pool.map(start, (0, 1)))
     first, second = ({name(x): x for x in lines if " " in x} for lines in (first, second))
@@ -87,7 +272,6 @@ def test_batches_of_one_process_beside_a_state_of_all_are_refused():
         "hypergradient": "train_batch",
         "run on one batch": r"train_data[0]",
         "run on data": r"train_data[0]",
-        "run on an iterator": r"train_data[0]",
         "run on a function": r"train_data[0]",
         "run, to validate": r"val_data[0]",
     }
@@ -97,6 +281,7 @@ def test_batches_of_one_process_beside_a_state_of_all_are_refused():
             assert lines[what].startswith(expected), lines[what]
             assert "jax.make_array_from_process_local_data(sharding, part)" in lines[what]
             assert "independent state in every process" in lines[what]
+        assert "run on an iterator refuses train_data is an iterator" in lines["run on an iterator"]
     for what in ("shared step", "shared run", "shared draws"):
         assert first[what] == second[what]
         assert " gives [" in first[what]
