@@ -1,16 +1,17 @@
 """What two processes that share a state make of it, held against one: printed as JSON.
 
     export XLA_FLAGS=--xla_force_host_platform_device_count=2
-    python on_processes.py 12345 0 2 alike &
-    python on_processes.py 12345 1 2 alike
+    python on_processes.py 12345 0 2 Auto alike greedy step &
+    python on_processes.py 12345 1 2 Auto alike greedy step
 
-The port of the first, the number of this one, how many there are, and what to show.
+The port of the first, the number of this one, how many there are, the axes, and what to show.
 """
 
 import json
 import os
 import signal
 import sys
+import time
 import traceback
 import zlib
 from pathlib import Path
@@ -35,9 +36,18 @@ from gradhpo.utils.processes import exchanged, numbers  # noqa: E402
 
 
 jax.config.update("jax_enable_x64", True)
-MESH = jax.make_mesh((jax.device_count(),), ("devices",), axis_types=(AxisType.Auto,))
+AXES = getattr(AxisType, sys.argv[4])
+MESH = jax.make_mesh((jax.device_count(),), ("devices",), axis_types=(AXES,))
 EVERYWHERE, SPREAD = (NamedSharding(MESH, PartitionSpec(*axes)) for axes in ([], ["devices"]))
-LOSSES = gradhpo.LossFunctions(*losses(lambda x: x))
+
+
+def gathered(x):
+    """What explicit axes ask of a loss whose parameters are spread."""
+    return jax.sharding.reshard(x, EVERYWHERE) if jax.typeof(x).sharding.mesh.axis_names else x
+
+
+OF_TREES = losses(gathered if AXES == AxisType.Explicit else lambda x: x)
+LOSSES = gradhpo.LossFunctions(*OF_TREES)
 
 
 def whole(tree):
@@ -172,6 +182,7 @@ def endings(directory):
         "exhausted": small(batches(only(1, 7, 100))),
         "at first": small(batches(only(1, 0, 100))),
         "failing data": small(batches(only(1, 7, 100), fails=True)),
+        "data at first": small(batches(only(1, 1, 100), fails=True)),
         "interrupt": small(batches(), callbacks=[interrupts]),
         "bar": small(batches(), progress="labelled"),
         "log": small(batches(), callbacks=[gradhpo.CSVLogger(log, **extra)]),
@@ -216,6 +227,9 @@ def train(directory, num_steps, source="iterator", killed_at=None):
 
     def kill(state, metrics):
         if killed_at is not None and state.step >= killed_at:
+            Path(directory, f"ready {NUMBER}").touch()
+            while len(list(Path(directory).glob("ready *"))) < COUNT:
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
 
     train_batch, val_batch = problem()[2:]
@@ -229,7 +243,7 @@ def train(directory, num_steps, source="iterator", killed_at=None):
     state, history = gradhpo.run(
         OPTIMIZERS["greedy"],
         start,
-        gradhpo.LossFunctions(*map(of_trained, losses(lambda x: x))),
+        gradhpo.LossFunctions(*map(of_trained, OF_TREES)),
         data,
         gradhpo.ArrayData(joined(val_batch), 16, jax.random.key(1)),
         num_steps=num_steps,
@@ -272,7 +286,7 @@ def refused(directory):
 
 
 if __name__ == "__main__":
-    what, *arguments = sys.argv[4:]
+    what, *arguments = sys.argv[5:]
     try:
         print("RESULT" + json.dumps(globals()[what](*arguments)), flush=True)
     except BaseException:  # at once: the other process would wait for this one to say goodbye

@@ -29,22 +29,22 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def started(count, *arguments, check=True):
+def started(count, *arguments, axes="Auto", check=True):
     """What each of so many processes has printed, and to where."""
     processes.context()
     port = free_port()
 
     def start(number):
-        given = map(str, (port, number, count, *arguments))
+        given = map(str, (port, number, count, axes, *arguments))
         return processes.python(PROGRAM, *given, compiled=FLAGS, check=check)
 
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(start, range(count)))
 
 
-def on(count, *arguments, check=True):
+def on(count, *arguments, axes="Auto"):
     """The results of each of so many processes."""
-    done = started(count, *arguments, check=check)
+    done = started(count, *arguments, axes=axes)
     return [json.loads(x.stdout.split("RESULT")[1].splitlines()[0]) for x in done]
 
 
@@ -62,9 +62,11 @@ def test_parts_of_a_batch_are_the_whole_batch():
 
 
 @pytest.mark.thorough
-def test_every_kind_of_data_has_parts():
-    cases = [f"{data}, {episodes}" for data in ("iterator", "arrays", "fixed") for episodes in (0, 3)]
-    first, second = on(2, "alike", "greedy", "step", *cases)
+@pytest.mark.parametrize("axes", ["Auto", "Explicit"])
+def test_every_kind_of_data_has_parts(axes):
+    kinds = "iterator", "arrays", "fixed"
+    cases = [f"{data}, {episodes}" for data in kinds for episodes in (0, 3)]
+    first, second = on(2, "alike", "greedy", "step", *cases, axes=axes)
     assert first == second
     for case, found in first.items():
         assert found["error"] < ROUNDING, case
@@ -110,6 +112,7 @@ def test_what_ends_a_run_in_one_process_ends_it_in_all(tmp_path):
     for name, one, other in (
         ("first callback", second, first),
         ("at first", second, first),
+        ("data at first", second, first),
         ("log", first, second),
     ):
         assert isinstance(one[name], str), name
@@ -129,7 +132,8 @@ def test_both_processes_are_killed_and_go_on_bit_for_bit(tmp_path):
     whole.mkdir()
     killed.mkdir()
     done = started(2, "kept", whole, killed, check=False)
-    assert [x.returncode for x in done] == [-signal.SIGKILL] * 2
+    # Or the second is stopped by JAX a moment earlier, since the first is gone.
+    assert all(x.returncode in (-signal.SIGKILL, -signal.SIGABRT) for x in done)
     first, second = (json.loads(x.stdout.split("RESULT")[1].splitlines()[0]) for x in done)
     assert first == second
     assert not first["moved"]
@@ -153,15 +157,33 @@ def test_a_run_goes_on_in_fewer_and_in_more_processes(tmp_path):
     whole, of_two, of_one = (tmp_path / name for name in names)
     for path in (whole, of_two, of_one):
         path.mkdir()
-    expected = on(1, "resumed", whole, 12, "arrays")[0]["hyperparams"]
-    on(1, "resumed", of_one, 6, "arrays")
-    on(2, "resumed", of_two, 6, "arrays")
-    for found in (*on(1, "resumed", of_two, 12, "arrays"), *on(2, "resumed", of_one, 12, "arrays")):
+    until = lambda count, path, steps: on(count, "resumed", path, steps, "arrays", axes="Explicit")
+    expected = until(1, whole, 12)[0]["hyperparams"]
+    until(1, of_one, 6)
+    until(2, of_two, 6)
+    for found in (*until(1, of_two, 12), *until(2, of_one, 12)):
         assert found["read alone"] == found["of state"]
         assert not found["moved"]
         np.testing.assert_allclose(found["hyperparams"], expected, rtol=ROUNDING)
     assert sorted(path.suffix for path in of_two.glob("step-*")) == [".ckpt"] * 2
     assert sorted(path.suffix for path in of_one.glob("step-*")) == [".orbax"] * 2
+
+
+@pytest.mark.thorough
+def test_the_program_on_the_page(tmp_path):
+    page = Path(PROGRAM).parents[1].joinpath("docs/how_to/scaling.md").read_text()
+    program = page.split("## Several processes")[1].split("```py\n")[1].split("```")[0]
+    for written, here in (("localhost:12345", f"localhost:{free_port()}"), ("runs/two", tmp_path)):
+        assert written in program
+        program = program.replace(written, str(here))
+    processes.context()
+    start = lambda number: processes.python("-c", program, str(number), compiled=FLAGS)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(start, (0, 1))
+    assert "\n200 of 200 steps" in first.stdout
+    assert "The run is complete." in first.stdout
+    assert "steps" not in second.stdout + second.stderr
+    assert (tmp_path / "step-0000000200.orbax").is_dir()
 
 
 def test_a_folder_holds_every_kind_of_leaf(tmp_path, getkey):

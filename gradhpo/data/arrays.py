@@ -40,7 +40,8 @@ class ArrayData(eqx.Module):
     **Arguments:**
 
     - `arrays`: pytree of arrays `[examples, ...]` that agree on the first axis: NumPy or JAX
-        arrays, PyTorch tensors on the CPU, pandas objects.
+        arrays, PyTorch tensors on the CPU, pandas objects. Beside a state of several processes,
+        arrays of all of them, `jax.make_array_from_process_local_data(sharding, part)`.
     - `batch_size`: examples per batch, at most the number of examples (unless with
         `replacement`).
     - `key`: PRNG key of the draws. Two sources with the same key and the same number of examples

@@ -50,9 +50,9 @@ def go_together(
 ) -> Stopped:
     """`Driver.go`, where several processes share the state.
 
-    The reason of the first process to stop counts, its clock and its interrupts; an error in any of
-    them ends all, and so do data that end in any. The device works on one chunk while the host
-    draws batches for another one.
+    The answers of callbacks, the clock and the interrupts of the first process count. An error in
+    any of them ends all, and so do data that end. The devices work on one chunk while the hosts
+    draw batches for another one.
     """
     shapes, flying = iter(shapes), collections.deque[Flight]()
     following, ending = next(shapes, None), None
@@ -67,18 +67,15 @@ def go_together(
         said = exchanged(
             {
                 "steps": steps,
-                "taken": driver.record.taken,
-                "seen": driver._callbacks_saw_all,
-                "save": driver.keeper is not None and driver.keeper.is_due(driver.record.taken),
                 "interrupted": interrupts.asked,
+                **_said_of_chunk(driver),
                 **outcome.said("chunk"),
                 **data.said("data"),
             }
         )
-        # What has not come to its end in all of them is not kept.
-        driver._callbacks_saw_all = all(
-            x["seen"] and x["taken"] == driver.record.taken for x in said
-        )
+        # A chunk that has not ended well in all of them is not kept.
+        seen = [x["seen"] and x["taken"] == said[0]["taken"] for x in said]
+        driver._callbacks_saw_all = all(seen)
         stopped = _ending(said, "chunk", outcome)
         if stopped is not None:
             return stopped
@@ -101,6 +98,12 @@ def go_together(
             return ending or Stopped("num_steps")
         if len(flying) == 2 or not following or ending or asked:
             outcome = _attempt(driver._land, flying.popleft(), bar)
+
+
+def _said_of_chunk(driver: Driver) -> dict[str, Any]:
+    taken, keeper = driver.record.taken, driver.keeper
+    due = keeper is not None and keeper.is_due(taken)
+    return {"taken": taken, "seen": driver._callbacks_saw_all, "save": due}
 
 
 def _attempt(function: Callable, *arguments: Any) -> _Outcome:

@@ -124,7 +124,8 @@ def run(
     - `data_sharding`: how the arrays of every batch are spread over devices, such as
         `NamedSharding(mesh, PartitionSpec("data"))`, which divides the examples; default `None`:
         every device gets whole batches, unless [`ArrayData`][gradhpo.ArrayData] or your function of
-        the index spreads them.
+        the index spreads them. Where several processes (`jax.distributed`) share the state, each
+        passes its part of every batch, and iterators need this: it says how the whole is spread.
 
     **Returns:** `(state, history)`, see [`History`][gradhpo.History]. Ctrl-C also returns them,
     after the current chunk; a second one raises.
