@@ -7,6 +7,7 @@
 The port of the first, the number of this one, how many there are, the axes, and what to show.
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -123,13 +124,14 @@ def alike(method, *cases):
 # -- how runs end ----------------------------------------------------------------------------------
 
 
-def small(data, *, callbacks=(), num_steps=12, **settings):
+def small(data, *, callbacks=(), num_steps=12, tuned=True, **settings):
     """A run on batches of numbers, whose state is everywhere: how it ended, or what it raised."""
-    state = SMALL.init(*everywhere((np.ones(3), np.ones(())), EVERYWHERE))
+    optimizer = SMALL if tuned else dataclasses.replace(SMALL, outer_optimizer=None)
+    state = optimizer.init(*everywhere((np.ones(3), np.ones(())), EVERYWHERE))
     settings = {"chunk_size": 2, "progress": False, "data_sharding": SPREAD} | settings
     try:
         state, history = gradhpo.run(
-            SMALL, state, SMALL_LOSSES, data, np.ones((2, 3)),
+            optimizer, state, SMALL_LOSSES, data, np.ones((2, 3)),
             num_steps=num_steps, callbacks=callbacks, **settings,
         )  # fmt: skip
     except Exception as error:
@@ -188,6 +190,7 @@ def endings(directory):
         "log": small(batches(), callbacks=[gradhpo.CSVLogger(log, **extra)]),
         "no sharding": small(batches(), data_sharding=None),
         "num_steps": small(batches(), num_steps=only(0, 12, 13)),
+        "rate": small(batches(), tuned=False, lr_hyper=only(0, 0.5, 0.25)),
         "key": small(gradhpo.ArrayData(joined(np.ones((4, 3))), 4, jax.random.key(NUMBER))),
         "parts": small(batches(examples=only(0, 2, 4))),
         "whole": small(iter([joined(np.ones((4, 3)))])),

@@ -90,8 +90,9 @@ def test_what_ends_a_run_in_one_process_ends_it_in_all(tmp_path):
     }
     refused = {
         "no sharding": "train_data is an iterator, and the state is shared",
-        "num_steps": "num_steps is 12 in process 0 and 13 in process 1",
-        "key": "the checksum of ArrayData(key) is",
+        "num_steps": "num_steps differs: 12 in process 0, 13 in process 1",
+        "rate": "lr_hyper differs: 0.5 in process 0, 0.25 in process 1",
+        "key": "ArrayData(key) differs: checksum",
         "parts": "float64[2, 3] in process 0 and batches PyTreeDef(*) of float64[4, 3] in process",
         "whole": "yield the part of this one alone",
         "uneven": "of shape (3, 3) in each process",

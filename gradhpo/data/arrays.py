@@ -151,7 +151,7 @@ def with_key_beside(data: ArrayData) -> ArrayData:
     """Where several processes share the arrays, the key is theirs too."""
     if not any(map(is_of_several, jax.tree.leaves(data.arrays))):
         return data
-    check_alike(shared=True, **{"the checksum of ArrayData(key)": checksum(data.key)})
+    check_alike(**{"ArrayData(key)": f"checksum {checksum(data.key)}"})
     return dataclasses.replace(data, key=beside(data.key, data.arrays))
 
 

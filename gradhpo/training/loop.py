@@ -34,6 +34,7 @@ from gradhpo.training.start import make_start
 from gradhpo.training.stopping import Interrupts, Stopped
 from gradhpo.utils.advice import on_nan_derivative, on_nan_loss
 from gradhpo.utils.coordinates import num_coordinates
+from gradhpo.utils.description import described
 from gradhpo.utils.processes import check_alike, is_first, is_shared
 from gradhpo.utils.progress import ProgressBar
 from gradhpo.utils.settings import (
@@ -163,15 +164,18 @@ def run(
         check_rate_schedule(lr_hyper)
     rate = lr_hyper if callable(lr_hyper) else outer_rate(lr_hyper)
     shared = is_shared(state)
-    check_alike(
-        shared,
-        num_steps=num_steps,
-        chunk_size=chunk_size,
-        steps_per_episode=steps_per_episode,
-        max_rejections=max_rejections,
-        checkpoint=checkpoint is not None,
-        **{"the checksum of key": None if key is None else checksum(key)},
-    )
+    if shared:
+        check_alike(
+            num_steps=num_steps,
+            chunk_size=chunk_size,
+            steps_per_episode=steps_per_episode,
+            reptile_rate=float(reptile_rate),
+            lr_hyper="a function" if callable(rate) else described(rate),
+            max_rejections=max_rejections,
+            checkpoint=checkpoint is not None,
+            key=key if key is None else f"checksum {checksum(key)}",
+            optimizer=described(optimizer),
+        )
     feed = Feed(
         as_source(train_data, "train_data", optimizer.num_inner_steps, data_sharding),
         as_source(val_data, "val_data", None, data_sharding),

@@ -103,15 +103,15 @@ def from_first(shared: bool, make: Callable[[], Any]) -> Any:
     return exchanged(made)[0] if shared else made
 
 
-def check_alike(shared: bool, **settings: Any) -> None:
+def check_alike(**settings: Any) -> None:
     """All processes have called `run` with the same settings, which JSON can hold."""
-    said = exchanged(settings) if shared else []
+    said = exchanged(settings)
     for number, other in enumerate(said):
         for name, value in said[0].items():
             if other[name] != value:
                 raise ValueError(
-                    f"{name} is {value!r} in process 0 and {other[name]!r} in process {number}: "
-                    "processes that share a state call run alike, but for their iterators"
+                    f"{name} differs: {value} in process 0, {other[name]} in process {number}. "
+                    "Processes that share a state call run alike, but for their iterators"
                 )
 
 
