@@ -121,6 +121,18 @@ def alike(method, *cases):
     return found
 
 
+def partial():
+    """A run on the devices of the first two processes; the third one is not asked."""
+    few = jax.make_mesh((2,), ("devices",), devices=jax.devices()[:2], axis_types=(AXES,))
+    if NUMBER < 2:
+        where = NamedSharding(few, PartitionSpec())
+        state = SMALL.init(*everywhere((np.ones(3), np.ones(())), where))
+        try:
+            gradhpo.run(SMALL, state, SMALL_LOSSES, None, None, num_steps=1)
+        except ValueError as error:
+            return str(error)
+
+
 # -- how runs end ----------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from gradhpo.utils.processes import exchanged
 
 
 PROGRAM = str(Path(__file__).with_name("on_processes.py"))
-FLAGS = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+FLAGS = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count="
 
 
 def free_port():
@@ -29,22 +29,22 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def started(count, *arguments, axes="Auto", check=True):
-    """What each of so many processes has printed, and to where."""
+def started(count, *arguments, axes="Auto", devices=2, check=True):
+    """What each of `count` processes has printed, and to where."""
     processes.context()
     port = free_port()
 
     def start(number):
         given = map(str, (port, number, count, axes, *arguments))
-        return processes.python(PROGRAM, *given, compiled=FLAGS, check=check)
+        return processes.python(PROGRAM, *given, compiled=f"{FLAGS}{devices}", check=check)
 
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(start, range(count)))
 
 
-def on(count, *arguments, axes="Auto"):
-    """The results of each of so many processes."""
-    done = started(count, *arguments, axes=axes)
+def on(count, *arguments, **settings):
+    """The result in each of `count` processes."""
+    done = started(count, *arguments, **settings)
     return [json.loads(x.stdout.split("RESULT")[1].splitlines()[0]) for x in done]
 
 
@@ -128,6 +128,15 @@ def test_what_ends_a_run_in_one_process_ends_it_in_all(tmp_path):
 
 
 @pytest.mark.thorough
+def test_some_of_the_processes_cannot_share_a_run():
+    """They could not agree without the others."""
+    *said, nothing = on(3, "partial", devices=1)
+    assert nothing is None
+    for text in said:
+        assert text.startswith("the state is spread over the devices of 2 of 3 processes")
+
+
+@pytest.mark.thorough
 def test_both_processes_are_killed_and_go_on_bit_for_bit(tmp_path):
     whole, killed, copied = (tmp_path / name for name in ("whole", "killed", "copied"))
     whole.mkdir()
@@ -178,7 +187,7 @@ def test_the_program_on_the_page(tmp_path):
         assert written in program
         program = program.replace(written, str(here))
     processes.context()
-    start = lambda number: processes.python("-c", program, str(number), compiled=FLAGS)
+    start = lambda number: processes.python("-c", program, str(number), compiled=f"{FLAGS}2")
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(start, (0, 1))
     assert "\n200 of 200 steps" in first.stdout

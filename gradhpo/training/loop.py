@@ -169,7 +169,7 @@ def run(
             num_steps=num_steps,
             chunk_size=chunk_size,
             steps_per_episode=steps_per_episode,
-            reptile_rate=float(reptile_rate),
+            reptile_rate=described(reptile_rate),
             lr_hyper="a function" if callable(rate) else described(rate),
             max_rejections=max_rejections,
             checkpoint=checkpoint is not None,
@@ -183,7 +183,7 @@ def run(
     if shared:
         feed.check_spread()
     missing = algorithm_of(optimizer).without_episodes
-    if missing and steps_per_episode is None:
+    if missing and steps_per_episode is None and is_first(shared):
         warn_once(missing)
     start = make_start(start_fn, key, state, optimizer, steps_per_episode, reptile_rate)
     watching = Callbacks(callbacks)
