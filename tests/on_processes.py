@@ -33,6 +33,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec  # noqa: E402
 from on_devices import OPTIMIZERS, SETTINGS, losses, moved, problem, quarters  # noqa: E402
 
 import gradhpo  # noqa: E402
+from gradhpo.training.metrics_file import MetricsFile  # noqa: E402
 from gradhpo.utils.processes import exchanged, numbers  # noqa: E402
 
 
@@ -214,7 +215,15 @@ def endings(directory):
     sys.modules["orbax.checkpoint"] = None
     found["orbax"] = small(batches(), checkpoint=folder)
     del sys.modules["orbax.checkpoint"]
+    MetricsFile.add = only(0, full, MetricsFile.add)
+    found["full disk"] = small(batches(), checkpoint=gradhpo.Checkpoint(folder, every_steps=4))
     return found
+
+
+def full(self, metrics):
+    """Instead of writing the metrics of a run."""
+    if metrics:
+        raise OSError("no space")
 
 
 INTERRUPT = os.getpid(), signal.SIGINT

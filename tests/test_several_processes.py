@@ -82,6 +82,7 @@ def test_what_ends_a_run_in_one_process_ends_it_in_all(tmp_path):
         "logged": whole,
         "bar": whole,
         "start": whole,
+        "full disk": whole,
         "answer": whole,  # that of the second process does not count
         "time limit": {"reason": "time limit", "steps": 2, "error": None},
         "exhausted": {"reason": "data exhausted", "steps": 7, "error": None},
@@ -123,6 +124,7 @@ def test_what_ends_a_run_in_one_process_ends_it_in_all(tmp_path):
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 13))
     assert "labelled: 100% 12/12" in done[0].stderr
     assert "RuntimeWarning: 7 of 12 steps" in done[0].stderr
+    assert "checkpoints could not be written; the last time: OSError: no space" in done[0].stderr
     assert "labelled" not in done[1].stderr
     assert "Warning" not in done[1].stderr
 
