@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from gradhpo.core.algorithm import Algorithm
 from gradhpo.core.base import BilevelOptimizer
@@ -22,14 +22,12 @@ from gradhpo.training.callbacks import Callbacks
 from gradhpo.training.chunk import Chunk, started
 from gradhpo.training.flight import Flight, at_the_end, on_host
 from gradhpo.training.keeper import Keeper
-from gradhpo.training.record import Record
+from gradhpo.training.record import Record, norm_of
 from gradhpo.training.recorded import check_names
 from gradhpo.training.stopping import Interrupts, Stopped, failing
-from gradhpo.utils.dispatch import compiled
 from gradhpo.utils.processes import check_shared, is_shared, numbers, together
 from gradhpo.utils.progress import ProgressBar
 from gradhpo.utils.settings import outer_rate
-from gradhpo.utils.trees import tree_l2_norm
 from gradhpo.utils.validation import refuse_text
 
 
@@ -60,7 +58,7 @@ class Driver:
         self.record = Record(
             int(self.state.step),
             float(self.state.metadata["rejected"]),
-            norm_at_start=_norm(self.start.w),
+            norm_at_start=norm_of(self.start.w),
         )
         self.positions = self.feed.positions()
         self.refusal = ""  # why every step is refused although its metrics are finite
@@ -254,19 +252,6 @@ class Driver:
             raise Stopped(reason)
         if self.record.longest >= self.max_rejections:
             raise Stopped("rejected")
-
-
-def _norm(tree: PyTree) -> float:
-    """On the host where the numbers are, since every model would be another program."""
-    if is_shared(tree):
-        return float(_norm_in_place(tree))
-    squares = [np.sum(np.square(np.asarray(x, float))) for x in jax.tree.leaves(tree)]
-    return float(np.sqrt(np.sum(squares)))
-
-
-@compiled
-def _norm_in_place(tree: PyTree) -> Array:
-    return tree_l2_norm(tree)
 
 
 def _looks_finite(metrics: Mapping[str, np.ndarray]) -> bool:

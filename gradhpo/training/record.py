@@ -1,8 +1,26 @@
 """What a run writes down as it goes: the metrics of every step, and which were rejected."""
 
+import jax
 import numpy as np
+from jaxtyping import Array, PyTree
 
 from gradhpo.core.types import METRICS
+from gradhpo.utils.dispatch import compiled
+from gradhpo.utils.processes import is_shared
+from gradhpo.utils.trees import tree_l2_norm
+
+
+def norm_of(tree: PyTree) -> float:
+    """Of parameters: on the host if they are of one process, as each model is another program."""
+    if is_shared(tree):
+        return float(_norm_in_place(tree))
+    squares = [np.sum(np.square(np.asarray(x, float))) for x in jax.tree.leaves(tree)]
+    return float(np.sqrt(np.sum(squares)))
+
+
+@compiled
+def _norm_in_place(tree: PyTree) -> Array:
+    return tree_l2_norm(tree)
 
 
 class Columns:
