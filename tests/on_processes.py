@@ -33,6 +33,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec  # noqa: E402
 from on_devices import OPTIMIZERS, SETTINGS, losses, moved, problem, quarters  # noqa: E402
 
 import gradhpo  # noqa: E402
+from gradhpo.training import boundaries  # noqa: E402
 from gradhpo.training.metrics_file import MetricsFile  # noqa: E402
 from gradhpo.utils.processes import exchanged, numbers  # noqa: E402
 
@@ -299,6 +300,46 @@ def resumed(directory, num_steps, source="iterator"):
     found = train(directory, int(num_steps), source)
     alone, _ = gradhpo.load_checkpoint(directory, of_everything(lambda tree: tree))
     return found | {"read alone": digest(alone)}
+
+
+def replays(directory, killed):
+    """A whole run of a spread state replayed: beside one process; and killed in both at once."""
+    params, hyperparams, train, val = problem()
+    optimizer, settings = OPTIMIZERS["one step"], {"num_steps": 7, "segment": 3, "progress": False}
+    start = optimizer.init(*everywhere((params, hyperparams)))
+    data = gradhpo.ArrayData(joined(train), 16, jax.random.key(0))
+    found = {}
+    for queries in (False, True):
+        own = optimizer.init(params, hyperparams)
+        alone = gradhpo.ArrayData(train, 16, jax.random.key(0))
+        expected = gradhpo.replay(optimizer, own, alone, val, LOSSES, queries=queries, **settings)
+        # Each query is whole: the parameters are spread.
+        of_all = everywhere(val, EVERYWHERE) if queries else joined(val)
+        given = optimizer, start, data, of_all, LOSSES
+        got = gradhpo.replay(*given, queries=queries, **settings)
+        pairs = (
+            (got.hypergradient, got.state.params),
+            (expected.hypergradient, expected.state.params),
+        )
+        found["queries" if queries else "one"] = {
+            "error": furthest(*pairs),
+            "moved": moved(start, got.state),
+            "digest": digest(got.hypergradient),
+        }
+    if not killed:
+        return found
+    write, count = boundaries.write_file, 0
+
+    def counted(*arguments):
+        nonlocal count
+        count += 1
+        if count == int(killed):
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(*arguments)
+
+    boundaries.write_file = counted
+    got = gradhpo.replay(*given, queries=True, store=directory, **settings)
+    return {"digest": digest(got.hypergradient), "report": got.report}
 
 
 def refused(directory):

@@ -128,6 +128,7 @@ ALLOWED = {
     "training/replay.py": {
         "(store)": "where it keeps its own states",
         "store": "the same",
+        "store=": "the same",
     },
     "data/arrays.py": {
         "self.key": "the PRNG key of ArrayData",

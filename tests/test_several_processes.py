@@ -74,6 +74,22 @@ def test_every_kind_of_data_has_parts(axes):
 
 
 @pytest.mark.thorough
+def test_a_whole_run_is_replayed(tmp_path):
+    """As in one process; and after both are killed, forward and back, the same bit for bit."""
+    first, second = on(2, "replays", tmp_path, "")
+    assert first == second
+    for case, found in first.items():
+        assert found["error"] < ROUNDING, case
+        assert not found["moved"], case
+    for writes in (2, 4):  # of 4 states and 3 cotangents
+        done = started(2, "replays", tmp_path, writes, check=False)
+        assert {x.returncode for x in done} == {-signal.SIGKILL}
+    again, other = on(2, "replays", tmp_path, 100)
+    assert again["digest"] == other["digest"] == first["queries"]["digest"]
+    assert "went on on the way back" in again["report"]
+
+
+@pytest.mark.thorough
 def test_what_ends_a_run_in_one_process_ends_it_in_all(tmp_path):
     done = started(2, "endings", tmp_path)
     first, second = (json.loads(x.stdout.split("RESULT")[1].splitlines()[0]) for x in done)

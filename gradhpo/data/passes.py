@@ -114,8 +114,17 @@ class ByLoader(Passes):
         self._positions = positions
 
 
-def as_passes(data: Any, per_step: int) -> Passes:
-    """The kind of source for training data; `per_step`: inner steps in an outer one."""
+def as_passes(data: Any, per_step: int, shared: bool = False) -> Passes:
+    """The kind of source for training data; `per_step`: inner steps in an outer one.
+
+    If several processes have the state `shared`, batches come by their number.
+    """
+    if shared and hasattr(data, "__iter__") and not is_container(data):
+        raise ValueError(
+            f"{_NAME} is a {type(data).__name__}, and the state is shared by several processes: "
+            "a replay takes batches by their number there, from gradhpo.ArrayData of arrays that "
+            "all processes share or from a function index -> batch"
+        )
     if isinstance(data, Repeated):
         return _of_loader(data.loader, data)
     if hasattr(data, "__next__"):

@@ -21,6 +21,8 @@ from gradhpo.training.checkpoint_file import (
 from gradhpo.training.lock import DirectoryLock
 from gradhpo.utils.description import differences
 from gradhpo.utils.keys import is_key
+from gradhpo.utils.placement import from_parts, parts_of
+from gradhpo.utils.processes import exchanged, is_first, together
 
 
 class Boundaries(abc.ABC):
@@ -60,83 +62,115 @@ class InMemory(Boundaries):
         self._kept: dict[tuple[str, int], PyTree] = {}
 
     def put(self, kind: str, number: int, tree: PyTree, about: Any = None) -> None:
-        self._kept[kind, number] = jax.tree.map(_to_host, tree)
+        self._kept[kind, number] = jax.tree.map(np.asarray, _in_parts(tree))
 
     def get(self, kind: str, number: int, like: PyTree) -> tuple[PyTree, Any]:
-        return jax.tree.map(_to_place, self._kept[kind, number], like), None
+        return _joined(self._kept[kind, number], like), None
 
     def drop(self, kind: str, number: int) -> None:
         self._kept.pop((kind, number), None)
 
 
-def _to_host(x: Any) -> Any:
-    """Spread arrays stay spread. Others come back uncommitted, as they were: no new program."""
-    if not isinstance(x, jax.Array) or is_key(x):
-        return x
-    if x.committed:
-        return jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
-    return np.asarray(x)
+def _in_parts(tree: PyTree) -> PyTree:
+    """In place of each array the list of its pieces that this process has; of keys the numbers."""
+
+    def parts(x: Any) -> Any:
+        x = jax.random.key_data(x) if is_key(x) else x
+        return parts_of(x) if x.committed else [x]
+
+    return jax.tree.map(lambda x: parts(x) if isinstance(x, jax.Array) else x, tree)
 
 
-def _to_place(x: Any, like: Any) -> Any:
-    if isinstance(x, np.ndarray):
-        return jnp.asarray(x)
-    return jax.device_put(x, like.sharding) if isinstance(x, jax.Array) and x.committed else x
+def _joined(parts: PyTree, like: PyTree) -> PyTree:
+    """From `_in_parts`. An array that was not placed comes back so, or programs compile again."""
+
+    def joined(like: Any, parts: Any) -> Any:
+        if is_key(like):
+            data = joined(jax.random.key_data(like), parts)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like))
+        return from_parts(parts, like) if like.committed else jnp.asarray(parts[0])
+
+    return jax.tree.map(lambda x, y: joined(x, y) if isinstance(x, jax.Array) else y, like, parts)
+
+
+_NAME = re.compile(r"(state|bar)-(\d{10})(?:-(\d+)of(\d+))?\.ckpt")
 
 
 class InDirectory(Boundaries):
-    """One file each, `state-0000000071.ckpt`, complete or absent: a later process goes on."""
+    """One file each, `state-0000000071.ckpt`, complete or absent: a later process goes on.
+
+    Of several processes that share the states, each writes and reads its own pieces.
+    """
 
     lasts = True
 
-    def __init__(self, directory: Path, description: dict[str, Any]):
-        if directory.exists() and not directory.is_dir():
-            raise ValueError(
-                f"store={str(directory)!r} is a file; pass a directory, which is made if it is not "
-                "there"
-            )
-        directory.mkdir(parents=True, exist_ok=True)
-        self._directory, self._description = directory, description
-        self.where = f"in {directory}"
-        self._lock = DirectoryLock(directory / ".lock")
+    def __init__(self, directory: Path, description: dict[str, Any], shared: bool):
+        self._directory, self._description, self._shared = directory, description, shared
+        self._whose = (str(jax.process_index()), str(jax.process_count())) if shared else ("", "")
+        self.where, self._lock = f"in {directory}", None
+        with together(shared):
+            if directory.exists() and not directory.is_dir():
+                raise ValueError(
+                    f"store={str(directory)!r} is a file; pass a directory, which is made if it is "
+                    "not there"
+                )
+            directory.mkdir(parents=True, exist_ok=True)
+            if is_first(shared):
+                self._lock = DirectoryLock(directory / ".lock")
         try:
-            self._check_the_same()
+            with together(shared):
+                self._check_the_same()
         except BaseException:
-            self._lock.close()
+            self.close()
             raise
 
     def _check_the_same(self) -> None:
-        kept = [(kind, number) for kind in ("state", "bar") for number in self.numbers(kind)]
-        for one in kept[:1]:
-            header, _ = read_file(self._path(*one), is_boundary_header)
+        for path in sorted(self._directory.iterdir()):
+            name = _NAME.fullmatch(path.name)
+            if name is None:
+                continue
+            if (name[4] or "") != self._whose[1]:
+                raise ValueError(
+                    f"{self._directory} holds a replay of another number of processes: pass a new "
+                    "directory"
+                )
+            header, _ = read_file(path, is_boundary_header)
             differing = differences(header["description"], self._description)
             if differing:
                 raise ValueError(
                     f"{self._directory} holds another replay: {'; '.join(differing)}. To resume "
                     "it, call replay as before; to start a new one, pass a new directory"
                 )
+            break
 
     def numbers(self, kind: str) -> list[int]:
-        name = re.compile(rf"{kind}-(\d{{10}})\.ckpt")
-        found = [name.fullmatch(path.name) for path in self._directory.iterdir()]
-        return sorted(int(match[1]) for match in found if match)
+        names = [_NAME.fullmatch(path.name) for path in self._directory.iterdir()]
+        mine = lambda x: x[1] == kind and (x[3] or "", x[4] or "") == self._whose
+        own = [int(name[2]) for name in names if name and mine(name)]
+        of_all = exchanged(own) if self._shared else [own]
+        return sorted(set.intersection(*map(set, of_all)))
 
     def put(self, kind: str, number: int, tree: PyTree, about: Any = None) -> None:
+        tree = _in_parts(tree) if self._shared else tree
         header = {"description": self._description, "leaves": leaves_of(tree), "about": about}
-        write_file(self._path(kind, number), json.dumps(header), tree)
+        with together(self._shared):
+            write_file(self._path(kind, number), json.dumps(header), tree)
 
     def get(self, kind: str, number: int, like: PyTree) -> tuple[PyTree, Any]:
-        path = self._path(kind, number)
+        path, pieces = self._path(kind, number), _in_parts(like) if self._shared else like
         header, body = read_file(path, is_boundary_header)
-        if header["leaves"] != leaves_of(like):
+        if header["leaves"] != leaves_of(pieces):
             raise ValueError(f"{path} holds a tree of another structure: pass a new directory")
-        return read_tree(body, like), header["about"]
+        found = read_tree(body, pieces)
+        return (_joined(found, like) if self._shared else found), header["about"]
 
     def drop(self, kind: str, number: int) -> None:
         self._path(kind, number).unlink(missing_ok=True)
 
     def _path(self, kind: str, number: int) -> Path:
-        return self._directory / f"{kind}-{number:010d}.ckpt"
+        whose = "-{}of{}".format(*self._whose) if self._shared else ""
+        return self._directory / f"{kind}-{number:010d}{whose}.ckpt"
 
     def close(self) -> None:
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()

@@ -25,11 +25,13 @@ from gradhpo.training.identity import identity
 from gradhpo.training.rewind import Diverged, Rewind
 from gradhpo.training.segments import Training, is_shared, measured
 from gradhpo.utils.conversion import as_batch
+from gradhpo.utils.description import described
 from gradhpo.utils.placement import beside
+from gradhpo.utils.processes import check_alike, is_first, is_shared as is_of_all
 from gradhpo.utils.settings import check_count
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import check_leading_axis, check_single_batch
-from gradhpo.utils.warn import warn
+from gradhpo.utils.warn import muted, warn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +156,11 @@ def replay(
     if queries:
         examples = tuple(x for x in jax.tree.leaves(val_batch) if not is_shared(x))
         check_leading_axis(examples, "replay(queries=True) takes val_batch apart; it")
-    passes = as_passes(train_data, optimizer.num_inner_steps)
+    shared = is_of_all(state)
+    if shared:
+        about = {"num_steps": num_steps, "segment": segment, "queries": queries}
+        check_alike(**about, optimizer=described(optimizer), store=str(store))
+    passes = as_passes(train_data, optimizer.num_inner_steps, shared)
     # What is compiled must not depend on their number, only on whether there are several.
     exact = with_its_update(optimizer, min(num_steps, 2))
     training = Training(exact, losses, val_batch, queries)
@@ -165,9 +171,11 @@ def replay(
     else:
         feed = Feed(passes.source, as_source(val_batch, "val_batch", None))
         settings = {"num_steps": num_steps, "segment": segment, "queries": queries}
-        kept = InDirectory(Path(store), identity(exact, at_start, feed, None, None, **settings))
-    with contextlib.closing(kept):
-        ways = Rewind(training, passes, kept, at_start, num_steps, segment, progress)
+        about = identity(exact, at_start, feed, None, None, **settings)
+        kept = InDirectory(Path(store), about, shared)
+    shown = progress if is_first(shared) else False
+    with contextlib.closing(kept), muted(not is_first(shared)):
+        ways = Rewind(training, passes, kept, at_start, num_steps, segment, shown)
         try:
             found, where = ways.go(), ""
         except Diverged:
@@ -189,10 +197,10 @@ def replay(
         "param_norm": param_norm,
     }
     kinds = {name: state.metadata[name] for name in metrics}
-    end = with_metrics(end, jax.tree.map(cast, metrics, kinds))
+    end = beside(with_metrics(end, jax.tree.map(cast, metrics, kinds)), state)
     remark = where or _remark(exact, state, moving, bool(is_finite))
     report = " ".join(filter(None, [ways.report(), remark]))
-    if remark:
+    if remark and is_first(shared):
         warn(f"replay: {remark}", RuntimeWarning)
     return Replay(found, end, report)
 

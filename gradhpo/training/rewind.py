@@ -14,6 +14,7 @@ from gradhpo.core.state import BilevelState, inner_state, with_inner_state
 from gradhpo.data.passes import Part, Passes
 from gradhpo.training.boundaries import Boundaries
 from gradhpo.training.segments import Training
+from gradhpo.utils.processes import check_shared
 from gradhpo.utils.progress import ProgressBar
 from gradhpo.utils.tables import bytes_of
 from gradhpo.utils.trees import inexact_bytes
@@ -114,7 +115,9 @@ class Rewind:
         return cotangent.hyperparams
 
     def _part(self, start: int) -> Part:
-        return self.passes.part(start, self.length(start))
+        part, val_batch = self.passes.part(start, self.length(start)), self.training.val_batch
+        check_shared(self.start, train_data=jax.tree.leaves(part.batches), val_batch=val_batch)
+        return part
 
     def _passed(self, start: int, cotangent: Cotangent) -> None:
         """Nothing behind is needed again, but for the end."""

@@ -48,6 +48,20 @@ def placed(x: np.ndarray, sharding: Sharding) -> Array:
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
+def parts_of(x: Array) -> list[Array]:
+    """The different pieces of an array that this process has, each once."""
+    return list({str(shard.index): shard.data for shard in x.addressable_shards}.values())
+
+
+def from_parts(parts: list[Any], like: Array) -> Array:
+    """An array of such pieces, placed as the one whose `parts_of` they are like."""
+    shards = like.addressable_shards
+    names = list(dict.fromkeys(str(shard.index) for shard in shards))
+    of_name = dict(zip(names, parts, strict=True))
+    pieces = [jax.device_put(of_name[str(shard.index)], shard.device) for shard in shards]
+    return jax.make_array_from_single_device_arrays(like.shape, like.sharding, pieces)
+
+
 def spread(tree: PyTree, sharding: NamedSharding | None, name: str, before: int = 0) -> PyTree:
     """Batches whose arrays are spread over devices as `sharding` says of one batch.
 
