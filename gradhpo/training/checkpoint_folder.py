@@ -78,7 +78,7 @@ def read_kept(
 
 
 class Stored:
-    """The leaves in a folder, to be read one after another, as those of a file."""
+    """The leaves in a folder, to be read one after another, as the leaves of a file are."""
 
     def __init__(self, path: Path, empty: Leaves):
         self._path, self._next = path, 0

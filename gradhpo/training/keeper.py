@@ -58,9 +58,10 @@ class Keeper:
         self._lock: DirectoryLock | None = None
         self._there: list[Path] = []
         self._known: set[Path] = set()
-        if shared:
-            orbax()  # before the first step
         try:
+            with together(shared):
+                if shared:
+                    orbax()  # before the first step
             newest = from_first(shared, self._open)
             self._found = None if newest is None else self._directory / newest
             with together(shared):
@@ -144,7 +145,7 @@ class Keeper:
         return metrics, self._positions(), self._header.get("aux", [])
 
     def _positions(self) -> dict[str, Any]:
-        """Those of this process, if as many go on as there were: each had a part of the data."""
+        """Where the data of this process are, if as many go on as there were: each had a part."""
         found = self._header["positions"]
         of_each = found if isinstance(found, list) else [found]
         here = jax.process_count() if self._shared else 1

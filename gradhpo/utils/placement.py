@@ -65,7 +65,7 @@ def from_parts(parts: list[Any], like: Array) -> Array:
 def spread(tree: PyTree, sharding: NamedSharding | None, name: str, before: int = 0) -> PyTree:
     """Batches whose arrays are spread over devices as `sharding` says of one batch.
 
-    Over those of several processes: arrays of this one are its part, and all parts are joined.
+    If the devices belong to several processes, each passes its part, and the parts are joined.
     `before` counts the axes in front of those of a batch. Scalars and single keys stay everywhere.
     Raises `ValueError` for examples that cannot be divided evenly; `name` is what users call it.
     """

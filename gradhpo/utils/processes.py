@@ -1,8 +1,8 @@
 """Several processes of one program (`jax.distributed`): arrays of one, and arrays of all.
 
 A state is shared if its arrays are spread over the devices of all processes. They then run the same
-programs in the same order, and whatever one of them alone decides, finds or fails at, the others
-must hear of: a program that only some of them start never ends.
+programs in the same order, since a program that only some of them start never ends. So they tell
+each other what one of them alone decides, finds or fails at.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ def is_shared(tree: PyTree) -> bool:
     if taking_part < jax.process_count():
         raise ValueError(
             f"the state is spread over the devices of {taking_part} of {jax.process_count()} "
-            "processes: spread it over those of all, jax.make_mesh((jax.device_count(),), "
+            "processes: spread it over all devices, jax.make_mesh((jax.device_count(),), "
             "('data',)), or make an independent state in every process"
         )
     return True
