@@ -81,7 +81,7 @@ def test_a_whole_run_is_replayed(tmp_path):
     for case, found in first.items():
         assert found["error"] < ROUNDING, case
         assert not found["moved"], case
-    for writes in (2, 4):  # of 4 states and 3 cotangents
+    for writes in (2, 5):  # of 4 states and 3 cotangents
         done = started(2, "replays", tmp_path, writes, check=False)
         assert {x.returncode for x in done} == {-signal.SIGKILL}
     again, other = on(2, "replays", tmp_path, 100)
