@@ -24,7 +24,8 @@ class Callbacks:
     A callback with a memory also has `start(state, resumed) -> memory` and the attribute `memory`,
     a pytree of arrays with a fixed structure. It may have `identity`, which distinguishes its
     memory from those of other callbacks of its class; `stopped`, whether it has stopped the run for
-    good; `stop_reason`; and `why`, which the report says of it then.
+    good; `stop_reason`; `why`, which the report says of it then; and `reads_states`, false for one
+    that reads scalars alone and never stops a run, which then keeps no state for it.
     """
 
     def __init__(self, callbacks: Sequence[Callable]):
@@ -92,6 +93,11 @@ class Callbacks:
             except Exception as error:
                 return values, error
         return values, None
+
+    @property
+    def read_states(self) -> bool:
+        """Whether one may read the states that it is given, keep them, or stop at one."""
+        return any(getattr(callback, "reads_states", True) for callback in self._all)
 
     @property
     def unwritten(self) -> list[str]:

@@ -1,7 +1,9 @@
 """The compiled part of a run: many steps in one scan, and episodes around them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -16,14 +18,25 @@ from gradhpo.core.state import BilevelState, inner_state, with_metrics
 from gradhpo.core.types import METRICS, RealScalarLike
 from gradhpo.data.source import Batches
 from gradhpo.training.recorded import check_names, recorded
-from gradhpo.utils.dispatch import compiled
+from gradhpo.training.refused import Refused
+from gradhpo.utils.dispatch import compiled, traced
+from gradhpo.utils.foreign import CALLBACKS
 from gradhpo.utils.freezing import carried
+from gradhpo.utils.programs import contains
 from gradhpo.utils.settings import outer_rate
+from gradhpo.utils.skipping import unless
 from gradhpo.utils.tracing import record_trace
 
 
+_OF_STEPS = 2  # arguments of `run_steps`
+
+
 class Chunk(eqx.Module):
-    """A piece of a run: the optimizer with its losses, its data and its rate."""
+    """A piece of a run: the optimizer with its losses, its data and its rate.
+
+    Its calls give the state up that they are passed, and the start of the episode. `refused` is
+    counted on to the next chunk; without it every step is taken.
+    """
 
     optimizer: BilevelOptimizer
     losses: LossFunctions
@@ -33,21 +46,29 @@ class Chunk(eqx.Module):
     record: Callable | None = None
     start: Start | None = None
     continues: bool = eqx.field(static=True, default=False)
+    shows: bool = eqx.field(static=True, default=True)  # callbacks see what an episode reached
+    refused: Refused | None = None
 
-    @compiled
+    @functools.partial(compiled, gives_up=(1,))
     def run_steps(
         self, state: BilevelState, length: int
-    ) -> tuple[BilevelState, dict[str, Array], Bool[Array, " leaves"]]:
+    ) -> tuple[BilevelState, dict[str, Array], Bool[Array, " leaves"], Refused | None]:
         """`length` outer steps, their stacked metrics, and which hyperparameters ever moved.
 
         The device may still be at work. The state comes without the metrics that losses return,
         and goes with those of its last step.
         """
         self._record(state, f"run (chunks of {length})")
-        state, metrics, aux, moved = self._steps(state, jnp.zeros((), jnp.int32), length)
-        return with_aux(state, _last(aux)), metrics | aux, moved
 
-    @compiled
+        def steps(state: BilevelState):
+            state, *others = self._steps(state, jnp.zeros((), jnp.int32), length)
+            return state, others
+
+        new, (metrics, aux, moved) = self._unless_over(steps, state)
+        refused = self._counted(state, metrics)
+        return with_aux(new, _last(aux)), metrics | aux, moved, refused
+
+    @functools.partial(compiled, gives_up=(1, 2))
     def run_episodes(
         self,
         state: BilevelState,
@@ -56,17 +77,23 @@ class Chunk(eqx.Module):
         episodes: int,
         length: int,
         steps_per_episode: int,
-    ) -> tuple[BilevelState, InnerState, InnerState, dict[str, Array], Bool[Array, " leaves"]]:
+    ) -> tuple[
+        BilevelState,
+        InnerState,
+        InnerState | None,
+        dict[str, Array],
+        Bool[Array, " leaves"],
+        Refused | None,
+    ]:
         """`episodes` times `length` outer steps; either part of one episode, or whole ones.
 
         `start` holds the initial parameters and model state of the current episode. Returns the
         state, the same of the next (or still the same) episode, the same as the last step reached
-        them, the stacked metrics, and which hyperparameters ever moved.
+        them (if the chunk `shows` it), the stacked metrics, and which hyperparameters ever moved.
         """
         self._record(state, f"run (chunks of {episodes} x {length})")
-        arrays, static = carried(state)
 
-        def body(carry: PyTree, number: Array):
+        def body(carry: PyTree, number: Array, *, static: PyTree):
             arrays, start, _ = carry
             state, position = eqx.combine(arrays, static), number * length
             episode = Inputs(
@@ -87,14 +114,49 @@ class Chunk(eqx.Module):
 
             ended = state.step % steps_per_episode == 0
             arrays, start = jax.lax.cond(ended, restarted, lambda: (_arrays(state), start))
-            return (arrays, start, inner_state(state)._replace(s=None)), (metrics, aux, moved)
+            reached = inner_state(state)._replace(s=None) if self.shows else None
+            return (arrays, start, reached), (metrics, aux, moved)
 
-        (arrays, start, reached), (metrics, aux, moved) = jax.lax.scan(
-            body, (arrays, start, start), jnp.arange(episodes, dtype=jnp.int32)
-        )
+        def run(carry: tuple[BilevelState, InnerState]):
+            (arrays, static), start = carried(carry[0]), carry[1]
+            (arrays, start, reached), others = jax.lax.scan(
+                functools.partial(body, static=static),
+                (arrays, start, start if self.shows else None),
+                jnp.arange(episodes, dtype=jnp.int32),
+            )
+            return (eqx.combine(arrays, static), start), (reached, others)
+
+        (new, start), (reached, (metrics, aux, moved)) = self._unless_over(run, (state, start))
         metrics, aux = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (metrics, aux))
-        state = with_aux(eqx.combine(arrays, static), _last(aux))
-        return state, start, reached, metrics | aux, jnp.any(moved, axis=0)
+        refused = self._counted(state, metrics)
+        new = with_aux(new, _last(aux))
+        return new, start, reached, metrics | aux, jnp.any(moved, axis=0), refused
+
+    def launch(self, *arguments: Any) -> tuple[Any, ...]:
+        """`run_steps` or `run_episodes` of these arguments, with the results of the latter."""
+        if len(arguments) != _OF_STEPS:
+            return self.run_episodes(*arguments)
+        state, *others = self.run_steps(*arguments)
+        return state, None, None, *others
+
+    def may_raise(self, *arguments: Any) -> bool:
+        """Whether `launch` of these calls a function of Python, as `eqx.error_if` in a loss does.
+
+        They are traced.
+        """
+        call = Chunk.run_steps if len(arguments) == _OF_STEPS else Chunk.run_episodes
+        return contains(traced(call, self, *arguments).jaxpr.jaxpr, CALLBACKS.__contains__)
+
+    def _unless_over(self, function: Callable, carry: PyTree) -> tuple[Any, Any]:
+        """Nothing is done behind a chunk whose refused steps end the run."""
+        return (
+            function(carry) if self.refused is None else unless(self.refused.over, function, carry)
+        )
+
+    def _counted(self, before: BilevelState, metrics: dict[str, Array]) -> Refused | None:
+        if self.refused is None:
+            return None
+        return self.refused.after(before.metadata["rejected"], metrics["rejected"])
 
     def first_inputs(self, state: BilevelState) -> Inputs:
         """What the first step of the chunk was given."""

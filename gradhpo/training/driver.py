@@ -1,19 +1,24 @@
 """What `run` does, chunk by chunk, once its arguments are checked."""
 
 import collections
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from gradhpo.core.algorithm import Algorithm
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.inner_state import Start
 from gradhpo.core.inputs import LossFunctions
-from gradhpo.core.measured import with_aux_of_steps, without_aux, without_aux_in
+from gradhpo.core.measured import (
+    with_aux,
+    with_aux_of_steps,
+    without_aux,
+    without_aux_in,
+)
 from gradhpo.core.state import BilevelState, inner_state
 from gradhpo.core.vanishing import warn_of_zeros
 from gradhpo.core.wrapper import algorithm_of
@@ -22,9 +27,12 @@ from gradhpo.training.callbacks import Callbacks
 from gradhpo.training.chunk import Chunk, started
 from gradhpo.training.flight import Flight, at_the_end, on_host
 from gradhpo.training.keeper import Keeper
-from gradhpo.training.record import Record, norm_of
+from gradhpo.training.record import Record, looks_finite, norm_of
 from gradhpo.training.recorded import check_names
-from gradhpo.training.stopping import Interrupts, Stopped, failing
+from gradhpo.training.refused import Refused
+from gradhpo.training.report import states_lost
+from gradhpo.training.stopping import Interrupts, Stopped, failing, how_to_save_memory
+from gradhpo.utils.dispatch import copied, is_given_up
 from gradhpo.utils.processes import check_shared, is_shared, numbers, together
 from gradhpo.utils.progress import ProgressBar
 from gradhpo.utils.settings import outer_rate
@@ -49,6 +57,7 @@ class Driver:
     state: BilevelState
 
     def __post_init__(self):
+        self._given = self.state
         if self.start_fn is not None:
             self.state = started(self.optimizer, self.state, self.start_fn)
         self.start = inner_state(self.state)._replace(s=None)  # of the episode
@@ -60,11 +69,14 @@ class Driver:
             float(self.state.metadata["rejected"]),
             norm_at_start=norm_of(self.start.w),
         )
+        self.refused = Refused.at_first(self.max_rejections, 0)
         self.positions = self.feed.positions()
         self.refusal = ""  # why every step is refused although its metrics are finite
         self.zeros: list[int] | None = None  # leaves whose hypergradient was 0 in every step
+        self.lost = ""  # which states are, if any
+        self._keeps: bool | None = None  # whether every state outlives the chunk behind it
         self._callbacks_saw_all = True  # of what the record holds
-        self._advice = _how_to_save_memory(algorithm_of(self.optimizer))
+        self._advice = how_to_save_memory(algorithm_of(self.optimizer))
 
     def begin(self, num_steps: int) -> None:
         """A new run, or the one in the checkpoints."""
@@ -89,6 +101,7 @@ class Driver:
             metrics, self.positions, aux = self.keeper.read_past()
             self.feed.resume(self.positions)
         self.record.resume(metrics)
+        self.refused = Refused.at_first(self.max_rejections, self.record.in_a_row)
         again = lambda tree: with_aux_of_steps(tree, {name: metrics[name] for name in aux}, first)
         self.state = again(self.state)
         self.callbacks.remember(again)
@@ -114,23 +127,44 @@ class Driver:
                     flying.extend(launched)
                     following = next(shapes, None)
                 if flying:
-                    self._land(flying.popleft(), bar)
+                    flight = self._land(flying, bar)
                     over = ending is not None or interrupts.asked
-                    if flying or (
-                        following and not over
-                    ):  # else the end is kept, which is the same
-                        self._save_if_due()
-                if interrupts.asked and (following or flying):
+                    # Else the end is kept, which is the same.
+                    if (flying or (following and not over)) and self._is_due(flight):
+                        self.save("")
+                if interrupts.asked and (following or flying) and not is_given_up(self.state):
                     return Stopped("interrupted")
                 if ending and not flying:
-                    return ending
+                    return self._settled(ending, flying, bar)
         except Stopped as stopped:
-            return stopped
+            return self._settled(stopped, flying, bar)
         except KeyboardInterrupt:
             if interrupts.asked:  # the second interrupt
                 raise
-            return Stopped("interrupted")
+            return self._settled(Stopped("interrupted"), flying, bar)
         return Stopped("num_steps")
+
+    def _settled(
+        self, ending: Stopped, flying: collections.deque[Flight], bar: ProgressBar
+    ) -> Stopped:
+        """The ending, once there is a state to return: the last one may be given up.
+
+        The chunk behind has the same one if the run is over for it; else it is waited for. If it
+        fails, what is left is the state that the run was given.
+        """
+        if ending.reason == "rejected" and is_given_up(self.state) and flying:
+            aux = {name: self.state.metadata[name] for name in self.state.metadata.aux}
+            self.state = with_aux(without_aux(flying[0].state), aux)
+            self.start = flying[0].start
+        for _ in range(len(flying)):
+            if is_given_up(self.state):
+                with contextlib.suppress(Stopped):
+                    self._land(flying, bar)
+        if is_given_up(self.state):
+            self.lost = states_lost(self.record.taken, int(self._given.step))
+            self.state, self.start = self._given, inner_state(self._given)._replace(s=None)
+            self.record, self.zeros, self.refusal = self.record.emptied(), None, ""
+        return ending
 
     def finish(self, ending: Stopped) -> None:
         """Keeps the end."""
@@ -154,9 +188,11 @@ class Driver:
             }
             self.keeper.save(self.record.columns, parts, about)
 
-    def _save_if_due(self) -> None:
-        if self.keeper is not None and self.keeper.is_due(self.record.taken):
-            self.save("")
+    def _is_due(self, flight: Flight) -> bool:
+        """Whether to save the end of a chunk: decided once, when its state might be given up."""
+        if flight.due is None:
+            flight.due = self.keeper is not None and self.keeper.is_due(flight.taken)
+        return flight.due
 
     def _launch(
         self, episodes: int, length: int, before: "list[Flight]", at_most: int | None = None
@@ -166,8 +202,7 @@ class Driver:
         `at_most`: the steps for which all processes have data.
         """
         wanted, may_return = episodes * length, bool(before) or self.record.may_return
-        state, start = (before[-1].state, before[-1].start) if before else (self.state, self.start)
-        state = without_aux(state)
+        last = before[-1] if before else self
         by_episodes = self.steps_per_episode is not None
         try:
             with failing("data error", may_return=may_return):
@@ -184,23 +219,41 @@ class Driver:
             positions = self.feed.positions() if self.keeper is not None else {}
             with failing("device error", may_return=may_return, advice=self._advice):
                 about = self.rate, self.record_fn, self.start_fn, self.steps_per_episode != 1
-                chunk = Chunk(self.optimizer, self.losses, train, val, *about)
+                shows = self.callbacks.read_states
+                chunk = Chunk(self.optimizer, self.losses, train, val, *about, shows, last.refused)
+                settings = (taken,)
+                if by_episodes:
+                    settings = self.reptile_rate, taken // length, length, self.steps_per_episode
                 try:
-                    if self.steps_per_episode is None:
-                        (state, stacked, moved), reached = chunk.run_steps(state, taken), None
-                    else:
-                        state, start, reached, stacked, moved = chunk.run_episodes(
-                            state, start, self.reptile_rate, taken // length, length,
-                            self.steps_per_episode,
-                        )  # fmt: skip
+                    given = self._to_give_up(last, chunk, *settings)
+                    state, start, *found = chunk.launch(*given, *settings)
                 except (TypeError, AttributeError) as error:
                     refuse_text(error, **chunk.example())
                     raise
         except Stopped as stopped:
             return [], stopped
         check_names(state.metadata.aux, self.callbacks.monitored)
-        flight = Flight(chunk, state, start, reached, stacked, moved, positions, may_return)
+        in_all = taken + (before[-1].taken if before else self.record.taken)
+        start = last.start if start is None else start
+        about_it = {"positions": positions, "may_return": may_return, "taken": in_all}
+        flight = Flight(chunk, state, start, *found, **about_it)
         return [flight], None if taken == wanted else self._out_of_data(may_return=True)
+
+    def _to_give_up(self, last: "Flight | Driver", chunk: Chunk, *settings: Any) -> tuple[Any, ...]:
+        """The state that a chunk starts from, and the start of an episode: copies if still read.
+
+        The caller's state is, one that callbacks see or a checkpoint is due of, and one to return
+        if a check within the loss may fail. Behind `max_rejections` a chunk leaves its state as it
+        is, and before any other ending the chunks in flight are waited for: with no copy, a run
+        takes the memory of a donated scan.
+        """
+        given = (without_aux(last.state), last.start)
+        if self.steps_per_episode is None:
+            given = given[:1]
+        if self._keeps is None:
+            self._keeps = self.callbacks.read_states or chunk.may_raise(*given, *settings)
+        kept = isinstance(last, Driver) or self._keeps or self._is_due(last)
+        return copied(given) if kept else given
 
     def _out_of_data(self, may_return: bool) -> Stopped:
         if self.feed.failure is not None:
@@ -212,14 +265,16 @@ class Driver:
             )
         return Stopped("data exhausted")
 
-    def _land(self, flight: "Flight", bar: ProgressBar) -> None:
-        """Waits for a chunk, and shows it to the callbacks."""
+    def _land(self, flying: "collections.deque[Flight]", bar: ProgressBar) -> Flight:
+        """Waits for the first chunk, and shows it to the callbacks."""
+        flight = flying[0]
         with failing("device error", may_return=flight.may_return, advice=self._advice):
             metrics = {name: on_host(values) for name, values in flight.metrics.items()}
             moved = numbers(flight.moved)
+        flying.popleft()
         if self.zeros is None:
             refused = metrics["rejected"][-1] - float(self.state.metadata["rejected"])
-            unexplained = refused == len(metrics["rejected"]) and _looks_finite(metrics)
+            unexplained = refused == len(metrics["rejected"]) and looks_finite(metrics)
             self.zeros = []
             if unexplained or not np.all(moved):
                 inputs = flight.chunk.first_inputs(self.state)
@@ -233,6 +288,7 @@ class Driver:
         metrics |= at_the_end(measured, len(metrics["rejected"]))
         self.record.add(metrics)
         self.state, self.start, self.positions = flight.state, flight.start, flight.positions
+        self.refused = flight.refused
         self.feed.release_oldest()
         aux = sorted(self.state.metadata.aux)
         bar.advance(len(metrics["rejected"]), metrics, aux)
@@ -244,6 +300,7 @@ class Driver:
         if reason is not None:
             raise Stopped(reason)
         self._stop_if_over()
+        return flight
 
     def _stop_if_over(self) -> None:
         """The reason for ending a run also keeps one that is resumed at its end from continuing."""
@@ -252,20 +309,3 @@ class Driver:
             raise Stopped(reason)
         if self.record.longest >= self.max_rejections:
             raise Stopped("rejected")
-
-
-def _looks_finite(metrics: Mapping[str, np.ndarray]) -> bool:
-    """Whether nothing in the metrics says why steps are refused."""
-    names = ("train_loss", "val_loss", "hypergrad_norm")
-    return all(np.all(np.isfinite(metrics[name])) for name in names)
-
-
-def _how_to_save_memory(algorithm: Algorithm) -> str:
-    """For the report of a run that ran out of memory."""
-    smaller = algorithm.with_less_memory()
-    if smaller is None:
-        return ""
-    names = [field.name for field in dataclasses.fields(smaller)]
-    changed = [x for x in names if getattr(smaller, x) is not getattr(algorithm, x)]
-    settings = ", ".join(f"{name}={getattr(smaller, name)!r}" for name in changed)
-    return f"{type(algorithm).__name__} needs less memory with {settings}."

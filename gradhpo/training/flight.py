@@ -11,6 +11,7 @@ from jaxtyping import Array
 from gradhpo.core.inner_state import InnerState
 from gradhpo.core.state import BilevelState
 from gradhpo.training.chunk import Chunk
+from gradhpo.training.refused import Refused
 from gradhpo.utils.processes import numbers
 
 
@@ -36,8 +37,11 @@ class Flight:
     reached: InnerState | None  # what the last step left, if it differs from the state's
     metrics: dict[str, Array]
     moved: Array  # for each leaf of the hyperparameters whether its hypergradient was ever not 0
+    refused: Refused
     positions: dict[str, Any]
     may_return: bool  # whether there are steps to return if this one fails
+    taken: int  # steps of the run at its end
+    due: bool | None = None  # whether a checkpoint is, once that is decided
 
     @property
     def measured(self) -> BilevelState:

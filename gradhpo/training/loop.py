@@ -263,6 +263,7 @@ def _history(driver: Driver, ending: Stopped, num_steps: int, seconds: float) ->
     )
     if driver.reptile_rate != 1 and record.taken % (driver.steps_per_episode or 1) == 0:
         said += " The parameters are those that the next episode starts from."
+    said += driver.lost
     if driver.zeros:
         said += f" In every step, {explain_zeros(driver.optimizer, driver.state, driver.zeros)}."
     # A run that ends in refused steps has stopped moving: with fixed data, for good.

@@ -1,5 +1,7 @@
 """What a run writes down as it goes: the metrics of every step, and which were rejected."""
 
+from collections.abc import Mapping
+
 import jax
 import numpy as np
 from jaxtyping import Array, PyTree
@@ -57,7 +59,7 @@ class Record:
     def __init__(self, first_step: int, rejected_before: float, norm_at_start: float):
         self._first, self.norm_at_start = first_step, norm_at_start
         self.columns = Columns()
-        self._last = rejected_before
+        self._last = self._rejected_before = rejected_before
         self.taken = self.resumed_at = 0
         self.rejected: list[int] = []  # which steps, as `state.step` counts them
         self.in_a_row = self.longest = 0
@@ -82,6 +84,10 @@ class Record:
                 self.rejected.append(self._first + self.taken)
                 self.of_derivatives += int(derivative)
 
+    def emptied(self) -> "Record":
+        """One of the same run before its first step."""
+        return Record(self._first, self._rejected_before, self.norm_at_start)
+
     def resume(self, metrics: dict[str, np.ndarray]) -> None:
         """The steps that an earlier session took."""
         if metrics:
@@ -96,3 +102,9 @@ class Record:
     def metrics(self) -> dict[str, np.ndarray]:
         """Every metric over all steps."""
         return self.columns.since(0) or {name: np.zeros(0) for name in METRICS}
+
+
+def looks_finite(metrics: Mapping[str, np.ndarray]) -> bool:
+    """Whether nothing in the metrics says why steps are refused."""
+    names = ("train_loss", "val_loss", "hypergrad_norm")
+    return all(np.all(np.isfinite(metrics[name])) for name in names)

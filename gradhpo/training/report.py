@@ -128,6 +128,16 @@ def _on_divergence(record: Record, advised: bool) -> list[str]:
     ]
 
 
+def states_lost(taken: int, step: int) -> str:
+    """What has become of the states before a failure, if none of them is left."""
+    return (
+        f" The states after its first {_counted(taken, 'step')} are gone, since each chunk writes "
+        "over the state before it and the last one failed: what is returned is the state that the "
+        f"run was given, of step {step}, and a history without these steps. With checkpoint=, or "
+        "with a callback, a run keeps states."
+    )
+
+
 def not_finite_at_first(record: Record) -> str:
     """The first loss that was not finite in the first step, or nothing."""
     metrics = record.metrics()

@@ -1,12 +1,14 @@
 """How a run ends before its last step."""
 
 import contextlib
+import dataclasses
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
 
+from gradhpo.core.algorithm import Algorithm
 from gradhpo.utils.foreign import is_out_of_memory, runtime_check
 
 
@@ -45,6 +47,17 @@ def failing(reason: str, *, may_return: bool, advice: str = "") -> Iterator[None
         if checked is not None:
             reason = "loss error"
         raise Stopped(reason, checked or error) from error
+
+
+def how_to_save_memory(algorithm: Algorithm) -> str:
+    """For the report of a run that ran out of memory."""
+    smaller = algorithm.with_less_memory()
+    if smaller is None:
+        return ""
+    names = [field.name for field in dataclasses.fields(smaller)]
+    changed = [x for x in names if getattr(smaller, x) is not getattr(algorithm, x)]
+    settings = ", ".join(f"{name}={getattr(smaller, name)!r}" for name in changed)
+    return f"{type(algorithm).__name__} needs less memory with {settings}."
 
 
 class Interrupts:

@@ -12,6 +12,9 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from gradhpo.utils.freezing import is_frozen
 
 
 _T = TypeVar("_T", bound=Callable)
@@ -33,35 +36,83 @@ class _Static:
         return cls(value)
 
 
-def compiled(function: _T) -> _T:
+def compiled(function: _T, gives_up: tuple[int, ...] = ()) -> _T:
     """Compiles a function of positional arguments.
 
     Everything that is not an array is static, in the arguments and in the result. An array that
     is returned unchanged is not an output of the program, which would copy it: the caller gets the
     array that was passed.
+
+    The arguments with the numbers `gives_up` are donated: results are written where their arrays
+    are, and these are gone, except for scalars and frozen leaves. None may be in there twice.
     """
 
     @functools.wraps(function)  # profilers show this name for the program
-    def on_arrays(static: Any, given: list[Any]) -> tuple[_Static, list[Any]]:
-        static, arrays = _split(function(*_joined(static, given)))
+    def on_arrays(static: Any, donated: list[Any], given: list[Any]) -> tuple[_Static, list[Any]]:
+        static, goes = static
+        arrays = {True: iter(donated), False: iter(given)}
+        static, arrays = _split(function(*_joined(static, [next(arrays[x]) for x in goes])))
         places = {id(x): place for place, x in enumerate(given)}
         found = [places.get(id(x)) for x in arrays]
         made = [x for x, place in zip(arrays, found, strict=True) if place is None]
         return _Static((static, found)), made
 
     del on_arrays.__wrapped__  # it has a different signature
-    program = jax.jit(on_arrays, static_argnums=0)
+    program = jax.jit(on_arrays, static_argnums=0, donate_argnums=1)
+
+    def prepared(arguments: tuple[Any, ...]) -> tuple[Any, list[Any], list[Any]]:
+        static, arrays = _split(arguments)
+        gone = {id(x) for number in gives_up for x in _given_up(arguments[number])}
+        goes = tuple(id(x) in gone for x in arrays)
+        stays = (not x for x in goes)
+        return (
+            (static, goes),
+            list(itertools.compress(arrays, goes)),
+            list(itertools.compress(arrays, stays)),
+        )
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
-        static, given = _split(arguments)
-        about, made = program(static, given)
+        static, donated, given = prepared(arguments)
+        about, made = program(static, donated, given)
         static, places = about.value
         new = iter(made)
         arrays = [next(new) if place is None else _as_jax(given[place]) for place in places]
         return _joined(static, arrays)
 
+    call.trace = lambda *arguments: program.trace(*prepared(arguments))  # pyright: ignore
     return call  # pyright: ignore[reportReturnType]
+
+
+def traced(call: Any, *arguments: Any) -> Any:
+    """A `compiled` function for these arguments, not run: a `jax.stages.Traced`.
+
+    A call does not trace it again.
+    """
+    return call.trace(*arguments)
+
+
+def copied(tree: PyTree) -> PyTree:
+    """The tree with a copy of everything that a call which it is given up to takes away."""
+    leaves, treedef = jax.tree.flatten(tree)
+    gone = {id(x) for x in _given_up(tree)}
+    new = iter(_copies([x for x in leaves if id(x) in gone]))
+    return jax.tree.unflatten(treedef, [next(new) if id(x) in gone else x for x in leaves])
+
+
+def is_given_up(tree: PyTree) -> bool:
+    """Whether a call has taken something of it away."""
+    return any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(tree))
+
+
+@jax.jit
+def _copies(arrays: list[Any]) -> list[jax.Array]:
+    return [jnp.copy(x) for x in arrays]
+
+
+def _given_up(tree: PyTree) -> list[Any]:
+    leaves = jax.tree.leaves(tree, is_leaf=is_frozen)
+    return [x for x in leaves if not is_frozen(x) and eqx.is_array(x) and x.ndim]
 
 
 def _as_jax(x: Any) -> jax.Array:

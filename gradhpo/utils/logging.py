@@ -53,6 +53,11 @@ class _FileLogger(abc.ABC):
         return {"path": self._given}
 
     @property
+    def reads_states(self) -> bool:
+        """Whether more of the states is read than their number."""
+        return self._extra is not None
+
+    @property
     def unwritten(self) -> str | None:
         """What the report of a run says of lines that are not in the file."""
         if self._error is None:

@@ -125,9 +125,7 @@ def has_explicit_axes(tree: PyTree) -> bool:
 
 def sharded_like(x: Array, like: Any) -> Array:
     """`x` with the sharding in the type of `like`, which arrays have under explicit mesh axes."""
-    if not has_explicit_axes(like):
-        return x
-    return jax.sharding.reshard(x, jax.typeof(like).sharding)
+    return placed_as(x, jax.typeof(like).sharding)
 
 
 def everywhere(tree: PyTree) -> PyTree:
@@ -174,6 +172,12 @@ def zeros_of(abstract: PyTree) -> PyTree:
         return jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding if explicit else None)
 
     return jax.tree.map(zeros, abstract)
+
+
+def placed_as(x: Array, sharding: Any) -> Array:
+    """`x` with a sharding that is part of a type, as it is under explicit mesh axes."""
+    explicit = AxisType.Explicit in sharding.mesh.axis_types
+    return jax.sharding.reshard(x, sharding) if explicit else x
 
 
 def _is_placed(x: Any) -> bool:

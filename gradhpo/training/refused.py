@@ -1,0 +1,45 @@
+"""How many steps in a row were refused, counted on the device, which has the next chunk already."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Refused(eqx.Module):
+    """What the chunks of a run hand on: a chunk behind one that ends the run takes no step.
+
+    The state before it, which it was given, is then where it was. `Record` counts in the same way.
+
+    - `limit`: so many in a row end the run.
+    - `in_a_row`: refused without a break up to here.
+    - `over`: whether there ever were as many as the limit.
+    """
+
+    limit: Int[Array, ""]
+    in_a_row: Int[Array, ""]
+    over: Bool[Array, ""]
+
+    @classmethod
+    def at_first(cls, limit: int, in_a_row: int) -> "Refused":
+        """Where a run begins, or goes on."""
+        whole = lambda x: jnp.asarray(min(x, 2**31 - 1), jnp.int32)
+        return cls(whole(limit), whole(in_a_row), jnp.asarray(False))
+
+    def after(self, before: Float[Array, ""], counted: Float[Array, " steps"]) -> "Refused":
+        """After more steps; `counted` is the metric `rejected` at each, `before` in front of them.
+
+        ```python
+        first = Refused.at_first(2, 0)
+        assert not first.after(jnp.asarray(3.0), jnp.array([4.0, 4.0, 5.0])).over
+        assert first.after(jnp.asarray(3.0), jnp.array([4.0, 5.0, 5.0])).over
+        ```
+        """
+        refused = jnp.diff(counted, prepend=before) > 0
+        number = 1 + jnp.arange(len(counted), dtype=jnp.int32)
+        accepted = jax.lax.cummax(jnp.where(refused, 0, number))  # the last one so far
+        in_a_row = number - accepted + jnp.where(accepted == 0, self.in_a_row, 0)
+        over = self.over | jnp.any(in_a_row >= self.limit)
+        return dataclasses.replace(self, in_a_row=in_a_row[-1], over=over)
