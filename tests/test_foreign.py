@@ -104,6 +104,8 @@ def test_operations_have_the_names_that_are_looked_for():
     assert names_in(jax.vmap(solve), jnp.ones(3)) & set(foreign.OPEN_LOOPS)
     assert any(map(foreign.is_custom_vjp, names_in(own_rule, x)))
     assert programs.contains(jax.make_jaxpr(own_rule)(x).jaxpr, foreign.is_custom_vjp)
+    checks = lambda x: eqx.error_if(x, x > 0, "x is too large")
+    assert names_in(checks, x) & set(foreign.CALLBACKS)
     assert any(map(foreign.is_recomputed, names_in(jax.checkpoint(jnp.sin), x)))
     assert any(map(foreign.is_recomputed, names_in(eqx.filter_checkpoint(jnp.sin), x)))
 

@@ -46,7 +46,6 @@ class Chunk(eqx.Module):
     record: Callable | None = None
     start: Start | None = None
     continues: bool = eqx.field(static=True, default=False)
-    shows: bool = eqx.field(static=True, default=True)  # callbacks see what an episode reached
     refused: Refused | None = None
 
     @functools.partial(compiled, gives_up=(1,))
@@ -80,7 +79,7 @@ class Chunk(eqx.Module):
     ) -> tuple[
         BilevelState,
         InnerState,
-        InnerState | None,
+        InnerState,
         dict[str, Array],
         Bool[Array, " leaves"],
         Refused | None,
@@ -89,7 +88,7 @@ class Chunk(eqx.Module):
 
         `start` holds the initial parameters and model state of the current episode. Returns the
         state, the same of the next (or still the same) episode, the same as the last step reached
-        them (if the chunk `shows` it), the stacked metrics, and which hyperparameters ever moved.
+        them, the stacked metrics, and which hyperparameters ever moved.
         """
         self._record(state, f"run (chunks of {episodes} x {length})")
 
@@ -114,14 +113,13 @@ class Chunk(eqx.Module):
 
             ended = state.step % steps_per_episode == 0
             arrays, start = jax.lax.cond(ended, restarted, lambda: (_arrays(state), start))
-            reached = inner_state(state)._replace(s=None) if self.shows else None
-            return (arrays, start, reached), (metrics, aux, moved)
+            return (arrays, start, inner_state(state)._replace(s=None)), (metrics, aux, moved)
 
         def run(carry: tuple[BilevelState, InnerState]):
             (arrays, static), start = carried(carry[0]), carry[1]
             (arrays, start, reached), others = jax.lax.scan(
                 functools.partial(body, static=static),
-                (arrays, start, start if self.shows else None),
+                (arrays, start, start),
                 jnp.arange(episodes, dtype=jnp.int32),
             )
             return (eqx.combine(arrays, static), start), (reached, others)

@@ -26,13 +26,14 @@ from gradhpo.data.sources import Feed
 from gradhpo.training.callbacks import Callbacks
 from gradhpo.training.chunk import Chunk, started
 from gradhpo.training.flight import Flight, at_the_end, on_host
+from gradhpo.training.handover import Handover
 from gradhpo.training.keeper import Keeper
 from gradhpo.training.record import Record, looks_finite, norm_of
 from gradhpo.training.recorded import check_names
 from gradhpo.training.refused import Refused
 from gradhpo.training.report import states_lost
 from gradhpo.training.stopping import Interrupts, Stopped, failing, how_to_save_memory
-from gradhpo.utils.dispatch import copied, is_given_up
+from gradhpo.utils.dispatch import is_given_up
 from gradhpo.utils.processes import check_shared, is_shared, numbers, together
 from gradhpo.utils.progress import ProgressBar
 from gradhpo.utils.settings import outer_rate
@@ -74,7 +75,8 @@ class Driver:
         self.refusal = ""  # why every step is refused although its metrics are finite
         self.zeros: list[int] | None = None  # leaves whose hypergradient was 0 in every step
         self.lost = ""  # which states are, if any
-        self._keeps: bool | None = None  # whether every state outlives the chunk behind it
+        reads = self.callbacks.read_states
+        self._handover = Handover(self.state, reads, self.feed.from_host)
         self._callbacks_saw_all = True  # of what the record holds
         self._advice = how_to_save_memory(algorithm_of(self.optimizer))
 
@@ -119,19 +121,21 @@ class Driver:
         following = next(shapes, None)
         flying: collections.deque[Flight] = collections.deque()
         ending: Stopped | None = None
+        most = lambda: self._handover.chunks_in_flight
         try:
             self._stop_if_over()
             while following or flying:
-                while following and not (ending or interrupts.asked) and len(flying) < 2:
+                while following and not (ending or interrupts.asked) and len(flying) < most():
                     launched, ending = self._launch(*following, [*flying])
                     flying.extend(launched)
                     following = next(shapes, None)
                 if flying:
-                    flight = self._land(flying, bar)
+                    landed = self._land(flying, bar)
                     over = ending is not None or interrupts.asked
                     # Else the end is kept, which is the same.
-                    if (flying or (following and not over)) and self._is_due(flight):
+                    if (flying or (following and not over)) and self._is_due(landed):
                         self.save("")
+                    del landed  # and its state
                 if interrupts.asked and (following or flying) and not is_given_up(self.state):
                     return Stopped("interrupted")
                 if ending and not flying:
@@ -219,14 +223,15 @@ class Driver:
             positions = self.feed.positions() if self.keeper is not None else {}
             with failing("device error", may_return=may_return, advice=self._advice):
                 about = self.rate, self.record_fn, self.start_fn, self.steps_per_episode != 1
-                shows = self.callbacks.read_states
-                chunk = Chunk(self.optimizer, self.losses, train, val, *about, shows, last.refused)
-                settings = (taken,)
+                chunk = Chunk(self.optimizer, self.losses, train, val, *about, last.refused)
+                given, settings = (without_aux(last.state),), (taken,)
                 if by_episodes:
+                    given = *given, last.start
                     settings = self.reptile_rate, taken // length, length, self.steps_per_episode
+                keep = last is self or self._is_due(before[-1])
                 try:
-                    given = self._to_give_up(last, chunk, *settings)
-                    state, start, *found = chunk.launch(*given, *settings)
+                    given = self._handover.given_up(given, settings, chunk, keep)
+                    state, start, reached, *found = chunk.launch(*given, *settings)
                 except (TypeError, AttributeError) as error:
                     refuse_text(error, **chunk.example())
                     raise
@@ -235,25 +240,10 @@ class Driver:
         check_names(state.metadata.aux, self.callbacks.monitored)
         in_all = taken + (before[-1].taken if before else self.record.taken)
         start = last.start if start is None else start
+        reached = reached if self.callbacks.read_states else None
         about_it = {"positions": positions, "may_return": may_return, "taken": in_all}
-        flight = Flight(chunk, state, start, *found, **about_it)
+        flight = Flight(chunk, state, start, reached, *found, **about_it)
         return [flight], None if taken == wanted else self._out_of_data(may_return=True)
-
-    def _to_give_up(self, last: "Flight | Driver", chunk: Chunk, *settings: Any) -> tuple[Any, ...]:
-        """The state that a chunk starts from, and the start of an episode: copies if still read.
-
-        The caller's state is, one that callbacks see or a checkpoint is due of, and one to return
-        if a check within the loss may fail. Behind `max_rejections` a chunk leaves its state as it
-        is, and before any other ending the chunks in flight are waited for: with no copy, a run
-        takes the memory of a donated scan.
-        """
-        given = (without_aux(last.state), last.start)
-        if self.steps_per_episode is None:
-            given = given[:1]
-        if self._keeps is None:
-            self._keeps = self.callbacks.read_states or chunk.may_raise(*given, *settings)
-        kept = isinstance(last, Driver) or self._keeps or self._is_due(last)
-        return copied(given) if kept else given
 
     def _out_of_data(self, may_return: bool) -> Stopped:
         if self.feed.failure is not None:
