@@ -32,6 +32,7 @@ from benchmarks.costs import (
     methods,
     networks,
     replays,
+    run_memory,
     scaling,
 )
 from benchmarks.peers import budget, earlier, implicit, pytorch
@@ -44,6 +45,7 @@ TABLES = {
     "loop": loops.print_loops,
     "compile": compiled.print_compile_times,
     "memory": compiled.print_memory,
+    "run_memory": run_memory.print_run_memory,
     "exact": loops.print_exact,
     "networks": networks.print_networks,
     "convolutions": convolutions.print_convolutions,

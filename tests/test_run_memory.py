@@ -256,17 +256,20 @@ def test_an_iterator_that_ends_leaves_the_last_state(kind):
     assert_same(state, run(9, iter(BATCHES * 2), **settings)[0])
 
 
-def test_a_logger_that_fails_leaves_a_state():
+def test_a_logger_that_fails_leaves_a_state(tmp_path):
     def failing(state, metrics):
         if int(state.step) == 6:
             raise OSError("no paper")
 
     failing.reads_states = False  # pyright: ignore[reportFunctionMemberAccess]
+    saved = gradhpo.Checkpoint(tmp_path, every_steps=9)
     with pytest.warns(RuntimeWarning, match="A callback failed: OSError: no paper"):
-        state, history = run(30, callbacks=[failing])
+        state, history = run(30, callbacks=[failing], checkpoint=saved)
     assert history.stop_reason == "callback error"
     assert state.step == len(history["val_loss"]) == 9  # that of step 6 was given up
     assert_same(state, run(9)[0])
+    # It has not seen all of them: they are repeated from the checkpoint before.
+    assert gradhpo.load_checkpoint(tmp_path, state)[0].step == 0
 
 
 def fragile(fails_at):

@@ -160,10 +160,12 @@ class Driver:
             aux = {name: self.state.metadata[name] for name in self.state.metadata.aux}
             self.state = with_aux(without_aux(flying[0].state), aux)
             self.start = flying[0].start
+        seen = self._callbacks_saw_all
         for _ in range(len(flying)):
             if is_given_up(self.state):
                 with contextlib.suppress(Stopped):
                     self._land(flying, bar)
+        self._callbacks_saw_all &= seen
         if is_given_up(self.state):
             self.lost = states_lost(self.record.taken, int(self._given.step))
             self.state, self.start = self._given, inner_state(self._given)._replace(s=None)

@@ -76,7 +76,10 @@ def run(
     r"""Runs many outer steps, as chunks of one compiled `lax.scan` each.
 
     Every step draws `optimizer.num_inner_steps` training batches (as a `BatchStack`) and one
-    validation batch. Python runs only between chunks; the caller's state is left intact.
+    validation batch. Python runs only between chunks; the caller's state is left intact. Every
+    chunk writes over the state before it, as a donated scan does, unless something may still read
+    that one: a callback, a checkpoint that is due, or `run` itself, which returns it after an
+    `eqx.error_if` in a loss.
 
     **Arguments:**
 
@@ -103,7 +106,7 @@ def run(
         that looks ahead, [`OnlineHypergradientOptimizer`][gradhpo.OnlineHypergradientOptimizer]).
     - `callbacks`: called as `callback(state, metrics)` after each chunk, where `metrics` is a dict
         of arrays `[steps in the chunk]`; `True` stops the run, `False` and `None` continue it, and
-        anything else is an error. Built-in:
+        anything else is an error. A state stays valid after the call. Built-in:
         [`EarlyStopping`][gradhpo.EarlyStopping], [`BestState`][gradhpo.BestState],
         [`TimeLimit`][gradhpo.TimeLimit], [`JSONLinesLogger`][gradhpo.JSONLinesLogger],
         [`CSVLogger`][gradhpo.CSVLogger].
@@ -129,11 +132,12 @@ def run(
         passes its part of every batch, and iterators need this: it says how the whole is spread.
 
     **Returns:** `(state, history)`, see [`History`][gradhpo.History]. Ctrl-C also returns them,
-    after the current chunk; a second one raises.
+    after the chunks that the device has, two at most; a second one raises.
 
     **Raises:** `TypeError` or `ValueError` for misuse, before the first step is taken, and any
     failure within the first chunk. A later failure (an iterator, a callback, the device) ends the
-    run: a warning says so, and `run` returns the state and history so far.
+    run: a warning says so, and `run` returns the state and history so far. If the device fails
+    while it writes over the last state, they are the given state and an empty history.
 
     ```python
     train_loss = lambda w, h, batch: jnp.mean((w - h) ** 2 * batch)
