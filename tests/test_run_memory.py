@@ -309,7 +309,7 @@ def test_a_device_that_fails_over_a_state_leaves_the_first(kind, saves, tmp_path
         settings = {"checkpoint": gradhpo.Checkpoint(tmp_path, every_steps=6)} | settings
     said = "The states after its first 9 steps are gone.* was given, of step 0"
     with pytest.warns(RuntimeWarning, match=said):
-        state, history = run(15, state=begun, **fragile(10), **settings)
+        state, history = run(18, state=begun, **fragile(10), **settings)
     assert history.stop_reason == "loss error"
     assert state.step == len(history["val_loss"]) == 0
     assert_same(state, begun)
