@@ -97,7 +97,7 @@ def go_together(
         if not flying:
             return ending or Stopped("num_steps")
         if len(flying) == 2 or not following or ending or asked:
-            outcome = _attempt(driver._land, flying.popleft(), bar)
+            outcome = _attempt(driver._land, flying, bar)
 
 
 def _said_of_chunk(driver: Driver) -> dict[str, Any]:

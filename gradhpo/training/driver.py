@@ -75,7 +75,7 @@ class Driver:
         self.refusal = ""  # why every step is refused although its metrics are finite
         self.zeros: list[int] | None = None  # leaves whose hypergradient was 0 in every step
         self.lost = ""  # which states are, if any
-        reads = self.callbacks.read_states
+        reads = self.callbacks.read_states or self.shared
         self._handover = Handover(self.state, reads, self.feed.from_host)
         self._callbacks_saw_all = True  # of what the record holds
         self._advice = how_to_save_memory(algorithm_of(self.optimizer))

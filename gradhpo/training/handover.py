@@ -18,6 +18,8 @@ class Handover:
     every state if a check within a loss may fail, since the one before is returned then. No other
     ending needs a copy: behind `max_rejections` a chunk leaves its state as it is, and otherwise
     the chunks in flight are waited for. Without copies a run takes the memory of a donated scan.
+    Where several processes share the state, each chunk gets a copy: what ends the run in one of
+    them, the others hear of when the next chunk may be under way.
     """
 
     def __init__(self, state: BilevelState, read: bool, from_host: bool):
