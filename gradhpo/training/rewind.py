@@ -108,7 +108,8 @@ class Rewind:
         for start in todo:
             part = part if start == todo[0] else self._part(start)
             given = self._kept(start)[0], part, self.length(start), cotangent
-            cotangent = jax.block_until_ready(self.training.back(*given))
+            new = jax.block_until_ready(self.training.back(*given))
+            cotangent = jax.tree.map(_placed_as, new, cotangent)
             self._passed(start, cotangent)
             bar.advance(self.length(start), {"val_loss": np.atleast_1d(np.mean(self.val_loss))})
         self.seconds["back"] = time.perf_counter() - started
@@ -140,3 +141,8 @@ class Rewind:
             f"{self.segment} ({seconds}), with {count} state{'s' if count > 1 else ''} of "
             f"{size} kept {self.kept.where}.{self.resumed}"
         )
+
+
+def _placed_as(x: Array, like: Array) -> Array:
+    """All cotangents are where the first one is: in files, and for the program of a segment."""
+    return jax.device_put(x, like.sharding) if like.committed else x
