@@ -133,6 +133,7 @@ def test_four_devices_divide_the_costs_of_a_step(name, kind):
         assert found["reductions"] <= REDUCTIONS[name]
 
 
+@pytest.mark.thorough
 def test_a_run_goes_on_with_fewer_devices(tmp_path):
     expected = on_devices("resumed", 1, 12, tmp_path / "one", count=1)["hyperparams"]
     on_devices("resumed", 4, 6, tmp_path / "four")

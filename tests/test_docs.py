@@ -60,7 +60,7 @@ SHOWN = re.compile(r"^```python\n(.*?)^```(?:\n\n```text\n(.*?)^```)?", re.MULTI
 NUMBER = re.compile(r"[-+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?")
 
 
-QUICK = {"getting_started.md", "own_algorithm.md", "how_to/running_state.md"}
+QUICK = {"getting_started.md"}
 
 
 @pytest.mark.parametrize(

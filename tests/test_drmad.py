@@ -48,7 +48,10 @@ def test_one_step_is_exact(optimizer_name, getkey):
     assert relative_error(found, exact) < 1e-12
 
 
-@pytest.mark.parametrize(("problem_name", "optimizer_name"), [("loss", "adam"), ("layers", "adam")])
+@pytest.mark.parametrize(
+    ("problem_name", "optimizer_name"),
+    quick([("loss", "adam"), ("layers", "adam")], keep=[("loss", "adam")]),
+)
 def test_with_adam_it_is_near_the_exact_one_on_a_smooth_problem(
     problem_name, optimizer_name, getkey
 ):

@@ -62,6 +62,7 @@ def test_learned_learning_rates_beat_a_fixed_one(tmp_path):
         assert loss[name] < 0.7 * loss["fixed rate"], name
 
 
+@pytest.mark.thorough
 def test_all_say_what_they_do():
     program = f"""
 import contextlib, importlib
@@ -77,7 +78,7 @@ for name in {ALL!r}:
     "name",
     quick(
         sorted(set(ALL) - {"data_hypercleaning", "learned_learning_rates", "regularisation"}),
-        keep=["which_algorithm"],
+        keep=[],
     ),
 )
 def test_quick_form_prints_a_table_and_saves_a_picture(name, tmp_path):

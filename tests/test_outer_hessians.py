@@ -85,7 +85,7 @@ STEPS = 100  # to 1e-13 of the optimum
 SOLVERS = {"default": None, "CG": lx.CG(**TIGHT)}
 
 
-@pytest.mark.parametrize("name", list(SOLVERS))
+@pytest.mark.parametrize("name", quick(list(SOLVERS), keep=["default"]))
 def test_implicit_outer_hessians_are_those_of_ridge_regression(name):
     optimizer = gradhpo.ImplicitOptimizer(SGD, linear_solver=SOLVERS[name], inner_steps=STEPS)
     gradient, hessian = closed_form()
