@@ -83,6 +83,7 @@ def test_rows_may_take_the_whole_card_unless_the_user_says_otherwise(monkeypatch
     assert "XLA_CLIENT_MEM_FRACTION" not in gpu.of_rows("folder")
 
 
+@pytest.mark.thorough
 def test_a_process_that_is_stopped_or_fails_keeps_what_it_said():
     sleeping = "print('first', flush=True); import time; time.sleep(1_000)"
     assert python("-c", sleeping, limit=3) == Ended("first\n", "stopped after 3 s")

@@ -164,6 +164,7 @@ def test_a_product_keeps_nothing_that_a_loss_recomputes():
     assert memory <= 2.6
 
 
+@pytest.mark.thorough
 def test_a_product_of_a_large_loss_keeps_less(monkeypatch):
     """Above the limit it recomputes, and `plan` says so."""
     optimizer, state, batch = deep_problem(4)

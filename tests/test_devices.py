@@ -55,6 +55,7 @@ def check(cases):
         assert not found["alone"], name
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("axes", "spread", "few"), CASES)
 def test_sums_begin_where_their_terms_are(axes, spread, few):
     names = [name for name in SUMS if (name in FEW_SUMS) == few]
@@ -86,6 +87,7 @@ def test_runs_with_batches_that_are_spread(axes, spread, name):
         assert not found["moved"], case
 
 
+@pytest.mark.thorough
 def test_a_quarter_of_the_work_for_each_of_four_devices():
     for case, share in on_devices("flops", "greedy").items():
         assert share < 0.3, case

@@ -26,8 +26,9 @@ from test_compare import (
 )
 
 import gradhpo
-from gradhpo.diagnostics import cost, tables
+from gradhpo.diagnostics import cost
 from gradhpo.diagnostics.cost import Program
+from gradhpo.utils import tables
 
 
 # -- over batches ------------------------------------------------------------------------

@@ -310,6 +310,7 @@ def test_good_step_of_finite_differences():
     np.testing.assert_allclose(ratio, 1e4, rtol=0.1)
 
 
+@pytest.mark.thorough
 def test_a_saturated_step_is_too_large():
     """Far beyond a sigmoid the differences fall with 1 / epsilon, as rounding grows."""
     weighted = lambda w, h, batch: jax.nn.sigmoid(h["decay"]) * error(w - h["shift"], batch)

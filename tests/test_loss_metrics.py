@@ -256,6 +256,7 @@ def test_adopt_keeps_them_and_notes_stay_notes():
         state.update(metadata={"val_twice": jnp.asarray(1.0)})
 
 
+@pytest.mark.thorough
 def test_diagnostics_take_such_losses():
     optimizers = {
         "one step": build("one step", relaxed(optax.sgd(0.1))),

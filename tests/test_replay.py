@@ -121,6 +121,7 @@ def test_is_the_unrolled_hypergradient(segment):
     assert_same(found.state.outer_opt_state, start().outer_opt_state)
 
 
+@pytest.mark.thorough
 def test_two_hundred_steps_of_a_network():
     problem, inner = make("optimizer", "momentum", jax.random.key(1))
     losses = gradhpo.LossFunctions(problem.train_loss, problem.val_loss)
@@ -159,6 +160,7 @@ def test_loaders_are_gone_through_again(kind):
     assert_equal(replayed(SOURCES[kind]()), unrolled(gradhpo.BatchStack.of(batches)))
 
 
+@pytest.mark.thorough
 def test_one_batch_with_a_key_is_that_of_run():
     """The key is folded with the outer and the inner step, as `run` does it."""
 
@@ -184,6 +186,7 @@ def test_hyperparameters_in_the_start_of_training():
     assert_equal(found, unrolled(DATA.stack(0, 7), start(optimizer), inner))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("rule", ["grad_fn", "update_fn"])
 def test_rules_of_the_user(rule):
     gradient = jax.grad(train_loss)
@@ -237,6 +240,7 @@ def test_each_query_is_a_replay_of_its_own():
     )
 
 
+@pytest.mark.thorough
 def test_a_key_is_shared_by_all_queries():
     def noisy(w, h, batch):
         x, y, key = batch
@@ -405,6 +409,12 @@ def test_wrappers_are_refused():
     tasks = gradhpo.TaskBatched(OPTIMIZER, num_tasks=2)
     with pytest.raises(ValueError, match="TaskBatched runs several"):
         replayed(optimizer=tasks)
+
+
+def test_a_state_of_another_optimizer_is_refused():
+    other = gradhpo.OneStepOptimizer(relaxed(optax.sgd(0.1)), OUTER)
+    with pytest.raises(ValueError, match=r"state.inner_opt_state"):
+        replayed(state=start(other))
 
 
 def test_losses_are_checked_before_the_first_step():

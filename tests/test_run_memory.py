@@ -91,6 +91,7 @@ def alive(num_steps=12, **settings):
     return counts
 
 
+@pytest.mark.thorough
 def test_states_alive_at_the_end_of_a_chunk(monkeypatch):
     """One: that of the chunk at work, or at the end of a run the last one."""
     assert alive() == [3, 3, 3, 3]
@@ -100,6 +101,7 @@ def test_states_alive_at_the_end_of_a_chunk(monkeypatch):
     assert alive(callbacks=[watching]) == [3, 3, 3, 3]
 
 
+@pytest.mark.thorough
 def test_the_best_state_is_kept_once():
     values = [1.0, 3.0, 0.5, 2.0]
     best = gradhpo.BestState(lambda state: values[int(state.step) // 3 - 1])
@@ -163,6 +165,7 @@ def test_one_array_in_two_places():
     assert not is_given_up((ones, found))
 
 
+@pytest.mark.thorough
 def test_logs_need_no_states(tmp_path):
     """They are written of states that are gone."""
     run(callbacks=[gradhpo.CSVLogger(tmp_path / "kept"), watching])

@@ -156,6 +156,7 @@ def replay(
     if queries:
         examples = tuple(x for x in jax.tree.leaves(val_batch) if not is_shared(x))
         check_leading_axis(examples, "replay(queries=True) takes val_batch apart; it")
+    optimizer._check_state(without_aux(state))
     shared = is_of_all(state)
     if shared:
         about = {"num_steps": num_steps, "segment": segment, "queries": queries}
