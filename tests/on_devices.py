@@ -289,6 +289,23 @@ def replays(axes, spread):
     return found
 
 
+def moving(axes):
+    """A spread hyperparameter beside parameters that are not, which the compiler would spread."""
+    here = Mesh(axes)
+    loss = lambda w, h, batch: jnp.sum((w - here.whole(h)) ** 2)
+    optimizer, both = gradhpo.OneStepOptimizer(INNER), gradhpo.LossFunctions(loss, loss)
+    given = jnp.arange(8.0), jnp.ones(8)
+    placed = jax.device_put(given[0], here.everywhere), jax.device_put(given[1], here.split)
+    settings = {"num_steps": 7, "segment": 3, "progress": False}
+    whole = gradhpo.LossFunctions(*2 * [lambda w, h, batch: jnp.sum((w - h) ** 2)])
+    expected = gradhpo.replay(optimizer, optimizer.init(*given), None, None, whole, **settings)
+    with jax.set_mesh(here.mesh):
+        start = optimizer.init(*placed)
+        got = gradhpo.replay(optimizer, start, None, None, both, **settings)
+    of = lambda made: (made.hypergradient, made.state.params)
+    return {"error": furthest(of(got), of(expected)), "moved": moved(start, got.state)}
+
+
 def uneven():
     """What 18 examples for four devices are answered with, from each kind of source."""
     here = Mesh()

@@ -148,6 +148,10 @@ def test_a_run_goes_on_with_fewer_devices(tmp_path):
 @pytest.mark.parametrize("axes", ["Auto", "Explicit"])
 @pytest.mark.parametrize("spread", ["data", "state"])
 def test_whole_runs_are_replayed(axes, spread):
+    if spread == "state":
+        found = on_devices("moving", axes)
+        assert found["error"] < 1e-12
+        assert not found["moved"]
     for case, found in on_devices("replays", axes, spread).items():
         assert found["error"] < 1e-12, case
         assert not found["moved"], case

@@ -310,8 +310,13 @@ def killed_after(monkeypatch, writes, **settings):
             replayed(**settings)
 
 
-@pytest.mark.parametrize("source", ["arrays", "loader"])
-@pytest.mark.parametrize("queries", [False, True])
+@pytest.mark.parametrize(
+    ("queries", "source"),
+    quick(
+        [(queries, source) for queries in (False, True) for source in ("arrays", "loader")],
+        keep=[(True, "loader")],
+    ),
+)
 def test_goes_on_where_it_was_bit_for_bit(tmp_path, monkeypatch, queries, source):
     of = {"arrays": lambda: DATA, "loader": Loader}[source]
     whole = replayed(of(), queries=queries)
@@ -355,13 +360,71 @@ def test_killed_five_times(tmp_path):
     assert_same(found.state, expected.state)
 
 
-@pytest.mark.parametrize(
-    "other", [{"num_steps": 24}, {"segment": 3}, {"queries": True}, {"val": (X[1:9], VAL[1])}]
-)
+OTHERS = [
+    {"segment": 3},
+    *(
+        pytest.param(other, marks=pytest.mark.thorough)
+        for other in ({"num_steps": 24}, {"queries": True}, {"val": (X[1:9], VAL[1])})
+    ),
+]
+
+
+@pytest.mark.parametrize("other", OTHERS)
 def test_a_directory_holds_one_replay(tmp_path, monkeypatch, other):
     killed_after(monkeypatch, 3, store=tmp_path)
     with pytest.raises(ValueError, match="holds another replay"):
         replayed(store=tmp_path, **other)
+
+
+@pytest.mark.parametrize("which", quick(["train_loss", "val_loss"], keep=["val_loss"]))
+def test_another_loss_is_another_replay(tmp_path, which):
+    replayed(store=tmp_path)
+    functions = {"train_loss": train_loss, "val_loss": val_loss}
+    functions[which] = lambda w, h, batch: 1.01 * vars(LOSSES)[which](w, h, batch)
+    with pytest.raises(ValueError, match=f"losses holds other values .at \\['{which}'\\]"):
+        gradhpo.replay(
+            OPTIMIZER, start(), DATA, VAL, gradhpo.LossFunctions(**functions),
+            num_steps=23, store=tmp_path, progress=False,
+        )  # fmt: skip
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("damaged", ["state-0000000010", "state-0000000023", "bar-0000000010"])
+def test_a_damaged_file_is_made_again(tmp_path, monkeypatch, damaged):
+    killed_after(monkeypatch, 9, store=tmp_path)  # 6 states, and 3 of 5 cotangents
+    path = tmp_path / f"{damaged}.ckpt"
+    path.write_bytes(path.read_bytes()[:-8])
+    if damaged != "state-0000000010" or not list(tmp_path.glob("bar-*")):
+        with pytest.raises(ValueError, match="Move it away, and the replay makes it again"):
+            replayed(store=tmp_path)
+    path.unlink()
+    assert_same(replayed(store=tmp_path).hypergradient, replayed().hypergradient)
+
+
+def test_batches_that_are_placed_compile_nothing_twice():
+    device = jax.devices()[0]
+    of_all = gradhpo.ArrayData(jax.device_put((X[8:], Y[8:]), device), 6, jax.random.key(0))
+    before = num_compiled[0]
+    replayed(of_all, num_steps=24, segment=6, val=jax.device_put(VAL, device))
+    compiled = num_compiled[0] - before
+    replayed(of_all, num_steps=36, segment=6, val=jax.device_put(VAL, device))
+    assert num_compiled[0] - before == compiled
+
+
+num_compiled = [0]
+
+
+def _count(event, *_, **__):
+    num_compiled[0] += "backend_compile" in event
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+def test_under_debug_nans():
+    with jax.debug_nans(True):
+        found = replayed(num_steps=4, queries=True)
+    assert np.isnan(found.state.metadata["hypergrad_norm"])
 
 
 # -- misuse and failures -----------------------------------------------------------------------
@@ -384,7 +447,7 @@ def test_a_loader_that_shuffles_anew_is_found_out():
             for first in range(0, 30, 6):
                 yield X[order[first : first + 6]], Y[order[first : first + 6]]
 
-    with pytest.raises(ValueError, match="another one"):
+    with pytest.raises(ValueError, match="differs on the way back"):
         replayed(Shuffling())
 
 
@@ -432,6 +495,8 @@ def test_training_that_diverges_ends_the_replay():
         found = replayed(state=state)
     assert all(np.all(np.isnan(x)) for x in jax.tree.leaves(found.hypergradient))
     assert "diverged" in found.report
+    assert found.report.startswith("5 of 23 inner steps in 1 segment of 5")
+    assert found.state.step == 5
 
 
 def test_a_hypergradient_of_zero_is_explained():

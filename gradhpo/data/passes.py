@@ -19,6 +19,11 @@ from gradhpo.utils.description import differences
 
 
 _NAME = "train_data"
+_DIFFERS = (
+    f"batch {{}} of {_NAME} differs on the way back from what it was on the way forward: a replay "
+    "needs the same batches in every pass, so pass a loader that shuffles by a seed of its own, or "
+    "gradhpo.ArrayData"
+)
 
 
 class Part(eqx.Module):
@@ -86,9 +91,11 @@ class ByLoader(Passes):
         if at == start and start > 0:
             source.release_oldest()
         elif at != start:
-            source.close()
             source = self._begun()
-            source.resume(dict(self._positions[str(start)]))
+            try:
+                source.resume(dict(self._positions[str(start)]))
+            except ValueError as error:
+                raise ValueError(_DIFFERS.format(start - 1)) from error
         if source.draw(length, in_part=False) < length:
             raise ValueError(f"{_NAME} is a loader without a single batch")
         batches = source.fetch(length)
@@ -101,11 +108,7 @@ class ByLoader(Passes):
         before = self._positions.setdefault(end, position)
         found, expected = position.get("last"), before.get("last")
         if found is not None and expected is not None and differences(expected, found):
-            raise ValueError(
-                f"batch {int(end) - 1} of {_NAME} is another one on the way back than it was on "
-                "the way forward: a replay needs the same batches in every pass, so pass a loader "
-                "that shuffles by a seed of its own, or gradhpo.ArrayData"
-            )
+            raise ValueError(_DIFFERS.format(int(end) - 1))
 
     def positions(self) -> dict[str, Any]:
         return self._positions

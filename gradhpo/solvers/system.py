@@ -137,7 +137,8 @@ class _Solve(eqx.Module):
             state = self.solver.init(operator, options)
             value, result, statistics = self.solver.compute(state, rhs, options)
         except ValueError as error:
-            if getattr(self.solver, "approximates", False) or not has_explicit_axes(rhs):
+            knows = ("approximates", "keeps_shardings")
+            if any(getattr(self.solver, x, False) for x in knows) or not has_explicit_axes(rhs):
                 raise
             raise ValueError(_UNDER_EXPLICIT_AXES) from error
         failed = (result != lx.RESULTS.successful) & (result != lx.RESULTS.max_steps_reached)

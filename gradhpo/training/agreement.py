@@ -59,7 +59,8 @@ def go_together(
     asked, first = False, is_first(shared=True)
     outcome = _attempt(driver._stop_if_over)
     while True:
-        launches = following is not None and not (ending or asked) and len(flying) < 2
+        most = driver._handover.chunks_in_flight
+        launches = following is not None and not (ending or asked) and len(flying) < most
         steps, data = 0, _Outcome()
         if launches and following and not (outcome.error or (first and outcome.reason)):
             steps, data = _draw(driver, *following, [*flying])
@@ -96,7 +97,7 @@ def go_together(
             driver.save("")
         if not flying:
             return ending or Stopped("num_steps")
-        if len(flying) == 2 or not following or ending or asked:
+        if len(flying) == most or not following or ending or asked:
             outcome = _attempt(driver._land, flying, bar)
 
 

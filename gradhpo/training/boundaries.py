@@ -93,6 +93,7 @@ def _joined(parts: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: joined(x, y) if isinstance(x, jax.Array) else y, like, parts)
 
 
+_REMEDY = "Move it away, and the replay makes it again"
 _NAME = re.compile(r"(state|bar)-(\d{10})(?:-(\d+)of(\d+))?\.ckpt")
 
 
@@ -134,7 +135,7 @@ class InDirectory(Boundaries):
                     f"{self._directory} holds a replay of another number of processes: pass a new "
                     "directory"
                 )
-            header, _ = read_file(path, is_boundary_header)
+            header, _ = read_file(path, is_boundary_header, _REMEDY)
             differing = differences(header["description"], self._description)
             if differing:
                 raise ValueError(
@@ -158,10 +159,11 @@ class InDirectory(Boundaries):
 
     def get(self, kind: str, number: int, like: PyTree) -> tuple[PyTree, Any]:
         path, pieces = self._path(kind, number), _in_parts(like) if self._shared else like
-        header, body = read_file(path, is_boundary_header)
-        if header["leaves"] != leaves_of(pieces):
-            raise ValueError(f"{path} holds a tree of another structure: pass a new directory")
-        found = read_tree(body, pieces)
+        with together(self._shared):
+            header, body = read_file(path, is_boundary_header, _REMEDY)
+            if header["leaves"] != leaves_of(pieces):
+                raise ValueError(f"{path} holds a tree of another structure: pass a new directory")
+            found = read_tree(body, pieces)
         return (_joined(found, like) if self._shared else found), header["about"]
 
     def drop(self, kind: str, number: int) -> None:

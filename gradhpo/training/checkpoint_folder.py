@@ -20,7 +20,7 @@ from gradhpo.training.checkpoint_file import Leaves, read_file, write_file
 from gradhpo.utils.freezing import without_frozen
 from gradhpo.utils.keys import is_key
 from gradhpo.utils.placement import is_of_several
-from gradhpo.utils.processes import is_first, together
+from gradhpo.utils.processes import from_first, is_first, together
 
 
 SUFFIX = ".orbax"
@@ -42,6 +42,11 @@ def orbax() -> Any:
 def write_folder(path: Path, header: str, tree: PyTree) -> None:
     """Writes one checkpoint; called in all processes at once. Frozen leaves are left out."""
     leaves = [x for x in jax.tree.leaves(without_frozen(tree)) if eqx.is_array_like(x) or is_key(x)]
+    if from_first(True, lambda: is_folder(path)):  # of the same step: only what is said of it
+        with together(shared=True):
+            if is_first(shared=True):
+                write_file(path / _HEADER, header, None)
+        return
     with together(shared=True):
         if is_first(shared=True):
             remove_folder(path)

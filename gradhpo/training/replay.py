@@ -5,6 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ from gradhpo.core.checkpoints import square_root
 from gradhpo.core.exact import ExactHypergradient, with_its_update
 from gradhpo.core.inputs import LossFunctions
 from gradhpo.core.measured import without_aux
+from gradhpo.core.metadata import placed_nan
 from gradhpo.core.state import BilevelState, inner_state, with_inner_state, with_metrics
 from gradhpo.core.vanishing import explain_zeros
 from gradhpo.data.passes import as_passes
@@ -23,11 +25,11 @@ from gradhpo.data.sources import Feed, as_source
 from gradhpo.training.boundaries import Boundaries, InDirectory, InMemory
 from gradhpo.training.identity import identity
 from gradhpo.training.rewind import Diverged, Rewind
-from gradhpo.training.segments import Training, is_shared, measured
+from gradhpo.training.segments import Training, is_common, measured
 from gradhpo.utils.conversion import as_batch
-from gradhpo.utils.description import described
-from gradhpo.utils.placement import beside
-from gradhpo.utils.processes import check_alike, is_first, is_shared as is_of_all
+from gradhpo.utils.description import described, described_arrays
+from gradhpo.utils.placement import beside, settled
+from gradhpo.utils.processes import check_alike, check_shared, is_first, is_shared
 from gradhpo.utils.settings import check_count
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import check_leading_axis, check_single_batch
@@ -154,47 +156,57 @@ def replay(
     check_single_batch(val_batch, "val_batch")
     val_batch = as_batch(val_batch, "val_batch")
     if queries:
-        examples = tuple(x for x in jax.tree.leaves(val_batch) if not is_shared(x))
-        check_leading_axis(examples, "replay(queries=True) takes val_batch apart; it")
+        check_leading_axis(
+            eqx.filter(val_batch, lambda x: not is_common(x)),
+            "replay(queries=True) takes the examples of val_batch along axis 0 of every array "
+            "(constants belong in the loss), and val_batch",
+        )
     optimizer._check_state(without_aux(state))
-    shared = is_of_all(state)
+    shared = is_shared(state)
     if shared:
         about = {"num_steps": num_steps, "segment": segment, "queries": queries}
-        check_alike(**about, optimizer=described(optimizer), store=str(store))
+        check_alike(**about, optimizer=described(optimizer), store=store is not None)
     passes = as_passes(train_data, optimizer.num_inner_steps, shared)
     # What is compiled must not depend on their number, only on whether there are several.
     exact = with_its_update(optimizer, min(num_steps, 2))
     training = Training(exact, losses, val_batch, queries)
     at_start = beside(exact._adopt(without_aux(state), keep_memory=True), state)
     segment = square_root(num_steps) if segment is None else segment
+    first = passes.part(0, min(segment, num_steps))
+    check_shared(at_start, train_data=jax.tree.leaves(first.batches), val_batch=val_batch)
+    at_start = settled(at_start, (first, val_batch))
+    training.check(at_start, first)
     if store is None:
         kept: Boundaries = InMemory()
     else:
         feed = Feed(passes.source, as_source(val_batch, "val_batch", None))
         settings = {"num_steps": num_steps, "segment": segment, "queries": queries}
         about = identity(exact, at_start, feed, None, None, **settings)
+        about["losses"] = described_arrays(training.responses(at_start, first))
         kept = InDirectory(Path(store), about, shared)
     shown = progress if is_first(shared) else False
     with contextlib.closing(kept), muted(not is_first(shared)):
-        ways = Rewind(training, passes, kept, at_start, num_steps, segment, shown)
+        ways = Rewind(training, passes, first, kept, at_start, num_steps, segment, shown)
         try:
             found, where = ways.go(), ""
         except Diverged:
             lead = _num_queries(val_batch) if queries else ()
-            found = jax.tree.map(lambda x: jnp.full((*lead, *x.shape), jnp.nan), state.hyperparams)
+            with jax.debug_nans(False):
+                nan = lambda x: jnp.full((*lead, *x.shape), jnp.nan)
+                found = jax.tree.map(nan, state.hyperparams)
             where = (
                 f"Training diverged: parameters are not finite after inner step {ways.at:,}, or up "
                 f"to {segment} before, and the hypergradient is nan."
             )
     cast = lambda x, like: x.astype(like.dtype)
     found = jax.tree.map(cast, found, state.hyperparams)
-    end = with_inner_state(state, inner_state(ways.state))
-    end = dataclasses.replace(end, step=state.step + num_steps // optimizer.num_inner_steps)
+    end = with_inner_state(without_aux(state), inner_state(ways.state))
+    end = dataclasses.replace(end, step=state.step + ways.at // optimizer.num_inner_steps)
     param_norm, norm, moving, is_finite = measured(inner_state(end).w, found)
     metrics = {
         "train_loss": ways.loss,
         "val_loss": jnp.mean(ways.val_loss),
-        "hypergrad_norm": jnp.asarray(jnp.nan) if queries else norm,
+        "hypergrad_norm": placed_nan(norm.dtype) if queries else norm,
         "param_norm": param_norm,
     }
     kinds = {name: state.metadata[name] for name in metrics}
@@ -207,7 +219,7 @@ def replay(
 
 
 def _num_queries(val_batch: PyTree) -> tuple[int]:
-    return (next(x for x in jax.tree.leaves(val_batch) if not is_shared(x)).shape[0],)
+    return (next(x for x in jax.tree.leaves(val_batch) if not is_common(x)).shape[0],)
 
 
 def _remark(exact: ExactHypergradient, state: BilevelState, moving: Array, is_finite: bool) -> str:

@@ -1,20 +1,22 @@
 """What `replay` does, segment by segment, once its arguments are checked."""
 
 import dataclasses
+import itertools
+import math
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
+from gradhpo.core.metadata import placed_nan
 from gradhpo.core.reverse import Cotangent
 from gradhpo.core.state import BilevelState, inner_state, with_inner_state
 from gradhpo.data.passes import Part, Passes
 from gradhpo.training.boundaries import Boundaries
 from gradhpo.training.segments import Training
-from gradhpo.utils.processes import check_shared
 from gradhpo.utils.progress import ProgressBar
 from gradhpo.utils.tables import bytes_of
 from gradhpo.utils.trees import inexact_bytes
@@ -30,6 +32,7 @@ class Rewind:
 
     training: Training
     passes: Passes
+    first: Part | None  # the first segment's, until it is used
     kept: Boundaries
     start: BilevelState
     num_steps: int
@@ -38,8 +41,7 @@ class Rewind:
 
     def __post_init__(self):
         self.state, self.at = self.start, 0
-        self.loss: Array = jnp.asarray(jnp.nan)
-        self.val_loss: Array = jnp.asarray(jnp.nan)
+        self.loss = self.val_loss = placed_nan(jnp.result_type(float))
         self.resumed = ""
         self.seconds = {"forward": 0.0, "back": 0.0}
 
@@ -54,7 +56,9 @@ class Rewind:
 
     def go(self) -> PyTree:
         """The hypergradient in the dtype of sums; raises `Diverged`."""
-        there, back = self.kept.numbers("state"), self.kept.numbers("bar")
+        back = self.kept.numbers("bar")
+        there = self._there(back)
+        back = back if self.num_steps in there else []
         done = 2 * self.num_steps - back[0] if back else max([0, *there])
         if done:
             where = f"back, before step {back[0]:,}" if back else f"forward, after step {done:,}"
@@ -65,6 +69,14 @@ class Rewind:
             self._forward(bar, there)
             return self._back(bar, back)
 
+    def _there(self, back: list[int]) -> list[int]:
+        """The states to go on from: without a gap, or the end and all that is needed before."""
+        found = set(self.kept.numbers("state"))
+        needed = {start for start in self.starts if not back or start < back[0]}
+        if needed | {self.num_steps} <= found:
+            return [self.num_steps]
+        return list(itertools.takewhile(found.__contains__, [*self.starts, self.num_steps]))
+
     def _forward(self, bar: ProgressBar, there: list[int]) -> None:
         started = time.perf_counter()
         if there:
@@ -72,15 +84,16 @@ class Rewind:
             self.state, about = self._kept(self.at)
             self.loss = jnp.asarray(about["loss"], self.loss.dtype)
             self.passes.resume(about["positions"])
-        else:
-            self.training.check(self.start, self._part(0))
+            self.first = self.first if self.at == 0 else None
         while self.at < self.num_steps:
             length = self.length(self.at)
             given = self.state, self._part(self.at), length
             state, loss, finite = self.training.forward(*given)
             if self.at not in there:
                 self._keep()  # while the device is at work
-            self.state, self.at, self.loss = state, self.at + length, loss
+            z = jax.tree.map(_placed_as, inner_state(state), inner_state(self.start))
+            self.state = with_inner_state(self.start, z)
+            self.at, self.loss = self.at + length, loss
             if not bool(finite):
                 raise Diverged
             bar.advance(length, {"train_loss": np.asarray(loss)[None]})
@@ -116,9 +129,10 @@ class Rewind:
         return cotangent.hyperparams
 
     def _part(self, start: int) -> Part:
-        part, val_batch = self.passes.part(start, self.length(start)), self.training.val_batch
-        check_shared(self.start, train_data=jax.tree.leaves(part.batches), val_batch=val_batch)
-        return part
+        first, self.first = self.first, None
+        if first is not None and start == 0:
+            return first
+        return self.passes.part(start, self.length(start))
 
     def _passed(self, start: int, cotangent: Cotangent) -> None:
         """Nothing behind is needed again, but for the end."""
@@ -134,15 +148,16 @@ class Rewind:
     def report(self) -> str:
         """How it went."""
         size = bytes_of(inexact_bytes(inner_state(self.start)))
-        count = len(self.starts)
+        count = math.ceil(self.at / self.segment)
         seconds = ", ".join(f"{x:.1f} s {way}" for way, x in self.seconds.items())
+        of_all = "" if self.at == self.num_steps else f"of {self.num_steps:,} "
         return (
-            f"{self.num_steps:,} inner steps in {count} segment{'s' if count > 1 else ''} of "
-            f"{self.segment} ({seconds}), with {count} state{'s' if count > 1 else ''} of "
-            f"{size} kept {self.kept.where}.{self.resumed}"
+            f"{self.at:,} {of_all}inner step{'s' * (self.at > 1)} in {count} "
+            f"segment{'s' * (count > 1)} of {self.segment} ({seconds}), with {count} "
+            f"state{'s' * (count > 1)} of {size} kept {self.kept.where}.{self.resumed}"
         )
 
 
-def _placed_as(x: Array, like: Array) -> Array:
-    """All cotangents are where the first one is: in files, and for the program of a segment."""
-    return jax.device_put(x, like.sharding) if like.committed else x
+def _placed_as(x: Any, like: Any) -> Any:
+    """All states are where the first one is, and all cotangents: in files, and for programs."""
+    return jax.device_put(x, like.sharding) if isinstance(x, jax.Array) and like.committed else x

@@ -5,6 +5,7 @@ the start, from which batches are counted.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -22,6 +23,7 @@ from gradhpo.core.state import BilevelState, with_inner_state
 from gradhpo.data.passes import Part
 from gradhpo.utils.dispatch import compiled
 from gradhpo.utils.keys import is_key
+from gradhpo.utils.placement import everywhere
 from gradhpo.utils.tracing import count_trace
 from gradhpo.utils.trees import all_finite, scaled_norm_and_moving, tree_l2_norm
 
@@ -38,10 +40,14 @@ class Training(eqx.Module):
         """As `step` has them; the validation batch is that of the first query."""
         first = jnp.zeros((), jnp.int32)
         drawn = part.batches.drawn(state.step, first, part.per_step)
-        val_batch = self.val_batch
-        if self.queries:
-            val_batch = jax.tree.map(lambda x: x if is_shared(x) else x[:1], val_batch)
+        val_batch = self._queries(lambda x: x[:1]) if self.queries else self.val_batch
         return Inputs(state, drawn, val_batch, self.losses)
+
+    def _queries(self, function: Callable[[Array], Array]) -> PyTree:
+        """The validation batch with a function of its examples, which every device has all of."""
+        return jax.tree.map(
+            lambda x: x if is_common(x) else function(everywhere(x)), self.val_batch
+        )
 
     def _problem(self, state: BilevelState, part: Part, length: int) -> Problem:
         count_trace()
@@ -54,6 +60,18 @@ class Training(eqx.Module):
     @compiled  # traced once, and never run
     def _hypergradient(self, state: BilevelState, part: Part) -> PyTree:
         return self.exact._solve(self.inputs(state, part)).hypergradient
+
+    @compiled
+    def responses(self, state: BilevelState, part: Part) -> dict[str, Array]:
+        """The values of both losses on their first batches, here and near: what tells them."""
+        phi, validation, z, hyperparams = self._problem(state, part, 1)
+        moved = lambda tree, by: jax.tree.map(lambda x: x + jnp.asarray(by, x.dtype), tree)
+        found: dict[str, list[Array]] = {"train_loss": [], "val_loss": []}
+        for of_w, of_h in ((0.0, 0.0), (0.1, 0.0), (0.0, 0.1), (-0.2, 0.3)):
+            at = z._replace(w=moved(z.w, of_w)), moved(hyperparams, of_h)
+            found["train_loss"].append(loss_of(phi.train_loss(*at, part.first)))
+            found["val_loss"].append(validation.loss(*at))
+        return {name: jnp.stack(values) for name, values in found.items()}
 
     @compiled
     def forward(
@@ -71,8 +89,8 @@ class Training(eqx.Module):
         _, validation, z, hyperparams = self._problem(state, part, 1)
         if not self.queries:
             return _loss_and_cotangent(validation, z, hyperparams)
-        axes = jax.tree.map(lambda x: None if is_shared(x) else 0, self.val_batch)
-        alone = jax.tree.map(lambda x: x if is_shared(x) else x[:, None], self.val_batch)
+        axes = jax.tree.map(lambda x: None if is_common(x) else 0, self.val_batch)
+        alone = self._queries(lambda x: x[:, None])
 
         def of_query(batch: PyTree) -> tuple[Array, Cotangent]:
             return _loss_and_cotangent(_with_batch(validation, batch), z, hyperparams)
@@ -110,6 +128,6 @@ def _with_batch(validation: Validation, batch: PyTree) -> Validation:
     return dataclasses.replace(validation, val_batch=batch)
 
 
-def is_shared(x: Any) -> bool:
+def is_common(x: Any) -> bool:
     """Whether all queries have this leaf of the validation batch in common: a key, a function."""
     return not eqx.is_array(x) or (is_key(x) and x.ndim == 0)

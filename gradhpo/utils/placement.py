@@ -31,6 +31,19 @@ def beside(tree: PyTree, source: PyTree) -> PyTree:
     return jax.tree.map(lambda x: _copied(x, everywhere) if alone(x) else x, tree)
 
 
+def settled(tree: PyTree, source: PyTree) -> PyTree:
+    """The tree where a program puts it that also takes the source: committed, if that is.
+
+    Else its results would be committed, and new to the program where it takes them again.
+    """
+    committed = [x for x in jax.tree.leaves(source) if _is_placed(x) and x.committed]
+    if not committed:
+        return tree
+    loose = lambda x: _is_placed(x) and not x.committed
+    put = lambda x: jax.device_put(x, committed[0].sharding) if loose(x) else x
+    return jax.tree.map(put, tree) if mesh_of(source) is None else beside(tree, source)
+
+
 def _copied(x: Array, everywhere: NamedSharding) -> Array:
     """Not by `device_put` where several processes take part: it takes two NaN to be different."""
     if everywhere.is_fully_addressable:

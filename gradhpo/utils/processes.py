@@ -111,7 +111,7 @@ def check_alike(**settings: Any) -> None:
             if other[name] != value:
                 raise ValueError(
                     f"{name} differs: {value} in process 0, {other[name]} in process {number}. "
-                    "Processes that share a state call run alike, but for their iterators"
+                    "Processes that share a state must make the same call with the same settings"
                 )
 
 
