@@ -33,14 +33,19 @@ INNER = relaxed(lambda h: optax.adam(jnp.exp(h["rate"]), eps_root=1e-12))
 OPTIMIZER = gradhpo.OneStepOptimizer(INNER, OUTER)
 
 
-def val_loss(w, h, batch):
+def error(w, batch):
     x, y = batch
     return jnp.mean((jnp.tanh(x @ w["first"]) @ w["last"] - y) ** 2)
 
 
+def val_loss(w, h, batch):
+    """With a direct term."""
+    return error(w, batch) + 0.01 * jnp.sum(h["decay"] ** 2)
+
+
 def train_loss(w, h, batch):
     squares = jnp.stack([jnp.sum(leaf**2) for leaf in jax.tree.leaves(w)])
-    return val_loss(w, h, batch) + jnp.exp(h["decay"]) @ squares
+    return error(w, batch) + jnp.exp(h["decay"]) @ squares
 
 
 LOSSES = gradhpo.LossFunctions(train_loss, val_loss)
@@ -236,7 +241,7 @@ def test_each_query_is_a_replay_of_its_own():
         assert_same(of_one, alone.hypergradient, rtol=1e-12, atol=1e-14)
     assert jax.tree.leaves(each.hypergradient)[0].shape == (8, 2)
     np.testing.assert_allclose(
-        each.state.metadata["val_loss"], val_loss(each.state.params, None, VAL)
+        each.state.metadata["val_loss"], val_loss(each.state.params, HYPERPARAMS, VAL)
     )
 
 
@@ -501,7 +506,9 @@ def test_training_that_diverges_ends_the_replay():
 
 def test_a_hypergradient_of_zero_is_explained():
     clipped = lambda h: h | {"decay": jnp.minimum(h["decay"], -9.0)}
-    losses = gradhpo.LossFunctions(lambda w, h, batch: train_loss(w, clipped(h), batch), val_loss)
+    losses = gradhpo.LossFunctions(
+        lambda w, h, batch: train_loss(w, clipped(h), batch), lambda w, h, batch: error(w, batch)
+    )
     with pytest.warns(RuntimeWarning, match=r"hyperparams \['decay'\] is exactly 0"):
         found = gradhpo.replay(OPTIMIZER, start(), DATA, VAL, losses, num_steps=3, progress=False)
     assert np.all(found.hypergradient["decay"] == 0)

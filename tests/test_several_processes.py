@@ -236,6 +236,12 @@ def test_a_folder_holds_every_kind_of_leaf(tmp_path, getkey):
     _, body = read_kept(path, lambda header: True)
     body.skip(len(tree))
     assert_same(read_tree(body, more), more)
+    # The same step once more: its arrays are never gone.
+    before = {file.name: file.stat().st_mtime_ns for file in (path / "arrays").iterdir()}
+    write_folder(path, json.dumps({"leaves": [], "checksum": 2}), [tree, more])
+    header, _ = read_kept(path, lambda header: True)
+    assert header["checksum"] == 2
+    assert before == {file.name: file.stat().st_mtime_ns for file in (path / "arrays").iterdir()}
     remove_folder(path)
     assert not is_folder(path)
     assert not path.exists()
