@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import numpy as np
 from jaxtyping import Array, Float
 
 from gradhpo.core.base import BilevelOptimizer
@@ -20,15 +19,15 @@ from gradhpo.core.measured import (
     without_aux_in,
 )
 from gradhpo.core.state import BilevelState, inner_state
-from gradhpo.core.vanishing import warn_of_zeros
 from gradhpo.core.wrapper import algorithm_of
 from gradhpo.data.sources import Feed
 from gradhpo.training.callbacks import Callbacks
 from gradhpo.training.chunk import Chunk, started
+from gradhpo.training.first_chunk import zeros_and_refusal
 from gradhpo.training.flight import Flight, at_the_end, on_host
 from gradhpo.training.handover import Handover
 from gradhpo.training.keeper import Keeper
-from gradhpo.training.record import Record, looks_finite, norm_of
+from gradhpo.training.record import Record, norm_of
 from gradhpo.training.recorded import check_names
 from gradhpo.training.refused import Refused
 from gradhpo.training.report import states_lost
@@ -36,7 +35,6 @@ from gradhpo.training.stopping import Interrupts, Stopped, failing, how_to_save_
 from gradhpo.utils.dispatch import is_given_up
 from gradhpo.utils.processes import check_shared, is_shared, numbers, together
 from gradhpo.utils.progress import ProgressBar
-from gradhpo.utils.settings import outer_rate
 from gradhpo.utils.validation import refuse_text
 
 
@@ -265,15 +263,8 @@ class Driver:
             moved = numbers(flight.moved)
         flying.popleft()
         if self.zeros is None:
-            refused = metrics["rejected"][-1] - float(self.state.metadata["rejected"])
-            unexplained = refused == len(metrics["rejected"]) and looks_finite(metrics)
-            self.zeros = []
-            if unexplained or not np.all(moved):
-                inputs = flight.chunk.first_inputs(self.state)
-                self.zeros = warn_of_zeros(self.optimizer, inputs, moved)
-                if unexplained:
-                    rate = self.rate(self.state.step) if callable(self.rate) else self.rate
-                    self.refusal = self.optimizer._why_refused(inputs, outer_rate(rate))
+            given = self.optimizer, self.rate, flight.chunk, self.state, metrics, moved
+            self.zeros, self.refusal = zeros_and_refusal(*given)
         self.zeros = [leaf for leaf in self.zeros if not moved[leaf]]
         self._callbacks_saw_all = False
         measured, failure = self.callbacks.measure(flight.measured)
