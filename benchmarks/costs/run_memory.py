@@ -70,7 +70,7 @@ LOSSES = gradhpo.LossFunctions(train_loss, val_loss)
 
 
 class Bytes(NamedTuple):
-    """What a compiled program holds, and what of it its results share with its arguments."""
+    """Memory of a compiled program, and the part that its results share with its arguments."""
 
     held: int
     shared: int

@@ -148,7 +148,7 @@ class ArrayData(eqx.Module):
 
 
 def with_key_beside(data: ArrayData) -> ArrayData:
-    """Where several processes share the arrays, the key is theirs too."""
+    """The data with the key placed beside arrays that several processes share."""
     if not any(map(is_of_several, jax.tree.leaves(data.arrays))):
         return data
     check_alike(**{"ArrayData(key)": f"checksum {checksum(data.key)}"})

@@ -1,4 +1,4 @@
-"""Data that are gone through more than once: the same batches forwards, and again on the way back.
+"""Training data that can be read again: the same batches on the way forward and back.
 
 A replay asks for the batches of one segment after another, in either direction.
 """

@@ -82,7 +82,7 @@ class Program:
 
     @property
     def host_bytes(self) -> int:
-        """Of those, what is in a memory of the host apart from that of the device."""
+        """Temporary memory on the host, where it has a memory of its own."""
         return self._memory.host_temp_size_in_bytes
 
     @property
@@ -91,17 +91,17 @@ class Program:
 
     @property
     def argument_bytes(self) -> int:
-        """Of one device, as all of these bytes."""
+        """Memory of the arguments, per device."""
         return self._memory.argument_size_in_bytes
 
     @property
     def result_bytes(self) -> int:
-        """In which the compiler keeps temporary numbers too, until the results are written."""
+        """Memory of the results, per device; until they are written it may hold temporaries."""
         return self._memory.output_size_in_bytes
 
     @property
     def text(self) -> str:
-        """What the compiler has made of it."""
+        """The optimized program."""
         return self._compiled.as_text() or ""
 
     @property

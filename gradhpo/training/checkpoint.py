@@ -90,7 +90,8 @@ def load_checkpoint(
 
     **Arguments:**
 
-    - `path`: the directory of the run (its newest checkpoint), or one file in it.
+    - `path`: the directory of the run (its newest checkpoint), or one checkpoint in it, a file or a
+        folder `step-....orbax`.
     - `state`: any state of the same optimizer and model, from `optimizer.init`: it gives the
         structure and is not changed.
     - `callbacks`: those whose memory you want, made as for the run: `best = gradhpo.BestState()` in
@@ -119,7 +120,7 @@ def load_checkpoint(
     if path.is_dir() and path.suffix != SUFFIX:
         found = checkpoints_in(path)
         if not found:
-            raise ValueError(f"{path} holds no checkpoint (a file such as step-0000001000.ckpt)")
+            raise ValueError(f"{path} holds no checkpoint (such as step-0000001000.ckpt)")
         path = found[-1]
     if not (path.is_file() or is_folder(path)):
         raise ValueError(f"there is no checkpoint at {path}")

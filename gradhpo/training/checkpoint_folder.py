@@ -137,7 +137,7 @@ def _checkpointer(alone: bool) -> Any:
 
 
 def _as_stored(x: Any) -> Any:
-    """What is of this process alone counts as the first one has it."""
+    """Arrays of one process alone are stored as the first process has them."""
     x = _data(x)
     return x if is_of_several(x) else np.asarray(x)
 

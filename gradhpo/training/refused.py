@@ -13,8 +13,8 @@ class Refused(eqx.Module):
 
     The state before it, which it was given, is then where it was. `Record` counts in the same way.
 
-    - `limit`: so many in a row end the run.
-    - `in_a_row`: refused without a break up to here.
+    - `limit`: the run ends after this number of refused steps in a row.
+    - `in_a_row`: refused steps in a row so far.
     - `over`: whether there ever were as many as the limit.
     """
 

@@ -135,7 +135,7 @@ class Rewind:
         return self.passes.part(start, self.length(start))
 
     def _passed(self, start: int, cotangent: Cotangent) -> None:
-        """Nothing behind is needed again, but for the end."""
+        """Keeps the cotangent, and drops what is no longer needed: all but the end."""
         if self.kept.lasts:
             self.kept.put("bar", start, cotangent)
         end = start + self.length(start)
@@ -159,5 +159,5 @@ class Rewind:
 
 
 def _placed_as(x: Any, like: Any) -> Any:
-    """All states are where the first one is, and all cotangents: in files, and for programs."""
+    """States and cotangents keep the placement of the first: files and programs rely on it."""
     return jax.device_put(x, like.sharding) if isinstance(x, jax.Array) and like.committed else x

@@ -63,7 +63,7 @@ class Training(eqx.Module):
 
     @compiled
     def responses(self, state: BilevelState, part: Part) -> dict[str, Array]:
-        """The values of both losses on their first batches, here and near: what tells them."""
+        """Both losses on their first batches, here and nearby: they identify the losses."""
         phi, validation, z, hyperparams = self._problem(state, part, 1)
         moved = lambda tree, by: jax.tree.map(lambda x: x + jnp.asarray(by, x.dtype), tree)
         found: dict[str, list[Array]] = {"train_loss": [], "val_loss": []}

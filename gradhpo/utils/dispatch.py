@@ -93,7 +93,7 @@ def traced(call: Any, *arguments: Any) -> Any:
 
 
 def copied(tree: PyTree) -> PyTree:
-    """The tree with a copy of everything that a call which it is given up to takes away."""
+    """The tree with copies of the arrays that a call donates."""
     leaves, treedef = jax.tree.flatten(tree)
     gone = {id(x) for x in _given_up(tree)}
     with jax.debug_nans(False):  # what is not measured yet is NaN
@@ -102,7 +102,7 @@ def copied(tree: PyTree) -> PyTree:
 
 
 def is_given_up(tree: PyTree) -> bool:
-    """Whether a call has taken something of it away."""
+    """Whether an array of the tree was donated."""
     return any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(tree))
 
 

@@ -32,9 +32,10 @@ def beside(tree: PyTree, source: PyTree) -> PyTree:
 
 
 def settled(tree: PyTree, source: PyTree) -> PyTree:
-    """The tree where a program puts it that also takes the source: committed, if that is.
+    """The tree, committed beside the source if the source is committed.
 
-    Else its results would be committed, and new to the program where it takes them again.
+    A program of both returns committed arrays; given uncommitted ones at first, it would compile
+    again for its own results.
     """
     committed = [x for x in jax.tree.leaves(source) if _is_placed(x) and x.committed]
     if not committed:
@@ -45,7 +46,7 @@ def settled(tree: PyTree, source: PyTree) -> PyTree:
 
 
 def _copied(x: Array, everywhere: NamedSharding) -> Array:
-    """Not by `device_put` where several processes take part: it takes two NaN to be different."""
+    """Without `device_put` across processes: it compares values, and NaN differs from NaN."""
     if everywhere.is_fully_addressable:
         return jax.device_put(x, everywhere)
     if is_key(x):

@@ -104,7 +104,7 @@ def from_first(shared: bool, make: Callable[[], Any]) -> Any:
 
 
 def check_alike(**settings: Any) -> None:
-    """All processes have called `run` with the same settings, which JSON can hold."""
+    """Raises `ValueError` unless all processes pass the same settings, which JSON can hold."""
     said = exchanged(settings)
     for number, other in enumerate(said):
         for name, value in said[0].items():
