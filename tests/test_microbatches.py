@@ -97,7 +97,7 @@ Y = jnp.sin(X @ jnp.ones(3))
     "name",
     quick(
         [name for name in OPTIMIZERS if name != "first order"],  # it sees validation alone
-        keep=["implicit", "HyperDistill", "tasks"],
+        keep=["implicit", "HyperDistill"],
     ),
 )
 def test_every_optimizer_takes_them(name):
@@ -257,6 +257,7 @@ def test_chunks_never_hold_all_logits():
     assert memory(chunked) < 0.6 * all_logits + workspace
 
 
+@pytest.mark.thorough
 def test_low_precision_logits_are_float32():
     x, head = FEATURES.astype(jnp.bfloat16), HEAD.astype(jnp.bfloat16)
     found = gradhpo.chunked_cross_entropy(x, head, LABELS, 2)

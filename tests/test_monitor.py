@@ -312,6 +312,7 @@ def test_the_report_is_quiet_where_nothing_rises():
         assert "has risen" not in history.report
 
 
+@pytest.mark.thorough
 def test_how_many_examples_there_are_is_known_of_arrays_alone():
     assert "4 validation examples" in run(val_data=gradhpo.ArrayData(VAL, 2, DATA.key))[1].report
     assert "examples" not in run(val_data=lambda i: VAL)[1].report

@@ -248,6 +248,7 @@ def in_half_precision(inner):
     return gradhpo.run(optimizer, state, losses, None, None, num_steps=12, progress=False)
 
 
+@pytest.mark.thorough
 def test_the_advice_for_float16_is_not_0_there():
     with pytest.warns(
         RuntimeWarning, match=r"float32, cast to float16.*eps_root=1e-4\) is the least"

@@ -140,6 +140,7 @@ def test_two_hundred_steps_of_a_network():
     assert_equal(found, expected)
 
 
+@pytest.mark.thorough
 def test_a_later_state_goes_on_with_its_own_batches():
     """`num_steps` counts inner steps, of which three make an outer one here."""
     optimizer = gradhpo.UnrolledOptimizer(INNER, OUTER, unroll_steps=3)
@@ -159,7 +160,7 @@ SOURCES = {
 }
 
 
-@pytest.mark.parametrize("kind", quick(list(SOURCES), keep=["loader"]))
+@pytest.mark.parametrize("kind", quick(list(SOURCES), keep=[]))
 def test_loaders_are_gone_through_again(kind):
     batches = [batch for batch, _ in zip(gradhpo.iterate(Loader()), range(23), strict=False)]
     assert_equal(replayed(SOURCES[kind]()), unrolled(gradhpo.BatchStack.of(batches)))
@@ -184,6 +185,7 @@ def test_one_batch_with_a_key_is_that_of_run():
     assert_same(found.state.params, ran.params, rtol=1e-12)
 
 
+@pytest.mark.thorough
 def test_hyperparameters_in_the_start_of_training():
     inner = relaxed(lambda h: optax.adagrad(jnp.exp(h["rate"]), jnp.exp(h["decay"][0])))
     optimizer = gradhpo.OneStepOptimizer(inner, OUTER)
@@ -260,6 +262,7 @@ def test_a_key_is_shared_by_all_queries():
     assert_same(found, mean.hypergradient, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.thorough
 def test_twenty_queries_share_the_work():
     """The steps forward, and their linearizations, are those of one query."""
     wide = {"first": jnp.ones((3, 64)), "last": jnp.ones(64)}
@@ -406,6 +409,7 @@ def test_a_damaged_file_is_made_again(tmp_path, monkeypatch, damaged):
     assert_same(replayed(store=tmp_path).hypergradient, replayed().hypergradient)
 
 
+@pytest.mark.thorough
 def test_batches_that_are_placed_compile_nothing_twice():
     device = jax.devices()[0]
     of_all = gradhpo.ArrayData(jax.device_put((X[8:], Y[8:]), device), 6, jax.random.key(0))
@@ -504,6 +508,7 @@ def test_training_that_diverges_ends_the_replay():
     assert found.state.step == 5
 
 
+@pytest.mark.thorough
 def test_a_hypergradient_of_zero_is_explained():
     clipped = lambda h: h | {"decay": jnp.minimum(h["decay"], -9.0)}
     losses = gradhpo.LossFunctions(

@@ -97,7 +97,6 @@ FIXED = ("one batch", "one batch with a key", "all of it")
             ("function", "function"),
             ("ArrayData", "ArrayData"),
             ("iterator", "iterator"),
-            ("one batch with a key", "one batch with a key"),
             ("all of it", "iterate"),
         ],
     ),
@@ -230,6 +229,7 @@ def test_a_callback_may_answer_with_any_boolean(answer):
     assert len(history["val_loss"]) == 3
 
 
+@pytest.mark.thorough
 def test_an_iterator_may_yield_keys():
     drawn = lambda w, h, batch: jnp.sum(jnp.square(w - jax.random.normal(batch[1], (3,)))) * h
     optimizer = gradhpo.UnrolledOptimizer(SGD, OUTER, unroll_steps=2)
@@ -347,6 +347,7 @@ def test_an_iterator_that_ends_returns_what_was_done():
     assert len(history["val_loss"]) == 4
 
 
+@pytest.mark.thorough
 def test_large_batches_of_an_iterator_shorten_the_chunk():
     optimizer = unrolled(steps=1)
     big = np.ones((2**20, 3)), np.ones(2**20)  # 32 MiB

@@ -145,7 +145,10 @@ def test_sophia_is_given_the_loss_and_differentiated_through_its_curvature():
 
 SOPHIAS = [
     gradhpo.T1T2Optimizer(sophia, inner_steps=3),
-    gradhpo.T1T2Optimizer(sophia, inner_steps=3, perturb="hyperparams"),
+    pytest.param(
+        gradhpo.T1T2Optimizer(sophia, inner_steps=3, perturb="hyperparams"),
+        marks=pytest.mark.thorough,
+    ),
     gradhpo.GreedyOptimizer(sophia, unroll_steps=3),
     gradhpo.OnlineHypergradientOptimizer(sophia),
     gradhpo.ImplicitOptimizer(sophia, inner_steps=3),

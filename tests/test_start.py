@@ -154,6 +154,7 @@ def _adagrad_step(w, accumulator, h):
     return w - h[0] * gradient / jnp.sqrt(accumulator), accumulator
 
 
+@pytest.mark.thorough
 def test_only_a_fresh_state_is_differentiated():
     inner, h = INNER["adagrad"]
     optimizer = gradhpo.UnrolledOptimizer(inner, optax.sgd(0.0), unroll_steps=STEPS)
@@ -307,7 +308,7 @@ FROM_START = {
 }
 
 
-@pytest.mark.parametrize("name", FROM_START)
+@pytest.mark.parametrize("name", quick(list(FROM_START), keep=["forward"]))
 def test_each_episode_has_its_own_start_which_is_differentiated(name):
     _, history = run_from(FROM_START[name](), record=lambda s: {"h": s.hyperparams["centre"]})
     h, centres, norms = POINT, [], []

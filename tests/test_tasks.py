@@ -25,7 +25,7 @@ def assert_close(found, expected, rtol=1e-12):
     assert_same(found, expected, rtol=rtol, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", list(OPTIMIZERS))
+@pytest.mark.parametrize("name", quick(list(OPTIMIZERS), keep=["HyperDistill"]))
 def test_is_the_mean_of_single_tasks(name, getkey):
     tasks = 2
     problem, inner = make("dicts", "adam", getkey())
@@ -213,6 +213,7 @@ def test_what_users_put_into_metadata_stays_as_it_is():
     assert history["theta"].shape == (4,)
 
 
+@pytest.mark.thorough
 def test_reptile_moves_to_the_mean_of_the_tasks():
     """Cold inner problem: after one episode, phi + rate * (mean of w - phi), the same for all."""
     optimizer = gradhpo.TaskBatched(
