@@ -10,7 +10,6 @@ The arguments are those of on_devices.py.
 
 import jax
 import jax.numpy as jnp
-import lineax as lx
 import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -62,9 +61,8 @@ def in_two(**given):
 
 
 def by_gradient(whole):
-    """With another solver than the default for a `grad_fn`, which explicit mesh axes exclude."""
-    gradient, solver = jax.grad(losses(whole)[0]), lx.BiCGStab(1e-8, 1e-8)
-    return in_two(inner_optimizer=INNER, grad_fn=gradient, linear_solver=solver, damping=0.1)
+    gradient = jax.grad(losses(whole)[0])
+    return in_two(inner_optimizer=INNER, grad_fn=gradient, damping=0.1)
 
 
 def by_update(whole):
@@ -128,20 +126,12 @@ def shares():
 
 
 def refused():
-    """What is said of pieces of two examples for four devices, and of GMRES, on explicit axes."""
+    """What is said of pieces of two examples for four devices, on explicit axes."""
     here, said = Mesh("Explicit"), {}
     params, hyperparams, batch, _ = problem()
     params, hyperparams, batch = jax.device_put((params, hyperparams, batch), here.split)
-    gmres = gradhpo.ImplicitOptimizer(outer_optimizer=OUTER, update_fn=descent(here.whole))
-
-    def of_gmres():
-        state, both = gmres.init(params, hyperparams), losses(here.whole)
-        gmres.compute_hypergradient(state, batch, batch, *both)
-
     loss_of = lambda both: both(here.whole, num=32)[0](params, hyperparams, batch)
-    calls = {
-        "pieces": lambda: loss_of(in_pieces), "words": lambda: loss_of(by_words), "GMRES": of_gmres
-    }  # fmt: skip
+    calls = {"pieces": lambda: loss_of(in_pieces), "words": lambda: loss_of(by_words)}
     with jax.set_mesh(here.mesh):
         for name, call in calls.items():
             try:

@@ -1,5 +1,6 @@
 r"""A linear system, solved by any of the solvers, and the derivative of its solution."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,15 +11,8 @@ import lineax as lx
 from jaxtyping import Array, PyTree
 
 from gradhpo.solvers.conjugate import ConjugateGradients
-from gradhpo.utils.placement import everywhere, has_explicit_axes, sharded_like
+from gradhpo.utils.axes import with_automatic_axes
 from gradhpo.utils.trees import all_finite, tree_dot, tree_l2_norm
-
-
-_UNDER_EXPLICIT_AXES = (
-    "lineax compares the shapes of arrays together with their shardings, so under explicit mesh "
-    "axes it solves with lineax.CG and lineax.BiCGStab alone (gradhpo.Neumann and gradhpo.Nystrom "
-    "work too): pass one of these, or make the mesh with AxisType.Auto"
-)
 
 
 class LinearSolution(NamedTuple):
@@ -118,33 +112,29 @@ class _Solve(eqx.Module):
         scale = jnp.exp2(jnp.round(jnp.log2(jnp.where(size > 0, size, 1))))
         rhs = jax.tree.map(lambda x: x / scale, rhs)
         share = _best_share(self.image, rhs)
-        start, image = (
-            jax.tree.map(lambda x: share.astype(x.dtype) * x, tree)
-            for tree in (self.guess, self.image)
-        )
-        back = lambda tree: tree
-        if not getattr(self.solver, "keeps_shardings", False):
+        of_share = lambda tree: jax.tree.map(lambda x: share.astype(x.dtype) * x, tree)
+        ready = dataclasses.replace(self, guess=of_share(self.guess), image=of_share(self.image))
+        if getattr(self.solver, "keeps_shardings", False):
+            value, (failed, iterations) = ready._found(product, rhs)
+        else:
             # Others multiply vectors in ways that explicit mesh axes do not allow.
-            back = lambda tree, like=rhs: jax.tree.map(sharded_like, tree, like)
-            of_spread, product = product, lambda v: everywhere(of_spread(back(v)))
-            rhs, start, image = everywhere((rhs, start, image))
+            arrays, rest = eqx.partition(ready, eqx.is_array)
+            found = lambda product, rhs, arrays: eqx.combine(arrays, rest)._found(product, rhs)
+            value, (failed, iterations) = with_automatic_axes(found, product, rhs, arrays)
+        return jax.tree.map(lambda x: scale * x, value), failed, iterations
+
+    def _found(self, product: Callable, rhs: PyTree) -> tuple[PyTree, tuple[Array, Array]]:
+        """From the guess as it is."""
         tags = lx.positive_semidefinite_tag if self.symmetric else ()
         operator = _Square(product, jax.eval_shape(lambda: rhs), tags)
-        options = {"y0": start, "image": image, "shift": self.shift}
+        options = {"y0": self.guess, "image": self.image, "shift": self.shift}
         # Not by `lx.linear_solve`, whose derivatives are not needed here (`_solved` has them) and
         # whose primitive loses the shardings of explicit mesh axes.
-        try:
-            state = self.solver.init(operator, options)
-            value, result, statistics = self.solver.compute(state, rhs, options)
-        except ValueError as error:
-            knows = ("approximates", "keeps_shardings")
-            if any(getattr(self.solver, x, False) for x in knows) or not has_explicit_axes(rhs):
-                raise
-            raise ValueError(_UNDER_EXPLICIT_AXES) from error
+        state = self.solver.init(operator, options)
+        value, result, statistics = self.solver.compute(state, rhs, options)
         failed = (result != lx.RESULTS.successful) & (result != lx.RESULTS.max_steps_reached)
         failed |= ~all_finite(value)
-        iterations = jnp.asarray(statistics.get("num_steps", 0))
-        return jax.tree.map(lambda x: scale * x, back(value)), failed, iterations
+        return value, (failed, jnp.asarray(statistics.get("num_steps", 0)))
 
     def derived(self, product: Callable, rhs: PyTree) -> PyTree:
         """The solution alone, linear in `rhs`, with derivatives in every mode and of any order."""
