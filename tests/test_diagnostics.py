@@ -377,6 +377,11 @@ def test_plan_says_what_does_not_fit(planned):
     assert "sees none" in plan["first order", 1].failed
     text = str(plan)
     assert "does not fit, checkpoints='log'" in text
+    rejected = list(far.rejected.values())
+    assert list(far.rejected) == ["as it is", "checkpoints='sqrt'"]
+    assert rejected[0] > rejected[1] > far.cost.total_bytes > plan.max_bytes
+    assert plan["greedy", 400].rejected == {}
+    assert f"exact, 100000 inner steps: {tables.bytes_of(rejected[0])} as it is, " in text
     assert "sees none" in text
     with pytest.raises(KeyError, match="exact"):
         plan["exact", 11]

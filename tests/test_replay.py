@@ -489,6 +489,12 @@ def test_a_state_of_another_optimizer_is_refused():
         replayed(state=start(other))
 
 
+@pytest.mark.thorough
+def test_the_outer_optimizer_of_the_state_does_not_matter():
+    tuned = replayed(state=start(gradhpo.UnrolledOptimizer(INNER, relaxed(optax.adam(0.1)))))
+    assert_same(tuned.hypergradient, replayed().hypergradient)
+
+
 def test_losses_are_checked_before_the_first_step():
     of_two = lambda w, h: 0.0
     with pytest.raises(TypeError, match="val_loss_fn is called as"):

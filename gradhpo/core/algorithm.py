@@ -35,6 +35,12 @@ from gradhpo.utils.tracing import differentiation_explained
 from gradhpo.utils.trees import tree_dot, tree_l2_norm, tree_lerp
 
 
+_MADE_HERE = (
+    "Make the state with this optimizer's init(params, hyperparams), or take over that of another "
+    "optimizer with adopt(state)."
+)
+
+
 class Algorithm(Hooks, BilevelOptimizer):
     r"""Base class of the algorithms, including your own.
 
@@ -112,19 +118,21 @@ class Algorithm(Hooks, BilevelOptimizer):
         return problem._replace(z=started(problem.phi, z, problem.hyperparams))
 
     def _check_state(self, state: BilevelState) -> None:
-        made_here = (
-            "Make the state with this optimizer's init(params, hyperparams), or take over that of "
-            "another optimizer with adopt(state)."
-        )
+        self._check_inner_state(state)
         z, shape_of = inner_state(state), eqx.filter_eval_shape
-        inner = shape_of(init_inner_state, self.inner_optimizer, z.w, state.hyperparams)
         outer = shape_of(init_outer_state, self.outer_optimizer, state.hyperparams)
         memory = shape_of(self.init_memory, z, state.hyperparams, None, None)
-        check_same_structure(z.s, inner, "state.inner_opt_state", made_here)
-        check_same_structure(state.outer_opt_state, outer, "state.outer_opt_state", made_here)
+        check_same_structure(state.outer_opt_state, outer, "state.outer_opt_state", _MADE_HERE)
         kept = kept_where_it_fits(state.memory, memory)
         if not are_the_same(kept, state.memory):
-            check_same_structure(state.memory, memory, "state.memory", made_here)
+            check_same_structure(state.memory, memory, "state.memory", _MADE_HERE)
+
+    def _check_inner_state(self, state: BilevelState) -> None:
+        """All that matters for training at fixed hyperparameters."""
+        z = inner_state(state)
+        args = self.inner_optimizer, z.w, state.hyperparams
+        inner = eqx.filter_eval_shape(init_inner_state, *args)
+        check_same_structure(z.s, inner, "state.inner_opt_state", _MADE_HERE)
 
     def _init_state(
         self,

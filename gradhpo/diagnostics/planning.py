@@ -34,6 +34,8 @@ class Planned:
     - `optimizer`: ready for use, with the chosen `checkpoints` and `store`.
     - `cost`: of a `step`; `None` if it does not work, and `failed` says why.
     - `fits`: whether `max_bytes` is enough; `None` if no limit was given.
+    - `rejected`: total bytes with the settings that were tried before the chosen ones, such as
+        `{"as it is": 6_900_000, "checkpoints='sqrt'": 880_000}`.
     - `recomputes`: whether second-derivative products recompute the activations of the training
         loss instead of keeping them: if it has a `jax.checkpoint`, or computes more than 256 MiB of
         intermediate values.
@@ -46,6 +48,7 @@ class Planned:
     fits: bool | None
     failed: str = ""
     recomputes: bool = False
+    rejected: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def checkpoints(self) -> Any:
@@ -91,9 +94,11 @@ class Plan(Report):
                 continue
             sign = {"at_least": row.cost.at_least}
             remark = {None: "", True: "fits", False: "does not fit"}[row.fits]
-            settings = algorithm_of(row.optimizer).memory_settings
-            remarks = [remark] if remark else []
-            remarks += [f"{name}={value!r}" for name, value in settings.items()]
+            settings = _settings_of(algorithm_of(row.optimizer))
+            remarks = [text for text in (remark, settings) if text]
+            if row.rejected:
+                took = (f"{bytes_of(x)} {with_what}" for with_what, x in row.rejected.items())
+                notes.append(f"{row.name}, {row.num_steps} inner steps: {', '.join(took)}")
             if row.recomputes:
                 remarks.append("recomputes activations")
             rows.append([
@@ -206,31 +211,44 @@ def _planned(
                 f"{type(chosen).__name__}.with_num_steps({horizon}) takes {chosen.num_inner_steps} "
                 "inner steps per step"
             )
+        rejected: dict[str, int] = {}
         costs = lambda algorithm: _cost_of_step(
             rewrapped(optimizer, algorithm), state, train_batch, val_batch, losses
         )
         cost, recomputes = costs(chosen)
         if max_bytes is not None:
-            chosen, cost = _that_fits(chosen, cost, max_bytes, lambda smaller: costs(smaller)[0])
+            cost_of = lambda smaller: costs(smaller)[0]
+            chosen, cost, rejected = _that_fits(chosen, cost, max_bytes, cost_of)
     except FAILURES as error:
         return Planned(name, num_steps, optimizer, None, None, str(error))
     fits = None if max_bytes is None else cost.total_bytes <= max_bytes
     chosen = rewrapped(optimizer, chosen)
-    return Planned(name, num_steps, chosen, cost, fits, recomputes=recomputes)
+    return Planned(name, num_steps, chosen, cost, fits, recomputes=recomputes, rejected=rejected)
 
 
 def _that_fits(
     algorithm: Algorithm, cost: Cost, max_bytes: int, cost_of: Callable[[Algorithm], Cost]
-) -> tuple[Algorithm, Cost]:
-    """The first of the algorithm and those with less memory that fits, or the smallest."""
+) -> tuple[Algorithm, Cost, dict[str, int]]:
+    """The first of the algorithm and those with less memory that fits, or the smallest.
+
+    With what the others take.
+    """
+    named = lambda algorithm: _settings_of(algorithm) or "as it is"
     best, smaller = (algorithm, cost), algorithm.with_less_memory()
+    tried = {named(algorithm): cost.total_bytes}
     while smaller is not None and best[1].total_bytes > max_bytes:
         with contextlib.suppress(*FAILURES):  # that of the algorithm itself is known
             found = cost_of(smaller)
+            tried[named(smaller)] = found.total_bytes
             if found.total_bytes < best[1].total_bytes:
                 best = smaller, found
         smaller = smaller.with_less_memory()
-    return best
+    tried.pop(named(best[0]))
+    return *best, tried
+
+
+def _settings_of(algorithm: Algorithm) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in algorithm.memory_settings.items())
 
 
 def _cost_of_step(

@@ -161,7 +161,7 @@ def replay(
             "replay(queries=True) takes the examples of val_batch along axis 0 of every array "
             "(constants belong in the loss), and val_batch",
         )
-    optimizer._check_state(without_aux(state))
+    optimizer._check_inner_state(without_aux(state))
     shared = is_shared(state)
     if shared:
         about = {"num_steps": num_steps, "segment": segment, "queries": queries}

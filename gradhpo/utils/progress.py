@@ -42,6 +42,7 @@ class ProgressBar:
         if sys.stderr is None:  # a program without a console
             shown = False
         self._label = shown if isinstance(shown, str) else None
+        self._name = self._label or call
         self._lines = shown is not False and not _can_draw()
         self._bar = tqdm(
             total=total, initial=done, disable=shown is False or self._lines, unit="step",
@@ -53,8 +54,7 @@ class ProgressBar:
         if self._lines:
             with self._ignoring_the_terminal():
                 resumed = f"resumed after {done} of {total} steps" if done else f"{total} steps"
-                label = self._label or call
-                print(f"{label}: {resumed}, compiling", file=sys.stderr, flush=True)
+                print(f"{self._name}: {resumed}, compiling", file=sys.stderr, flush=True)
 
     def __enter__(self) -> "ProgressBar":
         return self
@@ -95,7 +95,12 @@ class ProgressBar:
             self._last = ""
 
     def _start_the_clock(self) -> None:
-        self._warm, self._counted_from, self._started = True, self._done, time.monotonic()
+        now = time.monotonic()
+        if self._lines and now - self._started >= _SECONDS_BETWEEN_LINES:
+            after = f"{self._done} of {self._total} steps after {now - self._started:.0f} s"
+            print(f"{self._name}: {after}, compilation included", file=sys.stderr, flush=True)
+            self._printed = now
+        self._warm, self._counted_from, self._started = True, self._done, now
         if not self._bar.disable:
             self._bar.n = self._bar.initial = self._bar.last_print_n = self._done
             self._bar.start_t = self._bar.last_print_t = time.time()
