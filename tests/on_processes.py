@@ -34,6 +34,7 @@ from on_devices import OPTIMIZERS, SETTINGS, losses, moved, problem, quarters  #
 
 import gradhpo  # noqa: E402
 from gradhpo.training import boundaries  # noqa: E402
+from gradhpo.training.chunk import Chunk  # noqa: E402
 from gradhpo.training.metrics_file import MetricsFile  # noqa: E402
 from gradhpo.utils.processes import exchanged, numbers  # noqa: E402
 
@@ -221,6 +222,22 @@ def endings(directory):
     return found
 
 
+def unlaunched():
+    """A run whose second chunk one process fails to hand to its devices."""
+    launch, count = Chunk.launch, 0
+
+    def counted(*arguments):
+        nonlocal count
+        count += 1
+        if count == only(1, 2, 0):
+            raise OSError("no memory")
+        return launch(*arguments)
+
+    Chunk.launch = counted
+    ended = small(batches())
+    raise SystemExit(f"said: {ended}")  # not to wait for the other, as a program does that raises
+
+
 def full(self, metrics):
     """Instead of writing the metrics of a run."""
     if metrics:
@@ -302,21 +319,21 @@ def resumed(directory, num_steps, source="iterator"):
     return found | {"read alone": digest(alone)}
 
 
-def replays(directory, killed):
+def replays(source, directory, killed):
     """A whole run of a spread state replayed: beside one process; and killed in both at once."""
     params, hyperparams, train, val = problem()
     optimizer, settings = OPTIMIZERS["one step"], {"num_steps": 7, "segment": 3, "progress": False}
     start = optimizer.init(*everywhere((params, hyperparams)))
-    data = gradhpo.ArrayData(joined(train), 16, jax.random.key(0))
+    of_all, of_one = of_parts(train)[source]
     found = {}
     for queries in (False, True):
         own = optimizer.init(params, hyperparams)
-        alone = gradhpo.ArrayData(train, 16, jax.random.key(0))
-        expected = gradhpo.replay(optimizer, own, alone, val, LOSSES, queries=queries, **settings)
+        given = optimizer, own, of_one(), val, LOSSES
+        expected = gradhpo.replay(*given, queries=queries, **settings)
         # Each query is whole: the parameters are spread.
-        of_all = everywhere(val, EVERYWHERE) if queries else joined(val)
-        given = optimizer, start, data, of_all, LOSSES
-        got = gradhpo.replay(*given, queries=queries, **settings)
+        given = start, of_all(), everywhere(val, EVERYWHERE) if queries else joined(val), LOSSES
+        more = {"queries": queries, "data_sharding": SPREAD}
+        got = gradhpo.replay(optimizer, *given, **more, **settings)
         pairs = (
             (got.hypergradient, got.state.params),
             (expected.hypergradient, expected.state.params),
@@ -338,7 +355,8 @@ def replays(directory, killed):
         write(*arguments)
 
     boundaries.write_file = counted
-    got = gradhpo.replay(*given, queries=True, store=directory, **settings)
+    given = start, of_all(), everywhere(val, EVERYWHERE), LOSSES
+    got = gradhpo.replay(optimizer, *given, store=directory, **more, **settings)
     return {"digest": digest(got.hypergradient), "report": got.report}
 
 

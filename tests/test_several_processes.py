@@ -74,17 +74,18 @@ def test_every_kind_of_data_has_parts(axes):
 
 
 @pytest.mark.thorough
-def test_a_whole_run_is_replayed(tmp_path):
+@pytest.mark.parametrize("source", ["arrays", "iterator"])
+def test_a_whole_run_is_replayed(source, tmp_path):
     """As in one process; and after both are killed, forward and back, the same bit for bit."""
-    first, second = on(2, "replays", tmp_path, "")
+    first, second = on(2, "replays", source, tmp_path, "")
     assert first == second
     for case, found in first.items():
         assert found["error"] < ROUNDING, case
         assert not found["moved"], case
     for writes in (2, 5):  # of 4 states and 3 cotangents
-        done = started(2, "replays", tmp_path, writes, check=False)
+        done = started(2, "replays", source, tmp_path, writes, check=False)
         assert {x.returncode for x in done} == {-signal.SIGKILL}
-    again, other = on(2, "replays", tmp_path, 100)
+    again, other = on(2, "replays", source, tmp_path, 100)
     assert again["digest"] == other["digest"] == first["queries"]["digest"]
     assert "went on on the way back" in again["report"]
 
@@ -106,7 +107,7 @@ def test_what_ends_a_run_in_one_process_ends_it_in_all(tmp_path):
         "long": [10, 3000],
     }
     refused = {
-        "no sharding": "train_data is an iterator, and the state is shared",
+        "no sharding": "train_data yields batches one by one, and the state is shared",
         "num_steps": "num_steps differs: 12 in process 0, 13 in process 1",
         "rate": "lr_hyper differs: 0.5 in process 0, 0.25 in process 1",
         "key": "ArrayData(key) differs: checksum",
@@ -143,6 +144,15 @@ def test_what_ends_a_run_in_one_process_ends_it_in_all(tmp_path):
     assert "checkpoints could not be written; the last time: OSError: no space" in done[0].stderr
     assert "labelled" not in done[1].stderr
     assert "Warning" not in done[1].stderr
+
+
+@pytest.mark.thorough
+def test_a_chunk_that_one_process_does_not_begin_ends_that_process():
+    """And JAX ends the others, instead of a wait without end for each other."""
+    first, second = started(2, "unlaunched", check=False)
+    assert second.returncode == 1
+    assert "said: OSError: no memory" in second.stderr
+    assert first.returncode not in (None, 0)
 
 
 @pytest.mark.thorough

@@ -62,10 +62,10 @@ class FromIterator(Source):
     def check_spread(self) -> None:
         if self._sharding is None or self._sharding.is_fully_addressable:
             raise ValueError(
-                f"{self.name} is an iterator, and the state is shared by several processes, each "
-                "of which yields its part of every batch: say how the whole batch is spread, "
-                'run(data_sharding=NamedSharding(mesh, PartitionSpec("data"))) with the mesh of '
-                "the state; or make an independent state in every process"
+                f"{self.name} yields batches one by one, and the state is shared by several "
+                "processes, each of which yields its part of every batch: say how the whole batch "
+                'is spread, data_sharding=NamedSharding(mesh, PartitionSpec("data")) with the mesh '
+                "of the state; or make an independent state in every process"
             )
 
     def draw(self, steps: int, *, in_part: bool) -> int:
@@ -119,7 +119,7 @@ class FromIterator(Source):
         if any(map(is_of_several, leaves)):
             raise ValueError(
                 f"{which} holds an array of several processes: yield the part of this one alone, "
-                "from which run makes the whole as data_sharding says"
+                "from which the whole is made as data_sharding says"
             )
         kind = Kind(structure, [x.shape for x in leaves], [x.dtype for x in leaves])
         if self._waiting is None:

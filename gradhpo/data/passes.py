@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from gradhpo.data.iterators import FromIterator
@@ -16,6 +17,7 @@ from gradhpo.data.source import Batches, Source
 from gradhpo.data.sources import as_source
 from gradhpo.utils.conversion import is_container, is_convertible
 from gradhpo.utils.description import differences
+from gradhpo.utils.processes import check_alike, together
 
 
 _NAME = "train_data"
@@ -75,18 +77,35 @@ class _Reading(NamedTuple):
 
 
 class ByLoader(Passes):
-    """A loader, of which a new iterator is made for every part that does not follow the last."""
+    """A loader, of which a new iterator is made for every part that does not follow the last.
 
-    def __init__(self, loader: Any):
-        self._loader = loader
+    If several processes have the state `shared`, each reads its part of every batch.
+    """
+
+    def __init__(self, loader: Any, sharding: NamedSharding | None = None, shared: bool = False):
+        self._loader, self._sharding, self._shared = loader, sharding, shared
         self._reading = _Reading(self._begun(), 0)
         self._positions: dict[str, Any] = {"0": self._reading.source.position()}
         self.source = self._reading.source
+        if shared:
+            self.source.check_spread()
 
     def _begun(self) -> FromIterator:
-        return FromIterator(_NAME, iterate(self._loader), 1)
+        return FromIterator(_NAME, iterate(self._loader), 1, self._sharding)
 
     def part(self, start: int, length: int) -> Part:
+        is_first = not self.source.kind()
+        with together(self._shared):
+            source = self._drawn(start, length)
+        if self._shared and is_first:
+            check_alike(train_data=source.kind())
+        with together(self._shared):
+            batches = source.fetch(length)
+            self._reading = _Reading(source, start + length)
+            self._note(str(start + length), source.position())
+        return Part(batches, jnp.asarray(0), 1)
+
+    def _drawn(self, start: int, length: int) -> FromIterator:
         source, at = self._reading
         if at == start and start > 0:
             source.release_oldest()
@@ -98,10 +117,7 @@ class ByLoader(Passes):
                 raise ValueError(_DIFFERS.format(start - 1)) from error
         if source.draw(length, in_part=False) < length:
             raise ValueError(f"{_NAME} is a loader without a single batch")
-        batches = source.fetch(length)
-        self._reading = _Reading(source, start + length)
-        self._note(str(start + length), source.position())
-        return Part(batches, jnp.asarray(0), 1)
+        return source
 
     def _note(self, end: str, position: dict[str, Any]) -> None:
         """A loader that draws other batches the next time is found out by the last of each part."""
@@ -117,25 +133,22 @@ class ByLoader(Passes):
         self._positions = positions
 
 
-def as_passes(data: Any, per_step: int, shared: bool = False) -> Passes:
+def as_passes(
+    data: Any, per_step: int, sharding: NamedSharding | None = None, shared: bool = False
+) -> Passes:
     """The kind of source for training data; `per_step`: inner steps in an outer one.
 
-    If several processes have the state `shared`, batches come by their number.
+    `sharding`: of one batch; `None` leaves the arrays where they are. If several processes have the
+    state `shared`, a loader yields the part of each.
     """
-    if shared and hasattr(data, "__iter__") and not is_container(data):
-        raise ValueError(
-            f"{_NAME} is a {type(data).__name__}, and the state is shared by several processes: "
-            "a replay takes batches by their number there, from gradhpo.ArrayData of arrays that "
-            "all processes share or from a function index -> batch"
-        )
     if isinstance(data, Repeated):
-        return _of_loader(data.loader, data)
+        return ByLoader(_unread(data.loader, data), sharding, shared)
     if hasattr(data, "__next__"):
         raise TypeError(_ON_ITERATOR.format(type(data).__name__))
     is_data = is_container(data) or is_convertible(data) or callable(data)
     if hasattr(data, "__iter__") and not (is_data or isinstance(data, (str, bytes))):
-        return _of_loader(data, data)
-    return ByNumber(as_source(data, _NAME, per_step), per_step)
+        return ByLoader(_unread(data, data), sharding, shared)
+    return ByNumber(as_source(data, _NAME, per_step, sharding), per_step)
 
 
 _ON_ITERATOR = (
@@ -145,7 +158,8 @@ _ON_ITERATOR = (
 )
 
 
-def _of_loader(loader: Any, given: Any) -> ByLoader:
+def _unread(loader: Any, given: Any) -> Any:
+    """The loader, from which another iterator begins with the first batch."""
     if hasattr(loader, "__next__"):
         raise TypeError(_ON_ITERATOR.format(type(loader).__name__))
     if isinstance(given, Repeated) and given.drawn:
@@ -153,4 +167,4 @@ def _of_loader(loader: Any, given: Any) -> ByLoader:
             f"{_NAME} has been drawn from already, and a replay begins with its first batch: pass "
             "gradhpo.iterate(loader) made anew, or the loader itself"
         )
-    return ByLoader(loader)
+    return loader

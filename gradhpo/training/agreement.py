@@ -15,6 +15,13 @@ from gradhpo.utils.processes import error_of_others, exchanged, is_first, said_o
 from gradhpo.utils.progress import ProgressBar
 
 
+# Nor can it tell them: their devices are at work on that chunk, and would take a word for its part.
+_ALONE = (
+    "raised, and not returned with the steps so far: the other processes may have begun this chunk "
+    "of the run, which cannot end without this process; let it end, and start all of them again"
+)
+
+
 class _Outcome(NamedTuple):
     """How something ended in this process, if not well."""
 
@@ -90,6 +97,9 @@ def go_together(
                 ending = _ending(said, "data", data) or driver._out_of_data(may_return)
             if steps:
                 launched, failed = driver._launch(*following, [*flying], at_most=steps)
+                if not launched and failed is not None and failed.error is not None:
+                    failed.error.add_note(_ALONE)
+                    raise failed.error
                 flying.extend(launched)
                 ending = ending if launched else failed
             following = next(shapes, None)

@@ -9,6 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
 from gradhpo.core.algorithm import Algorithm
@@ -82,6 +83,7 @@ def replay(
     store: str | Path | None = None,
     queries: bool = False,
     progress: bool | str = True,
+    data_sharding: NamedSharding | None = None,
 ) -> Replay:
     r"""The exact hypergradient of a whole training run of any length.
 
@@ -114,6 +116,9 @@ def replay(
     - `queries`: one hypergradient for each validation example, all in the same pass. `val_loss`
         gets each example as a batch of one; PRNG keys of shape `()` are shared. Default `False`.
     - `progress`: show a progress bar, which counts every step twice; a text is its label.
+    - `data_sharding`: how the arrays of every training batch are spread over devices, as for
+        [`run`][gradhpo.run]: where several processes share the state, each of them passes its part
+        of every batch, and loaders need this.
 
     **Returns:** a [`Replay`][gradhpo.Replay]. If training diverges, the replay stops there: the
     hypergradient is `nan`, and report and a warning say where.
@@ -166,7 +171,7 @@ def replay(
     if shared:
         about = {"num_steps": num_steps, "segment": segment, "queries": queries}
         check_alike(**about, optimizer=described(optimizer), store=store is not None)
-    passes = as_passes(train_data, optimizer.num_inner_steps, shared)
+    passes = as_passes(train_data, optimizer.num_inner_steps, data_sharding, shared)
     # What is compiled must not depend on their number, only on whether there are several.
     exact = with_its_update(optimizer, min(num_steps, 2))
     training = Training(exact, losses, val_batch, queries)
