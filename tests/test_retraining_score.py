@@ -1,17 +1,18 @@
 """`retraining_score` against closed forms, and trainings written out."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import quick
+from helpers import assert_same, quick
 from problems import relaxed
 from scipy import stats
 
 import gradhpo
 from gradhpo.diagnostics.score import Scores, spearman
+from gradhpo.training import boundaries
+from gradhpo.utils.tracing import num_traces
 
 
 RANDOM = np.random.default_rng(0)
@@ -63,14 +64,26 @@ def query(number):
     return jax.tree.map(lambda x: x[number : number + 1], QUERIES)
 
 
-def trained(h, inner=INNER, num_steps=STEPS):
-    """By hand, with optax alone."""
-    rule, w = inner(h), PARAMS
-    s = rule.init(w)
-    for t in range(num_steps):
-        updates, s = rule.update(jax.grad(train_loss)(w, h, DATA(t)), s, w)
-        w = optax.apply_updates(w, updates)
-    return w
+def keys_of(count):
+    return [jax.random.fold_in(KEY, number) for number in range(count)]
+
+
+def losses_by_hand(inner):
+    """Of every query after a training with optax alone, as a function of the hyperparameters."""
+
+    @jax.jit
+    def losses(h):
+        rule, w = inner(h), PARAMS
+
+        def step(carry, batch):
+            w, s = carry
+            updates, s = rule.update(jax.grad(train_loss)(w, h, batch), s, w)
+            return (optax.apply_updates(w, updates), s), None
+
+        (w, _), _ = jax.lax.scan(step, (w, rule.init(w)), DATA.stack(0, STEPS).batches)
+        return jnp.stack([val_loss(w, h, query(number)) for number in range(5)])
+
+    return losses
 
 
 # -- the statistics ----------------------------------------------------------------------------
@@ -168,7 +181,7 @@ def test_least_squares_solved_in_one_step():
     by_weight = np.linalg.solve(hessian, (x * (y - x @ w)[:, None]).T)
     qx, qy = map(np.asarray, QUERIES)
     g = 2 * (qx @ w - qy)[:, None] * (qx @ by_weight)
-    keys = jax.random.split(KEY, 30)
+    keys = keys_of(30)
     deltas = np.stack([np.asarray(small(key, jnp.asarray(weights))) for key in keys]) - weights
     [name] = found.score
     # float64, with a condition number of about 10; relative to the largest of 30.
@@ -190,12 +203,233 @@ ADAGRAD = relaxed(lambda h: optax.adagrad(jnp.exp(h["rate"]), jnp.exp(h["rate"])
 def test_retrainings_are_those_of_a_loop(inner):
     """Hyperparameters in the loss, in the inner rate, and in what the optimizer starts with."""
     found = scored(gradhpo.UnrolledOptimizer(inner, unroll_steps=STEPS))
-    losses = lambda h, w: [val_loss(w, h, query(i)) for i in range(5)]
-    base = np.stack(losses(HYPERPARAMS, trained(HYPERPARAMS, inner)))
+    losses = losses_by_hand(inner)
+    base = losses(HYPERPARAMS)
     np.testing.assert_allclose(found.losses, base, rtol=1e-12)
-    for j, key in enumerate(jax.random.split(KEY, 7)):
-        h = moved(key, HYPERPARAMS)
+    for j, key in enumerate(keys_of(7)):
         # Losses of size 1, in another order of sums.
-        np.testing.assert_allclose(
-            found.true[j], np.stack(losses(h, trained(h, inner))) - base, atol=1e-12
-        )
+        expected = losses(moved(key, HYPERPARAMS)) - base
+        np.testing.assert_allclose(found.true[j], expected, atol=1e-12)
+        assert np.max(np.abs(expected)) > 1e-4
+
+
+ESTIMATORS = {
+    "exact": EXACT,
+    "one step": gradhpo.OneStepOptimizer(INNER),
+    "greedy": gradhpo.GreedyOptimizer(INNER, unroll_steps=4),
+    "T1-T2": gradhpo.T1T2Optimizer(INNER, inner_steps=2),
+    "DrMAD": gradhpo.DrMADOptimizer(INNER, unroll_steps=STEPS),
+    "implicit": gradhpo.ImplicitOptimizer(INNER, None, gradhpo.Neumann(5, 0.1), inner_steps=4),
+}
+
+
+def assert_predicts(found, name):
+    """The products of the hypergradients with the changes, written out."""
+    g = found.hypergradients[name]
+    for j, key in enumerate(keys_of(7)):
+        new = moved(key, HYPERPARAMS)
+        products = lambda leaf, new=new: g[leaf] * np.asarray(new[leaf] - HYPERPARAMS[leaf])
+        expected = [np.sum(products("weights"), axis=1), products("rate")]
+        # Sums of 41 products.
+        np.testing.assert_allclose(found.predicted[name][j], sum(expected), rtol=1e-11, atol=1e-16)
+
+
+@pytest.mark.parametrize("name", quick(list(ESTIMATORS), keep=["one step"]))
+def test_hypergradients_are_those_of_every_query_alone(name):
+    """Steps of each on its own batches, up to the last, with the hyperparameters as they are."""
+    optimizer = ESTIMATORS[name]
+    found = scored({name: optimizer})
+    per_step, state = optimizer.num_inner_steps, optimizer.init(PARAMS, HYPERPARAMS)
+    batches = lambda step: DATA.stack(step * per_step, per_step)
+    last = STEPS // per_step - 1
+    for step in range(last):
+        state = optimizer.step(state, batches(step), QUERIES, LOSSES, lr_hyper=0.0)
+    for number in (0, 3):
+        alone = optimizer.compute_hypergradient(state, batches(last), query(number), LOSSES)
+        of_one = {leaf: x[number] for leaf, x in found.hypergradients[name].items()}
+        # The same sums in another order, through eight steps.
+        assert_same(of_one, alone, rtol=1e-9, atol=1e-12)
+    assert_predicts(found, name)
+    assert not found.failed
+    assert not found.remarks
+
+
+@pytest.mark.thorough
+def test_one_query_is_what_compare_hypergradients_looks_at():
+    """Also for an estimator with a memory, which reads the batches ahead."""
+    optimizers = ESTIMATORS | {"HyperDistill": gradhpo.OnlineHypergradientOptimizer(INNER)}
+    found = scored(optimizers, queries=query(0))
+    given = EXACT.init(PARAMS, HYPERPARAMS), DATA.stack(0, STEPS), query(0), LOSSES
+    expected = gradhpo.compare_hypergradients(optimizers, *given).hypergradients
+    of_one = jax.tree.map(lambda x: x[0], found.hypergradients)
+    assert_same(of_one, expected, rtol=1e-9, atol=1e-12)  # sums in another order
+    assert found.unseen == {"implicit": ("['rate']",)}
+    assert "implicit does not see ['rate']" in str(found)
+
+
+# -- blocks and programs -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_size", quick([1, 3, 8, 100], keep=[3]))
+def test_blocks_of_any_size_give_the_same(block_size):
+    """Of three programs: hypergradients, a block of trainings, predictions."""
+    before = num_traces()
+    found = scored(block_size=block_size)
+    assert num_traces() - before == 2  # what is predicted takes no training
+    expected = scored()
+    np.testing.assert_allclose(found.true, expected.true, atol=1e-13)  # losses of size 1
+    np.testing.assert_array_equal(*[x.predicted["UnrolledOptimizer"] for x in (found, expected)])
+    assert found.score == expected.score
+
+
+@pytest.mark.thorough
+def test_functions_that_are_not_for_several_at_once():
+    """A callback without a rule for `vmap`: one training, and one query, after another."""
+
+    def on_host(x):
+        return jax.pure_callback(lambda x: np.asarray(x), jax.ShapeDtypeStruct((), x.dtype), x)
+
+    @jax.custom_jvp
+    def opaque(x):
+        return on_host(x)
+
+    opaque.defjvp(lambda primals, tangents: (opaque(*primals), *tangents))
+    alone = gradhpo.LossFunctions(
+        lambda *given: opaque(train_loss(*given)), lambda *given: opaque(val_loss(*given))
+    )
+    found, expected = scored(losses=alone), scored()
+    np.testing.assert_allclose(found.true, expected.true, atol=1e-13)  # losses of size 1
+    for x, y in ((found.hypergradients, expected.hypergradients),):
+        assert_same(x, y, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("room", quick([0, 300_000], keep=[0]))
+def test_what_does_not_fit_is_done_in_parts(monkeypatch, room):
+    """By the compiler's figure for the memory of so many at once."""
+    expected = scored()
+    for where in ("retrain", "predictions"):
+        monkeypatch.setattr(f"gradhpo.diagnostics.{where}.free_bytes", lambda: room)
+    before = num_traces()
+    found = scored()
+    assert num_traces() - before > 2  # the first try, and others
+    np.testing.assert_allclose(found.true, expected.true, atol=1e-13)  # losses of size 1
+    assert_same(found.hypergradients, expected.hypergradients, rtol=1e-9, atol=1e-12)
+
+
+# -- data --------------------------------------------------------------------------------------
+
+
+class Loader:
+    """The batches of `DATA` in order."""
+
+    def __iter__(self):
+        for t in range(STEPS):
+            yield jax.tree.map(np.asarray, DATA(t))
+
+
+@pytest.mark.thorough
+def test_data_of_every_kind():
+    """A loader, a function of the index, and a later state with batches of its own."""
+    expected = scored()
+    for data in (Loader(), gradhpo.iterate(Loader()), lambda t: DATA(t)):
+        np.testing.assert_allclose(scored(train_data=data).true, expected.true, atol=1e-13)
+    optimizer = gradhpo.UnrolledOptimizer(INNER, unroll_steps=4)
+    state = optimizer.step(
+        optimizer.init(PARAMS, HYPERPARAMS), DATA.stack(0, 4), QUERIES, LOSSES, lr_hyper=0.0
+    )
+    found = scored(optimizer, state=state, num_steps=4)
+    # From the middle, where the inner optimizer's state is no longer its first.
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-13)
+
+
+# -- a directory -------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_after(monkeypatch, writes, **settings):
+    """A call that ends with its process, which is after this number of files."""
+    write, left = boundaries.write_file, [writes]
+
+    def counted(*arguments):
+        if left[0] == 0:
+            raise Killed
+        left[0] -= 1
+        write(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(boundaries, "write_file", counted)
+        with pytest.raises(Killed):
+            scored(**settings)
+
+
+def test_goes_on_where_it_was_bit_for_bit(tmp_path, monkeypatch):
+    """Also with more estimators and more retrainings than before."""
+    settings = {"directory": tmp_path, "block_size": 3}
+    killed_after(monkeypatch, 2, **settings)  # of one estimate and three blocks
+    assert len(list(tmp_path.glob("*.ckpt"))) == 2
+    killed_after(monkeypatch, 1, **settings)
+    found = scored(**settings)
+    before = num_traces()
+    again = scored(**settings | {"block_size": None})
+    assert num_traces() - before <= 2  # losses on their first batches; nothing is trained
+    expected = scored(block_size=3)
+    for report in (found, again):
+        assert_same(report.true, expected.true)
+        assert_same(report.hypergradients, expected.hypergradients)
+        assert (report.score, report.interval) == (expected.score, expected.interval)
+    assert again.seconds == found.seconds
+    assert again.retraining_seconds == found.retraining_seconds
+
+
+@pytest.mark.thorough
+def test_more_of_the_same(tmp_path):
+    """More estimators and more retrainings than an earlier call had: it does what is new."""
+    settings = {"directory": tmp_path, "block_size": 3}
+    scored(**settings)
+    optimizers = {"UnrolledOptimizer": EXACT, "one step": ESTIMATORS["one step"]}
+    names = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.ckpt")}
+    found = scored(optimizers, **settings, num_retrainings=10)
+    expected = scored(optimizers, block_size=3, num_retrainings=10)
+    assert_same(found.true, expected.true)
+    assert_same(found.hypergradients, expected.hypergradients)
+    kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.ckpt")}
+    changed = {name for name in kept if names.get(name) != kept[name]}
+    assert len([name for name in changed if name.startswith("estimate")]) == 1
+    # The third block had two trainings, and has three.
+    assert {name for name in changed if name.startswith("losses")} == {
+        f"losses-{number:010d}.ckpt" for number in (6, 9)
+    }
+
+
+OTHERS = {
+    "steps": {"num_steps": 16},
+    "data": {"train_data": gradhpo.ArrayData((X[:40], Y[:40]), 10, KEY, with_indices=True)},
+    "queries": {"queries": query(0)},
+    "perturb": {"perturb": gradhpo.leave_out(0.1, lambda h: h["weights"])},
+    "key": {"key": jax.random.key(8)},
+    "losses": {"losses": gradhpo.LossFunctions(train_loss, lambda *x: 1.01 * val_loss(*x))},
+}
+
+
+@pytest.mark.parametrize("other", quick(list(OTHERS), keep=["key"]))
+def test_a_directory_holds_one_problem(tmp_path, other):
+    one = {"optimizers": ESTIMATORS["one step"], "directory": tmp_path}
+    scored(**one)
+    with pytest.raises(ValueError, match="holds another retraining: .* call retraining_score as"):
+        scored(**one | OTHERS[other])
+
+
+@pytest.mark.thorough
+def test_a_directory_holds_one_optimizer_of_a_name(tmp_path):
+    greedy = lambda gamma: gradhpo.GreedyOptimizer(INNER, unroll_steps=4, gamma=gamma)
+    scored({"it": greedy(0.9)}, directory=tmp_path, block_size=3)
+    with pytest.raises(ValueError, match="hypergradients of another optimizer .*'it'.*gamma was"):
+        scored({"it": greedy(0.5)}, directory=tmp_path)
+    with pytest.raises(ValueError, match="block_size=4, and there are blocks of 3 trainings"):
+        scored({"it": greedy(0.9)}, directory=tmp_path, block_size=4)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="directory=.* is a file"):
+        scored({"it": greedy(0.9)}, directory=tmp_path / "file")

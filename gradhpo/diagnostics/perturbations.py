@@ -120,12 +120,11 @@ def check_perturb(change: Callable, keys: Array, hyperparams: PyTree) -> None:
 @compiled
 def _effects(change: Callable, keys: Array, hyperparams: PyTree) -> tuple[Array, Array]:
     """Whether some hyperparameters move, and whether they depend on the key."""
-    made = [change(keys[i], hyperparams) for i in range(len(keys))]
-    other = lambda a, b: jnp.any(
-        jnp.stack([jnp.any(x != y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)])
-    )
-    some = lambda pairs: jnp.any(jnp.stack([other(a, b) for a, b in pairs]))
-    return some([(new, hyperparams) for new in made]), some([(new, made[0]) for new in made[1:]])
+    made = jax.lax.map(lambda key: jax.tree.leaves(change(key, hyperparams)), keys)
+    old = jax.tree.leaves(hyperparams)
+    some = lambda there: jnp.any(jnp.stack(list(map(jnp.any, there))))
+    moves = some([new != x[None] for new, x in zip(made, old, strict=True)])
+    return moves, some([new[1:] != new[:-1] for new in made])
 
 
 def changes(change: Callable, key: Array, hyperparams: PyTree) -> PyTree:

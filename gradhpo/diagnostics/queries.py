@@ -56,21 +56,22 @@ class Setting(eqx.Module):
         of_one = lambda x: jax.lax.dynamic_slice_in_dim(everywhere(x), number, 1)
         return jax.tree.map(lambda x: x if is_common(x) else of_one(x), self.queries)
 
-    def over_queries(self, function: Callable[[PyTree], PyTree], at_once: bool) -> PyTree:
-        """The results of a function of a query, stacked: of all at once, or of one after another.
+    def over_queries(self, function: Callable[[PyTree], PyTree], at_once: int) -> PyTree:
+        """The results of a function of a query, stacked: of so many queries at once.
 
-        Only what depends on the query is computed more than once.
+        Of those only what depends on the query is computed more than once.
         """
-        numbers = jnp.arange(self.num_queries, dtype=jnp.int32)
-        if not at_once:
-            return jax.lax.map(lambda number: function(self.query(number)), numbers)
+        if at_once < self.num_queries:
+            numbers = jnp.arange(self.num_queries, dtype=jnp.int32)
+            size = at_once if at_once > 1 else None
+            return jax.lax.map(lambda i: function(self.query(i)), numbers, batch_size=size)
         axes = jax.tree.map(lambda x: None if is_common(x) else 0, self.queries)
         alone = lambda x: x if is_common(x) else everywhere(x)[:, None]
         return eqx.filter_vmap(function, in_axes=(axes,))(jax.tree.map(alone, self.queries))
 
 
 def hypergradients_of_queries(
-    optimizer: BilevelOptimizer, start: BilevelState, setting: Setting, at_once: bool
+    optimizer: BilevelOptimizer, start: BilevelState, setting: Setting, at_once: int
 ) -> tuple[PyTree, Array]:
     """An optimizer's hypergradients at the end of the inner steps, and the validation losses.
 

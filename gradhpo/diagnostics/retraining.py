@@ -1,6 +1,8 @@
 """Does a hypergradient predict what retraining at other hyperparameters does?"""
 
+import contextlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -19,11 +21,13 @@ from gradhpo.diagnostics.perturbations import check_perturb
 from gradhpo.diagnostics.predictions import estimated
 from gradhpo.diagnostics.queries import Setting
 from gradhpo.diagnostics.retrain import Blocks
+from gradhpo.diagnostics.retraining_kept import kept_in
 from gradhpo.diagnostics.retraining_report import RetrainingScore, report_of
 from gradhpo.training.segments import is_common
 from gradhpo.utils.conversion import as_batch
 from gradhpo.utils.keys import is_key
 from gradhpo.utils.placement import beside
+from gradhpo.utils.processes import is_shared
 from gradhpo.utils.progress import ProgressBar
 from gradhpo.utils.settings import check_count, check_tunes
 from gradhpo.utils.typecheck import checked
@@ -46,6 +50,7 @@ def retraining_score(
     num_retrainings: int = 100,
     key: Array,
     block_size: int | None = None,
+    directory: str | Path | None = None,
     progress: bool | str = True,
 ) -> RetrainingScore:
     r"""Whether a hypergradient predicts what training again at other hyperparameters does.
@@ -85,15 +90,20 @@ def retraining_score(
     - `perturb`: `(key, hyperparams) -> hyperparams`, the changed hyperparameters, of the same
         structure, shapes and dtypes; JAX must be able to trace it.
     - `num_retrainings`: how often to train again, at least 3, default 100.
-    - `key`: PRNG key of the changes, and of the resamples for the intervals.
+    - `key`: PRNG key of the changes, of which number j gets `jax.random.fold_in(key, j)`, and of
+        the resamples for the intervals.
     - `block_size`: how many trainings run at once, in one compiled program, at least 1. Default
         `None`: up to 32, as many as fit into half of the memory that the device has left, by what
-        the compiler says (0.5 GiB on a processor).
+        the compiler says (2 GiB on a processor). Results do not depend on it, up to rounding.
+    - `directory`: where each block and each estimator's hypergradients are kept once they are done,
+        a file for each. A call that was killed goes on from there when it is made again, with the
+        same result bit for bit. So does one with more estimators, or more retrainings, of which it
+        trains the new ones alone. Default `None`: nothing is kept.
     - `progress`: show a progress bar, which counts inner steps; a text is its label.
 
     **Returns:** a [report][gradhpo.diagnostics.retraining_report.RetrainingScore]: `.score[name]`,
-    `.interval[name]` (from 2.5 to 97.5 %, by bootstrap over the retrainings, with the same
-    resamples for all estimators), `.per_query[name]` of shape `[queries]`, `.true` and
+    `.interval[name]` (95 %, by bootstrap over the retrainings, with the same resamples for all
+    estimators), `.per_query[name]` of shape `[queries]`, `.true` and
     `.predicted[name]` of shape `[retrainings, queries]`, and the hypergradients. `print` shows a
     table.
 
@@ -106,8 +116,9 @@ def retraining_score(
     **Raises:** `ValueError` for `num_retrainings` below 3, a `num_steps` that is not a multiple of
     an optimizer's inner steps, no optimizer, hypergradients of other shapes, a `perturb` that
     changes structure, shapes or dtypes, returns the hyperparameters as they are or ignores its key,
-    and as [`step`][gradhpo.BilevelOptimizer.step] for losses and batches; `TypeError` for an
-    optimizer with several inner problems, or an iterator as `train_data`.
+    a `directory` that holds something else, a state that several processes share, and as
+    [`step`][gradhpo.BilevelOptimizer.step] for losses and batches; `TypeError` for an optimizer
+    with several inner problems, or an iterator as `train_data`.
 
     ```python
     x = jax.random.normal(jax.random.key(0), (60, 3))
@@ -163,23 +174,32 @@ def retraining_score(
         "retraining_score takes the queries along axis 0 of every array (constants belong in the "
         "loss), and queries",
     )
+    state = without_aux(state)
+    if is_shared(state):
+        raise ValueError(
+            f"retraining_score runs in one process, and the state is shared by "
+            f"{jax.process_count()}: pass a state of this process alone, in every one of them"
+        )
     key = key if is_key(key) else jax.random.wrap_key_data(key)
-    keys = beside(jax.random.split(key, num_retrainings), state)
+    keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(np.arange(num_retrainings))
+    keys = beside(keys, state)
     check_perturb(perturb, keys, state.hyperparams)
     first = algorithm_of(next(iter(own.values())))
     passes = as_passes(train_data, first.num_inner_steps)
-    part = passes.part(0, num_steps)
-    setting = Setting(part, queries, losses, state.step, num_steps)
-    state = without_aux(state)
+    setting = Setting(passes.part(0, num_steps), queries, losses, state.step, num_steps)
+    kept = kept_in(directory, first, state, passes.source, setting, perturb, keys)
     total = num_steps * (len(named) + 1 + num_retrainings)
-    with ProgressBar(total, shown=progress, call="gradhpo.retraining_score") as bar:
-        found = estimated(named, state, setting, bar)
+    with (
+        contextlib.closing(kept),
+        ProgressBar(total, shown=progress, call="gradhpo.retraining_score") as bar,
+    ):
+        found = estimated(named, state, setting, bar, kept)
         start = first._adopt(state, keep_memory=True)
-        blocks = Blocks(first, start, setting, perturb, keys, block_size)
-        retrained, seconds = blocks.run_all(bar, num_steps)
+        blocks = Blocks(first, start, setting, perturb, keys, block_size, kept)
+        retrained = blocks.run(bar, num_steps)
     predicted = found.predict(perturb, keys, state.hyperparams)
     random = np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
-    report = report_of(found, predicted, retrained, random, num_steps, seconds)
+    report = report_of(found, predicted, retrained, random, num_steps)
     if 10 * len(report.nonfinite) > num_retrainings:
         warn(f"retraining_score: {report.on_nonfinite()}", RuntimeWarning)
     return report

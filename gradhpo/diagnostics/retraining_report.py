@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
 
 from gradhpo.diagnostics.compare import another_training, trains_otherwise
+from gradhpo.diagnostics.drawing import draw_retraining
 from gradhpo.diagnostics.perturbations import selected
 from gradhpo.diagnostics.predictions import Predictions
 from gradhpo.diagnostics.retrain import Retrained
@@ -29,8 +31,8 @@ class RetrainingScore(Report):
     - `true`: those that retraining made, one array; `nan` in retrainings that are not finite.
     - `losses`: the losses of the queries before any change, one array `[queries]`.
     - `hypergradients`: trees like the hyperparameters, with a leading axis, the queries.
-    - `seconds`: for the hypergradients of all queries, without compilation; `nan` where they were
-        given. `retraining_seconds`: for all trainings, one number.
+    - `seconds`: for the hypergradients of all queries, without compilation; `nan` where none were
+        computed. `retraining_seconds`: for all trainings, one number.
     - `nonfinite`: the numbers of the retrainings that are not finite, one tuple.
     - `unseen`: leaves that an estimator cannot see, if there are any.
     - `failed`: why an estimator does not work on this problem. It has no score.
@@ -91,6 +93,10 @@ class RetrainingScore(Report):
             number(float(np.min(of_queries))) if len(of_queries) else "-",
             seconds_of(self.seconds[name]),
         ]
+
+    def plot(self) -> Any:
+        """A `matplotlib` figure: predicted against true changes, of all queries together."""
+        return draw_retraining(self)
 
     def on_nonfinite(self) -> str:
         """What is said of retrainings that are not finite."""
@@ -160,7 +166,6 @@ def report_of(
     retrained: Retrained,
     random: np.random.Generator,
     num_steps: int,
-    seconds: float,
 ) -> RetrainingScore:
     """The report, from the losses of trainings of which the first is without a change."""
     base, after = retrained.losses[0], retrained.losses[1:]
@@ -180,7 +185,7 @@ def report_of(
         losses=base,
         hypergradients=found.hypergradients,
         seconds={name: found.seconds[name] for name in predicted},
-        retraining_seconds=seconds,
+        retraining_seconds=retrained.seconds,
         nonfinite=tuple(np.flatnonzero(~finite).tolist()),
         unseen={name: leaves for name, leaves in found.unseen.items() if leaves},
         failed=found.failed,
