@@ -52,6 +52,7 @@ FIGURES = {
     "short_horizon": Figure("reading/short_horizon.py"),
     # examples
     "data_hypercleaning": Figure("data_hypercleaning.py"),
+    "data_attribution": Figure("data_attribution.py"),
     "learned_learning_rates": Figure("learned_learning_rates.py"),
     "regularisation": Figure("regularisation.py"),
     "compressed_sensing": Figure("compressed_sensing.py"),

@@ -70,7 +70,7 @@ for name in {ALL!r}:
     with contextlib.suppress(SystemExit):
         importlib.import_module(name).main(["--help"])
 """
-    assert interpreter("-c", program).stdout.count("usage:") == len(ALL) == 12
+    assert interpreter("-c", program).stdout.count("usage:") == len(ALL) == 13
 
 
 # The others are above and below.
@@ -86,6 +86,8 @@ def test_quick_form_prints_a_table_and_saves_a_picture(name, tmp_path):
     done = python(f"{name}.py", "--quick", "--output", str(picture), compiled=QUICKLY)
     assert picture.stat().st_size > 10_000
     words = ["cosine |", " s)\n\n| "] if "algorithm" in name else ["tuned", "±"]
+    if name == "data_attribution":
+        words = ["95 % interval", "most harmful by exact"]
     assert all(word in done.stdout for word in words)
 
 
@@ -321,3 +323,25 @@ print("RESULT" + json.dumps([
     mean = lambda name: sum(run[name] for run in runs) / len(runs)
     for name in ("best of a grid of 3", "trained again: all as tuned"):
         assert mean("tuned while training") < mean(name) < mean("uniform"), name
+
+
+@pytest.mark.slow
+def test_exact_attributions_predict_what_retraining_does(tmp_path):
+    """The order of the scores in examples/README.md, and the losses without harmful digits."""
+    program = f"""
+import json, data_attribution
+report, removals = data_attribution.main(["--output", {str(tmp_path / "picture.png")!r}])
+print("RESULT" + json.dumps([report.score, {{name: row[:2] for name, row in removals.items()}}]))
+"""
+    score, removals = json.loads(python("-c", program).stdout.split("RESULT")[1])
+    assert score["exact"] > 0.99
+    order = ["exact", "DrMAD", "implicit over an epoch", "greedy", "implicit on one batch"]
+    # Their intervals are far apart.
+    assert [score[name] for name in order] == sorted((score[x] for x in order), reverse=True)
+    without = {name: loss for name, (_, loss) in removals.items()}
+    assert without["most harmful by exact"] < 0.9 * without["nothing"]
+    # 1 % at random changes it by 0.1 %.
+    assert abs(without["1 % at random"] / without["nothing"] - 1) < 0.02
+    # The prediction is of first order; 0.016 off where the loss falls by 0.256.
+    predicted, loss = removals["most harmful by exact"]
+    assert abs(predicted - loss) < 0.03
