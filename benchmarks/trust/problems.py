@@ -1,0 +1,145 @@
+"""The trainings of the calibration: a small classifier with a weight for each training example."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+from jaxtyping import Array, PyTree
+from sklearn.datasets import load_breast_cancer, load_digits
+
+import gradhpo
+
+
+QUERIES, OF_A_QUERY = 5, 20  # validation batches of their own, and examples in each
+TRAINED = 400
+WIDTH = 32
+DROPPED = 0.2
+# Inner learning rates, before the factor of a configuration.
+RATES = {"momentum": 0.02, "adam": 3e-3, "muon": 0.01}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One training: what it is made of, and how many examples a perturbation leaves out."""
+
+    data: str = "digits"
+    inner: str = "momentum"
+    eps_root: float = 0.0
+    factor: float = 1.0
+    steps: int = 100
+    batch_size: int = 50
+    activation: str = "tanh"
+    dropout: str = ""  # "replayed" or "live": other keys and batches in every retraining
+    dtype: str = "float32"
+    left_out: float = 0.02
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        root = f" {self.eps_root:.0e}" if self.inner == "adam" else ""
+        parts = [
+            f"{self.data}, {self.inner}{root} x{self.factor:g}, T={self.steps}",
+            f"b={self.batch_size}",
+            self.activation,
+        ]
+        parts += [f"dropout {self.dropout}"] * bool(self.dropout)
+        parts += [self.dtype] * (self.dtype != "float32")
+        return ", ".join([*parts, f"-{self.left_out:.0%}"])
+
+    @property
+    def rate(self) -> float:
+        return self.factor * RATES[self.inner]
+
+    def optimizer(self) -> optax.GradientTransformation:
+        if self.inner == "momentum":
+            return optax.sgd(self.rate, momentum=0.9)
+        if self.inner == "adam":
+            return optax.adam(self.rate, eps_root=self.eps_root)
+        return optax.contrib.muon(self.rate)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A configuration ready to train: `batches(seed)` is a function of the step."""
+
+    optimizer: gradhpo.UnrolledOptimizer
+    state: gradhpo.BilevelState
+    batches: Callable[[Any], Callable[[Any], PyTree]]
+    queries: PyTree
+    losses: gradhpo.LossFunctions
+    perturb: Callable[[Array, PyTree], PyTree]
+
+
+def arrays_of(data: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    load = {"digits": load_digits, "cancer": load_breast_cancer}[data]
+    x, y = load(return_X_y=True)
+    order = np.random.default_rng(seed).permutation(len(x))
+    x, y = x[order], y[order]
+    x = x / 16 if data == "digits" else (x - x.mean(0)) / x.std(0)
+    return x.astype(np.float32), y.astype(np.int32)
+
+
+def initial(sizes: list[int], key: Array) -> list[tuple[Array, Array]]:
+    keys = jax.random.split(key, len(sizes))
+    return [
+        (jax.random.normal(k, (m, n)) / jnp.sqrt(m), jnp.zeros(n))
+        for k, m, n in zip(keys, sizes, sizes[1:], strict=False)
+    ]
+
+
+def problem_of(config: Config) -> Problem:
+    activation = {"tanh": jnp.tanh, "relu": jax.nn.relu}[config.activation]
+
+    def cross_entropy(w, x, y, key=None):
+        for i, (matrix, bias) in enumerate(w):
+            x = x @ matrix + bias
+            if i < len(w) - 1:
+                x = activation(x)
+                if key is not None:
+                    kept = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - DROPPED, x.shape)
+                    x = jnp.where(kept, x / (1 - DROPPED), 0).astype(x.dtype)
+        return optax.softmax_cross_entropy_with_integer_labels(x.astype(jnp.promote_types(
+            x.dtype, jnp.float32)), y)  # fmt: skip
+
+    def train_loss(w, weights, batch):
+        ((x, y), index), key = batch
+        losses = cross_entropy(w, x, y, key)
+        return jnp.mean(weights[index].astype(losses.dtype) * losses)
+
+    def val_loss(w, weights, batch):
+        x, y = batch
+        return jnp.mean(cross_entropy(w, x.reshape(-1, x.shape[-1]), y.reshape(-1)))
+
+    x, y = arrays_of(config.data, config.seed)
+    x = jnp.asarray(x).astype(config.dtype)
+    y = jnp.asarray(y)
+    train, rest = (x[:TRAINED], y[:TRAINED]), slice(TRAINED, TRAINED + QUERIES * OF_A_QUERY)
+    queries = tuple(a[rest].reshape(QUERIES, OF_A_QUERY, *a.shape[1:]) for a in (x, y))
+    sizes = [x.shape[1], WIDTH, WIDTH, int(y.max()) + 1]
+    cast = lambda tree: jax.tree.map(lambda x: x.astype(config.dtype), tree)
+    params = cast(initial(sizes, jax.random.key(config.seed)))
+    optimizer = gradhpo.UnrolledOptimizer(config.optimizer(), unroll_steps=config.steps)
+    state = optimizer.init(params, jnp.ones(TRAINED, config.dtype))
+
+    def batches(seed):
+        key = jax.random.fold_in(jax.random.key(1), seed)
+        data = gradhpo.ArrayData(train, config.batch_size, key, with_indices=True)
+        return lambda t: (data(t), jax.random.fold_in(key, t) if config.dropout else None)
+
+    return Problem(
+        optimizer, state, batches, queries,
+        gradhpo.LossFunctions(train_loss, val_loss), leaving_out(config.left_out),
+    )  # fmt: skip
+
+
+def leaving_out(fraction: float) -> Callable[[Array, Array], Array]:
+    def perturb(key, weights):
+        count = max(1, round(fraction * weights.size))
+        return weights.at[jax.random.permutation(key, weights.size)[:count]].set(0)
+
+    return perturb

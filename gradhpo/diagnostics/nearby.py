@@ -1,0 +1,173 @@
+"""Hypergradients near the one that is checked: other hyperparameters, other draws, one bit on."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from gradhpo.core.batches import BatchStack
+from gradhpo.core.state import BilevelState
+from gradhpo.diagnostics.precision import Estimated
+from gradhpo.utils.freezing import trained
+from gradhpo.utils.keys import fold_keys, is_key
+from gradhpo.utils.structure import have_same_structure, where_they_differ
+
+
+# Hypergradients at perturbed hyperparameters, and from batches that are drawn again.
+NEIGHBOURS, REDRAWS = 4, 3
+# Perturbations over which predictions are compared: only products, no training.
+DIRECTIONS = 500
+
+Perturb = Callable[[Array, PyTree], PyTree]
+
+
+@dataclasses.dataclass(frozen=True)
+class Nearby:
+    """Flattened hypergradients by name, each a list of arrays, and the validation losses there.
+
+    `predictions` maps the same names to the products with `DIRECTIONS` perturbations.
+    """
+
+    hypergradients: dict[str, list[np.ndarray]]
+    val_losses: dict[str, list[float]]
+    perturbations: list[np.ndarray]
+    predictions: dict[str, list[np.ndarray]]
+
+    @property
+    def agreements(self) -> dict[str, list[float]]:
+        """Rank correlations of predictions with those of the hypergradient itself.
+
+        Those of the exact one are with the estimate in the best precision, `"best"`.
+        """
+        with_ = lambda name: self.predictions["best" if name == "exact" else "own"][0]
+        return {
+            name: [spearman(with_(name), other) for other in of_name]
+            for name, of_name in self.predictions.items()
+            if name not in ("own", "best")
+        }
+
+
+def look_nearby(run: Estimated, perturb: Perturb, others: Mapping[str, PyTree]) -> Nearby:
+    """All of them, by the program of the estimate; `others` are compared as well."""
+    state, case = run.case.state, run.case
+    hyperparams = state.hyperparams
+    moved = _perturbed(perturb, hyperparams)
+    ways: dict[str, list[tuple]] = {
+        "own": [],
+        "perturbed": [(run.at(moved(k)), None) for k in range(NEIGHBOURS)],
+        "repeated": [(state, None)],
+        "rounded": [(_one_bit_on(state), None)],
+    }
+    batches = case.train_batch, case.val_batch
+    if has_keys(batches):
+        ways["other keys"] = [(state, fold_keys(batches, 1))]
+    if has_keys(batches) or isinstance(case.train_batch, BatchStack):
+        ways["redrawn"] = [(state, _redrawn(batches, k + 1)) for k in range(REDRAWS)]
+    found = {name: [run.again(*way) for way in of_name] for name, of_name in ways.items()}
+    found["own"] = [(run.hypergradient, run.val_loss)]
+    found |= {name: [(g, jnp.asarray(jnp.nan))] for name, g in others.items()}
+    flattened = {name: [flat(g) for g, _ in pairs] for name, pairs in found.items()}
+    here = flat(hyperparams)
+    predictions = {name: [[] for _ in made] for name, made in flattened.items()}
+    for k in range(NEIGHBOURS, NEIGHBOURS + DIRECTIONS):
+        delta = flat(moved(k)) - here
+        for name, made in flattened.items():
+            for kept, g in zip(predictions[name], made, strict=True):
+                kept.append(_product(g, delta))
+    return Nearby(
+        hypergradients=flattened,
+        val_losses={name: [float(loss) for _, loss in pairs] for name, pairs in found.items()},
+        perturbations=[flat(moved(k)) - here for k in range(NEIGHBOURS)],
+        predictions={
+            name: [np.asarray(kept) for kept in made] for name, made in predictions.items()
+        },
+    )
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation, equal values sharing a rank; `nan` if one is constant or not finite."""
+    if not (np.all(np.isfinite(a)) and np.all(np.isfinite(b))):
+        return float("nan")
+    ranks = [_ranks(a), _ranks(b)]
+    if any(np.ptp(x) == 0 for x in ranks):
+        return float("nan")
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def _ranks(x: np.ndarray) -> np.ndarray:
+    _, where, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[where]
+
+
+def by_steps(step_size: float) -> Perturb:
+    """The perturbation where the user names none: every number by a normal one of this size."""
+
+    def perturb(key: Array, hyperparams: PyTree) -> PyTree:
+        leaves, treedef = jax.tree.flatten(hyperparams)
+        keys = jax.random.split(key, len(leaves))
+        move = lambda key, x: (
+            x + jnp.asarray(step_size, x.dtype) * jax.random.normal(key, x.shape, x.dtype)
+        )
+        return jax.tree.unflatten(treedef, map(move, keys, leaves))
+
+    return perturb
+
+
+def has_keys(tree: PyTree) -> bool:
+    """Whether it holds typed PRNG keys."""
+    return any(map(is_key, jax.tree.leaves(tree)))
+
+
+def flat(tree: PyTree) -> np.ndarray:
+    """All numbers in float64."""
+    leaves = jax.tree.leaves(tree)
+    return np.concatenate([np.ravel(np.asarray(x).astype(np.float64)) for x in leaves])
+
+
+def _perturbed(perturb: Perturb, hyperparams: PyTree) -> Callable[[int], PyTree]:
+    """The perturbations by number, if they are of the right kind."""
+    compiled = eqx.filter_jit(perturb)
+    draw = lambda k: compiled(jax.random.fold_in(jax.random.key(0), k), hyperparams)
+    first = draw(0)
+    if not have_same_structure(first, hyperparams):
+        raise ValueError(
+            "perturb must return hyperparameters of the same structure, shapes and dtypes\n"
+            f"{where_they_differ(first, hyperparams)}"
+        )
+    if all(np.array_equal(flat(draw(k)), flat(hyperparams)) for k in range(NEIGHBOURS)):
+        raise ValueError("perturb returned the hyperparameters unchanged")
+    return draw
+
+
+def _product(g: np.ndarray, delta: np.ndarray) -> float:
+    """Of what moves alone: an infinity elsewhere does not count."""
+    moves = delta != 0
+    return float(g[moves] @ delta[moves])
+
+
+def _one_bit_on(state: BilevelState) -> BilevelState:
+    """Every parameter by its last bit, up or down at random."""
+    random = np.random.default_rng(0)
+
+    def move(x: Any) -> Any:
+        if not eqx.is_inexact_array(x):
+            return x
+        way = np.where(random.random(x.shape) < 0.5, -np.inf, np.inf)
+        return jnp.where(x == 0, x, jnp.nextafter(x, jnp.asarray(way, x.dtype)))
+
+    params = eqx.combine(jax.tree.map(move, trained(state.params)), state.params)
+    return dataclasses.replace(state, params=params)
+
+
+def _redrawn(batches: tuple[PyTree, PyTree], number: int) -> tuple[PyTree, PyTree]:
+    """With other random keys, and the batches of a stack in another order."""
+    train, val = fold_keys(batches, number)
+    if isinstance(train, BatchStack):
+        order = np.random.default_rng(number).permutation(train.num_steps)
+        train = jax.tree.map(lambda x: x[order], train)
+    return train, val
