@@ -17,6 +17,7 @@ import gradhpo
 
 QUERIES, OF_A_QUERY = 5, 20  # validation batches of their own, and examples in each
 TRAINED = 400
+MOST_SEEDS = 101  # of live configurations: the training itself, and retrainings
 WIDTH = 32
 DROPPED = 0.2
 # Inner learning rates, before the factor of a configuration.
@@ -50,6 +51,10 @@ class Config:
         parts += [f"dropout {self.dropout}"] * bool(self.dropout)
         parts += [self.dtype] * (self.dtype != "float32")
         return ", ".join([*parts, f"-{self.left_out:.0%}"])
+
+    @property
+    def live(self) -> bool:
+        return self.dropout == "live"
 
     @property
     def rate(self) -> float:
@@ -126,15 +131,30 @@ def problem_of(config: Config) -> Problem:
     optimizer = gradhpo.UnrolledOptimizer(config.optimizer(), unroll_steps=config.steps)
     state = optimizer.init(params, jnp.ones(TRAINED, config.dtype))
 
+    # Of every seed that a live configuration may ask for; others ask for the first alone.
+    rows = np.stack([_order(config, seed) for seed in range(MOST_SEEDS if config.live else 1)])
+    rows = jnp.asarray(rows)
+
     def batches(seed):
-        key = jax.random.fold_in(jax.random.key(1), seed)
-        data = gradhpo.ArrayData(train, config.batch_size, key, with_indices=True)
-        return lambda t: (data(t), jax.random.fold_in(key, t) if config.dropout else None)
+        def batch(t):
+            index = rows[seed, t]
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), seed), t)
+            return ((train[0][index], train[1][index]), index), key if config.dropout else None
+
+        return batch
 
     return Problem(
         optimizer, state, batches, queries,
         gradhpo.LossFunctions(train_loss, val_loss), leaving_out(config.left_out),
     )  # fmt: skip
+
+
+def _order(config: Config, seed: int) -> np.ndarray:
+    """The examples of every batch [steps, batch], shuffled in every epoch."""
+    random = np.random.default_rng([config.seed, seed])
+    count = config.steps * config.batch_size
+    epochs = [random.permutation(TRAINED) for _ in range(-(-count // TRAINED))]
+    return np.concatenate(epochs)[:count].reshape(config.steps, -1).astype(np.int32)
 
 
 def leaving_out(fraction: float) -> Callable[[Array, Array], Array]:

@@ -14,7 +14,6 @@ def retrained(config: Config, problem: Problem, count: int) -> tuple[np.ndarray,
     weights = problem.state.hyperparams
     keys = jax.random.split(jax.random.key(config.seed + 100), count)
     moved = jnp.stack([weights, *(problem.perturb(key, weights) for key in keys)])
-    live = config.dropout == "live"
     inner, losses, w0 = config.optimizer(), problem.losses, problem.state.params
 
     def train(weights, seed):
@@ -29,9 +28,9 @@ def retrained(config: Config, problem: Problem, count: int) -> tuple[np.ndarray,
         (w, _), _ = jax.lax.scan(step, (w0, inner.init(w0)), jnp.arange(config.steps))
         return jax.vmap(lambda query: losses.val_loss(w, weights, query))(problem.queries)
 
-    seeds = jnp.arange(count + 1) * live
-    train = jax.jit(jax.vmap(train, in_axes=(0, 0 if live else None)))
-    found = train(moved, seeds if live else seeds[0])
+    seeds = jnp.arange(count + 1) * config.live
+    train = jax.jit(jax.vmap(train, in_axes=(0, 0 if config.live else None)))
+    found = train(moved, seeds if config.live else seeds[0])
     return np.asarray(moved[1:] - weights, np.float64), np.asarray(found, np.float64)
 
 

@@ -19,7 +19,7 @@ from gradhpo.diagnostics.case import Case, check_one_problem
 from gradhpo.diagnostics.checkup import HypergradientCheck
 from gradhpo.diagnostics.comparison import agreement, agreement_by_leaf
 from gradhpo.diagnostics.metasmooth import compared, train_around
-from gradhpo.diagnostics.nearby import Perturb, by_steps, look_nearby
+from gradhpo.diagnostics.nearby import Perturb, by_steps, check_perturb, look_nearby
 from gradhpo.diagnostics.nonfinite import NonFinite, first_nonfinite, in_the_estimate
 from gradhpo.diagnostics.precision import Estimated, first_line
 from gradhpo.diagnostics.reference import FAILURES
@@ -84,9 +84,11 @@ def check_hypergradient(
     check_one_problem("check_hypergradient", optimizer)
     check_setting("step_size", jnp.asarray(step_size), lambda x: x > 0, "positive")
     case = Case.create(state, train_batch, val_batch, losses, {type(optimizer).__name__: optimizer})
+    size = float(np.asarray(step_size))
+    perturb = by_steps(size) if perturb is None else perturb
+    check_perturb(perturb, state.hyperparams)
     with without_warnings():  # the report says everything
-        size = float(np.asarray(step_size))
-        return _checked_up(case, algorithm_of(optimizer), size, perturb or by_steps(size), replayed)
+        return _checked_up(case, algorithm_of(optimizer), size, perturb, replayed)
 
 
 def _checked_up(

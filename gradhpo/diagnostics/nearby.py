@@ -1,7 +1,7 @@
 """Hypergradients near the one that is checked: other hyperparameters, other draws, one bit on."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -22,6 +22,7 @@ from gradhpo.utils.structure import have_same_structure, where_they_differ
 NEIGHBOURS, REDRAWS = 4, 3
 # Perturbations over which predictions are compared: only products, no training.
 DIRECTIONS = 500
+_AT_ONCE = 2**20  # numbers
 
 Perturb = Callable[[Array, PyTree], PyTree]
 
@@ -74,8 +75,7 @@ def look_nearby(run: Estimated, perturb: Perturb, others: Mapping[str, PyTree]) 
     flattened = {name: [flat(g) for g, _ in pairs] for name, pairs in found.items()}
     here = flat(hyperparams)
     predictions = {name: [[] for _ in made] for name, made in flattened.items()}
-    for k in range(NEIGHBOURS, NEIGHBOURS + DIRECTIONS):
-        delta = flat(moved(k)) - here
+    for delta in _many(perturb, hyperparams):
         for name, made in flattened.items():
             for kept, g in zip(predictions[name], made, strict=True):
                 kept.append(_product(g, delta))
@@ -129,10 +129,9 @@ def flat(tree: PyTree) -> np.ndarray:
     return np.concatenate([np.ravel(np.asarray(x).astype(np.float64)) for x in leaves])
 
 
-def _perturbed(perturb: Perturb, hyperparams: PyTree) -> Callable[[int], PyTree]:
-    """The perturbations by number, if they are of the right kind."""
-    compiled = eqx.filter_jit(perturb)
-    draw = lambda k: compiled(jax.random.fold_in(jax.random.key(0), k), hyperparams)
+def check_perturb(perturb: Perturb, hyperparams: PyTree) -> None:
+    """It returns other hyperparameters of the same kind."""
+    draw = _perturbed(perturb, hyperparams)
     first = draw(0)
     if not have_same_structure(first, hyperparams):
         raise ValueError(
@@ -141,7 +140,24 @@ def _perturbed(perturb: Perturb, hyperparams: PyTree) -> Callable[[int], PyTree]
         )
     if all(np.array_equal(flat(draw(k)), flat(hyperparams)) for k in range(NEIGHBOURS)):
         raise ValueError("perturb returned the hyperparameters unchanged")
-    return draw
+
+
+def _perturbed(perturb: Perturb, hyperparams: PyTree) -> Callable[[int], PyTree]:
+    """The perturbations by number."""
+    compiled = eqx.filter_jit(perturb)
+    return lambda k: compiled(jax.random.fold_in(jax.random.key(0), k), hyperparams)
+
+
+def _many(perturb: Perturb, hyperparams: PyTree) -> Iterator[np.ndarray]:
+    """Further perturbations, flattened: as many in one program as fit into a few megabytes."""
+    here = flat(hyperparams)
+    at_once = max(1, min(DIRECTIONS, _AT_ONCE // max(1, here.size)))
+    drawn = eqx.filter_jit(lambda keys, h: jax.lax.map(lambda key: perturb(key, h), keys))
+    keys = jax.random.split(jax.random.key(1), DIRECTIONS)
+    for first in range(0, DIRECTIONS, at_once):
+        found = drawn(keys[first : first + at_once], hyperparams)
+        for k in range(min(at_once, DIRECTIONS - first)):
+            yield flat(jax.tree.map(lambda x, k=k: np.asarray(x)[k], found)) - here
 
 
 def _product(g: np.ndarray, delta: np.ndarray) -> float:
