@@ -24,7 +24,9 @@ from gradhpo.diagnostics.health import check_hypergradient
 from gradhpo.diagnostics.horizon import explain_horizon
 from gradhpo.diagnostics.metasmooth import metasmoothness
 from gradhpo.diagnostics.over_batches import compare_over_batches
+from gradhpo.diagnostics.perturbations import leave_out
 from gradhpo.diagnostics.planning import plan
+from gradhpo.diagnostics.retraining import retraining_score
 from gradhpo.solvers.neumann import Neumann
 from gradhpo.solvers.nystrom import Nystrom
 from gradhpo.training.checkpoint import Checkpoint, load_checkpoint
@@ -96,6 +98,7 @@ __all__ = [
     "finite_difference_hypergradient",
     "frozen",
     "iterate",
+    "leave_out",
     "load_checkpoint",
     "metasmoothness",
     "microbatched",
@@ -104,6 +107,7 @@ __all__ = [
     "partition",
     "plan",
     "replay",
+    "retraining_score",
     "run",
     "sign_descent",
     "tree_dot",

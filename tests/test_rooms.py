@@ -178,9 +178,17 @@ ALLOWED = {
         "(distill_gamma)": "handed on to that room",
         "distill_gamma": "handed on to that room",
     },
+    "diagnostics/perturbations.py": {
+        "check_arity('perturb')": "the argument of retraining_score",
+        "text: perturb": "the same",
+    },
     "diagnostics/planning.py": {
         "def checkpoints": "the public name of one of the `memory_settings` in a Plan",
         "algorithm_of(self.optimizer).memory_settings.get('checkpoints')": "the same",
+    },
+    "diagnostics/retraining.py": {
+        "(perturb)": "its own argument",
+        "perturb": "the same",
     },
 }
 

@@ -137,6 +137,18 @@ class Program:
         )
 
 
+# Of a processor, which does not say how much is free.
+_FREE_BYTES = 2**31
+
+
+def free_bytes() -> float:
+    """Memory that a program may take: half of what the device has left, as far as it says."""
+    stats: dict[str, Any] = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return _FREE_BYTES
+    return max(1, (stats["bytes_limit"] - stats.get("bytes_in_use", 0)) / 2)
+
+
 def on_device(tree: PyTree) -> PyTree:
     """NumPy arrays become arguments of a program: as constants they would be compiled in."""
     return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, tree)

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 
 
+# Pictures side by side.
+_MOST_SCATTERED = 6
 BLUE, ORANGE, GREEN, GREY = "#2b6cb0", "#dd6b20", "#2f855a", "#a0aec0"
 
 
@@ -145,4 +147,26 @@ def draw_horizon(report: Any) -> Any:
     lowest = np.min(report.cosine_of_last, where=np.isfinite(report.cosine_of_last), initial=0)
     longest = np.max(report.length_of_last, where=np.isfinite(report.length_of_last), initial=1)
     cosine.set(ylim=(lowest - 0.02, 1.04 * longest))
+    return made
+
+
+def draw_retraining(report: Any) -> Any:
+    """For a `RetrainingScore`: predicted against true changes, one picture per estimator."""
+    names = [name for name, changes in report.predicted.items() if np.any(changes)]
+    shown = names[:_MOST_SCATTERED]
+    made, axes = figure(max(1, len(shown)), height=3.6, width=max(4.0, 3.2 * len(shown)))
+    for ax, name in zip(axes, shown, strict=False):
+        finite = np.isfinite(report.true) & np.isfinite(report.predicted[name])
+        x, y = report.true[finite], report.predicted[name][finite]
+        ends = np.array([np.min(x, initial=0), np.max(x, initial=0)])
+        ax.plot(ends, ends, color=GREY, lw=0.8)
+        ax.plot(x, y, ".", color=BLUE, ms=3, alpha=0.5, mew=0, rasterized=len(x) > 5_000)
+        ax.set(xlabel="true change of the loss")
+        ax.set_title(f"{name}: {report.score[name]:.3f}", fontsize=10)
+        ax.locator_params(nbins=4)
+    axes[0].set(ylabel="predicted change")
+    title = f"{report.num_retrainings} retrainings, {report.true.shape[1]} queries"
+    left_out = [name for name in report.predicted if name not in shown]
+    title += f"; not shown: {', '.join(left_out)}" if left_out else ""
+    made.suptitle(title, fontsize=11)
     return made

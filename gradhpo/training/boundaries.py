@@ -1,10 +1,10 @@
-"""The states at the boundaries of a replay's segments: in memory, or in a directory."""
+"""What a long call keeps on its way, the states of a replay's segments: in memory or on disk."""
 
 import abc
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,11 @@ from gradhpo.utils.processes import exchanged, is_first, together
 
 
 class Boundaries(abc.ABC):
-    """Keeps trees by kind and number: `"state"` on the way forward, `"bar"` on the way back."""
+    """Keeps trees by kind and number.
+
+    Of a replay `"state"` on the way forward and `"bar"` on the way back; of retrainings `"losses"`
+    of a block and `"estimate"` of an optimizer.
+    """
 
     where: str
     """For the report."""
@@ -49,8 +53,12 @@ class Boundaries(abc.ABC):
         """What an earlier process has kept, in order."""
         return []
 
+    def about(self, kind: str, number: int) -> Any:
+        """What was kept about a tree of an earlier process."""
+        raise KeyError((kind, number))
+
     def close(self) -> None:  # noqa: B027
-        """Another replay may keep its states here."""
+        """Another call may keep its trees here."""
 
 
 class InMemory(Boundaries):
@@ -93,8 +101,20 @@ def _joined(parts: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: joined(x, y) if isinstance(x, jax.Array) else y, like, parts)
 
 
-_REMEDY = "Move it away, and the replay makes it again"
-_NAME = re.compile(r"(state|bar)-(\d{10})(?:-(\d+)of(\d+))?\.ckpt")
+class Caller(NamedTuple):
+    """Who keeps something in a directory, for messages: what it is, the call, and its argument."""
+
+    what: str
+    call: str
+    argument: str
+
+    @property
+    def remedy(self) -> str:
+        return f"Move it away, and the {self.what} makes it again"
+
+
+_REPLAY = Caller("replay", "replay", "store")
+_NAME = re.compile(r"(state|bar|losses|estimate)-(\d{10})(?:-(\d+)of(\d+))?\.ckpt")
 
 
 class InDirectory(Boundaries):
@@ -105,15 +125,22 @@ class InDirectory(Boundaries):
 
     lasts = True
 
-    def __init__(self, directory: Path, description: dict[str, Any], shared: bool):
+    def __init__(
+        self,
+        directory: Path,
+        description: dict[str, Any],
+        shared: bool,
+        caller: Caller = _REPLAY,
+    ):
         self._directory, self._description, self._shared = directory, description, shared
+        self._caller = caller
         self._whose = (str(jax.process_index()), str(jax.process_count())) if shared else ("", "")
         self.where, self._lock = f"in {directory}", None
         with together(shared):
             if directory.exists() and not directory.is_dir():
                 raise ValueError(
-                    f"store={str(directory)!r} is a file; pass a directory, which is made if it is "
-                    "not there"
+                    f"{caller.argument}={str(directory)!r} is a file; pass a directory, which is "
+                    "made if it is not there"
                 )
             directory.mkdir(parents=True, exist_ok=True)
             if is_first(shared):
@@ -132,15 +159,16 @@ class InDirectory(Boundaries):
                 continue
             if (name[4] or "") != self._whose[1]:
                 raise ValueError(
-                    f"{self._directory} holds a replay of another number of processes: pass a new "
-                    "directory"
+                    f"{self._directory} holds a {self._caller.what} of another number of "
+                    "processes: pass a new directory"
                 )
-            header, _ = read_file(path, is_boundary_header, _REMEDY)
+            header, _ = read_file(path, is_boundary_header, self._caller.remedy)
             differing = differences(header["description"], self._description)
             if differing:
                 raise ValueError(
-                    f"{self._directory} holds another replay: {'; '.join(differing)}. To resume "
-                    "it, call replay as before; to start a new one, pass a new directory"
+                    f"{self._directory} holds another {self._caller.what}: "
+                    f"{'; '.join(differing)}. To resume it, call {self._caller.call} as before; to "
+                    "start a new one, pass a new directory"
                 )
             break
 
@@ -160,11 +188,16 @@ class InDirectory(Boundaries):
     def get(self, kind: str, number: int, like: PyTree) -> tuple[PyTree, Any]:
         path, pieces = self._path(kind, number), _in_parts(like) if self._shared else like
         with together(self._shared):
-            header, body = read_file(path, is_boundary_header, _REMEDY)
+            header, body = read_file(path, is_boundary_header, self._caller.remedy)
             if header["leaves"] != leaves_of(pieces):
                 raise ValueError(f"{path} holds a tree of another structure: pass a new directory")
             found = read_tree(body, pieces)
         return (_joined(found, like) if self._shared else found), header["about"]
+
+    def about(self, kind: str, number: int) -> Any:
+        return read_file(self._path(kind, number), is_boundary_header, self._caller.remedy)[0][
+            "about"
+        ]
 
     def drop(self, kind: str, number: int) -> None:
         self._path(kind, number).unlink(missing_ok=True)

@@ -1,0 +1,162 @@
+"""What hypergradients predict of changes: of estimators, for every query, and of those given."""
+
+import dataclasses
+import functools
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from gradhpo.core.base import BilevelOptimizer
+from gradhpo.core.state import BilevelState
+from gradhpo.diagnostics.cost import Program, free_bytes, on_device
+from gradhpo.diagnostics.perturbations import changes
+from gradhpo.diagnostics.queries import Setting, hypergradients_of_queries
+from gradhpo.diagnostics.reference import FAILURES
+from gradhpo.training.boundaries import Boundaries
+from gradhpo.utils.description import described, differences
+from gradhpo.utils.dispatch import compiled
+from gradhpo.utils.progress import ProgressBar
+from gradhpo.utils.trees import tree_dot
+from gradhpo.utils.validation import leaf_names
+from gradhpo.utils.warn import without_warnings
+
+
+@dataclasses.dataclass
+class Predictions:
+    """By the name of an estimator: hypergradients `[queries, ...]`, and what is to be said.
+
+    `val_losses[name]` is the mean over the queries at the end of the estimator's own training.
+    """
+
+    hypergradients: dict[str, PyTree] = dataclasses.field(default_factory=dict)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    val_losses: dict[str, float] = dataclasses.field(default_factory=dict)
+    unseen: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def predict(self, change: Callable, keys: Array, hyperparams: PyTree) -> dict[str, np.ndarray]:
+        """The changes of the losses, `[retrainings, queries]`, to first order."""
+        found = _predicted(change, keys, hyperparams, on_device(self.hypergradients))
+        return {name: np.asarray(x, np.float64) for name, x in found.items()}
+
+
+@compiled
+def _predicted(
+    change: Callable, keys: Array, hyperparams: PyTree, hypergradients: dict[str, PyTree]
+) -> dict[str, Array]:
+    def of_one(key: Array) -> dict[str, Array]:
+        delta = changes(change, key, hyperparams)
+        along = jax.vmap(lambda g: tree_dot(g, delta))
+        return {name: along(g) for name, g in hypergradients.items()}
+
+    return jax.lax.map(of_one, keys)
+
+
+def estimated(
+    named: Mapping[str, Any],
+    state: BilevelState,
+    setting: Setting,
+    bar: ProgressBar,
+    kept: Boundaries,
+) -> Predictions:
+    """The hypergradients of all estimators, one after another; those that are `kept` from there."""
+    found = Predictions()
+    zeros = lambda x: np.zeros((setting.num_queries, *x.shape), x.dtype)
+    zeros = jax.tree.map(zeros, state.hyperparams), np.zeros(setting.num_queries)
+    names = leaf_names(state.hyperparams)
+    for name, optimizer in named.items():
+        if not isinstance(optimizer, BilevelOptimizer):
+            found.hypergradients[name] = _like(name, optimizer, state, setting.num_queries)
+            found.seconds[name] = np.nan
+            continue
+        made = _earlier(name, optimizer, zeros, kept)
+        start = optimizer._adopt(state, keep_memory=True)
+        try:
+            with without_warnings():  # the report says what a method does not see
+                seen = optimizer._seen(setting.inputs(start, setting.query(0)))
+                found.unseen[name] = tuple(x for x, s in zip(names, seen, strict=True) if not s)
+                if not any(seen):  # a `step` of it would raise an error that says so
+                    made = zeros, np.nan
+                elif made is None:
+                    made = _of_queries(optimizer, start, setting)
+                    about = {"name": name, "optimizer": described(optimizer), "seconds": made[1]}
+                    kept.put("estimate", _number_of(name), made[0], about)
+        except FAILURES as error:
+            found.failed[name] = str(error)
+            continue
+        finally:
+            bar.advance(setting.num_steps, {})
+        (found.hypergradients[name], val_losses), found.seconds[name] = made
+        if any(seen):
+            found.val_losses[name] = float(np.mean(val_losses))
+    return found
+
+
+_Made: TypeAlias = tuple[tuple[PyTree, np.ndarray], float]  # with validation losses, and seconds
+
+
+def _of_queries(optimizer: BilevelOptimizer, start: BilevelState, setting: Setting) -> _Made:
+    program = _program(optimizer, start, setting)
+    begun = time.perf_counter()
+    made, val_losses = program()
+    seconds = time.perf_counter() - begun
+    return (jax.tree.map(np.asarray, made), np.asarray(val_losses, np.float64)), seconds
+
+
+def _earlier(
+    name: str, optimizer: BilevelOptimizer, like: PyTree, kept: Boundaries
+) -> _Made | None:
+    """What an earlier call has kept of an optimizer of this name."""
+    if _number_of(name) not in kept.numbers("estimate"):
+        return None
+    made, about = kept.get("estimate", _number_of(name), like)
+    differing = differences(about["optimizer"], described(optimizer), f"optimizers[{name!r}]")
+    if about["name"] != name or differing:
+        raise ValueError(
+            f"there are hypergradients of another optimizer {kept.where}: "
+            f"{'; '.join(differing)}: give this one another name, or pass another directory"
+        )
+    return made, about["seconds"]
+
+
+def _number_of(name: str) -> int:
+    """By which a directory knows it: optimizers may be added to those of an earlier call."""
+    return zlib.crc32(name.encode())
+
+
+def _program(optimizer: BilevelOptimizer, start: BilevelState, setting: Setting) -> Program:
+    """For as many queries at once as fit into memory.
+
+    For one after another where the user's functions are not for several.
+    """
+    of = lambda num: Program(
+        functools.partial(hypergradients_of_queries, at_once=num), optimizer, start, setting
+    )
+    num, limit = setting.num_queries, free_bytes()
+    try:
+        program = of(num)
+    except FAILURES:
+        num, program = 1, None
+    program = of(1) if program is None else program
+    while num > 1 and program.temporary_bytes > limit:
+        num = max(1, min(num - 1, int(num * limit / program.temporary_bytes)))
+        program = of(num)
+    return program
+
+
+def _like(name: str, given: Any, state: BilevelState, num_queries: int) -> PyTree:
+    """Hypergradients that were given, which may have another precision."""
+    given = jax.tree.map(np.asarray, given)
+    expected = jax.tree.map(lambda x: (num_queries, *x.shape), state.hyperparams)
+    found = jax.tree.map(np.shape, given)
+    if found != expected:
+        raise ValueError(
+            f"optimizers[{name!r}] must be an optimizer, or hypergradients of shapes {expected}, "
+            f"one for each query; their shapes are {found}"
+        )
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), given, state.hyperparams)
