@@ -150,12 +150,12 @@ ALLOWED = {
     "diagnostics/health.py": {
         "(perturb)": "the change of hyperparameters that a caller has in mind",
         "perturb": "the same",
+        "jax.random.key": "makes a PRNG key",
     },
     "diagnostics/nearby.py": {
         "(perturb)": "the change of hyperparameters that a caller has in mind",
         "perturb": "the same",
         "def perturb": "the same, where the caller names none",
-        "text: perturb": "the argument of check_hypergradient",
         "jax.random.key": "makes a PRNG key",
     },
     "diagnostics/nonfinite.py": {"step.t": "the number of a PulledStep"},

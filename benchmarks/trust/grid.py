@@ -29,6 +29,9 @@ _DIGITS = [
     Config(dtype="bfloat16"),
     Config(dtype="bfloat16", factor=5, steps=200),
     Config(dtype="bfloat16", inner="adam", eps_root=1e-6),
+    Config(estimator="last tenth"),
+    Config(estimator="DrMAD"),
+    Config(estimator="one step", left_out=0.05),
 ]
 _CANCER = [
     Config("cancer"),
@@ -46,5 +49,8 @@ _CANCER = [
     Config("cancer", factor=5, steps=1_000, batch_size=20, left_out=0.01),
     Config("cancer", inner="adam", eps_root=1e-6, factor=5, steps=500),
     Config("cancer", steps=50, batch_size=400, left_out=0.05),
+    Config("cancer", estimator="last tenth", steps=200),
 ]
 GRID = [*_DIGITS, *_CANCER]
+# Of `--quick`: enough to see that everything runs.
+QUICK = [Config(steps=20), Config(factor=30, steps=50), Config("cancer", steps=20, dropout="live")]

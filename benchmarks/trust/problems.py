@@ -22,6 +22,14 @@ WIDTH = 32
 DROPPED = 0.2
 # Inner learning rates, before the factor of a configuration.
 RATES = {"momentum": 0.02, "adam": 3e-3, "muon": 0.01}
+ESTIMATORS: dict[str, Callable[[Any, int], gradhpo.BilevelOptimizer]] = {
+    "exact": lambda inner, steps: gradhpo.UnrolledOptimizer(inner, unroll_steps=steps),
+    "last tenth": lambda inner, steps: gradhpo.UnrolledOptimizer(
+        inner, unroll_steps=steps, truncation=steps // 10
+    ),
+    "DrMAD": lambda inner, steps: gradhpo.DrMADOptimizer(inner, unroll_steps=steps),
+    "one step": lambda inner, steps: gradhpo.OneStepOptimizer(inner),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +46,7 @@ class Config:
     dropout: str = ""  # "replayed" or "live": other keys and batches in every retraining
     dtype: str = "float32"
     left_out: float = 0.02
+    estimator: str = "exact"
     seed: int = 0
 
     @property
@@ -50,6 +59,7 @@ class Config:
         ]
         parts += [f"dropout {self.dropout}"] * bool(self.dropout)
         parts += [self.dtype] * (self.dtype != "float32")
+        parts += [self.estimator] * (self.estimator != "exact")
         return ", ".join([*parts, f"-{self.left_out:.0%}"])
 
     @property
@@ -72,7 +82,7 @@ class Config:
 class Problem:
     """A configuration ready to train: `batches(seed)` is a function of the step."""
 
-    optimizer: gradhpo.UnrolledOptimizer
+    optimizer: gradhpo.BilevelOptimizer
     state: gradhpo.BilevelState
     batches: Callable[[Any], Callable[[Any], PyTree]]
     queries: PyTree
@@ -108,8 +118,8 @@ def problem_of(config: Config) -> Problem:
                 if key is not None:
                     kept = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - DROPPED, x.shape)
                     x = jnp.where(kept, x / (1 - DROPPED), 0).astype(x.dtype)
-        return optax.softmax_cross_entropy_with_integer_labels(x.astype(jnp.promote_types(
-            x.dtype, jnp.float32)), y)  # fmt: skip
+        logits = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y)
 
     def train_loss(w, weights, batch):
         ((x, y), index), key = batch
@@ -128,7 +138,7 @@ def problem_of(config: Config) -> Problem:
     sizes = [x.shape[1], WIDTH, WIDTH, int(y.max()) + 1]
     cast = lambda tree: jax.tree.map(lambda x: x.astype(config.dtype), tree)
     params = cast(initial(sizes, jax.random.key(config.seed)))
-    optimizer = gradhpo.UnrolledOptimizer(config.optimizer(), unroll_steps=config.steps)
+    optimizer = ESTIMATORS[config.estimator](config.optimizer(), config.steps)
     state = optimizer.init(params, jnp.ones(TRAINED, config.dtype))
 
     # Of every seed that a live configuration may ask for; others ask for the first alone.
@@ -145,7 +155,7 @@ def problem_of(config: Config) -> Problem:
 
     return Problem(
         optimizer, state, batches, queries,
-        gradhpo.LossFunctions(train_loss, val_loss), leaving_out(config.left_out),
+        gradhpo.LossFunctions(train_loss, val_loss), gradhpo.leave_out(config.left_out),
     )  # fmt: skip
 
 
@@ -155,11 +165,3 @@ def _order(config: Config, seed: int) -> np.ndarray:
     count = config.steps * config.batch_size
     epochs = [random.permutation(TRAINED) for _ in range(-(-count // TRAINED))]
     return np.concatenate(epochs)[:count].reshape(config.steps, -1).astype(np.int32)
-
-
-def leaving_out(fraction: float) -> Callable[[Array, Array], Array]:
-    def perturb(key, weights):
-        count = max(1, round(fraction * weights.size))
-        return weights.at[jax.random.permutation(key, weights.size)[:count]].set(0)
-
-    return perturb

@@ -1,4 +1,8 @@
-"""How well a hypergradient predicts retraining, by hand: for trainings with other batches too."""
+"""One row of the calibration: the score from retrainings, and the check's verdict beside it."""
+
+import dataclasses
+import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -6,44 +10,78 @@ import numpy as np
 import optax
 
 import gradhpo
-from benchmarks.trust.problems import Config, Problem
+from benchmarks.trust.problems import Config, Problem, problem_of
+from gradhpo.diagnostics.score import Scores
 
 
-def retrained(config: Config, problem: Problem, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Perturbations [count, n], and the losses of all queries [count + 1, queries], own first."""
-    weights = problem.state.hyperparams
-    keys = jax.random.split(jax.random.key(config.seed + 100), count)
+def row_of(config: Config, retrainings: int) -> dict[str, Any]:
+    """As JSON keeps it."""
+    problem, started = problem_of(config), time.perf_counter()
+    score, (low, high), per_query = (scored_live if config.live else scored)(
+        config, problem, retrainings
+    )
+    retrained, started = time.perf_counter() - started, time.perf_counter()
+    stack = jax.jit(lambda: jax.vmap(problem.batches(0))(jnp.arange(config.steps)))()
+    report = gradhpo.check_hypergradient(
+        problem.optimizer, problem.state, gradhpo.BatchStack(stack), problem.queries,
+        problem.losses, perturb=problem.perturb,
+        replayed=not config.live if config.dropout else None,
+    )  # fmt: skip
+    measured = report.trusting
+    return dataclasses.asdict(config) | {
+        "retrainings": retrainings,
+        # Without a hypergradient nothing is predicted.
+        "score": 0.0 if np.isnan(score) else score,
+        "interval": [low, high],
+        "per_query": per_query.tolist(),
+        "trust": report.trust,
+        "verdict": report.verdict,
+        "reasons": list(report.reasons),
+        "agreement": measured.agreement,
+        "signal_to_noise": measured.signal_to_noise,
+        "training_loss": [measured.first_loss, measured.last_loss],
+        "growth": measured.growth,
+        "metasmoothness": report.metasmoothness,
+        "width": min([x.width for x in report.finite_differences.values()], default=0.0),
+        "seconds": [retrained, time.perf_counter() - started],
+    }
+
+
+def scored(config: Config, problem: Problem, retrainings: int) -> tuple:
+    """Score, interval, and the score of every query, of retrainings that repeat the batches."""
+    report = gradhpo.retraining_score(
+        problem.optimizer, problem.state, problem.batches(0), problem.queries, problem.losses,
+        num_steps=config.steps, perturb=problem.perturb, num_retrainings=retrainings,
+        key=jax.random.key(config.seed + 100), progress=False,
+    )  # fmt: skip
+    [name] = report.score
+    return report.score[name], report.interval[name], report.per_query[name]
+
+
+def scored_live(config: Config, problem: Problem, retrainings: int) -> tuple:
+    """The same of retrainings with other batches and keys, which `retraining_score` never has."""
+    weights, w0 = problem.state.hyperparams, problem.state.params
+    inner, losses = config.optimizer(), problem.losses
+    keys = jax.random.split(jax.random.key(config.seed + 100), retrainings)
     moved = jnp.stack([weights, *(problem.perturb(key, weights) for key in keys)])
-    inner, losses, w0 = config.optimizer(), problem.losses, problem.state.params
 
     def train(weights, seed):
-        batches = problem.batches(seed)
+        batch = problem.batches(seed)
 
         def step(carry, t):
             w, s = carry
-            gradient = jax.grad(losses.train_loss)(w, weights, batches(t))
-            updates, s = inner.update(gradient, s, w)
+            updates, s = inner.update(jax.grad(losses.train_loss)(w, weights, batch(t)), s, w)
             return (optax.apply_updates(w, updates), s), None
 
         (w, _), _ = jax.lax.scan(step, (w0, inner.init(w0)), jnp.arange(config.steps))
         return jax.vmap(lambda query: losses.val_loss(w, weights, query))(problem.queries)
 
-    seeds = jnp.arange(count + 1) * config.live
-    train = jax.jit(jax.vmap(train, in_axes=(0, 0 if config.live else None)))
-    found = train(moved, seeds if config.live else seeds[0])
-    return np.asarray(moved[1:] - weights, np.float64), np.asarray(found, np.float64)
-
-
-def scores(config: Config, problem: Problem, count: int) -> np.ndarray:
-    """Rank correlation of predicted and true changes for each query."""
-    delta, losses = retrained(config, problem, count)
+    found = np.asarray(jax.jit(jax.vmap(train))(moved, jnp.arange(retrainings + 1)), np.float64)
     replayed = gradhpo.replay(
-        problem.optimizer, problem.state, problem.batches(0), problem.queries, problem.losses,
+        problem.optimizer, problem.state, problem.batches(0), problem.queries, losses,
         num_steps=config.steps, queries=True, progress=False,
     )  # fmt: skip
-    g = np.asarray(replayed.hypergradient, np.float64)
-    from gradhpo.diagnostics.nearby import spearman
-
-    with np.errstate(all="ignore"):
-        predicted, true = delta @ g.T, losses[1:] - losses[0]
-    return np.asarray([spearman(a, b) for a, b in zip(predicted.T, true.T, strict=True)])
+    flat = lambda x: np.asarray(x, np.float64)
+    predicted = flat(moved[1:] - weights) @ flat(replayed.hypergradient).T
+    scores = Scores(found[1:] - found[0], {"exact": predicted}, np.random.default_rng(0))
+    return scores.score["exact"], scores.interval["exact"], scores.per_query["exact"]

@@ -19,8 +19,9 @@ from gradhpo.diagnostics.case import Case, check_one_problem
 from gradhpo.diagnostics.checkup import HypergradientCheck
 from gradhpo.diagnostics.comparison import agreement, agreement_by_leaf
 from gradhpo.diagnostics.metasmooth import compared, train_around
-from gradhpo.diagnostics.nearby import Perturb, by_steps, check_perturb, look_nearby
+from gradhpo.diagnostics.nearby import Perturb, by_steps, look_nearby
 from gradhpo.diagnostics.nonfinite import NonFinite, first_nonfinite, in_the_estimate
+from gradhpo.diagnostics.perturbations import check_perturb
 from gradhpo.diagnostics.precision import Estimated, first_line
 from gradhpo.diagnostics.reference import FAILURES
 from gradhpo.diagnostics.trust import judged, unmeasured_of
@@ -86,7 +87,7 @@ def check_hypergradient(
     case = Case.create(state, train_batch, val_batch, losses, {type(optimizer).__name__: optimizer})
     size = float(np.asarray(step_size))
     perturb = by_steps(size) if perturb is None else perturb
-    check_perturb(perturb, state.hyperparams)
+    check_perturb(perturb, jax.random.split(jax.random.key(0), 3), state.hyperparams)
     with without_warnings():  # the report says everything
         return _checked_up(case, algorithm_of(optimizer), size, perturb, replayed)
 

@@ -13,9 +13,9 @@ from jaxtyping import Array, PyTree
 from gradhpo.core.batches import BatchStack
 from gradhpo.core.state import BilevelState
 from gradhpo.diagnostics.precision import Estimated
+from gradhpo.diagnostics.score import spearman
 from gradhpo.utils.freezing import trained
 from gradhpo.utils.keys import fold_keys, is_key
-from gradhpo.utils.structure import have_same_structure, where_they_differ
 
 
 # Hypergradients at perturbed hyperparameters, and from batches that are drawn again.
@@ -89,21 +89,6 @@ def look_nearby(run: Estimated, perturb: Perturb, others: Mapping[str, PyTree]) 
     )
 
 
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation, equal values sharing a rank; `nan` if one is constant or not finite."""
-    if not (np.all(np.isfinite(a)) and np.all(np.isfinite(b))):
-        return float("nan")
-    ranks = [_ranks(a), _ranks(b)]
-    if any(np.ptp(x) == 0 for x in ranks):
-        return float("nan")
-    return float(np.corrcoef(*ranks)[0, 1])
-
-
-def _ranks(x: np.ndarray) -> np.ndarray:
-    _, where, counts = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[where]
-
-
 def by_steps(step_size: float) -> Perturb:
     """The perturbation where the user names none: every number by a normal one of this size."""
 
@@ -127,19 +112,6 @@ def flat(tree: PyTree) -> np.ndarray:
     """All numbers in float64."""
     leaves = jax.tree.leaves(tree)
     return np.concatenate([np.ravel(np.asarray(x).astype(np.float64)) for x in leaves])
-
-
-def check_perturb(perturb: Perturb, hyperparams: PyTree) -> None:
-    """It returns other hyperparameters of the same kind."""
-    draw = _perturbed(perturb, hyperparams)
-    first = draw(0)
-    if not have_same_structure(first, hyperparams):
-        raise ValueError(
-            "perturb must return hyperparameters of the same structure, shapes and dtypes\n"
-            f"{where_they_differ(first, hyperparams)}"
-        )
-    if all(np.array_equal(flat(draw(k)), flat(hyperparams)) for k in range(NEIGHBOURS)):
-        raise ValueError("perturb returned the hyperparameters unchanged")
 
 
 def _perturbed(perturb: Perturb, hyperparams: PyTree) -> Callable[[int], PyTree]:
