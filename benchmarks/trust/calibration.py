@@ -39,8 +39,8 @@ def print_trust(quick: bool = False, rows: Path | None = None) -> None:
     own = np.random.default_rng(SEED).permutation(len(configs))[: (len(configs) + 1) // 2]
     setting = np.isin(np.arange(len(configs)), own)
     print(
-        f"\nTrust of check_hypergradient against the score of {retrainings} retrainings; thresholds "
-        f"are set\non the half marked * (seed {SEED}) and tested on the other\n"
+        f"\nTrust of check_hypergradient against the score of {retrainings} retrainings; thresholds"
+        f"\nare set on the half marked * (seed {SEED}) and tested on the other\n"
     )
     print(_table(configs, measured, setting))
     if quick:
@@ -143,7 +143,7 @@ def _print_judged(configs: Sequence[Config], rows: list[dict], setting: np.ndarr
     odd = (verdicts == "trusted") & (scores < GOOD)
     odd |= (verdicts == "not trusted") & (scores >= BAD)
     odd |= (verdicts == "doubtful") & ((scores < BAD) | (scores >= GOOD))
-    for i in np.flatnonzero(odd):
+    for i in np.flatnonzero(odd).tolist():
         print(f"- {configs[i].name}: score {scores[i]:.2f}, {verdicts[i]} ({trust[i]:.2f})")
         for reason in rows[i]["reasons"]:
             print(f"    {reason}")

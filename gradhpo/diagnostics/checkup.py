@@ -26,6 +26,9 @@ class HypergradientCheck(Report):
 
     **Fields:**
 
+    - `verdict`: `"trusted"`, `"doubtful"` or `"not trusted"` (property), whether the hypergradient
+        can be expected to predict retraining; `reasons`, in words, with the remedy; `trust`, the
+        number behind it.
     - `findings`: what is wrong, in words, with the remedy; `healthy` if there is nothing.
     - `nonfinite`: the source of a NaN or infinity in the estimate or in the validation loss, or
         `None`.
@@ -98,24 +101,27 @@ class HypergradientCheck(Report):
 
     @property
     def trust(self) -> float:
-        """How far the hypergradient can be expected to predict retraining, from 0 to 1.
+        """The number behind the verdict, in [0, 1]: `trusting.value`.
 
-        The lowest of the measured agreements (`trusting.agreement`); 0 if the hypergradient is not
-        finite, exactly 0, or not seen, and if training explodes.
+        0 if the hypergradient is not finite, or exactly 0 everywhere.
         """
-        says_nothing = self.nonfinite is not None or self.is_zero
-        return 0.0 if says_nothing else self.trusting.value
+        return 0.0 if self.nonfinite is not None or self.is_zero else self.trusting.value
 
     @property
     def verdict(self) -> str:
-        """`"trusted"`, `"doubtful"` or `"not trusted"`."""
+        """`"not trusted"` if `trust` is below 0.5; otherwise `"trusted"` if there is no reason."""
         if self.trust < NOT_TRUSTED:
             return "not trusted"
         return "doubtful" if self.reasons else "trusted"
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why the verdict is not `"trusted"`, in words, each with the remedy."""
+        """What stands against trust, in words, each with the remedy.
+
+        An agreement below 0.9, training that gets worse, what could not be measured, and findings
+        of faults: not finite, detached, exactly 0, contradicted by differences, uphill, or a step
+        of finite differences that is wrong.
+        """
         of_findings = tuple(text for kind, text in self._found if kind in _DOUBTS)
         return of_findings + self.trusting.doubts
 

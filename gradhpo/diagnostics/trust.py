@@ -17,67 +17,86 @@ from gradhpo.utils.tables import aligned, number
 # Of `trust`: from here on a hypergradient is trusted, below the second it is not.
 # `python -m benchmarks trust` sets them on one half of its configurations and tests the other.
 TRUSTED, NOT_TRUSTED = 0.9, 0.5
-# The training loss may rise by this many times its first value before it counts as exploding.
-MOST_RISE = 100.0
+# Training explodes if its loss rises by more than this many times its first value, and the length
+# of its updates by more than the second factor.
+MOST_RISE, LEAST_GROWTH = 100.0, 10.0
 # Dtypes whose rounding a check in float64 must see.
 HALF = ("bfloat16", "float16")
-# How the agreements are called, with what lowers them and helps.
-_REMEDIES = {
+# The agreements: how a table calls them, and how a sentence does, with the remedy.
+_WORDS = {
     "perturbed": (
+        "after a perturbation",
         "after a perturbation of the hyperparameters",
-        "predictions hold only for smaller perturbations; a smaller inner learning rate, larger "
+        "its predictions hold for smaller ones alone; a smaller inner learning rate, larger "
         "batches, smooth activations or a shorter horizon make them hold further",
     ),
     "rounded": (
-        "with every initial parameter changed in its last bit",
-        "training amplifies rounding: a smaller inner learning rate, a shorter horizon, or a wider "
-        "dtype",
+        "last bit of the initial parameters changed",
+        "with the last bit of every initial parameter changed",
+        "training amplifies rounding; use a smaller inner learning rate, a shorter horizon or a "
+        "wider dtype",
     ),
     "float64": (
-        "with float64",
-        'use a wider dtype (jax.config.update("jax_enable_x64", True)), or a shorter horizon',
+        "in float64",
+        "with the same in float64",
+        'use a wider dtype (jax.config.update("jax_enable_x64", True)) or a shorter horizon',
     ),
     "exact": (
+        "exact hypergradient",
         "with the exact hypergradient of the same steps",
-        "use an optimizer that comes nearer to it: gradhpo.compare_hypergradients shows which",
+        "use an optimizer that comes closer: gradhpo.compare_hypergradients shows which",
     ),
     "repeated": (
-        "with the same call repeated",
-        "something draws random numbers outside of JAX: pass PRNG keys in the batches",
+        "same call again",
+        "with the same call again",
+        "something draws random numbers outside of JAX; draw them from PRNG keys in the batches",
     ),
     "redrawn": (
-        "with batches in another order and other random keys, the change of the loss included",
-        "make a retraining repeat them: keys folded with the number of the step, data by index; or "
-        "average hypergradients over several draws",
+        "other order of the batches, other keys (with the change of the loss)",
+        "with another order of the batches and other random keys, whose effect on the loss counts",
+        "make a retraining repeat both (data by index, keys folded with the number of the step), "
+        "or average hypergradients over draws",
     ),
     "other keys": (
+        "other random keys",
         "with other random keys",
-        "make a retraining repeat the keys (folded with the number of the step) and pass "
-        "replayed=True; replayed=False counts the difference",
+        "if a retraining repeats them (keys folded with the number of the step), pass "
+        "replayed=True; otherwise replayed=False, which measures how much they matter",
     ),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Trust:
-    """The measurements behind `HypergradientCheck.verdict`.
+    r"""The measurements behind `HypergradientCheck.verdict`.
 
     **Fields:**
 
-    - `agreement`: rank correlation, over random perturbations, of what the hypergradient predicts
-        with what another one predicts: `"perturbed"` (at the end of a perturbation, mean of four),
-        `"rounded"` (every initial parameter changed in its last bit), `"float64"`, `"exact"` (the
-        exact hypergradient, in float64 if it runs), `"repeated"` (the same call again),
-        `"other keys"`, and `"redrawn"` (other keys, another order of the batches; times the share
-        of the signal in the change of the loss). What could not be measured is missing.
-    - `changes`: the four perturbed trainings: predicted and true change of the validation loss.
-    - `signal_to_noise`: over draws of the order of batches and of keys, as in
-        [`Moments`][gradhpo.diagnostics.noise.Moments]; `nan` where there is nothing to draw.
-    - `first_loss`, `last_loss`: mean training loss of the first and of the last tenth of the steps;
-        `growth`: length of the updates in the last tenth over that in the first. `nan` if not
+    - `agreement`: maps a name to Spearman's rank correlation of $g\cdot\Delta_j$ with
+        $g'\cdot\Delta_j$ over 500 random perturbations $\Delta_j$, where $g'$ is another
+        hypergradient. What could not be measured is missing.
+        - `"perturbed"`: that at $\lambda + \Delta$; the mean over four perturbations.
+        - `"rounded"`: with the last bit of every initial parameter changed.
+        - `"float64"`: with everything in float64, if the state is narrower and nothing random is
+            drawn.
+        - `"exact"`: the exact hypergradient of the same inner steps (both in float64, if that
+            runs).
+        - `"repeated"`: by the same call again.
+        - `"other keys"`: with other PRNG keys in the batches, if they have any.
+        - `"redrawn"`: with other keys and the batches of a stack in another order; the mean over
+            three draws, times $s/\sqrt{s^2 + n^2}$, where $s$ is the standard deviation of
+            $g\cdot\Delta_j$ and $n$ that of the validation loss between draws.
+    - `changes`: of the four perturbed trainings, predicted and true change of the validation loss.
+    - `signal_to_noise`: over the draws of `"redrawn"`, as in
+        [`Moments`][gradhpo.diagnostics.noise.Moments]; `nan` if there is nothing to draw.
+    - `first_loss`, `last_loss`: mean training loss of the first and the last tenth of the steps.
+        `growth`: mean length of the updates in the last tenth over that in the first. `nan` if not
         measured.
-    - `replayed`: as it was passed.
-    - `unmeasured`: what could not be measured although it matters.
+    - `replayed`: as passed to the call.
+    - `unmeasured`: what matters and could not be measured, in words.
+    - `value` (property): the lowest `agreement` that counts, clipped to [0, 1]. `"other keys"`
+        never counts, and `"redrawn"` only with `replayed=False`. 0 if training explodes: if its
+        loss rises by more than 100 times the first one, and its updates grow tenfold.
     """
 
     agreement: dict[str, float]
@@ -91,11 +110,12 @@ class Trust:
 
     @property
     def explodes(self) -> bool:
-        """Whether the training loss ends far above its start, or not at all."""
+        """Whether the training loss ends far above its start, with growing updates."""
         if math.isnan(self.first_loss):
             return False  # not measured
-        rise = self.last_loss - self.first_loss
-        return not rise <= MOST_RISE * abs(self.first_loss)
+        rises = self.last_loss - self.first_loss > MOST_RISE * abs(self.first_loss)
+        # A start at the minimum, with a loss of almost 0, does not explode.
+        return not math.isfinite(self.last_loss) or (rises and self.growth > LEAST_GROWTH)
 
     @property
     def counted(self) -> dict[str, float]:
@@ -131,8 +151,8 @@ class Trust:
         return (*found, *self.unmeasured)
 
     def __str__(self) -> str:
-        rows = [["predictions agree", "rank correlation"]]
-        rows += [[_REMEDIES[name][0], number(x, 2)] for name, x in self.agreement.items()]
+        rows = [["agreement of predictions with those of the", "rank correlation"]]
+        rows += [[_WORDS[name][0], number(x, 2)] for name, x in self.agreement.items()]
         more = [
             ["training loss, from", number(self.first_loss)],
             ["to", number(self.last_loss)],
@@ -146,8 +166,8 @@ class Trust:
 
 
 def _sentence(name: str, value: float) -> str:
-    what, remedy = _REMEDIES[name]
-    return f"agreement of {value:.2f} {what}: {remedy}"
+    _, what, remedy = _WORDS[name]
+    return f"predictions agree by only {value:.2f} {what}: {remedy}"
 
 
 def judged(
