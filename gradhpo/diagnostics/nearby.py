@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -73,7 +72,6 @@ def look_nearby(run: Estimated, perturb: Perturb, others: Mapping[str, PyTree]) 
     found["own"] = [(run.hypergradient, run.val_loss)]
     found |= {name: [(g, jnp.asarray(jnp.nan))] for name, g in others.items()}
     flattened = {name: [flat(g) for g, _ in pairs] for name, pairs in found.items()}
-    here = flat(hyperparams)
     predictions = {name: [[] for _ in made] for name, made in flattened.items()}
     for delta in _many(perturb, hyperparams):
         for name, made in flattened.items():
@@ -82,7 +80,7 @@ def look_nearby(run: Estimated, perturb: Perturb, others: Mapping[str, PyTree]) 
     return Nearby(
         hypergradients=flattened,
         val_losses={name: [float(loss) for _, loss in pairs] for name, pairs in found.items()},
-        perturbations=[flat(moved(k)) - here for k in range(NEIGHBOURS)],
+        perturbations=[_change(moved(k), hyperparams) for k in range(NEIGHBOURS)],
         predictions={
             name: [np.asarray(kept) for kept in made] for name, made in predictions.items()
         },
@@ -122,14 +120,21 @@ def _perturbed(perturb: Perturb, hyperparams: PyTree) -> Callable[[int], PyTree]
 
 def _many(perturb: Perturb, hyperparams: PyTree) -> Iterator[np.ndarray]:
     """Further perturbations, flattened: as many in one program as fit into a few megabytes."""
-    here = flat(hyperparams)
-    at_once = max(1, min(DIRECTIONS, _AT_ONCE // max(1, here.size)))
+    size = sum(x.size for x in jax.tree.leaves(hyperparams))
+    at_once = max(1, min(DIRECTIONS, _AT_ONCE // size))
     drawn = eqx.filter_jit(lambda keys, h: jax.lax.map(lambda key: perturb(key, h), keys))
     keys = jax.random.split(jax.random.key(1), DIRECTIONS)
     for first in range(0, DIRECTIONS, at_once):
         found = drawn(keys[first : first + at_once], hyperparams)
         for k in range(min(at_once, DIRECTIONS - first)):
-            yield flat(jax.tree.map(lambda x, k=k: np.asarray(x)[k], found)) - here
+            yield _change(jax.tree.map(lambda x, k=k: np.asarray(x)[k], found), hyperparams)
+
+
+def _change(new: PyTree, old: PyTree) -> np.ndarray:
+    """Flattened; an infinity that stays is no change."""
+    a, b = flat(new), flat(old)
+    with np.errstate(invalid="ignore"):
+        return np.where(a == b, 0, a - b)
 
 
 def _product(g: np.ndarray, delta: np.ndarray) -> float:
@@ -142,11 +147,13 @@ def _one_bit_on(state: BilevelState) -> BilevelState:
     """Every parameter by its last bit, up or down at random."""
     random = np.random.default_rng(0)
 
-    def move(x: Any) -> Any:
-        if not eqx.is_inexact_array(x):
+    def move(x: Array) -> Array:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
             return x
         way = np.where(random.random(x.shape) < 0.5, -np.inf, np.inf)
-        return jnp.where(x == 0, x, jnp.nextafter(x, jnp.asarray(way, x.dtype)))
+        moved = jnp.nextafter(x, jnp.asarray(way, x.dtype))
+        # A 0 has no last bit, and an infinity (a mask) stays.
+        return jnp.where((x == 0) | ~jnp.isfinite(x), x, moved)
 
     params = eqx.combine(jax.tree.map(move, trained(state.params)), state.params)
     return dataclasses.replace(state, params=params)

@@ -15,7 +15,6 @@ from gradhpo.core.start import started
 from gradhpo.core.state import BilevelState
 from gradhpo.diagnostics.case import Case
 from gradhpo.diagnostics.comparison import agreement
-from gradhpo.diagnostics.cost import on_device
 from gradhpo.diagnostics.nonfinite import finiteness
 from gradhpo.diagnostics.reference import FAILURES
 from gradhpo.utils.foreign import RANDOM
@@ -82,8 +81,9 @@ class Estimated:
         """Hypergradient and validation loss from another state, on other batches of the shapes."""
         assert self.program is not None
         case, optimizer = self.case, self.optimizer
-        train, val = (case.train_batch, case.val_batch) if batches is None else on_device(batches)
-        state = case.state if state is None else state
+        like = case.state, (case.train_batch, case.val_batch)
+        given = case.state if state is None else state, like[1] if batches is None else batches
+        state, (train, val) = jax.tree.map(_placed_as, given, like)
         case = dataclasses.replace(case, state=state, train_batch=train, val_batch=val)
         start = self._begun(case.start(optimizer), train, val)
         return self.program(optimizer, start, train, val)[:2]
@@ -129,6 +129,11 @@ class Estimated:
             return agreement(found, estimate(factor)).relative_error[""]
 
         return StepError(halved=change_at(1.0), much_smaller=change_at(0.01))
+
+
+def _placed_as(x: Any, like: Any) -> Any:
+    """Compiled programs take arrays where those were with which they were compiled."""
+    return jax.device_put(x, like.sharding) if isinstance(like, jax.Array) else x
 
 
 def first_line(error: Exception) -> str:

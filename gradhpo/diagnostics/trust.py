@@ -31,7 +31,7 @@ _WORDS = {
         "batches, smooth activations or a shorter horizon make them hold further",
     ),
     "rounded": (
-        "last bit of the initial parameters changed",
+        "with the last bit of the initial parameters changed",
         "with the last bit of every initial parameter changed",
         "training amplifies rounding; use a smaller inner learning rate, a shorter horizon or a "
         "wider dtype",
@@ -42,23 +42,23 @@ _WORDS = {
         'use a wider dtype (jax.config.update("jax_enable_x64", True)) or a shorter horizon',
     ),
     "exact": (
-        "exact hypergradient",
+        "of the exact hypergradient",
         "with the exact hypergradient of the same steps",
         "use an optimizer that comes closer: gradhpo.compare_hypergradients shows which",
     ),
     "repeated": (
-        "same call again",
+        "of the same call again",
         "with the same call again",
         "something draws random numbers outside of JAX; draw them from PRNG keys in the batches",
     ),
     "redrawn": (
-        "other order of the batches, other keys (with the change of the loss)",
+        "with another order of the batches and other keys",
         "with another order of the batches and other random keys, whose effect on the loss counts",
         "make a retraining repeat both (data by index, keys folded with the number of the step), "
         "or average hypergradients over draws",
     ),
     "other keys": (
-        "other random keys",
+        "with other random keys",
         "with other random keys",
         "if a retraining repeats them (keys folded with the number of the step), pass "
         "replayed=True; otherwise replayed=False, which measures how much they matter",
@@ -151,7 +151,7 @@ class Trust:
         return (*found, *self.unmeasured)
 
     def __str__(self) -> str:
-        rows = [["agreement of predictions with those of the", "rank correlation"]]
+        rows = [["predictions agree with those", "rank correlation"]]
         rows += [[_WORDS[name][0], number(x, 2)] for name, x in self.agreement.items()]
         more = [
             ["training loss, from", number(self.first_loss)],
