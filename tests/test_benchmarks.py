@@ -1,7 +1,6 @@
 """The benchmarks' own machinery; test_costs.py asserts what they measure."""
 
 import argparse
-import json
 import re
 
 import jax
@@ -17,6 +16,8 @@ from benchmarks.limited import Ended, python
 from benchmarks.peers.environment import PeerError, python_of
 from benchmarks.trust import calibration
 from benchmarks.trust.problems import Config
+from benchmarks.trust.scoring import judged
+from gradhpo.diagnostics.trust import NOT_TRUSTED, TRUSTED
 
 
 _ROOMS = ("costs", "peers", "trust")
@@ -168,20 +169,21 @@ def test_rows_that_are_known_are_not_measured_again(tmp_path, monkeypatch):
     assert measured == [1, 2, 1]
 
 
-def test_the_saved_calibration_is_that_of_the_grid_and_keeps_its_word():
-    rows = [json.loads(line) for line in calibration.ROWS.read_text().splitlines()]
-    assert {calibration._key(row) for row in rows} == {
-        calibration._key(vars(config) | {"retrainings": calibration.RETRAININGS})
-        for config in calibration.GRID
-    }
+def test_the_saved_calibration_is_that_of_the_grid_and_keeps_its_word(monkeypatch):
+    monkeypatch.setattr(calibration, "row_of", None)  # nothing is missing
+    grid = calibration.GRID
+    rows = calibration.measured_of(grid, calibration.RETRAININGS, calibration.ROWS)
     scores, trust = (np.array([row[name] for row in rows]) for name in ("score", "trust"))
     assert len(rows) >= 30
     assert np.sum(scores < 0.5) >= 6
     assert np.sum(scores > 0.95) >= 6
     assert calibration.auc(trust, scores) >= 0.95
-    verdicts = np.array([row["verdict"] for row in rows])
+    verdicts = np.array([judged(row, config)[0] for row, config in zip(rows, grid, strict=True)])
     assert np.all(scores[verdicts == "trusted"] >= 0.5)
     assert np.all(scores[verdicts == "not trusted"] <= 0.95)
+    # The library has the thresholds of the half that sets them, rounded.
+    found = calibration.thresholds_of(*(x[calibration.setting_half(grid)] for x in (trust, scores)))
+    np.testing.assert_allclose(found, (TRUSTED, NOT_TRUSTED), atol=0.05)
 
 
 @pytest.mark.thorough

@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.trust.grid import GRID, QUICK
 from benchmarks.trust.problems import Config
-from benchmarks.trust.scoring import row_of
+from benchmarks.trust.scoring import judged, row_of
 from gradhpo.diagnostics.trust import NOT_TRUSTED, TRUSTED
 from gradhpo.utils.tables import aligned
 
@@ -36,8 +36,7 @@ def print_trust(quick: bool = False, rows: Path | None = None) -> None:
     """With `rows`, a file, configurations that it has are not measured again."""
     configs, retrainings = (QUICK, 8) if quick else (GRID, RETRAININGS)
     measured = measured_of(configs, retrainings, rows)
-    own = np.random.default_rng(SEED).permutation(len(configs))[: (len(configs) + 1) // 2]
-    setting = np.isin(np.arange(len(configs)), own)
+    setting = setting_half(configs)
     print(
         f"\nTrust of check_hypergradient against the score of {retrainings} retrainings; thresholds"
         f"\nare set on the half marked * (seed {SEED}) and tested on the other\n"
@@ -47,6 +46,12 @@ def print_trust(quick: bool = False, rows: Path | None = None) -> None:
         print("\n(--quick: nothing is judged)")
     else:
         _print_judged(configs, measured, setting)
+
+
+def setting_half(configs: Sequence[Config]) -> np.ndarray:
+    """Marks the configurations that set the thresholds."""
+    drawn = np.random.default_rng(SEED).permutation(len(configs))[: (len(configs) + 1) // 2]
+    return np.isin(np.arange(len(configs)), drawn)
 
 
 def measured_of(configs: Sequence[Config], retrainings: int, file: Path | None) -> list[dict]:
@@ -99,7 +104,7 @@ def _table(configs: Sequence[Config], rows: list[dict], setting: np.ndarray) -> 
             f"{row['score']:.2f}",
             "{:.2f} to {:.2f}".format(*row["interval"]),
             f"{row['trust']:.2f}",
-            row["verdict"],
+            judged(row, configs[i])[0],
             *(_short(agreement.get(name)) for name in names),
             _short(row["metasmoothness"]),
             f"{row['width']:.0e}",
@@ -124,7 +129,8 @@ def _print_judged(configs: Sequence[Config], rows: list[dict], setting: np.ndarr
         f"\narea under the curve, scores of {GOOD} and more against those below {BAD}: all "
         f"{auc(trust, scores):.3f}, tested half {auc(trust[tested], scores[tested]):.3f}"
     )
-    verdicts = np.asarray([row["verdict"] for row in rows])
+    decided = [judged(row, config) for row, config in zip(rows, configs, strict=True)]
+    verdicts = np.asarray([verdict for verdict, _ in decided])
     for name, which in (("set", setting), ("tested", tested)):
         counts = []
         for verdict in ("trusted", "doubtful", "not trusted"):
@@ -145,7 +151,7 @@ def _print_judged(configs: Sequence[Config], rows: list[dict], setting: np.ndarr
     odd |= (verdicts == "doubtful") & ((scores < BAD) | (scores >= GOOD))
     for i in np.flatnonzero(odd).tolist():
         print(f"- {configs[i].name}: score {scores[i]:.2f}, {verdicts[i]} ({trust[i]:.2f})")
-        for reason in rows[i]["reasons"]:
+        for reason in decided[i][1]:
             print(f"    {reason}")
         per_query = ", ".join(map(_short, rows[i]["per_query"]))
         print(f"    scores of the queries: {per_query}")

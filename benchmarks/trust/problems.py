@@ -67,6 +67,11 @@ class Config:
         return self.dropout == "live"
 
     @property
+    def replayed(self) -> bool | None:
+        """As `check_hypergradient` has it."""
+        return not self.live if self.dropout else None
+
+    @property
     def rate(self) -> float:
         return self.factor * RATES[self.inner]
 

@@ -12,10 +12,11 @@ import optax
 import gradhpo
 from benchmarks.trust.problems import Config, Problem, problem_of
 from gradhpo.diagnostics.score import Scores
+from gradhpo.diagnostics.trust import Trust, verdict_of
 
 
 def row_of(config: Config, retrainings: int) -> dict[str, Any]:
-    """As JSON keeps it."""
+    """As JSON keeps it: numbers and faults, from which the verdict follows with any thresholds."""
     problem, started = problem_of(config), time.perf_counter()
     score, (low, high), per_query = (scored_live if config.live else scored)(
         config, problem, retrainings
@@ -25,7 +26,7 @@ def row_of(config: Config, retrainings: int) -> dict[str, Any]:
     report = gradhpo.check_hypergradient(
         problem.optimizer, problem.state, gradhpo.BatchStack(stack), problem.queries,
         problem.losses, perturb=problem.perturb,
-        replayed=not config.live if config.dropout else None,
+        replayed=config.replayed,
     )  # fmt: skip
     measured = report.trusting
     return dataclasses.asdict(config) | {
@@ -35,8 +36,8 @@ def row_of(config: Config, retrainings: int) -> dict[str, Any]:
         "interval": [low, high],
         "per_query": per_query.tolist(),
         "trust": report.trust,
-        "verdict": report.verdict,
-        "reasons": list(report.reasons),
+        "faults": [text for text in report.reasons if text not in measured.doubts],
+        "unmeasured": list(measured.unmeasured),
         "agreement": measured.agreement,
         "signal_to_noise": measured.signal_to_noise,
         "training_loss": [measured.first_loss, measured.last_loss],
@@ -45,6 +46,17 @@ def row_of(config: Config, retrainings: int) -> dict[str, Any]:
         "width": min([x.width for x in report.finite_differences.values()], default=0.0),
         "seconds": [retrained, time.perf_counter() - started],
     }
+
+
+def judged(row: dict[str, Any], config: Config) -> tuple[str, tuple[str, ...]]:
+    """Verdict and reasons, by the library's thresholds."""
+    first, last = row["training_loss"]
+    trust = Trust(
+        row["agreement"], (), row["signal_to_noise"], first, last, row["growth"], config.replayed,
+        tuple(row["unmeasured"]),
+    )  # fmt: skip
+    reasons = (*row["faults"], *trust.doubts)
+    return verdict_of(row["trust"], reasons), reasons
 
 
 def scored(config: Config, problem: Problem, retrainings: int) -> tuple:

@@ -8,7 +8,7 @@ from gradhpo.diagnostics.comparison import Agreement
 from gradhpo.diagnostics.metasmooth import FiniteDifference
 from gradhpo.diagnostics.nonfinite import NonFinite
 from gradhpo.diagnostics.precision import StepError
-from gradhpo.diagnostics.trust import NOT_TRUSTED, Trust
+from gradhpo.diagnostics.trust import Trust, verdict_of
 from gradhpo.utils.tables import Report, aligned, number
 
 
@@ -110,9 +110,7 @@ class HypergradientCheck(Report):
     @property
     def verdict(self) -> str:
         """`"not trusted"` if `trust` is below 0.5; otherwise `"trusted"` if there is no reason."""
-        if self.trust < NOT_TRUSTED:
-            return "not trusted"
-        return "doubtful" if self.reasons else "trusted"
+        return verdict_of(self.trust, self.reasons)
 
     @property
     def reasons(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -163,6 +164,13 @@ class Trust:
         return "\n".join(
             [aligned(rows), "", aligned(more), f"changes, predicted / true: {changes}"]
         )
+
+
+def verdict_of(trust: float, reasons: Sequence[str]) -> str:
+    """By the thresholds: an agreement below `TRUSTED` is among the reasons."""
+    if trust < NOT_TRUSTED:
+        return "not trusted"
+    return "doubtful" if reasons else "trusted"
 
 
 def _sentence(name: str, value: float) -> str:
