@@ -42,6 +42,8 @@ def print_trust(quick: bool = False, rows: Path | None = None) -> None:
         f"\nare set on the half marked * (seed {SEED}) and tested on the other\n"
     )
     print(_table(configs, measured, setting))
+    minutes = sum(sum(row["seconds"]) for row in measured) / 60
+    print(f"\nmeasuring the rows took {minutes:.0f} minutes")
     if quick:
         print("\n(--quick: nothing is judged)")
     else:

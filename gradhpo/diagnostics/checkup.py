@@ -109,14 +109,14 @@ class HypergradientCheck(Report):
 
     @property
     def verdict(self) -> str:
-        """`"not trusted"` if `trust` is below 0.5; otherwise `"trusted"` if there is no reason."""
+        """`"not trusted"` if `trust` is below 0.75; otherwise `"trusted"` if there is no reason."""
         return verdict_of(self.trust, self.reasons)
 
     @property
     def reasons(self) -> tuple[str, ...]:
         """What stands against trust, in words, each with the remedy.
 
-        An agreement below 0.9, training that gets worse, what could not be measured, and findings
+        An agreement below 0.97, training that gets worse, what could not be measured, and findings
         of faults: not finite, detached, exactly 0, contradicted by differences, uphill, or a step
         of finite differences that is wrong.
         """

@@ -17,7 +17,7 @@ from gradhpo.utils.tables import aligned, number
 
 # Of `trust`: from here on a hypergradient is trusted, below the second it is not.
 # `python -m benchmarks trust` sets them on one half of its configurations and tests the other.
-TRUSTED, NOT_TRUSTED = 0.9, 0.5
+TRUSTED, NOT_TRUSTED = 0.97, 0.75
 # Training explodes if its loss rises by more than this many times its first value, and the length
 # of its updates by more than the second factor.
 MOST_RISE, LEAST_GROWTH = 100.0, 10.0
@@ -175,7 +175,7 @@ def verdict_of(trust: float, reasons: Sequence[str]) -> str:
 
 def _sentence(name: str, value: float) -> str:
     _, what, remedy = _WORDS[name]
-    return f"predictions agree by only {value:.2f} {what}: {remedy}"
+    return f"predictions agree by only {value:.3g} {what}: {remedy}"
 
 
 def judged(
