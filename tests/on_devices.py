@@ -7,6 +7,7 @@
     python on_devices.py step_costs greedy "network, data"
     python on_devices.py resumed 4 12 directory
     python on_devices.py replays Auto data
+    python on_devices.py retrainings Auto data
     python on_devices.py uneven
 
 `data` spreads the batches only, `state` also parameters and hyperparameters.
@@ -287,6 +288,37 @@ def replays(axes, spread):
                     "hypergradient moved": [] if queries else moved(given[1], got.hypergradient),
                 }
     return found
+
+
+def retrainings(axes, spread):
+    """Trainings at other hyperparameters, in blocks, and what is predicted of them."""
+    here = Mesh(axes, spread)
+    params, hyperparams, train, val = problem()
+    names = "unrolled", "greedy"
+    optimizers = {name: OPTIMIZERS[name] for name in names}
+    # Axis 0 of the hyperparameters is spread.
+    perturb = gradhpo.leave_out(0.3, value=-4.0)
+
+    def score(given, data, val, whole, **settings):
+        return gradhpo.retraining_score(
+            optimizers, optimizers["unrolled"].init(*given), data, val,
+            gradhpo.LossFunctions(*losses(whole)), num_steps=3, perturb=perturb,
+            num_retrainings=4, key=jax.random.key(1), progress=False, **settings,
+        )  # fmt: skip
+
+    source = lambda **more: gradhpo.ArrayData(train, 16, jax.random.key(0), **more)
+    val = jax.tree.map(lambda x: x[:5], val)
+    expected = score((params, hyperparams), source(), val, lambda x: x)
+    given = jax.device_put((params, hyperparams), here.of_state)
+    with jax.set_mesh(here.mesh):
+        data, val = source(sharding=here.split), jax.device_put(val, here.everywhere)
+        found = score(given, data, val, here.whole, block_size=2)
+    parts = lambda report: (report.true, report.predicted, report.hypergradients)
+    return {
+        "error": furthest(parts(found), parts(expected)),
+        "smallest change": float(np.min(np.abs(expected.true))),
+        "failed": found.failed,
+    }
 
 
 def moving(axes):

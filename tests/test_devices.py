@@ -159,6 +159,16 @@ def test_whole_runs_are_replayed(axes, spread):
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("axes", ["Auto", "Explicit"])
+@pytest.mark.parametrize("spread", ["data", "state"])
+def test_retrainings_of_a_spread_state(axes, spread):
+    found = on_devices("retrainings", axes, spread)
+    assert found["error"] < 1e-13  # of losses and hypergradients of at most 1, in another order
+    assert found["smallest change"] > 1e-6
+    assert not found["failed"]
+
+
+@pytest.mark.thorough
 def test_examples_that_the_devices_cannot_share_are_refused():
     said = on_devices("uneven")
     assert set(said) == {"arrays", "iterator", "fixed"}

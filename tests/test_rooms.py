@@ -124,7 +124,7 @@ ALLOWED = {
         "start.key": "the PRNG key of a Start",
     },
     "training/responses.py": {"start.key": "the PRNG key of a Start"},
-    "training/boundaries.py": {"text: store": "the argument of replay"},
+    "training/boundaries.py": {"Caller('store')": "the argument of replay"},
     "training/replay.py": {
         "(store)": "where it keeps its own states",
         "store": "the same",

@@ -307,6 +307,10 @@ show("run, to validate", lambda: run(ours, {"x": mine}))
 show("shared step", lambda: optimizer.step(shared, ours, ours, losses))
 show("shared run", lambda: run(ours))
 show("shared draws", lambda: run(lambda i: jax.random.normal(jax.random.key(i), (4, 3))))
+show("retrainings", lambda: gradhpo.retraining_score(
+    optimizer, shared, ours, ours, losses, num_steps=1, perturb=gradhpo.leave_out(0.5),
+    key=key, progress=False,
+))
 show("own step", lambda: optimizer.step(alone, mine, mine, losses))
 jax.distributed.shutdown()  # together: one that loses the other is killed
 """
@@ -338,6 +342,7 @@ def test_batches_of_one_process_beside_a_state_of_all_are_refused():
             assert "jax.make_array_from_process_local_data(sharding, part)" in lines[what]
             assert "independent state in every process" in lines[what]
         assert "run on an iterator refuses train_data is an iterator" in lines["run on an iterator"]
+        assert "refuses retraining_score runs in one process" in lines["retrainings"]
     for what in ("shared step", "shared run", "shared draws"):
         assert first[what] == second[what]
         assert " gives [" in first[what]

@@ -1,4 +1,4 @@
-"""What hypergradients predict of changes: of estimators, for every query, and of those given."""
+"""The hypergradients of every query, and the changes of its loss that they predict."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ from gradhpo.utils.warn import without_warnings
 
 @dataclasses.dataclass
 class Predictions:
-    """By the name of an estimator: hypergradients `[queries, ...]`, and what is to be said.
+    """By the name of an estimator: hypergradients `[queries, ...]`, and what the report says of it.
 
     `val_losses[name]` is the mean over the queries at the end of the estimator's own training.
     """
@@ -38,11 +38,12 @@ class Predictions:
     val_losses: dict[str, float] = dataclasses.field(default_factory=dict)
     unseen: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     failed: dict[str, str] = dataclasses.field(default_factory=dict)
+    blind: list[str] = dataclasses.field(default_factory=list)  # those that see nothing
 
     def predict(self, change: Callable, keys: Array, hyperparams: PyTree) -> dict[str, np.ndarray]:
         """The changes of the losses, `[retrainings, queries]`, to first order."""
         found = _predicted(change, keys, hyperparams, on_device(self.hypergradients))
-        return {name: np.asarray(x, np.float64) for name, x in found.items()}
+        return {name: np.asarray(found[name], np.float64) for name in self.hypergradients}
 
 
 @compiled
@@ -82,6 +83,7 @@ def estimated(
                 found.unseen[name] = tuple(x for x, s in zip(names, seen, strict=True) if not s)
                 if not any(seen):  # a `step` of it would raise an error that says so
                     made = zeros, np.nan
+                    found.blind.append(name)
                 elif made is None:
                     made = _of_queries(optimizer, start, setting)
                     about = {"name": name, "optimizer": described(optimizer), "seconds": made[1]}
@@ -125,15 +127,12 @@ def _earlier(
 
 
 def _number_of(name: str) -> int:
-    """By which a directory knows it: optimizers may be added to those of an earlier call."""
+    """The number of its file, which does not depend on the other optimizers."""
     return zlib.crc32(name.encode())
 
 
 def _program(optimizer: BilevelOptimizer, start: BilevelState, setting: Setting) -> Program:
-    """For as many queries at once as fit into memory.
-
-    For one after another where the user's functions are not for several.
-    """
+    """For as many queries at once as fit into memory; for one at a time if `vmap` fails."""
     of = lambda num: Program(
         functools.partial(hypergradients_of_queries, at_once=num), optimizer, start, setting
     )

@@ -22,7 +22,7 @@ from gradhpo.utils.tracing import count_trace
 
 
 class Setting(eqx.Module):
-    """Inner steps from batch to batch, and the queries whose losses are looked at in the end.
+    """The batches of all inner steps, and the queries whose losses count at the end.
 
     `step` is that of the state where training starts, from which batches are counted.
     """
@@ -57,9 +57,9 @@ class Setting(eqx.Module):
         return jax.tree.map(lambda x: x if is_common(x) else of_one(x), self.queries)
 
     def over_queries(self, function: Callable[[PyTree], PyTree], at_once: int) -> PyTree:
-        """The results of a function of a query, stacked: of so many queries at once.
+        """The results of a function of a query, stacked, with `at_once` queries in one pass.
 
-        Of those only what depends on the query is computed more than once.
+        In a pass, what does not depend on the query is computed once.
         """
         if at_once < self.num_queries:
             numbers = jnp.arange(self.num_queries, dtype=jnp.int32)
@@ -76,7 +76,7 @@ def hypergradients_of_queries(
     """An optimizer's hypergradients at the end of the inner steps, and the validation losses.
 
     Both have a leading axis, the queries. The hyperparameters stay as they are. Steps before the
-    last have all queries as their validation batch, which only a memory could tell.
+    last take all queries as one validation batch, which matters only to an algorithm with a memory.
     """
     count_trace()
     case, per_step = setting.case(start), optimizer.num_inner_steps

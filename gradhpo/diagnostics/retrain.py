@@ -49,9 +49,9 @@ def losses_of_block(
     keys: Array,
     at_once: bool,
 ) -> tuple[Array, Array]:
-    """The losses of trainings that start anew at changed hyperparameters, and what is finite.
+    """The losses of one training for each key, `[trainings, queries]`, and which are finite.
 
-    Training `i` is at $\\mathtt{change}(\\mathtt{keys}_i, \\lambda)$ if `moved`, otherwise at λ.
+    Each starts anew at the changed hyperparameters; where not `moved`, at those of `start`.
     """
     count_trace()
     given = setting.inputs(start, setting.query(0)), setting.num_steps
@@ -123,7 +123,7 @@ class Blocks:
             self._program = self._compiled()
 
     def _compiled(self) -> Program:
-        """One training after another where a function of the user's is not for several."""
+        """One training after another if `vmap` fails, on a callback say."""
         at = lambda at_once: functools.partial(losses_of_block, at_once=at_once)
         if self._at_once:
             try:
@@ -140,14 +140,11 @@ class Blocks:
 
     def run(self, bar: ProgressBar, num_steps: int) -> Retrained:
         """All blocks, those of an earlier call from where it kept them."""
-        begins = range(0, self._count, self.size)
-        earlier = set(self._kept.numbers("losses"))
-        blocks = []
-        for first in begins:
+        earlier, blocks = set(self._kept.numbers("losses")), []
+        for first in range(0, self._count, self.size):
             count = min(self.size, self._count - first)
-            blocks.append(self._earlier(first, count) if first in earlier else None)
-            if blocks[-1] is None:
-                blocks[-1] = self._trained(first, count)
+            block = self._earlier(first, count) if first in earlier else None
+            blocks.append(self._trained(first, count) if block is None else block)
             bar.advance(count * num_steps, {"val_loss": np.mean(blocks[-1].losses, axis=1)})
         return Retrained(
             np.concatenate([block.losses for block in blocks]),

@@ -181,6 +181,8 @@ def retraining_score(
             f"{jax.process_count()}: pass a state of this process alone, in every one of them"
         )
     key = key if is_key(key) else jax.random.wrap_key_data(key)
+    if key.ndim:
+        raise ValueError(f"key must be one key such as jax.random.key(0), got shape {key.shape}")
     keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(np.arange(num_retrainings))
     keys = beside(keys, state)
     check_perturb(perturb, keys, state.hyperparams)
@@ -188,7 +190,7 @@ def retraining_score(
     passes = as_passes(train_data, first.num_inner_steps)
     setting = Setting(passes.part(0, num_steps), queries, losses, state.step, num_steps)
     kept = kept_in(directory, first, state, passes.source, setting, perturb, keys)
-    total = num_steps * (len(named) + 1 + num_retrainings)
+    total = num_steps * (len(own) + 1 + num_retrainings)
     with (
         contextlib.closing(kept),
         ProgressBar(total, shown=progress, call="gradhpo.retraining_score") as bar,

@@ -25,7 +25,8 @@ class RetrainingScore(Report):
     **Fields** (dicts by the name of the estimator, unless stated otherwise):
 
     - `score`: rank correlation of predicted with true changes, a mean over the queries.
-    - `interval`: its 95 % interval, (low, high), by bootstrap over the retrainings.
+    - `interval`: its 95 % interval, (low, high): percentiles of 1,000 bootstrap resamples of the
+        retrainings, moved so that their median is the score. (Resamples have ties, which lower it.)
     - `per_query`: the correlation of every query, an array `[queries]`; `nan` if there is none.
     - `predicted`: changes of the losses as predicted, an array `[retrainings, queries]`.
     - `true`: those that retraining made, one array; `nan` in retrainings that are not finite.
@@ -34,7 +35,8 @@ class RetrainingScore(Report):
     - `seconds`: for the hypergradients of all queries, without compilation; `nan` where none were
         computed. `retraining_seconds`: for all trainings, one number.
     - `nonfinite`: the numbers of the retrainings that are not finite, one tuple.
-    - `unseen`: leaves that an estimator cannot see, if there are any.
+    - `unseen`: leaves that an estimator cannot see, if there are any; `blind` are the estimators
+        that see none.
     - `failed`: why an estimator does not work on this problem. It has no score.
     - `remarks`: other facts about an estimator.
     - `num_retrainings`, `num_steps`.
@@ -53,6 +55,7 @@ class RetrainingScore(Report):
     retraining_seconds: float
     nonfinite: tuple[int, ...]
     unseen: dict[str, tuple[str, ...]]
+    blind: tuple[str, ...]
     failed: dict[str, str]
     remarks: dict[str, tuple[str, ...]]
 
@@ -71,6 +74,8 @@ class RetrainingScore(Report):
         if not np.all(np.isfinite(self.losses)):
             notes.append("training is not finite at the hyperparameters themselves")
         kept = np.delete(self.true, self.nonfinite, axis=0)
+        if len(kept) < 3:
+            notes.append("a score takes three retrainings that are finite")
         unmeasured = sum(not varies(column) for column in kept.T)
         if unmeasured:
             notes.append(
@@ -78,13 +83,17 @@ class RetrainingScore(Report):
                 "alike, or it is not finite"
             )
         notes += [
-            f"{name} does not see {', '.join(leaves)}" for name, leaves in self.unseen.items()
+            f"{name} does not see {', '.join(leaves)}"
+            for name, leaves in self.unseen.items()
+            if name not in self.blind
         ]
         notes += [f"{name}: {why}" for name, why in self.failed.items()]
         notes += [f"{name} {why}" for name, all_of in self.remarks.items() for why in all_of]
         return "\n\n".join([head, aligned(rows), *(["\n".join(notes)] if notes else [])])
 
     def _row(self, name: str) -> list[str]:
+        if name in self.blind:
+            return [name, "sees none", "", "", ""]
         of_queries = self.per_query[name][~np.isnan(self.per_query[name])]
         return [
             name,
@@ -188,6 +197,7 @@ def report_of(
         retraining_seconds=retrained.seconds,
         nonfinite=tuple(np.flatnonzero(~finite).tolist()),
         unseen={name: leaves for name, leaves in found.unseen.items() if leaves},
+        blind=tuple(found.blind),
         failed=found.failed,
         remarks={
             name: said
@@ -206,14 +216,17 @@ def _remarks(
 ) -> Iterator[str]:
     """What the numbers alone would not say about an estimator."""
     columns = predicted[name].T[scores.measurable]
-    of_all = f"of {len(base)} queries, which count{{}} as 0"
     broken = sum(not np.all(np.isfinite(column)) for column in columns)
     constant = sum(not varies(column) for column in columns) - broken
-    says = lambda count: f"{count} {of_all.format('s' * (count == 1))}"
-    if broken:
-        yield f"predicts nothing finite for {says(broken)}; gradhpo.check_hypergradient says why"
-    if constant:
-        yield f"predicts the same change for all retrainings in {says(constant)}"
+    why = {
+        "predicts nothing finite (gradhpo.check_hypergradient says why)": broken,
+        "predicts the same change for all retrainings": constant,
+    }
+    for what, count in why.items() if name not in found.blind else ():
+        if 0 < count < len(columns):
+            yield f"{what} in {count} of {len(base)} queries, which count{'s' * (count == 1)} as 0"
+        elif count:
+            yield f"{what}, and so it has no score"
     expected = float(np.mean(base))
     if name in found.val_losses and np.isfinite(expected):
         reached = found.val_losses[name]
