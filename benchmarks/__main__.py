@@ -36,6 +36,7 @@ from benchmarks.costs import (
     scaling,
 )
 from benchmarks.peers import budget, earlier, implicit, pytorch
+from benchmarks.trust import calibration
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -59,6 +60,7 @@ TABLES = {
     "devices": devices.print_devices,
     "replay": replays.print_replay,
     "accuracy": accuracy.print_accuracy,
+    "trust": calibration.print_trust,
     "gpu": gpu.print_gpu,
     # peers
     "earlier": earlier.print_earlier,
@@ -69,7 +71,10 @@ TABLES = {
 # About the device and not about ratios on it: made on request, and saved under the device's name.
 OF_A_GPU = {"gpu"}
 # A table may save more than its text.
-SAVING = TABLES | {"budget": functools.partial(budget.print_budget, figure=budget.FIGURE)}
+SAVING = TABLES | {
+    "budget": functools.partial(budget.print_budget, figure=budget.FIGURE),
+    "trust": functools.partial(calibration.print_trust, rows=calibration.ROWS),
+}
 
 
 class Tee(io.StringIO):
@@ -125,6 +130,7 @@ def main() -> None:
     parser.add_argument("--without", nargs="+", default=[], choices=TABLES, metavar="table")
     parser.add_argument("--save", action="store_true", help=f"write to {RESULTS.name}/ as well")
     parser.add_argument("--minutes", type=float, default=8.0, help="that `gpu` may take (8)")
+    parser.add_argument("--quick", action="store_true", help="a few rows of `trust`, unjudged")
     given = parser.parse_args()
     if unknown := set(given.tables) - set(TABLES):
         parser.error(f"no table is called {', '.join(unknown)}; there are {', '.join(TABLES)}")
@@ -132,6 +138,8 @@ def main() -> None:
     if OF_A_GPU & set(names):
         # Its processes share the GPU with this one, which JAX would give most of the memory.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if given.save and given.quick:
+        parser.error("--quick makes no table to save")
     if given.save and (wrong := refused(names, jax.default_backend())):
         parser.error(
             f"{', '.join(sorted(OF_A_GPU))} is saved on a GPU, all other tables on a CPU; run "
@@ -141,6 +149,8 @@ def main() -> None:
     print(machine())
     tables, failed = SAVING if given.save else TABLES, []
     tables = tables | {"gpu": functools.partial(gpu.print_gpu, given.minutes)}
+    if given.quick:
+        tables = tables | {"trust": functools.partial(calibration.print_trust, quick=True)}
     for name in names:
         started = time.perf_counter()
         try:

@@ -4,6 +4,7 @@ import argparse
 import re
 
 import jax
+import numpy as np
 import pytest
 from processes import LIMIT
 
@@ -13,9 +14,14 @@ from benchmarks.costs.gpt import SIZES, gpt, num_params
 from benchmarks.costs.gpu_row import BY_JAX, ON_HOST
 from benchmarks.limited import Ended, python
 from benchmarks.peers.environment import PeerError, python_of
+from benchmarks.trust import calibration
+from benchmarks.trust.problems import Config
+from benchmarks.trust.scoring import judged
+from gradhpo.diagnostics.trust import NOT_TRUSTED, TRUSTED
 
 
-READMES = [RESULTS.parent / name for name in ("README.md", "costs/README.md", "peers/README.md")]
+_ROOMS = ("costs", "peers", "trust")
+READMES = [RESULTS.parent / name / "README.md" for name in ("", *_ROOMS)]
 
 
 @pytest.mark.parametrize("name", [name for name in TABLES if name not in OF_A_GPU])
@@ -128,3 +134,62 @@ def test_its_smallest_form_runs_from_end_to_end(monkeypatch, capsys):
     assert float(row[1]) < 1e-3
     assert "OneStepOptimizer       batch  128" in printed
     assert re.search(r"^tests/test_rooms.py .*: \d+ passed", printed, re.MULTILINE)
+
+
+# -- the calibration of trust --------------------------------------------------------------------
+
+
+def test_thresholds_lie_between_configurations_that_they_part():
+    trust = np.array([0.0, 0.3, 0.6, 0.7, 0.9, 0.95, 1.0])
+    scores = np.array([0.1, 0.4, 0.6, 0.9, 0.7, 0.85, 0.99])
+    found = calibration.thresholds_of(trust, scores)
+    # All scores above .925 are at least .8, and all below .45 are below .5.
+    np.testing.assert_allclose(found, (0.925, 0.45))
+    # Pairs of good (.7, .95, 1) and bad (0, .3): no bad one has more trust; then one of six has as
+    # much, and the other bad one more than one of the three.
+    assert calibration.auc(trust, scores) == 1.0
+    assert calibration.auc(np.array([0.7, 0.8, 0.6, 0.7, 0.9, 0.95, 1.0]), scores) == 4.5 / 6
+
+
+def test_rows_that_are_known_are_not_measured_again(tmp_path, monkeypatch):
+    measured = []
+
+    def row_of(config, retrainings):
+        measured.append(config.steps)
+        return vars(config) | {"retrainings": retrainings, "score": float("nan")}
+
+    monkeypatch.setattr(calibration, "row_of", row_of)
+    file, configs = tmp_path / "rows.jsonl", [Config(steps=1), Config(steps=2)]
+    calibration.measured_of(configs[:1], 3, file)
+    rows = calibration.measured_of(configs, 3, file)
+    assert measured == [1, 2]
+    assert [row["steps"] for row in rows] == [1, 2]
+    assert len(file.read_text().splitlines()) == 2
+    calibration.measured_of(configs[:1], 4, file)  # of other retrainings
+    assert measured == [1, 2, 1]
+
+
+def test_the_saved_calibration_is_that_of_the_grid_and_keeps_its_word(monkeypatch):
+    monkeypatch.setattr(calibration, "row_of", None)  # nothing is missing
+    grid = calibration.GRID
+    rows = calibration.measured_of(grid, calibration.RETRAININGS, calibration.ROWS)
+    scores, trust = (np.array([row[name] for row in rows]) for name in ("score", "trust"))
+    assert len(rows) >= 30
+    assert np.sum(scores < 0.5) >= 6
+    assert np.sum(scores > 0.95) >= 6
+    assert calibration.auc(trust, scores) >= 0.95
+    verdicts = np.array([judged(row, config)[0] for row, config in zip(rows, grid, strict=True)])
+    assert np.all(scores[verdicts == "trusted"] >= 0.5)
+    assert np.all(scores[verdicts == "not trusted"] <= 0.95)
+    # The library has the thresholds of the half that sets them, rounded.
+    found = calibration.thresholds_of(*(x[calibration.setting_half(grid)] for x in (trust, scores)))
+    np.testing.assert_allclose(found, (TRUSTED, NOT_TRUSTED), atol=0.05)
+
+
+@pytest.mark.thorough
+def test_a_quick_calibration_runs_from_end_to_end(monkeypatch, capsys):
+    monkeypatch.setattr(calibration, "QUICK", [Config(steps=5), Config("cancer", steps=5)])
+    calibration.print_trust(quick=True)
+    printed = capsys.readouterr().out
+    assert printed.count("momentum x1, T=5") == 2
+    assert "nothing is judged" in printed

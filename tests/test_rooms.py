@@ -147,9 +147,23 @@ ALLOWED = {
         "epsilon": "the step of its own differences",
         "jax.random.key": "makes a PRNG key",
     },
+    "diagnostics/health.py": {
+        "(perturb)": "the change of hyperparameters that a caller has in mind",
+        "perturb": "the same",
+        "jax.random.key": "makes a PRNG key",
+    },
+    "diagnostics/nearby.py": {
+        "(perturb)": "the change of hyperparameters that a caller has in mind",
+        "perturb": "the same",
+        "def perturb": "the same, where the caller names none",
+        "jax.random.key": "makes a PRNG key",
+    },
     "diagnostics/nonfinite.py": {"step.t": "the number of a PulledStep"},
     "diagnostics/checkup.py": {
         "text: epsilon": "the setting that `with_difference_step` scales, as its users know it",
+    },
+    "diagnostics/precision.py": {
+        "text: epsilon": "the same",
     },
     "diagnostics/cost.py": {
         "unroll": "the parameter of a scan in JAX's traced programs",

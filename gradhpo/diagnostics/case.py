@@ -91,12 +91,20 @@ class Case:
 
     def estimate(self, optimizer: BilevelOptimizer) -> Program:
         """`at_end`, starting where `run` would start the episode."""
-        start = self.start(optimizer)
-        if optimizer.reads_ahead:  # otherwise there is nothing to compile
-            start = eqx.combine(self.compile(self.begin, optimizer, start=start)(), start)
-        else:
-            start = self.begin(optimizer, start, self.train_batch, self.val_batch)
+        start = self.begun(optimizer)(self.start(optimizer))
         return self.compile(self.at_end, optimizer, start=start)
+
+    def begun(self, optimizer: BilevelOptimizer) -> Callable[..., BilevelState]:
+        """A function of a start, and of other batches of the same kind, that begins the episode."""
+        if not optimizer.reads_ahead:  # there is nothing to compile
+            return lambda start, *batches: self.begin(optimizer, start, *self._or(batches))
+        program = self.compile(self.begin, optimizer)
+        return lambda start, *batches: eqx.combine(
+            program(optimizer, start, *self._or(batches)), start
+        )
+
+    def _or(self, batches: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
+        return batches or (self.train_batch, self.val_batch)
 
     def begin(
         self,

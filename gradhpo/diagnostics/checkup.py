@@ -1,40 +1,23 @@
 """The report of `check_hypergradient`: what was measured, and how to judge it."""
 
 import dataclasses
-import math
-from typing import NamedTuple
+from collections.abc import Iterator
 
 from gradhpo.core.vanishing import WHY_ZERO
 from gradhpo.diagnostics.comparison import Agreement
 from gradhpo.diagnostics.metasmooth import FiniteDifference
 from gradhpo.diagnostics.nonfinite import NonFinite
+from gradhpo.diagnostics.precision import StepError
+from gradhpo.diagnostics.trust import Trust, verdict_of
 from gradhpo.utils.tables import Report, aligned, number
 
 
 # A measurement above these (for smoothness, below) becomes a finding.
-MOST_ROUNDING, MOST_STEP_ERROR, MOST_UPHILL, LEAST_SMOOTHNESS = 0.05, 0.01, 0.5, 0.5
+MOST_ROUNDING, MOST_UPHILL, LEAST_SMOOTHNESS = 0.05, 0.5, 0.5
 # Outer steps smaller than this, relative to a leaf, are of little use.
 LEAST_WIDTH = 1e-3
-
-
-class StepError(NamedTuple):
-    """How much an estimate by finite differences changes with its own step, in relative terms.
-
-    `halved`: from `epsilon` to half of it; `much_smaller`: the same at a hundredth of `epsilon`.
-    """
-
-    halved: float
-    much_smaller: float
-
-    @property
-    def finding(self) -> str:
-        """What is wrong with `epsilon`; empty if the estimate changes by at most 1 %."""
-        if self.halved <= MOST_STEP_ERROR:
-            return ""
-        # The truncation error falls with the step, rounding grows.
-        kind = "large" if self.much_smaller < self.halved else "small (rounding)"
-        changed = "leaves NaN" if math.isnan(self.halved) else f"is {self.halved:.1%} away"
-        return f"epsilon is too {kind}: the estimate with half of it {changed}"
+# Findings that also cast doubt on the hypergradient as a prediction of retraining.
+_DOUBTS = ("nonfinite", "detached", "vanishing", "contradicts", "uphill", "difference step")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -43,6 +26,9 @@ class HypergradientCheck(Report):
 
     **Fields:**
 
+    - `verdict`: `"trusted"`, `"doubtful"` or `"not trusted"` (property), whether the hypergradient
+        can be expected to predict retraining; `reasons`, in words, with the remedy; `trust`, the
+        number behind it.
     - `findings`: what is wrong, in words, with the remedy; `healthy` if there is nothing.
     - `nonfinite`: the source of a NaN or infinity in the estimate or in the validation loss, or
         `None`.
@@ -62,6 +48,9 @@ class HypergradientCheck(Report):
     - `step_error`: for an estimate that itself takes finite differences (`T1T2Optimizer`).
     - `metasmoothness`: see [`metasmoothness`][gradhpo.metasmoothness], at `step_size`; `diverges`
         if one of its trainings ends with a NaN or an infinity.
+    - `is_zero`: whether the whole hypergradient is exactly 0.
+    - `trusting`: the [measurements][gradhpo.diagnostics.trust.Trust] behind `verdict`, `reasons`
+        and `trust`.
     - `notes`: what could not be measured, and why.
     - `why_narrow`, `at_jumps`: advice that depends on the inner optimizer.
     """
@@ -84,6 +73,8 @@ class HypergradientCheck(Report):
     metasmoothness: float
     diverges: bool
     step_size: float
+    is_zero: bool
+    trusting: Trust
     notes: tuple[str, ...]
     why_narrow: str
     at_jumps: str
@@ -106,65 +97,103 @@ class HypergradientCheck(Report):
     @property
     def findings(self) -> tuple[str, ...]:
         """What is wrong, in words, with the remedy."""
-        found = [] if self.nonfinite is None else [str(self.nonfinite)]
+        return tuple(text for _, text in self._found)
+
+    @property
+    def trust(self) -> float:
+        """The number behind the verdict, in [0, 1]: `trusting.value`.
+
+        0 if the hypergradient is not finite, or exactly 0 everywhere.
+        """
+        return 0.0 if self.nonfinite is not None or self.is_zero else self.trusting.value
+
+    @property
+    def verdict(self) -> str:
+        """`"not trusted"` if `trust` is below 0.75; otherwise `"trusted"` if there is no reason."""
+        return verdict_of(self.trust, self.reasons)
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """What stands against trust, in words, each with the remedy.
+
+        An agreement below 0.97, training that gets worse, what could not be measured, and findings
+        of faults: not finite, detached, exactly 0, contradicted by differences, uphill, or a step
+        of finite differences that is wrong.
+        """
+        of_findings = tuple(text for kind, text in self._found if kind in _DOUBTS)
+        return of_findings + self.trusting.doubts
+
+    @property
+    def _found(self) -> Iterator[tuple[str, str]]:
+        """Findings with their kinds."""
+        if self.nonfinite is not None:
+            yield "nonfinite", str(self.nonfinite)
         if self.detached:
-            found.append(
+            yield (
+                "detached",
                 f"{', '.join(self.detached)} change training but have no derivative: "
-                f"{self.why_detached}"
+                f"{self.why_detached}",
             )
         if self.vanishing:
-            found.append(
-                f"the hypergradient of {', '.join(self.vanishing)} is exactly 0: {WHY_ZERO}"
+            yield (
+                "vanishing",
+                f"the hypergradient of {', '.join(self.vanishing)} is exactly 0: {WHY_ZERO}",
             )
         for leaf, check in self.finite_differences.items():
             if leaf in self.detached:
                 continue
             if self._is_narrow(check):
-                found.append(
+                yield (
+                    "narrow",
                     f"{leaf}: its derivative holds (to 10 %) only for steps up to "
-                    f"{check.width:.0e}, and outer steps are larger. {self.why_narrow}"
+                    f"{check.width:.0e}, and outer steps are larger. {self.why_narrow}",
                 )
             elif check.contradicts:
-                found.append(
+                yield (
+                    "contradicts",
                     f"{leaf}: the derivative along a random direction is {check.derivative:.4g}, "
                     f"but trainings on both sides differ by {check.difference:.4g}: part of its "
                     "effect is detached (stop_gradient: gradhpo.detach is right in second "
                     "derivatives too), a custom derivative rule is wrong, or "
-                    "there is a kink (relu, abs) right here"
+                    "there is a kink (relu, abs) right here",
                 )
             elif check.erratic:
-                found.append(
+                yield (
+                    "erratic",
                     f"{leaf}: nothing confirms its derivative of {check.derivative:.4g}, since "
                     "nearby trainings contradict each other (differences of "
                     f"{check.difference:.4g} ± {check.uncertainty:.0e} at steps of 1e-3 to 1e-6): "
-                    f"training jumps there; {self.at_jumps}"
+                    f"training jumps there; {self.at_jumps}",
                 )
         if self.uphill_share > MOST_UPHILL:
-            found.append(
+            yield (
+                "uphill",
                 f"{self.uphill_share:.0%} of the inner steps go uphill on their own training loss: "
-                "a sign error in the update? (w - rate * gradient goes down)"
+                "a sign error in the update? (w - rate * gradient goes down)",
             )
         if self.step_error is not None and self.step_error.finding:
-            found.append(self.step_error.finding)
+            yield "difference step", self.step_error.finding
         if self.own_precision_is_narrow and self.rounding > MOST_ROUNDING:
-            found.append(
+            yield (
+                "rounding",
                 f"rounding: in {self.narrow} the hypergradient is {self.rounding:.1%} away from "
                 "that in float64 (cosine "
                 f"{self.precision.cosine['narrow']:.3f}): use float64 "  # pyright: ignore
-                '(jax.config.update("jax_enable_x64", True)), or a shorter horizon'
+                '(jax.config.update("jax_enable_x64", True)), or a shorter horizon',
             )
         if self.diverges:
-            found.append(
+            yield (
+                "diverges",
                 f"training diverges within two outer steps of {self.step_size:g} down the "
-                "hypergradient: smaller outer steps, or bounds (a sigmoid) on what drives it"
+                "hypergradient: smaller outer steps, or bounds (a sigmoid) on what drives it",
             )
         if self.metasmoothness < LEAST_SMOOTHNESS:
-            found.append(
+            yield (
+                "rough",
                 f"training is not smooth in the hyperparameters at steps of {self.step_size:g} "
                 f"(metasmoothness {self.metasmoothness:.2f}; pass your own step_size=): smaller "
-                "outer steps, larger batches, smooth activations or a smaller inner learning rate"
+                "outer steps, larger batches, smooth activations or a smaller inner learning rate",
             )
-        return tuple(found)
 
     def __str__(self) -> str:
         rows = [
@@ -174,7 +203,11 @@ class HypergradientCheck(Report):
         ]
         if self.step_error is not None:
             rows.append(["change with half of epsilon", number(self.step_error.halved)])
-        parts = [f"{self.name} after {self.num_steps} inner steps", aligned(rows)]
+        why = "\n".join(f"- {text}" for text in self.reasons)
+        parts = [
+            f"{self.name} after {self.num_steps} inner steps: {self.verdict} ({self.trust:.2f})"
+        ]
+        parts += [*filter(None, [why]), str(self.trusting), aligned(rows)]
         if self.finite_differences:
             head = ["exact, along a random direction", "derivative", "differences", "±"]
             table = [[*head, "holds up to"]]

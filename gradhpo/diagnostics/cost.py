@@ -115,7 +115,15 @@ class Program:
 
     def has(self, operations: Container[str]) -> bool:
         """Whether one of these operations (names of JAX primitives) is in the program."""
-        return any(name in operations for name in _primitives(self._jaxpr.jaxpr))
+        return any(eqn.primitive.name in operations for eqn in _operations(self._jaxpr.jaxpr))
+
+    def computes_in(self, dtypes: Container[str]) -> bool:
+        """Whether one of these dtypes (their names) is that of a result anywhere in the program."""
+        return any(
+            str(getattr(out.aval, "dtype", "")) in dtypes
+            for eqn in _operations(self._jaxpr.jaxpr)
+            for out in eqn.outvars
+        )
 
     @functools.cached_property
     def cost(self) -> Cost:
@@ -194,9 +202,9 @@ def _once(program: ClosedJaxpr, lowered: Any = None) -> float:
     return found
 
 
-def _primitives(program: Jaxpr) -> Iterator[str]:
-    """The names of all operations, including nested ones."""
+def _operations(program: Jaxpr) -> Iterator[Any]:
+    """All operations, including nested ones."""
     for eqn in program.eqns:
-        yield eqn.primitive.name
+        yield eqn
         for inner in jaxprs_in_params(eqn.params):
-            yield from _primitives(inner)
+            yield from _operations(inner)

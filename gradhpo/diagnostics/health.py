@@ -1,13 +1,12 @@
 """Whether a hypergradient can be trusted: precision, finite differences, smoothness, NaN."""
 
-import dataclasses
+from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from gradhpo.core.algorithm import Algorithm
 from gradhpo.core.base import BilevelOptimizer
@@ -17,21 +16,18 @@ from gradhpo.core.types import RealScalarLike
 from gradhpo.core.visibility import seen_by, where_it_is_cut
 from gradhpo.core.wrapper import algorithm_of
 from gradhpo.diagnostics.case import Case, check_one_problem
-from gradhpo.diagnostics.checkup import HypergradientCheck, StepError
+from gradhpo.diagnostics.checkup import HypergradientCheck
 from gradhpo.diagnostics.comparison import agreement, agreement_by_leaf
 from gradhpo.diagnostics.metasmooth import compared, train_around
-from gradhpo.diagnostics.nonfinite import (
-    NonFinite,
-    finiteness,
-    first_nonfinite,
-    in_the_estimate,
-)
+from gradhpo.diagnostics.nearby import Perturb, by_steps, look_nearby
+from gradhpo.diagnostics.nonfinite import NonFinite, first_nonfinite, in_the_estimate
+from gradhpo.diagnostics.perturbations import check_perturb
+from gradhpo.diagnostics.precision import Estimated, first_line
 from gradhpo.diagnostics.reference import FAILURES
+from gradhpo.diagnostics.trust import judged, unmeasured_of
 from gradhpo.utils.advice import on_jumps, on_narrow_derivative
-from gradhpo.utils.foreign import RANDOM
 from gradhpo.utils.freezing import trained
 from gradhpo.utils.settings import check_setting
-from gradhpo.utils.tracing import differentiation_explained
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import leaf_names
 from gradhpo.utils.warn import without_warnings
@@ -46,16 +42,25 @@ def check_hypergradient(
     losses: LossFunctions,
     *,
     step_size: RealScalarLike = 0.1,
+    perturb: Callable[[Array, PyTree], PyTree] | None = None,
+    replayed: bool | None = None,
 ) -> HypergradientCheck:
-    r"""Looks for faults that make a hypergradient wrong without making it fail.
+    r"""Whether a hypergradient can be trusted, and what makes it wrong without making it fail.
 
-    One call checks: the estimate in the precision of the parameters against float64; the exact
+    The verdict says whether the hypergradient can be expected to predict training again at other
+    hyperparameters, as [`retraining_score`][gradhpo.retraining_score] would measure with a hundred
+    trainings. It takes about ten more hypergradients, by the program of the first: at four
+    perturbed hyperparameters; with the last bit of every initial parameter changed; on batches in
+    another order and with other random keys; and the same again. What they predict is compared over
+    500 random perturbations, which costs only products.
+
+    One call also checks: the estimate in the precision of the parameters against float64; the exact
     hypergradient of the same inner steps against finite differences of the whole training, along a
     random direction of every leaf; leaves whose effect is cut off from differentiation; inner steps
-    that go uphill; the step of a method that itself takes finite differences;
-    [`metasmoothness`][gradhpo.metasmoothness]; and for a NaN, the leaf, the inner step and the
-    usual suspect. It compiles about four programs, trains eight times per leaf in float64, and
-    keeps all inner states: use it for a few tens of inner steps, before the long run.
+    that go uphill, and a training loss that explodes; the step of a method that itself takes finite
+    differences; [`metasmoothness`][gradhpo.metasmoothness]; and for a NaN, the leaf, the inner step
+    and the usual suspect. It compiles about four programs, trains twelve times per leaf in float64,
+    and keeps all inner states: use it for a few hundred inner steps, before the long run.
 
     **Arguments:**
 
@@ -64,12 +69,23 @@ def check_hypergradient(
         [`compare_hypergradients`][gradhpo.compare_hypergradients]. The losses must also run on
         float64 inputs; arrays that they hold in float32 themselves stay float32.
     - `step_size`: size of an outer step, for the metasmoothness; positive, default 0.1.
+    - `perturb`: `(key, hyperparams) -> hyperparams`, the changes of which the hypergradient should
+        predict the effect, such as [`leave_out(0.01)`][gradhpo.leave_out]; as for
+        `retraining_score`. The verdict holds for changes of this size. `None` (the default): every
+        number moves by a normal one times `step_size`, as in an outer step in a random direction.
+    - `replayed`: whether a retraining repeats the random keys in the batches and the order of the
+        batches, as `retraining_score` and [`replay`][gradhpo.replay] do. `False`: their effect
+        counts. `None` (the default): it does not count, but keys that matter cast doubt, since the
+        check cannot see whether they are repeated.
 
-    **Returns:** a [report][gradhpo.diagnostics.checkup.HypergradientCheck]: `report.findings`,
-    `report.healthy`, and the measurements. `str(report)` shows all of it.
+    **Returns:** a [report][gradhpo.diagnostics.checkup.HypergradientCheck]: `report.verdict` is
+    `"trusted"`, `"doubtful"` or `"not trusted"`, with `report.reasons` and `report.trust`, the
+    number behind it, in [0, 1]; `report.findings`, `report.healthy`, and the measurements.
+    `str(report)` shows all of it.
 
-    **Raises:** `TypeError` for `TaskBatched`; `ValueError` for `step_size <= 0`; what
-    [`step`][gradhpo.BilevelOptimizer.step] raises for losses and batches.
+    **Raises:** `TypeError` for `TaskBatched`; `ValueError` for `step_size <= 0` and for a `perturb`
+    that changes structure, shapes or dtypes, returns the hyperparameters as they are or ignores its
+    key; what [`step`][gradhpo.BilevelOptimizer.step] raises for losses and batches.
 
     ```python
     cut_off = jax.lax.stop_gradient
@@ -81,17 +97,22 @@ def check_hypergradient(
     losses = gradhpo.LossFunctions(train_loss, val_loss)
     report = gradhpo.check_hypergradient(optimizer, state, None, None, losses)
     print(report)
-    assert report.detached == ("['scale']",)
+    assert report.detached == ("['scale']",) and report.verdict == "doubtful"
     ```
     """
     check_one_problem("check_hypergradient", optimizer)
     check_setting("step_size", jnp.asarray(step_size), lambda x: x > 0, "positive")
     case = Case.create(state, train_batch, val_batch, losses, {type(optimizer).__name__: optimizer})
+    size = float(np.asarray(step_size))
+    perturb = by_steps(size) if perturb is None else perturb
+    check_perturb(perturb, jax.random.split(jax.random.key(0), 3), state.hyperparams)
     with without_warnings():  # the report says everything
-        return _checked_up(case, algorithm_of(optimizer), float(np.asarray(step_size)))
+        return _checked_up(case, algorithm_of(optimizer), size, perturb, replayed)
 
 
-def _checked_up(case: Case, optimizer: Algorithm, step_size: float) -> HypergradientCheck:
+def _checked_up(
+    case: Case, optimizer: Algorithm, step_size: float, perturb: Perturb, replayed: bool | None
+) -> HypergradientCheck:
     start = case.start(optimizer)
     problem = case.problem(optimizer, start, case.train_batch, case.val_batch)
     names, notes = leaf_names(problem.hyperparams), []
@@ -101,7 +122,7 @@ def _checked_up(case: Case, optimizer: Algorithm, step_size: float) -> Hypergrad
 
     own_dtype = _widest(case.state.params)
     is_narrow = own_dtype != jnp.float64
-    own = _Run(case, optimizer, any(seen))
+    own = Estimated(case, optimizer, any(seen))
     moving = [bool(jnp.any(x != 0)) for x in jax.tree.leaves(own.hypergradient)]
     vanishing = marked([s and not m for s, m in zip(seen, moving, strict=True)])
     other = None
@@ -109,7 +130,7 @@ def _checked_up(case: Case, optimizer: Algorithm, step_size: float) -> Hypergrad
         try:
             other = own.cast(jnp.float64 if is_narrow else jnp.float32)
         except FAILURES as error:
-            notes.append(f"the other precision does not run: {_first_line(error)}")
+            notes.append(f"the other precision does not run: {first_line(error)}")
         narrow, wide = (own, other) if is_narrow else (other, own)
         best = own if wide is None else wide
         around = train_around(best.case, best.optimizer, best.hypergradient, step_size)
@@ -126,6 +147,14 @@ def _checked_up(case: Case, optimizer: Algorithm, step_size: float) -> Hypergrad
     elif any(seen) and narrow is not None and wide is not None:
         pair = {"narrow": narrow.hypergradient}, wide.hypergradient
         precision, by_leaf = agreement(*pair), agreement_by_leaf(*pair)
+    compare = {"best": best.hypergradient}
+    if precision is not None and is_narrow:
+        compare["float64"] = best.hypergradient
+    if watched:
+        compare["exact"] = watched["hypergradient"]
+    nearby = None
+    if own.program is not None and nonfinite is None:
+        nearby = look_nearby(own, perturb, compare)
     return HypergradientCheck(
         name=type(optimizer).__name__,
         num_steps=case.num_steps,
@@ -145,71 +174,15 @@ def _checked_up(case: Case, optimizer: Algorithm, step_size: float) -> Hypergrad
         metasmoothness=float(around["smoothness"]),
         diverges=bool(np.isfinite(around["loss"]) and not np.isfinite(around["moved"])),
         step_size=step_size,
+        is_zero=not any(moving),
+        trusting=judged(nearby, watched, replayed, unmeasured_of(own, wide, watched, replayed)),
         notes=tuple(notes),
         why_narrow=on_narrow_derivative(problem.z.s),
         at_jumps=on_jumps(problem.z.s),
     )
 
 
-class _Run:
-    """An optimizer on a case in one precision: the estimate, and the monitored exact one."""
-
-    def __init__(self, case: Case, optimizer: Algorithm, sees_any: bool):
-        self.case, self.optimizer, self._sees_any = case, optimizer, sees_any
-        self._program = case.estimate(optimizer) if sees_any else None
-        if self._program is None:  # a `step` would raise an error: it sees nothing
-            self.hypergradient = jax.tree.map(jnp.zeros_like, case.state.hyperparams)
-        else:
-            self.hypergradient = self._program()[0]
-
-    def cast(self, dtype: Any) -> "_Run":
-        """With all floating-point arrays in one precision."""
-        is_floating = lambda x: eqx.is_inexact_array(x) or _is_floats(x)
-        # Placed, not computed: metrics may be NaN, which jax_debug_nans refuses.
-        cast = lambda x: jax.device_put(np.asarray(x, dtype)) if is_floating(x) else x
-        of_case = (self.case.state, self.case.train_batch, self.case.val_batch)
-        (state, train_batch, val_batch), optimizer = jax.tree.map(cast, (of_case, self.optimizer))
-        case = dataclasses.replace(
-            self.case, state=state, train_batch=train_batch, val_batch=val_batch
-        )
-        return _Run(case, optimizer, self._sees_any)
-
-    @property
-    def draws_random_numbers(self) -> bool:
-        return self._program is not None and self._program.has(RANDOM)
-
-    def watched(self, notes: list[str]) -> dict[str, Any] | None:
-        """What `finiteness` returns, or `None` and a note if derivatives do not exist."""
-        case = self.case
-        looking = lambda *arguments: finiteness(case.problem(*arguments), case.num_steps)
-        try:
-            with differentiation_explained("the exact hypergradient"):
-                return case.compile(looking, self.optimizer)()
-        except FAILURES as error:
-            note = f"the exact hypergradient is not available here: {_first_line(error)}"
-            if note not in notes:
-                notes.append(note)
-            return None
-
-    def step_error(self) -> StepError | None:
-        """For a method of finite differences, whose step is traced: nothing else is compiled."""
-        program, case, optimizer = self._program, self.case, self.optimizer
-        if program is None or optimizer.with_difference_step(1.0) is None:
-            return None
-
-        def estimate(factor: float) -> PyTree:
-            other = optimizer.with_difference_step(factor)
-            assert other is not None
-            return program(other, case.start(other), case.train_batch, case.val_batch)[0]
-
-        def change_at(factor: float) -> float:
-            found = {"": estimate(factor / 2)}
-            return agreement(found, estimate(factor)).relative_error[""]
-
-        return StepError(halved=change_at(1.0), much_smaller=change_at(0.01))
-
-
-def _where(run: _Run, watched: dict[str, Any] | None, notes: list[str]) -> NonFinite | None:
+def _where(run: Estimated, watched: dict[str, Any] | None, notes: list[str]) -> NonFinite | None:
     """The source of a non-finite estimate: first in the exact computation, then in the estimate."""
     if watched and not all(map(np.all, jax.tree.leaves(watched["forward"]["model_state"]))):
         return first_nonfinite(watched)  # every step is refused, with a finite hypergradient too
@@ -231,11 +204,3 @@ def _widest(tree: PyTree) -> np.dtype:
     """The widest floating-point dtype of what is trained."""
     dtypes = [x.dtype for x in jax.tree.leaves(trained(tree))]
     return np.dtype(max(dtypes, key=lambda dtype: dtype.itemsize))
-
-
-def _is_floats(x: Any) -> bool:
-    return isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.floating)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

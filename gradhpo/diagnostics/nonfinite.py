@@ -15,7 +15,7 @@ from gradhpo.core.problem import Problem
 from gradhpo.core.reverse import PulledStep, cotangent_at_end, pull_through, through_start
 from gradhpo.core.start import pull_start
 from gradhpo.diagnostics.metasmooth import difference
-from gradhpo.utils.trees import finite_leaves, tree_dot
+from gradhpo.utils.trees import finite_leaves, tree_dot, tree_l2_norm
 
 
 _INNER_OPTIMIZER = (
@@ -82,7 +82,8 @@ def finiteness(problem: Problem, num_steps: int) -> dict[str, Any]:
     """The exact `hypergradient`, and whether each intermediate value is finite.
 
     Leaf by leaf; steps come first. `uphill`: whether one step from there, with a new optimizer
-    state, increases its own training loss, to first order.
+    state, increases its own training loss, to first order. `loss` and `moved`: the training loss,
+    and the length of the update.
     """
     phi, validation, z, hyperparams = problem
 
@@ -101,6 +102,8 @@ def finiteness(problem: Problem, num_steps: int) -> dict[str, Any]:
             "model_state": finite_leaves(new.r, unless_as_in=z.r),
             "alpha": finite_leaves(validation.alpha(new, hyperparams).w),
             "uphill": tree_dot(jax.tree.map(difference, ruled.w, z.w), gradient) > 0,
+            "loss": loss_of(loss),
+            "moved": tree_l2_norm(jax.tree.map(difference, new.w, z.w)),
         }
         return new, (z, found)
 

@@ -1,0 +1,161 @@
+"""Does the verdict of `check_hypergradient` come true? Its number beside scores of retrainings.
+
+Every configuration is a training of a small classifier. Its score is that of `retraining_score`:
+the rank correlation, over retrainings with a few percent of the examples left out, of predicted and
+true changes of the validation loss. The thresholds between the verdicts are set on one half of the
+configurations, drawn by a seed, and tested on the other half.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.trust.grid import GRID, QUICK
+from benchmarks.trust.problems import Config
+from benchmarks.trust.scoring import judged, row_of
+from gradhpo.diagnostics.trust import NOT_TRUSTED, TRUSTED
+from gradhpo.utils.tables import aligned
+
+
+ROWS = Path(__file__).parents[1] / "results" / "trust.jsonl"
+RETRAININGS, SEED = 48, 0
+GOOD, BAD, EXCELLENT = 0.8, 0.5, 0.95
+
+
+class Thresholds(NamedTuple):
+    """Halfway between the configurations on both sides, in `trust`."""
+
+    trusted: float
+    not_trusted: float
+
+
+def print_trust(quick: bool = False, rows: Path | None = None) -> None:
+    """With `rows`, a file, configurations that it has are not measured again."""
+    configs, retrainings = (QUICK, 8) if quick else (GRID, RETRAININGS)
+    measured = measured_of(configs, retrainings, rows)
+    setting = setting_half(configs)
+    print(
+        f"\nTrust of check_hypergradient against the score of {retrainings} retrainings; thresholds"
+        f"\nare set on the half marked * (seed {SEED}) and tested on the other\n"
+    )
+    print(_table(configs, measured, setting))
+    minutes = sum(sum(row["seconds"]) for row in measured) / 60
+    print(f"\nmeasuring the rows took {minutes:.0f} minutes")
+    if quick:
+        print("\n(--quick: nothing is judged)")
+    else:
+        _print_judged(configs, measured, setting)
+
+
+def setting_half(configs: Sequence[Config]) -> np.ndarray:
+    """Marks the configurations that set the thresholds."""
+    drawn = np.random.default_rng(SEED).permutation(len(configs))[: (len(configs) + 1) // 2]
+    return np.isin(np.arange(len(configs)), drawn)
+
+
+def measured_of(configs: Sequence[Config], retrainings: int, file: Path | None) -> list[dict]:
+    """Rows of the configurations, each written to the file as soon as it is known."""
+    lines = file.read_text().splitlines() if file is not None and file.exists() else []
+    known = {_key(row): row for row in map(json.loads, lines)}
+    found = []
+    for config in configs:
+        wanted = vars(config) | {"retrainings": retrainings}
+        row = known.get(_key(wanted))
+        if row is None:
+            row = json.loads(json.dumps(row_of(config, retrainings)))
+            if file is not None:
+                with file.open("a") as opened:
+                    opened.write(json.dumps(row) + "\n")
+        found.append(row)
+    return found
+
+
+def _key(row: dict[str, Any]) -> str:
+    names = [*Config.__dataclass_fields__, "retrainings"]
+    return json.dumps([row[name] for name in names])
+
+
+def thresholds_of(trust: np.ndarray, scores: np.ndarray) -> Thresholds:
+    """Set so that all above the first have a good score, and all below the second a bad one."""
+    not_good, not_bad = trust[scores < GOOD], trust[scores >= BAD]
+    above = trust[trust > np.max(not_good, initial=0.0)]
+    below = trust[trust < np.min(not_bad, initial=1.0)]
+    return Thresholds(
+        (np.max(not_good, initial=0.0) + np.min(above, initial=1.0)) / 2,
+        (np.min(not_bad, initial=1.0) + np.max(below, initial=0.0)) / 2,
+    )
+
+
+def auc(trust: np.ndarray, scores: np.ndarray) -> float:
+    """The probability that a good score has more trust than a bad one; equal ones count half."""
+    good, bad = trust[scores >= GOOD][:, None], trust[scores < BAD][None]
+    return float(np.mean((good > bad) + 0.5 * (good == bad)))
+
+
+def _table(configs: Sequence[Config], rows: list[dict], setting: np.ndarray) -> str:
+    head = ["", "score", "95 %", "trust", "verdict", "perturbed", "float64", "last bit", "redrawn"]
+    table = [[*head, "exact", "smooth", "width"]]
+    for i in sorted(range(len(rows)), key=lambda i: (rows[i]["score"], rows[i]["trust"])):
+        row, agreement = rows[i], rows[i]["agreement"]
+        names = ("perturbed", "float64", "rounded", "redrawn", "exact")
+        table.append([
+            ("* " if setting[i] else "  ") + configs[i].name,
+            f"{row['score']:.2f}",
+            "{:.2f} to {:.2f}".format(*row["interval"]),
+            f"{row['trust']:.2f}",
+            judged(row, configs[i])[0],
+            *(_short(agreement.get(name)) for name in names),
+            _short(row["metasmoothness"]),
+            f"{row['width']:.0e}",
+        ])  # fmt: skip
+    return aligned(table)
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None or np.isnan(value) else f"{value:.2f}"
+
+
+def _print_judged(configs: Sequence[Config], rows: list[dict], setting: np.ndarray) -> None:
+    scores, trust = (np.asarray([row[name] for row in rows]) for name in ("score", "trust"))
+    found = thresholds_of(trust[setting], scores[setting])
+    tested = ~setting
+    print(
+        f"\n{len(rows)} configurations: {np.sum(scores < BAD)} with a score below {BAD}, "
+        f"{np.sum(scores >= GOOD)} of {GOOD} and more, {np.sum(scores > EXCELLENT)} above "
+        f"{EXCELLENT}"
+        f"\nthresholds that the half * gives: trusted from {found.trusted:.2f}, not trusted below "
+        f"{found.not_trusted:.2f}; the library has {TRUSTED} and {NOT_TRUSTED}"
+        f"\narea under the curve, scores of {GOOD} and more against those below {BAD}: all "
+        f"{auc(trust, scores):.3f}, tested half {auc(trust[tested], scores[tested]):.3f}"
+    )
+    decided = [judged(row, config) for row, config in zip(rows, configs, strict=True)]
+    verdicts = np.asarray([verdict for verdict, _ in decided])
+    for name, which in (("set", setting), ("tested", tested)):
+        counts = []
+        for verdict in ("trusted", "doubtful", "not trusted"):
+            of = scores[which & (verdicts == verdict)]
+            span = f" ({of.min():.2f} to {of.max():.2f})" if len(of) else ""
+            counts.append(f"{verdict} {len(of)}{span}")
+        print(f"{name} half: " + ", ".join(counts))
+    wrong = [
+        i
+        for i in np.flatnonzero(tested)
+        if (verdicts[i] == "trusted" and scores[i] < BAD)
+        or (verdicts[i] == "not trusted" and scores[i] > EXCELLENT)
+    ]
+    print(f"tested half, trusted below {BAD} or not trusted above {EXCELLENT}: {len(wrong)}")
+    print("\nWhere the verdict is not what the score alone would give:")
+    odd = (verdicts == "trusted") & (scores < GOOD)
+    odd |= (verdicts == "not trusted") & (scores >= BAD)
+    odd |= (verdicts == "doubtful") & ((scores < BAD) | (scores >= GOOD))
+    for i in np.flatnonzero(odd).tolist():
+        print(f"- {configs[i].name}: score {scores[i]:.2f}, {verdicts[i]} ({trust[i]:.2f})")
+        for reason in decided[i][1]:
+            print(f"    {reason}")
+        per_query = ", ".join(map(_short, rows[i]["per_query"]))
+        print(f"    scores of the queries: {per_query}")
+    if not np.any(odd):
+        print("nowhere")

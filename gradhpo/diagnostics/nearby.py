@@ -1,0 +1,168 @@
+"""Hypergradients near the one that is checked: other hyperparameters, other draws, one bit on."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from gradhpo.core.batches import BatchStack
+from gradhpo.core.state import BilevelState
+from gradhpo.diagnostics.precision import Estimated
+from gradhpo.diagnostics.score import spearman
+from gradhpo.utils.freezing import trained
+from gradhpo.utils.keys import fold_keys, is_key
+
+
+# Hypergradients at perturbed hyperparameters, and from batches that are drawn again.
+NEIGHBOURS, REDRAWS = 4, 3
+# Perturbations over which predictions are compared: only products, no training.
+DIRECTIONS = 500
+_AT_ONCE = 2**20  # numbers
+
+Perturb = Callable[[Array, PyTree], PyTree]
+
+
+@dataclasses.dataclass(frozen=True)
+class Nearby:
+    """Flattened hypergradients by name, each a list of arrays, and the validation losses there.
+
+    `predictions` maps the same names to the products with `DIRECTIONS` perturbations.
+    """
+
+    hypergradients: dict[str, list[np.ndarray]]
+    val_losses: dict[str, list[float]]
+    perturbations: list[np.ndarray]
+    predictions: dict[str, list[np.ndarray]]
+
+    @property
+    def agreements(self) -> dict[str, list[float]]:
+        """Rank correlations of predictions with those of the hypergradient itself.
+
+        Those of the exact one are with the estimate in the best precision, `"best"`.
+        """
+        with_ = lambda name: self.predictions["best" if name == "exact" else "own"][0]
+        return {
+            name: [spearman(with_(name), other) for other in of_name]
+            for name, of_name in self.predictions.items()
+            if name not in ("own", "best")
+        }
+
+
+def look_nearby(run: Estimated, perturb: Perturb, others: Mapping[str, PyTree]) -> Nearby:
+    """All of them, by the program of the estimate; `others` are compared as well."""
+    state, case = run.case.state, run.case
+    hyperparams = state.hyperparams
+    moved = _perturbed(perturb, hyperparams)
+    ways: dict[str, list[tuple]] = {
+        "own": [],
+        "perturbed": [(run.at(moved(k)), None) for k in range(NEIGHBOURS)],
+        "repeated": [(state, None)],
+        "rounded": [(_one_bit_on(state), None)],
+    }
+    batches = case.train_batch, case.val_batch
+    if has_keys(batches):
+        ways["other keys"] = [(state, fold_keys(batches, 1))]
+    if has_keys(batches) or isinstance(case.train_batch, BatchStack):
+        ways["redrawn"] = [(state, _redrawn(batches, k + 1)) for k in range(REDRAWS)]
+    found = {name: [run.again(*way) for way in of_name] for name, of_name in ways.items()}
+    found["own"] = [(run.hypergradient, run.val_loss)]
+    found |= {name: [(g, jnp.asarray(jnp.nan))] for name, g in others.items()}
+    flattened = {name: [flat(g) for g, _ in pairs] for name, pairs in found.items()}
+    predictions = {name: [[] for _ in made] for name, made in flattened.items()}
+    for delta in _many(perturb, hyperparams):
+        for name, made in flattened.items():
+            for kept, g in zip(predictions[name], made, strict=True):
+                kept.append(_product(g, delta))
+    return Nearby(
+        hypergradients=flattened,
+        val_losses={name: [float(loss) for _, loss in pairs] for name, pairs in found.items()},
+        perturbations=[_change(moved(k), hyperparams) for k in range(NEIGHBOURS)],
+        predictions={
+            name: [np.asarray(kept) for kept in made] for name, made in predictions.items()
+        },
+    )
+
+
+def by_steps(step_size: float) -> Perturb:
+    """The perturbation where the user names none: every number by a normal one of this size."""
+
+    def perturb(key: Array, hyperparams: PyTree) -> PyTree:
+        leaves, treedef = jax.tree.flatten(hyperparams)
+        keys = jax.random.split(key, len(leaves))
+        move = lambda key, x: (
+            x + jnp.asarray(step_size, x.dtype) * jax.random.normal(key, x.shape, x.dtype)
+        )
+        return jax.tree.unflatten(treedef, map(move, keys, leaves))
+
+    return perturb
+
+
+def has_keys(tree: PyTree) -> bool:
+    """Whether it holds typed PRNG keys."""
+    return any(map(is_key, jax.tree.leaves(tree)))
+
+
+def flat(tree: PyTree) -> np.ndarray:
+    """All numbers in float64."""
+    leaves = jax.tree.leaves(tree)
+    return np.concatenate([np.ravel(np.asarray(x).astype(np.float64)) for x in leaves])
+
+
+def _perturbed(perturb: Perturb, hyperparams: PyTree) -> Callable[[int], PyTree]:
+    """The perturbations by number."""
+    compiled = eqx.filter_jit(perturb)
+    return lambda k: compiled(jax.random.fold_in(jax.random.key(0), k), hyperparams)
+
+
+def _many(perturb: Perturb, hyperparams: PyTree) -> Iterator[np.ndarray]:
+    """Further perturbations, flattened: as many in one program as fit into a few megabytes."""
+    size = sum(x.size for x in jax.tree.leaves(hyperparams))
+    at_once = max(1, min(DIRECTIONS, _AT_ONCE // size))
+    drawn = eqx.filter_jit(lambda keys, h: jax.lax.map(lambda key: perturb(key, h), keys))
+    keys = jax.random.split(jax.random.key(1), DIRECTIONS)
+    for first in range(0, DIRECTIONS, at_once):
+        found = drawn(keys[first : first + at_once], hyperparams)
+        for k in range(min(at_once, DIRECTIONS - first)):
+            yield _change(jax.tree.map(lambda x, k=k: np.asarray(x)[k], found), hyperparams)
+
+
+def _change(new: PyTree, old: PyTree) -> np.ndarray:
+    """Flattened; an infinity that stays is no change."""
+    a, b = flat(new), flat(old)
+    with np.errstate(invalid="ignore"):
+        return np.where(a == b, 0, a - b)
+
+
+def _product(g: np.ndarray, delta: np.ndarray) -> float:
+    """Of what moves alone: an infinity elsewhere does not count."""
+    moves = delta != 0
+    return float(g[moves] @ delta[moves])
+
+
+def _one_bit_on(state: BilevelState) -> BilevelState:
+    """Every parameter by its last bit, up or down at random."""
+    random = np.random.default_rng(0)
+
+    def move(x: Array) -> Array:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        way = np.where(random.random(x.shape) < 0.5, -np.inf, np.inf)
+        moved = jnp.nextafter(x, jnp.asarray(way, x.dtype))
+        # A 0 has no last bit, and an infinity (a mask) stays.
+        return jnp.where((x == 0) | ~jnp.isfinite(x), x, moved)
+
+    params = eqx.combine(jax.tree.map(move, trained(state.params)), state.params)
+    return dataclasses.replace(state, params=params)
+
+
+def _redrawn(batches: tuple[PyTree, PyTree], number: int) -> tuple[PyTree, PyTree]:
+    """With other random keys, and the batches of a stack in another order."""
+    train, val = fold_keys(batches, number)
+    if isinstance(train, BatchStack):
+        order = np.random.default_rng(number).permutation(train.num_steps)
+        train = jax.tree.map(lambda x: x[order], train)
+    return train, val

@@ -1,0 +1,349 @@
+"""The verdict of `check_hypergradient` on problems whose answer is known, and its numbers."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import relaxed
+from scipy.stats import spearmanr
+
+import gradhpo
+from gradhpo.diagnostics.nearby import DIRECTIONS, NEIGHBOURS, REDRAWS
+from gradhpo.diagnostics.trust import NOT_TRUSTED, TRUSTED, Trust
+
+
+FEATURES = jnp.asarray(np.random.default_rng(0).normal(size=(12, 3)))
+TARGETS = FEATURES @ jnp.array([1.0, -1.0, 0.5]) + jnp.sin(7 * jnp.arange(12.0))
+VAL = (FEATURES[:6] + 0.3, TARGETS[:6])
+SGD = relaxed(optax.sgd(0.05))
+
+
+def error(w, weights, batch):
+    x, y = batch
+    return jnp.mean((x @ w - y) ** 2)
+
+
+def weighted(w, weights, batch):
+    (x, y), index = batch
+    return jnp.mean(weights[index] * (x @ w - y) ** 2)
+
+
+LOSSES = gradhpo.LossFunctions(weighted, error)
+ROWS = np.random.default_rng(1).permuted(np.tile(np.arange(12), (5, 1)), axis=1)[:, :4]
+BATCHES = gradhpo.BatchStack(
+    ((FEATURES[ROWS], TARGETS[ROWS]), jnp.asarray(ROWS, jnp.int32)),
+)
+LEAVE_OUT = lambda key, weights: jnp.where(jax.random.permutation(key, 12) >= 2, weights, 0)
+
+
+def check(losses=LOSSES, batches=BATCHES, inner=SGD, make=None, dtype=None, **settings):
+    """The report on the example weights of a small regression."""
+    make = gradhpo.UnrolledOptimizer if make is None else make
+    optimizer = make(inner, unroll_steps=5)
+    given = jnp.zeros(3), jnp.ones(12), batches, VAL
+    if dtype is not None:
+        floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+        given = jax.tree.map(lambda x: x.astype(dtype) if floating(x) else x, given)
+    settings = {"perturb": LEAVE_OUT} | settings
+    state = optimizer.init(*given[:2])
+    return gradhpo.check_hypergradient(optimizer, state, *given[2:], losses, **settings)
+
+
+def trained(weights, batches=BATCHES):
+    """Parameters, training losses and updates by a plain loop."""
+    w, losses, updates = jnp.zeros(3), [], []
+    for t in range(5):
+        loss, gradient = jax.value_and_grad(weighted)(w, weights, batches.at(t))
+        losses.append(loss)
+        updates.append(0.05 * gradient)
+        w = w - 0.05 * gradient
+    return w, losses, updates
+
+
+@jax.jit
+def final(weights, batches=BATCHES):
+    return error(trained(weights, batches)[0], weights, VAL)
+
+
+hypergradient = jax.jit(jax.grad(final))
+
+
+def not_trusted(report, *words):
+    assert report.verdict == "not trusted"
+    assert report.trust < NOT_TRUSTED
+    assert any(all(word in reason for word in words) for reason in report.reasons), report
+    assert str(report).splitlines()[0].endswith(f"not trusted ({report.trust:.2f})")
+
+
+def test_a_trusted_one_and_each_number_by_its_formula():
+    report = check()
+    measured = report.trusting
+    assert report.verdict == "trusted", report
+    assert report.reasons == ()
+    assert str(report).startswith("UnrolledOptimizer after 5 inner steps: trusted (")
+
+    ones = jnp.ones(12)
+    gradient = hypergradient(ones)
+    moved = lambda k: LEAVE_OUT(jax.random.fold_in(jax.random.key(0), k), ones)
+    near = [hypergradient(moved(k)) for k in range(NEIGHBOURS)]
+    keys = jax.random.split(jax.random.key(1), DIRECTIONS)
+    deltas = np.asarray(jax.vmap(LEAVE_OUT, (0, None))(keys, ones)) - 1
+    rank = lambda a, b: spearmanr(deltas @ np.asarray(a), deltas @ np.asarray(b)).statistic
+    # Ties and rounding: the products of equal sets are summed in another order.
+    close = lambda found, expected: np.testing.assert_allclose(found, expected, rtol=1e-6)
+    close(measured.agreement["perturbed"], np.mean([rank(gradient, g) for g in near]))
+    for name in ("exact", "rounded", "repeated"):
+        close(measured.agreement[name], 1.0)
+    pairs = [
+        (gradient @ (moved(k) - ones), final(moved(k)) - final(ones)) for k in range(NEIGHBOURS)
+    ]
+    close(measured.changes, np.asarray(pairs))
+
+    shuffled = []
+    for k in range(REDRAWS):
+        order = np.random.default_rng(k + 1).permutation(5)
+        shuffled.append(jax.tree.map(lambda x, order=order: x[order], BATCHES))
+    draws = np.stack([gradient, *(hypergradient(ones, other) for other in shuffled)])
+    noise = np.std([final(ones), *(final(ones, other) for other in shuffled)], ddof=1)
+    signal = np.std(deltas @ np.asarray(gradient))
+    among = np.mean([rank(gradient, g) for g in draws[1:]])
+    close(measured.agreement["redrawn"], among * signal / math.hypot(signal, noise))
+    variance, mean = np.sum(np.var(draws, axis=0, ddof=1)), draws.mean(axis=0)
+    close(measured.signal_to_noise, math.sqrt((mean @ mean - variance / len(draws)) / variance))
+
+    _, losses, updates = trained(ones)
+    close((measured.first_loss, measured.last_loss), (losses[0], losses[-1]))
+    close(measured.growth, jnp.linalg.norm(updates[-1]) / jnp.linalg.norm(updates[0]))
+    assert report.trust == min(
+        measured.agreement[name] for name in ("perturbed", "exact", "rounded", "repeated")
+    )
+
+
+@pytest.mark.thorough
+def test_without_a_perturbation_it_is_one_of_the_step_size():
+    report = check(perturb=None, step_size=0.2)
+    key = jax.random.split(jax.random.fold_in(jax.random.key(0), 0), 1)[0]
+    delta = 0.2 * jax.random.normal(key, (12,))
+    predicted, true = report.trusting.changes[0]
+    np.testing.assert_allclose(true, final(1 + delta) - final(jnp.ones(12)), rtol=1e-10)
+    np.testing.assert_allclose(predicted, hypergradient(jnp.ones(12)) @ delta, rtol=1e-10)
+
+
+def test_chaotic_training_is_not_trusted():
+    """w <- 4 h w (1 - w): after 150 steps every neighbour has another derivative."""
+    loss = lambda w, h, batch: jnp.sum(w**2 / 2 - 4 * h * (w**2 / 2 - w**3 / 3))
+    losses = gradhpo.LossFunctions(loss, lambda w, h, batch: jnp.sum(w))
+    optimizer = gradhpo.UnrolledOptimizer(relaxed(optax.sgd(1.0)), unroll_steps=150)
+    state = optimizer.init(jnp.full(8, 0.3), jnp.linspace(0.93, 0.97, 8))
+    report = gradhpo.check_hypergradient(optimizer, state, None, None, losses, step_size=0.01)
+    not_trusted(report, "after a perturbation of the hyperparameters", "smaller")
+    # A step loses half a bit, and float64 has 52.
+    assert report.trusting.agreement["rounded"] < 0.99
+
+
+@pytest.mark.thorough
+def test_training_that_explodes_is_not_trusted():
+    """Its hypergradient is the derivative of the whole training all the same."""
+    report = check(inner=relaxed(optax.sgd(5.0)))
+    assert report.trusting.explodes
+    assert report.trust == 0
+    not_trusted(report, "training explodes", "a smaller inner learning rate")
+
+
+def test_a_hypergradient_that_is_not_finite():
+    adam = relaxed(optax.adam(0.1))
+    (x, y), index = BATCHES.batches
+    dead = gradhpo.BatchStack(((x.at[..., 0].set(0), y), index))
+    report = check(inner=adam, batches=dead)
+    not_trusted(report, "not finite", "eps_root")
+    assert report.trust == 0
+    assert report.trusting.agreement == {}  # there was nothing to compare
+
+
+@pytest.mark.thorough
+def test_exact_zeros():
+    cut = lambda w, weights, batch: weighted(w, jax.lax.stop_gradient(weights), batch)
+    report = check(losses=gradhpo.LossFunctions(cut, error))
+    not_trusted(report, "no derivative")
+    assert report.trust == 0
+    assert report.is_zero
+
+
+@pytest.mark.thorough
+def test_an_estimator_that_sees_nothing():
+    direct = gradhpo.FOOptimizer(SGD)
+    state = direct.init(jnp.zeros(3), jnp.ones(12))
+    report = gradhpo.check_hypergradient(direct, state, BATCHES, VAL, LOSSES)
+    not_trusted(report, "sees none of the hyperparameters")
+
+
+@pytest.mark.thorough
+def test_an_estimator_far_from_the_exact_one():
+    """The agreement with the exact one is that of its own formula."""
+    report = check(make=lambda inner, unroll_steps: gradhpo.OneStepOptimizer(inner))
+    assert report.trusting.agreement["exact"] < TRUSTED
+    keys = jax.random.split(jax.random.key(1), DIRECTIONS)
+    deltas = np.asarray(jax.vmap(LEAVE_OUT, (0, None))(keys, jnp.ones(12))) - 1
+    before = jnp.zeros(3)
+    for t in range(4):
+        before = before - 0.05 * jax.grad(weighted)(before, jnp.ones(12), BATCHES.at(t))
+    last = lambda weights: error(
+        before - 0.05 * jax.grad(weighted)(before, weights, BATCHES.at(4)), weights, VAL
+    )
+    products = deltas @ np.asarray(jax.grad(last)(jnp.ones(12)))
+    exact = deltas @ np.asarray(hypergradient(jnp.ones(12)))
+    found = report.trusting.agreement["exact"]
+    np.testing.assert_allclose(found, spearmanr(products, exact).statistic, atol=1e-3)  # ties
+    assert any("compare_hypergradients" in reason for reason in report.reasons)
+
+
+def dropped(w, weights, batch):
+    """Every example of a batch is dropped with a probability of .7."""
+    ((x, y), index), key = batch
+    keep = jax.random.bernoulli(key, 0.3, (4,))
+    return jnp.mean(jnp.where(keep, weights[index] * (x @ w - y) ** 2, 0))
+
+
+RANDOM = gradhpo.BatchStack((BATCHES.batches, jax.random.split(jax.random.key(2), 5)))
+DROPOUT = gradhpo.LossFunctions(dropped, error)
+
+
+@pytest.mark.parametrize(
+    ("replayed", "verdict"),
+    [(None, "doubtful"), pytest.param(True, "trusted", marks=pytest.mark.thorough)],
+)
+def test_dropout_is_trusted_if_a_retraining_repeats_it(replayed, verdict):
+    report = check(losses=DROPOUT, batches=RANDOM, replayed=replayed)
+    assert report.trusting.agreement["other keys"] < TRUSTED
+    assert report.verdict == verdict, report
+    assert any("replayed=True" in reason for reason in report.reasons) == (replayed is None)
+
+
+@pytest.mark.thorough
+def test_live_dropout_counts():
+    report = check(losses=DROPOUT, batches=RANDOM, replayed=False)
+    assert report.trust == max(0.0, report.trusting.agreement["redrawn"])
+    not_trusted(report, "other random keys", "average hypergradients")
+
+
+@pytest.mark.thorough
+def test_random_numbers_from_elsewhere():
+    """Legacy keys in the batches are numbers like others: whether they stay is not known."""
+    legacy = gradhpo.BatchStack((BATCHES.batches, jax.random.split(jax.random.PRNGKey(2), 5)))
+    report = check(losses=DROPOUT, batches=legacy)
+    assert report.verdict == "doubtful"
+    assert any("keys that are not in the batches" in reason for reason in report.reasons)
+    assert check(losses=DROPOUT, batches=legacy, replayed=True).verdict == "trusted"
+
+
+@pytest.mark.thorough
+def test_a_call_that_differs_from_itself():
+    random = np.random.default_rng(0)
+
+    def noisy(w, weights, batch):
+        shape = jax.ShapeDtypeStruct((), w.dtype)
+        noise = jax.pure_callback(lambda: np.asarray(random.normal(), w.dtype), shape)
+        return weighted(w, weights * noise, batch)
+
+    report = check(losses=gradhpo.LossFunctions(noisy, error))
+    assert report.trusting.agreement["repeated"] < TRUSTED
+    assert any("outside of JAX" in reason for reason in report.reasons)
+
+
+@pytest.mark.thorough
+def test_precision_of_a_narrow_state():
+    """Adam's divisions in bfloat16: the agreement with float64 is that of the two estimates."""
+    rough = check(dtype=jnp.bfloat16, perturb=None)
+    fine = check(dtype=jnp.float32, perturb=None)
+    assert rough.trusting.agreement["float64"] < fine.trusting.agreement["float64"]
+    assert fine.trusting.agreement["float64"] > 0.9999
+    assert "float64" not in check(perturb=None).trusting.agreement
+
+
+@pytest.mark.thorough
+def test_half_precision_inside_of_a_loss_is_not_called_healthy():
+    def rough(w, weights, batch):
+        ((x, y), index), half = batch, jnp.bfloat16
+        made = (x.astype(half) @ w.astype(half)).astype(w.dtype)
+        return jnp.mean(weights[index] * (made - y) ** 2)
+
+    report = check(losses=gradhpo.LossFunctions(rough, error))
+    assert report.verdict != "trusted"
+    assert any("half precision" in reason for reason in report.reasons)
+
+
+@pytest.mark.thorough
+def test_what_cannot_be_measured_is_a_reason(as_a_user_has_it):
+    def rigid(w, h, batch):
+        total, _ = jax.lax.scan(lambda s, x: (s + x, None), jnp.zeros((), jnp.float32), w - h)
+        return total**2
+
+    losses = gradhpo.LossFunctions(rigid, lambda w, h, batch: jnp.sum(w**2))
+    optimizer = gradhpo.UnrolledOptimizer(optax.sgd(0.05), unroll_steps=3)
+    report = gradhpo.check_hypergradient(
+        optimizer, optimizer.init(jnp.ones(4), jnp.zeros(4)), None, None, losses, step_size=1e-3
+    )
+    assert report.verdict == "doubtful", report
+    assert any("float64 does not run" in reason for reason in report.reasons)
+
+
+TRUSTWORTHY = Trust(
+    agreement={"perturbed": 0.98, "exact": 1.0},
+    changes=(),
+    signal_to_noise=1.0,
+    first_loss=1.0,
+    last_loss=0.5,
+    growth=1.0,
+    replayed=None,
+    unmeasured=(),
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "value", "word"),
+    [
+        ({}, 0.98, None),
+        ({"agreement": {"perturbed": 0.3, "exact": 1.0}}, 0.3, "agree by only 0.3 after"),
+        ({"agreement": {"perturbed": -0.3}}, 0.0, "by only -0.3 "),
+        ({"agreement": {"perturbed": math.nan}}, 0.0, "by only nan"),
+        ({"agreement": {}}, 0.0, None),
+        ({"last_loss": 102.0, "growth": 11.0}, 0.0, "explodes"),
+        ({"last_loss": 102.0, "growth": 9.0}, 0.98, "makes its loss worse"),
+        ({"last_loss": math.inf}, 0.0, "explodes"),
+        ({"last_loss": math.nan}, 0.0, "explodes"),
+        ({"last_loss": 2.5}, 0.98, "makes its loss worse"),
+        ({"last_loss": 2.5, "growth": 3.0}, 0.98, "updates grow 3-fold"),
+        ({"growth": 101.0}, 0.98, None),  # a rate that warms up
+        ({"first_loss": math.nan, "last_loss": math.nan, "growth": math.nan}, 0.98, None),
+        ({"unmeasured": ("this is not known",)}, 0.98, "this is not known"),
+    ],
+)
+def test_the_number_and_its_reasons(change, value, word):
+    trust = dataclasses.replace(TRUSTWORTHY, **change)
+    assert trust.value == pytest.approx(value)
+    assert bool(trust.doubts) == (word is not None)
+    assert word is None or any(word in doubt for doubt in trust.doubts)
+    assert "changes, predicted / true" in str(trust)
+
+
+def test_random_keys_count_as_a_retraining_treats_them():
+    agreement = {"perturbed": 1.0, "other keys": 0.5, "redrawn": 0.2}
+    with_ = lambda replayed: dataclasses.replace(
+        TRUSTWORTHY, agreement=agreement, replayed=replayed
+    )
+    assert [with_(x).value for x in (None, True, False)] == [1.0, 1.0, 0.2]
+    assert [len(with_(x).doubts) for x in (None, True, False)] == [1, 0, 1]
+
+
+def test_bad_perturbations():
+    for perturb, message in (
+        (lambda key, weights: {"weights": weights}, "must return hyperparameters of the structure"),
+        (lambda key, weights: weights[:3], r"expected f64\[12\]"),
+        (lambda key, weights: weights, "returns the hyperparameters as they are"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check(perturb=perturb)
