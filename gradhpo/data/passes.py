@@ -139,8 +139,8 @@ def as_passes(data: Any, per_step: int, shared: bool = False) -> Passes:
 
 
 _ON_ITERATOR = (
-    f"{_NAME} is a {{}}, an iterator, which can be gone through once, and a replay needs the "
-    "batches again on the way back: pass gradhpo.ArrayData, a function index -> batch, or the "
+    f"{_NAME} is a {{}}, an iterator, which can be gone through once, and its batches are needed "
+    "again: pass gradhpo.ArrayData, a function index -> batch, or the "
     "loader itself, from which iter(loader) makes a new iterator every time"
 )
 

@@ -160,7 +160,7 @@ def draw_retraining(report: Any) -> Any:
         x, y = report.true[finite], report.predicted[name][finite]
         ends = np.array([np.min(x, initial=0), np.max(x, initial=0)])
         ax.plot(ends, ends, color=GREY, lw=0.8)
-        ax.plot(x, y, ".", color=BLUE, ms=3, alpha=0.5, mew=0, rasterized=len(x) > 5_000)
+        ax.plot(x, y, ".", color=BLUE, ms=4, alpha=0.5, mew=0, rasterized=len(x) > 5_000)
         ax.set(xlabel="true change of the loss")
         ax.set_title(f"{name}: {report.score[name]:.3f}", fontsize=10)
         ax.locator_params(nbins=4)

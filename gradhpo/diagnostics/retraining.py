@@ -75,10 +75,10 @@ def retraining_score(
 
     **Arguments:**
 
-    - `optimizers`: one optimizer, or a dict of name to optimizer; the first trains. All must have
-        its inner update. In place of any but the first, hypergradients that you have: a tree like
-        the hyperparameters, where each leaf has one more leading axis, the queries. They may come
-        from [`replay(queries=True)`][gradhpo.replay], for trainings of any length.
+    - `optimizers`: one optimizer, or a dict of name to optimizer; the first of them trains, and all
+        must have its inner update. A dict may also hold hypergradients that you have: a tree like
+        the hyperparameters, each leaf with one more leading axis, the queries. They may come from
+        [`replay(queries=True)`][gradhpo.replay], for trainings of any length.
     - `state`: where training starts: from `init` of one of them, or a later one.
     - `train_data`: as for [`replay`][gradhpo.replay]; inner step t gets batch
         `state.step * num_inner_steps + t`, with the inner steps of the first optimizer. The batches
@@ -97,21 +97,21 @@ def retraining_score(
         the compiler says (2 GiB on a processor). Results do not depend on it, up to rounding.
     - `directory`: where each block and each estimator's hypergradients are kept once they are done,
         a file for each. A call that was killed goes on from there when it is made again, with the
-        same result bit for bit. So does one with more estimators, or more retrainings, of which it
-        trains the new ones alone. Default `None`: nothing is kept.
+        same result bit for bit. A call with more estimators or more retrainings goes on too, and
+        computes only what is new. Default `None`: nothing is kept.
     - `progress`: show a progress bar, which counts inner steps; a text is its label.
 
     **Returns:** a [report][gradhpo.diagnostics.retraining_report.RetrainingScore]: `.score[name]`,
     `.interval[name]` (95 %, by bootstrap over the retrainings, with the same resamples for all
-    estimators), `.per_query[name]` of shape `[queries]`, `.true` and
-    `.predicted[name]` of shape `[retrainings, queries]`, and the hypergradients. `print` shows a
-    table.
+    estimators), `.per_query[name]` of shape `[queries]`, `.true` and `.predicted[name]` of shape
+    `[retrainings, queries]`, and the hypergradients, from which `.most_helpful(query)` and
+    `.most_harmful(query)` read examples. `str(report)` is a table, `report.plot()` a figure.
 
-    A retraining that ends with numbers that are not finite is left out and counted; if more than
-    a tenth are, a warning says so. A correlation does not exist, and is `nan` in `.per_query`,
-    where all true changes are equal: the mean leaves such a query out; or where all predictions are
-    equal or some are not finite: in the mean it counts as 0. The score is `nan` if no query is
-    left, and the report says why.
+    A retraining that ends with numbers that are not finite is left out and counted; if more than a
+    tenth are, a warning says so. `.per_query` is `nan` where a correlation does not exist. If all
+    true changes of a query are equal, the mean leaves it out. If all predictions are equal, or some
+    are not finite, it counts as 0 in the mean. The score is `nan` if that is so for all queries,
+    and the report says why.
 
     **Raises:** `ValueError` for `num_retrainings` below 3, a `num_steps` that is not a multiple of
     an optimizer's inner steps, no optimizer, hypergradients of other shapes, a `perturb` that
