@@ -187,7 +187,7 @@ def test_the_saved_calibration_is_that_of_the_grid_and_keeps_its_word(monkeypatc
 
 
 @pytest.mark.thorough
-def test_a_quick_calibration_runs_from_end_to_end(monkeypatch, capsys):
+def test_a_quick_calibration_runs_from_end_to_end(monkeypatch, capsys, as_a_user_has_it):
     monkeypatch.setattr(calibration, "QUICK", [Config(steps=5), Config("cancer", steps=5)])
     calibration.print_trust(quick=True)
     printed = capsys.readouterr().out

@@ -154,6 +154,7 @@ def test_training_that_explodes_is_not_trusted():
     not_trusted(report, "training explodes", "a smaller inner learning rate")
 
 
+@pytest.mark.thorough
 def test_a_hypergradient_that_is_not_finite():
     adam = relaxed(optax.adam(0.1))
     (x, y), index = BATCHES.batches
@@ -212,10 +213,8 @@ RANDOM = gradhpo.BatchStack((BATCHES.batches, jax.random.split(jax.random.key(2)
 DROPOUT = gradhpo.LossFunctions(dropped, error)
 
 
-@pytest.mark.parametrize(
-    ("replayed", "verdict"),
-    [(None, "doubtful"), pytest.param(True, "trusted", marks=pytest.mark.thorough)],
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize(("replayed", "verdict"), [(None, "doubtful"), (True, "trusted")])
 def test_dropout_is_trusted_if_a_retraining_repeats_it(replayed, verdict):
     report = check(losses=DROPOUT, batches=RANDOM, replayed=replayed)
     assert report.trusting.agreement["other keys"] < TRUSTED

@@ -104,8 +104,10 @@ def check_hypergradient(
     check_setting("step_size", jnp.asarray(step_size), lambda x: x > 0, "positive")
     case = Case.create(state, train_batch, val_batch, losses, {type(optimizer).__name__: optimizer})
     size = float(np.asarray(step_size))
-    perturb = by_steps(size) if perturb is None else perturb
-    check_perturb(perturb, jax.random.split(jax.random.key(0), 3), state.hyperparams)
+    if perturb is None:
+        perturb = by_steps(size)
+    else:
+        check_perturb(perturb, jax.random.split(jax.random.key(0), 3), state.hyperparams)
     with without_warnings():  # the report says everything
         return _checked_up(case, algorithm_of(optimizer), size, perturb, replayed)
 

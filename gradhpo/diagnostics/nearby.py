@@ -1,6 +1,7 @@
 """Hypergradients near the one that is checked: other hyperparameters, other draws, one bit on."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 
 import equinox as eqx
@@ -13,6 +14,7 @@ from gradhpo.core.batches import BatchStack
 from gradhpo.core.state import BilevelState
 from gradhpo.diagnostics.precision import Estimated
 from gradhpo.diagnostics.score import spearman
+from gradhpo.utils.dispatch import compiled
 from gradhpo.utils.freezing import trained
 from gradhpo.utils.keys import fold_keys, is_key
 
@@ -87,6 +89,7 @@ def look_nearby(run: Estimated, perturb: Perturb, others: Mapping[str, PyTree]) 
     )
 
 
+@functools.cache  # one function, for which nothing is compiled again
 def by_steps(step_size: float) -> Perturb:
     """The perturbation where the user names none: every number by a normal one of this size."""
 
@@ -114,20 +117,29 @@ def flat(tree: PyTree) -> np.ndarray:
 
 def _perturbed(perturb: Perturb, hyperparams: PyTree) -> Callable[[int], PyTree]:
     """The perturbations by number."""
-    compiled = eqx.filter_jit(perturb)
-    return lambda k: compiled(jax.random.fold_in(jax.random.key(0), k), hyperparams)
+    return lambda k: _draw(perturb, jax.random.fold_in(jax.random.key(0), k), hyperparams)
+
+
+@compiled
+def _draw(perturb: Perturb, key: Array, hyperparams: PyTree) -> PyTree:
+    return perturb(key, hyperparams)
+
+
+@compiled
+def _draw_many(perturb: Perturb, keys: Array, hyperparams: PyTree) -> PyTree:
+    return jax.lax.map(lambda key: perturb(key, hyperparams), keys)
 
 
 def _many(perturb: Perturb, hyperparams: PyTree) -> Iterator[np.ndarray]:
     """Further perturbations, flattened: as many in one program as fit into a few megabytes."""
     size = sum(x.size for x in jax.tree.leaves(hyperparams))
     at_once = max(1, min(DIRECTIONS, _AT_ONCE // size))
-    drawn = eqx.filter_jit(lambda keys, h: jax.lax.map(lambda key: perturb(key, h), keys))
     keys = jax.random.split(jax.random.key(1), DIRECTIONS)
     for first in range(0, DIRECTIONS, at_once):
-        found = drawn(keys[first : first + at_once], hyperparams)
+        found = _draw_many(perturb, keys[first : first + at_once], hyperparams)
+        found = jax.tree.map(np.asarray, found)
         for k in range(min(at_once, DIRECTIONS - first)):
-            yield _change(jax.tree.map(lambda x, k=k: np.asarray(x)[k], found), hyperparams)
+            yield _change(jax.tree.map(lambda x, k=k: x[k], found), hyperparams)
 
 
 def _change(new: PyTree, old: PyTree) -> np.ndarray:
