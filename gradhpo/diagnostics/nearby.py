@@ -42,9 +42,9 @@ class Nearby:
 
     @property
     def agreements(self) -> dict[str, list[float]]:
-        """Rank correlations of predictions with those of the hypergradient itself.
+        """Rank correlations of all predictions with the hypergradient's own.
 
-        Those of the exact one are with the estimate in the best precision, `"best"`.
+        The exact one is compared with the estimate in the best precision, `"best"`.
         """
         with_ = lambda name: self.predictions["best" if name == "exact" else "own"][0]
         return {

@@ -200,7 +200,8 @@ def judged(
             signal_to_noise = moments_of(draws, draws).signal_to_noise
             signal = np.std(nearby.predictions["own"])
             noise = np.std([own_loss, *nearby.val_losses["redrawn"]], ddof=1)
-            agreement["redrawn"] *= float(signal / np.hypot(signal, noise))
+            with np.errstate(invalid="ignore"):  # no signal at all: nan
+                agreement["redrawn"] *= float(signal / np.hypot(signal, noise))
     return Trust(agreement, changes, signal_to_noise, first, last, growth, replayed, unmeasured)
 
 
@@ -220,9 +221,8 @@ def unmeasured_of(
     is_half = own.program.computes_in(HALF)
     if is_half and (own.draws_random_numbers or not is_half_precise(own.case.state.params)):
         found.append(
-            "part of the loss computes in half precision, whatever its inputs, or draws random "
-            "numbers, so that float64 cannot be compared: check once in float32 throughout, "
-            "without dropout"
+            "float64 cannot be compared: part of the loss computes in half precision even then, or "
+            "draws random numbers. Check once in float32 throughout, without dropout"
         )
     if watched is None:
         found.append(
