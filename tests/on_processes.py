@@ -233,7 +233,7 @@ def unlaunched():
             raise OSError("no memory")
         return launch(*arguments)
 
-    Chunk.launch = counted
+    Chunk.launch = counted  # pyright: ignore
     ended = small(batches())
     raise SystemExit(f"said: {ended}")  # not to wait for the other, as a program does that raises
 

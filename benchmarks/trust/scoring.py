@@ -50,10 +50,10 @@ def row_of(config: Config, retrainings: int) -> dict[str, Any]:
 
 def judged(row: dict[str, Any], config: Config) -> tuple[str, tuple[str, ...]]:
     """Verdict and reasons, by the library's thresholds."""
-    first, last = row["training_loss"]
+    (first, last), nan = row["training_loss"], float("nan")
     trust = Trust(
-        row["agreement"], (), row["signal_to_noise"], first, last, row["growth"], config.replayed,
-        tuple(row["unmeasured"]),
+        row["agreement"], (), nan, nan, row["signal_to_noise"], first, last, row["growth"],
+        config.replayed, tuple(row["unmeasured"]),
     )  # fmt: skip
     reasons = (*row["faults"], *trust.doubts)
     return verdict_of(row["trust"], reasons), reasons

@@ -1,7 +1,8 @@
-"""Hypergradients near the one that is checked: other hyperparameters, other draws, one bit on."""
+"""Hypergradients near the one that is checked: other hyperparameters, draws, and last bits."""
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 import equinox as eqx
@@ -39,6 +40,8 @@ class Nearby:
     val_losses: dict[str, list[float]]
     perturbations: list[np.ndarray]
     predictions: dict[str, list[np.ndarray]]
+    num_moving: int  # numbers that some perturbation moves
+    resolution: float  # of the validation losses, relative
 
     @property
     def agreements(self) -> dict[str, list[float]]:
@@ -75,17 +78,21 @@ def look_nearby(run: Estimated, perturb: Perturb, others: Mapping[str, PyTree]) 
     found |= {name: [(g, jnp.asarray(jnp.nan))] for name, g in others.items()}
     flattened = {name: [flat(g) for g, _ in pairs] for name, pairs in found.items()}
     predictions = {name: [[] for _ in made] for name, made in flattened.items()}
-    for delta in _many(perturb, hyperparams):
+    moving = np.zeros(len(flattened["own"][0]), bool)
+    for deltas in _many(perturb, hyperparams):
+        moving |= np.any(deltas != 0, axis=0)
         for name, made in flattened.items():
             for kept, g in zip(predictions[name], made, strict=True):
-                kept.append(_product(g, delta))
+                kept.append(_products(g, deltas))
     return Nearby(
         hypergradients=flattened,
         val_losses={name: [float(loss) for _, loss in pairs] for name, pairs in found.items()},
-        perturbations=[_change(moved(k), hyperparams) for k in range(NEIGHBOURS)],
+        perturbations=[_change(flat(moved(k)), flat(hyperparams)) for k in range(NEIGHBOURS)],
         predictions={
-            name: [np.asarray(kept) for kept in made] for name, made in predictions.items()
+            name: [np.concatenate(kept) for kept in made] for name, made in predictions.items()
         },
+        num_moving=int(np.sum(moving)),
+        resolution=float(jnp.finfo(run.val_loss.dtype).eps),
     )
 
 
@@ -131,28 +138,32 @@ def _draw_many(perturb: Perturb, keys: Array, hyperparams: PyTree) -> PyTree:
 
 
 def _many(perturb: Perturb, hyperparams: PyTree) -> Iterator[np.ndarray]:
-    """Further perturbations, flattened: as many in one program as fit into a few megabytes."""
-    size = sum(x.size for x in jax.tree.leaves(hyperparams))
-    at_once = max(1, min(DIRECTIONS, _AT_ONCE // size))
+    """Further perturbations, `[perturbations, numbers]`, a few megabytes in one program."""
+    old = flat(hyperparams)
+    at_once = max(1, min(DIRECTIONS, _AT_ONCE // old.size))
+    size = math.ceil(DIRECTIONS / math.ceil(DIRECTIONS / at_once))
     keys = jax.random.split(jax.random.key(1), DIRECTIONS)
-    for first in range(0, DIRECTIONS, at_once):
-        found = _draw_many(perturb, keys[first : first + at_once], hyperparams)
-        found = jax.tree.map(np.asarray, found)
-        for k in range(min(at_once, DIRECTIONS - first)):
-            yield _change(jax.tree.map(lambda x, k=k: x[k], found), hyperparams)
+    for first in range(0, DIRECTIONS, size):
+        # The last part is filled up: another size would be another program.
+        numbers = np.minimum(np.arange(first, first + size), DIRECTIONS - 1)
+        found = jax.tree.leaves(_draw_many(perturb, keys[numbers], hyperparams))
+        new = [np.asarray(x).astype(np.float64).reshape(size, -1) for x in found]
+        yield _change(np.concatenate(new, axis=1), old)[: DIRECTIONS - first]
 
 
-def _change(new: PyTree, old: PyTree) -> np.ndarray:
-    """Flattened; an infinity that stays is no change."""
-    a, b = flat(new), flat(old)
+def _change(new: np.ndarray, old: np.ndarray) -> np.ndarray:
+    """An infinity that stays is no change."""
     with np.errstate(invalid="ignore"):
-        return np.where(a == b, 0, a - b)
+        return np.where(new == old, 0, new - old)
 
 
-def _product(g: np.ndarray, delta: np.ndarray) -> float:
-    """Of what moves alone: an infinity elsewhere does not count."""
-    moves = delta != 0
-    return float(g[moves] @ delta[moves])
+def _products(g: np.ndarray, deltas: np.ndarray) -> np.ndarray:
+    """Of what moves alone: what is not finite counts only there."""
+    finite = np.isfinite(g)
+    if np.all(finite):
+        return deltas @ g
+    found = deltas[:, finite] @ g[finite]
+    return np.where(np.any(deltas[:, ~finite] != 0, axis=1), np.nan, found)
 
 
 def _one_bit_on(state: BilevelState) -> BilevelState:
@@ -164,8 +175,11 @@ def _one_bit_on(state: BilevelState) -> BilevelState:
             return x
         way = np.where(random.random(x.shape) < 0.5, -np.inf, np.inf)
         moved = jnp.nextafter(x, jnp.asarray(way, x.dtype))
-        # A 0 has no last bit, and an infinity (a mask) stays.
-        return jnp.where((x == 0) | ~jnp.isfinite(x), x, moved)
+        # The last bit of a 0 is that of the largest number in the leaf; an infinity (a mask) stays.
+        largest = jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), 0), initial=0)
+        bit = (jnp.finfo(x.dtype).eps * jnp.where(largest == 0, 1, largest)).astype(x.dtype)
+        moved = jnp.where(x == 0, jnp.copysign(bit, jnp.asarray(way, x.dtype)), moved)
+        return jnp.where(jnp.isfinite(x), moved, x)
 
     params = eqx.combine(jax.tree.map(move, trained(state.params)), state.params)
     return dataclasses.replace(state, params=params)

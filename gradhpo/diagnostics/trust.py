@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 from gradhpo.diagnostics.nearby import Nearby, has_keys
 from gradhpo.diagnostics.noise import moments_of
 from gradhpo.diagnostics.precision import Estimated
+from gradhpo.diagnostics.score import varies
 from gradhpo.utils.freezing import trained
 from gradhpo.utils.tables import aligned, number
 
@@ -21,6 +22,7 @@ TRUSTED, NOT_TRUSTED = 0.97, 0.75
 # Training explodes if its loss rises by more than this many times its first value, and the length
 # of its updates by more than the second factor.
 MOST_RISE, LEAST_GROWTH = 100.0, 10.0
+LEAST_FOLLOWED, MOST_SCALE = 0.5, 2.0
 # Dtypes whose rounding a check in float64 must see.
 HALF = ("bfloat16", "float16")
 # The agreements: how a table calls them, and how a sentence does, with the remedy.
@@ -28,7 +30,7 @@ _WORDS = {
     "perturbed": (
         "after a perturbation",
         "after a perturbation of the hyperparameters",
-        "its predictions hold for smaller ones alone; a smaller inner learning rate, larger "
+        "the predictions hold only for smaller changes; a smaller inner learning rate, larger "
         "batches, smooth activations or a shorter horizon make them hold further",
     ),
     "rounded": (
@@ -88,6 +90,11 @@ class Trust:
             three draws, times $s/\sqrt{s^2 + n^2}$, where $s$ is the standard deviation of
             $g\cdot\Delta_j$ and $n$ that of the validation loss between draws.
     - `changes`: of the four perturbed trainings, predicted and true change of the validation loss.
+    - `followed`: cosine of the true changes with those that the mean of the hypergradients at both
+        ends gives. Below 0.5 it casts doubt: then the loss has steps that no derivative sees. `nan`
+        if the changes are lost in the rounding of the loss.
+    - `scale`: length of the predicted changes over that of the true ones, if perturbations move one
+        number alone; otherwise `nan`. Between 0.5 and 2 it casts no doubt.
     - `signal_to_noise`: over the draws of `"redrawn"`, as in
         [`Moments`][gradhpo.diagnostics.noise.Moments]; `nan` if there is nothing to draw.
     - `first_loss`, `last_loss`: mean training loss of the first and the last tenth of the steps.
@@ -102,6 +109,8 @@ class Trust:
 
     agreement: dict[str, float]
     changes: tuple[tuple[float, float], ...]
+    followed: float
+    scale: float
     signal_to_noise: float
     first_loss: float
     last_loss: float
@@ -132,7 +141,7 @@ class Trust:
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        """Why it is not trusted entirely, in words, with the remedy."""
+        """Why it is not fully trusted, in words, with the remedy."""
         found = []
         if self.explodes:
             found.append(
@@ -144,6 +153,18 @@ class Trust:
                 f"training makes its loss worse, from {self.first_loss:.4g} to "
                 f"{self.last_loss:.4g}, while its updates grow {self.growth:.3g}-fold: use a "
                 "smaller inner learning rate"
+            )
+        if self.followed < LEAST_FOLLOWED:
+            found.append(
+                "true changes of the validation loss contradict the hypergradients at both ends "
+                f"(cosine {self.followed:.2f}): the loss has steps that no derivative sees (round, "
+                "argmax, top-k); use a smooth loss"
+            )
+        if self.scale < 1 / MOST_SCALE or self.scale > MOST_SCALE:
+            found.append(
+                "perturbations move one number, so that agreement is about the sign alone, and "
+                f"predicted changes are {self.scale:.2g} times the true ones: use smaller "
+                "perturbations, or an optimizer that comes closer to the exact hypergradient"
             )
         found += [_sentence(name, x) for name, x in self.counted.items() if not x >= TRUSTED]
         keys = self.agreement.get("other keys", 1.0)
@@ -183,18 +204,24 @@ def judged(
 ) -> Trust:
     """From the hypergradients nearby, and from `finiteness`, where they could be computed."""
     nan, changes, agreement = float("nan"), (), {}
-    signal_to_noise = first = last = growth = nan
+    signal_to_noise = first = last = growth = followed = scale = nan
     if watched is not None:
         losses, moved = (np.asarray(watched["forward"][name]) for name in ("loss", "moved"))
         tenth = max(1, len(losses) // 10)
         with np.errstate(all="ignore"):
             first, last = float(np.mean(losses[:tenth])), float(np.mean(losses[-tenth:]))
             growth = float(np.mean(moved[-tenth:]) / np.mean(moved[:tenth]))
-    if nearby is not None:
+    if nearby is not None and not varies(nearby.predictions["own"][0]):
+        unmeasured += (
+            "it predicts the same change for all perturbations: it does not see what they move, or "
+            "they are lost in rounding",
+        )
+    elif nearby is not None:
         agreement = {name: float(np.mean(x)) for name, x in nearby.agreements.items()}
         [own], [own_loss] = nearby.hypergradients["own"], nearby.val_losses["own"]
         pairs = zip(nearby.perturbations, nearby.val_losses["perturbed"], strict=True)
         changes = tuple((float(own @ delta), loss - own_loss) for delta, loss in pairs)
+        followed, scale = _followed(nearby, changes)
         if "redrawn" in agreement:
             draws = np.stack([own, *nearby.hypergradients["redrawn"]])
             signal_to_noise = moments_of(draws, draws).signal_to_noise
@@ -202,7 +229,25 @@ def judged(
             noise = np.std([own_loss, *nearby.val_losses["redrawn"]], ddof=1)
             with np.errstate(invalid="ignore"):  # no signal at all: nan
                 agreement["redrawn"] *= float(signal / np.hypot(signal, noise))
-    return Trust(agreement, changes, signal_to_noise, first, last, growth, replayed, unmeasured)
+    return Trust(
+        agreement, changes, followed, scale, signal_to_noise, first, last, growth, replayed,
+        unmeasured,
+    )  # fmt: skip
+
+
+def _followed(nearby: Nearby, changes: tuple[tuple[float, float], ...]) -> tuple[float, float]:
+    """`followed` and `scale` of `Trust`."""
+    [own], [own_loss] = nearby.hypergradients["own"], nearby.val_losses["own"]
+    predicted, true = np.transpose(changes)
+    pairs = zip(nearby.perturbations, nearby.hypergradients["perturbed"], strict=True)
+    by_both = np.asarray([(own + there) @ delta / 2 for delta, there in pairs])
+    lengths = [float(np.linalg.norm(x)) for x in (by_both, true, predicted)]
+    if not max(lengths[:2]) > 10 * nearby.resolution * abs(own_loss):
+        return float("nan"), float("nan")
+    with np.errstate(all="ignore"):
+        cosine = float(by_both @ true / np.float64(lengths[0] * lengths[1]))
+        scale = float(np.float64(lengths[2]) / lengths[1])
+    return 0.0 if np.isnan(cosine) else cosine, scale if nearby.num_moving == 1 else float("nan")
 
 
 def unmeasured_of(
@@ -229,10 +274,8 @@ def unmeasured_of(
             "there is no exact hypergradient to compare with, so that the estimator's own error is "
             "not known: gradhpo.retraining_score measures it"
         )
-    is_free = own.draws_random_numbers and not has_keys(
-        (own.case.train_batch, own.case.val_batch, own.case.state)
-    )
-    if is_free and replayed is None:
+    is_free = not has_keys((own.case.train_batch, own.case.val_batch))
+    if own.draws_random_numbers and is_free and replayed is not True:
         found.append(
             "random numbers are drawn from keys that are not in the batches: pass typed keys "
             "(jax.random.key) there, or replayed=True if a retraining draws the same"
