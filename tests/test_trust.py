@@ -12,7 +12,7 @@ from problems import relaxed
 from scipy.stats import spearmanr
 
 import gradhpo
-from gradhpo.diagnostics.nearby import DIRECTIONS, NEIGHBOURS, REDRAWS
+from gradhpo.diagnostics.nearby import DIRECTIONS, NEIGHBOURS, REDRAWS, _one_bit_on
 from gradhpo.diagnostics.trust import NOT_TRUSTED, TRUSTED, Trust
 
 
@@ -256,22 +256,19 @@ def test_a_loss_with_steps_is_found_out():
     assert any("the loss has steps" in reason for reason in report.reasons)
 
 
-@pytest.mark.thorough
-def test_training_that_starts_at_0_amplifies_rounding_too():
-    """The logistic map, shifted to start at 0."""
-
-    def shifted(by):
-        step = lambda w, h, batch: (3.9 + h) * (w + by) * (1 - w - by) - by
-        optimizer = gradhpo.UnrolledOptimizer(None, update_fn=step, unroll_steps=120)
-        state = optimizer.init(jnp.full(3, 0.3 - by), jnp.array([0.0, -0.01, 0.005]))
-        loss = lambda w, h, batch: jnp.sum((w + by) ** 2)
-        report = gradhpo.check_hypergradient(
-            optimizer, state, None, None, gradhpo.LossFunctions(loss, loss), step_size=1e-9
-        )
-        return report.trusting.agreement["rounded"]
-
-    assert shifted(0.3) < TRUSTED
-    assert shifted(0.0) < TRUSTED
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_every_parameter_has_a_last_bit(dtype):
+    """A 0 too: linear models start there, and training amplifies its rounding like any other."""
+    params = {"w": jnp.array([0.0, 4.0, -1.0, -jnp.inf], dtype), "bias": jnp.zeros(3, dtype)}
+    state = gradhpo.UnrolledOptimizer(SGD).init(params, jnp.ones(2))
+    moved = _one_bit_on(state).params
+    eps = float(jnp.finfo(dtype).eps)
+    by = np.abs(np.asarray(moved["w"], np.float64)[:3] - [0.0, 4.0, -1.0])
+    assert by[0] == 4 * eps
+    assert by[1] in (4 * eps, 2 * eps)  # towards 0 its neighbour is nearer
+    assert by[2] in (eps, eps / 2)
+    assert moved["w"][3] == -jnp.inf
+    np.testing.assert_array_equal(np.abs(np.asarray(moved["bias"], np.float64)), eps)
 
 
 @pytest.mark.thorough

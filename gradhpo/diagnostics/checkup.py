@@ -219,5 +219,7 @@ class HypergradientCheck(Report):
         if self.unseen:
             notes.append(f"not seen by {self.name}: {', '.join(self.unseen)}")
         found = [f"{i}. {text}" for i, text in enumerate(self.findings, 1)]
-        parts.append("\n".join(["Found:", *found] if found else ["Found: nothing wrong"]))
+        parts.append(
+            "\n".join(["Found:", *found] if found else ["Found: nothing wrong with the derivative"])
+        )
         return "\n\n".join(parts + (["\n".join(notes)] if notes else []))
