@@ -139,7 +139,7 @@ def _program(optimizer: BilevelOptimizer, start: BilevelState, setting: Setting)
     of = lambda num: Program(
         functools.partial(hypergradients_of_queries, at_once=num), optimizer, start, setting
     )
-    num, limit = setting.num_queries, free_bytes()
+    num, limit = setting.num_queries, free_bytes(start)
     try:
         program = of(num)
     except FAILURES:

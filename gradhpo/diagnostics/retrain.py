@@ -117,7 +117,7 @@ class Blocks:
 
     def _make_fit(self) -> None:
         """As many as fit into memory, by the compiler's figure for the number before."""
-        self.size, limit = self._even(_MOST_AT_ONCE), free_bytes()
+        self.size, limit = self._even(_MOST_AT_ONCE), free_bytes(self._given[1])
         self._program = self._compiled()
         while self.size > 1 and self._program.temporary_bytes > limit:
             fitting = int(self.size * limit / self._program.temporary_bytes)
