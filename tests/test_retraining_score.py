@@ -1,6 +1,8 @@
 """`retraining_score` against closed forms, and trainings written out."""
 
+import dataclasses
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +11,13 @@ import optax
 import pytest
 from helpers import assert_same, quick
 from problems import relaxed
+from processes import python
 from scipy import stats
 from sklearn import datasets
 
 import gradhpo
+from gradhpo.diagnostics.perturbations import check_perturb
+from gradhpo.diagnostics.predictions import Predictions
 from gradhpo.diagnostics.score import Scores, spearman
 from gradhpo.training import boundaries
 from gradhpo.utils.tracing import num_traces
@@ -170,6 +175,15 @@ def test_queries_without_a_correlation():
     assert np.all(np.isnan([found.score["zero"], *found.interval["zero"]]))
 
 
+def test_interval_of_a_correlation_near_minus_one():
+    random = np.random.default_rng(1)
+    true = random.normal(size=(8, 1))
+    found = Scores(true, {"it": -true + 0.2 * random.normal(size=true.shape)}, random)
+    low, high = found.interval["it"]
+    # Moved by the median of the resamples, it would reach beyond.
+    assert -1 == low < found.score["it"] < high < 0
+
+
 # -- closed form -------------------------------------------------------------------------------
 
 
@@ -277,6 +291,79 @@ def test_retrainings_are_those_of_a_loop(name):
         assert np.max(np.abs(expected)) > 1e-4
 
 
+class Everything:
+    """A running state, a frozen leaf, dropout and a direct term, in float32."""
+
+    narrow = staticmethod(lambda x: jnp.asarray(x, jnp.float32))
+
+    def __init__(self):
+        random = np.random.default_rng(11)
+        self.backbone = self.narrow(random.normal(size=(3, 4)))
+        self.params = {"head": self.narrow(random.normal(size=4))}
+        self.hyperparams = jax.tree.map(self.narrow, {"weights": np.ones(8), "rate": -2.0})
+        self.running = {"mean": jnp.zeros(4, jnp.float32)}
+        self.xs, self.ys = self.narrow(X[:40].reshape(5, 8, 3)), self.narrow(Y[:40].reshape(5, 8))
+        self.keys = jax.random.split(jax.random.key(3), 5)
+        self.queries = self.narrow(X[40:44]), self.narrow(Y[40:44])
+
+    def batch(self, t):
+        return self.xs[t], self.ys[t], self.keys[t]
+
+    def train_loss(self, w, h, batch, running):
+        x, y, key = batch
+        hidden = jnp.tanh(x @ w["backbone"])
+        new = {"mean": self.narrow(0.8) * running["mean"] + self.narrow(0.2) * hidden.mean(0)}
+        dropped = jnp.where(jax.random.bernoulli(key, 0.7, hidden.shape), hidden, 0)
+        centred = dropped - new["mean"][None]
+        return jnp.mean(h["weights"] * (centred @ w["head"] - y) ** 2), new
+
+    def val_loss(self, w, h, batch, running):
+        x, y = batch
+        centred = jnp.tanh(x @ w["backbone"]) - running["mean"][None]
+        return jnp.mean((centred @ w["head"] - y) ** 2) + self.narrow(0.1) * h["weights"][0] ** 2
+
+    def perturb(self, key, h):
+        """By a tenth, of all hyperparameters."""
+        first, second = jax.random.split(key)
+        by = lambda key, x: x + self.narrow(0.1) * jax.random.normal(key, x.shape, x.dtype)
+        return {"weights": by(first, h["weights"]), "rate": by(second, h["rate"])}
+
+    def losses_by_hand(self, rule, h):
+        whole = lambda w: w | {"backbone": self.backbone}
+        w, running, rule = self.params, self.running, rule(h)
+        opt_state = rule.init(w)
+        for t in range(5):
+            loss = lambda w, t=t, r=running: self.train_loss(whole(w), h, self.batch(t), r)
+            g, running = jax.grad(loss, has_aux=True)(w)
+            updates, opt_state = rule.update(g, opt_state, w)
+            w = optax.apply_updates(w, updates)
+        of_one = lambda i: jax.tree.map(lambda x: x[i : i + 1], self.queries)
+        return [self.val_loss(whole(w), h, of_one(i), running) for i in range(4)]
+
+
+@pytest.mark.thorough
+def test_everything_at_once():
+    """With an optimizer whose state starts at a hyperparameter, against a loop by hand."""
+    it = Everything()
+    exact = gradhpo.UnrolledOptimizer(ADAGRAD, unroll_steps=5)
+    params = it.params | {"backbone": gradhpo.frozen(it.backbone)}
+    state = exact.init(params, it.hyperparams, model_state=it.running)
+    found = scored(
+        exact, state=state, train_data=it.batch, queries=it.queries, num_steps=5,
+        losses=gradhpo.LossFunctions(it.train_loss, it.val_loss), perturb=it.perturb,
+    )  # fmt: skip
+    by_hand = jax.jit(lambda h: jnp.stack(it.losses_by_hand(ADAGRAD, h)))
+    base = by_hand(it.hyperparams)
+    # Losses below 1 in float32, whose rounding of 6e-8 adds up through five steps.
+    atol = 1e-6
+    np.testing.assert_allclose(found.losses, base, atol=atol)
+    for j, key in enumerate(keys_of(7)):
+        expected = by_hand(it.perturb(key, it.hyperparams)) - base
+        np.testing.assert_allclose(found.true[j], expected, atol=atol)
+        assert np.max(np.abs(expected)) > 1e-2
+    assert found.score["UnrolledOptimizer"] > 0.8
+
+
 ESTIMATORS = {
     "exact": EXACT,
     "one step": gradhpo.OneStepOptimizer(INNER),
@@ -285,6 +372,11 @@ ESTIMATORS = {
     "DrMAD": gradhpo.DrMADOptimizer(INNER, unroll_steps=STEPS),
     "implicit": gradhpo.ImplicitOptimizer(INNER, None, gradhpo.Neumann(5, 0.1), inner_steps=4),
 }
+
+
+def rows(hypergradients):
+    """Those of every query in a row."""
+    return jax.tree.map(lambda g: np.reshape(g, (len(g), -1)), hypergradients)
 
 
 def assert_predicts(found):
@@ -334,6 +426,20 @@ def test_one_query_is_what_compare_hypergradients_looks_at():
     assert "implicit does not see ['rate']" in str(found)
 
 
+def test_what_does_not_move_counts_for_nothing():
+    """Even where its derivative is not a number, as that of a logarithm at a weight of 0 is."""
+    g = {"weights": np.ones((2, 40)), "rate": np.full(2, np.nan)}
+    perturb = gradhpo.leave_out(0.1, lambda h: h["weights"])
+    keys = jnp.stack(keys_of(3))
+    found = Predictions(hypergradients={"it": g}).predict(perturb, keys, HYPERPARAMS)["it"]
+    left_out = [HYPERPARAMS["weights"] - perturb(key, HYPERPARAMS)["weights"] for key in keys]
+    # Sums of four weights, in another order.
+    np.testing.assert_allclose(found, -np.sum(left_out, axis=1)[:, None] * [1, 1], rtol=1e-14)
+    assert np.all(
+        np.isnan(Predictions(hypergradients={"it": g}).predict(moved, keys, HYPERPARAMS)["it"])
+    )
+
+
 # -- blocks and programs -----------------------------------------------------------------------
 
 
@@ -378,12 +484,31 @@ def test_what_does_not_fit_is_done_in_parts(monkeypatch, room):
     """By the compiler's figure for the memory of so many at once."""
     expected = of_all()
     for where in ("retrain", "predictions"):
-        monkeypatch.setattr(f"gradhpo.diagnostics.{where}.free_bytes", lambda: room)
+        monkeypatch.setattr(f"gradhpo.diagnostics.{where}.free_bytes", lambda _: room)
     before = num_traces()
     found = scored()
     assert num_traces() - before > 2  # the first try, and others
     np.testing.assert_allclose(found.true, expected.true, atol=1e-13)  # losses of size 1
     assert_same(found.hypergradients, expected.hypergradients, rtol=1e-9, atol=1e-12)
+
+
+OF_TWO_DEVICES = """
+import jax
+import jax.numpy as jnp
+from gradhpo.diagnostics import cost
+
+cost._free_on = lambda device: 100 - device.id
+first, second = jax.local_devices()
+on = lambda device: jax.device_put(jnp.ones(2), device)
+assert cost.free_bytes({"a": on(first), "b": on(second)}) == 100 - second.id
+assert cost.free_bytes({"a": on(first), "b": "no array"}) == 100 - first.id
+assert cost.free_bytes(()) == 100 - first.id
+"""
+
+
+def test_the_device_with_the_least_room_counts():
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    python("-c", OF_TWO_DEVICES, compiled=flags)
 
 
 # -- data --------------------------------------------------------------------------------------
@@ -479,6 +604,24 @@ def test_more_of_the_same(tmp_path):
     }
 
 
+@pytest.mark.thorough
+def test_more_and_fewer_with_blocks_larger_than_all(tmp_path):
+    """The first call has one block of four trainings, since there are no more."""
+    settings = {"directory": tmp_path, "block_size": 100}
+    times = lambda: {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.ckpt")}
+    scored(**settings, num_retrainings=3)
+    before = times()
+    np.testing.assert_allclose(scored(**settings).true, of_all().true, atol=1e-13)  # size 1
+    after = times()
+    assert before.items() < after.items()
+    assert sorted(set(after) - set(before)) == ["losses-0000000004.ckpt"]
+    # Five trainings, of which the second block has one of its four.
+    assert_same(scored(**settings, num_retrainings=4).true, scored(**settings).true[:4])
+    assert times() == after
+    with pytest.raises(ValueError, match="block_size=99, and there are blocks of 4 trainings"):
+        scored(**settings | {"block_size": 99})
+
+
 OTHERS = {
     "steps": {"num_steps": 16},
     "data": {"train_data": gradhpo.ArrayData((X[:40], Y[:40]), 10, KEY, with_indices=True)},
@@ -503,11 +646,59 @@ def test_a_directory_holds_one_optimizer_of_a_name(tmp_path):
     scored({"it": greedy(0.9)}, directory=tmp_path, block_size=3)
     with pytest.raises(ValueError, match=r"hypergradients of another optimizer .*'it'.*gamma was"):
         scored({"it": greedy(0.5)}, directory=tmp_path)
+    with pytest.raises(ValueError, match="holds a retraining, and replay keeps a replay in its s"):
+        gradhpo.replay(
+            EXACT, EXACT.init(PARAMS, HYPERPARAMS), DATA, QUERIES, LOSSES, num_steps=STEPS,
+            store=tmp_path, progress=False,
+        )  # fmt: skip
     with pytest.raises(ValueError, match="block_size=4, and there are blocks of 3 trainings"):
         scored({"it": greedy(0.9)}, directory=tmp_path, block_size=4)
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"directory=.* is a file"):
         scored({"it": greedy(0.9)}, directory=tmp_path / "file")
+
+
+class Scaled(gradhpo.OneStepOptimizer):
+    """An estimator of the user's own."""
+
+    def estimate(self, problem, memory):
+        found = super().estimate(problem, memory)
+        scaled = jax.tree.map(lambda g: 2 * g, found.hypergradient)
+        return dataclasses.replace(found, hypergradient=scaled)
+
+
+class ScaledOtherwise(gradhpo.OneStepOptimizer):
+    def estimate(self, problem, memory):
+        found = super().estimate(problem, memory)
+        scaled = jax.tree.map(lambda g: 3 * g, found.hypergradient)
+        return dataclasses.replace(found, hypergradient=scaled)
+
+
+ScaledOtherwise.__name__ = "Scaled"
+
+
+def descent(rate):
+    def update(w, h, batch):
+        return jax.tree.map(lambda x, g: x - rate * g, w, jax.grad(train_loss)(w, h, batch))
+
+    return gradhpo.OneStepOptimizer(update_fn=update)
+
+
+HIDDEN = {
+    "inner rate": ([gradhpo.OneStepOptimizer(optax.sgd(x)) for x in (0.1, 0.3)], "inner_optimizer"),
+    "update_fn": ([descent(x) for x in (0.1, 0.3)], "update_fn"),
+    "own estimate": ([Scaled(INNER), ScaledOtherwise(INNER)], "estimate"),
+}
+
+
+@pytest.mark.parametrize("name", quick(list(HIDDEN), keep=["inner rate"]))
+def test_a_directory_tells_functions_of_optimizers_apart(tmp_path, name):
+    """The first of the optimizers, which trains, is the same."""
+    (one, other), what = HIDDEN[name]
+    settings = {"directory": tmp_path, "block_size": 8}
+    scored({"exact": EXACT, "mine": one}, **settings)
+    with pytest.raises(ValueError, match=rf"of another optimizer .*'mine'\]\..*{what}"):
+        scored({"exact": EXACT, "mine": other}, **settings)
 
 
 # -- what the report says ----------------------------------------------------------------------
@@ -557,6 +748,21 @@ def test_keys_of_another_kind():
     found = [scored(**settings, block_size=size) for size in (3, 8)]
     np.testing.assert_allclose(found[0].true, found[1].true, atol=1e-13)  # losses of size 1
     assert found[0].score == found[1].score
+
+
+@pytest.mark.thorough
+def test_keys_are_folded_one_by_one():
+    """Under `vmap` a generator of this kind would fold others."""
+    key = jax.random.key(7, impl="unsafe_rbg")
+    g = of_all().hypergradients["UnrolledOptimizer"]
+    found = scored({"one step": ESTIMATORS["one step"], "given": g}, key=key)
+    for j in range(7):
+        new = moved(jax.random.fold_in(key, j), HYPERPARAMS)
+        along = jax.tree.map(lambda g, x, y: g @ (x - y).ravel(), rows(g), new, HYPERPARAMS)
+        # Sums of 41 products.
+        np.testing.assert_allclose(
+            found.predicted["given"][j], sum(along.values()), rtol=1e-11, atol=1e-16
+        )
 
 
 @pytest.mark.thorough
@@ -639,7 +845,7 @@ def test_what_an_estimator_cannot_say():
     assert "last" not in found.score
     text = str(found)
     assert [line.split()[2:] for line in text.splitlines() if line.startswith("first order")] == [
-        ["sees", "none"]
+        ["sees", "no", "hyperparameter"]
     ]
     assert found.blind == ("first order",)
     assert "other reaches another validation loss" in text
@@ -663,7 +869,7 @@ BAD = {
     "same": ({"perturb": lambda key, h: h}, "returns the hyperparameters as they are"),
     "no key": (
         {"perturb": lambda key, h: jax.tree.map(lambda x: x + 1, h)},
-        "returns the same for three keys",
+        "returns the same for 7 keys",
     ),
     "value": (
         {"perturb": lambda key, h: h if float(h["rate"]) > 0 else moved(key, h)},
@@ -722,6 +928,19 @@ def test_leaves_out_at_least_one(fraction, count):
 def test_fraction_is_a_share(fraction):
     with pytest.raises(ValueError, match="fraction must be above 0 and at most 1"):
         gradhpo.leave_out(fraction)
+
+
+def test_first_keys_may_leave_out_the_same():
+    perturb, h = gradhpo.leave_out(0.2), jnp.ones(5)
+    left_out = jax.jit(jax.vmap(perturb, in_axes=(0, None)))
+    alike = 0
+    for seed in range(60):
+        keys = jax.lax.map(
+            lambda j, seed=seed: jax.random.fold_in(jax.random.key(seed), j), np.arange(20)
+        )
+        check_perturb(perturb, keys, h)
+        alike += len(np.unique(left_out(keys[:3], h), axis=0)) == 1
+    assert alike > 0
 
 
 def test_leaves_out_of_one_array():

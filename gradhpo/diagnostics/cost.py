@@ -141,9 +141,18 @@ class Program:
 _FREE_BYTES = 2**31
 
 
-def free_bytes() -> float:
-    """Memory that a program may take: half of what the device has left, as far as it says."""
-    stats: dict[str, Any] = jax.local_devices()[0].memory_stats() or {}
+def free_bytes(tree: PyTree) -> float:
+    """Memory that a program on a tree may take: half of what is left, as far as devices say.
+
+    Of the devices of its arrays, the one with the least counts.
+    """
+    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
+    devices = set().union(*(x.sharding.addressable_devices for x in arrays))
+    return min(map(_free_on, devices or jax.local_devices()[:1]))
+
+
+def _free_on(device: Any) -> float:
+    stats: dict[str, Any] = device.memory_stats() or {}
     if "bytes_limit" not in stats:
         return _FREE_BYTES
     return max(1, (stats["bytes_limit"] - stats.get("bytes_in_use", 0)) / 2)

@@ -19,6 +19,10 @@ from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import check_arity
 
 
+# How many retrainings show that changes depend on the key.
+_KEYS = 32
+
+
 @checked
 def leave_out(
     fraction: RealScalarLike,
@@ -104,16 +108,19 @@ def check_perturb(change: Callable, keys: Array, hyperparams: PyTree) -> None:
             "perturb(key, hyperparams) must return hyperparameters of the structure, shapes and "
             f"dtypes that it was given.\n{where_they_differ(made, hyperparams)}"
         )
-    moves, differ = map(bool, _effects(change, keys[:3], hyperparams))
+    # A few keys may draw the same: one of five examples to leave out, say.
+    keys = keys[:_KEYS]
+    moves, differ = map(bool, _effects(change, keys, hyperparams))
     if not moves:
         raise ValueError(
-            "perturb(key, hyperparams) returns the hyperparameters as they are, for three keys: "
-            "it must change them, as gradhpo.leave_out(0.01) does for weights that are not 0"
+            "perturb(key, hyperparams) returns the hyperparameters as they are, for "
+            f"{len(keys)} keys: it must change them, as gradhpo.leave_out(0.01) does for weights "
+            "that are not 0"
         )
     if not differ:
         raise ValueError(
-            "perturb(key, hyperparams) returns the same for three keys, and all retrainings would "
-            "be one: draw the change with the key"
+            f"perturb(key, hyperparams) returns the same for {len(keys)} keys, and all retrainings "
+            "would be one: draw the change with the key"
         )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
@@ -17,8 +18,9 @@ from gradhpo.diagnostics.cost import Program, free_bytes, on_device
 from gradhpo.diagnostics.perturbations import changes
 from gradhpo.diagnostics.queries import Setting, hypergradients_of_queries
 from gradhpo.diagnostics.reference import FAILURES
+from gradhpo.diagnostics.retraining_kept import estimator_of
 from gradhpo.training.boundaries import Boundaries
-from gradhpo.utils.description import described, differences
+from gradhpo.utils.description import differences
 from gradhpo.utils.dispatch import compiled
 from gradhpo.utils.progress import ProgressBar
 from gradhpo.utils.trees import tree_dot
@@ -28,7 +30,7 @@ from gradhpo.utils.warn import without_warnings
 
 @dataclasses.dataclass
 class Predictions:
-    """By the name of an estimator: hypergradients `[queries, ...]`, and what the report says of it.
+    """Hypergradients `[queries, ...]` by estimator name, and what the report says of each.
 
     `val_losses[name]` is the mean over the queries at the end of the estimator's own training.
     """
@@ -42,18 +44,20 @@ class Predictions:
 
     def predict(self, change: Callable, keys: Array, hyperparams: PyTree) -> dict[str, np.ndarray]:
         """The changes of the losses, `[retrainings, queries]`, to first order."""
-        found = _predicted(change, keys, hyperparams, on_device(self.hypergradients))
-        return {name: np.asarray(found[name], np.float64) for name in self.hypergradients}
+        # One estimator after another: hypergradients of many queries may be large.
+        along = lambda g: np.asarray(
+            _predicted(change, keys, hyperparams, on_device(g)), np.float64
+        )
+        return {name: along(g) for name, g in self.hypergradients.items()}
 
 
 @compiled
-def _predicted(
-    change: Callable, keys: Array, hyperparams: PyTree, hypergradients: dict[str, PyTree]
-) -> dict[str, Array]:
-    def of_one(key: Array) -> dict[str, Array]:
+def _predicted(change: Callable, keys: Array, hyperparams: PyTree, hypergradients: PyTree) -> Array:
+    def of_one(key: Array) -> Array:
         delta = changes(change, key, hyperparams)
-        along = jax.vmap(lambda g: tree_dot(g, delta))
-        return {name: along(g) for name, g in hypergradients.items()}
+        # What does not move counts for nothing, even where its derivative is not finite.
+        moving = lambda g: jax.tree.map(lambda x, d: jnp.where(d == 0, 0, x), g, delta)
+        return jax.vmap(lambda g: tree_dot(moving(g), delta))(hypergradients)
 
     return jax.lax.map(of_one, keys)
 
@@ -75,8 +79,9 @@ def estimated(
             found.hypergradients[name] = _like(name, optimizer, state, setting.num_queries)
             found.seconds[name] = np.nan
             continue
-        made = _earlier(name, optimizer, zeros, kept)
         start = optimizer._adopt(state, keep_memory=True)
+        about = estimator_of(optimizer, start, setting) if kept.lasts else None
+        made = _earlier(name, about, zeros, kept)
         try:
             with without_warnings():  # the report says what a method does not see
                 seen = optimizer._seen(setting.inputs(start, setting.query(0)))
@@ -86,8 +91,8 @@ def estimated(
                     found.blind.append(name)
                 elif made is None:
                     made = _of_queries(optimizer, start, setting)
-                    about = {"name": name, "optimizer": described(optimizer), "seconds": made[1]}
-                    kept.put("estimate", _number_of(name), made[0], about)
+                    header = {"name": name, "optimizer": about, "seconds": made[1]}
+                    kept.put("estimate", _number_of(name), made[0], header)
         except FAILURES as error:
             found.failed[name] = str(error)
             continue
@@ -110,20 +115,18 @@ def _of_queries(optimizer: BilevelOptimizer, start: BilevelState, setting: Setti
     return (jax.tree.map(np.asarray, made), np.asarray(val_losses, np.float64)), seconds
 
 
-def _earlier(
-    name: str, optimizer: BilevelOptimizer, like: PyTree, kept: Boundaries
-) -> _Made | None:
-    """What an earlier call has kept of an optimizer of this name."""
+def _earlier(name: str, about: Any, like: PyTree, kept: Boundaries) -> _Made | None:
+    """What an earlier call has kept of an optimizer of this name, if it is the one `about`."""
     if _number_of(name) not in kept.numbers("estimate"):
         return None
-    made, about = kept.get("estimate", _number_of(name), like)
-    differing = differences(about["optimizer"], described(optimizer), f"optimizers[{name!r}]")
-    if about["name"] != name or differing:
+    made, header = kept.get("estimate", _number_of(name), like)
+    differing = differences(header["optimizer"], about, f"optimizers[{name!r}]")
+    if header["name"] != name or differing:
         raise ValueError(
             f"there are hypergradients of another optimizer {kept.where}: "
             f"{'; '.join(differing)}: give this one another name, or pass another directory"
         )
-    return made, about["seconds"]
+    return made, header["seconds"]
 
 
 def _number_of(name: str) -> int:
@@ -136,7 +139,7 @@ def _program(optimizer: BilevelOptimizer, start: BilevelState, setting: Setting)
     of = lambda num: Program(
         functools.partial(hypergradients_of_queries, at_once=num), optimizer, start, setting
     )
-    num, limit = setting.num_queries, free_bytes()
+    num, limit = setting.num_queries, free_bytes(start)
     try:
         program = of(num)
     except FAILURES:

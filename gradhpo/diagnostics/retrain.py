@@ -32,7 +32,8 @@ _MOST_AT_ONCE = 32
 class Retrained:
     """Losses at the end of trainings, `[trainings, queries]`; the first is at λ itself.
 
-    `finite` says of each whether its parameters are, and `seconds` how long they took.
+    `finite` says whether the parameters of each training are finite, and `seconds` how long all
+    took.
     """
 
     losses: np.ndarray
@@ -92,30 +93,31 @@ class Blocks:
         kept: Boundaries,
     ):
         """`kept` has the blocks of an earlier call, whose size is that of all."""
-        self._given = algorithm, start, setting, change
+        self._given, self._asked = (algorithm, start, setting, change), block_size
         self._keys, self._count, self._kept = keys, len(keys) + 1, kept
         self._at_once, self._program = True, None
         earlier = kept.numbers("losses")
         if earlier:
-            size = kept.about("losses", earlier[0])["block_size"]
-            if block_size not in (None, size):
+            about = kept.about("losses", earlier[0])
+            self.size, self._asked = about["block_size"], about.get("asked")
+            # A block of all trainings is smaller than was asked for.
+            if block_size not in (None, self.size, self._asked):
                 raise ValueError(
-                    f"block_size={block_size}, and there are blocks of {size} trainings "
-                    f"{kept.where}: pass block_size={size}, or another directory"
+                    f"block_size={block_size}, and there are blocks of {self.size} trainings "
+                    f"{kept.where}: pass block_size={self.size}, or another directory"
                 )
-            self.size = size
         elif block_size is None:
             self._make_fit()
         else:
             self.size = min(block_size, self._count)
 
     def _even(self, most: int) -> int:
-        """As many in a block as leave little to fill up in the last."""
+        """The block size up to `most` that pads the last block least."""
         return math.ceil(self._count / math.ceil(self._count / most))
 
     def _make_fit(self) -> None:
         """As many as fit into memory, by the compiler's figure for the number before."""
-        self.size, limit = self._even(_MOST_AT_ONCE), free_bytes()
+        self.size, limit = self._even(_MOST_AT_ONCE), free_bytes(self._given[1])
         self._program = self._compiled()
         while self.size > 1 and self._program.temporary_bytes > limit:
             fitting = int(self.size * limit / self._program.temporary_bytes)
@@ -123,7 +125,7 @@ class Blocks:
             self._program = self._compiled()
 
     def _compiled(self) -> Program:
-        """One training after another if `vmap` fails, on a callback say."""
+        """One training after another if `vmap` fails, for example because of a callback."""
         at = lambda at_once: functools.partial(losses_of_block, at_once=at_once)
         if self._at_once:
             try:
@@ -160,14 +162,15 @@ class Blocks:
         losses, finite = self._program(*self._given, *self._block(first))
         seconds = time.perf_counter() - begun
         losses, finite = np.asarray(losses, np.float64)[:count], np.asarray(finite)[:count]
-        about = {"block_size": self.size, "count": count, "seconds": seconds}
+        about = {"block_size": self.size, "asked": self._asked, "count": count, "seconds": seconds}
         self._kept.put("losses", first, (losses, finite), about)
         return Retrained(losses, finite, seconds)
 
     def _earlier(self, first: int, count: int) -> Retrained | None:
-        """A block of an earlier call, unless more trainings are wanted of it now."""
-        if self._kept.about("losses", first)["count"] != count:
+        """A block of an earlier call, if it has the trainings wanted now."""
+        there = self._kept.about("losses", first)["count"]
+        if there < count:
             return None
-        like = np.zeros((count, self._given[2].num_queries)), np.zeros(count, bool)
+        like = np.zeros((there, self._given[2].num_queries)), np.zeros(there, bool)
         (losses, finite), about = self._kept.get("losses", first, like)
-        return Retrained(losses, finite, about["seconds"])
+        return Retrained(losses[:count], finite[:count], about["seconds"])

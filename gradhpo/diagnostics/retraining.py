@@ -183,7 +183,8 @@ def retraining_score(
     key = key if is_key(key) else jax.random.wrap_key_data(key)
     if key.ndim:
         raise ValueError(f"key must be one key such as jax.random.key(0), got shape {key.shape}")
-    keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(np.arange(num_retrainings))
+    # Keys of some kinds fold otherwise under `vmap`.
+    keys = jax.lax.map(lambda number: jax.random.fold_in(key, number), np.arange(num_retrainings))
     keys = beside(keys, state)
     check_perturb(perturb, keys, state.hyperparams)
     first = algorithm_of(next(iter(own.values())))

@@ -1,20 +1,27 @@
 """What a call of `retraining_score` keeps in a directory, and which other calls may go on from."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import equinox as eqx
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from gradhpo.core.algorithm import Algorithm
+from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.exact import with_its_update
 from gradhpo.core.state import BilevelState
+from gradhpo.core.wrapper import algorithm_of
 from gradhpo.data.source import Source
 from gradhpo.data.sources import Feed, as_source
 from gradhpo.diagnostics.queries import Setting
 from gradhpo.training.boundaries import Boundaries, Caller, InDirectory, InMemory
 from gradhpo.training.identity import identity
+from gradhpo.training.responses import function_response, inner_response
 from gradhpo.training.segments import Training
-from gradhpo.utils.description import described_arrays
+from gradhpo.utils.description import UNKNOWN, described, described_arrays, described_function
 
 
 _CALLER = Caller("retraining", "retraining_score", "directory")
@@ -46,3 +53,35 @@ def kept_in(
     changed = [change(keys[number], state.hyperparams) for number in range(2)]
     about["the changed hyperparameters"] = described_arrays(changed)
     return InDirectory(Path(directory), about, False, _CALLER)
+
+
+def estimator_of(
+    optimizer: BilevelOptimizer, start: BilevelState, setting: Setting
+) -> dict[str, Any]:
+    """What distinguishes one estimator from another, as JSON: `described` leaves out functions."""
+    algorithm = algorithm_of(optimizer)
+    found = described(optimizer) | {
+        "the update of inner_optimizer": inner_response(optimizer, start)
+    }
+    functions = {"grad_fn": algorithm.grad_fn, "update_fn": algorithm.update_fn}
+    for name, function in functions.items():
+        if function is not None:
+            batch = setting.batches.at(jnp.zeros((), jnp.int32))
+            response = function_response(optimizer, start, batch)
+            found[name] = described_function(function) if response == UNKNOWN else response
+    # An outer optimizer makes no hypergradient, and the others are told above.
+    told = {"inner_optimizer", "outer_optimizer", *functions}
+    found |= {name: described_function(x) for name, x in _functions(algorithm) if name not in told}
+    if not type(algorithm).__module__.startswith("gradhpo."):
+        found["estimate"] = described_function(type(algorithm).estimate)
+    return found
+
+
+def _functions(module: eqx.Module, prefix: str = "") -> Iterator[tuple[str, Callable]]:
+    """All fields that are functions, by name, with those of modules inside."""
+    for field in dataclasses.fields(module):
+        name, value = prefix + field.name, getattr(module, field.name)
+        if isinstance(value, eqx.Module):
+            yield from _functions(value, f"{name}.")
+        elif callable(value):
+            yield name, value

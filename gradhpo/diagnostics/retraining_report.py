@@ -29,7 +29,7 @@ class RetrainingScore(Report):
         retrainings, moved so that their median is the score. (Resamples have ties, which lower it.)
     - `per_query`: the correlation of every query, an array `[queries]`; `nan` if there is none.
     - `predicted`: changes of the losses as predicted, an array `[retrainings, queries]`.
-    - `true`: those that retraining made, one array; `nan` in retrainings that are not finite.
+    - `true`: the changes found by retraining, one array; `nan` in retrainings that are not finite.
     - `losses`: the losses of the queries before any change, one array `[queries]`.
     - `hypergradients`: trees like the hyperparameters, with a leading axis, the queries.
     - `seconds`: for the hypergradients of all queries, without compilation; `nan` where none were
@@ -64,8 +64,8 @@ class RetrainingScore(Report):
         head = (
             f"Rank correlation of predicted with true changes of the loss, over "
             f"{self.num_retrainings} retrainings of {self.num_steps} inner steps, as a mean over "
-            f"{count} quer{'ies' if count > 1 else 'y'}; training took "
-            f"{seconds_of(self.retraining_seconds)} in all"
+            f"{count} quer{'ies' if count > 1 else 'y'}; retraining took "
+            f"{seconds_of(self.retraining_seconds)} in total"
         )
         rows = [["", "score", "95 % interval", "lowest query", "time"]]
         rows += [self._row(name) for name in self.score]
@@ -75,7 +75,7 @@ class RetrainingScore(Report):
             notes.append("training is not finite at the hyperparameters themselves")
         kept = np.delete(self.true, self.nonfinite, axis=0)
         if len(kept) < 3:
-            notes.append("a score takes three retrainings that are finite")
+            notes.append("a score needs at least three finite retrainings")
         unmeasured = sum(not varies(column) for column in kept.T)
         if unmeasured:
             notes.append(
@@ -93,7 +93,7 @@ class RetrainingScore(Report):
 
     def _row(self, name: str) -> list[str]:
         if name in self.blind:
-            return [name, "sees none", "", "", ""]
+            return [name, "sees no hyperparameter", "", "", ""]
         of_queries = self.per_query[name][~np.isnan(self.per_query[name])]
         return [
             name,
@@ -121,7 +121,7 @@ class RetrainingScore(Report):
         name: str | None = None,
         where: Callable[[PyTree], PyTree] = lambda h: h,
     ) -> np.ndarray:
-        """The examples whose weight lowers the loss of a query most, the first of all first.
+        """The examples whose weight lowers the loss of a query most, most helpful first.
 
         **Arguments:**
 

@@ -11,7 +11,7 @@ _LEVELS = (2.5, 97.5)
 
 
 class Scores:
-    """Of several predictions of the same changes, from the same resamples.
+    """Scores of several predictions of the same changes, from the same resamples.
 
     `per_query[name]`, of shape `[queries]`, is `nan` where the correlation does not exist: true or
     predicted changes are all equal or not finite. In `score[name]`, the mean, a query without true
@@ -71,14 +71,14 @@ def _means(rows: np.ndarray) -> np.ndarray:
 
 
 def _interval(means: np.ndarray) -> tuple[float, float]:
-    """Of the first number, by the spread of the others.
+    """The interval of the first number, by the spread of the others.
 
     They lie lower: a resample has some retrainings twice, and its ranks are coarser.
     """
     if np.isnan(means[0]):
         return np.nan, np.nan
     shift = means[0] - np.nanmedian(means[1:])
-    low, high = np.minimum(np.nanpercentile(means[1:], _LEVELS) + shift, 1)
+    low, high = np.clip(np.nanpercentile(means[1:], _LEVELS) + shift, -1, 1)
     return float(low), float(high)
 
 

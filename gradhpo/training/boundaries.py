@@ -26,10 +26,9 @@ from gradhpo.utils.processes import exchanged, is_first, together
 
 
 class Boundaries(abc.ABC):
-    """Keeps trees by kind and number.
+    """Keeps trees by number and kind, a word of the caller's.
 
-    Of a replay `"state"` on the way forward and `"bar"` on the way back; of retrainings `"losses"`
-    of a block and `"estimate"` of an optimizer.
+    Those of a replay are `"state"` on the way forward and `"bar"` on the way back.
     """
 
     where: str
@@ -114,7 +113,8 @@ class Caller(NamedTuple):
 
 
 _REPLAY = Caller("replay", "replay", "store")
-_NAME = re.compile(r"(state|bar|losses|estimate)-(\d{10})(?:-(\d+)of(\d+))?\.ckpt")
+# By kind and number. The checkpoints of a run are `step-0000001000.ckpt`, and none of these.
+_NAME = re.compile(r"(?!step-)(\w+)-(\d{10})(?:-(\d+)of(\d+))?\.ckpt")
 
 
 class InDirectory(Boundaries):
@@ -163,6 +163,12 @@ class InDirectory(Boundaries):
                     "processes: pass a new directory"
                 )
             header, _ = read_file(path, is_boundary_header, self._caller.remedy)
+            found = header.get("what", self._caller.what)
+            if found != self._caller.what:
+                raise ValueError(
+                    f"{self._directory} holds a {found}, and {self._caller.call} keeps a "
+                    f"{self._caller.what} in its {self._caller.argument}: pass a new directory"
+                )
             differing = differences(header["description"], self._description)
             if differing:
                 raise ValueError(
@@ -181,7 +187,8 @@ class InDirectory(Boundaries):
 
     def put(self, kind: str, number: int, tree: PyTree, about: Any = None) -> None:
         tree = _in_parts(tree) if self._shared else tree
-        header = {"description": self._description, "leaves": leaves_of(tree), "about": about}
+        header = {"what": self._caller.what, "description": self._description}
+        header |= {"leaves": leaves_of(tree), "about": about}
         with together(self._shared):
             write_file(self._path(kind, number), json.dumps(header), tree)
 
