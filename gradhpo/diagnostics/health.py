@@ -107,7 +107,7 @@ def check_hypergradient(
     if perturb is None:
         perturb = by_steps(size)
     else:
-        check_perturb(perturb, jax.random.split(jax.random.key(0), 3), state.hyperparams)
+        check_perturb(perturb, jax.random.split(jax.random.key(0), 32), state.hyperparams)
     with without_warnings():  # the report says everything
         return _checked_up(case, algorithm_of(optimizer), size, perturb, replayed)
 
