@@ -506,6 +506,7 @@ assert cost.free_bytes(()) == 100 - first.id
 """
 
 
+@pytest.mark.thorough
 def test_the_device_with_the_least_room_counts():
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
     python("-c", OF_TWO_DEVICES, compiled=flags)
@@ -931,16 +932,14 @@ def test_fraction_is_a_share(fraction):
 
 
 def test_first_keys_may_leave_out_the_same():
+    """Of five examples, which three keys do in one case of 25."""
     perturb, h = gradhpo.leave_out(0.2), jnp.ones(5)
-    left_out = jax.jit(jax.vmap(perturb, in_axes=(0, None)))
-    alike = 0
-    for seed in range(60):
-        keys = jax.lax.map(
-            lambda j, seed=seed: jax.random.fold_in(jax.random.key(seed), j), np.arange(20)
-        )
-        check_perturb(perturb, keys, h)
-        alike += len(np.unique(left_out(keys[:3], h), axis=0)) == 1
-    assert alike > 0
+    keys = jax.random.split(KEY, (60, 20))
+    made = jax.jit(jax.vmap(jax.vmap(perturb, (0, None)), (0, None)))(keys[:, :3], h)
+    alike = np.flatnonzero(np.all(made == made[:, :1], axis=(1, 2)))
+    assert len(alike) > 0
+    for number in alike:
+        check_perturb(perturb, keys[number], h)
 
 
 def test_leaves_out_of_one_array():
