@@ -1,6 +1,7 @@
 """Changes of hyperparameters: random ones to retrain with, and what is checked of them."""
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -16,7 +17,7 @@ from gradhpo.utils.repeatable import check_repeatable
 from gradhpo.utils.settings import check_setting
 from gradhpo.utils.structure import have_same_structure, where_they_differ
 from gradhpo.utils.typecheck import checked
-from gradhpo.utils.validation import check_arity
+from gradhpo.utils.validation import check_arity, leaf_names
 
 
 # How many retrainings show that changes depend on the key.
@@ -38,8 +39,8 @@ def leave_out(
     **Arguments:**
 
     - `fraction`: which share of the entries, shape `()`, above 0 and at most 1.
-    - `where`: selects the leaf among the hyperparameters, an array `[n, ...]`. The default is the
-        hyperparameters themselves, if they are one array.
+    - `where`: selects the leaf among the hyperparameters, an array `[n, ...]`. By default it is the
+        only one there is.
     - `value`: what leaves an example out, shape `()`, default 0. A weight that goes through a
         sigmoid needs a value of its own: one that the sigmoid takes to 0, such as -20.
 
@@ -68,18 +69,20 @@ def leave_out(
         chosen = jax.random.permutation(key, len(leaf)) < count
         chosen = jnp.broadcast_to(chosen.reshape(-1, *[1] * (leaf.ndim - 1)), leaf.shape)
         new = jnp.where(sharded_like(chosen, leaf), jnp.asarray(value, leaf.dtype), leaf)
-        return eqx.tree_at(where, hyperparams, new)
+        return eqx.tree_at(lambda h: _only(where(h)), hyperparams, new)
 
     return left_out
 
 
 def selected(where: Callable[[PyTree], PyTree], hyperparams: PyTree, name: str) -> Array:
     """The leaf that `where` selects, with one entry for each example along axis 0."""
-    leaf = where(hyperparams)
+    found = where(hyperparams)
+    leaf = _only(found)
     if not eqx.is_array(leaf):
+        names = ", ".join(leaf_names(hyperparams))
         raise TypeError(
-            f"{name} selected a {type(leaf).__name__}, and must select one array, with an entry "
-            "for each example: where=lambda h: h['weights']"
+            f"{name} selected a {type(found).__name__}, and must select one array, with an entry "
+            f"for each example: where=lambda h: ..., with one of h's leaves {names}"
         )
     if leaf.ndim == 0 or len(leaf) == 0:
         raise ValueError(
@@ -87,6 +90,12 @@ def selected(where: Callable[[PyTree], PyTree], hyperparams: PyTree, name: str) 
             "for each example along axis 0"
         )
     return leaf
+
+
+def _only(tree: PyTree) -> Any:
+    """Its leaf, if there is one alone."""
+    leaves = jax.tree.leaves(tree)
+    return leaves[0] if len(leaves) == 1 else tree
 
 
 def check_perturb(change: Callable, keys: Array, hyperparams: PyTree) -> None:

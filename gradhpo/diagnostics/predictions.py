@@ -23,6 +23,7 @@ from gradhpo.training.boundaries import Boundaries
 from gradhpo.utils.description import differences
 from gradhpo.utils.dispatch import compiled
 from gradhpo.utils.progress import ProgressBar
+from gradhpo.utils.structure import have_same_structure, where_they_differ
 from gradhpo.utils.trees import tree_dot
 from gradhpo.utils.validation import leaf_names
 from gradhpo.utils.warn import without_warnings
@@ -74,10 +75,14 @@ def estimated(
     zeros = lambda x: np.zeros((setting.num_queries, *x.shape), x.dtype)
     zeros = jax.tree.map(zeros, state.hyperparams), np.zeros(setting.num_queries)
     names = leaf_names(state.hyperparams)
+    given = {  # checked before anything is compiled
+        name: _like(name, x, state, setting.num_queries)
+        for name, x in named.items()
+        if not isinstance(x, BilevelOptimizer)
+    }
     for name, optimizer in named.items():
-        if not isinstance(optimizer, BilevelOptimizer):
-            found.hypergradients[name] = _like(name, optimizer, state, setting.num_queries)
-            found.seconds[name] = np.nan
+        if name in given:
+            found.hypergradients[name], found.seconds[name] = given[name], np.nan
             continue
         start = optimizer._adopt(state, keep_memory=True)
         about = estimator_of(optimizer, start, setting) if kept.lasts else None
@@ -154,11 +159,14 @@ def _program(optimizer: BilevelOptimizer, start: BilevelState, setting: Setting)
 def _like(name: str, given: Any, state: BilevelState, num_queries: int) -> PyTree:
     """Hypergradients that were given, which may have another precision."""
     given = jax.tree.map(np.asarray, given)
-    expected = jax.tree.map(lambda x: (num_queries, *x.shape), state.hyperparams)
-    found = jax.tree.map(np.shape, given)
-    if found != expected:
+    # Of one dtype: that of the hyperparameters is what they get.
+    shaped = lambda shape: jax.ShapeDtypeStruct(shape, np.float32)
+    expected = jax.tree.map(lambda x: shaped((num_queries, *x.shape)), state.hyperparams)
+    found = jax.tree.map(lambda x: shaped(x.shape), given)
+    if not have_same_structure(found, expected):
         raise ValueError(
-            f"optimizers[{name!r}] must be an optimizer, or hypergradients of shapes {expected}, "
-            f"one for each query; their shapes are {found}"
+            f"optimizers[{name!r}] must be an optimizer, or hypergradients like the "
+            "hyperparameters, with the queries as one more axis in front.\n"
+            f"{where_they_differ(found, expected)}"
         )
     return jax.tree.map(lambda x, like: x.astype(like.dtype), given, state.hyperparams)
