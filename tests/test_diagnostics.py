@@ -446,4 +446,5 @@ def test_every_report_is_shown_as_its_text():
     ]
     assert sorted(shown) == [
         "Horizon", "HypergradientCheck", "HypergradientComparison", "HypergradientNoise", "Plan",
+        "RetrainingScore",
     ]  # fmt: skip
