@@ -223,6 +223,7 @@ HEAD = jax.random.normal(jax.random.key(5), (30, 5))
 LABELS = jax.random.randint(jax.random.key(6), (4, 6), 0, 30)
 
 
+@pytest.mark.thorough
 def test_chunks_have_the_same_loss_and_derivatives_of_both_orders():
     smoothing = jnp.linspace(0, 0.5, 4)[:, None]
     chunked = lambda x, w, s: gradhpo.chunked_cross_entropy(x, w, LABELS, 4, s)

@@ -305,6 +305,7 @@ def test_t1_t2_by_weights_is_the_exact_last_step_up_to_its_difference():
     np.testing.assert_allclose(found, formulas("average")["T1-T2 by hyperparams"], rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_at_an_optimum_it_has_settled():
     """The average is then the parameters themselves, which are the hyperparameters."""
     optimizer = gradhpo.ImplicitOptimizer(PLAIN, OUTER)

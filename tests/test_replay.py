@@ -235,6 +235,7 @@ def test_running_state_goes_along():
 # -- many queries ------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_each_query_is_a_replay_of_its_own():
     each = replayed(queries=True)
     for number in (0, 5):

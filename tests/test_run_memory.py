@@ -57,7 +57,7 @@ def assert_same_run(found, expected):
 
 
 @pytest.mark.usefixtures("as_a_user_has_it")
-@pytest.mark.parametrize("name", quick(list(ALGORITHMS), keep=["OneStepOptimizer"]))
+@pytest.mark.parametrize("name", quick(list(ALGORITHMS), keep=[]))
 def test_a_chunk_takes_the_memory_of_a_donated_scan(name):
     """With the same refusal. A small network, where what the library adds weighs most."""
     of = network(width=128, batch_size=8)
