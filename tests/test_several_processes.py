@@ -351,7 +351,10 @@ def test_batches_of_one_process_beside_a_state_of_all_are_refused():
             assert lines[what].startswith(expected), lines[what]
             assert "jax.make_array_from_process_local_data(sharding, part)" in lines[what]
             assert "independent state in every process" in lines[what]
-        assert "run on an iterator refuses train_data is an iterator" in lines["run on an iterator"]
+        assert (
+            "run on an iterator refuses train_data yields batches one by one"
+            in lines["run on an iterator"]
+        )
         assert "refuses retraining_score runs in one process" in lines["retrainings"]
     for what in ("shared step", "shared run", "shared draws"):
         assert first[what] == second[what]

@@ -75,7 +75,7 @@ def look_nearby(run: Estimated, perturb: Perturb, others: Mapping[str, PyTree]) 
         ways["redrawn"] = [(state, _redrawn(batches, k + 1)) for k in range(REDRAWS)]
     found = {name: [run.again(*way) for way in of_name] for name, of_name in ways.items()}
     found["own"] = [(run.hypergradient, run.val_loss)]
-    found |= {name: [(g, jnp.asarray(jnp.nan))] for name, g in others.items()}
+    found |= {name: [(g, np.asarray(np.nan))] for name, g in others.items()}
     flattened = {name: [flat(g) for g, _ in pairs] for name, pairs in found.items()}
     predictions = {name: [[] for _ in made] for name, made in flattened.items()}
     moving = np.zeros(len(flattened["own"][0]), bool)
