@@ -138,7 +138,7 @@ class Program:
 
 
 # Of a processor, which does not say how much is free.
-_FREE_BYTES = 2**31
+_FREE_BYTES = 2.0**31
 
 
 def free_bytes(tree: PyTree) -> float:
@@ -155,7 +155,7 @@ def _free_on(device: Any) -> float:
     stats: dict[str, Any] = device.memory_stats() or {}
     if "bytes_limit" not in stats:
         return _FREE_BYTES
-    return max(1, (stats["bytes_limit"] - stats.get("bytes_in_use", 0)) / 2)
+    return max(1.0, (stats["bytes_limit"] - stats.get("bytes_in_use", 0)) / 2)
 
 
 def on_device(tree: PyTree) -> PyTree:
