@@ -74,7 +74,9 @@ def leave_out(
     return left_out
 
 
-def selected(where: Callable[[PyTree], PyTree], hyperparams: PyTree, name: str) -> Array:
+def selected(
+    where: Callable[[PyTree], PyTree], hyperparams: PyTree, name: str
+) -> Array | np.ndarray:
     """The leaf that `where` selects, with one entry for each example along axis 0."""
     found = where(hyperparams)
     leaf = _only(found)

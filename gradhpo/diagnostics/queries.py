@@ -53,7 +53,7 @@ class Setting(eqx.Module):
 
     def query(self, number: Any) -> PyTree:
         """One of the queries, as a batch of one."""
-        of_one = lambda x: jax.lax.dynamic_slice_in_dim(everywhere(x), number, 1)
+        of_one = lambda x: jax.lax.dynamic_slice_in_dim(everywhere(jnp.asarray(x)), number, 1)
         return jax.tree.map(lambda x: x if is_common(x) else of_one(x), self.queries)
 
     def over_queries(self, function: Callable[[PyTree], PyTree], at_once: int) -> PyTree:
@@ -66,7 +66,7 @@ class Setting(eqx.Module):
             size = at_once if at_once > 1 else None
             return jax.lax.map(lambda i: function(self.query(i)), numbers, batch_size=size)
         axes = jax.tree.map(lambda x: None if is_common(x) else 0, self.queries)
-        alone = lambda x: x if is_common(x) else everywhere(x)[:, None]
+        alone = lambda x: x if is_common(x) else everywhere(jnp.asarray(x))[:, None]
         return eqx.filter_vmap(function, in_axes=(axes,))(jax.tree.map(alone, self.queries))
 
 
