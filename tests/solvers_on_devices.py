@@ -6,7 +6,7 @@
     python solvers_on_devices.py running Explicit
     python solvers_on_devices.py shares Explicit
 
-The arguments are those of on_devices.py.
+The arguments are the same as for on_devices.py.
 """
 
 import jax

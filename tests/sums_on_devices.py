@@ -5,7 +5,7 @@
     python sums_on_devices.py shares
     python sums_on_devices.py refused
 
-The arguments are those of on_devices.py.
+The arguments are the same as for on_devices.py.
 """
 
 import jax

@@ -179,6 +179,14 @@ def test_the_saved_calibration_is_that_of_the_grid_and_keeps_its_word(monkeypatc
     assert np.sum(scores > 0.95) >= 6
     assert calibration.auc(trust, scores) >= 0.95
     verdicts = np.array([judged(row, config)[0] for row, config in zip(rows, grid, strict=True)])
+    # The number is what the library makes of the agreements today.
+    for row, config in zip(rows, grid, strict=True):
+        counted = [
+            x for name, x in row["agreement"].items() if name not in ("other keys", "redrawn")
+        ]
+        counted += [row["agreement"]["redrawn"]] if config.replayed is False else []
+        assert row["trust"] in (0, np.clip(min(counted, default=0), 0, 1))
+        assert row["trust"] > 0 or not counted or min(counted) <= 0
     assert np.all(scores[verdicts == "trusted"] >= 0.5)
     assert np.all(scores[verdicts == "not trusted"] <= 0.95)
     # The library has the thresholds of the half that sets them, rounded.

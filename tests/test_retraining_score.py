@@ -375,7 +375,7 @@ ESTIMATORS = {
 
 
 def rows(hypergradients):
-    """Those of every query in a row."""
+    """The effects of all queries, one after another."""
     return jax.tree.map(lambda g: np.reshape(g, (len(g), -1)), hypergradients)
 
 
@@ -481,7 +481,7 @@ def test_functions_that_are_not_for_several_at_once():
 @pytest.mark.thorough
 @pytest.mark.parametrize("room", [0, 4_000])
 def test_what_does_not_fit_is_done_in_parts(monkeypatch, room):
-    """By the compiler's figure for the memory of so many at once."""
+    """The compiler says how much memory a number of them takes at once."""
     expected = of_all()
     for where in ("retrain", "predictions"):
         monkeypatch.setattr(f"gradhpo.diagnostics.{where}.free_bytes", lambda _: room)
@@ -741,7 +741,7 @@ def test_helpful_and_harmful_examples():
 
 @pytest.mark.thorough
 def test_keys_of_another_kind():
-    """A legacy key is the typed one of its numbers; those of other generators draw their own."""
+    """A legacy key is the typed one of its numbers; keys of other generators draw their own."""
     found = scored(key=jax.random.key_data(KEY), block_size=3)
     assert_same(found.true, of_all().true)
     other = jax.random.key(7, impl="rbg")

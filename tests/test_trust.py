@@ -237,6 +237,10 @@ def test_random_numbers_from_elsewhere():
     assert report.verdict == "doubtful"
     assert any("keys that are not in the batches" in reason for reason in report.reasons)
     assert check(losses=DROPOUT, batches=legacy, replayed=True).verdict == "trusted"
+    # Their effect cannot be counted either.
+    live = check(losses=DROPOUT, batches=legacy, replayed=False)
+    assert live.verdict != "trusted"
+    assert any("keys that are not in the batches" in reason for reason in live.reasons)
 
 
 @pytest.mark.thorough
@@ -278,19 +282,21 @@ def test_one_number_has_a_scale():
     def decayed(w, decay, batch):
         return error(w, None, batch) + decay * jnp.sum(w**2)
 
-    def of(cls, **settings):
-        optimizer = cls(SGD, **settings)
+    def of(**settings):
+        optimizer = gradhpo.UnrolledOptimizer(SGD, unroll_steps=40, **settings)
         stack = gradhpo.BatchStack(jax.tree.map(lambda x: x[None].repeat(40, 0), VAL))
-        stack = stack if cls is gradhpo.UnrolledOptimizer else VAL
         state = optimizer.init(jnp.zeros(3), jnp.array(0.1))
         losses = gradhpo.LossFunctions(decayed, lambda w, h, batch: error(w, h, batch))
         return gradhpo.check_hypergradient(optimizer, state, stack, VAL, losses, step_size=0.01)
 
-    exact = of(gradhpo.UnrolledOptimizer, unroll_steps=40).trusting
-    assert exact.scale == pytest.approx(1, abs=0.2)
-    assert not any("move one number" in reason for reason in exact.doubts)
-    few = dataclasses.replace(exact, scale=0.01)
-    assert any("move one number" in reason for reason in few.doubts)
+    exact, last_step = of(), of(truncation=1)
+    assert exact.trusting.scale == pytest.approx(1, abs=0.2)
+    assert exact.verdict == "trusted", exact
+    assert last_step.trusting.agreement["exact"] == 1  # the sign is right
+    assert last_step.trusting.scale < 0.5
+    assert last_step.verdict == "doubtful"
+    [reason] = last_step.reasons
+    assert "move one number" in reason
 
 
 @pytest.mark.thorough

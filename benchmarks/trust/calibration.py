@@ -21,7 +21,7 @@ from gradhpo.utils.tables import aligned
 
 
 ROWS = Path(__file__).parents[1] / "results" / "trust.jsonl"
-RETRAININGS, SEED = 48, 0
+RETRAININGS, SEED, OTHER_SPLITS = 48, 0, 200
 GOOD, BAD, EXCELLENT = 0.8, 0.5, 0.95
 
 
@@ -50,9 +50,9 @@ def print_trust(quick: bool = False, rows: Path | None = None) -> None:
         _print_judged(configs, measured, setting)
 
 
-def setting_half(configs: Sequence[Config]) -> np.ndarray:
+def setting_half(configs: Sequence[Config], seed: int = SEED) -> np.ndarray:
     """Marks the configurations that set the thresholds."""
-    drawn = np.random.default_rng(SEED).permutation(len(configs))[: (len(configs) + 1) // 2]
+    drawn = np.random.default_rng(seed).permutation(len(configs))[: (len(configs) + 1) // 2]
     return np.isin(np.arange(len(configs)), drawn)
 
 
@@ -114,6 +114,11 @@ def _table(configs: Sequence[Config], rows: list[dict], setting: np.ndarray) -> 
     return aligned(table)
 
 
+def _spread(found: Sequence[Thresholds], which: int) -> str:
+    low, middle, high = np.percentile([x[which] for x in found], [5, 50, 95])
+    return f"{low:.2f} to {high:.2f}, median {middle:.2f}"
+
+
 def _short(value: float | None) -> str:
     return "-" if value is None or np.isnan(value) else f"{value:.2f}"
 
@@ -122,12 +127,19 @@ def _print_judged(configs: Sequence[Config], rows: list[dict], setting: np.ndarr
     scores, trust = (np.asarray([row[name] for row in rows]) for name in ("score", "trust"))
     found = thresholds_of(trust[setting], scores[setting])
     tested = ~setting
+    of_all = thresholds_of(trust, scores)
+    others = [
+        thresholds_of(trust[half], scores[half])
+        for half in (setting_half(configs, seed) for seed in range(OTHER_SPLITS))
+    ]
     print(
         f"\n{len(rows)} configurations: {np.sum(scores < BAD)} with a score below {BAD}, "
         f"{np.sum(scores >= GOOD)} of {GOOD} and more, {np.sum(scores > EXCELLENT)} above "
         f"{EXCELLENT}"
         f"\nthresholds that the half * gives: trusted from {found.trusted:.2f}, not trusted below "
         f"{found.not_trusted:.2f}; the library has {TRUSTED} and {NOT_TRUSTED}"
+        f"\nthose of all rows {of_all.trusted:.2f} and {of_all.not_trusted:.2f}; of {OTHER_SPLITS} "
+        f"other halves, 5 to 95 %: {_spread(others, 0)} and {_spread(others, 1)}"
         f"\narea under the curve, scores of {GOOD} and more against those below {BAD}: all "
         f"{auc(trust, scores):.3f}, tested half {auc(trust[tested], scores[tested]):.3f}"
     )
@@ -140,6 +152,8 @@ def _print_judged(configs: Sequence[Config], rows: list[dict], setting: np.ndarr
             span = f" ({of.min():.2f} to {of.max():.2f})" if len(of) else ""
             counts.append(f"{verdict} {len(of)}{span}")
         print(f"{name} half: " + ", ".join(counts))
+    rule = tested & np.where(verdicts == "trusted", scores < GOOD, False)
+    rule |= tested & np.where(verdicts == "not trusted", scores >= BAD, False)
     wrong = [
         i
         for i in np.flatnonzero(tested)
@@ -147,6 +161,7 @@ def _print_judged(configs: Sequence[Config], rows: list[dict], setting: np.ndarr
         or (verdicts[i] == "not trusted" and scores[i] > EXCELLENT)
     ]
     print(f"tested half, trusted below {BAD} or not trusted above {EXCELLENT}: {len(wrong)}")
+    print(f"tested half, trusted below {GOOD} or not trusted from {BAD} on: {np.sum(rule)}")
     print("\nWhere the verdict is not what the score alone would give:")
     odd = (verdicts == "trusted") & (scores < GOOD)
     odd |= (verdicts == "not trusted") & (scores >= BAD)

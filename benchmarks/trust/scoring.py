@@ -39,6 +39,8 @@ def row_of(config: Config, retrainings: int) -> dict[str, Any]:
         "faults": [text for text in report.reasons if text not in measured.doubts],
         "unmeasured": list(measured.unmeasured),
         "agreement": measured.agreement,
+        "followed": measured.followed,
+        "scale": measured.scale,
         "signal_to_noise": measured.signal_to_noise,
         "training_loss": [measured.first_loss, measured.last_loss],
         "growth": measured.growth,
@@ -49,10 +51,14 @@ def row_of(config: Config, retrainings: int) -> dict[str, Any]:
 
 
 def judged(row: dict[str, Any], config: Config) -> tuple[str, tuple[str, ...]]:
-    """Verdict and reasons, by the library's thresholds."""
-    (first, last), nan = row["training_loss"], float("nan")
+    """Verdict and reasons, by the library's thresholds.
+
+    Rows may lack measurements that the verdict took on later; those cast no doubt.
+    """
+    first, last = row["training_loss"]
+    followed, scale = (row.get(name, float("nan")) for name in ("followed", "scale"))
     trust = Trust(
-        row["agreement"], (), nan, nan, row["signal_to_noise"], first, last, row["growth"],
+        row["agreement"], (), followed, scale, row["signal_to_noise"], first, last, row["growth"],
         config.replayed, tuple(row["unmeasured"]),
     )  # fmt: skip
     reasons = (*row["faults"], *trust.doubts)

@@ -41,7 +41,7 @@ class Predictions:
     val_losses: dict[str, float] = dataclasses.field(default_factory=dict)
     unseen: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     failed: dict[str, str] = dataclasses.field(default_factory=dict)
-    blind: list[str] = dataclasses.field(default_factory=list)  # those that see nothing
+    blind: list[str] = dataclasses.field(default_factory=list)  # which see nothing
 
     def predict(self, change: Callable, keys: Array, hyperparams: PyTree) -> dict[str, np.ndarray]:
         """The changes of the losses, `[retrainings, queries]`, to first order."""
@@ -70,7 +70,7 @@ def estimated(
     bar: ProgressBar,
     kept: Boundaries,
 ) -> Predictions:
-    """The hypergradients of all estimators, one after another; those that are `kept` from there."""
+    """The hypergradients of all estimators, one after another; from `kept` if they are there."""
     found = Predictions()
     zeros = lambda x: np.zeros((setting.num_queries, *x.shape), x.dtype)
     zeros = jax.tree.map(zeros, state.hyperparams), np.zeros(setting.num_queries)

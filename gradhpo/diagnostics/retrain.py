@@ -135,13 +135,13 @@ class Blocks:
         return Program(at(False), *self._given, *self._block(0))
 
     def _block(self, first: int) -> tuple[np.ndarray, Array]:
-        """Training 0 is at λ itself, and so are those that fill up the last block."""
+        """Training 0 is at λ itself, and so is the padding of the last block."""
         numbers = np.arange(first, first + self.size)
         moved = (numbers > 0) & (numbers < self._count)
         return moved, self._keys[np.where(moved, numbers - 1, 0)]
 
     def run(self, bar: ProgressBar, num_steps: int) -> Retrained:
-        """All blocks, those of an earlier call from where it kept them."""
+        """All blocks; what an earlier call kept is not trained again."""
         earlier, blocks = set(self._kept.numbers("losses")), []
         for first in range(0, self._count, self.size):
             count = min(self.size, self._count - first)

@@ -129,14 +129,14 @@ class RetrainingScore(Report):
         - `count`: how many, default 10: fewer if fewer help.
         - `name`: the estimator whose hypergradient says so; default: the first.
         - `where`: selects the leaf of the hyperparameters with an entry for each example along axis
-            0; further axes are summed over. The default is all of them, if they are one array.
+            0; further axes are summed over. By default it is the only leaf.
 
         **Returns:** numbers of examples, an array of at most `count` integers.
+
+        **Raises:** `KeyError` for an unknown `name`, `IndexError` for a `query` out of range,
+        `TypeError` or `ValueError` if `where` does not select such a leaf, and for `count` below 1.
         """
-        check_count("count", count)
-        effect = self._effect(query, name, where)
-        order = np.argsort(effect, kind="stable")
-        return order[effect[order] < 0][:count]
+        return self._largest(-self._effect(query, name, where), count)
 
     def most_harmful(
         self,
@@ -145,12 +145,26 @@ class RetrainingScore(Report):
         name: str | None = None,
         where: Callable[[PyTree], PyTree] = lambda h: h,
     ) -> np.ndarray:
-        """The examples whose weight raises the loss of a query most.
+        """The examples whose weight raises the loss of a query most, most harmful first.
 
-        Arguments and result as for `most_helpful`.
+        **Arguments:**
+
+        - `query`: its number.
+        - `count`: how many, default 10: fewer if fewer harm.
+        - `name`: the estimator whose hypergradient says so; default: the first.
+        - `where`: selects the leaf of the hyperparameters with an entry for each example along axis
+            0; further axes are summed over. By default it is the only leaf.
+
+        **Returns:** numbers of examples, an array of at most `count` integers.
+
+        **Raises:** `KeyError` for an unknown `name`, `IndexError` for a `query` out of range,
+        `TypeError` or `ValueError` if `where` does not select such a leaf, and for `count` below 1.
         """
+        return self._largest(self._effect(query, name, where), count)
+
+    def _largest(self, effect: np.ndarray, count: int) -> np.ndarray:
+        """The numbers of the largest positive entries."""
         check_count("count", count)
-        effect = self._effect(query, name, where)
         order = np.argsort(-effect, kind="stable")
         return order[effect[order] > 0][:count]
 

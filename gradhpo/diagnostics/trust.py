@@ -90,8 +90,8 @@ class Trust:
             three draws, times $s/\sqrt{s^2 + n^2}$, where $s$ is the standard deviation of
             $g\cdot\Delta_j$ and $n$ that of the validation loss between draws.
     - `changes`: of the four perturbed trainings, predicted and true change of the validation loss.
-    - `followed`: cosine of the true changes with those that the mean of the hypergradients at both
-        ends gives. Below 0.5 it casts doubt: then the loss has steps that no derivative sees. `nan`
+    - `followed`: cosine of the true changes with the changes by the mean of the hypergradients at
+        both ends. Below 0.5 it casts doubt: then the loss has steps that no derivative sees. `nan`
         if the changes are lost in the rounding of the loss.
     - `scale`: length of the predicted changes over that of the true ones, if perturbations move one
         number alone; otherwise `nan`. Between 0.5 and 2 it casts no doubt.

@@ -28,7 +28,7 @@ from gradhpo.utils.processes import exchanged, is_first, together
 class Boundaries(abc.ABC):
     """Keeps trees by number and kind, a word of the caller's.
 
-    Those of a replay are `"state"` on the way forward and `"bar"` on the way back.
+    A replay uses `"state"` on the way forward and `"bar"` on the way back.
     """
 
     where: str
