@@ -48,6 +48,9 @@ from gradhpo.utils.trees import (
     tree_normalize,
     tree_zeros_like,
 )
+from gradhpo.wrappers.learned_mutation import LearnedMutation
+from gradhpo.wrappers.mutations import RandomMutation, ResampleMutation
+from gradhpo.wrappers.population import Population
 from gradhpo.wrappers.tasks import TaskBatched
 
 
@@ -74,6 +77,7 @@ __all__ = [
     "ImplicitOptimizer",
     "InnerOptimizer",
     "JSONLinesLogger",
+    "LearnedMutation",
     "LossFn",
     "LossFunctions",
     "MetricDict",
@@ -82,8 +86,11 @@ __all__ = [
     "Nystrom",
     "OneStepOptimizer",
     "OnlineHypergradientOptimizer",
+    "Population",
+    "RandomMutation",
     "RealScalarLike",
     "Replay",
+    "ResampleMutation",
     "T1T2Optimizer",
     "TaskBatched",
     "TimeLimit",

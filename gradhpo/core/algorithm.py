@@ -23,6 +23,7 @@ from gradhpo.core.memory import (
     kept_where_it_fits,
 )
 from gradhpo.core.outer import Estimate, check_estimate, init_outer_state
+from gradhpo.core.outer_step import OneOuterStep
 from gradhpo.core.problem import Problem, make_problem, not_differentiable
 from gradhpo.core.start import started
 from gradhpo.core.state import BilevelState, inner_state, with_inner_state, with_metrics
@@ -41,7 +42,7 @@ _MADE_HERE = (
 )
 
 
-class Algorithm(Hooks, BilevelOptimizer):
+class Algorithm(Hooks, OneOuterStep, BilevelOptimizer):
     r"""Base class of the algorithms, including your own.
 
     A subclass has the fields `inner_optimizer`, `outer_optimizer` and `update_fn`, its own settings

@@ -1,20 +1,16 @@
 """What every optimizer offers: `init`, `step` and `compute_hypergradient`."""
 
-import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from gradhpo.core import calls
-from gradhpo.core.batches import BatchStack
+from gradhpo.core.first_state import first_state
 from gradhpo.core.inner_state import InnerState
-from gradhpo.core.inputs import Inputs, LossFunctions, both_losses
-from gradhpo.core.measured import aux_of, not_measured, with_same_metrics
+from gradhpo.core.inputs import LossFunctions, both_losses
+from gradhpo.core.measured import with_same_metrics
 from gradhpo.core.outer_step import OuterStep
-from gradhpo.core.partition import check_disjoint
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import LossFn, RealScalarLike
-from gradhpo.utils.conversion import as_batch
 from gradhpo.utils.freezing import frozen_as, trained
 from gradhpo.utils.placement import beside
 from gradhpo.utils.settings import (
@@ -25,15 +21,6 @@ from gradhpo.utils.settings import (
     outer_rate,
 )
 from gradhpo.utils.typecheck import checked
-from gradhpo.utils.validation import (
-    check_has_model_state,
-    check_single_batch,
-    native,
-    prepare_hyperparams,
-    prepare_model_state,
-    prepare_params,
-    strong,
-)
 
 
 class BilevelOptimizer(OuterStep):
@@ -103,23 +90,8 @@ class BilevelOptimizer(OuterStep):
         state (BatchNorm) without a `model_state`, or `params` and `hyperparams` that are swapped or
         overlap.
         """
-        check_single_batch(batch, "init(batch=...)")
-        if isinstance(batch, BatchStack):
-            raise TypeError("init(batch=...) is a BatchStack; pass one batch of it, stack.at(0)")
-        params, hyperparams = jax.tree.map(native, (params, hyperparams))
-        check_disjoint(params, hyperparams)
-        check_has_model_state(params, model_state)
-        params, hyperparams = prepare_params(params), prepare_hyperparams(hyperparams)
-        model_state = prepare_model_state(model_state)
-        batch = as_batch(batch, "init(batch=...)")
-        batch = jax.tree.map(lambda x: strong(x) if eqx.is_array_like(x) else x, batch)
-        state = self._init_state(params, hyperparams, model_state, batch, key)
-        state = beside(state, state)
-        if losses is None:
-            return state
-        inputs = Inputs(state, batch, as_batch(val_batch, "init(val_batch=...)"), losses)
-        found = eqx.filter_eval_shape(lambda inputs: self._solve(inputs), inputs)
-        return not_measured(state, aux_of(found.train_loss, found.val_loss))
+        given = params, hyperparams, model_state, batch, key
+        return first_state(self, self._init_state, *given, losses, val_batch)
 
     @checked
     def adopt(self, state: BilevelState) -> BilevelState:

@@ -64,7 +64,7 @@ def step(
     train_loss_fn: Callable,
     val_loss_fn: Callable,
     lr_hyper: RealScalarLike | None,
-) -> tuple[BilevelState, Bool[Array, " leaves"]]:
+) -> tuple[BilevelState, Bool[Array, "*members leaves"]]:
     """The next state, and which hyperparameters have a hypergradient that is not 0."""
     inputs = inputs_of(state, train_batch, val_batch, train_loss_fn, val_loss_fn)
     record_trace(

@@ -2,6 +2,7 @@
 
 import abc
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import equinox as eqx
 import numpy as np
@@ -11,7 +12,7 @@ from gradhpo.core.inner_state import InnerState, Start
 from gradhpo.core.inputs import Inputs
 from gradhpo.core.outer import Estimate
 from gradhpo.core.state import BilevelState
-from gradhpo.core.types import MetricDict
+from gradhpo.core.types import Declared, MetricDict
 
 
 class InnerProblems(eqx.Module):
@@ -20,6 +21,12 @@ class InnerProblems(eqx.Module):
     `Algorithm` implements it for one inner problem, wrappers for several. Names without an
     underscore are those that an algorithm may override.
     """
+
+    if TYPE_CHECKING:
+        num_members = Declared[int | None]()
+    else:
+        num_members = None
+    """How many sets of hyperparameters a state holds, in front of all arrays; `None`: one alone."""
 
     @property
     @abc.abstractmethod

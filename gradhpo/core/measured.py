@@ -71,8 +71,8 @@ def without_aux(state: Any) -> Any:
 
 def not_measured(state: BilevelState, names: Iterable[str]) -> BilevelState:
     """A state with these metrics as `nan`."""
-    dtype = accumulation_dtype(state.params)
-    return with_aux(state, {name: placed_nan(dtype) for name in names})
+    dtype, shape = accumulation_dtype(state.params), state.metadata["rejected"].shape
+    return with_aux(state, {name: placed_nan(dtype, shape) for name in names})
 
 
 def with_same_metrics(state: BilevelState, given: BilevelState) -> BilevelState:

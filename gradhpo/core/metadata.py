@@ -71,9 +71,9 @@ class Metadata(dict[str, Any]):
         return made
 
 
-def placed_nan(dtype: DTypeLike) -> Array:
+def placed_nan(dtype: DTypeLike, shape: tuple[int, ...] = ()) -> Array:
     """A metric that is not measured yet.
 
     Placed, not computed: under `jax_debug_nans` no computation may return NaN.
     """
-    return jax.device_put(np.full((), np.nan, dtype))
+    return jax.device_put(np.full(shape, np.nan, dtype))

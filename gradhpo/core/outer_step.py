@@ -1,5 +1,6 @@
 """One outer step: what it makes of a state, which is refused if it is not finite."""
 
+import abc
 from typing import TYPE_CHECKING
 
 import equinox as eqx
@@ -29,8 +30,33 @@ class OuterStep(InnerProblems):
         outer_optimizer: eqx.AbstractVar[optax.GradientTransformation | None]
         """Takes the hypergradient; `None`: plain descent with the `lr_hyper` given to `step`."""
 
+    @abc.abstractmethod
     def _attempt(self, inputs: Inputs, lr_hyper: RealScalarLike | None) -> Attempt:
         """What a step makes, finite or not."""
+
+    @abc.abstractmethod
+    def _advance(
+        self, inputs: Inputs, lr_hyper: RealScalarLike | None
+    ) -> tuple[BilevelState, Bool[Array, "*members leaves"]]:
+        """One outer step, for use inside a compiled program. Refuses non-finite results.
+
+        Takes a state without the metrics that losses return, and adds those of this step. Also
+        returns, for each leaf of the hyperparameters, whether its hypergradient is not 0.
+        """
+
+    @abc.abstractmethod
+    def _outer_response(self, state: BilevelState, gradient: PyTree) -> tuple[PyTree, PyTree]:
+        """The updates of the outer optimizer for a hypergradient, and its next state."""
+
+    def _why_refused(self, inputs: Inputs, lr_hyper: ArrayLike | None) -> str:
+        """Why a step on these inputs is refused, if that is not in its metrics."""
+        return why_refused(jax.tree.map(np.asarray, _finite_parts(self, inputs, lr_hyper)))
+
+
+class OneOuterStep(OuterStep):
+    """The outer step of optimizers with one set of hyperparameters."""
+
+    def _attempt(self, inputs: Inputs, lr_hyper: RealScalarLike | None) -> Attempt:
         state, estimate = inputs.state, self._solve(inputs)
         if not self.tunes:
             return Attempt(estimate, state.hyperparams, state.outer_opt_state)
@@ -40,45 +66,46 @@ class OuterStep(InnerProblems):
     def _advance(
         self, inputs: Inputs, lr_hyper: RealScalarLike | None
     ) -> tuple[BilevelState, Bool[Array, " leaves"]]:
-        """One outer step, for use inside a compiled program. Refuses non-finite results.
+        return advanced(self, inputs.state, self._attempt(inputs, lr_hyper))
 
-        Takes a state without the metrics that losses return, and adds those of this step. Also
-        returns, for each leaf of the hyperparameters, whether its hypergradient is not 0.
-        """
-        state, attempt = inputs.state, self._attempt(inputs, lr_hyper)
-        estimate = attempt.estimate
-        norm, moving = scaled_norm_and_moving(estimate.hypergradient)
-        accepted = jnp.stack(jax.tree.leaves(finite_parts(self, state, attempt))).all()
-        keep = lambda x, y: x if x is y else jnp.where(accepted, x, y)
-        z = jax.tree.map(keep, estimate.z, inner_state(state))
-        outer_opt_state = jax.tree.map(keep, attempt.outer_opt_state, state.outer_opt_state)
-        hyperparams = jax.tree.map(keep, attempt.hyperparams, state.hyperparams)
-        refused = self.after_refusal(state.memory, estimate.memory)
-        rejected = state.metadata["rejected"]
-        metrics = {
-            "train_loss": loss_of(estimate.train_loss),
-            "val_loss": loss_of(estimate.val_loss),
-            "hypergrad_norm": norm,
-            "param_norm": self._param_norm(z.w),
-            "hyperparam_norm": scaled_norm(hyperparams),
-            "rejected": rejected + (~accepted).astype(rejected.dtype),
-        }
-        dtype = accumulation_dtype(state.params)
-        state = with_inner_state(state, z).update(
-            hyperparams=hyperparams,
-            outer_opt_state=outer_opt_state,
-            step=state.step + 1,
-            memory=jax.tree.map(keep, estimate.memory, refused),
-            fresh=state.fresh & ~accepted,
-        )
-        cast = lambda metrics: {name: x.astype(dtype) for name, x in metrics.items()}
-        aux = aux_of(estimate.train_loss, estimate.val_loss)
-        check_free(aux, state)
-        return with_aux(with_metrics(state, cast(metrics)), cast(aux)), moving
+    def _outer_response(self, state: BilevelState, gradient: PyTree) -> tuple[PyTree, PyTree]:
+        assert self.outer_optimizer is not None  # where there is none, this is not called
+        return self.outer_optimizer.update(gradient, state.outer_opt_state, state.hyperparams)
 
-    def _why_refused(self, inputs: Inputs, lr_hyper: ArrayLike | None) -> str:
-        """Why a step on these inputs is refused, if that is not in its metrics."""
-        return why_refused(jax.tree.map(np.asarray, _finite_parts(self, inputs, lr_hyper)))
+
+def advanced(
+    optimizer: OuterStep, state: BilevelState, attempt: Attempt
+) -> tuple[BilevelState, Bool[Array, " leaves"]]:
+    """The state after an attempt, and which hypergradients are not 0."""
+    estimate = attempt.estimate
+    norm, moving = scaled_norm_and_moving(estimate.hypergradient)
+    accepted = jnp.stack(jax.tree.leaves(finite_parts(optimizer, state, attempt))).all()
+    keep = lambda x, y: x if x is y else jnp.where(accepted, x, y)
+    z = jax.tree.map(keep, estimate.z, inner_state(state))
+    outer_opt_state = jax.tree.map(keep, attempt.outer_opt_state, state.outer_opt_state)
+    hyperparams = jax.tree.map(keep, attempt.hyperparams, state.hyperparams)
+    refused = optimizer.after_refusal(state.memory, estimate.memory)
+    rejected = state.metadata["rejected"]
+    metrics = {
+        "train_loss": loss_of(estimate.train_loss),
+        "val_loss": loss_of(estimate.val_loss),
+        "hypergrad_norm": norm,
+        "param_norm": optimizer._param_norm(z.w),
+        "hyperparam_norm": scaled_norm(hyperparams),
+        "rejected": rejected + (~accepted).astype(rejected.dtype),
+    }
+    dtype = accumulation_dtype(state.params)
+    state = with_inner_state(state, z).update(
+        hyperparams=hyperparams,
+        outer_opt_state=outer_opt_state,
+        step=state.step + 1,
+        memory=jax.tree.map(keep, estimate.memory, refused),
+        fresh=state.fresh & ~accepted,
+    )
+    cast = lambda metrics: {name: x.astype(dtype) for name, x in metrics.items()}
+    aux = aux_of(estimate.train_loss, estimate.val_loss)
+    check_free(aux, state)
+    return with_aux(with_metrics(state, cast(metrics)), cast(aux)), moving
 
 
 @compiled

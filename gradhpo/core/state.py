@@ -43,9 +43,9 @@ class BilevelState(eqx.Module):
         its docstring); `None` if it carries nothing.
     - `model_state`: running state of the model, such as batch statistics; `None` if it has none.
     - `fresh`: whether the inner optimizer's state is what its `init` made at these hyperparameters,
-        shape `()`, bool: true after `init` and `restart`, false after a `step` and after
-        `update(inner_opt_state=...)`. `eqx.tree_at` leaves it true: a state of your own that is set
-        that way is made again where hyperparameters act in `init`.
+        shape `()`, or `[members]` in a population, bool: true after `init` and `restart`, false
+        after a `step` and after `update(inner_opt_state=...)`. `eqx.tree_at` leaves it true: a
+        state of your own that is set that way is made again where hyperparameters act in `init`.
     - `model` (property): the model that `partition` split, combined again, with plain arrays.
 
     The metrics are scalars, float32 (float64 if a parameter is float64), and `nan` before the first
@@ -69,7 +69,7 @@ class BilevelState(eqx.Module):
     metadata: Metadata = eqx.field(converter=Metadata)
     memory: PyTree = None
     model_state: PyTree = None
-    fresh: Bool[Array, ""] = eqx.field(converter=jnp.asarray, default=False)
+    fresh: Bool[Array, "..."] = eqx.field(converter=jnp.asarray, default=False)
 
     def __check_init__(self):
         self.metadata.in_memory = frozenset(entries_of(self.memory))
@@ -83,7 +83,7 @@ class BilevelState(eqx.Module):
         outer_opt_state: PyTree,
         memory: PyTree = None,
         model_state: PyTree = None,
-        fresh: bool | Bool[Array, ""] = False,
+        fresh: bool | Bool[Array, "..."] = False,
     ) -> "BilevelState":
         """A state at step 0, with metrics `nan` and nothing rejected.
 
@@ -120,7 +120,7 @@ class BilevelState(eqx.Module):
         metadata: dict[str, Any] | None = None,
         memory: PyTree = None,
         model_state: PyTree = None,
-        fresh: bool | Bool[Array, ""] | None = None,
+        fresh: bool | Bool[Array, "..."] | None = None,
     ) -> "BilevelState":
         """A new state with some fields replaced.
 
@@ -144,6 +144,8 @@ class BilevelState(eqx.Module):
             self._check_notes(metadata)
         if fresh is None and inner_opt_state is not None:
             fresh = False
+        if isinstance(fresh, bool):
+            fresh = jnp.full_like(self.fresh, fresh)
         if params is not None:
             params = frozen_as(self.params, params, "update(params=...)")
         given = {
@@ -231,7 +233,11 @@ def with_inner_state(state: BilevelState, z: InnerState) -> BilevelState:
     """A state with another z, which is no longer `fresh`; a wrapper may change its shapes."""
     params = eqx.combine(z.w, state.params)
     return dataclasses.replace(
-        state, params=params, inner_opt_state=z.s, model_state=z.r, fresh=False
+        state,
+        params=params,
+        inner_opt_state=z.s,
+        model_state=z.r,
+        fresh=jnp.zeros_like(state.fresh),
     )
 
 

@@ -46,6 +46,9 @@ METRICS = (
 )
 """The metrics of every step, by name."""
 
+MEMBERS = "members."
+"""In front of a metric's name: that of all members of a population, beside their lowest."""
+
 _T = TypeVar("_T")
 
 

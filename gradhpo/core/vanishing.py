@@ -60,7 +60,9 @@ def warn_of_zeros(optimizer: InnerProblems, inputs: Inputs, moving: ArrayLike) -
 
     For example, a penalty has no derivative at parameters of 0, but has one a step away.
     """
-    zeros = vanished(optimizer, inputs, numbers(moving))
+    every = numbers(moving)  # [leaves], or [members, leaves]
+    moved = np.asarray(np.any(every.reshape(-1, every.shape[-1]), axis=0))
+    zeros = vanished(optimizer, inputs, moved)
     if not zeros:
         return []
     with without_warnings():

@@ -139,7 +139,9 @@ class Case:
             # The inner problem continues; nothing is refused.
             state = with_inner_state(state, estimate.z).update(memory=estimate.memory)
             arrays, _ = carried(state)
-            return (arrays, estimate.hypergradient), loss_of(estimate.val_loss)
+            # Of a population the sum, as in `_outer_loss`.
+            val_loss = jnp.sum(loss_of(estimate.val_loss))
+            return (arrays, estimate.hypergradient), val_loss
 
         steps = jnp.arange(self.num_steps // per_step, dtype=jnp.int32)
         (arrays, hypergradient), val_losses = jax.lax.scan(body, (arrays, start.hyperparams), steps)

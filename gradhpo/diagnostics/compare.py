@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
@@ -165,7 +166,8 @@ def _estimated(case: Case, optimizer: BilevelOptimizer) -> _Estimated:
         program = case.estimate(optimizer)
         (hypergradient, val_loss, metrics), seconds = program.timed()
     cost = dataclasses.replace(program.cost, seconds=seconds)
-    metrics = {name: float(value) for name, value in metrics.items()}
+    inexact = {name: x for name, x in metrics.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+    metrics = {name: float(np.mean(x)) for name, x in inexact.items()}
     return _Estimated(jax.tree.map(np.asarray, hypergradient), float(val_loss), metrics, cost)
 
 

@@ -51,7 +51,7 @@ class Chunk(eqx.Module):
     @functools.partial(compiled, gives_up=(1,))
     def run_steps(
         self, state: BilevelState, length: int
-    ) -> tuple[BilevelState, dict[str, Array], Bool[Array, " leaves"], Refused | None]:
+    ) -> tuple[BilevelState, dict[str, Array], Bool[Array, "*members leaves"], Refused | None]:
         """`length` outer steps, their stacked metrics, and which hyperparameters ever moved.
 
         The device may still be at work. The state comes without the metrics that losses return,
@@ -81,7 +81,7 @@ class Chunk(eqx.Module):
         InnerState,
         InnerState,
         dict[str, Array],
-        Bool[Array, " leaves"],
+        Bool[Array, "*members leaves"],
         Refused | None,
     ]:
         """`episodes` times `length` outer steps; either part of one episode, or whole ones.
@@ -190,7 +190,7 @@ class Chunk(eqx.Module):
 
     def _steps(
         self, state: BilevelState, first: Array, length: int
-    ) -> tuple[BilevelState, dict[str, Array], dict[str, Array], Bool[Array, " leaves"]]:
+    ) -> tuple[BilevelState, dict[str, Array], dict[str, Array], Bool[Array, "*members leaves"]]:
         """Steps whose batches are at `first` and after in the data of this chunk.
 
         Returns the state, the stacked metrics, those that the losses returned, and which
@@ -216,7 +216,8 @@ class Chunk(eqx.Module):
             rate = outer_rate(rate(state.step) if callable(rate) else rate)
             new, moving = self.optimizer._advance(inputs, rate)
             metrics = {name: new.metadata[name] for name in METRICS}
-            metrics |= self.optimizer._scalars(new.memory) | recorded(new, self.record)
+            metrics |= self.optimizer._scalars(new.memory)
+            metrics |= recorded(self.optimizer, new, self.record)
             aux = {name: new.metadata[name] for name in new.metadata.aux}
             check_names(aux, metrics)
             return _arrays(_without(new, [*measured, *aux])), (metrics, aux, moving)

@@ -17,6 +17,7 @@ from jaxtyping import PyTree
 
 from gradhpo.core.state import BilevelState
 from gradhpo.utils.description import described_function
+from gradhpo.utils.processes import numbers
 from gradhpo.utils.settings import check_count
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.warn import noted, warn
@@ -97,7 +98,7 @@ class BestState:
 
     def start(self, state: BilevelState, resumed: bool) -> Best:
         """The memory before the first step."""
-        rejected = np.asarray(state.metadata["rejected"], np.float64)
+        rejected = np.asarray(np.min(numbers(state.metadata["rejected"])), np.float64)
         return Best(np.asarray(np.inf), np.asarray(0), rejected, state)
 
     def __call__(self, state: BilevelState, metrics: Mapping[str, np.ndarray]) -> None:

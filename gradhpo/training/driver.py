@@ -27,6 +27,7 @@ from gradhpo.training.first_chunk import zeros_and_refusal
 from gradhpo.training.flight import Flight, at_the_end, on_host
 from gradhpo.training.handover import Handover
 from gradhpo.training.keeper import Keeper
+from gradhpo.training.members import Shown, any_member
 from gradhpo.training.record import Record, norm_of
 from gradhpo.training.recorded import check_names
 from gradhpo.training.refused import Refused
@@ -52,6 +53,7 @@ class Driver:
     max_rejections: int
     feed: Feed
     callbacks: Callbacks
+    shows: Shown
     keeper: Keeper | None
     state: BilevelState
 
@@ -65,8 +67,9 @@ class Driver:
         self.shared = is_shared(self.state)
         self.record = Record(
             int(self.state.step),
-            float(self.state.metadata["rejected"]),
-            norm_at_start=norm_of(self.start.w),
+            numbers(self.state.metadata["rejected"]),
+            norm_of(self.start.w, self.optimizer.num_members),
+            self.shows,
         )
         self.refused = Refused.at_first(self.max_rejections, 0)
         self.positions = self.feed.positions()
@@ -260,7 +263,7 @@ class Driver:
         flight = flying[0]
         with failing("device error", may_return=flight.may_return, advice=self._advice):
             metrics = {name: on_host(values) for name, values in flight.metrics.items()}
-            moved = numbers(flight.moved)
+            moved = any_member(numbers(flight.moved))
         flying.popleft()
         if self.zeros is None:
             given = self.optimizer, self.rate, flight.chunk, self.state, metrics, moved
@@ -274,6 +277,7 @@ class Driver:
         self.refused = flight.refused
         self.feed.release_oldest()
         aux = sorted(self.state.metadata.aux)
+        metrics = self.shows(metrics)
         bar.advance(len(metrics["rejected"]), metrics, aux)
         with failing("callback error", may_return=flight.may_return):
             if failure is not None:

@@ -10,6 +10,7 @@ from gradhpo.core.state import BilevelState
 from gradhpo.core.vanishing import warn_of_zeros
 from gradhpo.training.chunk import Chunk
 from gradhpo.training.record import looks_finite
+from gradhpo.utils.processes import numbers
 from gradhpo.utils.settings import outer_rate
 
 
@@ -25,7 +26,7 @@ def zeros_and_refusal(
 
     `state` is the one before the chunk, and `moved` says which leaves ever had another one.
     """
-    refused = metrics["rejected"][-1] - float(state.metadata["rejected"])
+    refused = np.min(metrics["rejected"][-1] - numbers(state.metadata["rejected"]))
     unexplained = refused == len(metrics["rejected"]) and looks_finite(metrics)
     if not unexplained and np.all(moved):
         return [], ""

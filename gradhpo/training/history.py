@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gradhpo.training.members import lowest
+
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,7 +16,8 @@ class History(Mapping[str, np.ndarray]):
     """Metrics of a run: a mapping from a metric's name to an array `[steps]`.
 
     `"train_loss"`, `"val_loss"`, `"hypergrad_norm"`, `"param_norm"`, `"hyperparam_norm"` and
-    `"rejected"` (how many so far) as in [`BilevelState`][gradhpo.BilevelState]; the scalars in the
+    `"rejected"` (how many so far) as in [`BilevelState`][gradhpo.BilevelState], `[steps, members]`
+    for a [`Population`][gradhpo.Population]; the scalars in the
     memory of the algorithm (`"theta"`, `"linear_residual"`); and what losses return beside their
     values, `"train_accuracy"` and `"val_accuracy"` for `{"accuracy": ...}`. Looking up another name
     raises `KeyError`.
@@ -62,7 +65,7 @@ class History(Mapping[str, np.ndarray]):
         return f"History({steps} steps, {', '.join(self)}; stopped: {self.stop_reason})"
 
     def plot(self, *metrics: str, ax: "Axes | None" = None, **kwargs: Any) -> "Axes":
-        """Draws metrics over steps with matplotlib.
+        """Draws metrics over steps with matplotlib: of a population, a fan of its members.
 
         **Arguments:** names of `metrics`, by default both losses; `ax` to draw into, by default a
         new one; everything else goes to `ax.plot`.
@@ -76,7 +79,15 @@ class History(Mapping[str, np.ndarray]):
         if ax is None:
             ax = plt.subplots(layout="constrained")[1]
         for name in metrics or ("train_loss", "val_loss"):
-            ax.plot(np.arange(1, len(self[name]) + 1), self[name], label=name, **kwargs)
+            steps, values = np.arange(1, len(self[name]) + 1), self[name]
+            if values.ndim == 2:  # all members, and the lowest of them
+                color = kwargs.get("color", f"C{len(ax.lines) % 10}")
+                fan: dict[str, Any] = {"lw": 0.7, "alpha": 0.4} | kwargs | {"color": color}
+                ax.plot(steps, values, **fan)
+                values, name = lowest(values), f"{name}, lowest"
+                ax.plot(steps, values, label=name, **(kwargs | {"color": color}))
+                continue
+            ax.plot(steps, values, label=name, **kwargs)
         ax.set_xlabel("step")
         ax.legend()
         return ax

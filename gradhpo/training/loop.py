@@ -28,6 +28,7 @@ from gradhpo.training.driver import Driver
 from gradhpo.training.history import History
 from gradhpo.training.identity import identity
 from gradhpo.training.keeper import Keeper
+from gradhpo.training.members import Shown
 from gradhpo.training.recorded import check_monitored, check_record, recorded_names
 from gradhpo.training.report import not_finite_at_first, write_report
 from gradhpo.training.start import make_start
@@ -211,6 +212,7 @@ def run(
         max_rejections=max_rejections,
         feed=feed,
         callbacks=watching,
+        shows=Shown(optimizer.num_members is not None, frozenset([*names, *watching.monitored])),
         keeper=keeper,
         state=state,
     )

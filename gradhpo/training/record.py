@@ -1,28 +1,33 @@
 """What a run writes down as it goes: the metrics of every step, and which were rejected."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
 from gradhpo.core.types import METRICS
+from gradhpo.training.members import every_member
 from gradhpo.utils.dispatch import compiled
 from gradhpo.utils.processes import is_shared
 from gradhpo.utils.trees import tree_l2_norm
 
 
-def norm_of(tree: PyTree) -> float:
-    """Of parameters: on the host if they are of one process, as each model is another program."""
+def norm_of(tree: PyTree, num_members: int | None = None) -> float:
+    """Of parameters: on the host if they are of one process, as each model is another program.
+
+    Of a population: the lowest of its members.
+    """
     if is_shared(tree):
-        return float(_norm_in_place(tree))
-    squares = [np.sum(np.square(np.asarray(x, float))) for x in jax.tree.leaves(tree)]
-    return float(np.sqrt(np.sum(squares)))
+        return float(_norm_in_place(tree, num_members))
+    rows = [np.asarray(x, float).reshape(num_members or 1, -1) for x in jax.tree.leaves(tree)]
+    return float(np.sqrt(np.min(sum(np.sum(np.square(x), axis=1) for x in rows))))
 
 
 @compiled
-def _norm_in_place(tree: PyTree) -> Array:
-    return tree_l2_norm(tree)
+def _norm_in_place(tree: PyTree, num_members: int | None) -> Array:
+    return tree_l2_norm(tree) if num_members is None else jnp.min(jax.vmap(tree_l2_norm)(tree))
 
 
 class Columns:
@@ -56,8 +61,14 @@ class Columns:
 class Record:
     """The metrics of all steps, and which of them were rejected as non-finite."""
 
-    def __init__(self, first_step: int, rejected_before: float, norm_at_start: float):
-        self._first, self.norm_at_start = first_step, norm_at_start
+    def __init__(
+        self,
+        first_step: int,
+        rejected_before: np.ndarray,
+        norm_at_start: float,
+        shows: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] = lambda metrics: metrics,
+    ):
+        self._first, self.norm_at_start, self._shows = first_step, norm_at_start, shows
         self.columns = Columns()
         self._last = self._rejected_before = rejected_before
         self.taken = self.resumed_at = 0
@@ -68,16 +79,17 @@ class Record:
     def add(self, metrics: dict[str, np.ndarray]) -> None:
         """The steps of one more chunk."""
         self.columns.add(metrics)
-        if metrics["rejected"][-1] == self._last:  # as nearly always
+        if np.array_equal(metrics["rejected"][-1], self._last):  # as nearly always
             self.taken += len(metrics["rejected"])
             self.in_a_row = 0
             return
         losses = np.isfinite(metrics["train_loss"]) & np.isfinite(metrics["val_loss"])
-        only_derivative = losses & ~np.isfinite(metrics["hypergrad_norm"])
-        for value, derivative in zip(metrics["rejected"], only_derivative, strict=True):
+        only_derivative = every_member(losses & ~np.isfinite(metrics["hypergrad_norm"]))
+        counted = np.concatenate([np.asarray(self._last)[None], metrics["rejected"]])
+        self._last = counted[-1]
+        refused = every_member(np.diff(counted, axis=0) > 0)
+        for rejected, derivative in zip(refused, only_derivative, strict=True):
             self.taken += 1
-            rejected = value > self._last
-            self._last = value
             self.in_a_row = self.in_a_row + 1 if rejected else 0
             self.longest = max(self.longest, self.in_a_row)
             if rejected:
@@ -86,7 +98,7 @@ class Record:
 
     def emptied(self) -> "Record":
         """One of the same run before its first step."""
-        return Record(self._first, self._rejected_before, self.norm_at_start)
+        return Record(self._first, self._rejected_before, self.norm_at_start, self._shows)
 
     def resume(self, metrics: dict[str, np.ndarray]) -> None:
         """The steps that an earlier session took."""
@@ -102,6 +114,10 @@ class Record:
     def metrics(self) -> dict[str, np.ndarray]:
         """Every metric over all steps."""
         return self.columns.since(0) or {name: np.zeros(0) for name in METRICS}
+
+    def shown(self) -> dict[str, np.ndarray]:
+        """The same as callbacks see them, with one value for each step."""
+        return self._shows(self.metrics())
 
 
 def looks_finite(metrics: Mapping[str, np.ndarray]) -> bool:

@@ -17,25 +17,32 @@ from gradhpo.utils.repeatable import check_repeatable
 RecordFn: TypeAlias = Callable[[BilevelState], dict[str, Array]]
 
 
-def scalar_hyperparams(hyperparams: PyTree) -> dict[str, Array]:
-    """Hyperparameters of shape `()`, by name: `hyperparams.decay`, or `hyperparams` alone."""
+def scalar_hyperparams(optimizer: BilevelOptimizer, hyperparams: PyTree) -> dict[str, Array]:
+    """Hyperparameters of shape `()`, by name: `hyperparams.decay`, or `hyperparams` alone.
+
+    Of shape `[members]` in a population.
+    """
+    shape = () if optimizer.num_members is None else (optimizer.num_members,)
     return {
         ".".join(["hyperparams", *([name] if name else [])]): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(hyperparams)
         for name in [jax.tree_util.keystr(path, simple=True, separator=".")]
-        if eqx.is_array(leaf) and leaf.shape == ()
+        if eqx.is_array(leaf) and leaf.shape == shape
     }
 
 
-def recorded(state: BilevelState, record: RecordFn | None) -> dict[str, Array]:
+def recorded(
+    optimizer: BilevelOptimizer, state: BilevelState, record: RecordFn | None
+) -> dict[str, Array]:
     """Scalar hyperparameters, and what the user's function returns."""
-    return scalar_hyperparams(state.hyperparams) | ({} if record is None else record(state))
+    ours = scalar_hyperparams(optimizer, state.hyperparams)
+    return ours | ({} if record is None else record(state))
 
 
 def recorded_names(optimizer: BilevelOptimizer, state: BilevelState) -> list[str]:
     """What every run of this optimizer records."""
     scalars = eqx.filter_eval_shape(optimizer._scalars, state.memory)
-    return [*METRICS, *scalars, *scalar_hyperparams(state.hyperparams)]
+    return [*METRICS, *scalars, *scalar_hyperparams(optimizer, state.hyperparams)]
 
 
 def check_record(optimizer: BilevelOptimizer, state: BilevelState, record: Any) -> list[str]:

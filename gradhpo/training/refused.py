@@ -28,8 +28,12 @@ class Refused(eqx.Module):
         whole = lambda x: jnp.asarray(min(x, 2**31 - 1), jnp.int32)
         return cls(whole(limit), whole(in_a_row), jnp.asarray(False))
 
-    def after(self, before: Float[Array, ""], counted: Float[Array, " steps"]) -> "Refused":
+    def after(
+        self, before: Float[Array, "*members"], counted: Float[Array, "steps *members"]
+    ) -> "Refused":
         """After more steps; `counted` is the metric `rejected` at each, `before` in front of them.
+
+        A step of a population counts as refused if those of all members are.
 
         ```python
         first = Refused.at_first(2, 0)
@@ -37,7 +41,8 @@ class Refused(eqx.Module):
         assert first.after(jnp.asarray(3.0), jnp.array([4.0, 5.0, 5.0])).over
         ```
         """
-        refused = jnp.diff(counted, prepend=before) > 0
+        each = jnp.diff(counted, axis=0, prepend=before[None]) > 0
+        refused = jnp.all(each.reshape(len(counted), -1), axis=1)
         number = 1 + jnp.arange(len(counted), dtype=jnp.int32)
         accepted = jax.lax.cummax(jnp.where(refused, 0, number))  # the last one so far
         in_a_row = number - accepted + jnp.where(accepted == 0, self.in_a_row, 0)

@@ -108,7 +108,7 @@ def _on_divergence(record: Record, advised: bool) -> list[str]:
 
     `advised`: the report has named the usual causes already.
     """
-    metrics = record.metrics()
+    metrics = record.shown()
     paths = {
         "training loss": metrics["train_loss"],
         "validation loss": metrics["val_loss"],
@@ -140,7 +140,7 @@ def states_lost(taken: int, step: int) -> str:
 
 def not_finite_at_first(record: Record) -> str:
     """The first loss that was not finite in the first step, or nothing."""
-    metrics = record.metrics()
+    metrics = record.shown()
     losses = {"train_loss": "training loss", "val_loss": "validation loss"}
     at_first = lambda name: metrics[name][:1]
     bad = [said for name, said in losses.items() if not np.all(np.isfinite(at_first(name)))]
@@ -151,7 +151,7 @@ def _on_over_fitting(
     record: Record, monitored: Sequence[str], examples: int | None, hyperparams: int
 ) -> list[str]:
     """A monitored loss that rises while the validation loss falls, and what there is to fit."""
-    metrics = record.metrics()
+    metrics = record.shown()
     sentences = []
     for name in monitored:
         is_loss = "loss" in name.lower() or "error" in name.lower()
@@ -177,7 +177,7 @@ def _on_over_fitting(
 
 def _on_looks(record: Record, monitored: Sequence[str]) -> list[str]:
     """Monitors that look at the ends of few chunks, which shows no course."""
-    metrics = record.metrics()
+    metrics = record.shown()
     looks = max((int(np.sum(np.isfinite(metrics[name]))) for name in monitored), default=0)
     if not 0 < looks < min(_FEW_LOOKS, record.taken):
         return []

@@ -110,7 +110,7 @@ class _FileLogger(abc.ABC):
             self._waiting, self._error = [], None
 
     def _columns(self, state: Any, metrics: Mapping[str, np.ndarray]) -> dict[str, list]:
-        metrics = {name: x for name, x in metrics.items() if x.ndim == 1}
+        metrics = _columns_of(metrics)
         last, length = int(state.step), len(next(iter(metrics.values())))
         first = last + 1 - length
         due = slice(-first % self._every, None, self._every)  # steps count from 1
@@ -175,6 +175,17 @@ class _FileLogger(abc.ABC):
         else:
             file.truncate(place)
             file.seek(place)
+
+
+def _columns_of(metrics: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """One value for each step; those of a population's members as `members.val_loss.0`."""
+    found = {}
+    for name, x in metrics.items():
+        if x.ndim == 1:
+            found[name] = x
+        elif x.ndim == 2 and name.startswith("members."):
+            found |= {f"{name}.{number}": column for number, column in enumerate(x.T)}
+    return found
 
 
 def _first_line_of(path: Path) -> str:

@@ -15,6 +15,7 @@ from gradhpo.core.fitting import fit_memory
 from gradhpo.core.inner_state import InnerState, Start
 from gradhpo.core.inputs import Inputs, LossFunctions
 from gradhpo.core.outer import Estimate
+from gradhpo.core.outer_step import OneOuterStep
 from gradhpo.core.state import BilevelState, inner_state, with_inner_state, with_memory
 from gradhpo.core.types import LossFn, MetricDict
 from gradhpo.core.wrapper import Wrapper
@@ -25,7 +26,7 @@ from gradhpo.wrappers.task_memory import TaskMemory, memory_of
 
 
 @checked
-class TaskBatched(Wrapper):
+class TaskBatched(OneOuterStep, Wrapper):
     r"""Runs any optimizer on `num_tasks` tasks in parallel, with shared hyperparameters.
 
     Parameters, inner optimizer state, the optimizer's own memory and all batches have a leading
@@ -77,6 +78,12 @@ class TaskBatched(Wrapper):
         check_count("num_tasks", self.num_tasks)
         if isinstance(self.optimizer, TaskBatched):
             raise ValueError("TaskBatched(optimizer) got a TaskBatched; one task axis is enough")
+        if self.optimizer.num_members is not None:
+            name = type(self.optimizer).__name__
+            raise ValueError(
+                f"TaskBatched(optimizer) got a {name}, whose members have hyperparameters of their "
+                f"own: write {name}(TaskBatched(optimizer, num_tasks), num_members)"
+            )
 
     def estimate_theta(
         self,

@@ -1,0 +1,509 @@
+r"""A population: members follow their hypergradients, the worst copy the best and mutate."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, PyTree
+
+from gradhpo.core.base import BilevelOptimizer
+from gradhpo.core.first_state import first_state
+from gradhpo.core.inner_state import InnerState, Start
+from gradhpo.core.inputs import Inputs, LossFunctions
+from gradhpo.core.outer import Estimate
+from gradhpo.core.outer_step import advanced
+from gradhpo.core.refusal import Attempt
+from gradhpo.core.state import BilevelState
+from gradhpo.core.types import MetricDict, RealScalarLike
+from gradhpo.core.wrapper import Wrapper
+from gradhpo.utils.freezing import trained
+from gradhpo.utils.keys import key_of_numbers, numbers_of_key
+from gradhpo.utils.settings import check_count
+from gradhpo.utils.structure import check_same_structure
+from gradhpo.utils.typecheck import checked
+from gradhpo.utils.validation import check_arity
+from gradhpo.wrappers.exploiting import copied, running_mean, sources
+from gradhpo.wrappers.family import draw_family
+from gradhpo.wrappers.members import (
+    Member,
+    PopulationMemory,
+    check_member_axis,
+    memory_of,
+    numbered,
+    part_of,
+    with_part,
+)
+from gradhpo.wrappers.mutations import Mutation, RandomMutation, as_mutation
+
+
+@checked
+class Population(Wrapper):
+    r"""Runs `num_members` copies of any optimizer, each with hyperparameters of its own.
+
+    Every member follows its own hypergradient. After every `exploit_every`-th step the worst
+    members become copies of better ones, and their hyperparameters mutate: descent inside,
+    exploration outside. All members see the same batches and are compiled as one program.
+
+    The worst are the $\max(1, \mathrm{round}(\mathtt{fraction} \cdot K))$ members, at most half of
+    all, with the highest running mean (decay 0.9) of the validation loss. Each copies a random one
+    of as many best: parameters, inner and outer optimizer state, model state, memory and
+    hyperparameters, which then mutate; it also takes the running mean. A member whose last step was
+    refused as non-finite counts as the worst, is always replaced, and does not hold up the others.
+
+    **Arguments:**
+
+    - `optimizer`: any other optimizer, `TaskBatched` included.
+    - `num_members`: $K$, at least 1.
+    - `exploit_every`: steps between two exploits, at least 1; default `None`: never, independent
+        descents.
+    - `fraction`: the share of members that are replaced, in (0, 0.5], default 0.2.
+    - `mutation`: a function `(key, hyperparams) -> hyperparams` of one member, or
+        [`RandomMutation`][gradhpo.RandomMutation] (the default),
+        [`ResampleMutation`][gradhpo.ResampleMutation] or
+        [`LearnedMutation`][gradhpo.LearnedMutation].
+
+    The state: all arrays that are trained or tuned, optimizer states, model state, metrics and
+    `memory.of_each` have a leading member axis; frozen leaves, other leaves of the model and notes
+    are shared. `memory.parent` says whom each member copied in the last step. `best(state)` and
+    `of_member(state, number)` are states of `optimizer`. Hyperparameters of several kinds (positive
+    ones and logarithms) take a mutation function of your own. Around
+    [`FixedOptimizer`][gradhpo.FixedOptimizer] it is population based training without
+    hypergradients.
+
+    In [`run`][gradhpo.run] the history has metrics `[steps, members]`, and `history["parent"]` if
+    there are exploits; callbacks and loggers see the lowest of the members under each name, and all
+    of them under `members.<name>`. `max_rejections` counts steps in which all members were refused.
+    Episodes restart every member at its own start.
+
+    To spread members over devices, pass arrays that are sharded along their first axis: only
+    exploiting, and a mutation that learns, exchange anything.
+
+    **Raises:** `ValueError` for `num_members < 1`, `exploit_every < 1` or with one member, a
+    `fraction` outside (0, 0.5], a `Population` in a `Population`, a mutation that learns around an
+    optimizer without hypergradients, or a state of another number of members; `TypeError` for
+    anything else as `mutation`.
+
+    ```python
+    train_loss = lambda w, h, batch: jnp.sum((w - h) ** 2)
+    val_loss = lambda w, h, batch: jnp.sum(w**2 + jnp.sin(5.0 * w))
+    optimizer = gradhpo.Population(
+        gradhpo.UnrolledOptimizer(optax.sgd(0.1), optax.adam(0.01), unroll_steps=5),
+        num_members=8, exploit_every=20, mutation=gradhpo.RandomMutation(scale=0.3),
+    )
+    spread = lambda key, h: h + jax.random.normal(key, h.shape)
+    state = optimizer.init(jnp.zeros(2), jnp.zeros(2), spread=spread, key=jax.random.key(0))
+    assert state.params.shape == state.hyperparams.shape == (8, 2)
+    losses = gradhpo.LossFunctions(train_loss, val_loss)
+    state, history = gradhpo.run(
+        optimizer, state, losses, None, None, num_steps=100, progress=False
+    )
+    assert history["val_loss"].shape == (100, 8)
+    best = optimizer.best(state)
+    assert best.hyperparams.shape == (2,)
+    ```
+
+    ??? cite "Reference"
+
+        Jaderberg et al., *Population Based Training of Neural Networks*, 2017, arXiv:1711.09846;
+        with hypergradients as in Tao et al., *Learning to Mutate with Hypergradient Guided
+        Population*, NeurIPS 2020.
+    """
+
+    optimizer: BilevelOptimizer
+    num_members: int = eqx.field(static=True)
+    exploit_every: int | None = eqx.field(static=True, default=None)
+    fraction: float = eqx.field(static=True, default=0.2)
+    mutation: Mutation = eqx.field(converter=as_mutation, default=RandomMutation())
+
+    def __check_init__(self):
+        check_count("num_members", self.num_members)
+        if self.optimizer.num_members is not None:
+            raise ValueError("Population(optimizer) got a population; one member axis is enough")
+        if not 0 < self.fraction <= 0.5:
+            raise ValueError(
+                f"fraction={self.fraction} must be in (0, 0.5]: the worst members copy as many best"
+            )
+        if self.exploit_every is not None:
+            check_count("exploit_every", self.exploit_every)
+            if self.num_members == 1:
+                raise ValueError("exploit_every needs two members or more; num_members is 1")
+        if self.mutation.learns and not self.optimizer.tunes:
+            raise ValueError(
+                f"{type(self.mutation).__name__} learns from hypergradients, and "
+                f"{type(self.optimizer).__name__} computes none: take RandomMutation"
+            )
+
+    @checked
+    def init(
+        self,
+        params: PyTree,
+        hyperparams: PyTree,
+        *,
+        spread: Callable[[Array, PyTree], PyTree] | None = None,
+        key: Array | None = None,
+        batch: PyTree = None,
+        model_state: PyTree = None,
+        losses: LossFunctions | None = None,
+        val_batch: PyTree = None,
+    ) -> BilevelState:
+        """The state at step 0.
+
+        **Arguments:**
+
+        - `params`, `hyperparams`, `model_state`: with `spread`, those of one member; without,
+            every array that is trained or tuned, and all of `model_state`, has the leading axis
+            `[members]`.
+        - `spread`: `(key, hyperparams) -> hyperparams`, which makes the hyperparameters of each
+            member from those of one. Parameters and model state are the same for all. Default
+            `None`.
+        - `key`: a PRNG key, for `spread` and for exploiting, kept in the memory; the wrapped
+            optimizer gets it as well. Default `None`: `jax.random.key(0)`, and none for the wrapped
+            optimizer.
+        - `batch`, `losses`, `val_batch`: as for any
+            [`init`][gradhpo.BilevelOptimizer.init]; batches have no member axis.
+
+        **Raises:** as for any `init`; `ValueError` for an array without the member axis, or for
+        hyperparameters of another structure or shape from `spread`.
+        """
+        given = params, hyperparams, model_state, batch, key
+        if spread is None:
+            return first_state(self, self._init_state, *given, losses, val_batch)
+        check_arity(spread, "spread", "key, hyperparams")
+        make = functools.partial(self._spread_out, spread)
+        return first_state(self, make, *given, losses, val_batch)
+
+    def best(self, state: BilevelState) -> BilevelState:
+        """The member with the lowest validation loss of the last step, for the wrapped `optimizer`.
+
+        Members that were replaced at the end of that step are not measured yet, and do not count.
+
+        **Arguments:** `state`: from this optimizer.
+
+        **Raises:** `ValueError` if no member has a finite validation loss (before the first step),
+        or for a state of another number of members.
+        """
+        memory = memory_of(state.memory, self.num_members)
+        measured = memory.parent == numbered(self.num_members)
+        losses = jnp.where(measured, state.metadata["val_loss"], jnp.inf)
+        losses = jnp.where(jnp.isfinite(losses), losses, jnp.inf)
+        if not isinstance(losses, Tracer) and not np.any(np.isfinite(losses)):
+            raise ValueError(
+                "no member has a finite validation loss: take a step first, or choose one with "
+                "of_member(state, number)"
+            )
+        return self._member(state, jnp.argmin(losses))
+
+    def of_member(self, state: BilevelState, number: int) -> BilevelState:
+        """The state of one member, as the wrapped `optimizer` takes it.
+
+        **Arguments:** `state`: from this optimizer; `number`: of the member, counted from 0.
+
+        **Raises:** `ValueError` for a number without a member, or a state of another number of
+        members.
+        """
+        if not 0 <= number < self.num_members:
+            raise ValueError(
+                f"of_member(number={number}): the {self.num_members} members are numbered from 0 "
+                f"to {self.num_members - 1}"
+            )
+        return self._member(state, number)
+
+    def plot_family(self, history: Mapping[str, np.ndarray], ax: Any = None) -> Any:
+        """Draws who copied whom: a line for each member, by its validation loss.
+
+        **Arguments:** `history`: of a [`run`][gradhpo.run] with `exploit_every`; `ax`: the
+        matplotlib axes to draw into, by default new ones.
+
+        **Returns:** `ax`.
+
+        **Raises:** `ValueError` for a history without exploits; `ImportError` without matplotlib.
+        """
+        return draw_family(history, ax)
+
+    def finite_part(self, memory: PopulationMemory) -> PyTree:
+        """As for `optimizer`."""
+        return self.optimizer.finite_part(memory.of_each)
+
+    def after_refusal(self, old: PopulationMemory, new: PopulationMemory) -> PopulationMemory:
+        """As for `optimizer`."""
+        of_each = self.optimizer.after_refusal(old.of_each, new.of_each)
+        return dataclasses.replace(new, of_each=of_each)
+
+    def remarks(
+        self, before: MetricDict, metrics: Mapping[str, np.ndarray], copies: int = 1
+    ) -> str:
+        """As for `optimizer`, over all members."""
+        before = {name: jnp.mean(x) for name, x in before.items()}
+        mean = lambda x: np.mean(x, axis=1) if np.ndim(x) == 2 else x
+        means = {name: mean(x) for name, x in metrics.items()}
+        return self.optimizer.remarks(before, means, copies * self.num_members)
+
+    # -- one step ------------------------------------------------------------------------------
+
+    def _advance(
+        self, inputs: Inputs, lr_hyper: RealScalarLike | None
+    ) -> tuple[BilevelState, Bool[Array, "members leaves"]]:
+        def advance(inputs: Inputs) -> tuple[Member, PyTree, Array]:
+            attempt = self.optimizer._attempt(inputs, lr_hyper)
+            new, moving = advanced(self.optimizer, inputs.state, attempt)
+            return part_of(new, new.memory), attempt.estimate.hypergradient, moving
+
+        state, memory = inputs.state, memory_of(inputs.state.memory, self.num_members)
+        own, hypergradients, moving = self._each(advance, inputs)
+        loss, rejected = own.metrics["val_loss"], own.metrics["rejected"]
+        counts = (rejected == state.metadata["rejected"]) & jnp.isfinite(loss)
+        mean, count = running_mean(memory.mean_val_loss, memory.num_losses, loss, counts)
+        memory = dataclasses.replace(
+            memory,
+            mean_val_loss=mean,
+            num_losses=count,
+            parent=numbered(self.num_members),
+            mutation=self.mutation.learn(memory.mutation, hypergradients, state.hyperparams),
+            of_each=own.memory,
+        )
+        step = state.step + 1
+        if self.exploit_every is not None:
+            own, memory = jax.lax.cond(
+                step % self.exploit_every == 0,
+                lambda: self._exploited(own, memory, step),
+                lambda: (own, memory),
+            )
+        return with_part(state, own, memory).update(step=step), moving
+
+    def _exploited(
+        self, own: Member, memory: PopulationMemory, step: Array
+    ) -> tuple[Member, PopulationMemory]:
+        """The worst replaced by mutated copies of the best."""
+        draws, mutates = jax.random.split(jax.random.fold_in(key_of_numbers(memory.key), step))
+        mean = memory.mean_val_loss
+        parent = sources(draws, mean, self._num_replaced)
+        copies = copied(own._replace(metrics=None), parent)
+        keys = jax.random.split(mutates, self.num_members)
+        mutate = functools.partial(self.mutation.mutate, memory.mutation)
+
+        def changed(replaced: Array, key: Array, hyperparams: PyTree) -> PyTree:
+            new = mutate(key, hyperparams)
+            return jax.tree.map(lambda x, y: jnp.where(replaced, x, y), new, hyperparams)
+
+        replaced = parent != numbered(self.num_members)
+        hyperparams = jax.vmap(changed)(replaced, keys, copies.hyperparams)
+        memory = dataclasses.replace(
+            memory,
+            mean_val_loss=copied(mean, parent),
+            num_losses=copied(memory.num_losses, parent),
+            parent=parent,
+            origin=copied(memory.origin, parent),
+            of_each=copies.memory,
+        )
+        return copies._replace(hyperparams=hyperparams, metrics=own.metrics), memory
+
+    @property
+    def _num_replaced(self) -> int:
+        return min(max(1, round(self.fraction * self.num_members)), self.num_members // 2)
+
+    def _attempt(self, inputs: Inputs, lr_hyper: RealScalarLike | None) -> Attempt:
+        attempt = lambda inputs: self.optimizer._attempt(inputs, lr_hyper)
+        made: Attempt = self._each(attempt, inputs)
+        return made._replace(estimate=self._of_all(made.estimate, inputs))
+
+    def _solve(self, inputs: Inputs) -> Estimate:
+        return self._of_all(self._each(self.optimizer._solve, inputs), inputs)
+
+    def _of_all(self, estimate: Estimate, inputs: Inputs) -> Estimate:
+        memory = memory_of(inputs.state.memory, self.num_members)
+        memory = dataclasses.replace(memory, of_each=estimate.memory)
+        return dataclasses.replace(estimate, memory=memory)
+
+    # -- making and moving states --------------------------------------------------------------
+
+    def _init_state(
+        self,
+        params: PyTree,
+        hyperparams: PyTree,
+        model_state: PyTree,
+        batch: PyTree,
+        key: Array | None,
+    ) -> BilevelState:
+        w, count = trained(params), self.num_members
+        for tree, what in (
+            (w, "params"),
+            (hyperparams, "hyperparams"),
+            (model_state, "model_state"),
+        ):
+            check_member_axis(tree, what, count)
+
+        def first(w: PyTree, hyperparams: PyTree, r: PyTree) -> Member:
+            given = eqx.combine(w, params), hyperparams, r, batch, key
+            state = self.optimizer._init_state(*given)
+            return part_of(state, state.memory)
+
+        with jax.debug_nans(False):  # metrics that are not measured yet are NaN
+            own = jax.vmap(first)(w, hyperparams, model_state)
+        key = jax.random.key(0) if key is None else key
+        draws, learns = jax.random.split(key_of_numbers(numbers_of_key(key)))
+        of_first = jax.tree.map(lambda x: x[0], hyperparams)
+        memory = PopulationMemory(
+            key=numbers_of_key(draws),
+            mean_val_loss=jnp.full(count, jnp.inf, own.metrics["val_loss"].dtype),
+            num_losses=jnp.zeros(count, jnp.int32),
+            parent=numbered(count),
+            origin=numbered(count),
+            mutation=self.mutation.init(learns, of_first),
+            of_each=own.memory,
+        )
+        state = BilevelState.create(params, hyperparams, (), ())
+        return with_part(state, own, memory)
+
+    def _spread_out(
+        self,
+        spread: Callable[[Array, PyTree], PyTree],
+        params: PyTree,
+        hyperparams: PyTree,
+        model_state: PyTree,
+        batch: PyTree,
+        key: Array | None,
+    ) -> BilevelState:
+        of_all = lambda x: jnp.broadcast_to(x, (self.num_members, *x.shape))
+        params = eqx.combine(jax.tree.map(of_all, trained(params)), params)
+        model_state = jax.tree.map(of_all, model_state)
+        keys = jax.random.split(jax.random.key(0) if key is None else key, self.num_members)
+        every = [spread(key, hyperparams) for key in keys]
+        remedy = "Return hyperparameters with the structure, shapes and dtypes of those given."
+        for made in every:
+            check_same_structure(
+                made, hyperparams, "what spread(key, hyperparams) returned", remedy
+            )
+        hyperparams = jax.tree.map(lambda *x: jnp.stack(x), *every)
+        return self._init_state(params, hyperparams, model_state, batch, key)
+
+    def _adopt(self, state: BilevelState, *, keep_memory: bool) -> BilevelState:
+        memory = memory_of(state.memory, self.num_members)
+
+        def adopt(own: Member) -> Member:
+            new = self.optimizer._adopt(with_part(state, own), keep_memory=keep_memory)
+            return part_of(new, new.memory)
+
+        own = jax.vmap(adopt)(part_of(state, memory.of_each))
+        if not keep_memory:
+            of_first = jax.tree.map(lambda x: x[0], own.hyperparams)
+            learned = self.mutation.init(key_of_numbers(memory.key), of_first)
+            memory = dataclasses.replace(memory, mutation=learned)
+        return with_part(state, own, dataclasses.replace(memory, of_each=own.memory))
+
+    def _restart(
+        self, state: BilevelState, start: InnerState, reptile_rate: Float[Array, ""]
+    ) -> BilevelState:
+        origin = memory_of(state.memory, self.num_members).origin
+        restart = lambda state, start: self.optimizer._restart(state, start, reptile_rate)
+        return self._restarted(state, restart, copied(start, origin))
+
+    def _restart_at(self, state: BilevelState, start: Start) -> BilevelState:
+        restart = lambda state, r: self.optimizer._restart_at(
+            state, dataclasses.replace(start, r=r)
+        )
+        return self._restarted(state, restart, start.r)
+
+    def _restarted(
+        self, state: BilevelState, restart: Callable[..., BilevelState], start: PyTree
+    ) -> BilevelState:
+        memory = memory_of(state.memory, self.num_members)
+
+        def of_one(own: Member, start: PyTree) -> Member:
+            new = restart(with_part(state, own), start)
+            return part_of(new, new.memory)
+
+        own = jax.vmap(of_one)(part_of(state, memory.of_each), start)
+        own_number = numbered(self.num_members)
+        memory = dataclasses.replace(memory, origin=own_number, of_each=own.memory)
+        return with_part(state, own, memory)
+
+    def _begin_episode(self, inputs: Inputs, num_steps: int) -> BilevelState:
+        begin = lambda inputs: self.optimizer._begin_episode(inputs, num_steps).memory
+        state = self._with_memories(inputs, begin)
+        begins = state.step % num_steps == 0
+        origin = jnp.where(begins, numbered(self.num_members), state.memory.origin)
+        return state.update(memory=dataclasses.replace(state.memory, origin=origin))
+
+    def _fit(self, inputs: Inputs) -> BilevelState:
+        return self._with_memories(inputs, lambda inputs: self.optimizer._fit(inputs).memory)
+
+    def _with_memories(self, inputs: Inputs, function: Callable[[Inputs], Any]) -> BilevelState:
+        memory = memory_of(inputs.state.memory, self.num_members)
+        of_each = self._each(function, inputs)
+        return inputs.state.update(memory=dataclasses.replace(memory, of_each=of_each))
+
+    # -- what others ask -----------------------------------------------------------------------
+
+    def _seen(self, inputs: Inputs) -> list[bool]:
+        return self._of_any(self.optimizer._seen, inputs)
+
+    def _recomputes(self, inputs: Inputs) -> bool:
+        return self._of_any(self.optimizer._recomputes, inputs)
+
+    def _of_any(self, look: Callable[[Inputs], Any], inputs: Inputs) -> Any:
+        """What is found while tracing, once for all members."""
+        found = []
+
+        def trace(inputs: Inputs) -> tuple[()]:
+            found.append(look(inputs))
+            return ()
+
+        self._each(trace, inputs)
+        return found[0]
+
+    def _outer_loss(self, inputs: Inputs) -> Array:
+        """The sum, whose derivative by the hyperparameters of a member is that of its own loss."""
+        return jnp.sum(self._each(self.optimizer._outer_loss, inputs))
+
+    def _outer_response(self, state: BilevelState, gradient: PyTree) -> tuple[PyTree, PyTree]:
+        own = part_of(state, None)
+        respond = lambda own, g: self.optimizer._outer_response(with_part(state, own), g)
+        return jax.vmap(respond)(own, gradient)
+
+    def _inner_response(self, state: BilevelState, gradient: PyTree) -> tuple[PyTree, PyTree]:
+        own = part_of(state, None)
+        respond = lambda own, g: self.optimizer._inner_response(with_part(state, own), g)
+        return jax.vmap(respond)(own, gradient)
+
+    def _function_response(self, state: BilevelState, batch: PyTree) -> tuple[PyTree, bool]:
+        moves = []
+
+        def respond(own: Member) -> PyTree:
+            member = with_part(state, own)
+            made, is_move = self.optimizer._function_response(member, batch)
+            moves.append(is_move)
+            return made
+
+        return jax.vmap(respond)(part_of(state, None)), moves[0]
+
+    def _param_norm(self, w: PyTree) -> Array:
+        return jax.vmap(self.optimizer._param_norm)(w)
+
+    def _scalars(self, memory: PopulationMemory) -> MetricDict:
+        memory = memory_of(memory, self.num_members)
+        found = {} if self.exploit_every is None else {"parent": memory.parent}
+        if not jax.tree.leaves(memory.of_each):
+            return found
+        return jax.vmap(self.optimizer._scalars)(memory.of_each) | found
+
+    def _each(self, function: Callable[[Inputs], Any], inputs: Inputs) -> Any:
+        """`function` of the inputs of every member, with results stacked."""
+        state, start = inputs.state, inputs.start
+        memory = memory_of(state.memory, self.num_members)
+
+        def of_one(own: Member, r: PyTree) -> Any:
+            begins = None if start is None else dataclasses.replace(start, r=r)
+            return function(dataclasses.replace(inputs.at(with_part(state, own)), start=begins))
+
+        own = part_of(state, memory.of_each)
+        return jax.vmap(of_one)(own, None if start is None else start.r)
+
+    def _member(self, state: BilevelState, number: Any) -> BilevelState:
+        own = part_of(state, memory_of(state.memory, self.num_members).of_each)
+        return with_part(state, jax.tree.map(lambda x: x[number], own))
