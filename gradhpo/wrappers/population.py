@@ -10,25 +10,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.first_state import first_state
-from gradhpo.core.inner_state import InnerState, Start
 from gradhpo.core.inputs import Inputs, LossFunctions
-from gradhpo.core.outer import Estimate
 from gradhpo.core.outer_step import advanced
-from gradhpo.core.refusal import Attempt
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import MetricDict, RealScalarLike
-from gradhpo.core.wrapper import Wrapper
 from gradhpo.utils.freezing import trained
 from gradhpo.utils.keys import key_of_numbers, numbers_of_key
 from gradhpo.utils.settings import check_count
 from gradhpo.utils.structure import check_same_structure
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import check_arity
-from gradhpo.wrappers.exploiting import copied, running_mean, sources
+from gradhpo.wrappers.each_member import EachMember
+from gradhpo.wrappers.exploiting import exploited, running_mean
 from gradhpo.wrappers.family import draw_family
 from gradhpo.wrappers.members import (
     Member,
@@ -43,7 +40,7 @@ from gradhpo.wrappers.mutations import Mutation, RandomMutation, as_mutation
 
 
 @checked
-class Population(Wrapper):
+class Population(EachMember):
     r"""Runs `num_members` copies of any optimizer, each with hyperparameters of its own.
 
     Every member follows its own hypergradient. After every `exploit_every`-th step the worst
@@ -226,24 +223,6 @@ class Population(Wrapper):
         """
         return draw_family(history, ax)
 
-    def finite_part(self, memory: PopulationMemory) -> PyTree:
-        """As for `optimizer`."""
-        return self.optimizer.finite_part(memory.of_each)
-
-    def after_refusal(self, old: PopulationMemory, new: PopulationMemory) -> PopulationMemory:
-        """As for `optimizer`."""
-        of_each = self.optimizer.after_refusal(old.of_each, new.of_each)
-        return dataclasses.replace(new, of_each=of_each)
-
-    def remarks(
-        self, before: MetricDict, metrics: Mapping[str, np.ndarray], copies: int = 1
-    ) -> str:
-        """As for `optimizer`, over all members."""
-        before = {name: jnp.mean(x) for name, x in before.items()}
-        mean = lambda x: np.mean(x, axis=1) if np.ndim(x) == 2 else x
-        means = {name: mean(x) for name, x in metrics.items()}
-        return self.optimizer.remarks(before, means, copies * self.num_members)
-
     # -- one step ------------------------------------------------------------------------------
 
     def _advance(
@@ -271,56 +250,14 @@ class Population(Wrapper):
         if self.exploit_every is not None:
             own, memory = jax.lax.cond(
                 step % self.exploit_every == 0,
-                lambda: self._exploited(own, memory, step),
+                lambda: exploited(own, memory, step, self._num_replaced, self.mutation),
                 lambda: (own, memory),
             )
         return with_part(state, own, memory).update(step=step), moving
 
-    def _exploited(
-        self, own: Member, memory: PopulationMemory, step: Array
-    ) -> tuple[Member, PopulationMemory]:
-        """The worst replaced by mutated copies of the best."""
-        draws, mutates = jax.random.split(jax.random.fold_in(key_of_numbers(memory.key), step))
-        mean = memory.mean_val_loss
-        parent = sources(draws, mean, self._num_replaced)
-        copies = copied(own._replace(metrics=None), parent)
-        keys = jax.random.split(mutates, self.num_members)
-        mutate = functools.partial(self.mutation.mutate, memory.mutation)
-
-        def changed(replaced: Array, key: Array, hyperparams: PyTree) -> PyTree:
-            new = mutate(key, hyperparams)
-            return jax.tree.map(lambda x, y: jnp.where(replaced, x, y), new, hyperparams)
-
-        replaced = parent != numbered(self.num_members)
-        hyperparams = jax.vmap(changed)(replaced, keys, copies.hyperparams)
-        memory = dataclasses.replace(
-            memory,
-            mean_val_loss=copied(mean, parent),
-            num_losses=copied(memory.num_losses, parent),
-            parent=parent,
-            origin=copied(memory.origin, parent),
-            of_each=copies.memory,
-        )
-        return copies._replace(hyperparams=hyperparams, metrics=own.metrics), memory
-
     @property
     def _num_replaced(self) -> int:
         return min(max(1, round(self.fraction * self.num_members)), self.num_members // 2)
-
-    def _attempt(self, inputs: Inputs, lr_hyper: RealScalarLike | None) -> Attempt:
-        attempt = lambda inputs: self.optimizer._attempt(inputs, lr_hyper)
-        made: Attempt = self._each(attempt, inputs)
-        return made._replace(estimate=self._of_all(made.estimate, inputs))
-
-    def _solve(self, inputs: Inputs) -> Estimate:
-        return self._of_all(self._each(self.optimizer._solve, inputs), inputs)
-
-    def _of_all(self, estimate: Estimate, inputs: Inputs) -> Estimate:
-        memory = memory_of(inputs.state.memory, self.num_members)
-        memory = dataclasses.replace(memory, of_each=estimate.memory)
-        return dataclasses.replace(estimate, memory=memory)
-
-    # -- making and moving states --------------------------------------------------------------
 
     def _init_state(
         self,
@@ -396,114 +333,9 @@ class Population(Wrapper):
             memory = dataclasses.replace(memory, mutation=learned)
         return with_part(state, own, dataclasses.replace(memory, of_each=own.memory))
 
-    def _restart(
-        self, state: BilevelState, start: InnerState, reptile_rate: Float[Array, ""]
-    ) -> BilevelState:
-        origin = memory_of(state.memory, self.num_members).origin
-        restart = lambda state, start: self.optimizer._restart(state, start, reptile_rate)
-        return self._restarted(state, restart, copied(start, origin))
-
-    def _restart_at(self, state: BilevelState, start: Start) -> BilevelState:
-        restart = lambda state, r: self.optimizer._restart_at(
-            state, dataclasses.replace(start, r=r)
-        )
-        return self._restarted(state, restart, start.r)
-
-    def _restarted(
-        self, state: BilevelState, restart: Callable[..., BilevelState], start: PyTree
-    ) -> BilevelState:
-        memory = memory_of(state.memory, self.num_members)
-
-        def of_one(own: Member, start: PyTree) -> Member:
-            new = restart(with_part(state, own), start)
-            return part_of(new, new.memory)
-
-        own = jax.vmap(of_one)(part_of(state, memory.of_each), start)
-        own_number = numbered(self.num_members)
-        memory = dataclasses.replace(memory, origin=own_number, of_each=own.memory)
-        return with_part(state, own, memory)
-
-    def _begin_episode(self, inputs: Inputs, num_steps: int) -> BilevelState:
-        begin = lambda inputs: self.optimizer._begin_episode(inputs, num_steps).memory
-        state = self._with_memories(inputs, begin)
-        begins = state.step % num_steps == 0
-        origin = jnp.where(begins, numbered(self.num_members), state.memory.origin)
-        return state.update(memory=dataclasses.replace(state.memory, origin=origin))
-
-    def _fit(self, inputs: Inputs) -> BilevelState:
-        return self._with_memories(inputs, lambda inputs: self.optimizer._fit(inputs).memory)
-
-    def _with_memories(self, inputs: Inputs, function: Callable[[Inputs], Any]) -> BilevelState:
-        memory = memory_of(inputs.state.memory, self.num_members)
-        of_each = self._each(function, inputs)
-        return inputs.state.update(memory=dataclasses.replace(memory, of_each=of_each))
-
-    # -- what others ask -----------------------------------------------------------------------
-
-    def _seen(self, inputs: Inputs) -> list[bool]:
-        return self._of_any(self.optimizer._seen, inputs)
-
-    def _recomputes(self, inputs: Inputs) -> bool:
-        return self._of_any(self.optimizer._recomputes, inputs)
-
-    def _of_any(self, look: Callable[[Inputs], Any], inputs: Inputs) -> Any:
-        """What is found while tracing, once for all members."""
-        found = []
-
-        def trace(inputs: Inputs) -> tuple[()]:
-            found.append(look(inputs))
-            return ()
-
-        self._each(trace, inputs)
-        return found[0]
-
-    def _outer_loss(self, inputs: Inputs) -> Array:
-        """The sum, whose derivative by the hyperparameters of a member is that of its own loss."""
-        return jnp.sum(self._each(self.optimizer._outer_loss, inputs))
-
-    def _outer_response(self, state: BilevelState, gradient: PyTree) -> tuple[PyTree, PyTree]:
-        own = part_of(state, None)
-        respond = lambda own, g: self.optimizer._outer_response(with_part(state, own), g)
-        return jax.vmap(respond)(own, gradient)
-
-    def _inner_response(self, state: BilevelState, gradient: PyTree) -> tuple[PyTree, PyTree]:
-        own = part_of(state, None)
-        respond = lambda own, g: self.optimizer._inner_response(with_part(state, own), g)
-        return jax.vmap(respond)(own, gradient)
-
-    def _function_response(self, state: BilevelState, batch: PyTree) -> tuple[PyTree, bool]:
-        moves = []
-
-        def respond(own: Member) -> PyTree:
-            member = with_part(state, own)
-            made, is_move = self.optimizer._function_response(member, batch)
-            moves.append(is_move)
-            return made
-
-        return jax.vmap(respond)(part_of(state, None)), moves[0]
-
-    def _param_norm(self, w: PyTree) -> Array:
-        return jax.vmap(self.optimizer._param_norm)(w)
-
     def _scalars(self, memory: PopulationMemory) -> MetricDict:
         memory = memory_of(memory, self.num_members)
         found = {} if self.exploit_every is None else {"parent": memory.parent}
         if not jax.tree.leaves(memory.of_each):
             return found
         return jax.vmap(self.optimizer._scalars)(memory.of_each) | found
-
-    def _each(self, function: Callable[[Inputs], Any], inputs: Inputs) -> Any:
-        """`function` of the inputs of every member, with results stacked."""
-        state, start = inputs.state, inputs.start
-        memory = memory_of(state.memory, self.num_members)
-
-        def of_one(own: Member, r: PyTree) -> Any:
-            begins = None if start is None else dataclasses.replace(start, r=r)
-            return function(dataclasses.replace(inputs.at(with_part(state, own)), start=begins))
-
-        own = part_of(state, memory.of_each)
-        return jax.vmap(of_one)(own, None if start is None else start.r)
-
-    def _member(self, state: BilevelState, number: Any) -> BilevelState:
-        own = part_of(state, memory_of(state.memory, self.num_members).of_each)
-        return with_part(state, jax.tree.map(lambda x: x[number], own))
