@@ -9,6 +9,7 @@ from gradhpo.core.inner_state import Start
 from gradhpo.core.state import BilevelState, inner_state
 from gradhpo.core.wrapper import algorithm_of
 from gradhpo.data.sources import Feed
+from gradhpo.training.members import of_one
 from gradhpo.training.responses import (
     function_response,
     inner_response,
@@ -37,13 +38,15 @@ def identity(
         "memory": state.memory,
         "model_state": state.model_state,
     }
-    frozen = jax.tree.leaves(frozen_part(state.params))
+    frozen, hyperparams = jax.tree.leaves(frozen_part(state.params)), state.hyperparams
     return {
         "optimizer": described(optimizer),
         **{name: described(value) for name, value in settings.items()},
         "lr_hyper": schedule_response(lr_hyper) if callable(lr_hyper) else described(lr_hyper),
         "key": None if start is None else described_arrays(start.key),
-        "start_fn": None if start is None else start_response(start, state),
+        "start_fn": None
+        if start is None
+        else start_response(start, of_one(optimizer, state.hyperparams)),
         "state.step": int(state.step),
         **{f"state.{name}": described_arrays(part) for name, part in parts.items()},
         "the frozen part of state.params": described_arrays(frozen),

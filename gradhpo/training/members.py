@@ -3,8 +3,11 @@
 import dataclasses
 import warnings
 
+import jax
 import numpy as np
+from jaxtyping import PyTree
 
+from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.types import MEMBERS
 
 
@@ -38,6 +41,12 @@ def lowest(values: np.ndarray) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # where all are NaN
         return np.nanmin(values, axis=1) if values.size else values[:, 0]
+
+
+def of_one(optimizer: BilevelOptimizer, hyperparams: PyTree) -> PyTree:
+    """The hyperparameters of one member, as the user's functions take them."""
+    alone = optimizer.num_members is None
+    return hyperparams if alone else jax.tree.map(lambda x: x[0], hyperparams)
 
 
 def every_member(flags: np.ndarray) -> np.ndarray:

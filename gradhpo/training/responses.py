@@ -60,11 +60,11 @@ def function_response(optimizer: BilevelOptimizer, state: BilevelState, batch: P
     return _told(lambda: described_responses(inner_state(state).w, made()))
 
 
-def start_response(start: Start, state: BilevelState) -> Any:
+def start_response(start: Start, hyperparams: PyTree) -> Any:
     """The parameters that a `start_fn` makes, at two places."""
 
     def told() -> Any:
-        made = [_started(start, state, np.asarray(share, np.float32)) for share in (0, 1)]
+        made = [_started(start, hyperparams, np.asarray(share, np.float32)) for share in (0, 1)]
         return described_responses(made[0], [jax.tree.leaves(tree) for tree in made])
 
     return _told(told)
@@ -188,8 +188,8 @@ def _function(
 
 
 @compiled
-def _started(start: Start, state: BilevelState, share: Any) -> PyTree:
-    made = start.function(start.key, _beside(state.hyperparams, share))
+def _started(start: Start, hyperparams: PyTree, share: Any) -> PyTree:
+    made = start.function(start.key, _beside(hyperparams, share))
     return eqx.filter(made, eqx.is_inexact_array)
 
 

@@ -11,6 +11,7 @@ from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.inner_state import Start
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import RealScalarLike
+from gradhpo.training.members import of_one
 from gradhpo.utils.keys import is_key
 from gradhpo.utils.repeatable import check_repeatable
 from gradhpo.utils.validation import check_arity
@@ -47,7 +48,7 @@ def make_start(
     key = key if is_key(key) else jax.random.wrap_key_data(key)
     check_repeatable(
         start_fn,
-        (key, state.hyperparams),
+        (key, of_one(optimizer, state.hyperparams)),
         "start_fn(key, hyperparams)",
         made="start of the same key",
         values="its arguments, which are traced: {said}. Write jnp.where instead of a branch, and "
