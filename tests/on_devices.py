@@ -140,7 +140,12 @@ def alone(state):
 def furthest(found, expected):
     """The largest difference; metrics that are not measured yet are NaN in both."""
     trees = (eqx.filter(tree, eqx.is_inexact_array) for tree in (found, expected))
-    away = lambda x, y: np.abs(np.asarray(x) - np.asarray(y))[~np.isnan(y)].max(initial=0)
+
+    def away(x, y):
+        x, y = np.asarray(x), np.asarray(y)
+        differ = (x != y) & ~np.isnan(y)
+        return np.abs(x[differ] - y[differ]).max(initial=0)
+
     return float(max(jax.tree.leaves(jax.tree.map(away, *trees))))
 
 

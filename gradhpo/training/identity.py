@@ -38,15 +38,13 @@ def identity(
         "memory": state.memory,
         "model_state": state.model_state,
     }
-    frozen, hyperparams = jax.tree.leaves(frozen_part(state.params)), state.hyperparams
+    frozen = jax.tree.leaves(frozen_part(state.params))
     return {
         "optimizer": described(optimizer),
         **{name: described(value) for name, value in settings.items()},
         "lr_hyper": schedule_response(lr_hyper) if callable(lr_hyper) else described(lr_hyper),
         "key": None if start is None else described_arrays(start.key),
-        "start_fn": None
-        if start is None
-        else start_response(start, of_one(optimizer, state.hyperparams)),
+        "start_fn": start and start_response(start, of_one(optimizer, state.hyperparams)),
         "state.step": int(state.step),
         **{f"state.{name}": described_arrays(part) for name, part in parts.items()},
         "the frozen part of state.params": described_arrays(frozen),

@@ -31,6 +31,23 @@ def beside(tree: PyTree, source: PyTree) -> PyTree:
     return jax.tree.map(lambda x: _copied(x, everywhere) if alone(x) else x, tree)
 
 
+def split_like(tree: PyTree, source: PyTree) -> PyTree:
+    """The tree with its arrays divided along their first axis as that of the source is.
+
+    Along other axes they stay as they are. Nothing is done where the source is on one device, or
+    its first axis is not divided.
+    """
+    mesh = mesh_of(source)
+    specs = [x.sharding.spec for x in jax.tree.leaves(source) if mesh_of(x) is not None]
+    axis = next((spec[0] for spec in specs if len(spec) and spec[0] is not None), None)
+    if mesh is None or axis is None:
+        return tree
+    tree = beside(tree, source)
+    rest = lambda x: tuple(x.sharding.spec[1:]) if isinstance(x.sharding, NamedSharding) else ()
+    to = jax.tree.map(lambda x: NamedSharding(mesh, PartitionSpec(axis, *rest(x))), tree)
+    return jax.jit(lambda tree: tree, out_shardings=to)(tree)
+
+
 def settled(tree: PyTree, source: PyTree) -> PyTree:
     """The tree, committed beside the source if the source is committed.
 

@@ -20,6 +20,7 @@ from gradhpo.core.state import BilevelState
 from gradhpo.core.types import MetricDict, RealScalarLike
 from gradhpo.utils.freezing import trained
 from gradhpo.utils.keys import key_of_numbers, numbers_of_key
+from gradhpo.utils.placement import split_like
 from gradhpo.utils.settings import check_count
 from gradhpo.utils.structure import check_same_structure
 from gradhpo.utils.typecheck import checked
@@ -242,7 +243,6 @@ class Population(EachMember):
             memory,
             mean_val_loss=mean,
             num_losses=count,
-            parent=numbered(self.num_members),
             mutation=self.mutation.learn(memory.mutation, hypergradients, state.hyperparams),
             of_each=own.memory,
         )
@@ -251,7 +251,7 @@ class Population(EachMember):
             own, memory = jax.lax.cond(
                 step % self.exploit_every == 0,
                 lambda: exploited(own, memory, step, self._num_replaced, self.mutation),
-                lambda: (own, memory),
+                lambda: (own, dataclasses.replace(memory, parent=numbered(self.num_members))),
             )
         return with_part(state, own, memory).update(step=step), moving
 
@@ -275,22 +275,28 @@ class Population(EachMember):
         ):
             check_member_axis(tree, what, count)
 
-        def first(w: PyTree, hyperparams: PyTree, r: PyTree) -> Member:
-            given = eqx.combine(w, params), hyperparams, r, batch, key
+        def first(number: int) -> Member:
+            of_one = jax.tree.map(lambda x: x[number], (w, hyperparams, model_state))
+            given = eqx.combine(of_one[0], params), *of_one[1:], batch, key
             state = self.optimizer._init_state(*given)
             return part_of(state, state.memory)
 
+        # One by one: under vmap, zeros like an array do not know where it is.
         with jax.debug_nans(False):  # metrics that are not measured yet are NaN
-            own = jax.vmap(first)(w, hyperparams, model_state)
+            own = jax.tree.map(lambda *x: jnp.stack(x), *map(first, range(count)))
+            own = split_like(own, (w, hyperparams))
         key = jax.random.key(0) if key is None else key
         draws, learns = jax.random.split(key_of_numbers(numbers_of_key(key)))
         of_first = jax.tree.map(lambda x: x[0], hyperparams)
+        mean = jnp.full(count, jnp.inf, own.metrics["val_loss"].dtype)
+        none, number = jnp.zeros(count, jnp.int32), numbered(count)
+        mean, none, number = split_like((mean, none, number), (w, hyperparams))
         memory = PopulationMemory(
             key=numbers_of_key(draws),
-            mean_val_loss=jnp.full(count, jnp.inf, own.metrics["val_loss"].dtype),
-            num_losses=jnp.zeros(count, jnp.int32),
-            parent=numbered(count),
-            origin=numbered(count),
+            mean_val_loss=mean,
+            num_losses=none,
+            parent=number,
+            origin=number,
             mutation=self.mutation.init(learns, of_first),
             of_each=own.memory,
         )
