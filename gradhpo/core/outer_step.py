@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, Bool, PyTree
 from gradhpo.core.inputs import Inputs
 from gradhpo.core.interface import InnerProblems
 from gradhpo.core.measured import aux_of, check_free, loss_of, with_aux
-from gradhpo.core.outer import outer_update
+from gradhpo.core.outer import outer_response, outer_update
 from gradhpo.core.refusal import Attempt, finite_parts, why_refused
 from gradhpo.core.state import BilevelState, inner_state, with_inner_state, with_metrics
 from gradhpo.core.types import Declared, RealScalarLike
@@ -36,6 +36,10 @@ class OuterStep(InnerProblems):
             return Attempt(estimate, state.hyperparams, state.outer_opt_state)
         new = outer_update(self.outer_optimizer, state, estimate.hypergradient, lr_hyper)
         return Attempt(estimate, *new)
+
+    def _outer_response(self, state: BilevelState, gradient: PyTree) -> tuple[PyTree, PyTree]:
+        """The updates of the outer optimizer for a hypergradient, and its next state."""
+        return outer_response(self.outer_optimizer, state, gradient)
 
     def _advance(
         self, inputs: Inputs, lr_hyper: RealScalarLike | None

@@ -136,9 +136,10 @@ def _inner(
 def _outer(
     optimizer: BilevelOptimizer, state: BilevelState, s: PyTree, probe: _Probe, directions: PyTree
 ) -> tuple[list[Array], PyTree]:
-    rule, beside = optimizer.outer_optimizer, _beside(state.hyperparams, probe.beside)
-    assert rule is not None  # where there is none, this is not called
-    updates, new = rule.update(_gradient(probe, directions), _moved_on(s, probe), beside)
+    here = state.update(
+        hyperparams=_beside(state.hyperparams, probe.beside), outer_opt_state=_moved_on(s, probe)
+    )
+    updates, new = optimizer._outer_response(here, _gradient(probe, directions))
     return _entries(updates), cast_like(new, s)
 
 
