@@ -149,6 +149,7 @@ def start_fn(key, h):
     return h * jax.random.normal(key, (2,))
 
 
+@pytest.mark.thorough
 def test_a_task_that_restarts_alone_has_a_new_start_with_its_derivative():
     """One restart after every step, of two tasks, against `jax.grad` through a loop by hand."""
     single = gradhpo.UnrolledOptimizer(relaxed(optax.sgd(0.1)), relaxed(optax.sgd(0.05)), 2)

@@ -306,7 +306,7 @@ EQUAL = {  # outer optimizer, tasks, and whether they are all alike
 }
 
 
-@pytest.mark.parametrize("name", quick(list(EQUAL), keep=[*EQUAL][1:3]))
+@pytest.mark.parametrize("name", quick(list(EQUAL), keep=["linear"]))
 def test_where_both_averages_are_the_same(name):
     outer, tasks, alike = EQUAL[name]
     train, target = of_three(tasks)
@@ -323,6 +323,7 @@ def test_where_both_averages_are_the_same(name):
     assert_close(found[1], found[0])  # rounding: to 1e-12
 
 
+@pytest.mark.thorough
 def test_one_task_that_is_not_finite_keeps_every_outer_state():
     optimizer = one_step_of(OUTER, average="updates")
     train, target = of_three()
@@ -365,16 +366,20 @@ def test_the_variance_of_an_update_falls_with_the_number_of_models(monkeypatch):
     def variance(tasks, average):
         optimizer = gradhpo.TaskBatched(single, tasks, average=average)
         losses = gradhpo.LossFunctions(loss, loss)
-        first = optimizer.init(params, hyperparams)
+        first, static = eqx.partition(optimizer.init(params, hyperparams), eqx.is_array)
 
         def last_update(key):
             waves = example.draw_waves(jax.random.fold_in(key, 0), tasks)
             batches = [example.draw_points(jax.random.fold_in(key, k), waves, 10) for k in (1, 2)]
-            state = first
-            for _ in range(3):
-                before = state.hyperparams
-                state = optimizer.step(state, *batches, losses)
-            return jax.tree.map(jnp.subtract, state.hyperparams, before)
+
+            def body(arrays, _):
+                state = eqx.combine(arrays, static)
+                new = optimizer.step(state, *batches, losses)
+                update = jax.tree.map(jnp.subtract, new.hyperparams, state.hyperparams)
+                return eqx.filter(new, eqx.is_array), update
+
+            _, updates = jax.lax.scan(body, first, length=3)
+            return jax.tree.map(lambda x: x[-1], updates)
 
         updates = eqx.filter_jit(jax.vmap(last_update))(jax.random.split(jax.random.key(1), 64))
         return sum(float(jnp.sum(jnp.var(x, axis=0))) for x in jax.tree.leaves(updates))

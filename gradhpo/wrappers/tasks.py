@@ -50,21 +50,20 @@ class TaskBatched(TaskProblems):
     - `optimizer`: any other optimizer; its `outer_optimizer` updates the hyperparameters.
     - `num_tasks`: how many tasks, at least 1.
     - `average`: what is averaged over the tasks. `"hypergradients"`, the default: one update by
-        their mean. `"updates"`: every task has an outer optimizer state of its own, which turns
-        $g_i$ into an update, and the hyperparameters move by the mean of these:
-        $\lambda \leftarrow \lambda + \frac 1N \sum_i u_i$. For an outer optimizer that divides by
-        the size of its gradients (Adam), no task outweighs the others, and the variance of a step
-        falls with $N$. It costs N outer states. Where $u_i$ is linear in $g_i$ (SGD, `lr_hyper`),
-        both are the same.
-    - `restart_every`: restart one task after every `restart_every`-th outer step, the tasks in
-        turn, so that each trains for `num_tasks * restart_every` steps and the hypergradients are
-        those of models of every age; default `None`: never. After step $s$ (`state.step`) it is
-        task $(s/\mathtt{restart\_every} - 1) \bmod N$, also if the step was refused. Its
-        parameters are again those that `init` was given, or since all tasks restarted together
-        ([`restart`][gradhpo.BilevelOptimizer.restart], episodes of `run`) the point where they did.
-        With a `start_fn`, `run` makes new ones: to restart in no other way, let
-        `steps_per_episode` be `num_steps`. Inner optimizer state, model state and the memory of the
-        episode begin anew; metrics and outer optimizer state stay.
+        their mean. `"updates"`: every task has an outer optimizer state of its own, which makes an
+        update $u_i$ of $g_i$, and the hyperparameters move by the mean,
+        $\lambda \leftarrow \lambda + \frac 1N \sum_i u_i$. With an outer Adam, all tasks then have
+        the same weight, and the variance of a step falls with $N$. It costs N outer states. Where
+        $u_i$ is linear in $g_i$ (SGD, `lr_hyper`), both are the same.
+    - `restart_every`: after every `restart_every`-th outer step one task restarts, each in its
+        turn: after step $s$ (`state.step`), refused or not, task
+        $(s/\mathtt{restart\_every} - 1) \bmod N$. So there are models of every age, up to
+        `num_tasks * restart_every` steps. The parameters are again those that `init` was given, or
+        those from which all tasks last restarted together
+        ([`restart`][gradhpo.BilevelOptimizer.restart], episodes of `run`). With a `start_fn`, `run`
+        makes new ones; `steps_per_episode=num_steps` then leaves no other restarts. Inner optimizer
+        state, model state and the memory of the episode begin anew; metrics and outer optimizer
+        state stay. Default `None`: no task restarts alone.
 
     The state: `params` and `inner_opt_state` have the task axis, `hyperparams` do not;
     `memory.task` numbers the tasks, and `memory.of_each` is the memory of `optimizer`, tasks first
