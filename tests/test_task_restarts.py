@@ -136,7 +136,7 @@ def test_an_adopted_state_restarts_where_it_would_have():
     for_good = gradhpo.TaskBatched(optimizer.optimizer, TASKS)
     state = for_good.step(for_good.adopt(state), TARGETS, TARGETS, LOSSES)
     for call in (optimizer.adopt, lambda s: optimizer.step(s, TARGETS, TARGETS, LOSSES)):
-        with pytest.raises(ValueError, match="made without restart_every, so it has no point to"):
+        with pytest.raises(ValueError, match="know where tasks begin, and TaskBatched has restart"):
             call(state)
     with pytest.raises(ValueError, match="restart_every must be at least 1"):
         gradhpo.TaskBatched(optimizer.optimizer, TASKS, restart_every=0)

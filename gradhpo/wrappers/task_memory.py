@@ -36,16 +36,15 @@ def memory_of(memory: Any, num_tasks: int, restarting: bool = False) -> TaskMemo
 
     `restarting`: it must also know where tasks restart.
     """
-    here, remedy = "", "make it with this optimizer's init(params, hyperparams)"
-    if not isinstance(memory, TaskMemory):
-        found = "without a task axis"
-    elif memory.task.shape != (num_tasks,):
-        found = f"for {memory.task.shape[0]} tasks"
-    elif restarting and not isinstance(memory, RestartingMemory):
-        found, here = "without restart_every, so it has no point to restart from", " and one"
-    else:
-        return memory
+    needed, found = f"num_tasks={num_tasks}", "without a task axis"
+    if isinstance(memory, TaskMemory):
+        if memory.task.shape != (num_tasks,):
+            found = f"for {memory.task.shape[0]} tasks"
+        elif restarting and not isinstance(memory, RestartingMemory):
+            needed, found = "restart_every", "without it, and does not know where tasks begin"
+        else:
+            return memory
     raise ValueError(
-        f"the state was made {found}, and TaskBatched has num_tasks={num_tasks}{here}: {remedy}, "
-        "where params are those of one task"
+        f"the state was made {found}, and TaskBatched has {needed}: make it with this optimizer's "
+        "init(params, hyperparams), where params are those of one task"
     )
