@@ -45,6 +45,9 @@ OPTIMIZERS = {
     "checkpointed": gradhpo.UnrolledOptimizer(INNER, OUTER, unroll_steps=3, checkpoints="sqrt"),
     "bisected": gradhpo.UnrolledOptimizer(INNER, OUTER, unroll_steps=3, checkpoints="log"),
     "tasks": gradhpo.TaskBatched(gradhpo.GreedyOptimizer(INNER, OUTER), num_tasks=2),
+    "tasks apart": gradhpo.TaskBatched(
+        gradhpo.OneStepOptimizer(INNER, OUTER), 2, average="updates", restart_every=1
+    ),
 }
 
 
@@ -170,7 +173,7 @@ def steps(axes, spread, *names):
     params, hyperparams, *batches = problem()
     found = {}
     for name in names:
-        tasks = name == "tasks"
+        tasks = name.startswith("tasks")
         data = jax.tree.map(for_two, batches) if tasks else batches
         of_batch = NamedSharding(here.mesh, PartitionSpec(*[None] * tasks, "devices"))
         make = lambda whole, name=name: OPTIMIZERS[name]

@@ -157,7 +157,7 @@ REDUCTIONS = {
 @pytest.mark.parametrize(
     ("name", "kind"),
     quick(
-        list(itertools.product(OPTIMIZERS, devices.KINDS)),
+        list(itertools.product(devices.OPTIMIZERS, devices.KINDS)),
         keep=[("one step", "network, data"), ("unrolled", "entries, state")],
     ),
 )

@@ -19,6 +19,7 @@ from gradhpo.data.sources import Feed, as_source
 from gradhpo.training import keeper
 from gradhpo.training.checkpoint import checkpoints_in
 from gradhpo.training.identity import identity
+from gradhpo.training.responses import outer_response
 from gradhpo.utils import sums
 from gradhpo.utils.description import described_arrays, differences
 
@@ -284,6 +285,17 @@ def test_settings_of_tasks_are_compared(tmp_path):
 
     assert differences(of(0.9), of(0.9)) == []
     assert differences(of(0.9), of(0.5)) == ["the update of inner_optimizer holds other values"]
+
+
+@pytest.mark.parametrize("average", ["hypergradients", "updates"])
+def test_the_outer_optimizer_of_tasks_is_compared(average):
+    def of(rate):
+        outer = relaxed(optax.adam(rate))
+        tasks = gradhpo.TaskBatched(gradhpo.OneStepOptimizer(SGD, outer), 2, average=average)
+        return outer_response(tasks, tasks.init(jnp.zeros(3), jnp.full(3, -2.0)))
+
+    assert differences(of(0.05), of(0.05)) == []
+    assert differences(of(0.05), of(0.04)) == [" holds other values"]
 
 
 # -- one's own run -----------------------------------------------------------------------------

@@ -103,9 +103,9 @@ def _own_names() -> set[str]:
 
 CLASSES = {cls.__name__ for cls in _modules_of_algorithms()}
 NAMES = CLASSES | _own_names()
-# The vocabulary of the whole library, which memories share: a PRNG key, and an inner step's number.
-# They count as fields of an object alone.
-WORDS = {"key", "t"}
+# The vocabulary of the whole library, which memories and settings share: a PRNG key, an inner
+# step's number, an average. They count as fields of an object alone.
+WORDS = {"key", "t", "average"}
 PROSE = re.compile(
     r"\w*(distill|t1-?t2|drmad|darts|greedy|neumann|nystr[oö]m|f2sa|implicit|unroll"
     r"|(forward|reverse)[ _-]?mode|first[ _-]order|one-step|truncation|truncated)\w*",

@@ -70,7 +70,8 @@ def step(
     record_trace(
         "step", optimizer, state, inputs.losses, train_batch=train_batch, val_batch=val_batch
     )
-    return optimizer._advance(inputs, lr_hyper)
+    made = optimizer._advance(inputs, lr_hyper)
+    return made.state, made.moving
 
 
 @compiled

@@ -1,5 +1,6 @@
 """The one outer update: the hyperparameters follow their hypergradient."""
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -83,13 +84,45 @@ def outer_update(
 ) -> tuple[PyTree, PyTree]:
     """New hyperparameters and outer optimizer state."""
     if lr_hyper is not None:
-        updates, outer_opt_state = _scaled(hypergradient, -jnp.asarray(lr_hyper)), ()
-    else:
-        assert outer_optimizer is not None  # `step` and `run` ask for one of the two
-        with explained("outer"):
-            updates, outer_opt_state = outer_optimizer.update(
-                hypergradient, state.outer_opt_state, state.hyperparams
-            )
+        return _moved(state, _scaled(hypergradient, -jnp.asarray(lr_hyper)), ())
+    return _moved(state, *outer_response(outer_optimizer, state, hypergradient))
+
+
+def averaged_update(
+    outer_optimizer: optax.GradientTransformation | None,
+    state: BilevelState,
+    hypergradients: PyTree,
+) -> tuple[PyTree, PyTree]:
+    """The same by the mean of several updates, for as many hypergradients and optimizer states."""
+    return _moved(state, *averaged_outer_response(outer_optimizer, state, hypergradients, 0))
+
+
+def outer_response(
+    outer_optimizer: optax.GradientTransformation | None, state: BilevelState, hypergradient: PyTree
+) -> tuple[PyTree, PyTree]:
+    """The outer optimizer's update, and its next state."""
+    assert outer_optimizer is not None  # `step` and `run` ask for one, or for a rate
+    with explained("outer"):
+        return outer_optimizer.update(hypergradient, state.outer_opt_state, state.hyperparams)
+
+
+def averaged_outer_response(
+    outer_optimizer: optax.GradientTransformation | None,
+    state: BilevelState,
+    hypergradients: PyTree,
+    axis: int | None,
+) -> tuple[PyTree, PyTree]:
+    """The mean of the updates for several states; `axis=None`: for the same hypergradient."""
+
+    def of_one(hypergradient: PyTree, outer_opt_state: PyTree) -> tuple[PyTree, PyTree]:
+        one = dataclasses.replace(state, outer_opt_state=outer_opt_state)
+        return outer_response(outer_optimizer, one, hypergradient)
+
+    updates, new = jax.vmap(of_one, in_axes=(axis, 0))(hypergradients, state.outer_opt_state)
+    return jax.tree.map(lambda x: jnp.mean(x, axis=0), updates), new
+
+
+def _moved(state: BilevelState, updates: PyTree, outer_opt_state: PyTree) -> tuple[PyTree, PyTree]:
     hyperparams = optax.apply_updates(state.hyperparams, updates)
     hyperparams = cast_like(hyperparams, state.hyperparams, "the outer update")
     return hyperparams, cast_like(outer_opt_state, state.outer_opt_state)

@@ -1,24 +1,38 @@
 """One outer step: what it makes of a state, which is refused if it is not finite."""
 
 import abc
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, ArrayLike, Bool, PyTree
+from jaxtyping import Array, ArrayLike, PyTree
 
 from gradhpo.core.inputs import Inputs
 from gradhpo.core.interface import InnerProblems
 from gradhpo.core.measured import aux_of, check_free, loss_of, with_aux
-from gradhpo.core.outer import outer_update
+from gradhpo.core.outer import outer_response, outer_update
 from gradhpo.core.refusal import Attempt, finite_parts, why_refused
 from gradhpo.core.state import BilevelState, inner_state, with_inner_state, with_metrics
 from gradhpo.core.types import Declared, RealScalarLike
 from gradhpo.utils.dispatch import compiled
 from gradhpo.utils.trees import accumulation_dtype, scaled_norm, scaled_norm_and_moving
+
+
+class Advance(NamedTuple):
+    """What a step makes of a state.
+
+    - `state`: the next one.
+    - `moving`: for each leaf of the hyperparameters, whether its hypergradient is not 0, shape
+        `[leaves]`; of a population `[members, leaves]`.
+    - `hypergradient`: a tree like the hyperparameters, finite or not.
+    """
+
+    state: BilevelState
+    moving: Array
+    hypergradient: PyTree
 
 
 class OuterStep(InnerProblems):
@@ -35,13 +49,10 @@ class OuterStep(InnerProblems):
         """What a step makes, finite or not."""
 
     @abc.abstractmethod
-    def _advance(
-        self, inputs: Inputs, lr_hyper: RealScalarLike | None
-    ) -> tuple[BilevelState, Bool[Array, "*members leaves"]]:
+    def _advance(self, inputs: Inputs, lr_hyper: RealScalarLike | None) -> Advance:
         """One outer step, for use inside a compiled program. Refuses non-finite results.
 
-        Takes a state without the metrics that losses return, and adds those of this step. Also
-        returns, for each leaf of the hyperparameters, whether its hypergradient is not 0.
+        Takes a state without the metrics that losses return, and adds those of this step.
         """
 
     @abc.abstractmethod
@@ -54,29 +65,29 @@ class OuterStep(InnerProblems):
 
 
 class OneOuterStep(OuterStep):
-    """The outer step of optimizers with one set of hyperparameters."""
+    """The outer step of optimizers with one set of hyperparameters, and one outer optimizer."""
 
     def _attempt(self, inputs: Inputs, lr_hyper: RealScalarLike | None) -> Attempt:
-        state, estimate = inputs.state, self._solve(inputs)
-        if not self.tunes:
-            return Attempt(estimate, state.hyperparams, state.outer_opt_state)
-        new = outer_update(self.outer_optimizer, state, estimate.hypergradient, lr_hyper)
-        return Attempt(estimate, *new)
+        return attempted(self, inputs, lr_hyper)
 
-    def _advance(
-        self, inputs: Inputs, lr_hyper: RealScalarLike | None
-    ) -> tuple[BilevelState, Bool[Array, " leaves"]]:
+    def _advance(self, inputs: Inputs, lr_hyper: RealScalarLike | None) -> Advance:
         return advanced(self, inputs.state, self._attempt(inputs, lr_hyper))
 
     def _outer_response(self, state: BilevelState, gradient: PyTree) -> tuple[PyTree, PyTree]:
-        assert self.outer_optimizer is not None  # where there is none, this is not called
-        return self.outer_optimizer.update(gradient, state.outer_opt_state, state.hyperparams)
+        return outer_response(self.outer_optimizer, state, gradient)
 
 
-def advanced(
-    optimizer: OuterStep, state: BilevelState, attempt: Attempt
-) -> tuple[BilevelState, Bool[Array, " leaves"]]:
-    """The state after an attempt, and which hypergradients are not 0."""
+def attempted(optimizer: OuterStep, inputs: Inputs, lr_hyper: RealScalarLike | None) -> Attempt:
+    """`_attempt` for one set of hyperparameters, by one outer update."""
+    state, estimate = inputs.state, optimizer._solve(inputs)
+    if not optimizer.tunes:
+        return Attempt(estimate, state.hyperparams, state.outer_opt_state)
+    new = outer_update(optimizer.outer_optimizer, state, estimate.hypergradient, lr_hyper)
+    return Attempt(estimate, *new)
+
+
+def advanced(optimizer: OuterStep, state: BilevelState, attempt: Attempt) -> Advance:
+    """`_advance` for one set of hyperparameters, after its attempt."""
     estimate = attempt.estimate
     norm, moving = scaled_norm_and_moving(estimate.hypergradient)
     accepted = jnp.stack(jax.tree.leaves(finite_parts(optimizer, state, attempt))).all()
@@ -105,7 +116,8 @@ def advanced(
     cast = lambda metrics: {name: x.astype(dtype) for name, x in metrics.items()}
     aux = aux_of(estimate.train_loss, estimate.val_loss)
     check_free(aux, state)
-    return with_aux(with_metrics(state, cast(metrics)), cast(aux)), moving
+    state = with_aux(with_metrics(state, cast(metrics)), cast(aux))
+    return Advance(state, moving, estimate.hypergradient)
 
 
 @compiled

@@ -268,7 +268,7 @@ def _cost_of_step(
 
         def advance(optimizer: BilevelOptimizer, inputs: Inputs, rate: Any) -> BilevelState:
             found.append(optimizer._recomputes(inputs))
-            return optimizer._advance(inputs, rate)[0]
+            return optimizer._advance(inputs, rate).state
 
         return Program(advance, optimizer, inputs, rate).cost, found[0]
 

@@ -214,7 +214,7 @@ class Chunk(eqx.Module):
                 self.continues,
             )
             rate = outer_rate(rate(state.step) if callable(rate) else rate)
-            new, moving = self.optimizer._advance(inputs, rate)
+            new, moving, _ = self.optimizer._advance(inputs, rate)
             metrics = {name: new.metadata[name] for name in METRICS}
             metrics |= self.optimizer._scalars(new.memory)
             metrics |= recorded(self.optimizer, new, self.record)

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, PyTree
 
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.first_state import first_state
 from gradhpo.core.inputs import Inputs, LossFunctions
-from gradhpo.core.outer_step import advanced
+from gradhpo.core.outer_step import Advance
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import MetricDict, RealScalarLike
 from gradhpo.utils.freezing import trained
@@ -226,16 +226,13 @@ class Population(EachMember):
 
     # -- one step ------------------------------------------------------------------------------
 
-    def _advance(
-        self, inputs: Inputs, lr_hyper: RealScalarLike | None
-    ) -> tuple[BilevelState, Bool[Array, "members leaves"]]:
-        def advance(inputs: Inputs) -> tuple[Member, PyTree, Array]:
-            attempt = self.optimizer._attempt(inputs, lr_hyper)
-            new, moving = advanced(self.optimizer, inputs.state, attempt)
-            return part_of(new, new.memory), attempt.estimate.hypergradient, moving
+    def _advance(self, inputs: Inputs, lr_hyper: RealScalarLike | None) -> Advance:
+        def advance(inputs: Inputs) -> tuple[Member, Array, PyTree]:
+            new, moving, hypergradient = self.optimizer._advance(inputs, lr_hyper)
+            return part_of(new, new.memory), moving, hypergradient
 
         state, memory = inputs.state, memory_of(inputs.state.memory, self.num_members)
-        own, hypergradients, moving = self._each(advance, inputs)
+        own, moving, hypergradients = self._each(advance, inputs)
         loss, rejected = own.metrics["val_loss"], own.metrics["rejected"]
         counts = (rejected == state.metadata["rejected"]) & jnp.isfinite(loss)
         mean, count = running_mean(memory.mean_val_loss, memory.num_losses, loss, counts)
@@ -253,7 +250,8 @@ class Population(EachMember):
                 lambda: exploited(own, memory, step, self._num_replaced, self.mutation),
                 lambda: (own, dataclasses.replace(memory, parent=numbered(self.num_members))),
             )
-        return with_part(state, own, memory).update(step=step), moving
+        state = with_part(state, own, memory).update(step=step)
+        return Advance(state, moving, hypergradients)
 
     @property
     def _num_replaced(self) -> int:

@@ -4,6 +4,7 @@ from typing import Any
 
 from jaxtyping import Array, PyTree
 
+from gradhpo.core.inner_state import InnerState
 from gradhpo.core.memory import MemoryOfEach
 
 
@@ -18,14 +19,32 @@ class TaskMemory(MemoryOfEach):
     of_each: PyTree
 
 
-def memory_of(memory: Any, num_tasks: int) -> TaskMemory:
-    """The memory of a state made for this number of tasks; its parameters alone would not tell."""
-    if isinstance(memory, TaskMemory) and memory.task.shape == (num_tasks,):
-        return memory
-    found = "without a task axis"
+class RestartingMemory(TaskMemory):
+    """The same of tasks that restart one after another.
+
+    - `restart_from`: where they do, initial parameters and model state, without a task axis.
+    - `restarted_at`: the outer step at which a task restarted, -1 once it has taken a step since;
+        shape `[tasks]`, int32.
+    """
+
+    restart_from: InnerState
+    restarted_at: Array
+
+
+def memory_of(memory: Any, num_tasks: int, restarting: bool = False) -> TaskMemory:
+    """The memory of a state made for this number of tasks; its parameters alone would not tell.
+
+    `restarting`: it must also know where tasks restart.
+    """
+    needed, found = f"num_tasks={num_tasks}", "without a task axis"
     if isinstance(memory, TaskMemory):
-        found = f"for {memory.task.shape[0]} tasks"
+        if memory.task.shape != (num_tasks,):
+            found = f"for {memory.task.shape[0]} tasks"
+        elif restarting and not isinstance(memory, RestartingMemory):
+            needed, found = "restart_every", "without it, and does not know where tasks begin"
+        else:
+            return memory
     raise ValueError(
-        f"the state was made {found}, and TaskBatched has num_tasks={num_tasks}: make it "
-        "with this optimizer's init(params, hyperparams), where params are those of one task"
+        f"the state was made {found}, and TaskBatched has {needed}: make it with this optimizer's "
+        "init(params, hyperparams), where params are those of one task"
     )

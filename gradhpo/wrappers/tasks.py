@@ -1,7 +1,8 @@
 r"""Many tasks in parallel with shared hyperparameters: the meta-batch of meta-learning."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
 
 import equinox as eqx
 import jax
@@ -14,19 +15,34 @@ from gradhpo.core.batches import BatchStack
 from gradhpo.core.fitting import fit_memory
 from gradhpo.core.inner_state import InnerState, Start
 from gradhpo.core.inputs import Inputs, LossFunctions
-from gradhpo.core.outer import Estimate
-from gradhpo.core.outer_step import OneOuterStep
-from gradhpo.core.state import BilevelState, inner_state, with_inner_state, with_memory
-from gradhpo.core.types import LossFn, MetricDict
-from gradhpo.core.wrapper import Wrapper
+from gradhpo.core.outer import (
+    Estimate,
+    averaged_outer_response,
+    averaged_update,
+    outer_response,
+)
+from gradhpo.core.outer_step import Advance, advanced, attempted
+from gradhpo.core.refusal import Attempt
+from gradhpo.core.state import BilevelState
+from gradhpo.core.types import LossFn, MetricDict, RealScalarLike
+from gradhpo.utils.freezing import trained
 from gradhpo.utils.settings import check_count
+from gradhpo.utils.trees import tree_lerp
 from gradhpo.utils.typecheck import checked
 from gradhpo.wrappers.task_batches import per_task
 from gradhpo.wrappers.task_memory import TaskMemory, memory_of
+from gradhpo.wrappers.task_problems import TaskProblems, mean
+from gradhpo.wrappers.task_restarts import next_restarted, restarting, side_by_side
+from gradhpo.wrappers.task_states import (
+    own_of_each,
+    own_of_one,
+    state_of_all,
+    state_of_one,
+)
 
 
 @checked
-class TaskBatched(OneOuterStep, Wrapper):
+class TaskBatched(TaskProblems):
     r"""Runs any optimizer on `num_tasks` tasks in parallel, with shared hyperparameters.
 
     Parameters, inner optimizer state, the optimizer's own memory and all batches have a leading
@@ -39,19 +55,37 @@ class TaskBatched(OneOuterStep, Wrapper):
 
     - `optimizer`: any other optimizer; its `outer_optimizer` updates the hyperparameters.
     - `num_tasks`: how many tasks, at least 1.
+    - `average`: what is averaged over the tasks. `"hypergradients"`, the default: one update by
+        their mean. `"updates"`: every task has an outer optimizer state of its own, which makes an
+        update $u_i$ of $g_i$, and the hyperparameters move by the mean,
+        $\lambda \leftarrow \lambda + \frac 1N \sum_i u_i$. With an outer Adam, all tasks then have
+        the same weight, and the variance of a step falls with $N$. It costs N outer states. Where
+        $u_i$ is linear in $g_i$ (SGD, `lr_hyper`), both are the same.
+    - `restart_every`: after every `restart_every`-th outer step one task restarts, each in its
+        turn: after step $s$ (`state.step`), refused or not, task
+        $(s/\mathtt{restart\_every} - 1) \bmod N$. So there are models of every age, up to
+        `num_tasks * restart_every` steps. The parameters are again those that `init` was given, or
+        those from which all tasks last restarted together
+        ([`restart`][gradhpo.BilevelOptimizer.restart], episodes of `run`). With a `start_fn`, `run`
+        makes new ones; `steps_per_episode=num_steps` then leaves no other restarts. Inner optimizer
+        state, model state and the memory of the episode begin anew; metrics and outer optimizer
+        state stay. Default `None`: no task restarts alone.
 
     The state: `params` and `inner_opt_state` have the task axis, `hyperparams` do not;
     `memory.task` numbers the tasks, and `memory.of_each` is the memory of `optimizer`, tasks first
-    (`state.get_metric("theta")` finds its entries). Frozen leaves are shared. After a `run` of
-    whole episodes all tasks are at the meta-learned point, so you can take any of them:
+    (`state.get_metric("theta")` finds its entries). `outer_opt_state` has the axis if updates are
+    averaged. Frozen leaves are shared. One non-finite task refuses the step for all. After a `run`
+    of whole episodes all tasks are at the meta-learned point, so you can take any of them:
     `of_task(state, 0).params`, or as a model `of_task(state, 0).model`.
 
     Batches: every array has the shape `[tasks, ...]`, in a `BatchStack`
     `[inner steps, tasks, ...]`. Leaves without an axis (or in a `BatchStack` with only the axis of
     the steps) are shared, and PRNG keys are folded with the number of the task.
 
-    **Raises:** `ValueError` for `num_tasks < 1` or a `TaskBatched` in a `TaskBatched`; while
-    tracing, for an array in a batch without the task axis, or a state of other tasks.
+    **Raises:** `TypeError` for another `average`; `ValueError` for `num_tasks < 1`,
+    `restart_every < 1` or a `TaskBatched` in a `TaskBatched`; while tracing, for an array in a
+    batch without the task axis, or a state of other tasks, or made with another `average` or
+    without `restart_every` ([`adopt`][gradhpo.BilevelOptimizer.adopt] takes over the former).
 
     ```python
     loss = lambda w, h, batch: jnp.mean((w * batch[0] + h - batch[1]) ** 2)
@@ -63,19 +97,34 @@ class TaskBatched(OneOuterStep, Wrapper):
     state = optimizer.step(state, (x, y), (x, y), loss, loss)
     assert state.params.shape == (4,) and state.hyperparams.shape == ()
     assert optimizer.of_task(state, 3).params.shape == ()
+
+    steadier = gradhpo.TaskBatched(
+        optimizer.optimizer, num_tasks=4, average="updates", restart_every=10
+    )
+    state = steadier.init(jnp.ones(()), jnp.zeros(()))
+    for _ in range(10):
+        state = steadier.step(state, (x, y), (x, y), loss, loss)
+    assert state.outer_opt_state[0].mu.shape == (4,)
+    assert state.params[0] == 1 != state.params[1]  # task 0 has just restarted
     ```
 
     ??? cite "Reference"
 
         Reptile: Nichol et al., *On First-Order Meta-Learning Algorithms*, 2018,
         arXiv:1803.02999; with hypergradients as in Lee et al., ICLR 2022, arXiv:2110.02508.
+        Averaged updates and restarts in turn: Calian et al., *DataRater: Meta-Learned Dataset
+        Curation*, 2025, arXiv:2505.17895.
     """
 
     optimizer: BilevelOptimizer
     num_tasks: int = eqx.field(static=True)
+    average: Literal["hypergradients", "updates"] = eqx.field(static=True, default="hypergradients")
+    restart_every: int | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
         check_count("num_tasks", self.num_tasks)
+        if self.restart_every is not None:
+            check_count("restart_every", self.restart_every)
         if isinstance(self.optimizer, TaskBatched):
             raise ValueError("TaskBatched(optimizer) got a TaskBatched; one task axis is enough")
         if self.optimizer.num_members is not None:
@@ -108,20 +157,20 @@ class TaskBatched(OneOuterStep, Wrapper):
     def of_task(self, state: BilevelState, number: int) -> BilevelState:
         """The state of one task, as the wrapped `optimizer` takes it.
 
-        Its metrics and outer optimizer state are shared by all tasks.
+        Its metrics are shared by all tasks, and so is its outer optimizer state unless updates are
+        averaged.
 
         **Arguments:** `state`: from this optimizer; `number`: of the task, counted from 0.
 
         **Raises:** `ValueError` for a number without a task, or a state of other tasks.
         """
-        memory = memory_of(state.memory, self.num_tasks)
+        each = self._own_of_each(state)
         if not 0 <= number < self.num_tasks:
             raise ValueError(
                 f"of_task(number={number}): the {self.num_tasks} tasks are numbered from 0 to "
                 f"{self.num_tasks - 1}"
             )
-        of_each = inner_state(state), memory.of_each
-        return _of_task(state, *jax.tree.map(lambda x: x[number], of_each))
+        return state_of_one(state, jax.tree.map(lambda x: x[number], each))
 
     def finite_part(self, memory: TaskMemory) -> PyTree:
         """As for `optimizer`."""
@@ -129,7 +178,8 @@ class TaskBatched(OneOuterStep, Wrapper):
 
     def after_refusal(self, old: TaskMemory, new: TaskMemory) -> TaskMemory:
         """As for `optimizer`: one refused task refuses the step for all."""
-        return TaskMemory(old.task, self.optimizer.after_refusal(old.of_each, new.of_each))
+        of_each = self.optimizer.after_refusal(old.of_each, new.of_each)
+        return dataclasses.replace(old, of_each=of_each)
 
     def remarks(
         self, before: MetricDict, metrics: Mapping[str, np.ndarray], copies: int = 1
@@ -148,141 +198,88 @@ class TaskBatched(OneOuterStep, Wrapper):
         keys = None if key is None else jax.random.split(key, self.num_tasks)
         examples, batch_of = per_task("init(batch=...)", batch, self.num_tasks)
 
-        def of_task(number, examples, key):
+        def own(number, examples, key):
             batch = batch_of(number, examples)
-            return _own(self.optimizer._init_state(params, hyperparams, model_state, batch, key))
+            state = self.optimizer._init_state(params, hyperparams, model_state, batch, key)
+            return own_of_one(state, self._apart)
 
         numbers = jnp.arange(self.num_tasks, dtype=jnp.int32)
         state = self.optimizer._init_state(params, hyperparams, model_state, None, None)
         with jax.debug_nans(False):  # metrics that are not measured yet are NaN
-            z, of_each = jax.vmap(of_task)(numbers, examples, keys)
-        state = with_inner_state(state, z).update(fresh=True)
-        return with_memory(state, TaskMemory(numbers, of_each))
+            each = jax.vmap(own)(numbers, examples, keys)
+        memory = TaskMemory(numbers, each.memory)
+        if self.restart_every is not None:
+            memory = restarting(memory, InnerState(trained(params), r=model_state))
+        return state_of_all(state, each, memory)
 
     def _adopt(self, state: BilevelState, *, keep_memory: bool) -> BilevelState:
-        memory = memory_of(state.memory, self.num_tasks)
-        own = inner_state(state), memory.of_each
+        memory = memory_of(state.memory, self.num_tasks, self.restart_every is not None)
+        each = own_of_each(state, memory, apart=False)._replace(restarted_at=None)
+        adopt = lambda own: self.optimizer._adopt(state_of_one(state, own), keep_memory=keep_memory)
+        new = jax.vmap(lambda own: own_of_one(adopt(own), self._apart))(each)
+        of_first = adopt(jax.tree.map(lambda x: x[0], each))
+        if self.restart_every is None:
+            memory = TaskMemory(memory.task, memory.of_each)
+        return state_of_all(of_first, new, memory if keep_memory else side_by_side(memory))
 
-        def adopt(z, memory):
-            return self.optimizer._adopt(_of_task(state, z, memory), keep_memory=keep_memory)
+    def _attempt(self, inputs: Inputs, lr_hyper: RealScalarLike | None) -> Attempt:
+        if not (self._apart and self.tunes) or lr_hyper is not None:
+            return attempted(self, inputs, lr_hyper)
+        every = self._over_tasks(self.optimizer._solve, inputs)
+        new = averaged_update(self.outer_optimizer, inputs.state, every.hypergradient)
+        return Attempt(self._estimate(every, inputs.state), *new)
 
-        z, of_each = jax.vmap(lambda *own: _own(adopt(*own)))(*own)
-        of_first = adopt(*jax.tree.map(lambda x: x[0], own))
-        adopted = with_inner_state(of_first, z).update(fresh=of_first.fresh)
-        return with_memory(adopted, TaskMemory(memory.task, of_each))
+    def _advance(self, inputs: Inputs, lr_hyper: RealScalarLike | None) -> Advance:
+        made = advanced(self, inputs.state, self._attempt(inputs, lr_hyper))
+        if self.restart_every is None:
+            return made
+        own, every = self._own_of_each(made.state), self.restart_every
+        state = next_restarted(self.optimizer, made.state, own, inputs.start, every)
+        return made._replace(state=state)
+
+    def _outer_response(self, state: BilevelState, gradient: PyTree) -> tuple[PyTree, PyTree]:
+        if not self._apart:
+            return outer_response(self.outer_optimizer, state, gradient)
+        return averaged_outer_response(self.outer_optimizer, state, gradient, None)
 
     def _solve(self, inputs: Inputs) -> Estimate:
-        every: Estimate = self._over_tasks(self.optimizer._solve, inputs)
+        return self._estimate(self._over_tasks(self.optimizer._solve, inputs), inputs.state)
+
+    def _estimate(self, every: Estimate, state: BilevelState) -> Estimate:
+        """The estimate of all tasks from those of each."""
+        memory = dataclasses.replace(self._memory(state), of_each=every.memory)
         return Estimate(
             z=every.z,
-            hypergradient=_mean(every.hypergradient),
-            train_loss=_mean(every.train_loss),
-            val_loss=_mean(every.val_loss),
-            memory=TaskMemory(memory_of(inputs.state.memory, self.num_tasks).task, every.memory),
+            hypergradient=mean(every.hypergradient),
+            train_loss=mean(every.train_loss),
+            val_loss=mean(every.val_loss),
+            memory=side_by_side(memory),
         )
-
-    def _seen(self, inputs: Inputs) -> list[bool]:
-        return self._of_any(self.optimizer._seen, inputs)
-
-    def _recomputes(self, inputs: Inputs) -> bool:
-        return self._of_any(self.optimizer._recomputes, inputs)
-
-    def _of_any(self, look: Callable[[Inputs], Any], inputs: Inputs) -> Any:
-        """What is found while tracing, once for all tasks."""
-        found = []
-
-        def trace(inputs: Inputs) -> tuple[()]:
-            found.append(look(inputs))
-            return ()
-
-        self._over_tasks(trace, inputs)
-        return found[0]
-
-    def _outer_loss(self, inputs: Inputs) -> Array:
-        return _mean(self._over_tasks(self.optimizer._outer_loss, inputs))
-
-    def _begin_episode(self, inputs: Inputs, num_steps: int) -> BilevelState:
-        begin = lambda inputs: self.optimizer._begin_episode(inputs, num_steps).memory
-        return self._with_memories(inputs, begin)
-
-    def _fit(self, inputs: Inputs) -> BilevelState:
-        return self._with_memories(inputs, lambda inputs: self.optimizer._fit(inputs).memory)
-
-    def _with_memories(self, inputs: Inputs, function: Callable[[Inputs], Any]) -> BilevelState:
-        of_each = self._over_tasks(function, inputs)
-        task = memory_of(inputs.state.memory, self.num_tasks).task
-        return inputs.state.update(memory=TaskMemory(task, of_each))
 
     def _restart(
         self, state: BilevelState, start: InnerState, reptile_rate: Float[Array, ""]
     ) -> BilevelState:
-        z, memory = inner_state(state), memory_of(state.memory, self.num_tasks)
-        averaged = lambda tree: jax.tree.map(lambda x: jnp.broadcast_to(_mean(x), x.shape), tree)
-        w, start = averaged(z.w), start._replace(w=averaged(start.w))
+        each, lead = self._own_of_each(state), (self.num_tasks,)
+        of_all_tasks = lambda tree: jax.tree.map(
+            lambda x: jnp.broadcast_to(x, lead + x.shape), tree
+        )
+        old, w = mean((start.w, each.z.w))
+        each = each._replace(z=each.z._replace(w=of_all_tasks(w)))
 
-        def of_task(z, memory, start):
-            return _own(self.optimizer._restart(_of_task(state, z, memory), start, reptile_rate))
+        def restart(own, start):
+            new = self.optimizer._restart(state_of_one(state, own), start, reptile_rate)
+            return own_of_one(new, apart=False)
 
-        z, of_each = jax.vmap(of_task)(z._replace(w=w), memory.of_each, start)
-        memory = TaskMemory(memory.task, of_each)
-        return with_inner_state(state, z).update(memory=memory, fresh=True)
+        each = jax.vmap(restart)(each, start._replace(w=of_all_tasks(old)))
+        memory = side_by_side(self._memory(state), tree_lerp(old, w, reptile_rate))
+        return state_of_all(state, each, memory).update(fresh=True)
 
     def _restart_at(self, state: BilevelState, start: Start) -> BilevelState:
-        memory = memory_of(state.memory, self.num_tasks)
+        memory = self._memory(state)
 
-        def of_task(number, z, memory):
-            at = _of_task(state, z, memory)
-            return _own(self.optimizer._restart_at(at, start.of_one(number)))
+        def restart(number, own):
+            new = self.optimizer._restart_at(state_of_one(state, own), start.of_one(number))
+            return own_of_one(new, apart=False)
 
-        z, of_each = jax.vmap(of_task)(memory.task, inner_state(state), memory.of_each)
-        memory = TaskMemory(memory.task, of_each)
-        return with_inner_state(state, z).update(memory=memory, fresh=True)
-
-    def _inner_response(self, state: BilevelState, gradient: PyTree) -> tuple[PyTree, PyTree]:
-        respond = lambda z, g: self.optimizer._inner_response(_of_task(state, z, None), g)
-        return jax.vmap(respond)(inner_state(state), gradient)
-
-    def _function_response(self, state: BilevelState, batch: PyTree) -> tuple[PyTree, bool]:
-        batches, batch_of = per_task("train_batch", batch, self.num_tasks)
-        moves = []
-
-        def respond(number, z, of_task):
-            task = _of_task(state, z, None)
-            made, is_move = self.optimizer._function_response(task, batch_of(number, of_task))
-            moves.append(is_move)
-            return made
-
-        numbers = jnp.arange(self.num_tasks, dtype=jnp.int32)
-        return jax.vmap(respond)(numbers, inner_state(state), batches), moves[0]
-
-    def _param_norm(self, w: PyTree) -> Array:
-        return _mean(jax.vmap(self.optimizer._param_norm)(w))
-
-    def _scalars(self, memory: TaskMemory) -> MetricDict:
-        of_each = memory_of(memory, self.num_tasks).of_each
-        return _mean(jax.vmap(self.optimizer._scalars)(of_each)) if jax.tree.leaves(of_each) else {}
-
-    def _over_tasks(self, function: Callable[[Inputs], Any], inputs: Inputs) -> Any:
-        """`function` of the inputs of every task, with results stacked."""
-        state, memory = inputs.state, memory_of(inputs.state.memory, self.num_tasks)
-        train, train_of = per_task("train_batch", inputs.train_batch, self.num_tasks)
-        val, val_of = per_task("val_batch", inputs.val_batch, self.num_tasks)
-
-        def of_task(number, z, memory, train, val):
-            batches = {"train_batch": train_of(number, train), "val_batch": val_of(number, val)}
-            start = None if inputs.start is None else inputs.start.of_one(number)
-            return function(inputs.at(_of_task(state, z, memory), start=start, **batches))
-
-        return jax.vmap(of_task)(memory.task, inner_state(state), memory.of_each, train, val)
-
-
-def _mean(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: jnp.mean(x, axis=0), tree)
-
-
-def _own(state: BilevelState) -> tuple[InnerState, Any]:
-    return inner_state(state), state.memory
-
-
-def _of_task(state: BilevelState, z: InnerState, memory: Any) -> BilevelState:
-    return with_memory(with_inner_state(state, z).update(fresh=state.fresh), memory)
+        each = jax.vmap(restart)(memory.task, self._own_of_each(state))
+        return state_of_all(state, each, side_by_side(memory)).update(fresh=True)
