@@ -266,17 +266,14 @@ class Population(EachMember):
         key: Array | None,
     ) -> BilevelState:
         w, count = trained(params), self.num_members
-        for tree, what in (
-            (w, "params"),
-            (hyperparams, "hyperparams"),
-            (model_state, "model_state"),
-        ):
-            check_member_axis(tree, what, count)
+        given = {"params": w, "hyperparams": hyperparams, "model_state": model_state}
+        for name, tree in given.items():
+            check_member_axis(tree, name, count)
 
         def first(number: int) -> Member:
-            of_one = jax.tree.map(lambda x: x[number], (w, hyperparams, model_state))
-            given = eqx.combine(of_one[0], params), *of_one[1:], batch, key
-            state = self.optimizer._init_state(*given)
+            of_one = lambda tree: jax.tree.map(lambda x: x[number], tree)
+            given = eqx.combine(of_one(w), params), of_one(hyperparams), of_one(model_state)
+            state = self.optimizer._init_state(*given, batch, key)
             return part_of(state, state.memory)
 
         # One by one: under vmap, zeros like an array do not know where it is.
