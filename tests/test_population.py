@@ -375,7 +375,7 @@ def test_the_teacher_descends_the_validation_losses_of_all_members(kind, getkey)
     np.testing.assert_allclose(found.W, expected.W, rtol=1e-10, atol=1e-15)
     np.testing.assert_array_equal(found.V, expected.V)  # 0, for W is
     # And a step of the population is a step of the teacher's optimizer.
-    updates, _ = mutation.optimizer.update(found, state.memory.mutation.opt_state, teacher)
+    updates, _ = mutation.optimizer.update(found, state.memory.mutation.teacher_opt_state, teacher)
     new = optimizer.step(state, *given)
     expected = optax.apply_updates(teacher, updates)
     assert_same(new.memory.mutation.teacher, expected, rtol=1e-9, atol=1e-12)

@@ -28,11 +28,11 @@ class TeacherMemory(eqx.Module):
     """What [`LearnedMutation`][gradhpo.LearnedMutation] carries from step to step.
 
     - `teacher`: its `W` and `V`, shape `[n, units]` each, where n counts the hyperparameters.
-    - `opt_state`: the state of its optimizer.
+    - `teacher_opt_state`: the state of its optimizer.
     """
 
     teacher: Teacher
-    opt_state: PyTree
+    teacher_opt_state: PyTree
 
 
 @checked
@@ -102,9 +102,11 @@ class LearnedMutation(Mutation):
     ) -> TeacherMemory:
         """One step of the teacher."""
         gradient = self.teacher_gradient(memory.teacher, hypergradients, hyperparams)
-        updates, opt_state = self.optimizer.update(gradient, memory.opt_state, memory.teacher)
+        updates, opt_state = self.optimizer.update(
+            gradient, memory.teacher_opt_state, memory.teacher
+        )
         teacher = optax.apply_updates(memory.teacher, updates)
-        like = memory.teacher, memory.opt_state
+        like = memory.teacher, memory.teacher_opt_state
         return TeacherMemory(*cast_like((teacher, opt_state), like))
 
     def teacher_gradient(
