@@ -93,8 +93,8 @@ def _own_names() -> set[str]:
     common = {*dir(Algorithm), *dir(Wrapper), *dir(Memory)}
     common |= {"inner_optimizer", "grad_fn", "update_fn", "optimizer"}
     common |= set(MemoryOfEach.__annotations__)
-    # Everyday words: settings of mutations, and `Path.parent`.
-    common |= {"kind", "scale", "function", "parent"}
+    # Everyday words: settings of mutations, `Path.parent`, `EarlyStopping.best`.
+    common |= {"kind", "scale", "function", "parent", "best"}
     names = set()
     for cls in _modules_of_algorithms():
         names |= set(cls.__dataclass_fields__)
