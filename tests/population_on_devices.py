@@ -6,6 +6,7 @@ python population_on_devices.py costs
 """
 
 import json
+import re
 import sys
 
 import jax
@@ -66,6 +67,11 @@ def ran(optimizer, given, batches, both):
     return gradhpo.run(optimizer, state, gradhpo.LossFunctions(*both), *batches, **settings)[0]
 
 
+def without_branches(text):
+    """The text of a program in which conditionals call nothing."""
+    return re.sub(r"(branch_computations=\{[^}]*\}|(true|false)_computation=%[\w.-]+)", "", text)
+
+
 def costs():
     """Of a step, for one of four devices, as a share of those of one device; and what is sent."""
     here = Mesh()
@@ -90,6 +96,7 @@ def costs():
             "flops": each.flops_with_loops_once / alone.flops_with_loops_once,
             "temporary": each.temporary_bytes / alone.temporary_bytes,
             "collectives": [list(x) for x in collectives(each.text)],
+            "outside of branches": len(collectives(without_branches(each.text))),
         }
     return found
 

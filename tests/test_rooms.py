@@ -94,7 +94,7 @@ def _own_names() -> set[str]:
     common |= {"inner_optimizer", "grad_fn", "update_fn", "optimizer"}
     common |= set(MemoryOfEach.__annotations__)
     # Everyday words: settings of mutations, `Path.parent`, `EarlyStopping.best`.
-    common |= {"kind", "scale", "function", "parent", "best"}
+    common |= {"kind", "scale", "function", "parent", "best", "fraction"}
     names = set()
     for cls in _modules_of_algorithms():
         names |= set(cls.__dataclass_fields__)

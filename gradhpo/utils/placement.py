@@ -148,6 +148,18 @@ def rows(x: Array, chosen: Array) -> Array:
     return x.at[chosen].get(out_sharding=NamedSharding(mesh, PartitionSpec()))
 
 
+def entry(x: Array, number: Any) -> Array:
+    """`x[number]`; explicit mesh axes ask where that is to be: where the rest of `x` is."""
+    if not has_explicit_axes(x):
+        return x[number]
+    sharding = jax.typeof(x).sharding
+    to = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    if isinstance(number, Tracer):  # a slice at an unknown place of a divided axis does not exist
+        to_all = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec[1:]))
+        return jax.sharding.reshard(x, to_all)[number]
+    return x.at[int(number)].get(out_sharding=to)
+
+
 def has_explicit_axes(tree: PyTree) -> bool:
     """Whether arrays have their shardings in their types, along some axis of a mesh."""
     meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(tree))

@@ -17,6 +17,7 @@ from gradhpo.core.refusal import Attempt
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import Declared, MetricDict, RealScalarLike
 from gradhpo.core.wrapper import Wrapper
+from gradhpo.utils.placement import entry
 from gradhpo.wrappers.exploiting import copied
 from gradhpo.wrappers.members import (
     Member,
@@ -50,7 +51,7 @@ class EachMember(Wrapper):
 
     def _member(self, state: BilevelState, number: Any) -> BilevelState:
         own = part_of(state, memory_of(state.memory, self.num_members).of_each)
-        return with_part(state, jax.tree.map(lambda x: x[number], own))
+        return with_part(state, jax.tree.map(lambda x: entry(x, number), own))
 
     def finite_part(self, memory: PopulationMemory) -> PyTree:
         """As for `optimizer`."""

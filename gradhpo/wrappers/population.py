@@ -20,7 +20,8 @@ from gradhpo.core.state import BilevelState
 from gradhpo.core.types import MetricDict, RealScalarLike
 from gradhpo.utils.freezing import trained
 from gradhpo.utils.keys import key_of_numbers, numbers_of_key
-from gradhpo.utils.placement import split_like
+from gradhpo.utils.placement import entry, everywhere, sharded_like, split_like
+from gradhpo.utils.processes import numbers
 from gradhpo.utils.settings import check_count
 from gradhpo.utils.structure import check_same_structure
 from gradhpo.utils.typecheck import checked
@@ -186,16 +187,19 @@ class Population(EachMember):
         **Raises:** `ValueError` if no member has a finite validation loss (before the first step),
         or for a state of another number of members.
         """
-        memory = memory_of(state.memory, self.num_members)
-        measured = memory.parent == numbered(self.num_members)
-        losses = jnp.where(measured, state.metadata["val_loss"], jnp.inf)
-        losses = jnp.where(jnp.isfinite(losses), losses, jnp.inf)
-        if not isinstance(losses, Tracer) and not np.any(np.isfinite(losses)):
+        parent = memory_of(state.memory, self.num_members).parent
+        loss = state.metadata["val_loss"]
+        if isinstance(loss, Tracer):
+            parent, loss, xp = everywhere(parent), everywhere(loss), jnp
+        else:
+            parent, loss, xp = numbers(parent), numbers(loss), np
+        measured = (parent == xp.arange(self.num_members, dtype=parent.dtype)) & xp.isfinite(loss)
+        if xp is np and not np.any(measured):
             raise ValueError(
                 "no member has a finite validation loss: take a step first, or choose one with "
                 "of_member(state, number)"
             )
-        return self._member(state, jnp.argmin(losses))
+        return self._member(state, xp.argmin(xp.where(measured, loss, xp.inf)))
 
     def of_member(self, state: BilevelState, number: int) -> BilevelState:
         """The state of one member, as the wrapped `optimizer` takes it.
@@ -243,12 +247,12 @@ class Population(EachMember):
             mutation=self.mutation.learn(memory.mutation, hypergradients, state.hyperparams),
             of_each=own.memory,
         )
-        step = state.step + 1
+        step, nobody = state.step + 1, sharded_like(numbered(self.num_members), mean)
         if self.exploit_every is not None:
             own, memory = jax.lax.cond(
                 step % self.exploit_every == 0,
                 lambda: exploited(own, memory, step, self._num_replaced, self.mutation),
-                lambda: (own, dataclasses.replace(memory, parent=numbered(self.num_members))),
+                lambda: (own, dataclasses.replace(memory, parent=nobody)),
             )
         state = with_part(state, own, memory).update(step=step)
         return Advance(state, moving, hypergradients)
@@ -271,7 +275,7 @@ class Population(EachMember):
             check_member_axis(tree, name, count)
 
         def first(number: int) -> Member:
-            of_one = lambda tree: jax.tree.map(lambda x: x[number], tree)
+            of_one = lambda tree: jax.tree.map(lambda x: entry(x, number), tree)
             given = eqx.combine(of_one(w), params), of_one(hyperparams), of_one(model_state)
             state = self.optimizer._init_state(*given, batch, key)
             return part_of(state, state.memory)
@@ -282,7 +286,7 @@ class Population(EachMember):
             own = split_like(own, (w, hyperparams))
         key = jax.random.key(0) if key is None else key
         draws, learns = jax.random.split(key_of_numbers(numbers_of_key(key)))
-        of_first = jax.tree.map(lambda x: x[0], hyperparams)
+        of_first = jax.tree.map(lambda x: entry(x, 0), hyperparams)
         mean = jnp.full(count, jnp.inf, own.metrics["val_loss"].dtype)
         none, number = jnp.zeros(count, jnp.int32), numbered(count)
         mean, none, number = split_like((mean, none, number), (w, hyperparams))
@@ -329,7 +333,7 @@ class Population(EachMember):
 
         own = jax.vmap(adopt)(part_of(state, memory.of_each))
         if not keep_memory:
-            of_first = jax.tree.map(lambda x: x[0], own.hyperparams)
+            of_first = jax.tree.map(lambda x: entry(x, 0), own.hyperparams)
             learned = self.mutation.init(key_of_numbers(memory.key), of_first)
             memory = dataclasses.replace(memory, mutation=learned)
         return with_part(state, own, dataclasses.replace(memory, of_each=own.memory))
