@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from gradhpo.algorithms.settled import through_state
+from gradhpo.algorithms.settled import through_state, warn_if_training_reads_it
 from gradhpo.extend import (
     SINGULAR,
     Algorithm,
@@ -35,17 +35,11 @@ from gradhpo.extend import (
     solve_system,
     tree_dot,
     tree_l2_norm,
-    warn_once,
 )
 
 
 # The share of itself by which the validation loss may still change, before the report says so.
 _LARGE_GAP = 0.1
-_READS_STATE = (
-    "ImplicitOptimizer holds the model state constant in the training loss, which reads it: the "
-    "hypergradient leaves out how training follows the model state (a target network, running "
-    "statistics that normalise). UnrolledOptimizer differentiates through it"
-)
 
 
 class ImplicitMemory(Memory):
@@ -235,8 +229,7 @@ class ImplicitOptimizer(Algorithm):
         w = z.w
         val_loss, of_z, direct = validation.value_and_grads(z, hyperparams)
         alpha, direct, unsettled, moves = through_state(phi, z, hyperparams, last, of_z, direct)
-        if phi.reads_state:
-            warn_once(_READS_STATE, *problem.functions())
+        warn_if_training_reads_it("ImplicitOptimizer", problem)
         residual, products = phi.optimality(z, hyperparams, last, self.curvature_batches)
 
         # Solved in float32 at least, and for a right-hand side of length 1.

@@ -8,14 +8,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from gradhpo.core.inner_optimizer import cast_like, explained
+from gradhpo.core.inner_optimizer import cast_like, descend, init_descent
 from gradhpo.core.inner_state import InnerState
 from gradhpo.core.measured import Loss, aux_of, loss_of
 from gradhpo.core.problem import Problem
 from gradhpo.core.state import BilevelState, inner_state
 from gradhpo.core.types import RealScalarLike
 from gradhpo.utils.structure import check_same_structure
-from gradhpo.utils.validation import strong
 from gradhpo.utils.warn import warn_once
 
 
@@ -72,7 +71,7 @@ def init_outer_state(
     """The outer optimizer's state; `()` if there is none."""
     if outer_optimizer is None:
         return ()
-    return jax.tree.map(strong, outer_optimizer.init(hyperparams))
+    return init_descent(outer_optimizer, hyperparams)
 
 
 def outer_update(
@@ -83,16 +82,13 @@ def outer_update(
 ) -> tuple[PyTree, PyTree]:
     """New hyperparameters and outer optimizer state."""
     if lr_hyper is not None:
-        updates, outer_opt_state = _scaled(hypergradient, -jnp.asarray(lr_hyper)), ()
-    else:
-        assert outer_optimizer is not None  # `step` and `run` ask for one of the two
-        with explained("outer"):
-            updates, outer_opt_state = outer_optimizer.update(
-                hypergradient, state.outer_opt_state, state.hyperparams
-            )
-    hyperparams = optax.apply_updates(state.hyperparams, updates)
-    hyperparams = cast_like(hyperparams, state.hyperparams, "the outer update")
-    return hyperparams, cast_like(outer_opt_state, state.outer_opt_state)
+        moved = optax.apply_updates(
+            state.hyperparams, _scaled(hypergradient, -jnp.asarray(lr_hyper))
+        )
+        return cast_like(moved, state.hyperparams, "the outer update"), ()
+    assert outer_optimizer is not None  # `step` and `run` ask for one of the two
+    given = hypergradient, state.outer_opt_state, state.hyperparams
+    return descend("outer", outer_optimizer, *given)
 
 
 def _scaled(tree: PyTree, factor: Array) -> PyTree:

@@ -189,6 +189,7 @@ def make_problem(
         recomputes=contains(program, is_recomputed) or bytes_computed(program) > _LARGE,
         metrics=names["train"],
         reads_state=reads_state,
+        differentiated=differentiates,
         fresh=fresh,
     )
     return Problem(phi, validation, z, hyperparams)
