@@ -28,7 +28,7 @@ from gradhpo.core.state import inner_state
 from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, UpdateFn
 from gradhpo.utils.foreign import NO_DERIVATIVE, is_custom_vjp, is_recomputed
 from gradhpo.utils.freezing import not_trained
-from gradhpo.utils.programs import bytes_computed, contains, inputs_read, visible_leaves
+from gradhpo.utils.programs import bytes_computed, contains, inputs_read, readings
 from gradhpo.utils.validation import check_arity
 
 
@@ -140,6 +140,7 @@ def make_problem(
         frozen=frozen,
         train_batch=inputs.train_batch,
         symmetric=True,
+        differentiated=differentiates,
         passes_loss=passes_loss,
         start=inputs.start,
     )
@@ -169,7 +170,7 @@ def make_problem(
     if jax.tree.leaves(of_r) and not grad_fn is update_fn is None:
         rule = phi.gradient_and_state if update_fn is None else phi.updated_by_hand
         new = lambda r: rule(z._replace(r=eqx.combine(r, rest)), hyperparams, 0)[0]
-        reads_state = any(jax.tree.leaves(visible_leaves(new, of_r)))
+        reads_state = any(jax.tree.leaves(readings(new, of_r, by_derivative=differentiates).by()))
     elif jax.tree.leaves(of_r):
         reads = inputs_read(result_of(program, 0), by_derivative=True)
         after_w = len(jax.tree.leaves(z.w))
@@ -189,7 +190,6 @@ def make_problem(
         recomputes=contains(program, is_recomputed) or bytes_computed(program) > _LARGE,
         metrics=names["train"],
         reads_state=reads_state,
-        differentiated=differentiates,
         fresh=fresh,
     )
     return Problem(phi, validation, z, hyperparams)
