@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
 import optax
 import pytest
@@ -104,6 +105,47 @@ def test_reaches_the_solution_of_a_quadratic():
     np.testing.assert_allclose(state.params, w, atol=1e-10)
     assert state.get_metric("inner_residual") < 1e-9
     assert state.get_metric("linear_residual") < 1e-9
+
+
+@pytest.mark.parametrize("repeat", quick([False, True], keep=[False]))
+def test_stocbio_takes_another_batch_for_every_product(repeat):
+    """A cold Neumann series of 7 products over 4 batches, over 20 steps: rounding alone, 1e-10."""
+    inner_steps, terms, rate = 4, 8, 0.02
+    problem = data(STEPS, inner_steps)
+    inner_optimizer, w_step = BY_HAND["momentum"]
+    outer_optimizer, a_step = BY_HAND["Adam"]
+    solver = gradhpo.Neumann(terms, rate, fresh_batches=True)
+    optimizer = gradhpo.ImplicitOptimizer(
+        inner_optimizer, outer_optimizer, linear_solver=solver, inner_steps=inner_steps
+    )
+    state = optimizer.init(jnp.asarray(problem.w), jnp.asarray(problem.a))
+    val = tuple(map(jnp.asarray, problem.val))
+    w, a, w_step, a_step = problem.w, problem.a, w_step(), a_step()
+    for k in range(STEPS):
+        stack = problem.stack(k)
+        state = optimizer.step(state, stack.at(0) if repeat else stack, val, quartic, squares)
+        batch = lambda t, k=k: problem.batch(k, 0 if repeat else t)
+        for t in range(inner_steps):
+            w = w_step(w, quartic_at(w, a, batch(t)).gradient)
+        alpha, direct = squares_at(w, a, problem.val)
+        term, q = alpha, rate * alpha
+        for j in range(terms - 1):
+            term = term - rate * quartic_at(w, a, batch(j % inner_steps)).hessian @ term
+            q = q + rate * term
+        g = direct - q @ quartic_at(w, a, batch(inner_steps - 1)).mixed
+        np.testing.assert_allclose(state.metadata["hypergrad_norm"], np.linalg.norm(g), rtol=1e-10)
+        a = a_step(a, g)
+    np.testing.assert_allclose(state.hyperparams, a, rtol=1e-10)
+    np.testing.assert_allclose(state.memory.adjoint, q, rtol=1e-10)
+
+
+def test_where_fresh_batches_cannot_be_had():
+    solver = gradhpo.Neumann(3, 0.1, fresh_batches=True)
+    with pytest.raises(ValueError, match="leave one out"):
+        gradhpo.ImplicitOptimizer(PLAIN, None, solver, inner_steps=2, curvature_batches=2)
+    operator = lx.MatrixLinearOperator(jnp.eye(2))
+    with pytest.raises(ValueError, match=r"only gradhpo\.ImplicitOptimizer"):
+        lx.linear_solve(operator, jnp.ones(2), solver)
 
 
 def adjoint_of(problem, optimizer, steps=20):

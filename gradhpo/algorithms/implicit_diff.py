@@ -172,6 +172,11 @@ class ImplicitOptimizer(Algorithm):
                 f"has inner_steps={self.inner_steps}: write inner_steps={self.curvature_batches} "
                 f"or more, or curvature_batches={self.inner_steps}"
             )
+        if self.curvature_batches > 1 and getattr(self.linear_solver, "fresh_batches", False):
+            raise ValueError(
+                f"curvature_batches={self.curvature_batches} has all products take the same "
+                "batches, and the solver's fresh_batches=True another one each: leave one out"
+            )
         check_setting("damping", self.damping, lambda x: x >= 0, "at least 0")
 
     @property
@@ -241,10 +246,15 @@ class ImplicitOptimizer(Algorithm):
         norm = jnp.where(norm > 0, norm, 1)
         unit = jax.tree.map(lambda x: 1 / norm * x.astype(wide), alpha)
 
-        def product(v):
+        def damped(products, v):
             by_w, by_hyperparams = products(cast_like(v, w))
             return jax.tree.map(lambda x, y: x.astype(wide) + damping * y, by_w, v), by_hyperparams
 
+        def numbered(v, k):
+            fresh = phi.optimality(z, hyperparams, k % self.inner_steps)[1]
+            return damped(products if phi.repeats_batch else fresh, v)[0]
+
+        product = lambda v: damped(products, v)
         try:
             q, failed, iterations = solve_system(
                 lambda v: product(v)[0],
@@ -253,6 +263,7 @@ class ImplicitOptimizer(Algorithm):
                 symmetric=symmetric,
                 guess=memory.adjoint,
                 shift=damping,
+                numbered=numbered,
             )
         except ValueError as error:
             kind = f"ImplicitOptimizer(linear_solver={type(solver).__name__}(...))"
