@@ -58,6 +58,10 @@ def print_units() -> None:
             continue  # their own loops, over hyperparameters and solver steps, are in `roads`
         units = (f"{gradients_per_step(name, 128, depth):6.2f}" for depth in (1, 3, 6))
         print(f"  {name:22} 1, 3, 6 hidden layers: {' '.join(units)}")
+    print_outer_units()
+
+
+def print_outer_units() -> None:
     print("\nFlops of an outer step with one inner step, less those of validation")
     for name, count in VALIDATION_GRADIENTS.items():
         units = (f"{gradients_per_outer_step(name, 128, depth):6.2f}" for depth in (1, 3, 6))

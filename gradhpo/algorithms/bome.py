@@ -59,9 +59,10 @@ class BOMEOptimizer(Algorithm):
     costs one gradient, and the end three more.
 
     `state.params` are $z$, which the validation loss pulls too: train to the end with
-    [`FixedOptimizer`][gradhpo.FixedOptimizer]. The inner optimizer's state in `state` advances once
-    per `step`. It sees what moves the optimum. A model state is taken as it is: what
-    hyperparameters do to it is left out.
+    [`FixedOptimizer`][gradhpo.FixedOptimizer]. What it follows is a direction for both together, no
+    estimate of the hypergradient: away from the inner optimum they have little in common. The inner
+    optimizer's state in `state` advances once per `step`. It sees what moves the optimum. A model
+    state is taken as it is: what hyperparameters do to it is left out.
 
     **Arguments:**
 
