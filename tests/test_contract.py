@@ -64,8 +64,9 @@ OPTIMIZERS = {
 # These see settings of the inner optimizer only where the validation loss has them as well.
 SEES_NO_OPTIMIZER = {"first order", "implicit", "SOBA", "AmIGO", "penalty", "BOME"}
 
-# The others are settings of these, and run thoroughly.
-QUICKLY = [name for name in OPTIMIZERS if name != "bisected"]
+# The others run thoroughly: a setting of one of these, and those with two test files of their own.
+THOROUGHLY = {"bisected", "SOBA", "AmIGO", "penalty", "BOME"}
+QUICKLY = [name for name in OPTIMIZERS if name not in THOROUGHLY]
 
 every = pytest.mark.parametrize("name", quick(list(OPTIMIZERS), keep=QUICKLY))
 

@@ -210,6 +210,7 @@ def test_works_where_no_second_derivative_exists(cls):
         other.step(start, None, None, losses, lr_hyper=0.05)
 
 
+@pytest.mark.thorough
 @each
 def test_a_gradient_by_hand_is_the_same(cls):
     problem, found = data(STEPS, 3), []

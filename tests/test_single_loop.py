@@ -188,6 +188,26 @@ def test_a_grad_fn_is_transposed():
     np.testing.assert_allclose(g, expected, rtol=1e-9)  # (1 - .3 eigenvalue)^100 is left
 
 
+@pytest.mark.thorough
+def test_a_model_state_is_taken_where_it_settles():
+    """Validation reads an average of the parameters alone: as implicit differentiation does."""
+
+    def train_loss(w, a, batch, r):
+        return jnp.sum(jnp.cosh(w - a)) + 0.1 * jnp.sum(w**2), 0.5 * r + 0.5 * w
+
+    val_loss = lambda w, a, batch, r: jnp.sum((r - 1) ** 2)
+    sgd, found = relaxed(optax.sgd(0.3)), []
+    for optimizer in (
+        gradhpo.SOBAOptimizer(sgd, None, 200, 200, adjoint_optimizer=sgd),
+        gradhpo.ImplicitOptimizer(sgd, inner_steps=200, linear_solver=lx.LU()),
+    ):
+        start = {"model_state": jnp.zeros(3)}
+        state = optimizer.init(jnp.zeros(3), jnp.array([0.5, -1.0, 2.0]), **start)
+        found.append(optimizer.compute_hypergradient(state, None, None, train_loss, val_loss))
+    np.testing.assert_allclose(*found, rtol=1e-8)  # the default solver's tolerance for r
+    assert np.all(np.abs(found[0]) > 0.1)
+
+
 def test_episodes_keep_the_adjoint():
     problem = data(1, 1)
     optimizer = gradhpo.SOBAOptimizer(PLAIN, adjoint_optimizer=BY_HAND["Adam"][0])
