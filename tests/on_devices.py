@@ -46,6 +46,12 @@ OPTIMIZERS = {
     "bisected": gradhpo.UnrolledOptimizer(INNER, OUTER, unroll_steps=3, checkpoints="log"),
     "tasks": gradhpo.TaskBatched(gradhpo.GreedyOptimizer(INNER, OUTER), num_tasks=2),
 }
+# Their programs are made of the same parts, so that only where arrays stay is looked at.
+SINGLE_LOOPS = {
+    "SOBA": gradhpo.SOBAOptimizer(INNER, OUTER, adjoint_optimizer=OUTER),
+    "penalty": gradhpo.PenaltyOptimizer(INNER, OUTER, inner_steps=3),
+    "BOME": gradhpo.BOMEOptimizer(INNER, OUTER, inner_steps=3),
+}
 
 
 def problem():
@@ -168,7 +174,7 @@ def steps(axes, spread, *names):
         tasks = name == "tasks"
         data = jax.tree.map(for_two, batches) if tasks else batches
         of_batch = NamedSharding(here.mesh, PartitionSpec(*[None] * tasks, "devices"))
-        make = lambda whole, name=name: OPTIMIZERS[name]
+        make = lambda whole, name=name: (OPTIMIZERS | SINGLE_LOOPS)[name]
         found[name] = compared(make, losses, params, hyperparams, data, here, of_batch)
     return found
 

@@ -1,8 +1,5 @@
 """What methods that take first derivatives alone cannot take, and what they leave out."""
 
-import equinox as eqx
-import jax
-
 from gradhpo.extend import Problem, UpdateFn, warn_once
 
 
@@ -17,8 +14,8 @@ def check_has_loss(name: str, update_fn: UpdateFn | None) -> None:
 
 
 def warn_of_model_state(name: str, problem: Problem) -> None:
-    """The derivative of the model state takes a second derivative of the loss."""
-    if jax.tree.leaves(eqx.filter(problem.z.r, eqx.is_inexact_array)):
+    """Of what training makes of the model state, they have no derivative."""
+    if problem.phi.reads_state or problem.validation.reads_state:
         warn_once(
             f"{name} takes the model state as it is: the hypergradient leaves out what "
             "hyperparameters do to it (running statistics, a target network). "
