@@ -225,6 +225,7 @@ def test_a_gradient_by_hand_is_the_same(cls):
     )
 
 
+@pytest.mark.thorough
 def test_episodes_and_refusals():
     """y begins with the parameters again; steps that were taken are counted, refused or not."""
     optimizer = gradhpo.PenaltyOptimizer(HEAVY_BALL, BY_HAND["Adam"][0], inner_steps=3)

@@ -208,6 +208,7 @@ def test_a_model_state_is_taken_where_it_settles():
     assert np.all(np.abs(found[0]) > 0.1)
 
 
+@pytest.mark.thorough
 def test_episodes_keep_the_adjoint():
     problem = data(1, 1)
     optimizer = gradhpo.SOBAOptimizer(PLAIN, adjoint_optimizer=BY_HAND["Adam"][0])
