@@ -1,12 +1,15 @@
 """Hypergradients in JAX: tune thousands of hyperparameters by gradient, during training."""
 
 from gradhpo.algorithms.baselines import FOOptimizer, OneStepOptimizer
+from gradhpo.algorithms.bome import BOMEOptimizer
 from gradhpo.algorithms.discount import update_w_star
 from gradhpo.algorithms.fixed import FixedOptimizer
 from gradhpo.algorithms.forward import ForwardModeOptimizer
 from gradhpo.algorithms.greedy import GreedyOptimizer
 from gradhpo.algorithms.implicit_diff import ImplicitOptimizer
 from gradhpo.algorithms.online import OnlineHypergradientOptimizer
+from gradhpo.algorithms.penalty import PenaltyOptimizer
+from gradhpo.algorithms.soba import SOBAOptimizer
 from gradhpo.algorithms.t1_t2 import T1T2Optimizer
 from gradhpo.algorithms.unrolled import DrMADOptimizer, UnrolledOptimizer
 from gradhpo.core.base import BilevelOptimizer
@@ -59,6 +62,7 @@ __version__ = "1.0.0.dev0"
 
 __all__ = [
     "ArrayData",
+    "BOMEOptimizer",
     "BatchStack",
     "BestState",
     "BilevelOptimizer",
@@ -86,11 +90,13 @@ __all__ = [
     "Nystrom",
     "OneStepOptimizer",
     "OnlineHypergradientOptimizer",
+    "PenaltyOptimizer",
     "Population",
     "RandomMutation",
     "RealScalarLike",
     "Replay",
     "ResampleMutation",
+    "SOBAOptimizer",
     "T1T2Optimizer",
     "TaskBatched",
     "TimeLimit",

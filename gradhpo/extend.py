@@ -11,7 +11,7 @@ from gradhpo.core.checkpoints import square_root, unrolled
 from gradhpo.core.fitting import fit_memory
 from gradhpo.core.forward import infinite_at_rest, push_step
 from gradhpo.core.inner import InnerUpdate
-from gradhpo.core.inner_optimizer import cast_like
+from gradhpo.core.inner_optimizer import cast_like, descend, init_descent
 from gradhpo.core.inner_state import InnerState
 from gradhpo.core.inputs import Inputs, LossFunctions
 from gradhpo.core.memory import Memory
@@ -34,7 +34,7 @@ from gradhpo.solvers.remarks import SINGULAR, remark_on_solves
 from gradhpo.solvers.system import LinearSolution, solve_system
 from gradhpo.utils.coordinates import map_in_blocks, num_coordinates, ravel, unit_vector, unravel
 from gradhpo.utils.keys import fold_keys, is_key, key_of_numbers, numbers_of_key
-from gradhpo.utils.settings import check_count, check_setting, setting
+from gradhpo.utils.settings import check_count, check_setting, setting, setting_or_schedule
 from gradhpo.utils.structure import check_same_structure
 from gradhpo.utils.trees import (
     accumulation_dtype,
@@ -82,9 +82,11 @@ __all__ = [
     "checked",
     "choose_solver",
     "cotangent_at_end",
+    "descend",
     "fit_memory",
     "fold_keys",
     "infinite_at_rest",
+    "init_descent",
     "inner_state",
     "is_key",
     "key_of_numbers",
@@ -99,6 +101,7 @@ __all__ = [
     "ravel",
     "remark_on_solves",
     "setting",
+    "setting_or_schedule",
     "solve_system",
     "square_root",
     "through_start",

@@ -49,6 +49,12 @@ OPTIMIZERS = {
         gradhpo.OneStepOptimizer(INNER, OUTER), 2, average="updates", restart_every=1
     ),
 }
+# Their programs are made of the same parts, so that only where arrays stay is looked at.
+SINGLE_LOOPS = {
+    "SOBA": gradhpo.SOBAOptimizer(INNER, OUTER, adjoint_optimizer=OUTER),
+    "penalty": gradhpo.PenaltyOptimizer(INNER, OUTER, inner_steps=3),
+    "BOME": gradhpo.BOMEOptimizer(INNER, OUTER, inner_steps=3),
+}
 
 
 def problem():
@@ -176,7 +182,7 @@ def steps(axes, spread, *names):
         tasks = name.startswith("tasks")
         data = jax.tree.map(for_two, batches) if tasks else batches
         of_batch = NamedSharding(here.mesh, PartitionSpec(*[None] * tasks, "devices"))
-        make = lambda whole, name=name: OPTIMIZERS[name]
+        make = lambda whole, name=name: (OPTIMIZERS | SINGLE_LOOPS)[name]
         found[name] = compared(make, losses, params, hyperparams, data, here, of_batch)
     return found
 

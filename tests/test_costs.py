@@ -20,6 +20,7 @@ from benchmarks.costs.programs import (
     ALGORITHMS,
     checkpointed_program,
     exact_programs,
+    gradients_per_outer_step,
     gradients_per_step,
     job,
     step_programs,
@@ -66,6 +67,20 @@ def test_flops_are_those_of_a_hand_written_program(name):
 def test_a_step_costs_a_few_gradients_of_a_deep_network(name, most):
     """With the validation gradient on top: 4 for one step, T1-T2 and greedy, 5 for HyperDistill."""
     assert gradients_per_step(name, 128, depth=3) <= most
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("SOBAOptimizer", 3), ("PenaltyOptimizer(20)", 4), ("BOMEOptimizer(20)", 3)],
+)
+def test_an_outer_step_costs_a_few_gradients_of_a_deep_network(name, most):
+    """With one inner step, and without validation: a gradient and two of a product for SOBA.
+
+    For F2SA two of the inner step and two at its end (with the validation gradients 3 and 3); for
+    BOME one and two (1 and 3).
+    """
+    assert gradients_per_outer_step(name, 128, depth=3) <= most
 
 
 @pytest.mark.parametrize(("optimizer_name", "most"), [("SGD", 1.25), ("Adam", 1.55)])

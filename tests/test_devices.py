@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import quick
-from on_devices import OPTIMIZERS
+from on_devices import OPTIMIZERS, SINGLE_LOOPS
 from processes import python
 from solvers_on_devices import SOLVERS
 from sums_on_devices import SUMS
@@ -47,6 +47,12 @@ def test_where_the_arrays_are_the_state_stays(axes, spread, few):
     """As on one device; and nothing moves, nor is compiled again, in the second step."""
     names = [name for name in OPTIMIZERS if (name in FEW) == few]
     check(on_devices("steps", axes, spread, *names))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("axes", ["Auto", "Explicit"])
+def test_the_state_of_single_loops_stays_too(axes):
+    check(on_devices("steps", axes, "state", *SINGLE_LOOPS))
 
 
 def check(cases):

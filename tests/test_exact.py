@@ -85,6 +85,52 @@ def test_t1_t2_is_its_own_formula_written_out(getkey):
     np.testing.assert_allclose(optimizer.compute_hypergradient(*arguments), expected, rtol=1e-10)
 
 
+def test_t1_t2_with_adam_has_the_adaptation_of_sama():
+    """Its published factor: du/dg of Adam, late in training and without its eps.
+
+    SAMA takes the difference of the training loss where the step has led to, T1-T2 where it began,
+    as DARTS does; a step apart, they differ by about the rate.
+    """
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(6, 3)), random.normal(size=6)
+    w0, a = random.normal(size=3), random.normal(size=6)
+    rate, epsilon, b1, b2 = 0.01, 0.01, 0.9, 0.99
+    m_old, v_old = random.normal(size=3), 1 + random.uniform(size=3)
+
+    def gradient_a(w):  # of sum_i exp(a_i) r_i^4 / 4 with r = x w - y
+        return np.exp(a) * (x @ w - y) ** 4 / 4
+
+    g = x.T @ (np.exp(a) * (x @ w0 - y) ** 3)
+    v = b2 * v_old + (1 - b2) * g**2
+    w1 = w0 - rate * (b1 * m_old + (1 - b1) * g) / np.sqrt(v)
+    factor = rate * ((1 - b1) * b2 * v_old - b1 * (1 - b2) * g * m_old) / np.sqrt(v) ** 3
+    direction = factor * 2 * (w1 - 1)
+    step = epsilon / np.linalg.norm(direction)
+
+    def published(at):
+        plus, minus = (gradient_a(at + sign * step * direction) for sign in (1, -1))
+        return -(plus - minus) / (2 * step)
+
+    def train_loss(w, a, batch):
+        return jnp.sum(jnp.exp(a) * (batch[0] @ w - batch[1]) ** 4) / 4
+
+    val_loss = lambda w, a, batch: jnp.sum((w - 1) ** 2)
+    adam = relaxed(optax.adam(rate, b1, b2, eps=0.0))
+    optimizer = gradhpo.T1T2Optimizer(adam, optax.sgd(0.1), epsilon=epsilon)
+    state = optimizer.init(jnp.asarray(w0), jnp.asarray(a))
+    moments, rest = state.inner_opt_state
+    late = moments._replace(
+        count=jnp.asarray(100_000, jnp.int32), mu=jnp.asarray(m_old), nu=jnp.asarray(v_old)
+    )
+    state = state.update(inner_opt_state=(late, rest))
+    arguments = (state, (jnp.asarray(x), jnp.asarray(y)), None, train_loss, val_loss)
+    found = optimizer.compute_hypergradient(*arguments)
+    # Differences of 0.01, of numbers near 1: rounding is about 1e-13 of them.
+    np.testing.assert_allclose(found, published(w0), rtol=1e-9)
+    apart = np.linalg.norm(found - published(w1)) / np.linalg.norm(found)
+    assert 0 < apart < 10 * rate
+
+
 def test_t1_t2_by_hyperparameters_needs_no_derivative_of_the_update(getkey):
     """An opaque update, with vector and scalar leaves: each coordinate gets its own value."""
 

@@ -13,9 +13,11 @@ import gradhpo
 from benchmarks.costs.problem import MOMENTUM, RATE, job
 from benchmarks.costs.programs import (
     ALGORITHMS,
+    VALIDATION_GRADIENTS,
     call_program,
     checkpointed_program,
     exact_programs,
+    gradients_per_outer_step,
     gradients_per_step,
     step_programs,
 )
@@ -52,10 +54,18 @@ def print_units() -> None:
         "\nFlops of an inner step less one validation gradient, in training gradients (batch 128)"
     )
     for name in ALGORITHMS:
-        if name in ("ForwardMode(20)", "ImplicitOptimizer(20)"):
+        if name in ("ForwardMode(20)", "ImplicitOptimizer(20)", *VALIDATION_GRADIENTS):
             continue  # their own loops, over hyperparameters and solver steps, are in `roads`
         units = (f"{gradients_per_step(name, 128, depth):6.2f}" for depth in (1, 3, 6))
         print(f"  {name:22} 1, 3, 6 hidden layers: {' '.join(units)}")
+    print_outer_units()
+
+
+def print_outer_units() -> None:
+    print("\nFlops of an outer step with one inner step, less those of validation")
+    for name, count in VALIDATION_GRADIENTS.items():
+        units = (f"{gradients_per_outer_step(name, 128, depth):6.2f}" for depth in (1, 3, 6))
+        print(f"  {name:22} 1, 3, 6 hidden layers: {' '.join(units)}   ({count} and a loss)")
 
 
 def print_memory() -> None:

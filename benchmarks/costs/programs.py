@@ -9,7 +9,11 @@ import jax
 import optax
 
 import gradhpo
-from benchmarks.costs import handwritten as plain, handwritten_unrolled as unrolled
+from benchmarks.costs import (
+    handwritten as plain,
+    handwritten_single_loop as single,
+    handwritten_unrolled as unrolled,
+)
 from benchmarks.costs.problem import EXAMPLES, MOMENTUM, OUTER_RATE, RATE, Job, job
 from gradhpo.diagnostics.cost import Program
 from gradhpo.utils.tracing import forget_traces
@@ -56,6 +60,15 @@ ALGORITHMS = {
     "ImplicitOptimizer(20)": Pair(
         gradhpo.ImplicitOptimizer(SGD, linear_solver=NEUMANN, inner_steps=STEPS),
         unrolled.implicit, unrolled.init_implicit,
+    ),
+    "SOBAOptimizer": Pair(
+        gradhpo.SOBAOptimizer(SGD, adjoint_optimizer=optax.sgd(RATE)), single.soba, single.init_soba
+    ),
+    "PenaltyOptimizer(20)": Pair(
+        gradhpo.PenaltyOptimizer(SGD, inner_steps=STEPS), single.f2sa, single.init_f2sa
+    ),
+    "BOMEOptimizer(20)": Pair(
+        gradhpo.BOMEOptimizer(SGD, inner_steps=STEPS), single.bome, single.init_bome
     ),
 }  # fmt: skip
 
@@ -137,6 +150,23 @@ def gradients_per_step(name: str, batch_size: int, depth: int) -> float:
     bodies = 2 if name.startswith("Greedy") else 1
     flops = step_programs(name, batch_size, depth)[0].flops_with_loops_once / bodies
     return (flops - val.flops_with_loops_once) / train.flops_with_loops_once
+
+
+# Validation gradients in the program of a step, where it is not one at the end.
+VALIDATION_GRADIENTS = {"SOBAOptimizer": 1, "PenaltyOptimizer(20)": 2, "BOMEOptimizer(20)": 1}
+
+
+def gradients_per_outer_step(name: str, batch_size: int, depth: int) -> float:
+    """Flops of an outer step with one inner step, less those of validation, in training gradients.
+
+    Those of validation are its gradients, and its loss at the end.
+    """
+    train, val = gradient_programs(batch_size, depth=depth)
+    the_job = job(batch_size, depth=depth)
+    of_loss = Program(the_job.val_loss, the_job.params, the_job.hyperparams, the_job.val_batch)
+    flops = step_programs(name, batch_size, depth)[0].flops_with_loops_once
+    flops -= VALIDATION_GRADIENTS[name] * val.flops_with_loops_once
+    return (flops - of_loss.flops_with_loops_once) / train.flops_with_loops_once
 
 
 def exact_programs(

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from gradhpo.algorithms.settled import through_state
+from gradhpo.algorithms.settled import through_state, warn_if_training_reads_it
 from gradhpo.extend import (
     SINGULAR,
     Algorithm,
@@ -35,17 +35,11 @@ from gradhpo.extend import (
     solve_system,
     tree_dot,
     tree_l2_norm,
-    warn_once,
 )
 
 
 # The share of itself by which the validation loss may still change, before the report says so.
 _LARGE_GAP = 0.1
-_READS_STATE = (
-    "ImplicitOptimizer holds the model state constant in the training loss, which reads it: the "
-    "hypergradient leaves out how training follows the model state (a target network, running "
-    "statistics that normalise). UnrolledOptimizer differentiates through it"
-)
 
 
 class ImplicitMemory(Memory):
@@ -178,6 +172,11 @@ class ImplicitOptimizer(Algorithm):
                 f"has inner_steps={self.inner_steps}: write inner_steps={self.curvature_batches} "
                 f"or more, or curvature_batches={self.inner_steps}"
             )
+        if self.curvature_batches > 1 and getattr(self.linear_solver, "fresh_batches", False):
+            raise ValueError(
+                f"curvature_batches={self.curvature_batches} has all products take the same "
+                "batches, and the solver's fresh_batches=True another one each: leave one out"
+            )
         check_setting("damping", self.damping, lambda x: x >= 0, "at least 0")
 
     @property
@@ -235,8 +234,7 @@ class ImplicitOptimizer(Algorithm):
         w = z.w
         val_loss, of_z, direct = validation.value_and_grads(z, hyperparams)
         alpha, direct, unsettled, moves = through_state(phi, z, hyperparams, last, of_z, direct)
-        if phi.reads_state:
-            warn_once(_READS_STATE, *problem.functions())
+        warn_if_training_reads_it("ImplicitOptimizer", problem)
         residual, products = phi.optimality(z, hyperparams, last, self.curvature_batches)
 
         # Solved in float32 at least, and for a right-hand side of length 1.
@@ -248,10 +246,15 @@ class ImplicitOptimizer(Algorithm):
         norm = jnp.where(norm > 0, norm, 1)
         unit = jax.tree.map(lambda x: 1 / norm * x.astype(wide), alpha)
 
-        def product(v):
+        def damped(products, v):
             by_w, by_hyperparams = products(cast_like(v, w))
             return jax.tree.map(lambda x, y: x.astype(wide) + damping * y, by_w, v), by_hyperparams
 
+        def numbered(v, k):
+            fresh = phi.optimality(z, hyperparams, k % self.inner_steps)[1]
+            return damped(products if phi.repeats_batch else fresh, v)[0]
+
+        product = lambda v: damped(products, v)
         try:
             q, failed, iterations = solve_system(
                 lambda v: product(v)[0],
@@ -260,6 +263,7 @@ class ImplicitOptimizer(Algorithm):
                 symmetric=symmetric,
                 guess=memory.adjoint,
                 shift=damping,
+                numbered=numbered,
             )
         except ValueError as error:
             kind = f"ImplicitOptimizer(linear_solver={type(solver).__name__}(...))"

@@ -10,12 +10,14 @@ from jaxtyping import Array, ArrayLike, PyTree
 from gradhpo.extend import (
     InnerState,
     InnerUpdate,
+    Problem,
     accumulation_dtype,
     cast_like,
     choose_solver,
     solve_system,
     tree_dot,
     tree_zeros_like,
+    warn_once,
 )
 
 
@@ -67,3 +69,14 @@ def through_state(
     left = jax.tree.map(jnp.subtract, new, eqx.filter(z.r, eqx.is_inexact_array))
     change = tree_dot(q, widened(left))
     return ThroughState(add(alpha.w, by_w), add(direct, by_hyperparams), failed, change)
+
+
+def warn_if_training_reads_it(name: str, problem: Problem) -> None:
+    """What the formula of the optimum leaves out, if training follows the running state."""
+    if problem.phi.reads_state:
+        warn_once(
+            f"{name} holds the model state constant in the training loss, which reads it: the "
+            "hypergradient leaves out how training follows the model state (a target network, "
+            "running statistics that normalise). UnrolledOptimizer differentiates through it",
+            *problem.functions(),
+        )

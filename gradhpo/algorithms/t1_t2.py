@@ -45,8 +45,9 @@ class T1T2Optimizer(Algorithm):
         \frac{\nabla_\lambda L_{train}(w_{T-1} + \varepsilon v) -
         \nabla_\lambda L_{train}(w_{T-1} - \varepsilon v)}{2\varepsilon}.$$
 
-        Effects on $\lambda$ through the inner optimizer itself (such as a learning rate) are
-        differentiated exactly.
+        With Adam inside, this $v$ has the factor $\partial u/\partial g$ of its update $u(g)$, as
+        in SAMA (which takes the difference at $w_T$). Effects on $\lambda$ through the inner
+        optimizer itself (such as a learning rate) are differentiated exactly.
 
     - `perturb="hyperparams"`: for every coordinate $i$ of every leaf,
         with $\varepsilon = \mathtt{epsilon}$,
@@ -87,8 +88,8 @@ class T1T2Optimizer(Algorithm):
         Luketina et al., *Scalable Gradient-Based Tuning of Continuous Regularization
         Hyperparameters*, ICML 2016, arXiv:1511.06727; Liu et al., *DARTS: Differentiable
         Architecture Search*, ICLR 2019, arXiv:1806.09055, equations 7 and 8. For optimizers
-        other than SGD: Choe et al., *Making Scalable Meta Learning Practical*, NeurIPS 2023,
-        arXiv:2310.05674.
+        other than SGD: Choe et al., *Making Scalable Meta Learning Practical* (SAMA), NeurIPS
+        2023, arXiv:2310.05674.
     """
 
     inner_optimizer: InnerOptimizer | None = None

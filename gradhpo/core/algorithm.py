@@ -113,7 +113,7 @@ class Algorithm(Hooks, OneOuterStep, BilevelOptimizer):
         self._check_state(inputs.state)
         steps = self.num_inner_steps if num_steps is None else num_steps
         rule = self.inner_optimizer, self.grad_fn, self.update_fn
-        differentiates = self.tunes and self.sees not in ("validation", "everything")
+        differentiates = self.tunes and self.differentiates_gradient
         problem = make_problem(*rule, inputs, steps, self.passes_loss, differentiates, self.tunes)
         z = problem.phi.at_new_hyperparams(problem.z, self.num_inner_steps)
         return problem._replace(z=started(problem.phi, z, problem.hyperparams))
@@ -202,7 +202,7 @@ class Algorithm(Hooks, OneOuterStep, BilevelOptimizer):
         return seen_by(self.sees, self._problem(inputs), self.differentiates_init)
 
     def _recomputes(self, inputs: Inputs) -> bool:
-        differentiates = self.tunes and self.sees not in ("validation", "everything")
+        differentiates = self.tunes and self.differentiates_gradient
         return differentiates and self.update_fn is None and self._problem(inputs).phi.recomputes
 
     def _check_visible(self, problem: Problem, continues: bool = False) -> None:

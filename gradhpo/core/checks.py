@@ -16,7 +16,7 @@ from gradhpo.core.types import LossFn
 from gradhpo.utils.detached import DETACHED
 from gradhpo.utils.foreign import NO_DERIVATIVE, STOP_GRADIENT
 from gradhpo.utils.keys import looks_like_a_key
-from gradhpo.utils.programs import draws_with, inputs_read, stops_a_function_of, visible_leaves
+from gradhpo.utils.programs import draws_with, inputs_read, readings, stops_a_function_of
 from gradhpo.utils.validation import (
     THE_WHOLE_TREE,
     check_arity,
@@ -119,7 +119,7 @@ def check_trained(
 def _follows_others(leaf: int, phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> bool:
     """Whether the optimizer moves a leaf of the parameters by others, as an average of them."""
     new = lambda w: jax.tree.leaves(phi.step(z._replace(w=w), hyperparams, 0)[0].w)[leaf]
-    reads = jax.tree.leaves(visible_leaves(new, z.w))
+    reads = jax.tree.leaves(readings(new, z.w, by_derivative=phi.differentiated).by())
     return any(here for i, here in enumerate(reads) if i != leaf)
 
 

@@ -34,6 +34,23 @@ class Hooks(eqx.Module):
         return "updates"
 
     @property
+    def differentiates_gradient(self) -> bool:
+        """Whether the method takes derivatives of the training gradient, or of `update_fn`.
+
+        By default, unless it `sees` only validation, or everything. If not, checks that trace such
+        derivatives are left out: a method of first derivatives works where no others exist.
+        """
+        return self.sees not in ("validation", "everything")
+
+    @property
+    def may_be_zero(self) -> bool:
+        """Whether a hypergradient of exactly 0 may be right, and is no sign of a mistake.
+
+        With `False`, the default, zeros of hyperparameters that the method sees are warned about.
+        """
+        return False
+
+    @property
     def differentiates_init(self) -> bool:
         """Whether the hypergradient includes how $s_0$ depends on the hyperparameters.
 

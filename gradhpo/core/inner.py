@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import ArrayLike, PyTree
 
-from gradhpo.core.batches import is_same_each_step
 from gradhpo.core.inner_state import InnerState, differentiated
 from gradhpo.core.inner_step import InnerStep
 from gradhpo.core.means import mean_over_steps
@@ -154,26 +153,54 @@ class InnerUpdate(InnerStep):
         are means over the batches of the `count` steps that end with step `last`. The running state
         of `z` is held.
         """
-        if is_same_each_step(self.train_batch):
+        if self.repeats_batch:
             count = 1
         if self.update_fn is None:
             _, gradient, _, products = self._linearized(z, hyperparams, last, count)
+            return gradient, _without_state(products)
+        new, _, pull = self._linearized_by_hand(z, hyperparams, last, count)
+        return jax.tree.map(jnp.subtract, z.w, new), _of_fixed_point(pull)
 
-            def of_gradient(v):
-                by_w, (by_hyperparams, _) = products(v)
-                return by_w, by_hyperparams
+    def step_and_optimality(
+        self, z: InnerState, hyperparams: PyTree, t: ArrayLike
+    ) -> tuple[InnerState, Loss, PyTree, Callable[[PyTree], tuple[PyTree, PyTree]]]:
+        """`(z', loss)` of `step`, and then what `optimality` gives at `z`; nothing twice."""
+        if self.update_fn is not None:
+            new, r, pull = self._linearized_by_hand(z, hyperparams, t)
+            residual = jax.tree.map(jnp.subtract, z.w, new)
+            loss = self._loss_alone(z, hyperparams, t)
+            return z._replace(w=new, r=r), loss, residual, _of_fixed_point(pull)
+        loss, gradient, r, products = self._linearized(z, hyperparams, t)
+        new_z, _, _ = self.step_and_gradient(z, hyperparams, t, (loss, gradient, r))
+        return new_z, loss, gradient, _without_state(products)
 
-            return gradient, of_gradient
+    def _linearized_by_hand(
+        self, z: InnerState, hyperparams: PyTree, last: ArrayLike, count: int = 1
+    ) -> tuple[PyTree, PyTree, Callable[[PyTree], tuple[PyTree, PyTree]]]:
+        """What `update_fn` makes of w, the new r (of one step alone), and the pullback of w'."""
         by_hand = lambda w, h, t: self.updated_by_hand(z._replace(w=w), h, t)
         update = lambda w, h: mean_over_steps(by_hand, w, h, last, count)
-        new, pull, _ = jax.vjp(update, z.w, hyperparams, has_aux=True)
+        new, pull, r = jax.vjp(update, z.w, hyperparams, has_aux=True)
+        return new, r, pull
 
-        def minus_pulled(v):
-            by_w, by_hyperparams = pull(v)
-            by_w = jax.tree.map(jnp.subtract, v, by_w)
-            return by_w, jax.tree.map(jnp.negative, by_hyperparams)
 
-        return jax.tree.map(jnp.subtract, z.w, new), minus_pulled
+def _without_state(products: Callable) -> Callable[[PyTree], tuple[PyTree, PyTree]]:
+    def of_gradient(v):
+        by_w, (by_hyperparams, _) = products(v)
+        return by_w, by_hyperparams
+
+    return of_gradient
+
+
+def _of_fixed_point(pull: Callable) -> Callable[[PyTree], tuple[PyTree, PyTree]]:
+    """Products with the derivatives of w - w', by the pullback of w'."""
+
+    def minus_pulled(v):
+        by_w, by_hyperparams = pull(v)
+        by_w = jax.tree.map(jnp.subtract, v, by_w)
+        return by_w, jax.tree.map(jnp.negative, by_hyperparams)
+
+    return minus_pulled
 
 
 def _differentiable(tree: PyTree) -> tuple[PyTree, PyTree]:

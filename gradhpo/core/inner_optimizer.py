@@ -46,6 +46,32 @@ def init_inner_state(
     return jax.tree.map(strong, state)
 
 
+def init_descent(optimizer: optax.GradientTransformation, x: PyTree) -> PyTree:
+    """The state with which `optimizer` starts to move `x`, for [`descend`][gradhpo.extend.descend].
+
+    ```python
+    from gradhpo.extend import descend, init_descent
+
+    optimizer, x = optax.sgd(0.1), jnp.ones(3)
+    x, state = descend("adjoint", optimizer, 2 * x, init_descent(optimizer, x), x)  # 0.8
+    ```
+    """
+    return jax.tree.map(strong, optimizer.init(x))
+
+
+def descend(
+    which: str, optimizer: optax.GradientTransformation, gradient: PyTree, state: PyTree, x: PyTree
+) -> tuple[PyTree, PyTree]:
+    """One update of anything but the parameters: the new `x`, and the optimizer's new state.
+
+    Dtypes and shapes stay. `which` names the optimizer in errors, as "adjoint".
+    """
+    with explained(which):
+        updates, new_state = optimizer.update(gradient, state, x)
+    new = cast_like(optax.apply_updates(x, updates), x, f"the {which} update")
+    return new, cast_like(new_state, state)
+
+
 def _check_which_parameters(state: PyTree, w: PyTree) -> None:
     """Of optimizers with two kinds of parameters: one is trained, the other to be validated."""
     if looks_ahead(state) and not isinstance(w, optax.LookaheadParams):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PyTree
 
 from gradhpo.core.batches import batch_of_step, is_same_each_step
+from gradhpo.core.inner_optimizer import init_inner_state
 from gradhpo.core.inner_rule import gradient_by, updated_by_hand, updated_by_optax
 from gradhpo.core.inner_state import InnerState, Start
 from gradhpo.core.losses import Evaluation, Result, called, train_result
@@ -49,6 +50,7 @@ class InnerStep(eqx.Module):
     recomputes: bool = eqx.field(static=True, default=False)  # products recompute activations
     metrics: tuple[str, ...] = eqx.field(static=True, default=())  # beside the training loss
     reads_state: bool = eqx.field(static=True, default=False)  # the training loss reads z.r
+    differentiated: bool = eqx.field(static=True, default=True)  # so is the training gradient
     # Whether `z.s` is what the optimizer's `init` made at these hyperparameters, shape `()`; `None`
     # if no hyperparameters act there, nor in `start`, which makes the parameters of an episode.
     # core/start.py has the consequences.
@@ -61,6 +63,15 @@ class InnerStep(eqx.Module):
     def batch(self, t: ArrayLike) -> PyTree:
         """$D_t$."""
         return batch_of_step(self.train_batch, t)
+
+    @property
+    def repeats_batch(self) -> bool:
+        """Whether the batch is the same for all inner steps."""
+        return is_same_each_step(self.train_batch)
+
+    def with_fresh_state(self, z: InnerState, hyperparams: PyTree) -> InnerState:
+        """`z` with the optimizer state that `init` makes at its parameters."""
+        return z._replace(s=init_inner_state(self.inner_optimizer, z.w, hyperparams))
 
     def evaluate(self, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> Evaluation:
         """The training loss, the new running state, and metrics."""
@@ -143,6 +154,26 @@ class InnerStep(eqx.Module):
         loss = self._loss_alone(z, hyperparams, t)
         return loss, *self.gradient_and_state(z, hyperparams, t)
 
+    def value_and_grads(
+        self, z: InnerState, hyperparams: PyTree, t: ArrayLike
+    ) -> tuple[Loss, PyTree, PyTree, PyTree]:
+        """As `loss_and_gradient`, with the derivative by the hyperparameters after the gradient.
+
+        That is the derivative of the training loss, with a `grad_fn` too.
+        """
+        if self.grad_fn is not None:
+            by_hyperparams = jax.grad(self.train_loss, argnums=1)(z, hyperparams, t)
+            loss, gradient, r = self.loss_and_gradient(z, hyperparams, t)
+            return loss, gradient, by_hyperparams, r
+
+        def evaluate(w: PyTree, hyperparams: PyTree) -> tuple[Any, tuple[PyTree, dict[str, Array]]]:
+            loss, r, aux = self.evaluate(z._replace(w=w), hyperparams, t)
+            return loss, (r, aux)
+
+        both = jax.value_and_grad(evaluate, argnums=(0, 1), has_aux=True)
+        (loss, (r, aux)), gradients = both(z.w, hyperparams)
+        return measured(loss, aux), *gradients, r
+
     def _loss_alone(self, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> Loss:
         """The loss as a metric, of which nothing is differentiated; nor need it be possible."""
         loss, _, aux = self.evaluate(*jax.lax.stop_gradient((z, hyperparams)), t)
@@ -213,7 +244,7 @@ class InnerStep(eqx.Module):
         first evaluation is always made, since hyperparameters and batch have changed. Metrics
         beside the loss, and running state, are not in the search.
         """
-        reusable = self.passes_loss and is_same_each_step(self.train_batch) and z.r is None
+        reusable = self.passes_loss and self.repeats_batch and z.r is None
         last = last_evaluation(z.s) if reusable else None
         if last is None:
             return z, False

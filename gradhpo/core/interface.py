@@ -40,6 +40,11 @@ class InnerProblems(eqx.Module):
 
     @property
     @abc.abstractmethod
+    def may_be_zero(self) -> bool:
+        """Whether a hypergradient of exactly 0 is no sign of a mistake."""
+
+    @property
+    @abc.abstractmethod
     def reads_ahead(self) -> bool:
         """Whether the batches of an episode are read before it runs."""
 

@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from gradhpo.core.inner_optimizer import cast_like, explained
+from gradhpo.core.inner_optimizer import cast_like, init_descent
 from gradhpo.core.inner_state import InnerState
 from gradhpo.core.measured import Loss, aux_of, loss_of
 from gradhpo.core.problem import Problem
 from gradhpo.core.state import BilevelState, inner_state
 from gradhpo.core.types import RealScalarLike
 from gradhpo.utils.structure import check_same_structure
-from gradhpo.utils.validation import strong
 from gradhpo.utils.warn import warn_once
 
 
@@ -73,7 +72,7 @@ def init_outer_state(
     """The outer optimizer's state; `()` if there is none."""
     if outer_optimizer is None:
         return ()
-    return jax.tree.map(strong, outer_optimizer.init(hyperparams))
+    return init_descent(outer_optimizer, hyperparams)
 
 
 def outer_update(

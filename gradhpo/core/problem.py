@@ -28,7 +28,7 @@ from gradhpo.core.state import inner_state
 from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, UpdateFn
 from gradhpo.utils.foreign import NO_DERIVATIVE, is_custom_vjp, is_recomputed
 from gradhpo.utils.freezing import not_trained
-from gradhpo.utils.programs import bytes_computed, contains, inputs_read, visible_leaves
+from gradhpo.utils.programs import bytes_computed, contains, inputs_read, readings
 from gradhpo.utils.validation import check_arity
 
 
@@ -45,6 +45,7 @@ class Validation(eqx.Module):
     frozen: PyTree
     val_batch: PyTree
     metrics: tuple[str, ...] = eqx.field(static=True, default=())  # beside the loss
+    reads_state: bool = eqx.field(static=True, default=False)  # the loss has a derivative by z.r
 
     def loss(self, z: InnerState, hyperparams: PyTree) -> Array:
         """The validation loss at the parameters and the running state of `z`."""
@@ -140,6 +141,7 @@ def make_problem(
         frozen=frozen,
         train_batch=inputs.train_batch,
         symmetric=True,
+        differentiated=differentiates,
         passes_loss=passes_loss,
         start=inputs.start,
     )
@@ -162,18 +164,20 @@ def make_problem(
     program = trace_loss("train", losses.train_loss, *given, *at)
     given = validation.returned, of_validation, inputs.val_batch
     val_program = trace_loss("val", losses.val_loss, *given, *at)
-    validation = dataclasses.replace(validation, metrics=names["val"])
+    of_state = slice(after_w := len(jax.tree.leaves(z.w)), after_w + len(jax.tree.leaves(z.r)))
+    reads = inputs_read(val_program, by_derivative=True)
+    validation = dataclasses.replace(
+        validation, metrics=names["val"], reads_state=any(reads[of_state])
+    )
     symmetric = grad_fn is None and not contains(result_of(program, 0), is_custom_vjp)
     reads_state = False
     of_r, rest = differentiated(z.r)
     if jax.tree.leaves(of_r) and not grad_fn is update_fn is None:
         rule = phi.gradient_and_state if update_fn is None else phi.updated_by_hand
         new = lambda r: rule(z._replace(r=eqx.combine(r, rest)), hyperparams, 0)[0]
-        reads_state = any(jax.tree.leaves(visible_leaves(new, of_r)))
+        reads_state = any(jax.tree.leaves(readings(new, of_r, by_derivative=differentiates).by()))
     elif jax.tree.leaves(of_r):
-        reads = inputs_read(result_of(program, 0), by_derivative=True)
-        after_w = len(jax.tree.leaves(z.w))
-        reads_state = any(reads[after_w : after_w + len(jax.tree.leaves(z.r))])
+        reads_state = any(inputs_read(result_of(program, 0), by_derivative=True)[of_state])
     if grad_fn is update_fn is None:
         check_trained(program, val_program, phi, z, hyperparams)
     if differentiates:

@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 from gradhpo.core.inner import InnerUpdate
 from gradhpo.core.inner_optimizer import init_inner_state
 from gradhpo.core.inner_state import InnerState
-from gradhpo.utils.programs import visible_leaves
+from gradhpo.utils.programs import readings, visible_leaves
 from gradhpo.utils.trees import random_like, tree_zeros_like
 
 
@@ -97,7 +97,8 @@ def _read_by_a_step(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> tup
     """Marks the leaves of $w$ and $s$ that a step reads: a schedule overwrites what `init` left."""
     inexact, rest = eqx.partition(z.s, eqx.is_inexact_array)
     after = lambda s: phi.step(z._replace(s=eqx.combine(s, rest)), hyperparams, 0)[0]
-    return jax.tree.map(lambda x: True, z.w), visible_leaves(after, inexact)
+    read = readings(after, inexact, by_derivative=phi.differentiated)
+    return jax.tree.map(lambda x: True, z.w), read.by()
 
 
 def _inexact(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> tuple[PyTree, PyTree]:

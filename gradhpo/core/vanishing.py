@@ -28,7 +28,7 @@ WHY_ZERO = (
 
 def vanished(optimizer: InnerProblems, inputs: Inputs, moving: np.ndarray) -> list[int]:
     """Which leaves have a hypergradient of 0 although the method sees them."""
-    if np.all(moving):
+    if optimizer.may_be_zero or np.all(moving):
         return []
     with without_warnings():
         seen = _seen(optimizer, inputs)

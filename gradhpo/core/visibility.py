@@ -48,6 +48,9 @@ def seen_by(sees: Sees, problem: Problem, with_init: bool = False) -> list[bool]
         start = readings(lambda h: started(phi, z, h)[:2], hyperparams, by_derivative=by_derivative)
         ways.append(jax.tree.leaves(start.by()))
     if sees == "optimum":
+        if not phi.differentiated:  # what the gradient reads, since its derivative may not exist
+            read = readings(lambda h: phi.gradient(z, h, 0), hyperparams, by_derivative=False)
+            return [any(seen) for seen in zip(*ways, jax.tree.leaves(read.by()), strict=True)]
         optimality = lambda h: phi.optimality(z, h, 0)[0]
         ways.append(jax.tree.leaves(visible_leaves(optimality, hyperparams)))
         if reads_r:
@@ -74,7 +77,8 @@ def _seen_by_step(
         z, hyperparams = eqx.combine(at[0], rest), at[1]
         return phi.step(z, hyperparams, 0, want_loss=False)[0]
 
-    of_step = readings(step, (inexact, hyperparams), by_derivative=sees != "everything")
+    by_derivative = sees != "everything" and phi.differentiated
+    of_step = readings(step, (inexact, hyperparams), by_derivative=by_derivative)
     of_parts = lambda new: [getattr(new, part) for part, here in read.items() if here]
     for _ in read if sees != "last update" else ():
         before, _ = of_step.by(of_parts)

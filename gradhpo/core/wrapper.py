@@ -35,6 +35,11 @@ class Wrapper(BilevelOptimizer):
         return self.optimizer.tunes
 
     @property
+    def may_be_zero(self) -> bool:
+        """As `optimizer`."""
+        return self.optimizer.may_be_zero
+
+    @property
     def reads_ahead(self) -> bool:
         """As for `optimizer`."""
         return self.optimizer.reads_ahead

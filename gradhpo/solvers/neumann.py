@@ -34,8 +34,13 @@ class Neumann(lx.AbstractLinearSolver[_State]):
     - `step_size`: $\eta$, positive, shape `()`. The learning rate of the inner problem is a good
         choice; if it is too large, the series diverges, and the solve reports
         `lineax.RESULTS.breakdown`.
+    - `fresh_batches`: whether every product takes another training batch of the `step`, as in
+        stocBiO: product $k$ of $K$ that of inner step $k \bmod \mathtt{inner\_steps}$, counted
+        from 0. That costs one training gradient more per product. By default all products take the
+        batches that `ImplicitOptimizer` has for its system.
 
-    **Raises:** `ValueError` for `terms < 1` or `step_size <= 0`.
+    **Raises:** `ValueError` for `terms < 1` or `step_size <= 0`; while solving, for
+    `fresh_batches=True` in another place than `ImplicitOptimizer(linear_solver=...)`.
 
     ```python
     optimizer = gradhpo.ImplicitOptimizer(
@@ -46,11 +51,14 @@ class Neumann(lx.AbstractLinearSolver[_State]):
     ??? cite "Reference"
 
         Lorraine, Vicol, Duvenaud, *Optimizing Millions of Hyperparameters by Implicit
-        Differentiation*, AISTATS 2020, arXiv:1911.02590.
+        Differentiation*, AISTATS 2020, arXiv:1911.02590; `fresh_batches`: Ji, Yang, Liang,
+        *Bilevel Optimization: Convergence Analysis and Enhanced Design* (stocBiO), ICML 2021,
+        arXiv:2010.07962.
     """
 
     terms: int = eqx.field(static=True)
     step_size: Float[Array, ""] = eqx.field(converter=setting)
+    fresh_batches: bool = eqx.field(static=True, default=False, kw_only=True)
 
     advice: ClassVar[str] = (
         "the series diverges: pass a smaller step_size, below 2 / (largest curvature)"
@@ -76,20 +84,29 @@ class Neumann(lx.AbstractLinearSolver[_State]):
     ) -> tuple[PyTree, lx.RESULTS, dict[str, Any]]:
         r"""The sum for $v$ = `vector`, the result, and `{"num_steps": K, "max_steps": K}`.
 
-        The result is `lineax.RESULTS.breakdown` if the terms grow at the end.
+        The result is `lineax.RESULTS.breakdown` if the terms grow at the end. With `fresh_batches`,
+        `options["numbered"](v, k)` is product $k$.
         """
         scaled = lambda x: self.step_size.astype(x.dtype) * x
+        product_at = lambda v, k: state.mv(v)
+        if self.fresh_batches:
+            if "numbered" not in options:
+                raise ValueError(
+                    "Neumann(fresh_batches=True) takes its products from the training batches of "
+                    "a step, which only gradhpo.ImplicitOptimizer(linear_solver=...) has"
+                )
+            product_at = options["numbered"]
 
-        def body(carry: tuple[PyTree, PyTree, Array], _: None):
+        def body(carry: tuple[PyTree, PyTree, Array], k: Array):
             term, total, _before = carry
             before = tree_l2_norm(term)
-            product = state.mv(term)
+            product = product_at(term, k)
             term = jax.tree.map(lambda x, y: x - scaled(y), term, product)
             return (term, jax.tree.map(jnp.add, total, term), before), None
 
         products, first = self.terms - 1, tree_l2_norm(vector)
         carry = (vector, vector, first)
-        (last, total, before), _ = jax.lax.scan(body, carry, None, length=products)
+        (last, total, before), _ = jax.lax.scan(body, carry, jnp.arange(products))
         # The terms of an unsymmetric operator may grow for a while and shrink in the end.
         size = tree_l2_norm(last)
         grows = (size > first) & (size > before)

@@ -37,6 +37,7 @@ def solve_system(
     symmetric: bool,
     guess: PyTree,
     shift: Array,
+    numbered: Callable[[PyTree, Array], PyTree] | None = None,
 ) -> LinearSolution:
     r"""$q = A^{-1} b$ for $A v$ = `product(v)` and $b$ = `rhs`, which may be differentiated.
 
@@ -57,6 +58,8 @@ def solve_system(
     - `guess`: a tree like `rhs`; iterations start from its best multiple, and keep its part that a
         singular $A$ does not see. From a guess of 0 the solution is that of the smallest norm.
     - `shift`: which multiple of $I$ is in $A$, shape `()`, for solvers that ask.
+    - `numbered`: product number `k` with a tree like `rhs`, from 0, for solvers that take a
+        different $A$ each time ([`Neumann`][gradhpo.Neumann] with `fresh_batches`).
 
     **Returns:** a `LinearSolution`; a solve that fails raises nothing.
 
@@ -78,7 +81,8 @@ def solve_system(
         solver = ConjugateGradients(solver)
     image = product(guess)
     if getattr(solver, "approximates", False):
-        return LinearSolution(*_Solve(solver, symmetric, guess, image, shift)(product, rhs))
+        solve = _Solve(solver, symmetric, guess, image, shift, numbered)
+        return LinearSolution(*solve(product, rhs))
     arrays, rest = eqx.partition((solver, guess, image, shift), eqx.is_array)
     solver, guess, image, shift = eqx.combine(jax.lax.stop_gradient(arrays), rest)
     solve = _Solve(solver, symmetric, guess, image, shift)
@@ -104,6 +108,7 @@ class _Solve(eqx.Module):
     guess: PyTree
     image: PyTree  # of the guess
     shift: Array
+    numbered: Callable | None = None
 
     def __call__(self, product: Callable, rhs: PyTree) -> tuple[PyTree, Array, Array]:
         """The solution, whether it failed, and iterations."""
@@ -128,6 +133,7 @@ class _Solve(eqx.Module):
         tags = lx.positive_semidefinite_tag if self.symmetric else ()
         operator = _Square(product, jax.eval_shape(lambda: rhs), tags)
         options = {"y0": self.guess, "image": self.image, "shift": self.shift}
+        options |= {} if self.numbered is None else {"numbered": self.numbered}
         # Not by `lx.linear_solve`, whose derivatives are not needed here (`_solved` has them) and
         # whose primitive loses the shardings of explicit mesh axes.
         state = self.solver.init(operator, options)

@@ -15,7 +15,7 @@ from gradhpo.utils import foreign
 
 # Which classes differentiate what, from the narrowest to the widest.
 WHO_SEES = {
-    "optimum": "ImplicitOptimizer",
+    "optimum": "ImplicitOptimizer, SOBAOptimizer, PenaltyOptimizer, BOMEOptimizer",
     "last update": "OneStepOptimizer, T1T2Optimizer, GreedyOptimizer, "
     "OnlineHypergradientOptimizer (HyperDistill)",
     "updates": "UnrolledOptimizer, DrMADOptimizer, ForwardModeOptimizer",
@@ -30,8 +30,8 @@ IGNORES_SIZE = (
 
 NEEDS_THE_LOSS = (
     "Transformations that need the loss (optax.lbfgs, optax.polyak_sgd) fit as inner_optimizer of "
-    "ImplicitOptimizer, FOOptimizer and T1T2Optimizer(perturb='hyperparams'), which do not "
-    "differentiate the update; for other methods write an update_fn"
+    "ImplicitOptimizer, SOBAOptimizer, FOOptimizer and T1T2Optimizer(perturb='hyperparams'), which "
+    "do not differentiate the update; for other methods write an update_fn"
 )
 
 _WARM_UP = (
@@ -193,6 +193,7 @@ _KINDS = {
     "frozen": "a function",
     "inner_optimizer": "an optax transformation or a function",
     "outer_optimizer": "an optax transformation or None",
+    "adjoint_optimizer": "an optax transformation",
     "update_fn": "a function",
     "coordinates": "whole numbers",
     "linear_solver": "a solver",
@@ -235,6 +236,7 @@ _INSTEAD = {
     "function of the hyperparameters that returns one",
     "outer_optimizer": f"an optax transformation such as optax.adam(0.01) ({_MULTI_STEPS}), or "
     "None",
+    "adjoint_optimizer": f"an optax transformation such as optax.sgd(0.1) ({_MULTI_STEPS})",
     "update_fn": "a function (params, hyperparams, batch) -> params",
     "coordinates": "whole numbers, e.g. [0, 1, 2]",
     "linear_solver": "a lineax solver such as lineax.CG(rtol=1e-5, atol=1e-5), gradhpo.Neumann(20, "

@@ -29,6 +29,14 @@ def setting(value: Real[ArrayLike, ""]) -> Array:
     return jnp.asarray(value, dtype=jnp.result_type(float))
 
 
+def setting_or_schedule(value: Real[ArrayLike, ""] | Callable) -> Array | Callable:
+    """Converter for a numeric field that may also be a schedule, a function of the step.
+
+    Programs are compiled for a schedule, not for its values.
+    """
+    return value if callable(value) else setting(value)
+
+
 def check_setting(name: str, value: Array, good: Callable[[np.ndarray], Any], rule: str) -> None:
     """`good` must hold for a setting whose value is known (a traced one is trusted)."""
     if isinstance(value, Tracer) or not eqx.is_array(value):
