@@ -6,6 +6,7 @@ from gradhpo.algorithms.fixed import FixedOptimizer
 from gradhpo.algorithms.forward import ForwardModeOptimizer
 from gradhpo.algorithms.greedy import GreedyOptimizer
 from gradhpo.algorithms.implicit_diff import ImplicitOptimizer
+from gradhpo.algorithms.natural import NHGDOptimizer
 from gradhpo.algorithms.online import OnlineHypergradientOptimizer
 from gradhpo.algorithms.t1_t2 import T1T2Optimizer
 from gradhpo.algorithms.unrolled import DrMADOptimizer, UnrolledOptimizer
@@ -78,6 +79,7 @@ __all__ = [
     "LossFunctions",
     "MetricDict",
     "Monitor",
+    "NHGDOptimizer",
     "Neumann",
     "Nystrom",
     "OneStepOptimizer",

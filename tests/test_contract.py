@@ -44,19 +44,21 @@ OPTIMIZERS = {
         {"inner_steps": 4, "linear_solver": lx.LU()},
         ("damping", 0.5),
     ),
+    # Training here has no noise and a Hessian of 1, which the damping is then.
+    "natural": (gradhpo.NHGDOptimizer, {"inner_steps": 4, "damping": 1.0}, ("damping", 0.5)),
     "unrolled": (gradhpo.UnrolledOptimizer, {"unroll_steps": 4}, None),
     "truncated": (gradhpo.UnrolledOptimizer, {"unroll_steps": 4, "truncation": 2}, None),
     "checkpointed": (gradhpo.UnrolledOptimizer, {"unroll_steps": 4, "checkpoints": "sqrt"}, None),
     "bisected": (gradhpo.UnrolledOptimizer, {"unroll_steps": 4, "checkpoints": "log"}, None),
 }
 # These see settings of the inner optimizer only where the validation loss has them as well.
-SEES_NO_OPTIMIZER = {"first order", "implicit"}
+SEES_NO_OPTIMIZER = {"first order", "implicit", "natural"}
 # Made once: tests that take the same optimizer share its compiled `step`.
 PLAIN = relaxed(optax.sgd(0.1))
 ADAM = relaxed(optax.adam(0.1, eps_root=1e-8))
 
-# The others are settings of these, and run thoroughly.
-QUICKLY = [name for name in OPTIMIZERS if name != "bisected"]
+# The others are settings of these, or have a file of quick tests; they run thoroughly.
+QUICKLY = [name for name in OPTIMIZERS if name not in ("bisected", "natural")]
 
 every = pytest.mark.parametrize("name", quick(list(OPTIMIZERS), keep=QUICKLY))
 

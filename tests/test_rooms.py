@@ -93,6 +93,8 @@ def _own_names() -> set[str]:
     common = {*dir(Algorithm), *dir(Wrapper), *dir(Memory)}
     common |= {"inner_optimizer", "grad_fn", "update_fn", "optimizer"}
     common |= set(MemoryOfEach.__annotations__)
+    # Settings that are also words for what every tree and many losses have.
+    common |= {"structure", "decay"}
     names = set()
     for cls in _modules_of_algorithms():
         names |= set(cls.__dataclass_fields__)
