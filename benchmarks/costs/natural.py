@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 
 import gradhpo
 from benchmarks.costs.natural_flops import STEPS, relative
+from gradhpo.algorithms.fisher import STRUCTURES
 
 
 PENALTY = 1e-3  # of each pixel
@@ -86,7 +87,9 @@ def _trained(w: PyTree, h: Array, batch: PyTree) -> tuple[PyTree, Array]:
         return optax.apply_updates(w, u), s, optax.tree.norm(g), count + 1
 
     goes_on = lambda carried: (carried[2] > RESIDUAL) & (carried[3] < 2_000)
-    w, _, residual, _ = jax.lax.while_loop(goes_on, step, (w, method.init(w), jnp.inf, 0))
+    w, _, residual, _ = jax.lax.while_loop(
+        goes_on, step, (w, method.init(w), jnp.asarray(jnp.inf), 0)
+    )
     return w, residual
 
 
@@ -119,13 +122,16 @@ class Estimate(NamedTuple):
     error: float  # norm of the difference, relative to the exact hypergradient
 
 
-def methods(structures: tuple[str, ...] = ("dense", "kronecker", "diagonal")) -> dict[str, Any]:
+def methods() -> dict[str, tuple[Any, int]]:
     """By name: the optimizer, and the number of training batches it sees (0: one, of all data)."""
     natural = functools.partial(gradhpo.NHGDOptimizer, STILL, penalty=penalty, damping=1e-5)
-    found = {f"{s}, each example": (natural(structure=s, per_example=True), 0) for s in structures}
-    steps = {"inner_steps": BATCHES, "decay": 1 - 2 / BATCHES}
-    for s in structures:
-        found[f"{s}, {BATCHES} batches"] = (natural(structure=s, **steps), BATCHES)
+    batches = functools.partial(natural, inner_steps=BATCHES, decay=1 - 2 / BATCHES)
+    found: dict[str, tuple[Any, int]] = {}
+    structures: list[Any] = list(STRUCTURES)
+    for name in structures:
+        found[f"{name}, each example"] = natural(structure=name, per_example=True), 0
+    for name in structures:
+        found[f"{name}, {BATCHES} batches"] = batches(structure=name), BATCHES
     solver = functools.partial(gradhpo.ImplicitOptimizer, STILL)
     cg = lambda count: lx.CG(rtol=0.0, atol=0.0, max_steps=count)
     solvers = {"CG(3)": cg(3), "Neumann(5)": gradhpo.Neumann(5, NEUMANN_STEP)}

@@ -1,6 +1,7 @@
 """The work of an outer step with the Fisher matrix, in that of training alone."""
 
 import functools
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -31,7 +32,7 @@ def of_factorisation(structure: str, w: PyTree) -> float:
 
 
 @functools.cache
-def program(structure: str | None) -> Program:
+def program(structure: Any) -> Program:
     """An outer step (without a structure: of training alone) on the MLP 64-128-10."""
     the_job = job(BATCH)
     if structure is None:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from gradhpo.algorithms.fisher import STRUCTURES, FisherStructure, PenaltyOf
+from gradhpo.algorithms.fisher import STRUCTURES, FisherStructure
 from gradhpo.algorithms.kept_fisher import KeptFisher, of_examples, of_mean
 from gradhpo.algorithms.settled import through_state
 from gradhpo.extend import (
@@ -39,6 +39,10 @@ from gradhpo.extend import (
 
 # Above this many parameters, "dense" is warned about: 100 MB in float32, 4e10 flops per solve.
 _MANY = 5_000
+_READS_STATE = (
+    "NHGDOptimizer holds the model state constant in the training loss, which reads it: the "
+    "hypergradient leaves out how training follows the model state"
+)
 _STATE_OF_ONE = (
     "NHGDOptimizer(per_example=True) takes no model_state: its statistics would be those of one "
     "example. Write per_example=False, or normalise without running state (LayerNorm, GroupNorm)"
@@ -112,33 +116,23 @@ class NHGDOptimizer(Algorithm):
     - `factor_every`: factorise (Cholesky, `eigh`) in one of so many outer steps, at least 1; steps
         between use the factors of the last time. Default 1.
 
-    The metric `linear_residual` in the memory, $\|(H + \rho I) q - \nabla_w L_{val}\| /
-    \|\nabla_w L_{val}\|$ with the Hessian $H$ of the last training batch, says how well $F$ stands
-    for it: above 1 it does worse than no solve. A batch of fewer examples than parameters says
-    little. If the matrix is not positive definite (a penalty that is not convex), the step is
-    refused.
+    The metric `linear_residual`, $\|(H + \rho I) q - \nabla_w L_{val}\| / \|\nabla_w L_{val}\|$
+    with the Hessian $H$ of the last training batch, says how well $F$ stands for it: above 1 it
+    does worse than no solve. Batches of fewer examples than parameters say little. A matrix that is
+    not positive definite (a penalty that is not convex) makes a step that is refused.
 
-    **Raises:** `ValueError` for counts below 1, a `decay` outside [0, 1) or a `damping` that is not
-    positive; while tracing, for a batch whose arrays do not share their leading axis, and for
-    `per_example` with a model state.
+    **Raises:** `ValueError` for settings outside their range; while tracing, for a batch whose
+    arrays do not share their leading axis, and for `per_example` with a model state.
 
     ```python
-    def error(w, log_penalty, batch):  # labels of -1 and 1
-        return jnp.mean(jax.nn.softplus(-batch[1] * (batch[0] @ w)))
-
-    penalty = lambda w, log_penalty: jnp.sum(jnp.exp(log_penalty) * w**2) / 2
+    error = lambda w, h, batch: jnp.mean(jax.nn.softplus(-batch[1] * (batch[0] @ w)))
+    penalty = lambda w, h: jnp.sum(jnp.exp(h) * w**2) / 2
     train_loss = lambda w, h, batch: error(w, h, batch) + penalty(w, h)
-    x = jax.random.normal(jax.random.key(0), (400, 3))
-    y = jnp.where(x[:, 0] + jax.random.logistic(jax.random.key(1), (400,)) > 0, 1.0, -1.0)
-    data = gradhpo.ArrayData((x[:200], y[:200]), 20, key=jax.random.key(2))
-    optimizer = gradhpo.NHGDOptimizer(
-        optax.sgd(0.1), optax.adam(0.05), inner_steps=20, decay=0.995, penalty=penalty
-    )
+    x = jax.random.normal(jax.random.key(0), (40, 3))
+    y = jnp.where(x[:, 0] + jax.random.logistic(jax.random.key(1), (40,)) > 0, 1.0, -1.0)
+    optimizer = gradhpo.NHGDOptimizer(optax.sgd(0.1), optax.adam(0.05), penalty=penalty)
     state = optimizer.init(jnp.zeros(3), jnp.full(3, -3.0))
-    state, history = gradhpo.run(
-        optimizer, state, gradhpo.LossFunctions(train_loss, error), data, (x[200:], y[200:]),
-        num_steps=50, progress=False,
-    )
+    state = optimizer.step(state, (x[:20], y[:20]), (x[20:], y[20:]), train_loss, error)
     ```
 
     ??? cite "Reference"
@@ -191,7 +185,7 @@ class NHGDOptimizer(Algorithm):
     @property
     def suspect(self) -> str:
         """The factorisation."""
-        return "a Fisher matrix that is not positive definite: use a larger damping"
+        return "a matrix F + P'' that is not positive definite: use a larger damping"
 
     def with_num_steps(self, num_steps: int) -> "NHGDOptimizer":
         """The same optimizer with other `inner_steps`."""
@@ -205,8 +199,7 @@ class NHGDOptimizer(Algorithm):
         self, z: InnerState, hyperparams: PyTree, batch: PyTree, key: Array | None
     ) -> NHGDMemory:
         """No gradient yet. The Fisher matrix survives episodes: the optimum has not moved."""
-        count = num_coordinates(z.w)
-        if self.structure == "dense" and count > _MANY:
+        if self.structure == "dense" and (count := num_coordinates(z.w)) > _MANY:
             warn_once(
                 f"NHGDOptimizer(structure='dense') keeps a matrix of {count:,} x {count:,} and "
                 "factorises it: for so many parameters pass structure='kronecker', or 'diagonal'"
@@ -227,10 +220,11 @@ class NHGDOptimizer(Algorithm):
         phi, validation, z, hyperparams = problem
         last = self.inner_steps - 1
         wide = accumulation_dtype(z.w)
-        damping = self.damping.astype(wide)
+        damping, decay = self.damping.astype(wide), self.decay.astype(wide)
         if self.per_example and z.r is not None:
             raise ValueError(_STATE_OF_ONE)
-
+        if phi.reads_state:
+            warn_once(_READS_STATE, *problem.functions())
         of_loss = dataclasses.replace(phi, update_fn=None)
 
         def add(fisher: KeptFisher, z: InnerState, gradient: PyTree, t: Array) -> KeptFisher:
@@ -238,26 +232,23 @@ class NHGDOptimizer(Algorithm):
                 shown = of_examples(self._kept, of_loss, z, hyperparams, t)
             else:
                 shown = of_mean(self._kept, gradient, phi.batch(t))
-            return fisher.add(shown, self.decay.astype(wide))
+            return fisher.add(shown, decay)
 
         z, train_loss, fisher = phi.rollout_with_gradients(
             z, hyperparams, self.inner_steps, add, memory.fisher
         )
         val_loss, of_z, direct = validation.value_and_grads(z, hyperparams)
         alpha, direct, _, _ = through_state(phi, z, hyperparams, last, of_z, direct)
-        penalty: PenaltyOf | None = None
-        if self.penalty is not None:
-            given = self.penalty
-            penalty = lambda w: given(eqx.combine(w, phi.frozen), hyperparams)
+        given = self.penalty
+        penalty = given and (lambda w: given(eqx.combine(w, phi.frozen), hyperparams))
         terms = damping, penalty, z.w, self.factor_every
         q, fisher = fisher.solve(self._kept, alpha, *terms)
 
         _, products = of_loss.optimality(z, hyperparams, last)
         by_w, mixed = products(cast_like(q, z.w))
         hypergradient = jax.tree.map(jnp.subtract, direct, mixed)
-        norm = tree_l2_norm(alpha).astype(wide)
         left = lambda x, y, a: x.astype(wide) + damping * y.astype(wide) - a.astype(wide)
-        left = tree_l2_norm(jax.tree.map(left, by_w, q, alpha))
-        residual = left / jnp.where(norm > 0, norm, 1)
+        left, norm = tree_l2_norm(jax.tree.map(left, by_w, q, alpha)), tree_l2_norm(alpha)
+        residual = left / jnp.where(norm > 0, norm, 1).astype(left.dtype)
         memory = NHGDMemory(fisher, residual.astype(wide))
         return Estimate(z, hypergradient, train_loss, val_loss, memory)
