@@ -65,7 +65,9 @@ def digits(pooled: bool = False) -> tuple[PyTree, PyTree]:
 
 def network(sizes: tuple[int, int, int], seed: int = 0) -> PyTree:
     keys = jax.random.split(jax.random.key(seed))
-    of_layer = lambda key, m, n: jax.random.normal(key, (m, n)) / np.sqrt(m)
+    # Drawn in float32, so that it is the same network in float64.
+    drawn = lambda key, *size: jax.random.normal(key, size, jnp.float32).astype(float)
+    of_layer = lambda key, m, n: drawn(key, m, n) / np.sqrt(m)
     return {
         "in": of_layer(keys[0], *sizes[:2]),
         "bias": jnp.zeros(sizes[1]),
@@ -111,7 +113,7 @@ def well_specified(copies: int = 100) -> Converged:
     w, _ = _trained(network((16, 6, 10)), h, train)
     w = w | {"out": w["out"] / 2, "last": w["last"] / 2}
     x = jnp.tile(train[0], (copies, 1))
-    train = x, jax.random.categorical(jax.random.key(1), logits(w, x))
+    train = x, jax.random.categorical(jax.random.key(1), logits(w, x).astype(jnp.float32))
     w, residual = _trained(w, h, train)
     return Converged(w, h, train, val, float(residual))
 
