@@ -7,6 +7,7 @@ from gradhpo.algorithms.fixed import FixedOptimizer
 from gradhpo.algorithms.forward import ForwardModeOptimizer
 from gradhpo.algorithms.greedy import GreedyOptimizer
 from gradhpo.algorithms.implicit_diff import ImplicitOptimizer
+from gradhpo.algorithms.natural import NHGDOptimizer
 from gradhpo.algorithms.online import OnlineHypergradientOptimizer
 from gradhpo.algorithms.penalty import PenaltyOptimizer
 from gradhpo.algorithms.soba import SOBAOptimizer
@@ -86,6 +87,7 @@ __all__ = [
     "LossFunctions",
     "MetricDict",
     "Monitor",
+    "NHGDOptimizer",
     "Neumann",
     "Nystrom",
     "OneStepOptimizer",

@@ -6,7 +6,7 @@ one](../own_algorithm.md) from a paper's equation to its tests.
 
 from gradhpo.core.algorithm import Algorithm
 from gradhpo.core.base import BilevelOptimizer
-from gradhpo.core.batches import BatchStack, DrawnStack
+from gradhpo.core.batches import BatchStack, DrawnStack, by_example, num_examples
 from gradhpo.core.checkpoints import square_root, unrolled
 from gradhpo.core.fitting import fit_memory
 from gradhpo.core.forward import infinite_at_rest, push_step
@@ -45,7 +45,7 @@ from gradhpo.utils.trees import (
     tree_zeros_like,
 )
 from gradhpo.utils.typecheck import checked
-from gradhpo.utils.validation import check_leading_axis
+from gradhpo.utils.validation import check_arity, check_leading_axis
 from gradhpo.utils.warn import warn_once
 
 
@@ -74,7 +74,9 @@ __all__ = [
     "Validation",
     "accumulation_dtype",
     "along_a_line",
+    "by_example",
     "cast_like",
+    "check_arity",
     "check_count",
     "check_leading_axis",
     "check_same_structure",
@@ -92,6 +94,7 @@ __all__ = [
     "key_of_numbers",
     "map_in_blocks",
     "num_coordinates",
+    "num_examples",
     "numbers_of_key",
     "pull_start",
     "pull_step",

@@ -56,16 +56,18 @@ OPTIMIZERS = {
     ),
     "penalty": (gradhpo.PenaltyOptimizer, {"inner_steps": 4}, ("penalty", 20.0)),
     "BOME": (gradhpo.BOMEOptimizer, {"inner_steps": 4}, ("control", 0.8)),
+    # Training here has no noise and a Hessian of 1, which the damping is then.
+    "natural": (gradhpo.NHGDOptimizer, {"inner_steps": 4, "damping": 1.0}, ("damping", 0.5)),
     "unrolled": (gradhpo.UnrolledOptimizer, {"unroll_steps": 4}, None),
     "truncated": (gradhpo.UnrolledOptimizer, {"unroll_steps": 4, "truncation": 2}, None),
     "checkpointed": (gradhpo.UnrolledOptimizer, {"unroll_steps": 4, "checkpoints": "sqrt"}, None),
     "bisected": (gradhpo.UnrolledOptimizer, {"unroll_steps": 4, "checkpoints": "log"}, None),
 }
 # These see settings of the inner optimizer only where the validation loss has them as well.
-SEES_NO_OPTIMIZER = {"first order", "implicit", "SOBA", "AmIGO", "penalty", "BOME"}
+SEES_NO_OPTIMIZER = {"first order", "implicit", "natural", "SOBA", "AmIGO", "penalty", "BOME"}
 
 # The others run thoroughly: a setting of one of these, and those with two test files of their own.
-THOROUGHLY = {"bisected", "SOBA", "AmIGO", "penalty", "BOME"}
+THOROUGHLY = {"bisected", "natural", "SOBA", "AmIGO", "penalty", "BOME"}
 QUICKLY = [name for name in OPTIMIZERS if name not in THOROUGHLY]
 
 every = pytest.mark.parametrize("name", quick(list(OPTIMIZERS), keep=QUICKLY))

@@ -202,7 +202,7 @@ def test_unseen_leaves_are_named_with_the_methods_that_see_them(getkey):
         assert g["nothing"] == 0
     first_order = " ".join(found["FOOptimizer"])
     assert "['decay']: the validation loss does not" in first_order
-    assert "ImplicitOptimizer, SOBAOptimizer, PenaltyOptimizer, BOMEOptimizer, One" in first_order
+    assert "ImplicitOptimizer, NHGDOptimizer, SOBAOptimizer, Penalty" in first_order
     implicit = " ".join(found["ImplicitOptimizer"])
     assert "['rate']: the optimum of the training loss does not depend on them" in implicit
     assert "GreedyOptimizer, OnlineHypergradientOptimizer (HyperDistill), Unrolled" in implicit

@@ -95,6 +95,8 @@ def _own_names() -> set[str]:
     common |= set(MemoryOfEach.__annotations__)
     # Everyday words: settings of mutations, `Path.parent`, `EarlyStopping.best`.
     common |= {"kind", "scale", "function", "parent", "best", "fraction"}
+    # Settings that are also words for what every tree and many losses have.
+    common |= {"structure", "decay"}
     names = set()
     for cls in _modules_of_algorithms():
         names |= set(cls.__dataclass_fields__)

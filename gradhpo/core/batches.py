@@ -135,3 +135,34 @@ def is_same_each_step(train_batch: PyTree) -> bool:
     """Whether `batch_of_step` is the same for all inner steps."""
     is_stack = isinstance(train_batch, BatchStack | DrawnStack)
     return not is_stack and not any(map(is_key, jax.tree.leaves(train_batch)))
+
+
+def num_examples(batch: PyTree, what: str) -> int:
+    """How many examples a batch has: the length of axis 0, on which all of its arrays agree.
+
+    PRNG keys and numbers of shape `()` have no examples. `what` begins the error if there are none.
+    """
+    arrays, _ = _with_examples(batch)
+    check_leading_axis(arrays, what)
+    return jax.tree.leaves(arrays)[0].shape[0]
+
+
+def by_example(batch: PyTree, what: str) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
+    """The examples of a batch along axis 0, to `jax.vmap` over, and what makes one a batch of one.
+
+    Every example gets a PRNG key of its own. `what` is that of `num_examples`.
+    """
+    size = num_examples(batch, what)
+    arrays, shared = _with_examples(batch)
+    keys, shared = eqx.partition(shared, is_key)
+    keys = jax.tree.map(lambda key: jax.random.split(key, size), keys)
+
+    def alone(example: PyTree) -> PyTree:
+        array, key = example
+        return eqx.combine(jax.tree.map(lambda x: x[None], array), key, shared)
+
+    return (arrays, keys), alone
+
+
+def _with_examples(batch: PyTree) -> tuple[PyTree, PyTree]:
+    return eqx.partition(batch, lambda x: eqx.is_array(x) and x.ndim > 0)

@@ -129,12 +129,18 @@ class InnerStep(eqx.Module):
         if self.update_fn is not None:
             new_w, r = self.updated_by_hand(z, hyperparams, t)
             return z._replace(w=new_w, r=r), self.loss_if(want_loss, z, hyperparams, t)
-        evaluation = None
-        if self.grad_fn is not None and not self.passes_loss:
-            loss = self.loss_if(want_loss, z, hyperparams, t)
-            evaluation = loss, *self.gradient_and_state(z, hyperparams, t)
+        evaluation = self._evaluated_by_hand(z, hyperparams, t, want_loss)
         new_z, loss, _ = self.step_and_gradient(z, hyperparams, t, evaluation)
         return new_z, loss
+
+    def _evaluated_by_hand(
+        self, z: InnerState, hyperparams: PyTree, t: ArrayLike, want_loss: ArrayLike
+    ) -> tuple[Loss, PyTree, PyTree] | None:
+        """With a `grad_fn`, what a step starts with, and the loss only if it is wanted."""
+        if self.grad_fn is None or self.passes_loss:
+            return None
+        loss = self.loss_if(want_loss, z, hyperparams, t)
+        return loss, *self.gradient_and_state(z, hyperparams, t)
 
     def loss_if(self, wanted: ArrayLike, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> Loss:
         """The loss, computed only if it is wanted, otherwise `nan`."""
@@ -234,6 +240,40 @@ class InnerStep(eqx.Module):
         if searches_along_lines(z.s):
             z = undifferentiable(z, _LINE_SEARCH)
         return z, losses[-1], before
+
+    def rollout_with_gradients(
+        self,
+        z: InnerState,
+        hyperparams: PyTree,
+        num_steps: int,
+        add: Callable[[PyTree, InnerState, PyTree, Array], PyTree],
+        total: PyTree,
+    ) -> tuple[InnerState, Loss, PyTree]:
+        """Inner steps from number 0 on: `(z', last loss, total)`.
+
+        Each of them makes `total = add(total, z, gradient, t)` of the gradient that it takes at z
+        anyway. With an `update_fn` that is the gradient of the loss, and extra work.
+        """
+        z, evaluated = self._evaluated(z, hyperparams, 0)
+
+        def body(carried, t):
+            z, total = carried
+            last = last_evaluation(z.s) if evaluated else None
+            wanted = t == num_steps - 1
+            if last is not None:
+                new_z, loss, gradient = self.step_and_gradient(z, hyperparams, t, (*last, z.r))
+            elif self.update_fn is None:
+                given = self._evaluated_by_hand(z, hyperparams, t, wanted)
+                new_z, loss, gradient = self.step_and_gradient(z, hyperparams, t, given)
+            else:
+                loss, gradient, _ = self.loss_and_gradient(z, hyperparams, t)
+                new_z, _ = self.step(z, hyperparams, t, want_loss=False)
+            return (new_z, add(total, z, gradient, t)), loss
+
+        (z, total), losses = jax.lax.scan(body, (z, total), jnp.arange(num_steps))
+        if searches_along_lines(z.s):
+            z = undifferentiable(z, _LINE_SEARCH)
+        return z, losses[-1], total
 
     def _evaluated(
         self, z: InnerState, hyperparams: PyTree, t: ArrayLike

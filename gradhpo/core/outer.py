@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from gradhpo.core.inner_optimizer import cast_like, init_descent
+from gradhpo.core.inner_optimizer import cast_like, explained, init_descent
 from gradhpo.core.inner_state import InnerState
 from gradhpo.core.measured import Loss, aux_of, loss_of
 from gradhpo.core.problem import Problem

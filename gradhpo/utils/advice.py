@@ -15,7 +15,7 @@ from gradhpo.utils import foreign
 
 # Which classes differentiate what, from the narrowest to the widest.
 WHO_SEES = {
-    "optimum": "ImplicitOptimizer, SOBAOptimizer, PenaltyOptimizer, BOMEOptimizer",
+    "optimum": "ImplicitOptimizer, NHGDOptimizer, SOBAOptimizer, PenaltyOptimizer, BOMEOptimizer",
     "last update": "OneStepOptimizer, T1T2Optimizer, GreedyOptimizer, "
     "OnlineHypergradientOptimizer (HyperDistill)",
     "updates": "UnrolledOptimizer, DrMADOptimizer, ForwardModeOptimizer",

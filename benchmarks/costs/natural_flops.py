@@ -1,0 +1,62 @@
+"""The work of an outer step with the Fisher matrix, in that of training alone."""
+
+import functools
+from typing import Any
+
+import equinox as eqx
+import jax
+from jaxtyping import PyTree
+
+import gradhpo
+from benchmarks.costs.problem import job
+from benchmarks.costs.programs import SGD, STEPS, call_program
+from gradhpo.algorithms.fisher import STRUCTURES, sides_of
+from gradhpo.diagnostics.cost import Program
+
+
+BATCH = 128
+
+
+def of_factorisation(structure: str, w: PyTree) -> float:
+    """By formula: LAPACK does it, and the compiler counts such a call as nothing.
+
+    `eigh` with eigenvectors as $9 n^3$, Cholesky as $n^3 / 3$ (Golub & Van Loan).
+    """
+    leaves = jax.tree.leaves(w)
+    if structure == "dense":
+        return sum(x.size for x in leaves) ** 3 / 3
+    if structure == "diagonal":
+        return 0.0
+    sides = [sides_of(x.shape) or () for x in leaves]
+    return 9.0 * sum(n**3 for pair in sides for n in pair)
+
+
+@functools.cache
+def program(structure: Any) -> Program:
+    """An outer step (without a structure: of training alone) on the MLP 64-128-10."""
+    the_job = job(BATCH)
+    if structure is None:
+        optimizer = gradhpo.FixedOptimizer(SGD, inner_steps=STEPS)
+        state = optimizer.init(the_job.params, the_job.hyperparams)
+        return call_program(optimizer.step, the_job, state, the_job.train_data(0))
+    optimizer = gradhpo.NHGDOptimizer(SGD, None, STEPS, structure=structure)
+    state = optimizer.init(the_job.params, the_job.hyperparams)
+    return call_program(optimizer.step, the_job, state, the_job.train_data(0), lr_hyper=0.1)
+
+
+def relative(structure: str, factor_every: int = 1) -> float:
+    """Flops of an outer step of 20 inner steps, over those of the inner steps alone.
+
+    The compiler counts the body of the loop once. Here it is training and the products of a
+    gradient, and what else the step has comes once.
+    """
+    w = eqx.filter(job(BATCH).params, eqx.is_inexact_array)
+    rows = jax.tree.map(lambda x: x[None], w)
+    products = Program(STRUCTURES[structure].products, rows).flops_with_loops_once
+    # Decayed and added: two products, a sum and the factor b, for each number that is kept.
+    kept = jax.eval_shape(STRUCTURES[structure].products, rows)
+    products += 4 * sum(x.size for x in jax.tree.leaves(kept))
+    inner = program(None).flops_with_loops_once
+    outer = program(structure).flops_with_loops_once - inner - products
+    factors = of_factorisation(structure, w) / factor_every
+    return (STEPS * (inner + products) + outer + factors) / (STEPS * inner)
