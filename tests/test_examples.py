@@ -351,7 +351,7 @@ print("RESULT" + json.dumps([report.score, {{name: row[:2] for name, row in remo
 
 @pytest.mark.slow
 def test_optuna_and_hypergradients_beat_either_at_equal_steps(tmp_path):
-    """8 of the 20 seeds of examples/README.md: the hybrid was lower than TPE for 7, descent for 6."""
+    """8 of the 20 seeds of the README: the hybrid was lower than TPE for 7, than descent for 6."""
     program = f"""
 import json, optuna_hybrid
 runs = optuna_hybrid.main(["--seeds=8", "--output", {str(tmp_path / "picture.png")!r}])
