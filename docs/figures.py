@@ -61,6 +61,7 @@ FIGURES = {
     "ode_calibration": Figure("ode_calibration.py"),
     "convolutional_network": Figure("convolutional_network.py"),
     "language_model_mixture": Figure("language_model_mixture.py"),
+    "optuna_hybrid": Figure("optuna_hybrid.py"),
     "where_algorithms_fail": Figure("where_algorithms_fail.py"),
     "which_algorithm": Figure("which_algorithm.py", others=("_noise", "_horizon")),
     "meta_learning_sinusoid": Figure("meta_learning_sinusoid.py", ("--seeds=1",)),  # of 5: minutes

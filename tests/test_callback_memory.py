@@ -36,6 +36,32 @@ def said_by(callbacks, directory, num_steps=12):
     return [str(warning.message) for warning in said]
 
 
+# -- how a run ends ----------------------------------------------------------------------------
+
+
+class Ends:
+    """Notes what it is given at the end, and raises."""
+
+    def __init__(self, error, directory):
+        self.error, self.directory, self.given = error, directory, None
+
+    def __call__(self, state, metrics):
+        return bool(state.step == 3)
+
+    def end(self, state, history):
+        saved, at_the_end = gradhpo.load_checkpoint(self.directory, state)
+        self.given = int(saved.step), int(state.step), history.stop_reason, at_the_end.stop_reason
+        raise self.error
+
+
+def test_what_is_raised_at_the_end_is_raised_by_run_once_all_is_saved(tmp_path):
+    first, last = Ends(KeyError("first"), tmp_path), Ends(ZeroDivisionError("last"), tmp_path)
+    with pytest.raises(ZeroDivisionError, match="last") as raised:
+        run([first, last], tmp_path)
+    assert raised.value.__context__ is first.error
+    assert first.given == last.given == (3, 3, "callback", "callback")
+
+
 # -- what stops a run --------------------------------------------------------------------------
 
 NO_BOOLEANS = {

@@ -16,7 +16,8 @@ from gradhpo.extend import Algorithm, BilevelOptimizer, Memory
 
 
 PACKAGE = Path(gradhpo.__file__).parent
-# diagnostics -> training -> algorithms, data -> core, solvers -> utils; algorithms use `extend`.
+# integrations -> diagnostics -> training -> algorithms, data -> core, solvers -> utils; algorithms
+# use `extend`.
 BELOW = {
     "utils": set(),
     "core": {"utils"},
@@ -26,6 +27,7 @@ BELOW = {
     "data": {"core", "utils"},
     "training": {"algorithms", "core", "data", "utils"},
     "diagnostics": {"algorithms", "core", "data", "training", "utils"},
+    "integrations": {"core", "training", "utils"},
 }
 
 
@@ -51,7 +53,7 @@ def rooms_of(source: str, room: str) -> set[str]:
 
 @pytest.mark.parametrize("room", list(BELOW))
 def test_imports_point_down(room):
-    for file in (PACKAGE / room).glob("*.py"):
+    for file in (PACKAGE / room).rglob("*.py"):
         above = rooms_of(file.read_text(), room) - BELOW[room]
         assert not above, f"{file} imports {above}"
 
@@ -75,7 +77,7 @@ def test_an_import_that_points_up_is_seen(line):
 
 # -- generic rooms ---------------------------------------------------------------------------------
 
-GENERIC = ["core", "training", "data", "diagnostics"]
+GENERIC = ["core", "training", "data", "diagnostics", "integrations"]
 
 
 def _modules_of_algorithms() -> list[type]:
@@ -240,8 +242,8 @@ def knows(source: str, room: str) -> Iterator[tuple[int, str]]:
 def test_generic_rooms_know_no_algorithm():
     found = {}
     for room in GENERIC:
-        for file in (PACKAGE / room).glob("*.py"):
-            place = f"{room}/{file.name}"
+        for file in (PACKAGE / room).rglob("*.py"):
+            place = file.relative_to(PACKAGE).as_posix()
             for line, form in knows(file.read_text(), room):
                 if (room, form) == ("training", "text: checkpoints"):
                     continue  # those of a run, on disk
@@ -291,5 +293,5 @@ def test_what_knows_an_algorithm_is_seen(line):
     """In every file of the generic rooms, whatever else that file may say."""
     for room in GENERIC:
         forms = {form for _, form in knows(line, room)}
-        for file in (PACKAGE / room).glob("*.py"):
-            assert forms - set(ALLOWED.get(f"{room}/{file.name}", {})), file
+        for file in (PACKAGE / room).rglob("*.py"):
+            assert forms - set(ALLOWED.get(file.relative_to(PACKAGE).as_posix(), {})), file

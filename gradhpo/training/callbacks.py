@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 
 from gradhpo.core.measured import without_aux_in
 from gradhpo.core.state import BilevelState
+from gradhpo.training.history import History
 from gradhpo.training.monitor import Monitor
 from gradhpo.utils.description import differences, shown
 from gradhpo.utils.keys import is_key
@@ -24,8 +25,9 @@ class Callbacks:
     A callback with a memory also has `start(state, resumed) -> memory` and the attribute `memory`,
     a pytree of arrays with a fixed structure. It may have `identity`, which distinguishes its
     memory from those of other callbacks of its class; `stopped`, whether it has stopped the run for
-    good; `stop_reason`; `why`, which the report says of it then; and `reads_states`, false for one
-    that reads scalars alone and never stops a run, which then keeps no state for it.
+    good; `stop_reason`; `why`, which the report says of it then; `reads_states`, false for one that
+    reads scalars alone and never stops a run, which then keeps no state for it; and a method
+    `end(state, history)`, called with what `run` is about to return.
     """
 
     def __init__(self, callbacks: Sequence[Callable]):
@@ -133,6 +135,10 @@ class Callbacks:
         stopping = [c for c, stop in zip(self._all, stops, strict=True) if stop]
         return _reason(stopping[0]) if stopping else None
 
+    def end(self, state: BilevelState, history: History) -> None:
+        """After everything else: what one of them raises, `run` raises, and none misses it."""
+        _end([c for c in self._all if callable(getattr(c, "end", None))], state, history)
+
     def _stops(self, number: int, answer: Any) -> bool:
         """Comparisons of metrics answer with a NumPy boolean, those of a state with JAX's."""
         if answer is None:
@@ -150,6 +156,14 @@ class Callbacks:
                 "gradhpo.BestState or gradhpo.EarlyStopping"
             )
         return bool(answer)
+
+
+def _end(callbacks: list[Any], state: BilevelState, history: History) -> None:
+    if callbacks:
+        try:
+            callbacks[0].end(state, history)
+        finally:
+            _end(callbacks[1:], state, history)
 
 
 def _name(callback: Any) -> str:

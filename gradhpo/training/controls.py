@@ -29,6 +29,23 @@ _IS_SCORE = re.compile(
 )
 
 
+def watched_value(
+    metric: str | Callable[[BilevelState], Any],
+    state: BilevelState,
+    metrics: Mapping[str, np.ndarray],
+    of: str,
+) -> float:
+    """A metric, or a function of the state, at the end of a chunk; `of` is who looks at it."""
+    if callable(metric):
+        with noted(f"metric of {of}, called as metric(state)"):
+            return float(metric(state))
+    if metric not in metrics:
+        raise ValueError(
+            f"metric={metric!r} is not a metric of this run; there are {', '.join(metrics)}"
+        )
+    return float(metrics[metric][-1])
+
+
 class Best(eqx.Module):
     """The lowest value so far, its step, and the state after that step."""
 
@@ -110,15 +127,7 @@ class BestState:
         self.memory = dataclasses.replace(best, rejected=np.asarray(rejected[-1]))
 
     def _value(self, state: BilevelState, metrics: Mapping[str, np.ndarray]) -> float:
-        if callable(self._metric):
-            with noted(f"metric of {type(self).__name__}, called as metric(state)"):
-                return float(self._metric(state))
-        if self._metric not in metrics:
-            raise ValueError(
-                f"metric={self._metric!r} is not a metric of this run; there are "
-                f"{', '.join(metrics)}"
-            )
-        return float(metrics[self._metric][-1])
+        return watched_value(self._metric, state, metrics, type(self).__name__)
 
     @property
     def state(self) -> BilevelState | None:

@@ -107,7 +107,9 @@ def run(
         that looks ahead, [`OnlineHypergradientOptimizer`][gradhpo.OnlineHypergradientOptimizer]).
     - `callbacks`: called as `callback(state, metrics)` after each chunk, where `metrics` is a dict
         of arrays `[steps in the chunk]`; `True` stops the run, `False` and `None` continue it, and
-        anything else is an error. A state stays valid after the call. Built-in:
+        anything else is an error. A state stays valid after the call. One with a method
+        `end(state, history)` is called with what `run` returns, when everything is saved; what it
+        raises, `run` raises. Built-in:
         [`EarlyStopping`][gradhpo.EarlyStopping], [`BestState`][gradhpo.BestState],
         [`TimeLimit`][gradhpo.TimeLimit], [`JSONLinesLogger`][gradhpo.JSONLinesLogger],
         [`CSVLogger`][gradhpo.CSVLogger].
@@ -237,7 +239,9 @@ def run(
             else:
                 ending = driver.go(shapes, bar, interrupts)
             driver.finish(ending)
-    return driver.state, _history(driver, ending, num_steps, time.perf_counter() - started)
+    history = _history(driver, ending, num_steps, time.perf_counter() - started)
+    watching.end(driver.state, history)
+    return driver.state, history
 
 
 def _history(driver: Driver, ending: Stopped, num_steps: int, seconds: float) -> History:

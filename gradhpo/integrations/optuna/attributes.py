@@ -1,0 +1,74 @@
+"""What a trial keeps of a run, as JSON of bounded size: learned hyperparameters, their schedule.
+
+Optuna's databases have a `TEXT` for each attribute, which is 65,535 bytes in MySQL.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from gradhpo.utils.keys import is_key
+
+
+NUMBERS = 16  # of a leaf that is kept in full
+POINTS = 50  # of a schedule
+BYTES = 32_000  # of an attribute
+LEFT_OUT = "left out"  # how many entries there was no room for
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """As `run` records it, without the prefix: `layers.0.decay`, or `hyperparams` if it is all."""
+    return jax.tree_util.keystr(path, simple=True, separator=".") or "hyperparams"
+
+
+def learned(hyperparams: PyTree) -> dict[str, Any]:
+    """Every leaf by its name: small ones in full, the others as shape, mean, least and largest."""
+    leaves = jax.tree_util.tree_leaves_with_path(hyperparams)
+    arrays = ((path, leaf) for path, leaf in leaves if eqx.is_array(leaf) and not is_key(leaf))
+    return _bounded((leaf_name(path), _leaf(leaf)) for path, leaf in arrays)
+
+
+def schedule(metrics: Mapping[str, np.ndarray], last_step: int) -> dict[str, Any]:
+    """Scalar hyperparameters after some steps, evenly spread, the first and the last among them."""
+    length = len(metrics["val_loss"])
+    rows = np.unique(np.linspace(0, length - 1, min(POINTS, length)).round().astype(int))
+    columns = {
+        name.removeprefix("hyperparams."): values
+        for name, values in metrics.items()
+        if name.split(".")[0] == "hyperparams" and values.ndim == 1
+    }
+    steps = {"step": (rows + last_step - length + 1).tolist()}
+    return steps | _bounded((name, _numbers(values[rows])) for name, values in columns.items())
+
+
+def _leaf(leaf: Array | np.ndarray) -> Any:
+    if leaf.size <= NUMBERS:
+        return _numbers(leaf)
+    values = np.asarray(leaf, np.float64)
+    said = {"mean": np.mean(values), "min": np.min(values), "max": np.max(values)}
+    return {"shape": list(leaf.shape)} | {name: _numbers(x) for name, x in said.items()}
+
+
+def _numbers(values: Any) -> Any:
+    """Nested lists of numbers, with None for those that JSON lacks."""
+    values = np.asarray(values)
+    exact = values.astype(bool if values.dtype == bool else np.float64)  # of bfloat16, too
+    finite = lambda x: x if math.isfinite(x) else None
+    return jax.tree.map(finite, exact.tolist())
+
+
+def _bounded(entries: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    kept, size, left_out = {}, 0, 0
+    for name, entry in entries:
+        size += len(json.dumps({name: entry}))
+        if size > BYTES:
+            left_out += 1
+        else:
+            kept[name] = entry
+    return kept | ({LEFT_OUT: left_out} if left_out else {})
