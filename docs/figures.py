@@ -53,6 +53,7 @@ FIGURES = {
     # examples
     "data_hypercleaning": Figure("data_hypercleaning.py"),
     "data_attribution": Figure("data_attribution.py"),
+    "population": Figure("population.py"),
     "learned_learning_rates": Figure("learned_learning_rates.py"),
     "regularisation": Figure("regularisation.py"),
     "compressed_sensing": Figure("compressed_sensing.py"),

@@ -47,6 +47,7 @@ from gradhpo.utils.trees import (
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import check_arity, check_leading_axis
 from gradhpo.utils.warn import warn_once
+from gradhpo.wrappers.mutations import Mutation
 
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "LossFunctions",
     "Memory",
     "MetricDict",
+    "Mutation",
     "Problem",
     "Sees",
     "UpdateFn",

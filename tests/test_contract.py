@@ -407,6 +407,15 @@ def test_the_fifth_trace_of_one_job_warns_and_says_what_changed():
         with_a_new_loss()
 
 
+def test_optimizers_of_other_counts_are_other_jobs():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for steps in range(1, 6):
+            optimizer = gradhpo.FixedOptimizer(relaxed(optax.sgd(0.1)), inner_steps=steps)
+            state = start(optimizer)
+            optimizer.step(state, jnp.zeros(2), jnp.zeros(2), train_loss, val_loss)
+
+
 @pytest.mark.parametrize(
     ("anew", "message"),
     [("optimizer", "the optimizer"), ("train_batch", "since the last time: train_batch")],

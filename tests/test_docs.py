@@ -29,7 +29,7 @@ CODE = re.compile(r"^( *)```python\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 TIMED = {"diagnostics.md", "training.md"}
 # Pages that show memory as the compiler counts it, which jax 0.12 does up to 8 % lower than 0.10.
 COMPILED = {"how_to/scaling.md"}
-ON_FOUR_DEVICES = {"how_to/scaling.md"}
+ON_FOUR_DEVICES = {"how_to/population.md", "how_to/scaling.md"}
 # Names for annotations: they are documented where they are used.
 ALIASES = {"GradFn", "InnerOptimizer", "LossFn", "MetricDict", "RealScalarLike", "UpdateFn"}
 PUBLIC = sorted(set(gradhpo.__all__) - ALIASES)

@@ -90,6 +90,8 @@ def test_quick_form_prints_a_table_and_saves_a_picture(name, tmp_path):
         words = ["95 % interval", "most harmful by exact"]
     if name == "optuna_hybrid":
         words = ["95 % interval", "| hybrid without end points |"]
+    if name == "population":
+        words = ["regret, every 20", "test loss", "descents, noise"]
     assert all(word in done.stdout for word in words)
 
 
@@ -364,3 +366,26 @@ print("RESULT" + json.dumps([{{name: row.val_loss for name, row in run.items()}}
     assert lower("descent alone") >= 5
     # The same trials, and 90 more.
     assert all(run["TPE alone, 4 × the steps"] <= run["TPE alone"] for run in runs)
+
+
+@pytest.mark.slow
+def test_descents_that_copy_and_mutate_find_the_lowest_basin(tmp_path):
+    """The landscape of the example: 20 seeds, with medians and their intervals."""
+    program = f"""
+import json, population
+output = ["--only=landscape", "--output", {str(tmp_path / "picture.png")!r}]
+scores = population.main(output)["landscape"]
+print("RESULT" + json.dumps({{
+    column: {{name: population.median(values) for name, values in rows.items()}}
+    for column, rows in scores.items()
+}}))
+"""
+    found = json.loads(python("-c", program).stdout.split("RESULT")[1])
+    often, rarely = found["regret, every 5"], found["regret, every 20"]
+    # Above the interval of the best population: every method that lacks one of its two parts.
+    for name in ("random search", "PBT, noise", "PBT, noise, 3 x the members", "descents alone"):
+        for rows in (often, rarely):
+            if name in rows:
+                assert rows[name][1] > rows["descents, noise"][0], name
+    _, _, high = often["descents, noise"]
+    assert high < often["PBT, noise, 3 x the members"][1] < often["descents alone"][1]

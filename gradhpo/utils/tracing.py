@@ -84,6 +84,7 @@ def record_trace(
     without_functions = jax.tree.map(lambda x: None if callable(x) else x, optimizer)
     job = (
         what,
+        str(jax.tree.structure(without_functions)),  # its hash passes over counts
         _fingerprint(without_functions),
         _fingerprint(eqx.filter(state, eqx.is_array)),
         _source(losses.train_loss),
