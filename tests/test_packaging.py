@@ -1,6 +1,9 @@
 """The package around the code: one version, lower bounds that CI installs, a complete sdist."""
 
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -77,3 +80,14 @@ def test_sdist_has_what_tests_and_site_import_and_read():
     needed = words & {path.name for path in ROOT.iterdir()}
     assert {"benchmarks", "docs", "examples", "CONTRIBUTING.md"} <= needed
     assert needed - ALWAYS_IN_SDIST <= included
+
+
+def test_an_import_does_not_start_jax():
+    """Devices and processes are configured after it, and forks of it are safe."""
+    program = (
+        "import gradhpo, gradhpo.extend, gradhpo.integrations.optuna, jax\n"
+        "jax.config.update('jax_num_cpu_devices', 3)\n"  # an error once JAX has started
+        "assert jax.device_count() == 3\n"
+    )
+    given = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"}
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120, env=given)

@@ -118,7 +118,8 @@ class Population(EachMember):
     num_members: int = eqx.field(static=True)
     exploit_every: int | None = eqx.field(static=True, default=None)
     fraction: float = eqx.field(static=True, default=0.2)
-    mutation: Mutation = eqx.field(converter=as_mutation, default=RandomMutation())
+    # Made when it is needed: arrays that are made on import would start JAX then.
+    mutation: Mutation = eqx.field(converter=as_mutation, default_factory=RandomMutation)
 
     def __check_init__(self):
         check_count("num_members", self.num_members)
