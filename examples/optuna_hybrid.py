@@ -336,7 +336,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Row]]:
         parser.error(f"--steps must be a multiple of {WINDOW}, got {options.steps}")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     # The decays fall below the range that Optuna samples from, where they do nothing.
-    warnings.filterwarnings("ignore", "descents end outside the range")
+    warnings.filterwarnings("ignore", "a descent ended outside")
     started, runs = time.perf_counter(), []
     kept = options.kept.read_text().splitlines() if options.kept and options.kept.exists() else []
     for number in range(options.seeds):

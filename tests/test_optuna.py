@@ -348,7 +348,7 @@ def test_tpe_moves_to_where_descents_end():
 # -- several workers, and workers that die ---------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:descents end outside the range")  # some start near its ends
+@pytest.mark.filterwarnings("ignore:a descent ended outside")  # some start near its ends
 def test_threads_share_a_study_and_nothing_is_kept():
     study = study_of()
     study.optimize(objective, n_trials=2, n_jobs=2)

@@ -14,9 +14,9 @@ from problems import OUTER, make, relaxed, stack_of
 import gradhpo
 from gradhpo.core.inputs import inputs_of
 from gradhpo.diagnostics.cost import Program
+from gradhpo.utils.lineage import lineage, lowest_at_the_end
 from gradhpo.utils.tracing import num_traces
 from gradhpo.wrappers.exploiting import running_mean, sources
-from gradhpo.wrappers.family import lineage
 
 
 INNER = relaxed(optax.adam(0.1, eps_root=1e-8))
@@ -477,7 +477,8 @@ def test_pictures(tmp_path):
 def test_a_lineage_follows_its_parents():
     parent = np.array([[0, 1, 2], [0, 0, 2], [0, 1, 1], [0, 1, 2]])
     loss = np.array([[1.0, 2, 3], [1, 2, 3], [3, 2, 9], [3, 2, 1]])
-    np.testing.assert_array_equal(lineage(parent, loss), [0, 0, 1, 2])
+    best = lowest_at_the_end(parent, loss)
+    np.testing.assert_array_equal(lineage(parent, best), [0, 0, 1, 2])
     # In step 3 member 2 became a copy of 1, which had become one of 0 in step 2.
 
 

@@ -15,8 +15,9 @@ from gradhpo.core.types import MEMBERS
 class Shown:
     """The metrics of a chunk as callbacks, the progress bar and the report see them.
 
-    Those of a population, `[steps, members]`, have the lowest finite value of each step under their
-    name, and all of them under `members.<name>`. `others` names what belongs to no member.
+    A population's metrics, `[steps, members]`, appear twice: the lowest finite value of each step
+    under their name, and all values under `members.<name>`. `others` names what belongs to no
+    member.
     """
 
     is_population: bool
@@ -30,7 +31,7 @@ class Shown:
             if name in self.others:
                 shown[name] = values
                 continue
-            if np.issubdtype(values.dtype, np.inexact):  # a number of a member has no lowest
+            if np.issubdtype(values.dtype, np.inexact):  # not the numbers of members
                 shown[name] = lowest(values)
             shown[MEMBERS + name] = values
         return shown
@@ -40,7 +41,8 @@ def lowest(values: np.ndarray) -> np.ndarray:
     """The lowest of the members at every step; NaN where all of them are."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # where all are NaN
-        return np.nanmin(values, axis=1) if values.size else values[:, 0]
+        finite = np.where(np.isfinite(values), values, np.nan)
+        return np.nanmin(finite, axis=1) if values.size else values[:, 0]
 
 
 def of_one(optimizer: BilevelOptimizer, hyperparams: PyTree) -> PyTree:
@@ -50,10 +52,10 @@ def of_one(optimizer: BilevelOptimizer, hyperparams: PyTree) -> PyTree:
 
 
 def every_member(flags: np.ndarray) -> np.ndarray:
-    """For each step, whether it is so for all members."""
+    """For each step, whether it holds for all members."""
     return np.asarray(np.all(flags.reshape(len(flags), -1), axis=1))
 
 
 def any_member(flags: np.ndarray) -> np.ndarray:
-    """For each leaf of the hyperparameters, whether it is so for a member."""
+    """For each leaf of the hyperparameters, whether it holds for any member."""
     return np.asarray(np.any(flags.reshape(-1, flags.shape[-1]), axis=0))

@@ -1,13 +1,15 @@
-"""The family tree of a population: who copied whom, and what became of it."""
+"""The family tree of a population: who copied whom, and which lineage won."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from gradhpo.utils.lineage import lineage, lowest_at_the_end
+
 
 def draw_family(history: Mapping[str, np.ndarray], ax: Any) -> Any:
-    """Validation losses over steps; grey lines lead nowhere, and arrows are copies.
+    """Validation losses over steps: a grey line for each member, and an arrow for each copy.
 
     The lineage of the last step's best member is drawn in colour, back to its founder.
     """
@@ -31,21 +33,9 @@ def draw_family(history: Mapping[str, np.ndarray], ax: Any) -> Any:
             arrow = {"arrowstyle": "->", "color": "#dd6b20", "lw": 0.6, "alpha": 0.7}
             at = steps[step]
             ax.annotate("", (at, ends[0]), (at, ends[1]), arrowprops=arrow, zorder=2)
-    line = lineage(parent, loss)
-    label = f"lineage of the best, from member {line[0]}" if len(line) else None
+    line = lineage(parent, lowest_at_the_end(parent, loss))
+    label = f"lineage of the best, from member {line[0]}"
     ax.plot(steps, loss[np.arange(len(line)), line], color="#2b6cb0", lw=1.6, label=label, zorder=3)
     ax.set(xlabel="step", ylabel="validation loss")
     ax.legend()
     return ax
-
-
-def lineage(parent: np.ndarray, loss: np.ndarray) -> np.ndarray:
-    """For each step, the member that the best of the last step descends from."""
-    line = np.zeros(len(parent), int)
-    if not len(parent):
-        return line
-    last = np.where(parent[-1] == np.arange(parent.shape[1]), loss[-1], np.inf)
-    line[-1] = np.argmin(np.where(np.isfinite(last), last, np.inf))
-    for step in range(len(parent) - 2, -1, -1):
-        line[step] = parent[step, line[step + 1]]
-    return line

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, PyTree, Real
 from gradhpo.core.inner_optimizer import cast_like
 from gradhpo.utils.coordinates import num_coordinates, ravel, unravel
 from gradhpo.utils.settings import check_count, check_outer_optimizer, check_setting, setting
-from gradhpo.utils.trees import accumulation_dtype
+from gradhpo.utils.trees import accumulation_dtype, all_finite
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import strong
 from gradhpo.wrappers.mutations import Mutation
@@ -49,7 +49,7 @@ class LearnedMutation(Mutation):
     $$\nabla_{W, V} \sum_k \left\langle g_k, \alpha(\lambda_k) \odot \lambda_k \right\rangle,$$
 
     the hypergradients $g_k$ of all members at their $\lambda_k$, both held constant. Members whose
-    hypergradient is not finite are left out.
+    hypergradient is not finite are left out, and a step that would not be finite is not taken.
 
     With `kind="additive"`: $\lambda \leftarrow \lambda + \mathtt{scale}\cdot\tanh(W\,
     \mathrm{softmax}(V^\top\lambda))$, for hyperparameters that are logarithms or of either sign.
@@ -101,13 +101,12 @@ class LearnedMutation(Mutation):
         self, memory: TeacherMemory, hypergradients: PyTree, hyperparams: PyTree
     ) -> TeacherMemory:
         """One step of the teacher."""
+        old = memory.teacher, memory.teacher_opt_state
         gradient = self.teacher_gradient(memory.teacher, hypergradients, hyperparams)
-        updates, opt_state = self.optimizer.update(
-            gradient, memory.teacher_opt_state, memory.teacher
-        )
-        teacher = optax.apply_updates(memory.teacher, updates)
-        like = memory.teacher, memory.teacher_opt_state
-        return TeacherMemory(*cast_like((teacher, opt_state), like))
+        updates, opt_state = self.optimizer.update(gradient, old[1], old[0])
+        new = cast_like((optax.apply_updates(old[0], updates), opt_state), old)
+        fine = all_finite(new, unless_as_in=old)
+        return TeacherMemory(*jax.tree.map(lambda x, y: jnp.where(fine, x, y), new, old))
 
     def teacher_gradient(
         self, teacher: Teacher, hypergradients: PyTree, hyperparams: PyTree

@@ -21,7 +21,7 @@ class PopulationMemory(MemoryOfEach):
     - `key`: the numbers of the PRNG key that exploiting draws with.
     - `mean_val_loss`: the running mean of the validation loss that members are ranked by, shape
         `[members]`; infinite for a member whose last step was refused.
-    - `num_losses`: of how many steps that is the mean, shape `[members]`, int32.
+    - `num_losses`: the number of losses in that mean, shape `[members]`, int32.
     - `parent`: the member that each one was at the end of the last step, before it was replaced:
         its own number, or that of the member it has copied; shape `[members]`, int32.
     - `origin`: the same since the start of the episode.
@@ -39,7 +39,7 @@ class PopulationMemory(MemoryOfEach):
 
 
 class Member(NamedTuple):
-    """The part of a state that is one member's, or that of all members, stacked."""
+    """The part of a state that belongs to one member, or to all of them, stacked."""
 
     z: InnerState
     hyperparams: PyTree
@@ -91,8 +91,8 @@ def check_member_axis(tree: PyTree, what: str, num_members: int) -> None:
             raise ValueError(
                 f"{what}{jax.tree_util.keystr(path)} has shape {leaf.shape}; Population with "
                 f"num_members={num_members} needs the members first, [{num_members}, ...]: stack "
-                "them, or pass those of one member and spread=(key, hyperparams) -> hyperparams, "
-                "which makes each member's"
+                "their arrays, or pass the arrays of one member with spread=function, where "
+                "function(key, hyperparams) returns the hyperparameters of a member"
             )
 
 

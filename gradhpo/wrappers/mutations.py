@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, PyTree, Real
 
 from gradhpo.utils.settings import check_setting, setting
-from gradhpo.utils.structure import check_same_structure
+from gradhpo.utils.structure import have_same_structure, where_they_differ
 from gradhpo.utils.trees import accumulation_dtype
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import check_arity
@@ -57,9 +57,17 @@ class _Called(Mutation):
 
     def mutate(self, memory: PyTree, key: Array, hyperparams: PyTree) -> PyTree:
         new = self.function(key, hyperparams)
-        remedy = "Return hyperparameters with the structure, shapes and dtypes of those given."
-        check_same_structure(new, hyperparams, "what mutation(key, hyperparams) returned", remedy)
+        check_returned(new, hyperparams, "mutation")
         return new
+
+
+def check_returned(made: PyTree, given: PyTree, name: str) -> None:
+    """A function made hyperparameters like the ones it was given."""
+    if not have_same_structure(made, given):
+        raise ValueError(
+            f"{name}(key, hyperparams) must return hyperparameters with the structure, shapes and "
+            f"dtypes of the given ones\n{where_they_differ(made, given)}"
+        )
 
 
 def as_mutation(mutation: Any) -> Mutation:
@@ -169,8 +177,7 @@ class ResampleMutation(Mutation):
         """The new hyperparameters."""
         draws, chances = jax.random.split(key)
         drawn = self.sampler(draws, hyperparams)
-        remedy = "Return hyperparameters with the structure, shapes and dtypes of those given."
-        check_same_structure(drawn, hyperparams, "what sampler(key, hyperparams) returned", remedy)
+        check_returned(drawn, hyperparams, "sampler")
         leaves, treedef = jax.tree.flatten(hyperparams)
         keys = treedef.unflatten(jax.random.split(chances, len(leaves)))
         chosen = lambda key, x: jax.random.bernoulli(key, self.probability, x.shape)

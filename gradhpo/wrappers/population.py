@@ -23,7 +23,6 @@ from gradhpo.utils.keys import key_of_numbers, numbers_of_key
 from gradhpo.utils.placement import entry, everywhere, sharded_like, split_like
 from gradhpo.utils.processes import numbers
 from gradhpo.utils.settings import check_count
-from gradhpo.utils.structure import check_same_structure
 from gradhpo.utils.typecheck import checked
 from gradhpo.utils.validation import check_arity
 from gradhpo.wrappers.each_member import EachMember
@@ -38,7 +37,12 @@ from gradhpo.wrappers.members import (
     part_of,
     with_part,
 )
-from gradhpo.wrappers.mutations import Mutation, RandomMutation, as_mutation
+from gradhpo.wrappers.mutations import (
+    Mutation,
+    RandomMutation,
+    as_mutation,
+    check_returned,
+)
 
 
 @checked
@@ -50,10 +54,11 @@ class Population(EachMember):
     exploration outside. All members see the same batches and are compiled as one program.
 
     The worst are the $\max(1, \mathrm{round}(\mathtt{fraction} \cdot K))$ members, at most half of
-    all, with the highest running mean (decay 0.9) of the validation loss. Each copies a random one
-    of as many best: parameters, inner and outer optimizer state, model state, memory and
-    hyperparameters, which then mutate; it also takes the running mean. A member whose last step was
-    refused as non-finite counts as the worst, is always replaced, and does not hold up the others.
+    all, with the highest running mean (decay 0.9) of the validation loss. Each becomes a
+    copy of one of the same number of best members, chosen at random: parameters, inner and outer
+    optimizer state, model state, memory, running mean, and hyperparameters, which then mutate. A
+    member whose last step was refused as non-finite counts as the worst, is always replaced, and
+    does not hold up the others.
 
     **Arguments:**
 
@@ -69,16 +74,18 @@ class Population(EachMember):
 
     The state: all arrays that are trained or tuned, optimizer states, model state, metrics and
     `memory.of_each` have a leading member axis; frozen leaves, other leaves of the model and notes
-    are shared. `memory.parent` says whom each member copied in the last step. `best(state)` and
-    `of_member(state, number)` are states of `optimizer`. Hyperparameters of several kinds (positive
-    ones and logarithms) take a mutation function of your own. Around
-    [`FixedOptimizer`][gradhpo.FixedOptimizer] it is population based training without
+    are shared. `memory.parent` is the number of the member that each one copied in the last step,
+    or its own. Metrics are measured before an exploit: those of a copy are still of the member that
+    it replaced. `best(state)` and `of_member(state, number)` are states of `optimizer`.
+
+    Hyperparameters of several kinds (positive ones and logarithms) take a mutation function of your
+    own. Around [`FixedOptimizer`][gradhpo.FixedOptimizer] it is population based training without
     hypergradients.
 
     In [`run`][gradhpo.run] the history has metrics `[steps, members]`, and `history["parent"]` if
     there are exploits; callbacks and loggers see the lowest of the members under each name, and all
     of them under `members.<name>`. `max_rejections` counts steps in which all members were refused.
-    Episodes restart every member at its own start.
+    Episodes restart every member where it began, and a copy where its source began.
 
     To spread members over devices, pass arrays that are sharded along their first axis: only
     exploiting, and a mutation that learns, exchange anything.
@@ -156,11 +163,11 @@ class Population(EachMember):
 
         **Arguments:**
 
-        - `params`, `hyperparams`, `model_state`: with `spread`, those of one member; without,
+        - `params`, `hyperparams`, `model_state`: with `spread`, for one member; without,
             every array that is trained or tuned, and all of `model_state`, has the leading axis
             `[members]`.
         - `spread`: `(key, hyperparams) -> hyperparams`, which makes the hyperparameters of each
-            member from those of one. Parameters and model state are the same for all. Default
+            member from the given ones. Parameters and model state are the same for all. Default
             `None`.
         - `key`: a PRNG key, for `spread` and for exploiting, kept in the memory; the wrapped
             optimizer gets it as well. Default `None`: `jax.random.key(0)`, and none for the wrapped
@@ -181,21 +188,21 @@ class Population(EachMember):
     def best(self, state: BilevelState) -> BilevelState:
         """The member with the lowest validation loss of the last step, for the wrapped `optimizer`.
 
-        Members that were replaced at the end of that step are not measured yet, and do not count.
+        Members that were replaced at the end of that step are not measured yet, and those whose
+        step was refused have not moved: both do not count.
 
         **Arguments:** `state`: from this optimizer.
 
         **Raises:** `ValueError` if no member has a finite validation loss (before the first step),
         or for a state of another number of members.
         """
-        parent = memory_of(state.memory, self.num_members).parent
-        loss = state.metadata["val_loss"]
-        if isinstance(loss, Tracer):
-            parent, loss, xp = everywhere(parent), everywhere(loss), jnp
-        else:
-            parent, loss, xp = numbers(parent), numbers(loss), np
-        measured = (parent == xp.arange(self.num_members, dtype=parent.dtype)) & xp.isfinite(loss)
-        if xp is np and not np.any(measured):
+        memory, loss = memory_of(state.memory, self.num_members), state.metadata["val_loss"]
+        traced = isinstance(loss, Tracer)
+        xp, here = (jnp, everywhere) if traced else (np, numbers)
+        parent, mean, loss = map(here, (memory.parent, memory.mean_val_loss, loss))
+        measured = xp.isfinite(loss) & xp.isfinite(mean)  # the mean is not, after a refused step
+        measured &= parent == xp.arange(self.num_members, dtype=parent.dtype)
+        if not traced and not np.any(measured):
             raise ValueError(
                 "no member has a finite validation loss: take a step first, or choose one with "
                 "of_member(state, number)"
@@ -297,7 +304,8 @@ class Population(EachMember):
             num_losses=none,
             parent=number,
             origin=number,
-            mutation=self.mutation.init(learns, of_first),
+            # Folded: `spread` has drawn with the keys that a split of this one gives.
+            mutation=self.mutation.init(jax.random.fold_in(learns, 0), of_first),
             of_each=own.memory,
         )
         state = BilevelState.create(params, hyperparams, (), ())
@@ -317,11 +325,8 @@ class Population(EachMember):
         model_state = jax.tree.map(of_all, model_state)
         keys = jax.random.split(jax.random.key(0) if key is None else key, self.num_members)
         every = [spread(key, hyperparams) for key in keys]
-        remedy = "Return hyperparameters with the structure, shapes and dtypes of those given."
         for made in every:
-            check_same_structure(
-                made, hyperparams, "what spread(key, hyperparams) returned", remedy
-            )
+            check_returned(made, hyperparams, "spread")
         hyperparams = jax.tree.map(lambda *x: jnp.stack(x), *every)
         return self._init_state(params, hyperparams, model_state, batch, key)
 
@@ -335,7 +340,8 @@ class Population(EachMember):
         own = jax.vmap(adopt)(part_of(state, memory.of_each))
         if not keep_memory:
             of_first = jax.tree.map(lambda x: entry(x, 0), own.hyperparams)
-            learned = self.mutation.init(key_of_numbers(memory.key), of_first)
+            learns = jax.random.fold_in(key_of_numbers(memory.key), 0)
+            learned = self.mutation.init(learns, of_first)
             memory = dataclasses.replace(memory, mutation=learned)
         return with_part(state, own, dataclasses.replace(memory, of_each=own.memory))
 

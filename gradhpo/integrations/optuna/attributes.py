@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from gradhpo.utils.keys import is_key
+from gradhpo.utils.lineage import lineage, lowest_at_the_end
 
 
 NUMBERS = 16  # of a leaf that is kept in full
@@ -44,7 +45,7 @@ def schedule(metrics: Mapping[str, np.ndarray], last_step: int) -> dict[str, Any
         if name.split(".")[0] == "hyperparams" and values.ndim == 1
     }
     steps = {"step": (rows + last_step - length + 1).tolist()}
-    return steps | _bounded((name, _numbers(values[rows])) for name, values in columns.items())
+    return _bounded((name, _numbers(values[rows])) for name, values in columns.items()) | steps
 
 
 def _leaf(leaf: Array | np.ndarray) -> Any:
@@ -66,9 +67,24 @@ def _numbers(values: Any) -> Any:
 def _bounded(entries: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     kept, size, left_out = {}, 0, 0
     for name, entry in entries:
-        size += len(json.dumps({name: entry}))
-        if size > BYTES:
+        more = len(json.dumps({name: entry}))
+        if size + more > BYTES:
             left_out += 1
         else:
-            kept[name] = entry
+            kept[name], size = entry, size + more
     return kept | ({LEFT_OUT: left_out} if left_out else {})
+
+
+def of_best_member(
+    hyperparams: PyTree, metrics: Mapping[str, np.ndarray]
+) -> tuple[int, PyTree, dict[str, np.ndarray]]:
+    """A population's best member: its number, its hyperparameters, and their course."""
+    loss = metrics["val_loss"]
+    nobody = np.tile(np.arange(loss.shape[1]), (len(loss), 1))
+    parent = metrics.get("parent", nobody)
+    number = lowest_at_the_end(parent, loss)
+    line, steps = lineage(parent, number), np.arange(len(loss))
+    along = lambda x: x[steps, line] if x.ndim == 2 else x
+    names = [name for name in metrics if name.split(".")[0] == "hyperparams"]
+    columns = {name: along(metrics[name]) for name in (*names, "val_loss")}
+    return number, jax.tree.map(lambda x: x[number], hyperparams), columns

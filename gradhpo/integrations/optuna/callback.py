@@ -7,7 +7,7 @@ import numpy as np
 import optuna
 
 from gradhpo.core.state import BilevelState
-from gradhpo.integrations.optuna.attributes import learned, schedule
+from gradhpo.integrations.optuna.attributes import learned, of_best_member, schedule
 from gradhpo.training.controls import watched_value
 from gradhpo.training.history import History
 from gradhpo.utils.description import described_function
@@ -25,16 +25,17 @@ class TrialCallback:
 
     The trial gets the user attributes `"hyperparams"`, the values at the end by their names
     (leaves of more than 16 numbers as shape, mean, min and max); `"schedule"`, scalar ones after at
-    most 50 of the steps; and `"stop_reason"`. Each has less than 64 KiB of JSON, for any database;
-    leaves for which there is no room are counted as `"left out"`. Of several runs in a trial, the
-    last one is kept.
+    most 50 of the steps; and `"stop_reason"`. A population leaves what its best member has, along
+    the lineage of that member, and its number as `"member"`. Each attribute has less than 64 KiB of
+    JSON, for any database; leaves for which there is no room are counted as `"left out"`. Of
+    several runs in a trial, the last one is kept.
 
     A run that is resumed from a checkpoint does not report again what it has reported, and a pruned
     one stays pruned.
 
     **Arguments:**
 
-    - `trial`: that of the objective.
+    - `trial`: the one that Optuna passed to the objective.
     - `metric`: the name of a metric, default `"val_loss"`, or a function `state -> number`; lower
         or higher is better as the study says. `None` reports nothing: Optuna neither takes reports
         nor prunes in a study of several objectives.
@@ -123,11 +124,17 @@ class TrialCallback:
 
     def end(self, state: BilevelState, history: History) -> None:
         """After the run: the attributes, and the exceptions that Optuna understands."""
-        if history.error is not None:
-            raise history.error
-        self._trial.set_user_attr("hyperparams", learned(state.hyperparams))
-        self._trial.set_user_attr("schedule", schedule(history, int(state.step)))
-        self._trial.set_user_attr("stop_reason", history.stop_reason)
+        try:
+            hyperparams, columns = state.hyperparams, history
+            if history["val_loss"].ndim == 2:  # of a population: what its best member has
+                member, hyperparams, columns = of_best_member(hyperparams, history)
+                self._trial.set_user_attr("member", member)
+            self._trial.set_user_attr("hyperparams", learned(hyperparams))
+            self._trial.set_user_attr("schedule", schedule(columns, int(state.step)))
+            self._trial.set_user_attr("stop_reason", history.stop_reason)
+        finally:
+            if history.error is not None:
+                raise history.error
         if history.stop_reason == "interrupted":
             raise KeyboardInterrupt
         if history.stop_reason in (self.stop_reason, "rejected"):

@@ -66,8 +66,8 @@ class Start:
             )
         if (holds in ("log", "logit") and low <= 0) or (holds == "logit" and high >= 1):
             raise ValueError(
-                f"holds={holds!r} has no value at an end of {distribution}: it needs 0 < low"
-                f"{' and high < 1' if holds == 'logit' else ''}"
+                f"holds={holds!r} needs a distribution with 0 < low"
+                f"{' and high < 1' if holds == 'logit' else ''}, got {distribution}"
             )
         object.__setattr__(self, "distribution", distribution)
         object.__setattr__(self, "holds", holds)
@@ -96,7 +96,7 @@ def suggest(trial: optuna.trial.BaseTrial, space: PyTree) -> PyTree:
 
     **Arguments:**
 
-    - `trial`: that of the objective.
+    - `trial`: the one that Optuna passed to the objective.
     - `space`: a pytree of [`Start`][gradhpo.integrations.optuna.Start]. Optuna's parameters have
         the names by which `run` records hyperparameters: `"rate"`, `"decays.0"`.
 
@@ -137,11 +137,11 @@ def add_end_point(
     end values of the parameters in `space`, and every other parameter as in `trial`.
 
     Values outside a distribution, of which a study knows nothing, are recorded at its nearest end,
-    with a warning. As they are, all parameters of the end point are the user attribute
-    `"end_point"` of both trials, so `study.best_trial.user_attrs["end_point"]` has them whichever
-    of the two is the best; `"clipped"` lists the names of those moved, and `"end_point_of"` is the
-    number of `trial`. A study's count of trials includes end points, `n_trials` of `optimize` does
-    not.
+    with a warning. The user attribute `"end_point"` of both trials has all parameters of the end
+    point unclipped, so `study.best_trial.user_attrs["end_point"]` has them whether or not the end
+    point wins; `"clipped"` lists the names that were moved, and `"end_point_of"` is the number of
+    `trial`. A study's count of trials includes end points (and so does `n_startup_trials` of
+    samplers and pruners); `n_trials` of `optimize` does not.
 
     **Arguments:**
 
@@ -149,8 +149,8 @@ def add_end_point(
     - `space`: as for [`suggest`][gradhpo.integrations.optuna.suggest].
     - `hyperparams`: at the end, in the structure of `space`: `state.hyperparams`, or a part of it.
     - `value`: of the objective, or one for each of several. The last validation loss costs nothing
-        more; it is that of a training whose hyperparameters were moving. That of a new training at
-        the end point, which stay as they are, is what another trial would measure there.
+        more, but the hyperparameters were moving while it trained. To record what another trial
+        would measure at the end point, train again with the hyperparameters fixed there.
 
     **Returns:** the new trial; `None`, with a warning, if anything is not finite.
 
@@ -202,9 +202,10 @@ def add_end_point(
     inside = {n: min(max(x, ranges[n].low), ranges[n].high) for n, x in ends.items()}
     clipped = [name for name in names if inside[name] != ends[name]]
     if clipped:
+        shown = ", ".join(f"{n!r} at {ends[n]:.4g} ({ranges[n]})" for n in clipped)
         warn(
-            f"descents end outside the range of {', '.join(clipped)}: the study has the nearest "
-            'end, and the user attribute "end_point" the values',
+            f"a descent ended outside of its distribution: parameter {shown}. The study records "
+            'the nearest end of the range, and the user attribute "end_point" the value itself',
             RuntimeWarning,
         )
     finite = {n: x if math.isfinite(x) else None for n, x in ends.items()}
