@@ -26,6 +26,11 @@ def two_tasks(*arguments, **settings):
 PLAIN = relaxed(optax.sgd(0.1))
 ADAM = relaxed(optax.adam(0.1, eps_root=1e-8))
 
+
+def one_member(*arguments, **settings):
+    return gradhpo.Population(gradhpo.GreedyOptimizer(*arguments, **settings), num_members=1)
+
+
 # name: (class, settings, a numeric setting with another value for it)
 OPTIMIZERS = {
     "first order": (gradhpo.FOOptimizer, {}, None),
@@ -63,18 +68,20 @@ OPTIMIZERS = {
     "checkpointed": (gradhpo.UnrolledOptimizer, {"unroll_steps": 4, "checkpoints": "sqrt"}, None),
     "bisected": (gradhpo.UnrolledOptimizer, {"unroll_steps": 4, "checkpoints": "log"}, None),
 }
+# Its members are in test_population.py, each held against its own run.
+EVERY = OPTIMIZERS | {"population": (one_member, {"unroll_steps": 4}, None)}
 # These see settings of the inner optimizer only where the validation loss has them as well.
 SEES_NO_OPTIMIZER = {"first order", "implicit", "natural", "SOBA", "AmIGO", "penalty", "BOME"}
 
 # The others run thoroughly: a setting of one of these, and those with two test files of their own.
-THOROUGHLY = {"bisected", "natural", "SOBA", "AmIGO", "penalty", "BOME"}
+THOROUGHLY = {"bisected", "population", "natural", "SOBA", "AmIGO", "penalty", "BOME"}
 QUICKLY = [name for name in OPTIMIZERS if name not in THOROUGHLY]
 
-every = pytest.mark.parametrize("name", quick(list(OPTIMIZERS), keep=QUICKLY))
+every = pytest.mark.parametrize("name", quick(list(EVERY), keep=QUICKLY))
 
 
 def build(name, inner_optimizer=PLAIN, outer_optimizer=OUTER):
-    cls, settings, _ = OPTIMIZERS[name]
+    cls, settings, _ = EVERY[name]
     return cls(inner_optimizer, outer_optimizer, **settings)
 
 
@@ -98,6 +105,8 @@ def start(optimizer, dtype=jnp.float64, hyperparams=None):
     examples = {} if isinstance(optimizer, gradhpo.TaskBatched) else {"batch": jnp.zeros(2, dtype)}
     key = {"key": jax.random.key(0)} if examples else {}
     hyperparams = jnp.full(3, -1.0, dtype) if hyperparams is None else hyperparams
+    if isinstance(optimizer, gradhpo.Population):
+        examples["spread"] = lambda key, hyperparams: hyperparams
     return optimizer.init(jnp.zeros(3, dtype), hyperparams, **examples, **key)
 
 
@@ -117,7 +126,7 @@ def test_converges_on_a_quadratic(name):
     batch = jnp.zeros(2)
     for _ in range(300):
         state = optimizer.step(state, batch, batch, train_loss, val_loss)
-    np.testing.assert_allclose(state.hyperparams, np.ones(3), atol=1e-2)
+    np.testing.assert_allclose(state.hyperparams, np.ones(state.hyperparams.shape), atol=1e-2)
     np.testing.assert_allclose(state.params, np.ones(state.params.shape), atol=1e-2)
     assert state.step == 300
     assert state.metadata["rejected"] == 0
@@ -216,7 +225,7 @@ def test_traces_once(name):
     state = start(optimizer)
     state = optimizer.step(state, jnp.zeros(2), 0.0, counted, val_loss, lr_hyper=0.1)
     first = len(TRACES)
-    _, _, setting = OPTIMIZERS[name]
+    _, _, setting = EVERY[name]
     rates = (0.1, np.float32(0.2), jnp.asarray(0.3), 1)
     for i in range(100):
         if setting and i == 50:
@@ -334,7 +343,7 @@ def test_the_outer_rate_is_plain_gradient_descent(name):
 
 @every
 def test_program_size_does_not_grow_with_the_inner_steps(name):
-    cls, settings, _ = OPTIMIZERS[name]
+    cls, settings, _ = EVERY[name]
     counts = [k for k in ("inner_steps", "unroll_steps") if k in settings]
     if not counts:
         assert build(name).num_inner_steps == 1
@@ -360,7 +369,7 @@ ONLY_BY_GRADIENT = {"T1-T2", "SOBA", "AmIGO", "penalty", "BOME"}
 @pytest.mark.parametrize("name", [name for name in QUICKLY if name not in ONLY_BY_GRADIENT])
 def test_an_update_fn_is_as_good_as_an_inner_optimizer(name):
     update_fn = lambda w, h, batch: w - 0.1 * jax.grad(train_loss)(w, h, batch)
-    cls, settings, _ = OPTIMIZERS[name]
+    cls, settings, _ = EVERY[name]
     by_hand, by_optax = cls(None, OUTER, update_fn=update_fn, **settings), build(name)
     found, expected = start(by_hand), start(by_optax)
     for _ in range(2):
@@ -444,7 +453,7 @@ def test_every_optimizer_is_in_this_suite():
         and issubclass(value, gradhpo.BilevelOptimizer)
         and value not in (gradhpo.BilevelOptimizer, gradhpo.FixedOptimizer)  # test_fixed.py
     }
-    assert exported == {type(build(name)) for name in OPTIMIZERS}
+    assert exported == {type(build(name)) for name in EVERY}
     assert PROBLEMS.keys() == {"loss", "optimizer", "layers", "dicts"}
 
 

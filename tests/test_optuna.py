@@ -279,7 +279,7 @@ def test_ends_out_of_range_are_said_and_kept():
     trial = study.ask()
     suggest(trial, SPACE)
     ends = {"target": jnp.asarray(3.0), "log_decay": jnp.asarray(-800.0)}
-    with pytest.warns(RuntimeWarning, match="outside the range of log_decay, target"):
+    with pytest.warns(RuntimeWarning, match="'log_decay' at inf .*'target' at 3 "):
         added = add_end_point(study, trial, SPACE, ends, 1.0)
     assert (added.params["target"], added.params["log_decay"]) == (1.0, 1e-4)
     assert sorted(added.user_attrs["clipped"]) == ["log_decay", "target"]
@@ -308,7 +308,7 @@ def test_a_space_that_is_none_is_refused():
     for wrong in ({}, {"target": FloatDistribution(0.0, 1.0)}, None):
         with pytest.raises(ValueError, match="must be a pytree of Start"):
             suggest(trial, wrong)
-    with pytest.raises(ValueError, match=r"needs 0 < low$"):
+    with pytest.raises(ValueError, match=r"needs a distribution with 0 < low, got"):
         Start(FloatDistribution(0.0, 1.0), "log")
     with pytest.raises(ValueError, match="0 < low and high < 1"):
         Start(FloatDistribution(0.1, 1.0), "logit")
@@ -482,3 +482,30 @@ def test_docstring_example_runs(name):
     namespace = {"gradhpo": gradhpo, "jnp": jnp, "optax": optax, "optuna": optuna}
     for code in codes:
         exec(compile(textwrap.dedent(code), name, "exec"), namespace)
+
+
+def test_of_a_population_the_best_member_is_kept():
+    """Along its lineage: step by step the hyperparameters of those that it descends from."""
+    inner = outer = optax.sgd(0.1)
+    optimizer = gradhpo.Population(
+        gradhpo.OneStepOptimizer(inner, outer), 3, exploit_every=2,
+        mutation=lambda key, h: jax.tree.map(lambda x: x + 0.5, h),
+    )  # fmt: skip
+    loss = lambda w, h, batch: jnp.square(w - h["h"])
+    val = lambda w, h, batch: jnp.square(w - 1.0)
+    state = optimizer.init(jnp.zeros(3), {"h": jnp.asarray([-3.0, 0.5, 2.0])})
+    trial = optuna.trial.FixedTrial({})
+    state, history = gradhpo.run(
+        optimizer, state, gradhpo.LossFunctions(loss, val), None, None, num_steps=5,
+        callbacks=[TrialCallback(trial, metric=None)], progress=False,
+    )  # fmt: skip
+    best, kept = optimizer.best(state), trial.user_attrs
+    np.testing.assert_allclose(kept["hyperparams"]["h"], best.hyperparams["h"])
+    member = kept["member"]
+    assert history["val_loss"][-1, member] == min(history["val_loss"][-1])
+    expected = []
+    for step in range(4, -1, -1):
+        expected.append(history["hyperparams.h"][step, member])
+        member = history["parent"][step - 1, member] if step else member
+    np.testing.assert_allclose(kept["schedule"]["h"], expected[::-1])
+    assert len(kept["schedule"]["step"]) == 5
