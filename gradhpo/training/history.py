@@ -84,6 +84,9 @@ class History(Mapping[str, np.ndarray]):
                 color = kwargs.get("color", f"C{len(ax.lines) % 10}")
                 fan: dict[str, Any] = {"lw": 0.7, "alpha": 0.4} | kwargs | {"color": color}
                 ax.plot(steps, values, **fan)
+                if name.startswith("hyperparams"):  # none of them is the best for being low
+                    ax.plot([], [], label=name, **(kwargs | {"color": color}))
+                    continue
                 values, name = lowest(values), f"{name}, lowest"
                 ax.plot(steps, values, label=name, **(kwargs | {"color": color}))
                 continue

@@ -50,8 +50,8 @@ class Mutation(eqx.Module):
         """The new hyperparameters of one member, which has copied these."""
 
 
-class _Called(Mutation):
-    """A function of the user's."""
+class FunctionMutation(Mutation):
+    """A function of the user's, `(key, hyperparams) -> hyperparams`."""
 
     function: Callable[[Array, PyTree], PyTree]
 
@@ -81,7 +81,7 @@ def as_mutation(mutation: Any) -> Mutation:
             f"RandomMutation, ResampleMutation, LearnedMutation, got {mutation!r}{write}"
         )
     check_arity(mutation, "mutation", "key, hyperparams")
-    return _Called(mutation)
+    return FunctionMutation(mutation)
 
 
 def _factors(value: Any) -> Array:
