@@ -70,7 +70,7 @@ for name in {ALL!r}:
     with contextlib.suppress(SystemExit):
         importlib.import_module(name).main(["--help"])
 """
-    assert interpreter("-c", program).stdout.count("usage:") == len(ALL) == 14
+    assert interpreter("-c", program).stdout.count("usage:") == len(ALL) == 15
 
 
 # The others are above and below.
