@@ -66,7 +66,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("name", quick(list(OPTIMIZERS), keep=["fixed"]))
 def test_every_member_is_its_own_run(name, getkey):
-    """Whatever its parameters and hyperparameters; the batches are the same for all."""
+    """Members differ in parameters and hyperparameters, and share their batches."""
     problem, inner = make("optimizer", "adam", getkey())
     single = OPTIMIZERS[name](inner, OUTER)
     together = gradhpo.Population(single, 3)

@@ -104,7 +104,7 @@ def fitted() -> Converged:
 
 
 def well_specified(copies: int = 100) -> Converged:
-    """A network 16-6-10 on digits of 4 x 4 pixels, so many of each, with labels that it draws.
+    """A network 16-6-10 on 4 x 4 digits, repeated, with labels drawn from the network.
 
     Their logits are those of a network fitted to the digits, halved: a sure model draws one label.
     """

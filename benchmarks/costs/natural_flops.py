@@ -1,4 +1,4 @@
-"""The work of an outer step with the Fisher matrix, in that of training alone."""
+"""The work of an outer step with the Fisher matrix, relative to training alone."""
 
 import functools
 from typing import Any
@@ -45,7 +45,7 @@ def program(structure: Any) -> Program:
 
 
 def relative(structure: str, factor_every: int = 1) -> float:
-    """Flops of an outer step of 20 inner steps, over those of the inner steps alone.
+    """Flops of an outer step of 20 inner steps, relative to the inner steps alone.
 
     The compiler counts the body of the loop once. Here it is training and the products of a
     gradient, and what else the step has comes once.

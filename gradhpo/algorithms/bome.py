@@ -55,7 +55,7 @@ class BOMEOptimizer(Algorithm):
 
     Its fixed point has the error of $z_T$: with few `inner_steps` or a small inner rate it stays
     away from the solution (on the quadratic of our tests, with an inner rate of 0.1, by 0.18 with
-    10 steps and by 0.04 with 100). $q$ and its gradients are those of the last batch. An inner step
+    10 steps and by 0.04 with 100). $q$ and its gradients use the last batch. An inner step
     costs one gradient, and the end three more.
 
     `state.params` are $z$, which the validation loss pulls too: train to the end with

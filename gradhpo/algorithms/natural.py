@@ -44,7 +44,7 @@ _READS_STATE = (
     "hypergradient leaves out how training follows the model state"
 )
 _STATE_OF_ONE = (
-    "NHGDOptimizer(per_example=True) takes no model_state: its statistics would be those of one "
+    "NHGDOptimizer(per_example=True) takes no model_state: its statistics would come from one "
     "example. Write per_example=False, or normalise without running state (LayerNorm, GroupNorm)"
 )
 
@@ -113,8 +113,8 @@ class NHGDOptimizer(Algorithm):
     - `per_example`: $F$ is the mean of $g_i g_i^\top$ over the examples of each batch, without the
         factor $b$ and with far less noise. It takes another pass, in batches of one, and the memory
         of $b$ gradients.
-    - `factor_every`: factorise (Cholesky, `eigh`) in one of so many outer steps, at least 1; steps
-        between use the factors of the last time. Default 1.
+    - `factor_every`: outer steps between two factorisations (Cholesky, `eigh`), at least 1; steps
+        in between reuse the last factors. Default 1.
 
     The metric `linear_residual`, $\|(H + \rho I) q - \nabla_w L_{val}\| / \|\nabla_w L_{val}\|$
     with the Hessian $H$ of the last training batch, says how well $F$ stands for it: above 1 it
@@ -202,7 +202,7 @@ class NHGDOptimizer(Algorithm):
         if self.structure == "dense" and (count := num_coordinates(z.w)) > _MANY:
             warn_once(
                 f"NHGDOptimizer(structure='dense') keeps a matrix of {count:,} x {count:,} and "
-                "factorises it: for so many parameters pass structure='kronecker', or 'diagonal'"
+                "factorises it: for large models pass structure='kronecker' or 'diagonal'"
             )
         # Placed, not computed: jax_debug_nans refuses to compute a NaN.
         unknown = jax.device_put(np.full((), np.nan, accumulation_dtype(z.w)))

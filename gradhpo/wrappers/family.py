@@ -14,9 +14,7 @@ def draw_family(history: Mapping[str, np.ndarray], ax: Any) -> Any:
     The lineage of the last step's best member is drawn in colour, back to its founder.
     """
     if "parent" not in history or np.ndim(history["parent"]) != 2:
-        raise ValueError(
-            "the history records no exploits: pass that of a run whose Population has exploit_every"
-        )
+        raise ValueError("the history records no exploits: run a Population with exploit_every")
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:

@@ -23,7 +23,7 @@ class PopulationMemory(MemoryOfEach):
         `[members]`; infinite for a member whose last step was refused.
     - `num_losses`: the number of losses in that mean, shape `[members]`, int32.
     - `parent`: the member that each one was at the end of the last step, before it was replaced:
-        its own number, or that of the member it has copied; shape `[members]`, int32.
+        its own number, or the number of the member it has copied; shape `[members]`, int32.
     - `origin`: the same since the start of the episode.
     - `mutation`: what the mutation has learned; `()` if it learns nothing.
     - `of_each`: the memory of the wrapped optimizer, every leaf with a leading member axis.

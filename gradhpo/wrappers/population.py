@@ -75,8 +75,8 @@ class Population(EachMember):
     The state: all arrays that are trained or tuned, optimizer states, model state, metrics and
     `memory.of_each` have a leading member axis; frozen leaves, other leaves of the model and notes
     are shared. `memory.parent` is the number of the member that each one copied in the last step,
-    or its own. Metrics are measured before an exploit: those of a copy are still of the member that
-    it replaced. `best(state)` and `of_member(state, number)` are states of `optimizer`.
+    or its own. Metrics are measured before an exploit: a copy still shows the metrics of the
+    member that it replaced. `best(state)` and `of_member(state, number)` are states of `optimizer`.
 
     Hyperparameters of several kinds (positive ones and logarithms) take a mutation function of your
     own. Around [`FixedOptimizer`][gradhpo.FixedOptimizer] it is population based training without
