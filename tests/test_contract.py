@@ -74,7 +74,10 @@ EVERY = OPTIMIZERS | {"population": (one_member, {"unroll_steps": 4}, None)}
 SEES_NO_OPTIMIZER = {"first order", "implicit", "natural", "SOBA", "AmIGO", "penalty", "BOME"}
 
 # The others run thoroughly: a setting of one of these, and those with two test files of their own.
-THOROUGHLY = {"bisected", "population", "natural", "SOBA", "AmIGO", "penalty", "BOME"}
+THOROUGHLY = {
+    "T1-T2 by hyperparams", "truncated", "checkpointed", "bisected",
+    "population", "natural", "SOBA", "AmIGO", "penalty", "BOME",
+}  # fmt: skip
 QUICKLY = [name for name in OPTIMIZERS if name not in THOROUGHLY]
 
 every = pytest.mark.parametrize("name", quick(list(EVERY), keep=QUICKLY))
@@ -366,7 +369,10 @@ def test_program_size_does_not_grow_with_the_inner_steps(name):
 ONLY_BY_GRADIENT = {"T1-T2", "SOBA", "AmIGO", "penalty", "BOME"}
 
 
-@pytest.mark.parametrize("name", [name for name in QUICKLY if name not in ONLY_BY_GRADIENT])
+BY_UPDATE = [name for name in OPTIMIZERS if name not in ONLY_BY_GRADIENT]
+
+
+@pytest.mark.parametrize("name", quick(BY_UPDATE, keep=sorted(set(BY_UPDATE) & set(QUICKLY))))
 def test_an_update_fn_is_as_good_as_an_inner_optimizer(name):
     update_fn = lambda w, h, batch: w - 0.1 * jax.grad(train_loss)(w, h, batch)
     cls, settings, _ = EVERY[name]

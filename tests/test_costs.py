@@ -61,7 +61,7 @@ def test_flops_are_those_of_a_hand_written_program(name):
             ("HyperDistill", 4),
             ("UnrolledOptimizer(20)", 4),
         ],
-        keep=[("T1T2Optimizer", 3), ("UnrolledOptimizer(20)", 4)],
+        keep=[("UnrolledOptimizer(20)", 4)],
     ),
 )
 def test_a_step_costs_a_few_gradients_of_a_deep_network(name, most):
@@ -83,7 +83,9 @@ def test_an_outer_step_costs_a_few_gradients_of_a_deep_network(name, most):
     assert gradients_per_outer_step(name, 128, depth=3) <= most
 
 
-@pytest.mark.parametrize(("optimizer_name", "most"), [("SGD", 1.25), ("Adam", 1.55)])
+@pytest.mark.parametrize(
+    ("optimizer_name", "most"), quick([("SGD", 1.25), ("Adam", 1.55)], keep=[("Adam", 1.55)])
+)
 @pytest.mark.parametrize(("batch_size", "depth"), quick([(128, 1), (128, 3)], keep=[(128, 1)]))
 def test_hyperdistill_costs_little_more_than_one_step(optimizer_name, most, batch_size, depth):
     assert flops_ratio(optimizer_name, batch_size, depth) <= most

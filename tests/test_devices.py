@@ -21,7 +21,7 @@ PROGRAM, OF_SUMS, OF_SOLVERS = (
     for name in ("on_devices.py", "sums_on_devices.py", "solvers_on_devices.py")
 )
 FLAGS = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count="
-FEW = ["greedy", "forward mode", "implicit"]
+FEW = ["greedy"]  # in the quick suite
 TWICE = ["GMRES", "LU", "BiCGStab", "Nystrom"]
 FEW_SUMS = ["curvature, update_fn", "words", "smoothed"]
 

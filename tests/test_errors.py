@@ -832,6 +832,7 @@ def test_there_are_at_least_25_kinds():
     assert len(MISUSES) >= 25
 
 
+@pytest.mark.thorough
 @jax.numpy_dtype_promotion("standard")  # optax's schedules need it
 def test_the_line_for_a_tuned_peak_works():
     unit = optax.warmup_cosine_decay_schedule(0.0, 1.0, 3, 10)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_same
+from helpers import assert_same, quick
 from problems import OUTER
 from test_frozen import (
     ADAM,
@@ -66,13 +66,16 @@ def test_reptile_moves_what_is_trained(tasks):
     assert found.params["head"]["w"].shape == ((2, 4) if tasks else (4,))
 
 
-@pytest.mark.parametrize("mark", [gradhpo.frozen, lambda backbone: backbone])
+MARKS = {"frozen": gradhpo.frozen, "plain": lambda backbone: backbone}
+
+
+@pytest.mark.parametrize("mark", quick(list(MARKS), keep=["plain"]))
 def test_new_parameters_for_each_episode(mark):
     """What makes them may mark the backbone or not: it stays as it is."""
 
     def start_fn(key, decay):
         w = jnp.sqrt(jnp.exp(decay)) * jax.random.normal(key, (4,))
-        return {"backbone": mark(BACKBONE), "head": {"w": w, "b": jnp.zeros(())}}
+        return {"backbone": MARKS[mark](BACKBONE), "head": {"w": w, "b": jnp.zeros(())}}
 
     settings = {"steps_per_episode": 4, "key": jax.random.key(3)}
     optimizer = gradhpo.UnrolledOptimizer(SGD, OUTER, unroll_steps=2)

@@ -16,7 +16,6 @@ import numpy as np
 import optax
 import optuna
 import pytest
-from helpers import quick
 from optuna.distributions import FloatDistribution
 from optuna.storages import JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
@@ -416,7 +415,8 @@ def worker(kind, path, kill_at, n_trials):
     return python(*arguments, compiled=os.environ.get("XLA_FLAGS", ""), check=False)
 
 
-@pytest.mark.parametrize("kind", quick(["journal", "sqlite", "retry"], keep=["journal"]))
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", ["journal", "sqlite", "retry"])
 def test_a_killed_worker_loses_at_most_its_trial(kind, tmp_path):
     """Numbers 0 and 1 are a trial and its end, 2 is killed after ten steps."""
     assert worker(kind, tmp_path, 2, 5).returncode == -9

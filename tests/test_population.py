@@ -93,7 +93,8 @@ def test_every_member_is_its_own_run(name, getkey):
     assert_same(together.best(state), best, rtol=1e-9, atol=1e-13)
 
 
-@pytest.mark.parametrize("episodes", quick([False, True], keep=[True]))
+@pytest.mark.thorough
+@pytest.mark.parametrize("episodes", [False, True])
 def test_one_member_is_the_wrapped_optimizer(episodes, getkey):
     """In a run, with random batches, running state, episodes, and a start that is learned."""
     single = gradhpo.UnrolledOptimizer(INNER, OUTER, unroll_steps=2)
@@ -268,6 +269,7 @@ def test_a_run_stops_when_all_members_are_refused(getkey):
     assert state.metadata["rejected"].tolist() == [6, 6, 6, 6]  # to the end of the chunk
 
 
+@pytest.mark.thorough
 def test_a_copy_restarts_where_its_source_began():
     """Reptile goes part of the way back to the start of the member that was copied."""
     optimizer = gradhpo.Population(PLAIN, 4, exploit_every=2, mutation=lambda key, h: h)
@@ -313,7 +315,7 @@ def test_entries_are_drawn_anew_with_the_probability(getkey):
         assert abs(float(np.mean(drawn)) - probability) < 0.03  # 4 sigma of 4,000 draws
 
 
-@pytest.mark.parametrize("kind", ["multiplicative", "additive"])
+@pytest.mark.parametrize("kind", quick(["multiplicative", "additive"], keep=["additive"]))
 def test_the_teacher_is_that_of_the_paper(kind, getkey):
     """Written out; members whose hypergradient is not finite are left out."""
     mutation = gradhpo.LearnedMutation(units=4, kind=kind, scale=0.7)

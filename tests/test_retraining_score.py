@@ -564,6 +564,7 @@ def killed_after(monkeypatch, writes, **settings):
             scored(**settings)
 
 
+@pytest.mark.thorough
 def test_goes_on_where_it_was_bit_for_bit(tmp_path, monkeypatch):
     """Also with more estimators and more retrainings than before."""
     settings = {"directory": tmp_path, "block_size": 3}

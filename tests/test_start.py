@@ -106,6 +106,14 @@ def test_finite_differences_rebuild_the_initial_state(kind):
     state = optimizer.init(W, h)
     differences = gradhpo.finite_difference_hypergradient(optimizer, state, None, None, *LOSSES)
     assert_close(differences, by_jax(inner, h), rtol=1e-6)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", list(INNER))
+def test_a_check_rebuilds_the_initial_state(kind):
+    inner, h = INNER[kind]
+    optimizer = EXACT["unrolled"](inner)
+    state = optimizer.init(W, h)
     report = gradhpo.check_hypergradient(
         optimizer, state, None, None, gradhpo.LossFunctions(*LOSSES)
     )

@@ -117,7 +117,8 @@ def folded(key, *numbers):
     return key
 
 
-@pytest.mark.parametrize("keep_data", quick([False, True], keep=[False]))
+@pytest.mark.thorough
+@pytest.mark.parametrize("keep_data", [False, True])
 def test_theta_of_every_task_is_that_of_its_own_run(keep_data):
     """Three sources of batches; a fixed one has a PRNG key in it."""
     single = gradhpo.OnlineHypergradientOptimizer(optax.sgd(0.05), optax.sgd(0.0), gamma=0.9)
