@@ -108,6 +108,8 @@ class Regression(eqx.Module):
         Of several solutions the smallest; without one, that of the least squares.
         """
         nothing = tree_zeros_like(like)
+        constant, push = jax.linearize(inner.adjoint, nothing)
+        _, pull_outer = jax.vjp(self.outer.adjoint, nothing)
         if not (is_linear(inner.adjoint, nothing) and is_linear(self.outer.adjoint, nothing)):
             raise ValueError(
                 "FunctionalOptimizer(closed_form=True) needs an adjoint function that is linear in "
@@ -118,10 +120,9 @@ class Regression(eqx.Module):
         # Solved in float32 at least.
         wide = accumulation_dtype(nothing)
         widened = lambda tree: jax.tree.map(lambda x: x.astype(wide), tree)
-        constant, push = jax.linearize(inner.adjoint, nothing)
         pull = jax.vjp(inner.adjoint, nothing)[1]
         bent = lambda a: widened(pull(inner.curvature(self.hyperparams, a)[0])[0])
-        asked = widened(jax.vjp(self.outer.adjoint, nothing)[1](self.of_v)[0])
+        asked = widened(pull_outer(self.of_v)[0])
         rhs = jax.tree.map(lambda x, y: -(x + y), bent(constant), asked)
         ridge = self.ridge.astype(wide)
 
