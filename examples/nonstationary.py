@@ -57,7 +57,7 @@ EQUAL, TRUTH = "equal weights", "the right sources, given"
 
 
 def patients() -> Float[Array, "442 10"]:
-    x = load_diabetes().data
+    x = np.asarray(load_diabetes(return_X_y=True)[0])
     return jnp.asarray((x - x.mean(axis=0)) / x.std(axis=0), jnp.float32)
 
 

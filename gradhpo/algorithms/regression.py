@@ -1,7 +1,7 @@
 r"""The regression whose solution is the adjoint function, by steps or in closed form."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -24,7 +24,7 @@ from gradhpo.extend import (
 )
 
 
-class OnBatch(eqx.Module):
+class OnBatch(NamedTuple):
     """A loss at its predictions, on one batch, and the adjoint function there."""
 
     predictions: PyTree  # the floating-point part
@@ -36,7 +36,7 @@ class OnBatch(eqx.Module):
         return jax.vjp(jax.grad(self.value), self.predictions, hyperparams)[1](a)
 
 
-class AdjointFunction(eqx.Module):
+class AdjointFunction(NamedTuple):
     """The adjoint as a function of its parameters and of a batch."""
 
     predict: Callable[..., Any]
@@ -65,7 +65,7 @@ def _like(predictions: PyTree, made: PyTree) -> PyTree:
     return cast_like(a, predictions)
 
 
-class Regression(eqx.Module):
+class Regression(NamedTuple):
     r"""$\min_\xi\; \tfrac12 E_P[a^\top \partial_v^2 \ell_{in} a] + E_Q[a^\top \partial_v\ell_{out}]
     + \tfrac\rho2 \|\xi\|^2$ for $a = a_\xi$."""
 
