@@ -54,6 +54,7 @@ FIGURES = {
     "data_hypercleaning": Figure("data_hypercleaning.py"),
     "data_attribution": Figure("data_attribution.py"),
     "population": Figure("population.py"),
+    "nonstationary": Figure("nonstationary.py"),
     "learned_learning_rates": Figure("learned_learning_rates.py"),
     "regularisation": Figure("regularisation.py"),
     "compressed_sensing": Figure("compressed_sensing.py"),

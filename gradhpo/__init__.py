@@ -5,6 +5,7 @@ from gradhpo.algorithms.bome import BOMEOptimizer
 from gradhpo.algorithms.discount import update_w_star
 from gradhpo.algorithms.fixed import FixedOptimizer
 from gradhpo.algorithms.forward import ForwardModeOptimizer
+from gradhpo.algorithms.functional import FunctionalOptimizer
 from gradhpo.algorithms.greedy import GreedyOptimizer
 from gradhpo.algorithms.implicit_diff import ImplicitOptimizer
 from gradhpo.algorithms.natural import NHGDOptimizer
@@ -18,6 +19,7 @@ from gradhpo.core.batches import BatchStack, DataBatch
 from gradhpo.core.inputs import LossFunctions
 from gradhpo.core.microbatches import chunked_cross_entropy, microbatched
 from gradhpo.core.partition import model_loss, partition
+from gradhpo.core.prediction_loss import PredictionLoss
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, MetricDict, RealScalarLike, UpdateFn
 from gradhpo.data.arrays import ArrayData
@@ -76,6 +78,7 @@ __all__ = [
     "FOOptimizer",
     "FixedOptimizer",
     "ForwardModeOptimizer",
+    "FunctionalOptimizer",
     "GradFn",
     "GreedyOptimizer",
     "History",
@@ -94,6 +97,7 @@ __all__ = [
     "OnlineHypergradientOptimizer",
     "PenaltyOptimizer",
     "Population",
+    "PredictionLoss",
     "RandomMutation",
     "RealScalarLike",
     "Replay",

@@ -16,6 +16,7 @@ from gradhpo.core.inner_state import InnerState
 from gradhpo.core.inputs import Inputs, LossFunctions
 from gradhpo.core.memory import Memory
 from gradhpo.core.outer import Estimate
+from gradhpo.core.prediction_loss import is_linear, prediction_losses
 from gradhpo.core.problem import Problem, Validation
 from gradhpo.core.reverse import (
     Cotangent,
@@ -93,11 +94,13 @@ __all__ = [
     "init_descent",
     "inner_state",
     "is_key",
+    "is_linear",
     "key_of_numbers",
     "map_in_blocks",
     "num_coordinates",
     "num_examples",
     "numbers_of_key",
+    "prediction_losses",
     "pull_start",
     "pull_step",
     "pull_through",

@@ -1,6 +1,7 @@
 """What every optimizer promises. A new algorithm is one more line in OPTIMIZERS."""
 
 import dataclasses
+import functools
 import io
 import warnings
 
@@ -63,6 +64,16 @@ OPTIMIZERS = {
     "BOME": (gradhpo.BOMEOptimizer, {"inner_steps": 4}, ("control", 0.8)),
     # Training here has no noise and a Hessian of 1, which the damping is then.
     "natural": (gradhpo.NHGDOptimizer, {"inner_steps": 4, "damping": 1.0}, ("damping", 0.5)),
+    "functional": (
+        gradhpo.FunctionalOptimizer,
+        {"inner_steps": 4, "adjoint_steps": 3, "adjoint_optimizer": PLAIN, "adjoint": np.zeros(3)},
+        ("ridge", 0.5),
+    ),
+    "functional, closed": (
+        gradhpo.FunctionalOptimizer,
+        {"inner_steps": 4, "closed_form": True, "adjoint": np.zeros(3)},
+        ("ridge", 0.5),
+    ),
     "unrolled": (gradhpo.UnrolledOptimizer, {"unroll_steps": 4}, None),
     "truncated": (gradhpo.UnrolledOptimizer, {"unroll_steps": 4, "truncation": 2}, None),
     "checkpointed": (gradhpo.UnrolledOptimizer, {"unroll_steps": 4, "checkpoints": "sqrt"}, None),
@@ -71,20 +82,24 @@ OPTIMIZERS = {
 # Its members are in test_population.py, each held against its own run.
 EVERY = OPTIMIZERS | {"population": (one_member, {"unroll_steps": 4}, None)}
 # These see settings of the inner optimizer only where the validation loss has them as well.
+FUNCTIONAL = {"functional", "functional, closed"}
 SEES_NO_OPTIMIZER = {"first order", "implicit", "natural", "SOBA", "AmIGO", "penalty", "BOME"}
+SEES_NO_OPTIMIZER |= FUNCTIONAL
 
 # The others run thoroughly: a setting of one of these, and those with two test files of their own.
 THOROUGHLY = {
     "T1-T2 by hyperparams", "truncated", "checkpointed", "bisected",
     "population", "natural", "SOBA", "AmIGO", "penalty", "BOME",
-}  # fmt: skip
+} | FUNCTIONAL  # fmt: skip
 QUICKLY = [name for name in OPTIMIZERS if name not in THOROUGHLY]
 
 every = pytest.mark.parametrize("name", quick(list(EVERY), keep=QUICKLY))
 
 
-def build(name, inner_optimizer=PLAIN, outer_optimizer=OUTER):
+def build(name, inner_optimizer=PLAIN, outer_optimizer=OUTER, params=None):
     cls, settings, _ = EVERY[name]
+    if name in FUNCTIONAL and params is not None:
+        settings = settings | {"adjoint": params}
     return cls(inner_optimizer, outer_optimizer, **settings)
 
 
@@ -93,11 +108,17 @@ def kept_steps(name, optimizer):
     return 1 if name == "BOME" else optimizer.num_inner_steps
 
 
+# Functional methods take losses of the prediction alone; to all others these are losses as any.
+of_prediction = functools.partial(gradhpo.PredictionLoss, lambda w, h, batch: w)
+
+
 # A validation loss with a direct term, so that first order has something to follow.
+@of_prediction
 def train_loss(w, h, batch):
     return jnp.sum(jnp.square(w - h + 0 * jnp.sum(batch))) / 2
 
 
+@of_prediction
 def val_loss(w, h, batch):
     nothing = 0 * jnp.sum(batch)
     return jnp.sum(jnp.square(w - 1 + nothing) + jnp.square(h - 1 + nothing)) / 2
@@ -175,7 +196,9 @@ def test_filtered_models_dicts_and_stateful_optimizers(name, problem_name, optim
         only_weights = problem.val_loss
         val_loss = lambda p, h, batch: only_weights(p, h, batch) + direct(h)
         problem = problem._replace(val_loss=val_loss)
-    optimizer = build(name, inner, relaxed(optax.sgd(0.1)))
+    of_these = {x: of_prediction(getattr(problem, x)) for x in ("train_loss", "val_loss")}
+    problem = problem._replace(**of_these)
+    optimizer = build(name, inner, relaxed(optax.sgd(0.1)), problem.params)
     state = optimizer.init(problem.params, problem.hyperparams)
     stack = stack_of(problem, optimizer.num_inner_steps, getkey())
     arguments = (stack, problem.val_batch, problem.train_loss, problem.val_loss)
@@ -216,6 +239,7 @@ def test_filtered_models_dicts_and_stateful_optimizers(name, problem_name, optim
 TRACES: list[int] = []
 
 
+@of_prediction
 def counted(w, h, batch):
     TRACES.append(1)
     return train_loss(w, h, batch)
@@ -329,6 +353,7 @@ def test_numeric_settings_are_leaves_to_vmap_over(name):
     assert not np.array_equal(together[0], together[1])  # the setting does something
 
 
+@of_prediction
 def cubic(w, h, batch):
     return jnp.sum(w**3 * h**3 + w * h) + 0 * jnp.sum(batch)
 
@@ -400,8 +425,9 @@ def test_losses_may_be_modules_that_hold_arrays(name):
 
     optimizer = build(name)
     arguments = (start(optimizer), jnp.zeros(2), jnp.zeros(2))
-    one = optimizer.step(*arguments, Scaled(jnp.asarray(1.0)), val_loss)
-    two = optimizer.step(*arguments, Scaled(jnp.asarray(2.0)), val_loss)
+    scaled = lambda scale: of_prediction(Scaled(jnp.asarray(scale)))
+    one = optimizer.step(*arguments, scaled(1.0), val_loss)
+    two = optimizer.step(*arguments, scaled(2.0), val_loss)
     assert_same(one, optimizer.step(*arguments, train_loss, val_loss), rtol=1e-12)
     assert not np.array_equal(one.params, two.params)
 

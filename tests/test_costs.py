@@ -10,6 +10,7 @@ from helpers import quick, relative_error
 
 import gradhpo
 from benchmarks.costs import networks
+from benchmarks.costs.functional import gradients_of_functional
 from benchmarks.costs.methods import (
     flops_ratio,
     forward_program,
@@ -81,6 +82,18 @@ def test_an_outer_step_costs_a_few_gradients_of_a_deep_network(name, most):
     BOME one and two (1 and 3).
     """
     assert gradients_per_outer_step(name, 128, depth=3) <= most
+
+
+@pytest.mark.thorough
+def test_a_functional_hypergradient_takes_no_product_with_the_hessian():
+    """By weights: such a product takes two gradients more.
+
+    An adjoint step is a gradient of training, a forward pass, and a gradient of validation, with
+    100 examples to 128; an outer step has one and an inner step.
+    """
+    outer, adjoint = gradients_of_functional(128, depth=3)
+    assert outer <= 3
+    assert adjoint <= 1 + 1 / 3 + 100 / 128 + 0.1
 
 
 @pytest.mark.parametrize(

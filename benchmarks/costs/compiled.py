@@ -10,6 +10,7 @@ import time
 import optax
 
 import gradhpo
+from benchmarks.costs.functional import print_functional_units
 from benchmarks.costs.problem import MOMENTUM, RATE, job
 from benchmarks.costs.programs import (
     ALGORITHMS,
@@ -59,6 +60,7 @@ def print_units() -> None:
         units = (f"{gradients_per_step(name, 128, depth):6.2f}" for depth in (1, 3, 6))
         print(f"  {name:22} 1, 3, 6 hidden layers: {' '.join(units)}")
     print_outer_units()
+    print_functional_units()
 
 
 def print_outer_units() -> None:
