@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_same
-from problems import OUTER
+from helpers import assert_same, quick
+from problems import OUTER, relaxed
 
 import gradhpo
 
@@ -26,7 +26,7 @@ def drawn_noise(state, optimizer):
     return jax.tree.map(lambda x: np.asarray(optimizer.sigma * x), normal)
 
 
-@KINDS
+@pytest.mark.parametrize("noise", quick(["episode", "window"], keep=["episode"]))
 def test_twenty_steps_of_adam_are_a_loop_in_numpy(noise):
     """Minibatches, four windows in an episode and one of the next, tuned rate and decay."""
     random = np.random.default_rng(0)
@@ -36,7 +36,7 @@ def test_twenty_steps_of_adam_are_a_loop_in_numpy(noise):
     error = lambda w, h, batch: jnp.mean((batch[0] @ w - batch[1]) ** 2)
     penalised = lambda w, h, batch: error(w, h, batch) + jnp.exp(h["decay"]) @ w**2
     val_loss = lambda w, h, batch: error(w, h, batch) + jnp.sum(h["decay"] ** 2)
-    inner = lambda h: optax.adam(jnp.exp(h["rate"]), eps_root=eps_root)
+    inner = lambda h: relaxed(optax.adam(jnp.exp(h["rate"]), eps_root=eps_root))
     optimizer = gradhpo.EvolutionOptimizer(
         inner, None, unroll_steps=5, num_directions=2, sigma=sigma, noise=noise
     )
@@ -100,8 +100,8 @@ def towards(w, h, batch):
     return jnp.sum((w - h) ** 2 * jnp.arange(1.0, 4.0)) / 2
 
 
-def over_an_episode(optimizer, params, hyperparams, train_loss, val_loss, windows, key):
-    """The sum of the estimates of an episode, at fixed hyperparameters."""
+def of_windows(optimizer, params, hyperparams, train_loss, val_loss, windows, key):
+    """The estimates of the windows of an episode, at fixed hyperparameters."""
     state = optimizer.init(params, hyperparams, key=key)
 
     def body(carry, _):
@@ -112,9 +112,10 @@ def over_an_episode(optimizer, params, hyperparams, train_loss, val_loss, window
 
     arrays, static = eqx.partition(state, eqx.is_array)
     _, found = jax.lax.scan(body, arrays, None, length=windows)
-    return jax.tree.map(lambda x: x.sum(0), found)
+    return found
 
 
+@pytest.mark.thorough
 @KINDS
 def test_the_mean_over_draws_is_exact_where_smoothing_changes_no_slope(noise):
     """All maps are linear and the loss quadratic: the sum over the windows of an episode."""
@@ -122,7 +123,7 @@ def test_the_mean_over_draws_is_exact_where_smoothing_changes_no_slope(noise):
         optax.sgd(0.2), None, unroll_steps=2, num_directions=1, sigma=0.3, noise=noise
     )
     w, h = jnp.zeros(3), jnp.asarray([0.5, 2.0, -1.0])
-    one = lambda key: over_an_episode(optimizer, w, h, towards, distance, 3, key)
+    one = lambda key: of_windows(optimizer, w, h, towards, distance, 3, key).sum(0)
     draws = np.asarray(eqx.filter_vmap(one)(jax.random.split(jax.random.key(0), 10_000)))
     exact = np.zeros(3)
     for steps in (2, 4, 6):
@@ -155,6 +156,7 @@ def test_the_mean_is_the_slope_of_the_smoothed_loss():
     assert abs(slope - expected) > 10 * np.sqrt(variance) / 100  # sigma matters here
 
 
+@pytest.mark.thorough
 def test_an_accuracy_and_an_update_without_any_derivative_warn_of_nothing():
     """Whatever acts is seen: a rounded number of a simulator, and argmax in the validation."""
 
@@ -168,10 +170,10 @@ def test_an_accuracy_and_an_update_without_any_derivative_warn_of_nothing():
     labels = jnp.asarray([0, 1, 0, 1, 1, 0])
     x = jnp.asarray([[2.0, 0], [0, 2], [1, 0.5], [0.2, 1], [-1, 1], [3, 1]])
     mistakes = lambda w, h, batch: jnp.mean(
-        (jnp.argmax(batch * w, axis=1) != labels).astype(w.dtype)
+        (jnp.argmax(batch * w[None], axis=1) != labels).astype(w.dtype)
     )
     optimizer = gradhpo.EvolutionOptimizer(
-        None, optax.sgd(0.1), unroll_steps=3, num_directions=32, sigma=1.0, update_fn=update_fn
+        None, optax.sgd(0.1), unroll_steps=3, num_directions=8, sigma=1.0, update_fn=update_fn
     )
     nothing = lambda w, h, batch: jnp.zeros(())
     with warnings.catch_warnings():
@@ -179,9 +181,11 @@ def test_an_accuracy_and_an_update_without_any_derivative_warn_of_nothing():
         state = optimizer.init(jnp.zeros(2), jnp.asarray([-0.5, 0.5]), key=jax.random.key(0))
         state, history = gradhpo.run(
             optimizer, state, gradhpo.LossFunctions(nothing, mistakes), None, x,
-            num_steps=30, steps_per_episode=1, reptile_rate=0.0, progress=False,
+            num_steps=10, steps_per_episode=1, reptile_rate=0.0, progress=False,
         )  # fmt: skip
-    assert history["val_loss"][-1] < history["val_loss"][0]
+    # It is the accuracy, in sixths, and losses of perturbed runs differ.
+    np.testing.assert_allclose(history["val_loss"] * 6, np.round(history["val_loss"] * 6))
+    assert np.any(history["hypergrad_norm"] > 0)
 
 
 def test_a_stopped_validation_loss_and_equal_accuracies_are_no_mistake():
@@ -197,7 +201,7 @@ def test_a_stopped_validation_loss_and_equal_accuracies_are_no_mistake():
         assert after.get_metric("hypergrad_norm") == 0
 
 
-@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("rounded", quick([False, True], keep=[True]))
 def test_perturbed_runs_start_at_perturbed_hyperparameters(rounded):
     """A rule whose first velocity is the hyperparameter, rounded or not: w moves by it alone."""
     of = jnp.round if rounded else (lambda x: x)
@@ -217,6 +221,7 @@ def test_perturbed_runs_start_at_perturbed_hyperparameters(rounded):
         state = optimizer.step(state, None, None, loss, val_loss, lr_hyper=0.0)
 
 
+@pytest.mark.thorough
 def test_episodes_draw_anew_and_a_refused_step_spends_its_draw():
     optimizer = gradhpo.EvolutionOptimizer(optax.sgd(0.1), OUTER, num_directions=2)
     state = optimizer.init(jnp.zeros(3), jnp.ones(3), key=jax.random.key(0))
@@ -230,7 +235,7 @@ def test_episodes_draw_anew_and_a_refused_step_spends_its_draw():
         noises.append(np.asarray(state.memory.noise))
     assert not np.any(noises[0] == noises[1])
     assert state.memory.begins  # the next step begins an episode
-    nan = lambda w, h, batch: towards(w, h, batch) + batch
+    nan = lambda w, h, batch: towards(w, h, batch) * batch
     after = optimizer.step(state, jnp.nan, None, nan, distance)
     assert after.get_metric("rejected") == 1
     assert after.memory.draws.count == state.memory.draws.count + 1
@@ -246,6 +251,7 @@ def test_a_run_of_nres_without_episodes_is_warned_about():
     assert dataclasses.replace(optimizer, noise="window").without_episodes == ""
 
 
+@pytest.mark.thorough
 def test_memory_is_flat_in_the_horizon_and_grows_with_directions():
     losses = gradhpo.LossFunctions(
         lambda w, h, batch: jnp.sum((w - h) ** 2), lambda w, h, batch: jnp.sum(w**2)
@@ -256,63 +262,73 @@ def test_memory_is_flat_in_the_horizon_and_grows_with_directions():
     }
     state = gradhpo.UnrolledOptimizer(optax.sgd(0.1)).init(jnp.zeros(size), jnp.zeros(()))
     planned = gradhpo.plan(optimizers, state, None, None, losses, horizons=[10, 1_000])
-    used = lambda n, t: planned[str(n), t].cost.temporary_bytes
+    used = lambda n, t: planned[str(n), t].cost.total_bytes
     assert used(1, 1_000) - used(1, 10) <= 2 * 8 * 990  # losses of single steps
-    # 8 more pairs of w, each with a copy or two.
-    assert 8 * 2 * 8 * size <= used(9, 10) - used(1, 10) <= 4 * 8 * 2 * 8 * size
+    # 8 more pairs of w in the memory, before and after the step, and a copy or two.
+    pairs = 8 * 2 * 8 * size
+    assert pairs <= used(9, 10) - used(1, 10) <= 4 * pairs
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["contracting", "chaotic"])
-def test_reused_noise_has_less_variance(kind):
-    """Six windows; the logistic map at r near 3.8 forgets its start and magnifies noise."""
+def test_reused_noise_has_less_variance_in_a_step(kind):
+    """The last of six windows; the logistic map at 3.7 is chaotic, the other one forgets."""
 
     def update_fn(w, h, batch):
         return h * w * (1 - w) if kind == "chaotic" else w - 0.5 * (w - h)
 
-    val_loss = lambda w, h, batch: jnp.sum((w - 0.2) ** 2)
-    at = jnp.asarray(3.8 if kind == "chaotic" else 1.0)
-    variances = {}
+    loss = lambda w, h, batch: (w - 0.2) ** 2 if kind == "chaotic" else w
+    at = jnp.asarray(3.7 if kind == "chaotic" else 1.0)
+    steps, of_sum = {}, {}
     for noise in ("episode", "window"):
         optimizer = gradhpo.EvolutionOptimizer(
-            update_fn=update_fn, unroll_steps=5, num_directions=1, sigma=0.05, noise=noise
+            update_fn=update_fn, unroll_steps=20, num_directions=1, sigma=0.02, noise=noise
         )
-        args = jnp.asarray(0.3), at, val_loss, val_loss, 6
-        one = lambda key, o=optimizer, a=args: over_an_episode(o, *a, key)
+        args = jnp.asarray(0.3), at, loss, loss, 6
+        one = lambda key, o=optimizer, a=args: of_windows(o, *a, key)
         draws = eqx.filter_vmap(one)(jax.random.split(jax.random.key(1), 4_000))
-        variances[noise] = float(np.var(draws))
-    assert variances["episode"] < variances["window"]
+        steps[noise] = float(np.var(draws[:, -1]))
+        of_sum[noise] = float(np.var(draws.sum(1)))
+    assert steps["episode"] < steps["window"]
+    if kind == "contracting":
+        # Slopes of 1 by the noise of the last window alone. One step: Var(e²) = 2, against
+        # Var(e (e + ... + e)) = 2 + 5. The sum of six: 2 * 36, as all are the same draw, against
+        # 6 * 2 + 15. Variances of 4,000 draws of these have relative errors of at most 8 %.
+        np.testing.assert_allclose(steps["window"] / steps["episode"], 3.5, rtol=0.3)
+        np.testing.assert_allclose(of_sum["window"] / of_sum["episode"], 27 / 72, rtol=0.3)
 
 
 @pytest.mark.thorough
 @KINDS
 def test_wrappers_checkpoints_and_diagnostics(noise, tmp_path):
-    """Two runs of two episodes with a checkpoint in between are one of four."""
+    """A run that goes on from a checkpoint is the whole run, and reports say something."""
     optimizer = gradhpo.EvolutionOptimizer(
-        optax.adam(0.1, eps_root=1e-8), OUTER, unroll_steps=2, num_directions=2, noise=noise
+        relaxed(optax.adam(0.1, eps_root=1e-8)),
+        OUTER,
+        unroll_steps=2,
+        num_directions=2,
+        noise=noise,
     )
     losses = gradhpo.LossFunctions(towards, distance)
     for one in (optimizer, gradhpo.TaskBatched(optimizer, num_tasks=2)):
-        state = one.init(jnp.zeros(3), jnp.ones(3), key=jax.random.key(0))
+        begun = one.init(jnp.zeros(3), jnp.ones(3), key=jax.random.key(0))
         settings = {"steps_per_episode": 2, "reptile_rate": 0.0, "progress": False}
-        whole, _ = gradhpo.run(one, state, losses, None, None, num_steps=8, **settings)
+        whole, _ = gradhpo.run(one, begun, losses, None, None, num_steps=8, **settings)
         at = tmp_path / type(one).__name__
         for steps in (4, 8):
             state, _ = gradhpo.run(
-                one, state, losses, None, None, num_steps=steps, checkpoint=at, **settings
-            )
-            state = (
-                one.init(jnp.zeros(3), jnp.ones(3), key=jax.random.key(0)) if steps == 4 else state
+                one, begun, losses, None, None, num_steps=steps, checkpoint=at, **settings
             )
         assert_same(state.hyperparams, whole.hyperparams)
         assert_same(state.memory, whole.memory)
     state = optimizer.init(jnp.zeros(3), jnp.linspace(1.0, 2.0, 3))
-    assert (
-        gradhpo.GreedyOptimizer(optimizer.inner_optimizer, OUTER).adopt(state).memory is not state
+    adopted = optimizer.adopt(
+        gradhpo.GreedyOptimizer(optimizer.inner_optimizer, OUTER).adopt(state)
     )
+    assert_same(adopted.memory, state.memory)
     report = gradhpo.compare_hypergradients({"ES": optimizer}, state, None, None, losses)
     assert "ES" in str(report)
-    assert str(gradhpo.check_hypergradient(optimizer, state, None, None, towards, distance))
+    assert str(gradhpo.check_hypergradient(optimizer, state, None, None, losses))
     assert str(gradhpo.explain_horizon(optimizer, state, None, None, losses))
 
 
