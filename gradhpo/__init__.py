@@ -3,8 +3,10 @@
 from gradhpo.algorithms.baselines import FOOptimizer, OneStepOptimizer
 from gradhpo.algorithms.bome import BOMEOptimizer
 from gradhpo.algorithms.discount import update_w_star
+from gradhpo.algorithms.evolution import EvolutionOptimizer
 from gradhpo.algorithms.fixed import FixedOptimizer
 from gradhpo.algorithms.forward import ForwardModeOptimizer
+from gradhpo.algorithms.forward_gradient import ForwardGradientOptimizer
 from gradhpo.algorithms.functional import FunctionalOptimizer
 from gradhpo.algorithms.greedy import GreedyOptimizer
 from gradhpo.algorithms.implicit_diff import ImplicitOptimizer
@@ -75,8 +77,10 @@ __all__ = [
     "DataBatch",
     "DrMADOptimizer",
     "EarlyStopping",
+    "EvolutionOptimizer",
     "FOOptimizer",
     "FixedOptimizer",
+    "ForwardGradientOptimizer",
     "ForwardModeOptimizer",
     "FunctionalOptimizer",
     "GradFn",

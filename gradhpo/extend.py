@@ -8,6 +8,7 @@ from gradhpo.core.algorithm import Algorithm
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.batches import BatchStack, DrawnStack, by_example, num_examples
 from gradhpo.core.checkpoints import square_root, unrolled
+from gradhpo.core.draws import Draws, mean_along, random_directions
 from gradhpo.core.fitting import fit_memory
 from gradhpo.core.forward import infinite_at_rest, push_step
 from gradhpo.core.inner import InnerUpdate
@@ -26,7 +27,7 @@ from gradhpo.core.reverse import (
     pull_through,
     through_start,
 )
-from gradhpo.core.start import pull_start, push_start
+from gradhpo.core.start import pull_start, push_start, started
 from gradhpo.core.state import BilevelState, inner_state, with_inner_state
 from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, MetricDict, UpdateFn
 from gradhpo.core.visibility import Sees
@@ -59,6 +60,7 @@ __all__ = [
     "BilevelState",
     "Cotangent",
     "DrawnStack",
+    "Draws",
     "Estimate",
     "GradFn",
     "InnerOptimizer",
@@ -97,6 +99,7 @@ __all__ = [
     "is_linear",
     "key_of_numbers",
     "map_in_blocks",
+    "mean_along",
     "num_coordinates",
     "num_examples",
     "numbers_of_key",
@@ -106,12 +109,14 @@ __all__ = [
     "pull_through",
     "push_start",
     "push_step",
+    "random_directions",
     "ravel",
     "remark_on_solves",
     "setting",
     "setting_or_schedule",
     "solve_system",
     "square_root",
+    "started",
     "through_start",
     "tree_dot",
     "tree_l2_norm",

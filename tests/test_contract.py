@@ -47,6 +47,16 @@ OPTIMIZERS = {
     "DrMAD": (gradhpo.DrMADOptimizer, {"unroll_steps": 4}, None),
     "tasks": (two_tasks, {"unroll_steps": 4}, None),
     "forward mode": (gradhpo.ForwardModeOptimizer, {"unroll_steps": 4}, None),
+    "forward gradient": (
+        gradhpo.ForwardGradientOptimizer,
+        {"unroll_steps": 4, "num_directions": 4},
+        None,
+    ),
+    "NRES": (
+        gradhpo.EvolutionOptimizer,
+        {"unroll_steps": 4, "num_directions": 8},
+        ("sigma", 0.02),
+    ),
     # A direct solver: what an iterative one leaves, within its tolerance, differs from program to
     # program by more than the 1e-12 to which all is compared here.
     "implicit": (
@@ -86,11 +96,11 @@ FUNCTIONAL = {"functional", "functional, closed"}
 SEES_NO_OPTIMIZER = {"first order", "implicit", "natural", "SOBA", "AmIGO", "penalty", "BOME"}
 SEES_NO_OPTIMIZER |= FUNCTIONAL
 
-# The others run thoroughly: a setting of one of these, and those with two test files of their own.
-THOROUGHLY = {
-    "T1-T2 by hyperparams", "truncated", "checkpointed", "bisected",
-    "population", "natural", "SOBA", "AmIGO", "penalty", "BOME",
-} | FUNCTIONAL  # fmt: skip
+# The others run thoroughly: a setting of one of these, and those with test files of their own.
+SINGLE_LOOPS = {"SOBA", "AmIGO", "penalty", "BOME"}
+DRAW = {"forward gradient", "NRES"}
+THOROUGHLY = {"T1-T2 by hyperparams", "truncated", "checkpointed", "bisected", "population"}
+THOROUGHLY |= {"natural"} | SINGLE_LOOPS | DRAW | FUNCTIONAL
 QUICKLY = [name for name in OPTIMIZERS if name not in THOROUGHLY]
 
 every = pytest.mark.parametrize("name", quick(list(EVERY), keep=QUICKLY))

@@ -123,6 +123,7 @@ ALLOWED = {
         "def unrolled": "reverse mode is the tool of several algorithms and of the reference",
     },
     "core/inner_state.py": {"self.key": "the PRNG key of a Start"},
+    "core/draws.py": {"jax.random.key": "makes a PRNG key"},
     "core/start.py": {"jax.random.key": "makes a PRNG key"},
     "training/start.py": {"('key')": "the argument of run"},
     "training/identity.py": {

@@ -132,6 +132,18 @@ def gradients_per_hyperparameter(depth: int = 1) -> float:
     return (many - few) / 8 / train.flops_with_loops_once
 
 
+def gradients_per_direction(cls: type, depth: int = 1) -> float:
+    """Flops that one more random direction adds to an inner step, in training gradients."""
+
+    def flops(count: int) -> float:
+        optimizer = cls(SGD, unroll_steps=10, num_directions=count)
+        return hypergradient_program(optimizer, job(128, depth=depth)).flops_with_loops_once
+
+    train, _ = gradient_programs(128, depth=depth)
+    # A program has the loop over inner steps once, and beside it losses at its end.
+    return (flops(10) - flops(2)) / 8 / train.flops_with_loops_once
+
+
 def implicit_flops(terms: int, depth: int) -> float:
     optimizer = gradhpo.ImplicitOptimizer(
         optax.sgd(RATE), linear_solver=gradhpo.Neumann(terms, RATE)

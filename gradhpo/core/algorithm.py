@@ -114,7 +114,8 @@ class Algorithm(Hooks, OneOuterStep, BilevelOptimizer):
         steps = self.num_inner_steps if num_steps is None else num_steps
         rule = self.inner_optimizer, self.grad_fn, self.update_fn
         differentiates = self.tunes and self.differentiates_gradient
-        problem = make_problem(*rule, inputs, steps, self.passes_loss, differentiates, self.tunes)
+        kinds = differentiates, self.tunes and self.differentiates_validation
+        problem = make_problem(*rule, inputs, steps, self.passes_loss, *kinds)
         z = problem.phi.at_new_hyperparams(problem.z, self.num_inner_steps)
         return problem._replace(z=started(problem.phi, z, problem.hyperparams))
 

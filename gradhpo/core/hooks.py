@@ -43,6 +43,11 @@ class Hooks(eqx.Module):
         return self.sees not in ("validation", "everything")
 
     @property
+    def differentiates_validation(self) -> bool:
+        """Whether the method takes derivatives of the validation loss; default `True`."""
+        return True
+
+    @property
     def may_be_zero(self) -> bool:
         """Whether a hypergradient of exactly 0 may be right, and is no sign of a mistake.
 

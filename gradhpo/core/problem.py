@@ -117,12 +117,12 @@ def make_problem(
     num_steps: int,
     passes_loss: bool,
     differentiates: bool = True,
-    tunes: bool = True,
+    differentiates_validation: bool = True,
 ) -> Problem:
     r"""The problem of `num_steps` inner steps, after checking batches and losses.
 
-    `differentiates`: whether the method differentiates the training gradient; `tunes`: whether it
-    differentiates the validation loss.
+    `differentiates`: whether the method differentiates the training gradient;
+    `differentiates_validation`: whether it differentiates the validation loss.
 
     Runs while tracing, once per compilation.
     """
@@ -182,7 +182,7 @@ def make_problem(
         check_trained(program, val_program, phi, z, hyperparams)
     if differentiates:
         check_stops(phi, program, z, hyperparams)
-    if tunes:
+    if differentiates_validation:
         check_validation(losses.val_loss, val_program, z, hyperparams)
     if num_steps > 1 or inputs.repeats:
         check_keys(phi, z, hyperparams)

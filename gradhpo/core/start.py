@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 from gradhpo.core.inner import InnerUpdate
 from gradhpo.core.inner_optimizer import init_inner_state
 from gradhpo.core.inner_state import InnerState
-from gradhpo.utils.programs import readings, visible_leaves
+from gradhpo.utils.programs import readings
 from gradhpo.utils.trees import random_like, tree_zeros_like
 
 
@@ -61,16 +61,20 @@ def push_start(
 
 
 def act_at_start(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> bool:
-    """Whether $z_0$ has a derivative by the hyperparameters that a step then reads."""
+    """Whether the hyperparameters act on a part of $z_0$ that a step then reads.
+
+    By a derivative, unless the method takes none.
+    """
     constant = isinstance(phi.inner_optimizer, optax.GradientTransformation | None)
     if phi.start is None and constant:
         return False
     start = lambda h: _inexact(phi, z, h)
-    if not any(jax.tree.leaves(visible_leaves(start, hyperparams))):
+    act = lambda f: readings(f, hyperparams, by_derivative=phi.differentiated).by()
+    if not any(jax.tree.leaves(act(start))):
         return False
     read = _read_by_a_step(phi, z, hyperparams)
     start = lambda h: eqx.filter(_inexact(phi, z, h), read)
-    return any(jax.tree.leaves(visible_leaves(start, hyperparams)))
+    return any(jax.tree.leaves(act(start)))
 
 
 def acting_at_start(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> PyTree:

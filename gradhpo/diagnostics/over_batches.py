@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from gradhpo.core.base import BilevelOptimizer
+from gradhpo.core.draws import redrawn
 from gradhpo.core.inputs import LossFunctions
 from gradhpo.core.state import BilevelState
 from gradhpo.data.source import Batches, Source
@@ -41,7 +42,9 @@ def compare_over_batches(
 
     An estimator may be biased with little noise, or exact and almost all noise; one batch does not
     tell the two apart. Each of `num_draws` draws has its own training batches and its own
-    validation batch, the same for all estimators; all start from `state`.
+    validation batch, the same for all estimators; all start from `state`. An estimator that
+    draws random numbers of its own draws others each time: its noise is part of the report, also on
+    fixed batches.
 
     **Arguments:**
 
@@ -110,7 +113,9 @@ def compare_over_batches(
         def over_draws(optimizer, start, train, val):
             def one(i):
                 batches = train.stack(i, i, num_steps), val.batch(i, i)
-                begun = case.begin(optimizer, start, *batches)
+                # A method that draws random numbers has others in each draw: its noise counts too.
+                again = start.update(memory=redrawn(start.memory, i))
+                begun = case.begin(optimizer, again, *batches)
                 return case.at_end(optimizer, begun, *batches)[:2]
 
             return jax.lax.map(one, jnp.arange(num_draws, dtype=jnp.int32))

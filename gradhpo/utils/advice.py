@@ -18,8 +18,9 @@ WHO_SEES = {
     "optimum": "ImplicitOptimizer, NHGDOptimizer, SOBAOptimizer, PenaltyOptimizer, BOMEOptimizer",
     "last update": "OneStepOptimizer, T1T2Optimizer, GreedyOptimizer, "
     "OnlineHypergradientOptimizer (HyperDistill)",
-    "updates": "UnrolledOptimizer, DrMADOptimizer, ForwardModeOptimizer",
-    "init": "UnrolledOptimizer without truncation, DrMADOptimizer, ForwardModeOptimizer",
+    "updates": "UnrolledOptimizer, DrMADOptimizer, ForwardModeOptimizer, ForwardGradientOptimizer",
+    "init": "UnrolledOptimizer without truncation, DrMADOptimizer, ForwardModeOptimizer, "
+    "ForwardGradientOptimizer, EvolutionOptimizer",
 }
 
 IGNORES_SIZE = (
@@ -30,8 +31,9 @@ IGNORES_SIZE = (
 
 NEEDS_THE_LOSS = (
     "Transformations that need the loss (optax.lbfgs, optax.polyak_sgd) fit as inner_optimizer of "
-    "ImplicitOptimizer, SOBAOptimizer, FOOptimizer and T1T2Optimizer(perturb='hyperparams'), which "
-    "do not differentiate the update; for other methods write an update_fn"
+    "ImplicitOptimizer, SOBAOptimizer, FOOptimizer, EvolutionOptimizer and "
+    "T1T2Optimizer(perturb='hyperparams'), which do not differentiate the update; "
+    "for other methods write an update_fn"
 )
 
 _WARM_UP = (
@@ -132,8 +134,10 @@ _MISSING_RULES = {
     },
     foreign.NO_TANGENT: {"": _ODE},
     foreign.NO_CALLBACK_DERIVATIVE: {
-        "val_loss_fn": "around an opaque function write a jax.custom_vjp",
-        "": "for an opaque function use T1T2Optimizer(update_fn=..., perturb='hyperparams')",
+        "val_loss_fn": "around an opaque function write a jax.custom_vjp, or use "
+        "EvolutionOptimizer, which differentiates no validation loss",
+        "": "for an opaque function use T1T2Optimizer(update_fn=..., perturb='hyperparams'), or "
+        "EvolutionOptimizer",
     },
 }
 

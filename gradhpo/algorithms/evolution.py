@@ -1,0 +1,244 @@
+r"""Evolution strategies over unrolled training: losses are compared, and nothing differentiated."""
+
+import dataclasses
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, PyTree
+
+from gradhpo.extend import (
+    Algorithm,
+    Draws,
+    Estimate,
+    GradFn,
+    InnerOptimizer,
+    InnerState,
+    Memory,
+    Problem,
+    Sees,
+    UpdateFn,
+    check_count,
+    check_setting,
+    checked,
+    mean_along,
+    random_directions,
+    setting,
+    started,
+)
+
+
+class EvolutionMemory(Memory):
+    r"""What lasts from window to window of an episode.
+
+    - `perturbed`: $z$ of both runs of every direction, at $\lambda + \varepsilon$ and then at
+        $\lambda - \varepsilon$: leaves `[2, directions, ...]`.
+    - `noise`: $\varepsilon$, or with one noise for each window the sum of those of the episode:
+        like the hyperparameters, leaves `[directions, ...]`.
+    - `begins`: whether an episode begins, and perturbed runs start anew.
+    - `draws`: the key of the noise, and how often it was drawn from.
+    """
+
+    perturbed: InnerState
+    noise: PyTree
+    begins: Bool[Array, ""]
+    draws: Draws
+
+
+@checked
+class EvolutionOptimizer(Algorithm):
+    r"""NRES and PES: the hypergradient of a smoothed episode, from values of the validation loss.
+
+    Every direction has two runs of its own beside the unperturbed one, trained at
+    $\lambda + \varepsilon$ and $\lambda - \varepsilon$ with $\varepsilon \sim
+    \mathcal{N}(0, \sigma^2 I)$, on the same batches. One `step` trains all of them for a window of
+    `unroll_steps` inner steps, and with the validation losses $L^\pm$ at its end the estimate is
+    the mean over directions of
+
+    $$\hat g = \frac{L^+ - L^-}{2\sigma^2}\,\xi.$$
+
+    - `noise="episode"` (NRES): $\varepsilon$ is drawn once for each episode, and
+        $\xi = \varepsilon$.
+    - `noise="window"` (PES): $\varepsilon$ is drawn for each window, and $\xi$ is the sum of those
+        of the episode so far.
+
+    The perturbed runs continue from window to window, so the horizon is the whole episode: the sum
+    of $\hat g$ over an episode has the mean $\nabla_\lambda\,\mathbb{E}_\varepsilon \sum_k
+    L_{val}(w_{kT}(\lambda + \varepsilon), \lambda + \varepsilon)$ with $T$ inner steps for each
+    window, exactly if the hyperparameters do not change meanwhile (PES: with an $\varepsilon$ for
+    each window). For the loss at the end of training alone, make the episode one window:
+    `unroll_steps` of all its inner steps, and `run(..., steps_per_episode=1)`.
+
+    No derivative is taken but the training gradient: the validation loss may be an accuracy or an
+    error count, and an `update_fn` may be a simulator (a `jax.pure_callback` with
+    `vmap_method="sequential"`). The variance grows with the number of hyperparameters, about
+    $H\|g\|^2$ over the number of directions. Time is that of `2 * num_directions + 1` trainings,
+    memory that many states $(w, s, r)$, for any horizon.
+
+    **Arguments:**
+
+    - `inner_optimizer`, `outer_optimizer`, `grad_fn`, `update_fn`: as for
+        [`FOOptimizer`][gradhpo.FOOptimizer].
+    - `unroll_steps`: inner steps $T$ per `step`, at least 1; default 1.
+    - `num_directions`: pairs of perturbed runs, at least 1; default 8. They run together.
+    - `sigma`: $\sigma$, positive, shape `()`; default 0.01. One number for all hyperparameters:
+        scale these alike (tune the logarithm of a rate).
+    - `noise`: `"episode"` (the default, usually with less variance) or `"window"`.
+
+    `init` takes the `key` of the noise, by default `jax.random.key(0)`. Pass `steps_per_episode` to
+    [`run`][gradhpo.run], which starts new perturbed runs with each episode. Without episodes NRES
+    follows the directions that it drew first, for ever; `run` warns.
+
+    The memory, `state.memory`: `perturbed` runs, `noise`, `begins` and `draws`.
+
+    **Raises:** `ValueError` for counts below 1, or `sigma <= 0`.
+
+    ```python
+    x = jax.random.normal(jax.random.key(0), (50, 3))
+    batch = x, jnp.sign(x[:, 0])
+    error = lambda w, h, batch: jnp.mean((batch[0] @ w - batch[1]) ** 2) + jnp.exp(h) * w @ w
+    mistakes = lambda w, h, batch: jnp.mean(jnp.sign(batch[0] @ w) != batch[1])
+    optimizer = gradhpo.EvolutionOptimizer(
+        optax.sgd(0.1), optax.adam(0.1), unroll_steps=10, sigma=0.3
+    )
+    state = optimizer.init(jnp.zeros(3), jnp.zeros(()), key=jax.random.key(1))
+    losses = gradhpo.LossFunctions(error, mistakes)
+    state, history = gradhpo.run(
+        optimizer, state, losses, batch, batch, num_steps=20, steps_per_episode=4,
+        reptile_rate=0.0, progress=False,
+    )
+    ```
+
+    ??? cite "Reference"
+
+        NRES: Li et al., *Noise-Reuse in Online Evolution Strategies*, NeurIPS 2023,
+        arXiv:2304.12180. PES: Vicol, Metz, Sohl-Dickstein, *Unbiased Gradient Estimation in
+        Unrolled Computation Graphs with Persistent Evolution Strategies*, ICML 2021,
+        arXiv:2112.13835.
+    """
+
+    inner_optimizer: InnerOptimizer | None = None
+    outer_optimizer: optax.GradientTransformation | None = None
+    unroll_steps: int = eqx.field(static=True, default=1)
+    num_directions: int = eqx.field(static=True, default=8)
+    sigma: Float[Array, ""] = eqx.field(converter=setting, default=0.01)
+    noise: Literal["episode", "window"] = eqx.field(static=True, default="episode")
+    grad_fn: GradFn | None = None
+    update_fn: UpdateFn | None = None
+
+    def __check_init__(self):
+        check_count("unroll_steps", self.unroll_steps)
+        check_count("num_directions", self.num_directions)
+        check_setting("sigma", self.sigma, lambda x: x > 0, "positive")
+
+    @property
+    def num_inner_steps(self) -> int:
+        """Inner steps per `step`: `unroll_steps`."""
+        return self.unroll_steps
+
+    @property
+    def sees(self) -> Sees:
+        """Everything: updates are evaluated."""
+        return "everything"
+
+    @property
+    def differentiates_validation(self) -> bool:
+        """No."""
+        return False
+
+    @property
+    def differentiates_init(self) -> bool:
+        """Yes, by differences: perturbed runs start at perturbed hyperparameters."""
+        return True
+
+    @property
+    def may_be_zero(self) -> bool:
+        """Yes: both losses of a pair may be the same, as accuracies are."""
+        return True
+
+    @property
+    def passes_loss(self) -> bool:
+        """True: the inner update is not differentiated."""
+        return True
+
+    @property
+    def derivatives(self) -> str:
+        """The training gradient alone."""
+        return "first derivatives of the training loss"
+
+    @property
+    def suspect(self) -> str:
+        """A perturbed run that diverges."""
+        return f"a perturbed run that diverges: sigma={float(self.sigma):g} is too large"
+
+    @property
+    def without_episodes(self) -> str:
+        """The noise is never drawn again."""
+        if self.noise == "window":
+            return ""
+        return (
+            "EvolutionOptimizer(noise='episode') draws its directions at the start of an episode, "
+            "and run has none: all steps follow the same directions. Pass steps_per_episode, or "
+            "take noise='window'"
+        )
+
+    def with_num_steps(self, num_steps: int) -> "EvolutionOptimizer":
+        """The same optimizer with other `unroll_steps`."""
+        return dataclasses.replace(self, unroll_steps=num_steps)
+
+    def with_difference_step(self, factor: float) -> "EvolutionOptimizer":
+        """With another `sigma`."""
+        return dataclasses.replace(self, sigma=factor * self.sigma)
+
+    def init_memory(
+        self, z: InnerState, hyperparams: PyTree, batch: PyTree, key: Array | None
+    ) -> EvolutionMemory:
+        none = lambda x: jnp.zeros((self.num_directions, *x.shape), x.dtype)
+        noise = jax.tree.map(none, hyperparams)
+        return EvolutionMemory(self._copies(z), noise, jnp.asarray(True), Draws.create(key))
+
+    def restart_memory(
+        self, memory: EvolutionMemory, z: InnerState, hyperparams: PyTree
+    ) -> EvolutionMemory:
+        """The next step starts new perturbed runs."""
+        return dataclasses.replace(memory, begins=jnp.ones_like(memory.begins))
+
+    def after_refusal(self, old: EvolutionMemory, new: EvolutionMemory) -> EvolutionMemory:
+        """The old one, but the draw is spent: an episode that begins again has other noise."""
+        return dataclasses.replace(old, draws=new.draws)
+
+    def estimate(self, problem: Problem, memory: EvolutionMemory) -> Estimate:
+        phi, validation, z, hyperparams = problem
+        key, draws = memory.draws.next()
+        normal = random_directions(jax.random.normal, key, hyperparams, self.num_directions)
+        drawn = jax.tree.map(lambda x: self.sigma.astype(x.dtype) * x, normal)
+        begins = lambda new, old: jax.tree.map(
+            lambda x, y: jnp.where(memory.begins, x, y), new, old
+        )
+        if self.noise == "episode":
+            epsilon = noise = begins(drawn, memory.noise)
+        else:
+            so_far = jax.tree.map(jnp.add, memory.noise, drawn)
+            epsilon, noise = drawn, begins(drawn, so_far)
+
+        def window(at: InnerState, change: PyTree) -> tuple[InnerState, Array]:
+            moved = jax.tree.map(jnp.add, hyperparams, change)
+            at = started(phi, at, moved)
+            at, _, _ = phi.rollout(at, moved, 0, self.unroll_steps)
+            return at, validation.loss(at, moved)
+
+        both = jax.tree.map(lambda x: jnp.stack([x, -x]), epsilon)
+        perturbed = begins(self._copies(z), memory.perturbed)
+        perturbed, (plus, minus) = jax.vmap(jax.vmap(window))(perturbed, both)
+        z, train_loss, _ = phi.rollout(z, hyperparams, 0, self.unroll_steps)
+        slopes = (plus - minus) / (2 * self.sigma.astype(plus.dtype) ** 2)
+        memory = EvolutionMemory(perturbed, noise, jnp.zeros_like(memory.begins), draws)
+        hypergradient = mean_along(slopes, noise)
+        return Estimate(z, hypergradient, train_loss, validation.measured(z, hyperparams), memory)
+
+    def _copies(self, z: InnerState) -> InnerState:
+        """For both runs of all directions."""
+        copy = lambda x: jnp.broadcast_to(x, (2, self.num_directions, *x.shape))
+        return jax.tree.map(copy, z)
