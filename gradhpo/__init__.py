@@ -23,7 +23,15 @@ from gradhpo.core.microbatches import chunked_cross_entropy, microbatched
 from gradhpo.core.partition import model_loss, partition
 from gradhpo.core.prediction_loss import PredictionLoss
 from gradhpo.core.state import BilevelState
-from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, MetricDict, RealScalarLike, UpdateFn
+from gradhpo.core.types import (
+    GradFn,
+    InnerOptimizer,
+    InnerSolver,
+    LossFn,
+    MetricDict,
+    RealScalarLike,
+    UpdateFn,
+)
 from gradhpo.data.arrays import ArrayData
 from gradhpo.data.loaders import iterate
 from gradhpo.diagnostics.compare import compare_hypergradients
@@ -88,6 +96,7 @@ __all__ = [
     "History",
     "ImplicitOptimizer",
     "InnerOptimizer",
+    "InnerSolver",
     "JSONLinesLogger",
     "LearnedMutation",
     "LossFn",
