@@ -19,7 +19,15 @@ from gradhpo.core.inputs import LossFunctions
 from gradhpo.core.microbatches import chunked_cross_entropy, microbatched
 from gradhpo.core.partition import model_loss, partition
 from gradhpo.core.state import BilevelState
-from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, MetricDict, RealScalarLike, UpdateFn
+from gradhpo.core.types import (
+    GradFn,
+    InnerOptimizer,
+    InnerSolver,
+    LossFn,
+    MetricDict,
+    RealScalarLike,
+    UpdateFn,
+)
 from gradhpo.data.arrays import ArrayData
 from gradhpo.data.cross_validation import cross_validation
 from gradhpo.data.loaders import iterate
@@ -82,6 +90,7 @@ __all__ = [
     "History",
     "ImplicitOptimizer",
     "InnerOptimizer",
+    "InnerSolver",
     "JSONLinesLogger",
     "LearnedMutation",
     "LossFn",

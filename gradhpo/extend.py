@@ -27,7 +27,14 @@ from gradhpo.core.reverse import (
 )
 from gradhpo.core.start import pull_start, push_start
 from gradhpo.core.state import BilevelState, inner_state, with_inner_state
-from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, MetricDict, UpdateFn
+from gradhpo.core.types import (
+    GradFn,
+    InnerOptimizer,
+    InnerSolver,
+    LossFn,
+    MetricDict,
+    UpdateFn,
+)
 from gradhpo.core.visibility import Sees
 from gradhpo.solvers.default import choose_solver
 from gradhpo.solvers.remarks import SINGULAR, remark_on_solves
@@ -61,6 +68,7 @@ __all__ = [
     "Estimate",
     "GradFn",
     "InnerOptimizer",
+    "InnerSolver",
     "InnerState",
     "InnerUpdate",
     "Inputs",

@@ -31,7 +31,15 @@ TIMED = {"diagnostics.md", "training.md"}
 COMPILED = {"how_to/scaling.md"}
 ON_FOUR_DEVICES = {"how_to/population.md", "how_to/scaling.md"}
 # Names for annotations: they are documented where they are used.
-ALIASES = {"GradFn", "InnerOptimizer", "LossFn", "MetricDict", "RealScalarLike", "UpdateFn"}
+ALIASES = {
+    "GradFn",
+    "InnerOptimizer",
+    "InnerSolver",
+    "LossFn",
+    "MetricDict",
+    "RealScalarLike",
+    "UpdateFn",
+}
 PUBLIC = sorted(set(gradhpo.__all__) - ALIASES)
 
 

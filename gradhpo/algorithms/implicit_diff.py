@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from gradhpo.algorithms.implicit_memory import ImplicitMemory, on_training
 from gradhpo.algorithms.settled import through_state, warn_if_training_reads_it
 from gradhpo.extend import (
     SINGULAR,
@@ -18,8 +19,8 @@ from gradhpo.extend import (
     Estimate,
     GradFn,
     InnerOptimizer,
+    InnerSolver,
     InnerState,
-    Memory,
     MetricDict,
     Problem,
     Sees,
@@ -36,26 +37,6 @@ from gradhpo.extend import (
     tree_dot,
     tree_l2_norm,
 )
-
-
-# The share of itself by which the validation loss may still change, before the report says so.
-_LARGE_GAP = 0.1
-
-
-class ImplicitMemory(Memory):
-    r"""What [`ImplicitOptimizer`][gradhpo.ImplicitOptimizer] carries over, with its solve metrics.
-
-    - `adjoint`: the last $q$, a tree like the parameters.
-    - `inner_residual`, `optimality_gap`, `linear_residual`, `linear_iterations`,
-        `linear_failures`: shape `()`.
-    """
-
-    adjoint: PyTree
-    inner_residual: Array
-    optimality_gap: Array
-    linear_residual: Array
-    linear_iterations: Array
-    linear_failures: Array
 
 
 @checked
@@ -94,10 +75,19 @@ class ImplicitOptimizer(Algorithm):
     so write it into the loss, or into an `update_fn`. A starting point ($w = w_0 + \delta$) has a
     hypergradient of 0. Far from the optimum the hypergradient is biased: look at `inner_residual`.
 
+    `inner_solver` replaces the inner steps by any function that solves the inner problem: a solver
+    of another library, a `while_loop`, a callback to scikit-learn. It is called once per `step`,
+    from the current parameters, which a solver may start from or ignore, and no derivative enters
+    it. The hypergradient is that of its solution, by the equation above: of the training loss, or
+    of `grad_fn` or `update_fn` beside it. `inner_residual` and `optimality_gap` say how well it has
+    solved that equation; metrics and `train_loss` are at its solution. Under `vmap`
+    (`TaskBatched`, `Population`) a `jax.pure_callback` needs its `vmap_method`.
+
     The hypergradient can itself be differentiated, in forward and reverse mode, for outer
     Hessians. The derivative is that of the computation: through the `inner_steps` from the given
     state, and of the solution of the linear system. If the inner steps converge, that is the
-    derivative of the optimum. If the solve fails, as for a small batch, the derivative is NaN.
+    derivative of the optimum. If the solve fails, as for a small batch, the derivative is NaN. With
+    an `inner_solver` it is refused.
 
     **Arguments:**
 
@@ -117,6 +107,10 @@ class ImplicitOptimizer(Algorithm):
         are means, the last ones of a `step`; from 1, the default, to `inner_steps`. They cost as
         much as one batch of that size, in work and memory. One batch that serves every inner step
         counts once.
+    - `inner_solver`: `(params, hyperparams, batch) -> params`, new ones of the structure, shapes
+        and dtypes of those that it gets; with a model state `(params, hyperparams, batch,
+        model_state) -> (params, new_model_state)`. It takes the place of `inner_optimizer` and of
+        all inner steps: `num_inner_steps` is 1, the inner optimizer's state `()`.
 
     The memory, `state.memory`: `adjoint`, the last $q$ (iterative solvers start from its best
     multiple), and its own metrics (`state.get_metric("linear_residual")`): `inner_residual`,
@@ -133,7 +127,9 @@ class ImplicitOptimizer(Algorithm):
     mentions failures, and an `optimality_gap` above 0.1.
 
     **Raises:** `ValueError` for `inner_steps < 1`, `curvature_batches` outside 1 to `inner_steps`,
-    or a negative `damping`; while tracing, for a solver that does not fit the operator.
+    a negative `damping`, or an `inner_solver` beside an `inner_optimizer` or `inner_steps`; while
+    tracing, for a linear solver that does not fit the operator, or an `inner_solver` that returns
+    another structure, shape or dtype.
 
     ```python
     train_loss = lambda w, h, batch: jnp.sum((w - 1.0) ** 2 + jnp.exp(h) * w**2)
@@ -160,11 +156,17 @@ class ImplicitOptimizer(Algorithm):
     inner_steps: int = eqx.field(static=True, default=1)
     damping: Float[Array, ""] = eqx.field(converter=setting, default=0.0)
     curvature_batches: int = eqx.field(static=True, default=1)
+    inner_solver: InnerSolver | None = None
     grad_fn: GradFn | None = None
     update_fn: UpdateFn | None = None
 
     def __check_init__(self):
         check_count("inner_steps", self.inner_steps)
+        if self.inner_solver is not None and self.inner_steps != 1:
+            raise ValueError(
+                f"inner_steps={self.inner_steps} beside an inner_solver, which is called once per "
+                "step and takes all the steps that it needs: leave inner_steps out"
+            )
         check_count("curvature_batches", self.curvature_batches)
         if self.curvature_batches > self.inner_steps:
             raise ValueError(
@@ -204,8 +206,13 @@ class ImplicitOptimizer(Algorithm):
         """The linear system."""
         return f"the linear system: {SINGULAR}"
 
-    def with_num_steps(self, num_steps: int) -> "ImplicitOptimizer":
-        """The same optimizer with other `inner_steps`, and at most as many `curvature_batches`."""
+    def with_num_steps(self, num_steps: int) -> "ImplicitOptimizer | None":
+        """The same optimizer with other `inner_steps`, and at most as many `curvature_batches`.
+
+        `None` with an `inner_solver`.
+        """
+        if self.inner_solver is not None:
+            return None
         batches = min(self.curvature_batches, num_steps)
         return dataclasses.replace(self, inner_steps=num_steps, curvature_batches=batches)
 
@@ -301,18 +308,7 @@ class ImplicitOptimizer(Algorithm):
         """Solves that failed or left a larger residual than they began with; steps too few."""
         failures = copies * float(metrics["linear_failures"][-1] - before["linear_failures"])
         solves = remark_on_solves(failures, metrics["linear_residual"], self.linear_solver)
-        return f"{solves} {_on_training(metrics['optimality_gap'])}".strip()
-
-
-def _on_training(gaps: np.ndarray) -> str:
-    """Whether training has converged, from the `optimality_gap` of every step."""
-    gap = np.median(gaps[-max(1, len(gaps) // 4) :])
-    if not gap > _LARGE_GAP:
-        return ""
-    return (
-        "Training has not converged, or its last batch does not represent the others (nor may "
-        f"the model state have settled): training on that batch to its optimum would change the "
-        f"validation loss by {gap:.0%} (optimality_gap, median of the last quarter of the steps), "
-        "so the hypergradient may be wrong by any factor: use more inner_steps, larger batches, or "
-        "curvature_batches."
-    )
+        remedy = "more inner_steps, larger batches, or curvature_batches"
+        if self.inner_solver is not None:
+            remedy = "tighter tolerances and more iterations in inner_solver, or larger batches"
+        return f"{solves} {on_training(metrics['optimality_gap'], remedy)}".strip()

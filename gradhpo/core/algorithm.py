@@ -27,7 +27,7 @@ from gradhpo.core.outer_step import OneOuterStep
 from gradhpo.core.problem import Problem, make_problem, not_differentiable
 from gradhpo.core.start import started
 from gradhpo.core.state import BilevelState, inner_state, with_inner_state, with_metrics
-from gradhpo.core.types import Declared, GradFn, InnerOptimizer, MetricDict, UpdateFn
+from gradhpo.core.types import Declared, GradFn, InnerOptimizer, InnerSolver, MetricDict, UpdateFn
 from gradhpo.core.visibility import Sees, check_later_steps, check_visible, seen_by
 from gradhpo.utils.freezing import trained
 from gradhpo.utils.settings import check_count, check_inner_rule
@@ -87,15 +87,16 @@ class Algorithm(Hooks, OneOuterStep, BilevelOptimizer):
         inner_optimizer = Declared[InnerOptimizer | None]()
         grad_fn = Declared[GradFn | None]()
         update_fn = Declared[UpdateFn | None]()
+        inner_solver = Declared[InnerSolver | None]()
     else:
         inner_optimizer: eqx.AbstractVar[InnerOptimizer | None]
         outer_optimizer: eqx.AbstractVar[optax.GradientTransformation | None]
         update_fn: eqx.AbstractVar[UpdateFn | None]
-        grad_fn = None  # a field of the algorithms that take one
+        grad_fn = inner_solver = None  # fields of the algorithms that take them
 
     def __check_init__(self):
         name = type(self).__name__
-        check_inner_rule(name, self.inner_optimizer, self.grad_fn, self.update_fn)
+        check_inner_rule(name, *self._rule)
         if self.sees not in get_args(Sees):
             raise ValueError(
                 f"{name}.sees is {self.sees!r}; it must be one of "
@@ -108,13 +109,16 @@ class Algorithm(Hooks, OneOuterStep, BilevelOptimizer):
 
     # -- for one inner problem -----------------------------------------------------------------
 
+    @property
+    def _rule(self) -> tuple[Any, Any, Any, Any]:
+        return self.inner_optimizer, self.grad_fn, self.update_fn, self.inner_solver
+
     def _problem(self, inputs: Inputs, num_steps: int | None = None) -> Problem:
         """The problem of one `step` (or of this number of inner steps), after all checks."""
         self._check_state(inputs.state)
         steps = self.num_inner_steps if num_steps is None else num_steps
-        rule = self.inner_optimizer, self.grad_fn, self.update_fn
-        differentiates = self.tunes and self.differentiates_gradient
-        problem = make_problem(*rule, inputs, steps, self.passes_loss, differentiates, self.tunes)
+        how = self.passes_loss, self.tunes and self.differentiates_gradient, self.tunes
+        problem = make_problem(*self._rule, inputs, steps, *how)
         z = problem.phi.at_new_hyperparams(problem.z, self.num_inner_steps)
         return problem._replace(z=started(problem.phi, z, problem.hyperparams))
 

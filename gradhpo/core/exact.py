@@ -5,9 +5,10 @@ import optax
 
 from gradhpo.core.algorithm import Algorithm
 from gradhpo.core.checkpoints import unrolled
+from gradhpo.core.inner_rule import NOT_DIFFERENTIATED
 from gradhpo.core.outer import Estimate
 from gradhpo.core.problem import Problem
-from gradhpo.core.types import GradFn, InnerOptimizer, UpdateFn
+from gradhpo.core.types import GradFn, InnerOptimizer, InnerSolver, UpdateFn
 from gradhpo.core.visibility import Sees
 
 
@@ -18,6 +19,7 @@ class ExactHypergradient(Algorithm):
     outer_optimizer: optax.GradientTransformation | None = None
     num_steps: int = eqx.field(static=True, default=1)
     num_segments: int | None = eqx.field(static=True, default=None)
+    inner_solver: InnerSolver | None = None
     grad_fn: GradFn | None = None
     update_fn: UpdateFn | None = None
 
@@ -45,6 +47,13 @@ def with_its_update(
         algorithm.inner_optimizer,
         num_steps=num_steps,
         num_segments=num_segments,
+        inner_solver=algorithm.inner_solver,
         grad_fn=algorithm.grad_fn,
         update_fn=algorithm.update_fn,
     )
+
+
+def check_has_path(name: str, algorithm: Algorithm) -> None:
+    """Training is a path of inner steps, which can be differentiated."""
+    if algorithm.inner_solver is not None:
+        raise ValueError(f"{name} differentiates a path of inner steps. {NOT_DIFFERENTIATED}")

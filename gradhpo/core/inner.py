@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import ArrayLike, PyTree
 
+from gradhpo.core.inner_rule import NOT_DIFFERENTIATED
 from gradhpo.core.inner_state import InnerState, differentiated
 from gradhpo.core.inner_step import InnerStep
 from gradhpo.core.means import mean_over_steps
@@ -65,6 +66,8 @@ class InnerUpdate(InnerStep):
         second-derivative products come from one linearization, shared with the gradient that the
         step needs anyway. A cotangent on the running state is pulled back on its own.
         """
+        if self.inner_solver is not None:
+            raise ValueError(NOT_DIFFERENTIATED)
         if self.update_fn is not None:
             return self._vjp_by_hand(z, hyperparams, t)
         loss, gradient, r, second_derivatives = self._linearized(z, hyperparams, t)

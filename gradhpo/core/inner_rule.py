@@ -1,4 +1,4 @@
-"""The three rules that change parameters in an inner step: optax, `grad_fn` and `update_fn`."""
+"""The rules that change parameters: optax, `grad_fn`, `update_fn`, and a solver of all of it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +11,10 @@ from jaxtyping import PyTree
 
 from gradhpo.core.inner_optimizer import cast_like, explained, gradient_for, resolve
 from gradhpo.core.losses import Result, called, with_state
-from gradhpo.core.types import GradFn, InnerOptimizer, UpdateFn
+from gradhpo.core.types import GradFn, InnerOptimizer, InnerSolver, UpdateFn
 from gradhpo.utils.foreign import takes_objective
 from gradhpo.utils.freezing import like_trained
+from gradhpo.utils.gradients import undifferentiable
 from gradhpo.utils.structure import where_they_differ
 
 
@@ -61,13 +62,54 @@ def updated_by_hand(
     What it returns for frozen leaves is ignored: most rules treat all arrays the same way.
     """
     given = called(update_fn, params, hyperparams, batch, r)
-    returned, r = with_state("update_fn", "params", given, r)
+    return _new_params("update_fn", given, params, w, r)
+
+
+# What is not differentiated, where something would have to be.
+NOT_DIFFERENTIATED = (
+    "inner_solver is called and not differentiated, so that there is no path to differentiate: "
+    "the derivative of its solution is that of the equation which it solves. Differences need no "
+    "derivative (gradhpo.finite_difference_hypergradient), and a path is there with an "
+    "inner_optimizer in as many inner steps as it needs"
+)
+
+
+def solved_by(
+    inner_solver: InnerSolver,
+    params: PyTree,
+    w: PyTree,
+    hyperparams: PyTree,
+    batch: PyTree,
+    r: PyTree,
+) -> Result:
+    """What `inner_solver` returns, for the trained part `w` of the params, as a constant.
+
+    It may be anything that JAX can call, a callback too: no derivative enters it.
+    """
+    given = params, hyperparams, batch, r
+    numbers, rest = eqx.partition(given, eqx.is_inexact_array)
+    held = eqx.combine(jax.lax.stop_gradient(numbers), rest)
+    found = _new_params("inner_solver", called(inner_solver, *held), params, w, r, exactly=True)
+    # Beside what it was given: to that a derivative would go.
+    return undifferentiable((jax.lax.stop_gradient(found), numbers), NOT_DIFFERENTIATED)[0]
+
+
+def _new_params(
+    name: str, given: Any, params: PyTree, w: PyTree, r: PyTree, *, exactly: bool = False
+) -> Result:
+    """What a rule of the user's returned: new params, and the running state."""
+    returned, r = with_state(name, "params", given, r)
     new = like_trained(w, returned)
     if not _have_same_shapes(new, w):
         alone = _alone("new params", returned, w, {})
         raise ValueError(
-            f"update_fn must return params of the structure and shapes that it was given{alone}\n"
+            f"{name} must return params of the structure and shapes that it was given{alone}\n"
             f"{where_they_differ(new, w)}"
+        )
+    if exactly and jax.tree.map(jnp.result_type, new) != jax.tree.map(jnp.result_type, w):
+        raise ValueError(
+            f"{name} must return params of the dtypes that it was given: convert them there, "
+            f"jnp.asarray(x, params.dtype)\n{where_they_differ(new, w)}"
         )
     rest, constant = (
         jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array, inverse=True))
@@ -75,7 +117,7 @@ def updated_by_hand(
     )
     if any(x is not y for x, y in zip(rest, constant, strict=True)):
         raise ValueError(
-            "update_fn changes a leaf of params that is not a floating-point array (a counter?); "
+            f"{name} changes a leaf of params that is not a floating-point array (a counter?); "
             "such leaves stay as they are: keep it as a float, or out of params"
         )
     return Result(cast_like(new, w), r)

@@ -16,11 +16,11 @@ from jaxtyping import Array, ArrayLike, PyTree
 
 from gradhpo.core.batches import batch_of_step, is_same_each_step
 from gradhpo.core.inner_optimizer import init_inner_state
-from gradhpo.core.inner_rule import gradient_by, updated_by_hand, updated_by_optax
+from gradhpo.core.inner_rule import gradient_by, solved_by, updated_by_hand, updated_by_optax
 from gradhpo.core.inner_state import InnerState, Start
 from gradhpo.core.losses import Evaluation, Result, called, train_result
 from gradhpo.core.measured import Loss, Measured, loss_of, measured
-from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, UpdateFn
+from gradhpo.core.types import GradFn, InnerOptimizer, InnerSolver, LossFn, UpdateFn
 from gradhpo.utils.foreign import (
     forget_secants,
     last_evaluation,
@@ -56,6 +56,8 @@ class InnerStep(eqx.Module):
     # core/start.py has the consequences.
     fresh: Array | None = None
     start: Start | None = None
+    # Takes the place of all inner steps; `update_fn` is then the equation that it solves.
+    inner_solver: InnerSolver | None = None
     # Whether `step` also gives the loss to optax. `vjp` never does: the derivative would miss how
     # what optax does with the loss depends on w and the hyperparameters.
     passes_loss: bool = eqx.field(static=True, default=False)
@@ -124,8 +126,12 @@ class InnerStep(eqx.Module):
         """`(z', training loss before the update)`, the loss as `Measured` if it has metrics.
 
         It comes free with its gradient. With a `grad_fn` or an `update_fn` it is extra work,
-        done only if `want_loss`; otherwise it is `nan`.
+        done only if `want_loss`; otherwise it is `nan`. With an `inner_solver` it is that at the
+        solution.
         """
+        if self.inner_solver is not None:
+            new = self.solved(z, hyperparams, t)
+            return new, self.loss_if(want_loss, new, hyperparams, t)
         if self.update_fn is not None:
             new_w, r = self.updated_by_hand(z, hyperparams, t)
             return z._replace(w=new_w, r=r), self.loss_if(want_loss, z, hyperparams, t)
@@ -306,6 +312,13 @@ class InnerStep(eqx.Module):
         objective = lambda w: self.train_loss(z._replace(w=w), hyperparams, t)
         given = gradient, z.s, z.w, hyperparams, objective
         return updated_by_optax(self.inner_optimizer, *given, **dict(of_loss))
+
+    def solved(self, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> InnerState:
+        """What `inner_solver` makes of the parameters and the running state, as a constant."""
+        assert self.inner_solver is not None
+        params, batch = eqx.combine(z.w, self.frozen), self.batch(t)
+        w, r = solved_by(self.inner_solver, params, z.w, hyperparams, batch, z.r)
+        return z._replace(w=w, r=r)
 
     def updated_by_hand(self, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> Result:
         """The parameters by `update_fn`, and the new running state."""

@@ -25,7 +25,7 @@ from gradhpo.core.losses import called, train_result, val_result
 from gradhpo.core.measured import Loss, measured
 from gradhpo.core.start import act_at_start
 from gradhpo.core.state import inner_state
-from gradhpo.core.types import GradFn, InnerOptimizer, LossFn, UpdateFn
+from gradhpo.core.types import GradFn, InnerOptimizer, InnerSolver, LossFn, UpdateFn
 from gradhpo.utils.foreign import NO_DERIVATIVE, is_custom_vjp, is_recomputed
 from gradhpo.utils.freezing import not_trained
 from gradhpo.utils.programs import bytes_computed, contains, inputs_read, readings
@@ -105,7 +105,7 @@ class Problem(NamedTuple):
     def functions(self) -> list[Any]:
         """The user's functions in it, which a warning is about."""
         phi = self.phi
-        rule = phi.update_fn or phi.grad_fn or phi.inner_optimizer
+        rule = phi.inner_solver or phi.update_fn or phi.grad_fn or phi.inner_optimizer
         return [phi.train_loss_fn, self.validation.val_loss_fn, rule]
 
 
@@ -113,6 +113,7 @@ def make_problem(
     inner_optimizer: InnerOptimizer | None,
     grad_fn: GradFn | None,
     update_fn: UpdateFn | None,
+    inner_solver: InnerSolver | None,
     inputs: Inputs,
     num_steps: int,
     passes_loss: bool,
@@ -128,7 +129,8 @@ def make_problem(
     """
     check_batches(inputs, num_steps)
     state, losses = inputs.state, inputs.losses
-    for name, function in (("grad_fn", grad_fn), ("update_fn", update_fn)):
+    rules = {"grad_fn": grad_fn, "update_fn": update_fn, "inner_solver": inner_solver}
+    for name, function in rules.items():
         if function is not None:
             check_arity(function, name, arguments_of(state.model_state))
     frozen = not_trained(state.params)
@@ -144,6 +146,7 @@ def make_problem(
         differentiated=differentiates,
         passes_loss=passes_loss,
         start=inputs.start,
+        inner_solver=inner_solver,
     )
     validation = Validation(losses.val_loss, frozen, inputs.val_batch)
     names: dict[str, tuple[str, ...]] = {}
@@ -178,7 +181,7 @@ def make_problem(
         reads_state = any(jax.tree.leaves(readings(new, of_r, by_derivative=differentiates).by()))
     elif jax.tree.leaves(of_r):
         reads_state = any(inputs_read(result_of(program, 0), by_derivative=True)[of_state])
-    if grad_fn is update_fn is None:
+    if grad_fn is update_fn is inner_solver is None:
         check_trained(program, val_program, phi, z, hyperparams)
     if differentiates:
         check_stops(phi, program, z, hyperparams)

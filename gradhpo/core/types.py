@@ -27,6 +27,11 @@ GradFn: TypeAlias = Callable[..., PyTree]
 
 With running state, `(params, hyperparams, batch, model_state) -> (gradient, new_model_state)`."""
 
+InnerSolver: TypeAlias = Callable[..., PyTree]
+"""A solver of the whole inner problem, `(params, hyperparams, batch) -> params`.
+
+With running state, `(params, hyperparams, batch, model_state) -> (params, new_model_state)`."""
+
 InnerOptimizer: TypeAlias = (
     optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation]
 )

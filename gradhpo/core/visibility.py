@@ -47,7 +47,8 @@ def seen_by(sees: Sees, problem: Problem, with_init: bool = False) -> list[bool]
     if with_init and phi.fresh is not None:
         start = readings(lambda h: started(phi, z, h)[:2], hyperparams, by_derivative=by_derivative)
         ways.append(jax.tree.leaves(start.by()))
-    if sees == "optimum":
+    # A solver has no path that could be differentiated: only its equation is.
+    if sees == "optimum" or (phi.inner_solver is not None and sees in ("last update", "updates")):
         if not phi.differentiated:  # what the gradient reads, since its derivative may not exist
             read = readings(lambda h: phi.gradient(z, h, 0), hyperparams, by_derivative=False)
             return [any(seen) for seen in zip(*ways, jax.tree.leaves(read.by()), strict=True)]
@@ -107,7 +108,8 @@ def _sees_its_gradient(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> 
 def where_it_is_cut(problem: Problem) -> str:
     """Where the derivative of what acts on training may be lost."""
     phi, _, z, hyperparams = problem
-    if phi.update_fn is None and not _sees_its_gradient(phi, z, hyperparams):
+    steps = phi.update_fn is phi.inner_solver is None
+    if steps and not _sees_its_gradient(phi, z, hyperparams):
         return IGNORES_SIZE
     return (
         "look for a stop_gradient, a round, an argmax or a cast to integers on the way to them, or "

@@ -154,8 +154,8 @@ class HypergradientCheck(Report):
                     f"{leaf}: the derivative along a random direction is {check.derivative:.4g}, "
                     f"but trainings on both sides differ by {check.difference:.4g}: part of its "
                     "effect is detached (stop_gradient: gradhpo.detach is right in second "
-                    "derivatives too), a custom derivative rule is wrong, or "
-                    "there is a kink (relu, abs) right here",
+                    "derivatives too), a custom derivative rule is wrong, an inner_solver has not "
+                    "solved its equation, or there is a kink (relu, abs) right here",
                 )
             elif check.erratic:
                 yield (

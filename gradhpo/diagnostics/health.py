@@ -157,6 +157,9 @@ def _checked_up(
     nearby = None
     if own.program is not None and nonfinite is None:
         nearby = look_nearby(own, perturb, compare)
+    # A solver has no path: the estimate itself is what differences should confirm.
+    is_solved = watched is None and optimizer.inner_solver is not None
+    exact = best.hypergradient if is_solved else watched and watched["hypergradient"]
     return HypergradientCheck(
         name=type(optimizer).__name__,
         num_steps=case.num_steps,
@@ -165,7 +168,7 @@ def _checked_up(
         nonfinite=nonfinite,
         precision=precision,
         precision_by_leaf=by_leaf,
-        finite_differences=compared(around, watched["hypergradient"]) if watched else {},
+        finite_differences={} if exact is None else compared(around, exact),
         detached=marked([a and not d for a, d in zip(acting, derived, strict=True)]),
         why_detached=where_it_is_cut(problem),
         unseen=marked([d and not s for d, s in zip(derived, seen, strict=True)]),

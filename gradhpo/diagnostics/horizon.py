@@ -12,6 +12,7 @@ from jaxtyping import Array, PyTree
 from gradhpo.algorithms.shares import StepWeights, short_horizons
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.batches import BatchStack
+from gradhpo.core.exact import check_has_path
 from gradhpo.core.inputs import LossFunctions
 from gradhpo.core.problem import Problem
 from gradhpo.core.reverse import PulledStep, cotangent_at_end, pull_through, through_start
@@ -160,6 +161,7 @@ def explain_horizon(
         ICLR 2018, arXiv:1803.02021.
     """
     check_one_problem("explain_horizon", optimizer)
+    check_has_path("explain_horizon", algorithm_of(optimizer))
     # A stack has its own length, which need not be that of a step.
     longest = {} if isinstance(train_batch, BatchStack) else {type(optimizer).__name__: optimizer}
     case = Case.create(state, train_batch, val_batch, losses, longest)

@@ -62,7 +62,10 @@ def _of_own_functions(
     algorithm = algorithm_of(optimizer)
     functions = {"grad_fn": algorithm.grad_fn, "update_fn": algorithm.update_fn}
     there = {name: function for name, function in functions.items() if function is not None}
+    # By its code alone: it may take minutes.
+    solver = algorithm.inner_solver
+    found = {} if solver is None else {"inner_solver": described_function(solver)}
     batch = feed.train_example() if there else None
     if batch is None:
-        return {name: described_function(function) for name, function in there.items()}
-    return {name: function_response(optimizer, state, batch) for name in there}
+        return found | {name: described_function(function) for name, function in there.items()}
+    return found | {name: function_response(optimizer, state, batch) for name in there}

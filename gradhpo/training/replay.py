@@ -15,7 +15,7 @@ from jaxtyping import Array, PyTree
 from gradhpo.core.algorithm import Algorithm
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.checkpoints import square_root
-from gradhpo.core.exact import ExactHypergradient, with_its_update
+from gradhpo.core.exact import ExactHypergradient, check_has_path, with_its_update
 from gradhpo.core.inputs import LossFunctions
 from gradhpo.core.measured import without_aux
 from gradhpo.core.metadata import placed_nan
@@ -155,6 +155,7 @@ def replay(
             f"replay takes an algorithm on one inner problem, and {type(optimizer).__name__} runs "
             "several: pass the optimizer inside it, with the state of one problem"
         )
+    check_has_path("replay", optimizer)
     check_count("num_steps", num_steps)
     if segment is not None:
         check_count("segment", segment, most=num_steps)

@@ -195,6 +195,7 @@ _KINDS = {
     "outer_optimizer": "an optax transformation or None",
     "adjoint_optimizer": "an optax transformation",
     "update_fn": "a function",
+    "inner_solver": "a function",
     "coordinates": "whole numbers",
     "linear_solver": "a solver",
     "key": "a PRNG key",
@@ -238,6 +239,8 @@ _INSTEAD = {
     "None",
     "adjoint_optimizer": f"an optax transformation such as optax.sgd(0.1) ({_MULTI_STEPS})",
     "update_fn": "a function (params, hyperparams, batch) -> params",
+    "inner_solver": "a function (params, hyperparams, batch) -> params that calls the solver: "
+    "lambda w, h, batch: optimistix.minimise(loss, solver, w, (h, batch)).value",
     "coordinates": "whole numbers, e.g. [0, 1, 2]",
     "linear_solver": "a lineax solver such as lineax.CG(rtol=1e-5, atol=1e-5), gradhpo.Neumann(20, "
     "0.1), or None",

@@ -55,14 +55,18 @@ def check_count(name: str, value: int, *, most: int | None = None) -> None:
         raise ValueError(f"{name} must be at least 1{upper}, got {name}={value}")
 
 
-def check_inner_rule(name: str, inner_optimizer: Any, grad_fn: Any, update_fn: Any) -> None:
-    """Exactly one of the two ways to define an inner step."""
-    if grad_fn is not None and inner_optimizer is None:
+def check_inner_rule(
+    name: str, inner_optimizer: Any, grad_fn: Any, update_fn: Any, inner_solver: Any = None
+) -> None:
+    """Exactly one of the ways to define an inner step."""
+    if inner_solver is not None:
+        _check_solver(name, inner_optimizer, grad_fn, update_fn)
+    elif grad_fn is not None and inner_optimizer is None:
         raise ValueError(
             f"{name} got a grad_fn without an inner_optimizer, which takes the gradient: pass "
             "inner_optimizer=optax.sgd(0.1) as well (an update_fn computes its own gradient)"
         )
-    if inner_optimizer is None and update_fn is None:
+    if inner_optimizer is None and update_fn is None and inner_solver is None:
         raise ValueError(
             f"{name} needs an inner update: pass inner_optimizer=optax.sgd(0.1) (or a function "
             "hyperparams -> optax transformation), or update_fn=(params, hyperparams, batch) "
@@ -95,6 +99,20 @@ def check_inner_rule(name: str, inner_optimizer: Any, grad_fn: Any, update_fn: A
                 f"{name}({argument}=...) must be a function (params, hyperparams, batch) -> "
                 f"{result}, got {function!r}"
             )
+
+
+def _check_solver(name: str, inner_optimizer: Any, grad_fn: Any, update_fn: Any) -> None:
+    if inner_optimizer is not None:
+        raise ValueError(
+            f"{name} got both inner_optimizer and inner_solver; pass only one of them, since the "
+            f"solver takes the place of all inner steps: {name}(outer_optimizer=optax.adam(0.01), "
+            "inner_solver=solver)"
+        )
+    if grad_fn is not None and update_fn is not None:
+        raise ValueError(
+            f"{name} got a grad_fn and an update_fn beside the inner_solver; pass only one of "
+            "them, since either alone says which equation the solver solves"
+        )
 
 
 def check_outer_optimizer(name: str, outer_optimizer: Any) -> None:

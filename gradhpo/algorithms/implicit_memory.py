@@ -1,0 +1,39 @@
+"""What implicit differentiation carries over, and what its metrics say of training."""
+
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from gradhpo.extend import Memory
+
+
+# The share of itself by which the validation loss may still change, before the report says so.
+_LARGE_GAP = 0.1
+
+
+class ImplicitMemory(Memory):
+    r"""What [`ImplicitOptimizer`][gradhpo.ImplicitOptimizer] carries over, with its solve metrics.
+
+    - `adjoint`: the last $q$, a tree like the parameters.
+    - `inner_residual`, `optimality_gap`, `linear_residual`, `linear_iterations`,
+        `linear_failures`: shape `()`.
+    """
+
+    adjoint: PyTree
+    inner_residual: Array
+    optimality_gap: Array
+    linear_residual: Array
+    linear_iterations: Array
+    linear_failures: Array
+
+
+def on_training(gaps: np.ndarray, remedy: str) -> str:
+    """Whether training has converged, from the `optimality_gap` of every step."""
+    gap = np.median(gaps[-max(1, len(gaps) // 4) :])
+    if not gap > _LARGE_GAP:
+        return ""
+    return (
+        "Training has not converged, or its last batch does not represent the others (nor may "
+        f"the model state have settled): training on that batch to its optimum would change the "
+        f"validation loss by {gap:.0%} (optimality_gap, median of the last quarter of the steps), "
+        f"so the hypergradient may be wrong by any factor: use {remedy}."
+    )
