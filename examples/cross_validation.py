@@ -20,6 +20,7 @@ weights fitted to all known examples with the penalties found.
 """
 
 import argparse
+import functools
 import re
 import time
 from pathlib import Path
@@ -129,13 +130,12 @@ def step(w: Array, penalties: Penalties, batch: Batch) -> Array:
 LOSSES = gradhpo.LossFunctions(loss, ELASTIC_NET.val_loss)
 
 
-def fitted(x, y, penalties: Penalties, w: np.ndarray, tolerance: float) -> np.ndarray:
+def fitted(w, x, y, l1, l2, tolerance: float = 1e-6) -> np.ndarray:
     """By scikit-learn's coordinate descent, from weights w: an elastic net or a weighted lasso.
 
     Dividing each feature by its share of the largest l1 penalty makes it an ordinary lasso.
     """
-    l1 = np.exp(np.asarray(by_feature(penalties, x.shape[1])["log_l1"]))
-    l2 = np.exp(penalties.get("log_l2", -np.inf))
+    w, x, y, l1, l2 = (np.array(a) for a in (w, x, y, l1, l2))
     share = l1 / l1.max()  # 1 in an elastic net
     found = enet_path(
         x / share, y, alphas=[l1.max() + l2], l1_ratio=l1.max() / (l1.max() + l2),
@@ -144,22 +144,31 @@ def fitted(x, y, penalties: Penalties, w: np.ndarray, tolerance: float) -> np.nd
     return found[1][:, 0] / share
 
 
-def fitted_folds(params: Array, penalties: Penalties, train, tolerance: float) -> Array:
-    """Every fold by scikit-learn."""
-    penalties = jax.tree.map(np.asarray, penalties)
-    found = np.array(params)
-    for stack, members in zip(train.stacks, train.members, strict=True):
-        for number, x, y in zip(members, np.asarray(stack.x), np.asarray(stack.y), strict=True):
-            found[number] = fitted(x, y, penalties, found[number], tolerance)
-    return jnp.asarray(found)
+def by_coordinates(w: Array, penalties: Penalties, batch: Batch, fit=fitted) -> Array:
+    """The same as an inner solver, which is called and not differentiated."""
+    each = by_feature(penalties, len(w))
+    l1, l2 = (jnp.exp(each[name]) for name in ("log_l1", "log_l2"))
+    given = w, batch.x, batch.y, jnp.broadcast_to(l1, w.shape), l2
+    return jax.pure_callback(fit, w, *given, vmap_method="sequential")
 
 
 # -- tuned -----------------------------------------------------------------------------------------
 
 
-def all_folds(params: Array, penalties: Penalties, folds) -> Array:
-    """A proximal step of every fold."""
+def step_folds(params: Array, penalties: Penalties, folds) -> Array:
+    """A proximal step of every fold; its fixed point is the optimum."""
     return folds.each(step, params, penalties)
+
+
+def fit_folds(params: Array, penalties: Penalties, folds) -> Array:
+    """Every fold by scikit-learn."""
+    return folds.each(by_coordinates, params, penalties)
+
+
+def fit_folds_closely(params: Array, penalties: Penalties, folds) -> Array:
+    """As closely as scikit-learn can."""
+    closely = functools.partial(by_coordinates, fit=functools.partial(fitted, tolerance=1e-14))
+    return folds.each(closely, params, penalties)
 
 
 # The fixed point's matrix has a block for each fold, and only weights that are not 0 count in it.
@@ -168,7 +177,8 @@ OPTIMIZER = gradhpo.ImplicitOptimizer(
     None,
     OUTER,
     linear_solver=lx.GMRES(rtol=1e-6, atol=1e-6, norm=gradhpo.tree_l2_norm),
-    update_fn=all_folds,
+    update_fn=step_folds,
+    inner_solver=fit_folds,
 )
 
 
@@ -191,10 +201,8 @@ def tuned(data: Data, steps: int, own: bool) -> Row:
         state = OPTIMIZER.init(params, penalties)
         for _ in range(steps):
             penalties = state.hyperparams
-            state = state.update(params=fitted_folds(state.params, penalties, train, 1e-6))
-            fits = state.params
             state = OPTIMIZER.step(state, train, val, losses)
-            tried.append((float(state.metadata["val_loss"]), fits, penalties))
+            tried.append((float(state.metadata["val_loss"]), state.params, penalties))
 
     if own:
         search(params, shared, SHARED)
@@ -203,13 +211,11 @@ def tuned(data: Data, steps: int, own: bool) -> Row:
     else:
         search(params, shared | {"log_l2": jnp.log(largest / 100)}, steps)
     cv_loss, fits, best = min(tried, key=lambda row: row[0])
-    best = jax.tree.map(np.asarray, best)
-    x, y = np.asarray(known.x), np.asarray(known.y)
-    w = fitted(x, y, best, np.array(jnp.mean(fits, axis=0)), 1e-7)
+    w = by_coordinates(jnp.mean(fits, axis=0), best, known)
     return Row(
         cv_loss=cv_loss,
         test_loss=error(w, data.test),
-        nonzeros=int(np.sum(w != 0)),
+        nonzeros=int(jnp.sum(w != 0)),
         fits=FOLDS * steps,
         seconds=time.perf_counter() - started,
         curve=np.asarray([row[0] for row in tried]),
@@ -280,11 +286,11 @@ def difference(data: Data, steps: int) -> float:
     )
     penalties = {"log_l1": jnp.log(0.05), "log_l2": jnp.log(0.1)}
     found = []
-    for inner_steps, w in ((1, fitted_folds(params, penalties, train, 1e-14)), (steps, params)):
+    for how in ({"inner_solver": fit_folds_closely}, {"inner_steps": steps}):
         method = gradhpo.ImplicitOptimizer(
-            None, OUTER, linear_solver=lx.LU(), inner_steps=inner_steps, update_fn=all_folds
+            None, OUTER, linear_solver=lx.LU(), update_fn=step_folds, **how
         )
-        state = method.init(w, penalties)
+        state = method.init(params, penalties)
         gradient = method.compute_hypergradient(state, train, val, losses)
         found.append(np.asarray([gradient["log_l1"], gradient["log_l2"]]))
     return float(np.max(np.abs(found[0] - found[1])) / np.max(np.abs(found[1])))
