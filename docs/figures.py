@@ -57,6 +57,7 @@ FIGURES = {
     "nonstationary": Figure("nonstationary.py"),
     "learned_learning_rates": Figure("learned_learning_rates.py"),
     "regularisation": Figure("regularisation.py"),
+    "cross_validation": Figure("cross_validation.py"),
     "compressed_sensing": Figure("compressed_sensing.py"),
     "learned_schedule": Figure("learned_schedule.py"),
     "optimizer_hyperparameters": Figure("optimizer_hyperparameters.py"),

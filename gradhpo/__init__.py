@@ -33,6 +33,7 @@ from gradhpo.core.types import (
     UpdateFn,
 )
 from gradhpo.data.arrays import ArrayData
+from gradhpo.data.cross_validation import cross_validation
 from gradhpo.data.loaders import iterate
 from gradhpo.diagnostics.compare import compare_hypergradients
 from gradhpo.diagnostics.finite_difference import finite_difference_hypergradient
@@ -125,6 +126,7 @@ __all__ = [
     "chunked_cross_entropy",
     "compare_hypergradients",
     "compare_over_batches",
+    "cross_validation",
     "detach",
     "explain_horizon",
     "finite_difference_hypergradient",

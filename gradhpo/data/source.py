@@ -16,6 +16,7 @@ from jaxtyping import Array, PyTree
 
 from gradhpo.core.batches import BatchStack, DrawnStack
 from gradhpo.data.arrays import ArrayData, stacked
+from gradhpo.data.folds import Folds
 from gradhpo.utils.conversion import foreign_as_arrays
 from gradhpo.utils.description import described, described_arrays
 from gradhpo.utils.dispatch import compiled
@@ -191,6 +192,8 @@ class OnDevice(Source):
         batches = self._batches
         if isinstance(batches, Generated) and isinstance(batches.function, ArrayData):
             return batches.function.num_examples
+        if isinstance(batches, Fixed) and isinstance(batches.value, Folds):
+            return batches.value.num_examples
         arrays = [x for x in jax.tree.leaves(batches) if eqx.is_array(x) and not is_key(x)]
         lengths = {x.shape[0] if x.ndim else None for x in arrays}
         # A single array may be anything; several of one length are examples with their labels.
