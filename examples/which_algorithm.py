@@ -18,6 +18,7 @@ where_algorithms_fail.py.
 """
 
 import argparse
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -56,8 +57,16 @@ class Problem(NamedTuple):
         return gradhpo.BatchStack(jax.lax.map(self.source, first + jnp.arange(steps)))
 
 
-def estimators(inner: Any, steps: int, implicit: Any, *, forward: bool = False) -> dict[str, Any]:
-    """All of them over one horizon; forward mode if there are few hyperparameters."""
+def estimators(
+    inner: Any, steps: int, implicit: Any, *, forward: bool = False, **natural: Any
+) -> dict[str, Any]:
+    """All of them over one horizon; forward mode if there are few hyperparameters.
+
+    `natural` has settings of `NHGDOptimizer`. BOME is missing: what it follows is a direction for
+    parameters and hyperparameters together, and no hypergradient.
+    """
+    over: dict[str, Any] = {"inner_steps": steps}
+    natural = {"structure": "kronecker"} | natural | over
     found = {
         "first order": gradhpo.FOOptimizer(inner),
         "one step": gradhpo.OneStepOptimizer(inner),
@@ -67,6 +76,11 @@ def estimators(inner: Any, steps: int, implicit: Any, *, forward: bool = False) 
         "truncated, last 5": gradhpo.UnrolledOptimizer(inner, unroll_steps=steps, truncation=5),
         "DrMAD": gradhpo.DrMADOptimizer(inner, unroll_steps=steps),
         "implicit": gradhpo.ImplicitOptimizer(inner, linear_solver=implicit, inner_steps=steps),
+        "natural": gradhpo.NHGDOptimizer(inner, **natural),
+        "SOBA": gradhpo.SOBAOptimizer(
+            inner, **over, adjoint_steps=steps, adjoint_optimizer=MOMENTUM
+        ),
+        "F2SA": gradhpo.PenaltyOptimizer(inner, **over),
     }
     if forward:
         found["forward mode"] = gradhpo.ForwardModeOptimizer(inner, unroll_steps=steps)
@@ -81,11 +95,11 @@ def new_state(inner: Any, params: Any, hyperparams: Any, source: Any) -> gradhpo
 
 
 def trained(problem: Problem, steps: int) -> Problem:
-    """The same problem later: plain inner steps, with the hyperparameters held fixed."""
-    plain = gradhpo.UnrolledOptimizer(problem.inner, unroll_steps=steps, truncation=1)
+    """The same problem later: plain inner steps. What HyperDistill remembers stays with it."""
+    plain = gradhpo.FixedOptimizer(problem.inner, inner_steps=steps)
     data = (problem.batches(steps, first=10_000), problem.val)
-    pair = (problem.losses.train_loss, problem.losses.val_loss)
-    return problem._replace(state=plain.step(problem.state, *data, *pair, lr_hyper=0.0))
+    after = plain.step(plain.adopt(problem.state), *data, problem.losses)
+    return problem._replace(state=dataclasses.replace(after, memory=problem.state.memory))
 
 
 # ---------------------------------------------------------------------------- the four problems
@@ -156,8 +170,12 @@ def logistic(w: Array, batch: tuple[Array, Array]) -> Array:
     return jnp.mean(jax.nn.softplus(-y * (x @ w[:-1] + w[-1])))
 
 
+def penalty(w: Array, h: dict[str, Array]) -> Array:
+    return jnp.sum(jnp.exp(h["log_penalty"]) * w[:-1] ** 2) / 2
+
+
 def penalised(w: Array, h: dict[str, Array], batch: tuple[Array, Array]) -> Array:
-    return logistic(w, batch) + jnp.sum(jnp.exp(h["log_penalty"]) * w[:-1] ** 2) / 2
+    return logistic(w, batch) + penalty(w, h)
 
 
 def unpenalised(w: Array, h: dict[str, Array], batch: tuple[Array, Array]) -> Array:
@@ -381,7 +399,8 @@ def tell_penalties(session: Session, seed: int) -> None:
         places["at the optimum, 500 steps"] = (trained(problem, 3_000), 500)
     for when, (at, steps) in places.items():
         title = f"tuned: penalties, rate and momentum, {when}"
-        everyone = estimators(at.inner, steps, None, forward=True)
+        natural = {"structure": "dense", "per_example": True, "penalty": penalty}
+        everyone = estimators(at.inner, steps, None, forward=True, **natural)
         report = session.compare(title, at, everyone, steps)
         session.tell(f"{title}: leaf by leaf", leaves_of(report), 0.0)
 
@@ -425,7 +444,8 @@ def overview(session: Session) -> Any:
         for name, value in report.cosine.items():
             if not report.sees_none(name):
                 cosines[names.index(name), j] = value
-    figure, ax = plt.subplots(figsize=(3 + 1.05 * len(compared), 4.6), layout="constrained")
+    size = (3 + 1.05 * len(compared), 1 + 0.38 * len(names))
+    figure, ax = plt.subplots(figsize=size, layout="constrained")
     image = ax.imshow(cosines, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
     for (i, j), value in np.ndenumerate(cosines):
         report = list(compared.values())[j]
