@@ -391,3 +391,21 @@ print("RESULT" + json.dumps({{
                 assert rows[name][1] > rows["descents, noise"][0], name
     _, _, high = often["descents, noise"]
     assert high < often["PBT, noise, 3 x the members"][1] < often["descents alone"][1]
+
+
+@pytest.mark.slow
+def test_tuned_weights_follow_sources_that_drift(tmp_path):
+    """Lower regret than equal weights; the regret of an average over time is higher."""
+    program = f"""
+import json, nonstationary
+rows = nonstationary.main(["--seeds=5", "--output", {str(tmp_path / "picture.png")!r}])
+print("RESULT" + json.dumps({{
+    name: [float(x) for x in nonstationary.after_start(row.regret)] for name, row in rows.items()
+}}))
+"""
+    found = json.loads(python("-c", program).stdout.split("RESULT")[1])
+    median = lambda name: sorted(found[name])[2]
+    smoothed = {"unrolled": "unrolled, smoothed", "implicit": "implicit, smoothed"}
+    for name in ("unrolled", "implicit", "FuncID"):
+        assert median("the right sources, given") < median(name) < median("equal weights")
+        assert median(name) < median(smoothed.get(name, "SmoothFBO"))
