@@ -14,6 +14,7 @@ from benchmarks.costs.functional import gradients_of_functional
 from benchmarks.costs.methods import (
     flops_ratio,
     forward_program,
+    gradients_per_direction,
     gradients_per_hyperparameter,
     gradients_per_iteration,
 )
@@ -144,6 +145,13 @@ def test_forward_mode_costs_two_gradients_per_hyperparameter_and_no_memory_per_s
         forward_program(4, steps, batch_size=32).temporary_bytes for steps in (10, 10_000)
     )
     assert large <= small + 2**10
+
+
+@pytest.mark.thorough
+def test_a_direction_costs_two_gradients_or_two_trainings():
+    assert gradients_per_direction(gradhpo.ForwardGradientOptimizer, depth=3) <= 2
+    # Two steps, and two losses: a third of a gradient each.
+    assert gradients_per_direction(gradhpo.EvolutionOptimizer, depth=3) <= 2 + 2 / 3
 
 
 @pytest.mark.thorough

@@ -106,7 +106,7 @@ def print_distilled() -> None:
         )
 
 
-# --- `roads`: forward mode by the hyperparameter, implicit differentiation by the iteration ----
+# --- `roads`: by the hyperparameter, by the direction, and by the iteration of a solver ---------
 
 
 def forward_program(count: int, steps: int, *, batch_size: int = 128, depth: int = 1) -> Program:
@@ -191,6 +191,11 @@ def print_roads() -> None:
     print("\nForward mode: what one hyperparameter adds to an inner step, in training gradients")
     for depth in (1, 3, 6):
         print(f"  {depth} hidden layer(s), batch 128: {gradients_per_hyperparameter(depth):.2f}")
+    print("\nForward gradients, evolution (windows of one step): what one more direction adds")
+    for depth in (1, 3, 6):
+        kinds = gradhpo.ForwardGradientOptimizer, gradhpo.EvolutionOptimizer
+        added = " / ".join(f"{gradients_per_direction(cls, depth):.2f}" for cls in kinds)
+        print(f"  {depth} hidden layer(s), batch 128: {added}")
     print("\nForward mode: temporary memory and seconds to compile (4 learning rates, batch 32)")
     for steps in (10, 100, 10_000):
         start = time.perf_counter()
