@@ -14,6 +14,7 @@ from sklearn.linear_model import Lasso, LogisticRegression
 from test_implicit import TIGHT, data, logistic, ridge
 
 import gradhpo
+from gradhpo.extend import solve_system
 
 
 OUTER = optax.sgd(0.1)
@@ -113,6 +114,7 @@ def test_by_lbfgs_in_a_loop_until_it_converges():
         check_against(problem, solve)
 
 
+@pytest.mark.thorough
 def test_by_scikit_learn():
     problem = logistic()
     x, y, _, _, _ = data(2)
@@ -159,6 +161,7 @@ def proximal(w, h, batch):
     return jnp.sign(w) * jax.nn.relu(jnp.abs(w) - 0.3 * jnp.exp(h))
 
 
+@pytest.mark.thorough
 def test_the_lasso_by_the_equation_of_its_fixed_point():
     optimizer = solved(lasso, update_fn=proximal)
     h = np.log(0.5)
@@ -211,6 +214,7 @@ def test_only_the_support_of_a_sparse_solution_is_solved(features, active):
     assert found[active - 1].get_metric("linear_failures") == 1
 
 
+@pytest.mark.thorough
 def test_support_is_for_fixed_points_with_zeros_that_stay():
     state = started()
     for settings in ({}, {"update_fn": lambda w, h, b: w - 0.1 * jax.grad(penalised)(w, h, b)}):
@@ -219,7 +223,7 @@ def test_support_is_for_fixed_points_with_zeros_that_stay():
         assert after.get_metric("linear_failures") == 1
     system = {"symmetric": False, "guess": jnp.zeros(3), "shift": jnp.zeros(())}
     with pytest.raises(ValueError, match="which parameters are 0"):
-        gradhpo.extend.solve_system(lambda v: v, jnp.ones(3), gradhpo.Support(3), **system)
+        solve_system(lambda v: v, jnp.ones(3), gradhpo.Support(3), **system)
 
 
 def test_a_gradient_written_by_hand_beside_it():
@@ -245,6 +249,7 @@ def test_it_starts_from_the_current_parameters():
     np.testing.assert_allclose(state.hyperparams, other.hyperparams, rtol=1e-12)
 
 
+@pytest.mark.thorough
 def test_running_state():
     """A solver of models with a state returns the state at its solution too."""
 
