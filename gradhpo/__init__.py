@@ -46,6 +46,8 @@ from gradhpo.diagnostics.planning import plan
 from gradhpo.diagnostics.retraining import retraining_score
 from gradhpo.solvers.neumann import Neumann
 from gradhpo.solvers.nystrom import Nystrom
+from gradhpo.solvers.solution import implicit_solution
+from gradhpo.solvers.support import Support
 from gradhpo.training.checkpoint import Checkpoint, load_checkpoint
 from gradhpo.training.controls import BestState, EarlyStopping, TimeLimit
 from gradhpo.training.history import History
@@ -117,6 +119,7 @@ __all__ = [
     "Replay",
     "ResampleMutation",
     "SOBAOptimizer",
+    "Support",
     "T1T2Optimizer",
     "TaskBatched",
     "TimeLimit",
@@ -131,6 +134,7 @@ __all__ = [
     "explain_horizon",
     "finite_difference_hypergradient",
     "frozen",
+    "implicit_solution",
     "iterate",
     "leave_out",
     "load_checkpoint",

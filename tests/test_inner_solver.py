@@ -9,11 +9,12 @@ import numpy as np
 import optax
 import optimistix
 import pytest
-from helpers import assert_same
+from helpers import assert_same, quick
 from sklearn.linear_model import Lasso, LogisticRegression
 from test_implicit import TIGHT, data, logistic, ridge
 
 import gradhpo
+from gradhpo.extend import solve_system
 
 
 OUTER = optax.sgd(0.1)
@@ -113,6 +114,7 @@ def test_by_lbfgs_in_a_loop_until_it_converges():
         check_against(problem, solve)
 
 
+@pytest.mark.thorough
 def test_by_scikit_learn():
     problem = logistic()
     x, y, _, _, _ = data(2)
@@ -159,6 +161,7 @@ def proximal(w, h, batch):
     return jnp.sign(w) * jax.nn.relu(jnp.abs(w) - 0.3 * jnp.exp(h))
 
 
+@pytest.mark.thorough
 def test_the_lasso_by_the_equation_of_its_fixed_point():
     optimizer = solved(lasso, update_fn=proximal)
     h = np.log(0.5)
@@ -173,6 +176,54 @@ def test_the_lasso_by_the_equation_of_its_fixed_point():
     slope = -np.linalg.solve(x.T @ x / 30, np.sign(w[active])) * np.exp(h)
     # Both are exact at this w, which is the solution to 1e-12.
     np.testing.assert_allclose(found, (v @ w[active] - U) @ v @ slope / 20, rtol=1e-8)
+
+
+def sparse(features, active, examples=400, alpha=0.1):
+    """A lasso whose solution is known: from the signs on its support follows the data."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(examples, features)) * np.where(np.arange(features) < active, 1, 0.5)
+    w = np.where(np.arange(features) < active, random.choice([-1.0, 1.0], features), 0)
+    on, signs = x[:, :active], w[:active]
+    left = examples * alpha * on @ np.linalg.solve(on.T @ on, signs)
+    assert np.max(np.abs(x[:, active:].T @ left)) < examples * alpha  # so that they stay out
+    slope = -alpha * np.linalg.solve(on.T @ on / examples, signs)
+    return (jnp.asarray(x), jnp.asarray(x @ w + left)), jnp.asarray(w), slope
+
+
+@pytest.mark.parametrize(("features", "active"), quick([(60, 5), (10_000, 50)], keep=[(60, 5)]))
+def test_only_the_support_of_a_sparse_solution_is_solved(features, active):
+    batch, w, slope = sparse(features, active)
+    known = lambda params, h, batch: w
+    toward = jnp.asarray(np.random.default_rng(1).normal(size=features))
+    val_loss = lambda w, h, batch: jnp.sum((w - toward) ** 2) / 2
+    h = jnp.log(jnp.asarray(0.1))
+    expected = np.sum((np.asarray(w - toward))[:active] * slope)
+    found = {}
+    for most in (active, active - 1):
+        support = gradhpo.Support(max_active=most)
+        optimizer = solved(known, update_fn=proximal, linear_solver=support)
+        state = optimizer.init(jnp.zeros(features), h)
+        found[most] = optimizer.step(state, batch, None, fit, val_loss)
+    end = found[active]
+    assert end.get_metric("inner_residual") < 1e-12
+    # A direct solve of a system with a condition number below 10.
+    np.testing.assert_allclose(end.hyperparams, h - 0.1 * expected, rtol=1e-8)
+    assert end.get_metric("linear_failures") == 0
+    assert end.get_metric("linear_residual") < 1e-10
+    assert end.get_metric("linear_iterations") == active
+    assert found[active - 1].get_metric("linear_failures") == 1
+
+
+@pytest.mark.thorough
+def test_support_is_for_fixed_points_with_zeros_that_stay():
+    state = started()
+    for settings in ({}, {"update_fn": lambda w, h, b: w - 0.1 * jax.grad(penalised)(w, h, b)}):
+        optimizer = solved(lambda w, h, batch: w, linear_solver=gradhpo.Support(5), **settings)
+        after = optimizer.step(state, TRAIN, VAL, LOSSES)  # all are 0, and none of them stays
+        assert after.get_metric("linear_failures") == 1
+    system = {"symmetric": False, "guess": jnp.zeros(3), "shift": jnp.zeros(())}
+    with pytest.raises(ValueError, match="which parameters are 0"):
+        solve_system(lambda v: v, jnp.ones(3), gradhpo.Support(3), **system)
 
 
 def test_a_gradient_written_by_hand_beside_it():
@@ -198,6 +249,7 @@ def test_it_starts_from_the_current_parameters():
     np.testing.assert_allclose(state.hyperparams, other.hyperparams, rtol=1e-12)
 
 
+@pytest.mark.thorough
 def test_running_state():
     """A solver of models with a state returns the state at its solution too."""
 

@@ -271,6 +271,7 @@ class ImplicitOptimizer(Algorithm):
                 guess=memory.adjoint,
                 shift=damping,
                 numbered=numbered,
+                point=w,
             )
         except ValueError as error:
             kind = f"ImplicitOptimizer(linear_solver={type(solver).__name__}(...))"

@@ -87,6 +87,9 @@ class Nystrom(lx.AbstractLinearSolver[_LowRank]):
     approximates: ClassVar[bool] = True
     """It is not the inverse, and has derivatives of its own."""
 
+    needs_symmetry: ClassVar[bool] = True
+    """It takes the operator to be symmetric."""
+
     def __check_init__(self):
         check_count("rank", self.rank)
         check_setting("damping", self.damping, lambda x: x > 0, "positive")

@@ -12,7 +12,13 @@ from jaxtyping import Array, PyTree
 
 from gradhpo.solvers.conjugate import ConjugateGradients
 from gradhpo.utils.axes import with_automatic_axes
-from gradhpo.utils.trees import all_finite, tree_dot, tree_l2_norm
+from gradhpo.utils.trees import (
+    accumulation_dtype,
+    all_finite,
+    tree_dot,
+    tree_l2_norm,
+    tree_zeros_like,
+)
 
 
 class LinearSolution(NamedTuple):
@@ -38,6 +44,7 @@ def solve_system(
     guess: PyTree,
     shift: Array,
     numbered: Callable[[PyTree, Array], PyTree] | None = None,
+    point: PyTree | None = None,
 ) -> LinearSolution:
     r"""$q = A^{-1} b$ for $A v$ = `product(v)` and $b$ = `rhs`, which may be differentiated.
 
@@ -60,6 +67,8 @@ def solve_system(
     - `shift`: which multiple of $I$ is in $A$, shape `()`, for solvers that ask.
     - `numbered`: product number `k` with a tree like `rhs`, from 0, for solvers that take a
         different $A$ each time ([`Neumann`][gradhpo.Neumann] with `fresh_batches`).
+    - `point`: the parameters that $A$ is at, a tree like `rhs`, for solvers that ask
+        ([`Support`][gradhpo.Support]).
 
     **Returns:** a `LinearSolution`; a solve that fails raises nothing.
 
@@ -83,10 +92,30 @@ def solve_system(
     if getattr(solver, "approximates", False):
         solve = _Solve(solver, symmetric, guess, image, shift, numbered)
         return LinearSolution(*solve(product, rhs))
-    arrays, rest = eqx.partition((solver, guess, image, shift), eqx.is_array)
-    solver, guess, image, shift = eqx.combine(jax.lax.stop_gradient(arrays), rest)
-    solve = _Solve(solver, symmetric, guess, image, shift)
+    arrays, rest = eqx.partition((solver, guess, image, shift, point), eqx.is_array)
+    solver, guess, image, shift, point = eqx.combine(jax.lax.stop_gradient(arrays), rest)
+    solve = _Solve(solver, symmetric, guess, image, shift, point=point)
     return LinearSolution(*_solved(eqx.filter_closure_convert(product, rhs), rhs, solve=solve))
+
+
+def solve_linearly(
+    product: Callable[[PyTree], PyTree],
+    rhs: PyTree,
+    solver: lx.AbstractLinearSolver,
+    *,
+    symmetric: bool,
+) -> PyTree:
+    r"""$A^{-1} b$ from 0, linear in $b$: for the tangents of a derivative rule, in every mode.
+
+    NaN where the solver gives up.
+    """
+    if isinstance(solver, lx.CG):
+        solver = ConjugateGradients(solver)
+    arrays, rest = eqx.partition(solver, eqx.is_array)
+    solver = eqx.combine(jax.lax.stop_gradient(arrays), rest)
+    nowhere = jax.tree.map(jnp.zeros_like, rhs)
+    solve = _Solve(solver, symmetric, nowhere, nowhere, jnp.zeros((), accumulation_dtype(rhs)))
+    return solve.derived(product, rhs, or_nan=True)
 
 
 class _Square(lx.FunctionLinearOperator):
@@ -109,6 +138,7 @@ class _Solve(eqx.Module):
     image: PyTree  # of the guess
     shift: Array
     numbered: Callable | None = None
+    point: PyTree | None = None
 
     def __call__(self, product: Callable, rhs: PyTree) -> tuple[PyTree, Array, Array]:
         """The solution, whether it failed, and iterations."""
@@ -134,6 +164,7 @@ class _Solve(eqx.Module):
         operator = _Square(product, jax.eval_shape(lambda: rhs), tags)
         options = {"y0": self.guess, "image": self.image, "shift": self.shift}
         options |= {} if self.numbered is None else {"numbered": self.numbered}
+        options |= {} if self.point is None else {"point": self.point}
         # Not by `lx.linear_solve`, whose derivatives are not needed here (`_solved` has them) and
         # whose primitive loses the shardings of explicit mesh axes.
         state = self.solver.init(operator, options)
@@ -142,17 +173,31 @@ class _Solve(eqx.Module):
         failed |= ~all_finite(value)
         return value, (failed, jnp.asarray(statistics.get("num_steps", 0)))
 
-    def derived(self, product: Callable, rhs: PyTree) -> PyTree:
-        """The solution alone, linear in `rhs`, with derivatives in every mode and of any order."""
+    def derived(self, product: Callable, rhs: PyTree, *, or_nan: bool = False) -> PyTree:
+        """The solution alone, linear in `rhs`, with derivatives in every mode and of any order.
+
+        `or_nan`: it is NaN where a solve fails.
+        """
         nowhere = jax.tree.map(jnp.zeros_like, self.guess)
-        transposed = _Solve(self.solver, self.symmetric, nowhere, nowhere, self.shift)
+        transposed = dataclasses.replace(self, guess=nowhere, image=nowhere, numbered=None)
         return jax.lax.custom_linear_solve(
             product,
             rhs,
-            solve=lambda product, rhs: self(product, rhs)[0],
-            transpose_solve=lambda product, rhs: transposed(product, rhs)[0],
+            solve=lambda product, rhs: self._value(product, rhs, or_nan),
+            transpose_solve=lambda product, rhs: transposed._value(product, rhs, or_nan),
             symmetric=self.symmetric,
         )
+
+    def _value(self, product: Callable, rhs: PyTree, or_nan: bool) -> PyTree:
+        if not or_nan:
+            return self(product, rhs)[0]
+
+        def solved(rhs: PyTree) -> PyTree:
+            value, failed, _ = self(product, rhs)
+            return jax.tree.map(lambda x: jnp.where(failed, jnp.full_like(x, jnp.nan), x), value)
+
+        anything = jnp.any(jnp.stack([jnp.any(x != 0) for x in jax.tree.leaves(rhs)]))
+        return jax.lax.cond(anything, solved, tree_zeros_like, rhs)
 
 
 @eqx.filter_custom_jvp
