@@ -305,3 +305,38 @@ def test_equal_folds_are_tasks_as_well():
     [of_train], [of_val] = train.stacks, val.stacks
     apart = tasks.compute_hypergradient(state, of_train, of_val, LOSSES)
     np.testing.assert_allclose(together, apart, rtol=EXACT)
+
+
+@pytest.mark.thorough
+def test_sure_of_soft_thresholding_is_its_closed_form():
+    """Two models with one outer loss; the degrees of freedom are the numbers above the threshold.
+
+    SURE = sum of min(y², λ²) / n - σ² + 2σ² #{|y| > λ} / n, whose last term is piecewise constant.
+    """
+    y = 2 * jax.random.normal(jax.random.key(0), (40,))
+    size, sigma, epsilon = 40, 0.8, 1e-6  # no |y| is so near to the threshold
+    delta = jax.random.rademacher(jax.random.key(1), (size,), y.dtype)
+    both = jnp.stack([y, y + epsilon * delta])
+
+    def step(w, log_threshold, targets):
+        moved = w - 0.5 * (w - targets)
+        return jnp.sign(moved) * jax.nn.relu(jnp.abs(moved) - 0.5 * jnp.exp(log_threshold))
+
+    def train_loss(w, log_threshold, targets):
+        return jnp.sum((w - targets) ** 2) / 2 + jnp.exp(log_threshold) * jnp.sum(jnp.abs(w))
+
+    def sure(w, log_threshold, targets):
+        df = jnp.sum(delta * (w[1] - w[0])) / epsilon
+        return jnp.mean((targets[0] - w[0]) ** 2) - sigma**2 + 2 * sigma**2 * df / size
+
+    optimizer = gradhpo.ImplicitOptimizer(None, optax.sgd(0.1), inner_steps=80, update_fn=step)
+    threshold = 0.9
+    state = optimizer.init(jnp.zeros((2, size)), jnp.log(threshold))
+    found = optimizer.compute_hypergradient(state, both, both, train_loss, sure)
+    state = optimizer.step(state, both, both, train_loss, sure)
+    above = np.abs(np.asarray(y)) > threshold
+    value = np.mean(np.minimum(y**2, threshold**2)) + sigma**2 * (2 * np.mean(above) - 1)
+    # A difference quotient of numbers with 16 digits, over 1e-6.
+    np.testing.assert_allclose(state.metadata["val_loss"], value, rtol=1e-8)
+    slope = 2 * threshold**2 * np.mean(above)  # by the logarithm
+    np.testing.assert_allclose(found, slope, rtol=1e-6)
