@@ -36,7 +36,7 @@ from benchmarks.costs import (
     run_memory,
     scaling,
 )
-from benchmarks.peers import budget, earlier, implicit, pytorch
+from benchmarks.peers import benchopt, budget, earlier, implicit, pytorch
 from benchmarks.trust import calibration
 
 
@@ -68,6 +68,7 @@ TABLES = {
     "earlier": earlier.print_earlier,
     "torch": pytorch.print_pytorch,
     "implicit": implicit.print_implicit,
+    "benchopt": benchopt.print_benchopt,
     "budget": budget.print_budget,
 }
 # About the device and not about ratios on it: made on request, and saved under the device's name.

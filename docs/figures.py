@@ -52,6 +52,7 @@ FIGURES = {
     "short_horizon": Figure("reading/short_horizon.py"),
     # examples
     "data_hypercleaning": Figure("data_hypercleaning.py"),
+    "penalty_methods": Figure("penalty_methods.py"),
     "data_attribution": Figure("data_attribution.py"),
     "population": Figure("population.py"),
     "nonstationary": Figure("nonstationary.py"),

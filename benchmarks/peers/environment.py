@@ -25,7 +25,8 @@ from typing import Any
 WORKERS = Path(__file__).parent / "workers"
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / "benchmarks" / ".peers"
-INSTALLING, ANSWERING = 1800.0, 900.0  # limits in seconds for pip and for an answer
+# Limits in seconds for pip, for git, and for an answer.
+INSTALLING, CLONING, ANSWERING = 1800.0, 300.0, 900.0
 
 
 class PeerError(Exception):
@@ -58,6 +59,37 @@ def python_of(requirements: Sequence[str]) -> Path:
         reason = f"{type(error).__name__}: {error}"
     shutil.rmtree(directory, ignore_errors=True)
     raise PeerError(f"does not install: {reason}")
+
+
+def clone_of(url: str, commit: str) -> Path:
+    """A program that no index has: this commit of its repository.
+
+    Raises `PeerError` with the last line of git where it cannot be had.
+    """
+    directory = CACHE / f"{Path(url).stem}-{commit[:8]}"
+    if (directory / "cloned").exists():
+        return directory
+    print(f"  (cloning {url})", file=sys.stderr, flush=True)
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.parent.mkdir(exist_ok=True)
+    commands = [
+        ["git", "clone", "--quiet", url, directory],
+        ["git", "-C", directory, "checkout", "--quiet", commit],
+    ]
+    try:
+        for command in commands:
+            subprocess.run(command, capture_output=True, text=True, timeout=CLONING, check=True)
+    except subprocess.TimeoutExpired:
+        reason = f"git takes more than {CLONING:.0f} s"
+    except subprocess.CalledProcessError as error:
+        reason = (error.stderr.splitlines() or ["git gave no reason"])[-1]
+    except OSError as error:
+        reason = f"{type(error).__name__}: {error}"
+    else:
+        (directory / "cloned").touch()
+        return directory
+    shutil.rmtree(directory, ignore_errors=True)
+    raise PeerError(f"cannot be cloned: {reason}")
 
 
 class Worker:
