@@ -234,7 +234,7 @@ def test_episodes_draw_anew_and_a_refused_step_spends_its_draw():
         )  # fmt: skip
         noises.append(np.asarray(state.memory.noise))
     assert not np.any(noises[0] == noises[1])
-    assert state.memory.begins  # the next step begins an episode
+    assert state.memory.starts_anew  # the next step begins an episode
     nan = lambda w, h, batch: towards(w, h, batch) * batch
     after = optimizer.step(state, jnp.nan, None, nan, distance)
     assert after.get_metric("rejected") == 1

@@ -37,13 +37,13 @@ class EvolutionMemory(Memory):
         $\lambda - \varepsilon$: leaves `[2, directions, ...]`.
     - `noise`: $\varepsilon$, or with one noise for each window the sum of those of the episode:
         like the hyperparameters, leaves `[directions, ...]`.
-    - `begins`: whether an episode begins, and perturbed runs start anew.
+    - `starts_anew`: whether the next step begins an episode, with new perturbed runs.
     - `draws`: the key of the noise, and how often it was drawn from.
     """
 
     perturbed: InnerState
     noise: PyTree
-    begins: Bool[Array, ""]
+    starts_anew: Bool[Array, ""]
     draws: Draws
 
 
@@ -91,7 +91,7 @@ class EvolutionOptimizer(Algorithm):
     [`run`][gradhpo.run], which starts new perturbed runs with each episode. Without episodes NRES
     follows the directions that it drew first, for ever; `run` warns.
 
-    The memory, `state.memory`: `perturbed` runs, `noise`, `begins` and `draws`.
+    The memory, `state.memory`: `perturbed` runs, `noise`, `starts_anew` and `draws`.
 
     **Raises:** `ValueError` for counts below 1, or `sigma <= 0`.
 
@@ -203,7 +203,7 @@ class EvolutionOptimizer(Algorithm):
         self, memory: EvolutionMemory, z: InnerState, hyperparams: PyTree
     ) -> EvolutionMemory:
         """The next step starts new perturbed runs."""
-        return dataclasses.replace(memory, begins=jnp.ones_like(memory.begins))
+        return dataclasses.replace(memory, starts_anew=jnp.ones_like(memory.starts_anew))
 
     def after_refusal(self, old: EvolutionMemory, new: EvolutionMemory) -> EvolutionMemory:
         """The old one, but the draw is spent: an episode that begins again has other noise."""
@@ -215,7 +215,7 @@ class EvolutionOptimizer(Algorithm):
         normal = random_directions(jax.random.normal, key, hyperparams, self.num_directions)
         drawn = jax.tree.map(lambda x: self.sigma.astype(x.dtype) * x, normal)
         begins = lambda new, old: jax.tree.map(
-            lambda x, y: jnp.where(memory.begins, x, y), new, old
+            lambda x, y: jnp.where(memory.starts_anew, x, y), new, old
         )
         if self.noise == "episode":
             epsilon = noise = begins(drawn, memory.noise)
@@ -234,7 +234,7 @@ class EvolutionOptimizer(Algorithm):
         perturbed, (plus, minus) = jax.vmap(jax.vmap(window))(perturbed, both)
         z, train_loss, _ = phi.rollout(z, hyperparams, 0, self.unroll_steps)
         slopes = (plus - minus) / (2 * self.sigma.astype(plus.dtype) ** 2)
-        memory = EvolutionMemory(perturbed, noise, jnp.zeros_like(memory.begins), draws)
+        memory = EvolutionMemory(perturbed, noise, jnp.zeros_like(memory.starts_anew), draws)
         hypergradient = mean_along(slopes, noise)
         return Estimate(z, hypergradient, train_loss, validation.measured(z, hyperparams), memory)
 
