@@ -15,7 +15,7 @@ penalties; the elastic net is tuned with 250, the weighted lasso with 500. With 
 group, the loss of cross-validation is far lower, and no estimate any more: the test loss is that of
 weights fitted to all known examples with the penalties found.
 
-    python examples/cross_validation.py          # 10 splits, about 5 minutes on 2 cores
+    python examples/cross_validation.py          # 10 splits, 20 minutes on 2 busy cores
     python examples/cross_validation.py --help
 """
 
