@@ -8,7 +8,7 @@ group (each feature of `diabetes`).
 `gradhpo.cross_validation` makes one problem of the 5 folds, so one hypergradient moves all
 penalties. The weights come from scikit-learn's coordinate descent, which nothing differentiates:
 implicit differentiation needs only the optimum, as the fixed point of a proximal step. The
-hypergradient is the same to 1e-8 with proximal steps alone.
+hypergradient is the same, to rounding, with proximal steps alone.
 
 A fit is one training of one fold. scikit-learn's ElasticNetCV makes 5,000 of them, 10 ratios of 100
 penalties; the elastic net is tuned with 250, the weighted lasso with 500. With a penalty for each

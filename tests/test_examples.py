@@ -205,7 +205,7 @@ def test_penalties_by_folds_match_a_grid_of_twenty_times_the_fits(tmp_path):
     for problem, many in (("diabetes", 64), ("sparse", 100)):
         cv_loss, _, fits = rows[f"{problem}: tuned, 2 penalties"]
         of_grid, _, fits_of_grid = rows[f"{problem}: ElasticNetCV"]
-        # Descent ends in a local minimum: 0.03 % above the grid's in the sparse split.
+        # 0.03 % above it in the sparse split, where descent stops.
         assert cv_loss <= 1.001 * of_grid
         assert 20 * fits <= fits_of_grid
         fitted, on_new_data, _ = rows[f"{problem}: tuned, {many} penalties"]
