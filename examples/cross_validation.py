@@ -8,14 +8,14 @@ group (each feature of `diabetes`).
 `gradhpo.cross_validation` makes one problem of the 5 folds, so one hypergradient moves all
 penalties. The weights come from scikit-learn's coordinate descent, which nothing differentiates:
 implicit differentiation needs only the optimum, as the fixed point of a proximal step. The
-hypergradient is the same to 1e-8 with proximal steps alone.
+hypergradient is the same, to rounding, with proximal steps alone.
 
 A fit is one training of one fold. scikit-learn's ElasticNetCV makes 5,000 of them, 10 ratios of 100
 penalties; the elastic net is tuned with 250, the weighted lasso with 500. With a penalty for each
 group, the loss of cross-validation is far lower, and no estimate any more: the test loss is that of
 weights fitted to all known examples with the penalties found.
 
-    python examples/cross_validation.py          # 10 splits, about 5 minutes on 2 cores
+    python examples/cross_validation.py          # 10 splits, 20 minutes on 2 busy cores
     python examples/cross_validation.py --help
 """
 

@@ -209,7 +209,7 @@ def test_penalties_by_folds_match_a_grid_of_twenty_times_the_fits(tmp_path):
     for problem, many in (("diabetes", 64), ("sparse", 100)):
         cv_loss, _, fits = rows[f"{problem}: tuned, 2 penalties"]
         of_grid, _, fits_of_grid = rows[f"{problem}: ElasticNetCV"]
-        # scikit-learn stops at a duality gap of 1e-4; neither has the exact minimum.
+        # 0.03 % above it in the sparse split, where descent stops.
         assert cv_loss <= 1.001 * of_grid
         assert 20 * fits <= fits_of_grid
         fitted, on_new_data, _ = rows[f"{problem}: tuned, {many} penalties"]
