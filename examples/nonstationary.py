@@ -20,7 +20,7 @@ patients, as a mean over the time steps after the first 50.
 - Sources that count equally, and the truth about the sources, given to training.
 
 For each method and window the outer rate is that with the lowest median regret of a grid, on three
-other seeds. The optimizer of the adjoint, Adam(0.01), was chosen on six more, for FuncID; the damping
+other seeds. The optimizer of the adjoint, Adam(0.01), was chosen on six more, for FuncID; damping
 and the number of products were not tuned.
 
     python examples/nonstationary.py            # about ten minutes on 2 cores
