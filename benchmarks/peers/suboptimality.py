@@ -90,7 +90,7 @@ def run(programs: Both, program: str, method: Method, seed: int) -> Run:
         settings = method.ours | RATES
         found = programs.ours.ask("timed", batch_size=BATCH, settings=settings, **request)
     else:
-        parameters = {**method.theirs, **RATES, "batch_size": BATCH}
+        parameters = {**(method.theirs or {}), **RATES, "batch_size": BATCH}
         found = programs.theirs.ask("timed", parameters=parameters, **request)
     above = programs.value.above(found["outer"])
     above = np.where(np.isfinite(above), above, np.inf)
