@@ -36,7 +36,7 @@ from benchmarks.costs import (
     run_memory,
     scaling,
 )
-from benchmarks.peers import benchopt, budget, earlier, implicit, pytorch
+from benchmarks.peers import benchopt, budget, earlier, implicit, pytorch, suboptimality
 from benchmarks.trust import calibration
 
 
@@ -69,6 +69,7 @@ TABLES = {
     "torch": pytorch.print_pytorch,
     "implicit": implicit.print_implicit,
     "benchopt": benchopt.print_benchopt,
+    "suboptimality": suboptimality.print_suboptimality,
     "budget": budget.print_budget,
 }
 # About the device and not about ratios on it: made on request, and saved under the device's name.
