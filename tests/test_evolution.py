@@ -13,6 +13,7 @@ from helpers import assert_same, quick
 from problems import OUTER, relaxed
 
 import gradhpo
+from gradhpo.extend import random_directions
 
 
 KINDS = pytest.mark.parametrize("noise", ["episode", "window"])
@@ -20,9 +21,7 @@ KINDS = pytest.mark.parametrize("noise", ["episode", "window"])
 
 def drawn_noise(state, optimizer):
     key, _ = state.memory.draws.next()
-    normal = gradhpo.extend.random_directions(
-        jax.random.normal, key, state.hyperparams, optimizer.num_directions
-    )
+    normal = random_directions(jax.random.normal, key, state.hyperparams, optimizer.num_directions)
     return jax.tree.map(lambda x: np.asarray(optimizer.sigma * x), normal)
 
 

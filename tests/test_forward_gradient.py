@@ -13,11 +13,12 @@ from helpers import flat, quick, relative_error
 from problems import OUTER, make, stack_of, warmed
 
 import gradhpo
+from gradhpo.extend import random_directions
 
 
 def drawn_signs(state, hyperparams, num):
     key, _ = state.memory.draws.next()
-    return gradhpo.extend.random_directions(jax.random.rademacher, key, hyperparams, num)
+    return random_directions(jax.random.rademacher, key, hyperparams, num)
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def _own_names() -> set[str]:
     # Everyday words: settings of mutations, `Path.parent`, `EarlyStopping.best`.
     common |= {"kind", "scale", "function", "parent", "best", "fraction"}
     # Settings that are also words for what every tree and many losses have.
-    common |= {"structure", "decay", "predict", "noise", "draws"}
+    common |= {"structure", "decay", "predict", "noise", "draws", "perturbed"}
     names = set()
     for cls in _modules_of_algorithms():
         names |= set(cls.__dataclass_fields__)
