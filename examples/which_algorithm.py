@@ -63,7 +63,8 @@ def estimators(
     """All of them over one horizon; forward mode if there are few hyperparameters.
 
     `natural` has settings of `NHGDOptimizer`. BOME is missing: what it follows is a direction for
-    parameters and hyperparameters together, and no hypergradient.
+    parameters and hyperparameters together, and no hypergradient; and FuncID, which takes losses of
+    the prediction.
     """
     over: dict[str, Any] = {"inner_steps": steps}
     natural = {"structure": "kronecker"} | natural | over
@@ -81,6 +82,10 @@ def estimators(
             inner, **over, adjoint_steps=steps, adjoint_optimizer=MOMENTUM
         ),
         "F2SA": gradhpo.PenaltyOptimizer(inner, **over),
+        "forward gradient": gradhpo.ForwardGradientOptimizer(
+            inner, unroll_steps=steps, num_directions=8
+        ),
+        "evolution": gradhpo.EvolutionOptimizer(inner, unroll_steps=steps, num_directions=8),
     }
     if forward:
         found["forward mode"] = gradhpo.ForwardModeOptimizer(inner, unroll_steps=steps)

@@ -365,6 +365,21 @@ def test_what_acts_in_init_alone_is_named_where_steps_go_on():
     assert np.all(run(steps_per_episode=1)["hypergrad_norm"] > 0)
 
 
+@pytest.mark.parametrize(
+    "cls", quick([gradhpo.ForwardModeOptimizer, gradhpo.EvolutionOptimizer], keep=[])
+)
+def test_what_acts_in_init_alone_is_seen_by_what_goes_on_from_it(cls):
+    """Tangents and perturbed runs carry it through the episode: no warning, and no zeros."""
+    inner = lambda h: relaxed(optax.adagrad(0.1, initial_accumulator_value=jnp.exp(h)))
+    optimizer = cls(inner, optax.sgd(0.1), unroll_steps=2)
+    loss = lambda w, h, batch: jnp.sum((w - 1.0) ** 2)
+    losses = gradhpo.LossFunctions(loss, loss)
+    state = optimizer.init(jnp.zeros(3), jnp.array(-1.0))
+    settings = {"num_steps": 4, "steps_per_episode": 4, "progress": False}
+    _, history = gradhpo.run(optimizer, state, losses, None, None, **settings)
+    assert np.all(history["hypergrad_norm"] > 0)
+
+
 def test_differences_of_updates_leave_out_init_and_say_so():
     inner = lambda h: relaxed(
         optax.adagrad(jnp.exp(h), initial_accumulator_value=jnp.exp(h)))  # fmt: skip

@@ -85,7 +85,8 @@ class EvolutionOptimizer(Algorithm):
     - `num_directions`: pairs of perturbed runs, at least 1; default 8. They run together.
     - `sigma`: $\sigma$, positive, shape `()`; default 0.01. One number for all hyperparameters:
         scale these alike (tune the logarithm of a rate).
-    - `noise`: `"episode"` (the default, usually with less variance) or `"window"`.
+    - `noise`: `"episode"`, the default, whose steps have less variance, or `"window"`, whose sum
+        over an episode has less where training forgets within a window.
 
     `init` takes the `key` of the noise, by default `jax.random.key(0)`. Pass `steps_per_episode` to
     [`run`][gradhpo.run], which starts new perturbed runs with each episode. Without episodes NRES
@@ -151,6 +152,11 @@ class EvolutionOptimizer(Algorithm):
     @property
     def differentiates_init(self) -> bool:
         """Yes, by differences: perturbed runs start at perturbed hyperparameters."""
+        return True
+
+    @property
+    def carries_start(self) -> bool:
+        """Yes: perturbed runs go on from step to step."""
         return True
 
     @property

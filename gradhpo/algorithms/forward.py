@@ -109,6 +109,11 @@ class ForwardModeOptimizer(Algorithm):
         return True
 
     @property
+    def carries_start(self) -> bool:
+        """Yes: `Z` goes on from step to step."""
+        return True
+
+    @property
     def derivatives(self) -> str:
         """Forward derivatives."""
         return "forward derivatives of the inner update"

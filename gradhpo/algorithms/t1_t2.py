@@ -47,7 +47,10 @@ class T1T2Optimizer(Algorithm):
 
         With Adam inside, this $v$ has the factor $\partial u/\partial g$ of its update $u(g)$, as
         in SAMA (which takes the difference at $w_T$). Effects on $\lambda$ through the inner
-        optimizer itself (such as a learning rate) are differentiated exactly.
+        optimizer itself (such as a learning rate) are differentiated exactly. The difference stands
+        for that product only if the gradient is the derivative of the loss: with a `grad_fn`, or a
+        `custom_vjp` in the loss, the gradient itself is differentiated. If it has no derivative,
+        use [`PenaltyOptimizer`][gradhpo.PenaltyOptimizer].
 
     - `perturb="hyperparams"`: for every coordinate $i$ of every leaf,
         with $\varepsilon = \mathtt{epsilon}$,

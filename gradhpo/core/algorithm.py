@@ -214,7 +214,7 @@ class Algorithm(Hooks, OneOuterStep, BilevelOptimizer):
         name = type(self).__name__
         if self.tunes:
             check_visible(name, self.sees, problem, self.differentiates_init)
-        if self.tunes and continues and self.differentiates_init:
+        if self.tunes and continues and self.differentiates_init and not self.carries_start:
             check_later_steps(name, self.sees, problem)
 
     def _outer_loss(self, inputs: Inputs) -> Array:

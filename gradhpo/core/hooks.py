@@ -67,6 +67,16 @@ class Hooks(eqx.Module):
         return False
 
     @property
+    def carries_start(self) -> bool:
+        """Whether every step of an episode sees how the episode's start depends on the
+        hyperparameters, as tangents carried from step to step do.
+
+        With `False`, the default, only its first step does, and hyperparameters that act there
+        alone are named while tracing.
+        """
+        return False
+
+    @property
     def passes_loss(self) -> bool:
         """Whether optax also gets the loss, which `optax.lbfgs` needs; default `False`.
 
