@@ -42,6 +42,7 @@ from gradhpo.solvers.default import choose_solver
 from gradhpo.solvers.remarks import SINGULAR, remark_on_solves
 from gradhpo.solvers.system import LinearSolution, solve_system
 from gradhpo.utils.coordinates import map_in_blocks, num_coordinates, ravel, unit_vector, unravel
+from gradhpo.utils.freezing import not_trained, trained
 from gradhpo.utils.keys import fold_keys, is_key, key_of_numbers, numbers_of_key
 from gradhpo.utils.settings import check_count, check_setting, setting, setting_or_schedule
 from gradhpo.utils.structure import check_same_structure
@@ -108,6 +109,7 @@ __all__ = [
     "key_of_numbers",
     "map_in_blocks",
     "mean_along",
+    "not_trained",
     "num_coordinates",
     "num_examples",
     "numbers_of_key",
@@ -126,6 +128,7 @@ __all__ = [
     "square_root",
     "started",
     "through_start",
+    "trained",
     "tree_dot",
     "tree_l2_norm",
     "tree_lerp",

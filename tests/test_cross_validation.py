@@ -283,6 +283,10 @@ def test_other_misuse_says_what_to_write():
         losses.train_loss(params, START, problem(6))
     with pytest.raises(ValueError, match="pass the params that cross_validation returned"):
         losses.train_loss(jnp.zeros(FEATURES), START, data[0])
+    with pytest.raises(ValueError, match="pass the params that cross_validation returned"):
+        losses.train_loss(jnp.zeros(2), START, data[0])  # one model's, with a number for each fold
+    with pytest.raises(TypeError, match=r"np\.asarray\(folds\)"):
+        gradhpo.cross_validation(jnp.zeros(3), LOSSES, problem(6), [0, 0, 0, 1, 1, 1])
     folds = gradhpo.ArrayData(data[0], batch_size=1, key=key)
     with pytest.raises(ValueError, match="folds are not examples"):
         losses.train_loss(params, START, folds(jnp.asarray(0)))

@@ -636,7 +636,7 @@ MISUSES = {
     ),
     "an opaque validation loss": (
         lambda: step(vl=opaque_loss), ValueError,
-        r"the derivative of val_loss_fn.*around an opaque function write a jax.custom_vjp\.",
+        r"derivative of val_loss_fn.*around an opaque function write a jax.custom_vjp, or use Evo",
     ),
     "optax.sgd, not called": (
         lambda: one_step(inner_optimizer=optax.sgd), TypeError,

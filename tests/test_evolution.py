@@ -221,6 +221,21 @@ def test_perturbed_runs_start_at_perturbed_hyperparameters(rounded):
 
 
 @pytest.mark.thorough
+def test_a_small_sigma_in_half_precision():
+    """Its square is 0 in float16; the loss is linear, so each draw is its slope along itself."""
+    optimizer = gradhpo.EvolutionOptimizer(optax.sgd(0.1), None, num_directions=2, sigma=1e-4)
+    state = optimizer.init(jnp.zeros(2, jnp.float16), jnp.zeros(2, jnp.float16))
+    slope = lambda w, h, batch: jnp.sum(h * jnp.asarray([1, 3], jnp.float16))
+    still = lambda w, h, batch: jnp.sum(w * w)
+    found = optimizer.compute_hypergradient(state, None, None, still, slope)
+    key, _ = state.memory.draws.next()
+    normal = random_directions(jax.random.normal, key, state.hyperparams, 2)
+    normal = np.asarray(normal, np.float64)
+    expected = ((normal @ [1.0, 3.0])[:, None] * normal).mean(0)
+    np.testing.assert_allclose(found, expected, rtol=0.02)  # float16 resolves 1e-4 to 0.06 %
+
+
+@pytest.mark.thorough
 def test_episodes_draw_anew_and_a_refused_step_spends_its_draw():
     optimizer = gradhpo.EvolutionOptimizer(optax.sgd(0.1), OUTER, num_directions=2)
     state = optimizer.init(jnp.zeros(3), jnp.ones(3), key=jax.random.key(0))

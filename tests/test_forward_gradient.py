@@ -175,5 +175,8 @@ def test_tasks_and_members_have_their_own_draws():
     spread = lambda key, h: h + jax.random.normal(key, h.shape)
     state = members.init(jnp.zeros(4), jnp.ones(4), spread=spread, key=jax.random.key(0))
     state = members.step(state, None, None, loss, distance)
+    alike = members.init(jnp.zeros(4), jnp.ones(4), spread=lambda key, h: h)
+    found = members.compute_hypergradient(alike, None, None, loss, distance)
+    assert not np.allclose(found[0], found[1])  # the same problem along other directions
     assert np.all(np.isfinite(state.hyperparams))
     assert dataclasses.is_dataclass(members.of_member(state, 1).memory)

@@ -395,15 +395,30 @@ def test_other_losses_and_adjoints_that_do_not_fit_say_what_to_write():
         hypergradient(plain, WEIGHTED)
     with pytest.raises(TypeError, match=r"val_loss = gradhpo.PredictionLoss\(predict, loss\)"):
         hypergradient(WEIGHTED, plain)
-    bent = lambda xi, h, batch: jnp.tanh(batch[0] @ xi)
-    with pytest.raises(ValueError, match="linear in its parameters"):
-        hypergradient(WEIGHTED, WEIGHTED, predict=bent)
+    for bend in (jnp.tanh, jax.nn.relu, jnp.abs, jnp.sort, lambda v: jnp.clip(v, -1.0, 1.0)):
+        bent = lambda xi, h, batch, bend=bend: bend(batch[0] @ xi)
+        with pytest.raises(ValueError, match="linear in its parameters"):
+            hypergradient(WEIGHTED, WEIGHTED, predict=bent)
     columns = lambda xi, h, batch: (batch[0] @ xi)[:, None]
     with pytest.raises(ValueError, match="what the adjoint function returned"):
         hypergradient(WEIGHTED, WEIGHTED, predict=columns)
     running = gradhpo.PredictionLoss(lambda w, h, batch, r: (batch[0] @ w, r), weighted)
     with pytest.raises(ValueError, match="takes no model_state"):
         hypergradient(running, running, model_state=jnp.zeros(2))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("adjoint_optimizer", [None, relaxed(optax.sgd(0.1))])
+def test_frozen_leaves_of_the_adjoint_are_constants(adjoint_optimizer):
+    """As those of params are: a fixed scale of the features is the same as features to scale."""
+    scale = jnp.arange(1.0, 5.0)
+    of_tree = lambda tree, h, batch: batch[0] @ (tree["scale"] * tree["xi"])
+    plain = lambda xi, h, batch: batch[0] @ (scale * xi)
+    closed = {"adjoint_optimizer": adjoint_optimizer, "closed_form": adjoint_optimizer is None}
+    marked = {"xi": jnp.zeros(4), "scale": gradhpo.frozen(scale)}
+    found = hypergradient(WEIGHTED, WEIGHTED, predict=of_tree, adjoint=marked, **closed)
+    expected = hypergradient(WEIGHTED, WEIGHTED, predict=plain, **closed)
+    assert_same(found, expected)
 
 
 @pytest.mark.thorough

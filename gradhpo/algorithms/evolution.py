@@ -20,6 +20,7 @@ from gradhpo.extend import (
     Problem,
     Sees,
     UpdateFn,
+    accumulation_dtype,
     check_count,
     check_setting,
     checked,
@@ -35,8 +36,8 @@ class EvolutionMemory(Memory):
 
     - `perturbed`: $z$ of both runs of every direction, at $\lambda + \varepsilon$ and then at
         $\lambda - \varepsilon$: leaves `[2, directions, ...]`.
-    - `noise`: $\varepsilon$, or with one noise for each window the sum of those of the episode:
-        like the hyperparameters, leaves `[directions, ...]`.
+    - `noise`: $\varepsilon/\sigma$, or with one noise for each window the sum of those of the
+        episode: like the hyperparameters, leaves `[directions, ...]`.
     - `starts_anew`: whether the next step begins an episode, with new perturbed runs.
     - `draws`: the key of the noise, and how often it was drawn from.
     """
@@ -84,7 +85,8 @@ class EvolutionOptimizer(Algorithm):
     - `unroll_steps`: inner steps $T$ per `step`, at least 1; default 1.
     - `num_directions`: pairs of perturbed runs, at least 1; default 8. They run together.
     - `sigma`: $\sigma$, positive, shape `()`; default 0.01. One number for all hyperparameters:
-        scale these alike (tune the logarithm of a rate).
+        scale these alike (tune the logarithm of a rate). A change that is lost in rounding, as one
+        of 1e-4 in bfloat16, measures nothing: the hypergradient is 0, and nothing warns.
     - `noise`: `"episode"`, the default, whose steps have less variance, or `"window"`, whose sum
         over an episode has less where training forgets within a window.
 
@@ -177,7 +179,7 @@ class EvolutionOptimizer(Algorithm):
     @property
     def suspect(self) -> str:
         """A perturbed run that diverges."""
-        return f"a perturbed run that diverges: sigma={float(self.sigma):g} is too large"
+        return f"a perturbed run that diverges: sigma={float(self.sigma):g} may be too large"
 
     @property
     def without_episodes(self) -> str:
@@ -219,15 +221,15 @@ class EvolutionOptimizer(Algorithm):
         phi, validation, z, hyperparams = problem
         key, draws = memory.draws.next()
         normal = random_directions(jax.random.normal, key, hyperparams, self.num_directions)
-        drawn = jax.tree.map(lambda x: self.sigma.astype(x.dtype) * x, normal)
         begins = lambda new, old: jax.tree.map(
             lambda x, y: jnp.where(memory.starts_anew, x, y), new, old
         )
         if self.noise == "episode":
-            epsilon = noise = begins(drawn, memory.noise)
+            direction = noise = begins(normal, memory.noise)
         else:
-            so_far = jax.tree.map(jnp.add, memory.noise, drawn)
-            epsilon, noise = drawn, begins(drawn, so_far)
+            so_far = jax.tree.map(jnp.add, memory.noise, normal)
+            direction, noise = normal, begins(normal, so_far)
+        epsilon = jax.tree.map(lambda x: self.sigma.astype(x.dtype) * x, direction)
 
         def window(at: InnerState, change: PyTree) -> tuple[InnerState, Array]:
             moved = jax.tree.map(jnp.add, hyperparams, change)
@@ -239,7 +241,9 @@ class EvolutionOptimizer(Algorithm):
         perturbed = begins(self._copies(z), memory.perturbed)
         perturbed, (plus, minus) = jax.vmap(jax.vmap(window))(perturbed, both)
         z, train_loss, _ = phi.rollout(z, hyperparams, 0, self.unroll_steps)
-        slopes = (plus - minus) / (2 * self.sigma.astype(plus.dtype) ** 2)
+        # The noise is in units of sigma, whose square would underflow in half precision.
+        wide = accumulation_dtype(plus)
+        slopes = (plus.astype(wide) - minus.astype(wide)) / (2 * self.sigma.astype(wide))
         memory = EvolutionMemory(perturbed, noise, jnp.zeros_like(memory.starts_anew), draws)
         hypergradient = mean_along(slopes, noise)
         return Estimate(z, hypergradient, train_loss, validation.measured(z, hyperparams), memory)

@@ -29,9 +29,11 @@ from gradhpo.extend import (
     check_setting,
     checked,
     init_descent,
+    not_trained,
     num_coordinates,
     prediction_losses,
     setting,
+    trained,
     warn_once,
 )
 
@@ -209,7 +211,7 @@ class FunctionalOptimizer(Algorithm):
     def _parts(self) -> tuple[PyTree, PyTree]:
         """The initial parameters of the adjoint, and what else is in its tree."""
         arrays = jax.tree.map(lambda x: jnp.asarray(x) if eqx.is_array(x) else x, self.adjoint)
-        return eqx.partition(arrays, eqx.is_inexact_array)
+        return trained(arrays), not_trained(arrays)
 
     def init_memory(
         self, z: InnerState, hyperparams: PyTree, batch: PyTree, key: Array | None

@@ -178,16 +178,18 @@ def is_linear(function: Callable[[PyTree], PyTree], x: PyTree) -> bool:
     - `function`: of one tree of floating-point arrays.
     - `x`: such a tree.
 
-    **Returns:** `True` if the derivative does not depend on where it is taken. A function without
-    a forward derivative counts as not linear.
+    **Returns:** `True` if nothing in the traced derivative reads where it is taken, not even a
+    comparison, as that of `jax.nn.relu` does. A function without a forward derivative counts as not
+    linear, and so does a loop (`lax.scan`), into which it does not look.
 
     ```python
     from gradhpo.extend import is_linear
 
     assert is_linear(lambda w: 2 * w + 1, jnp.ones(3))
     assert not is_linear(jnp.tanh, jnp.ones(3))
+    assert not is_linear(jax.nn.relu, jnp.ones(3))
     ```
     """
     ones = jax.tree.map(jnp.ones_like, x)
     push = lambda x: jax.jvp(function, (x,), (ones,))[1]
-    return not any(jax.tree.leaves(visible_leaves(push, x)))
+    return not any(jax.tree.leaves(readings(push, x, by_derivative=False).by()))

@@ -114,8 +114,8 @@ def cross_validation(
     folds by `Folds.each`.
 
     **Raises:** `ValueError` for arrays with different numbers of examples, fewer than 2 folds, more
-    folds than examples, a number of folds without a `key` or folds with one, fold numbers that
-    leave one out, or a fold without training examples; `TypeError` for a source of batches in
+    folds than examples, a number of folds without a `key` or folds with one, or fold numbers
+    that leave one out; `TypeError` for a source of batches in
     place of arrays, or losses with a model state.
 
     ```python
@@ -151,12 +151,13 @@ def cross_validation(
     data = on_device(data, "data")
     size = num_examples(data, "data")
     split = _drawn(folds, key, size) if isinstance(folds, int) else _given(folds, key, size)
-    own = tuple(eqx.is_inexact_array(x) for x in jax.tree.leaves(params, is_leaf=is_frozen))
+    leaves, structure = jax.tree.flatten(params, is_leaf=is_frozen)
+    own = tuple(x.shape if eqx.is_inexact_array(x) else None for x in leaves)
     copied = [
-        jnp.broadcast_to(x, (len(split), *x.shape)) if mine else x
-        for x, mine in zip(jax.tree.leaves(params, is_leaf=is_frozen), own, strict=True)
+        x if shape is None else jnp.broadcast_to(x, (len(split), *shape))
+        for x, shape in zip(leaves, own, strict=True)
     ]
-    params = jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_frozen), copied)
+    params = jax.tree.unflatten(structure, copied)
     both = _stacked(data, split, own)
     train = _OfFolds(losses.train_loss, "train_loss", jnp.sum)
     val = _OfFolds(losses.val_loss, "val_loss", jnp.mean)
@@ -203,7 +204,7 @@ def _given(folds: Any, key: Array | None, size: int) -> list[_Split]:
     return [_Split(np.flatnonzero(numbers != k), np.flatnonzero(numbers == k)) for k in found]
 
 
-def _stacked(data: PyTree, split: list[_Split], own: tuple[bool, ...]) -> tuple[Folds, Folds]:
+def _stacked(data: PyTree, split: list[_Split], own: tuple) -> tuple[Folds, Folds]:
     """Training and held-out examples; folds of equal size in one stack."""
     sizes = [len(fold.held_out) for fold in split]
     members = tuple(

@@ -29,8 +29,8 @@ class Folds(eqx.Module):
 
     stacks: tuple[PyTree, ...]
     members: tuple[tuple[int, ...], ...] = eqx.field(static=True)
-    own: tuple[bool, ...] = eqx.field(static=True)
-    """Which leaves of params have one copy for each fold."""
+    own: tuple[tuple[int, ...] | None, ...] = eqx.field(static=True)
+    """The shapes of one model's params; `None` for leaves that the folds share."""
 
     @property
     def num_folds(self) -> int:
@@ -63,8 +63,8 @@ class Folds(eqx.Module):
         """
         leaves, structure = jax.tree.flatten(unfrozen(params))
         self._check(leaves)
-        mine = [x for x, own in zip(leaves, self.own, strict=True) if own]
-        shared = {id(x) for x, own in zip(leaves, self.own, strict=True) if not own}
+        mine = [x for x, own in zip(leaves, self.own, strict=True) if own is not None]
+        shared = {id(x) for x, own in zip(leaves, self.own, strict=True) if own is None}
         is_of_fold = lambda x: eqx.is_array_like(x) and id(x) not in shared
         kept = []
 
@@ -74,7 +74,9 @@ class Folds(eqx.Module):
             def of_one(mine: list[Array], arrays: PyTree) -> PyTree:
                 own_first = iter(mine)
                 pairs = zip(leaves, self.own, strict=True)
-                of_fold = structure.unflatten([next(own_first) if own else x for x, own in pairs])
+                of_fold = structure.unflatten(
+                    [x if own is None else next(own_first) for x, own in pairs]
+                )
                 returned = function(of_fold, hyperparams, eqx.combine(arrays, numbers))
                 mapped, rest = eqx.partition(returned, is_of_fold)
                 kept.append(rest)
@@ -97,15 +99,17 @@ class Folds(eqx.Module):
         """
         examples = [x.shape[1] for x in map(_first, self.stacks)]
         check_count("size", size, most=min(examples))
-        keys = jax.random.split(key, self.num_folds)
+        for_rows, for_examples = jax.random.split(key)
+        keys = jax.random.split(for_rows, self.num_folds)
 
         def drawn(stack: PyTree, members: tuple[int, ...], count: int) -> PyTree:
             mine = keys[np.asarray(members)]
             pick = lambda key: jax.random.choice(key, count, (size,), replace=False)
             rows = jax.vmap(pick)(mine)
             take = lambda x: jax.vmap(lambda x, at: x[at])(x, rows) if _has_examples(x) else x
-            return fold_keys(jax.tree.map(take, stack), jax.random.bits(key))
+            return fold_keys(jax.tree.map(take, stack), number)
 
+        number = jax.random.bits(for_examples)
         stacks = map(drawn, self.stacks, self.members, examples)
         return Folds(tuple(stacks), self.members, self.own)
 
@@ -119,11 +123,11 @@ class Folds(eqx.Module):
                     "whole, or minibatches of every fold, "
                     "lambda i: train.sample(jax.random.fold_in(key, i), size)"
                 )
-        alike = len(leaves) == len(self.own)
-        lengths = {
-            jnp.shape(x)[:1] for x, own in zip(leaves, self.own, strict=False) if own and alike
-        }
-        if lengths != {(self.num_folds,)}:
+        wanted = [own if own is None else (self.num_folds, *own) for own in self.own]
+        found = [
+            own if own is None else jnp.shape(x) for x, own in zip(leaves, self.own, strict=False)
+        ]
+        if len(leaves) != len(wanted) or found != wanted:
             raise ValueError(
                 f"params are not those of {self.num_folds} folds: pass the params that "
                 "cross_validation returned to init, params, losses, data = "

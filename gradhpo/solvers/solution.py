@@ -71,9 +71,9 @@ def implicit_solution(
     def newton(w, decay):  # any solver: here the loss is quadratic, and one step is enough
         return w - jnp.linalg.solve(jax.hessian(loss)(w, decay), jax.grad(loss)(w, decay))
 
-    ridge = gradhpo.implicit_solution(newton, jax.grad(loss))
+    ridge = gradhpo.implicit_solution(newton, jax.grad(loss), lx.Cholesky())
     length = lambda decay: jnp.sum(ridge(jnp.zeros(3), decay) ** 2)
-    print(jax.grad(length)(0.1), jax.hessian(length)(0.1))
+    print(jax.jit(jax.grad(length))(0.1), jax.jit(jax.hessian(length))(0.1))
     ```
 
     ??? cite "Reference"

@@ -41,7 +41,7 @@ class Support(lx.AbstractLinearSolver[_State]):
         than 1 % of $b$ is left then.
 
     **Raises:** `ValueError` for `max_active < 1`; while solving, in another place than
-    `ImplicitOptimizer(linear_solver=...)` with an `update_fn`.
+    `ImplicitOptimizer(linear_solver=...)`.
 
     ```python
     def shrink(w, h, batch):  # the proximal step of |w - 1|^2 / 2 + h |w|_1

@@ -203,6 +203,7 @@ _KINDS = {
     "coordinates": "whole numbers",
     "linear_solver": "a solver",
     "key": "a PRNG key",
+    "folds": "a number of folds, or np.asarray(folds), the whole number of each example's fold",
     "checkpoint": "a directory",
     "loader": "an iterable of batches",
     "metric": "the name of a metric or a function of the state",

@@ -102,12 +102,23 @@ def _all_marked(tree: PyTree) -> PyTree:
 
 
 def trained(tree: PyTree) -> PyTree:
-    """The $w$ of params: the floating-point arrays that are not frozen, `None` elsewhere."""
+    """The $w$ of params: the floating-point arrays that are not frozen, `None` elsewhere.
+
+    ```python
+    params = {"w": jnp.ones(3), "embedding": gradhpo.frozen(jnp.ones(5)), "act": jnp.tanh}
+    w, rest = gradhpo.extend.trained(params), gradhpo.extend.not_trained(params)
+    assert jax.tree.leaves(w) == [params["w"]]
+    assert eqx.combine(w, rest)["embedding"].shape == (5,)
+    ```
+    """
     return eqx.filter(tree, eqx.is_inexact_array, is_leaf=is_frozen)
 
 
 def not_trained(tree: PyTree) -> PyTree:
-    """The rest, as losses see it."""
+    """What [`trained`][gradhpo.extend.trained] leaves out, without marks, as losses see it.
+
+    `eqx.combine` of both is the tree that a loss gets.
+    """
     return unfrozen(eqx.filter(tree, eqx.is_inexact_array, inverse=True, is_leaf=is_frozen))
 
 

@@ -13,6 +13,7 @@ from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from gradhpo.core.base import BilevelOptimizer
+from gradhpo.core.draws import redrawn
 from gradhpo.core.first_state import first_state
 from gradhpo.core.inputs import Inputs, LossFunctions
 from gradhpo.core.outer_step import Advance
@@ -286,7 +287,7 @@ class Population(EachMember):
             of_one = lambda tree: jax.tree.map(lambda x: entry(x, number), tree)
             given = eqx.combine(of_one(w), params), of_one(hyperparams), of_one(model_state)
             state = self.optimizer._init_state(*given, batch, key)
-            return part_of(state, state.memory)
+            return part_of(state, redrawn(state.memory, number))
 
         # One by one: under vmap, zeros like an array do not know where it is.
         with jax.debug_nans(False):  # metrics that are not measured yet are NaN
