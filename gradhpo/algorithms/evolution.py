@@ -92,7 +92,7 @@ class EvolutionOptimizer(Algorithm):
 
     `init` takes the `key` of the noise, by default `jax.random.key(0)`. Pass `steps_per_episode` to
     [`run`][gradhpo.run], which starts new perturbed runs with each episode. Without episodes NRES
-    follows the directions that it drew first, for ever; `run` warns.
+    keeps the directions that it drew first; `run` warns.
 
     The memory, `state.memory`: `perturbed` runs, `noise`, `starts_anew` and `draws`.
 

@@ -60,8 +60,8 @@ class FunctionalOptimizer(Algorithm):
     r"""Functional hypergradients (FuncID): implicit differentiation in the space of functions.
 
     Both losses are losses of the prediction $v = h(x)$, means over training data $P$ and validation
-    data $Q$. The inner problem is solved by a function $h$, of which the network is only a
-    way to write it down. Its adjoint is another function $a$, the solution of a regression,
+    data $Q$. The inner problem is solved by a function $h$, which the network only
+    parametrises. Its adjoint is another function $a$, the solution of a regression,
 
     $$\min_a\; \tfrac12 E_P\!\left[a^\top \partial_v^2 \ell_{in}\, a\right] +
     E_Q\!\left[a^\top \partial_v \ell_{out}\right],\qquad

@@ -131,7 +131,9 @@ class T1T2Optimizer(Algorithm):
     @property
     def derivatives(self) -> str:
         """First derivatives, with respect to the weights or of the validation loss alone."""
-        of_update = " and the derivative of the optimizer's update"
+        of_update = (
+            ", that of the optimizer's update and, with a custom_vjp or a grad_fn, of the gradient"
+        )
         return "first derivatives of both losses" + of_update * (self.perturb == "weights")
 
     @property

@@ -153,10 +153,10 @@ def _check_seen(name: str, problem: Problem, seen: list[bool], inside: list[bool
         f"has no derivative there. {WHO_SEES['optimum']} see it, with the same losses"
     )
     if not any(seen):
-        acting = f"{', '.join(inside_names)} act inside predict" if inside_names else "none acts"
+        inside = f" ({', '.join(inside_names)}: inside predict)" if inside_names else ""
         raise ValueError(
-            f"{name} sees none of the hyperparameters: on the losses, at given predictions, none "
-            f"of them acts ({acting}); {why}"
+            f"{name} sees none of the hyperparameters: at given predictions, neither loss depends "
+            f"on them{inside}; {why}"
         )
     alone = [n for n, here, there in zip(names, inside, seen, strict=True) if here and not there]
     partly = [n for n, here, there in zip(names, inside, seen, strict=True) if here and there]

@@ -21,7 +21,7 @@ def check_function(function: Callable, name: str) -> None:
         values="its index, which is traced: {said}. For minibatches of arrays pass "
         "gradhpo.ArrayData(arrays, batch_size, key); in a function x[index * 8 : index * 8 + 8] is "
         "jax.lax.dynamic_slice_in_dim(x, index * 8, 8), of a jnp.asarray(x) where x is a NumPy "
-        "array; batches that are made in Python come from a generator, which is passed called",
+        "array; for batches made in Python pass a generator, batches() and not batches",
         draws="a next batch, in Python, and a compiled run would draw them once for all steps. "
         "Pass gradhpo.ArrayData(arrays, batch_size, key) for random minibatches; in a function "
         "take jax.random.fold_in(key, index); or pass a generator, whose batches are made in "

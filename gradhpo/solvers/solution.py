@@ -31,15 +31,18 @@ def implicit_solution(
     $$\frac{\partial w}{\partial\theta} =
     -\Bigl(\frac{\partial F}{\partial w}\Bigr)^{-1}\frac{\partial F}{\partial\theta},$$
 
-    whoever finds it. $F$ = `optimality` is the gradient of a training loss, or what is left of a
-    fixed point, $w - \Phi(w, \theta)$. The solver is called as it is, and no derivative enters it:
-    it may be a `while_loop`, a callback, or a program of another library.
+    no matter how it was found. $F$ = `optimality` is the gradient of a training loss, or what is
+    left of a fixed point, $w - \Phi(w, \theta)$. The solver is called as it is, and no derivative
+    enters it: it may be a `while_loop`, a callback, or a program of another library.
 
     Forward and reverse mode work, in any combination, up to third derivatives, also inside of
     `jax.jit`, `jax.vmap`, `jax.lax.scan` and `jax.checkpoint`. $\theta$ is all that `optimality`
     reads: `args`, and traced arrays that it takes from outside. The value is what the solver
-    returns, to its last bit, and so are derivatives those at that value: where it is only
-    near the solution, they are only near. The derivative by `init_params` is 0.
+    returns, to its last bit, and derivatives are taken there: as far as it is from the solution,
+    they are off too. The derivative by `init_params` is 0.
+
+    Call it inside of `jax.jit`: outside, every call traces and compiles again. It does not check
+    that the solver has converged; `optimality` at the solution says so.
 
     A call costs two evaluations of `optimality` beside the solver. A derivative costs one linear
     solve for each tangent, or each cotangent, and the products with

@@ -136,8 +136,9 @@ _MISSING_RULES = {
     foreign.NO_CALLBACK_DERIVATIVE: {
         "val_loss_fn": "around an opaque function write a jax.custom_vjp, or use "
         "EvolutionOptimizer, which differentiates no validation loss",
-        "": "for an opaque function use T1T2Optimizer(update_fn=..., perturb='hyperparams'), or "
-        "EvolutionOptimizer",
+        "": "if the loss has a gradient all the same (a fused kernel with a custom_vjp), use "
+        "PenaltyOptimizer or BOMEOptimizer, which take nothing else; for an opaque function use "
+        "T1T2Optimizer(update_fn=..., perturb='hyperparams'), or EvolutionOptimizer",
     },
 }
 
