@@ -95,6 +95,8 @@ EVERY = OPTIMIZERS | {"population": (one_member, {"unroll_steps": 4}, None)}
 FUNCTIONAL = {"functional", "functional, closed"}
 SEES_NO_OPTIMIZER = {"first order", "implicit", "natural", "SOBA", "AmIGO", "penalty", "BOME"}
 SEES_NO_OPTIMIZER |= FUNCTIONAL
+# For tests with losses that are not written in two parts.
+OF_ANY_LOSS = {name: made for name, made in OPTIMIZERS.items() if name not in FUNCTIONAL}
 
 # The others run thoroughly: a setting of one of these, and those with test files of their own.
 SINGLE_LOOPS = {"SOBA", "AmIGO", "penalty", "BOME"}

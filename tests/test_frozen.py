@@ -8,7 +8,7 @@ import optax
 import pytest
 from helpers import assert_same, quick
 from problems import relaxed
-from test_contract import OPTIMIZERS
+from test_contract import OF_ANY_LOSS
 
 import gradhpo
 from gradhpo.diagnostics.cost import Program
@@ -71,13 +71,13 @@ def stepped(optimizer, params, losses, batch, count=2):
 @pytest.mark.parametrize(
     "name",
     quick(
-        list(OPTIMIZERS),
+        list(OF_ANY_LOSS),
         keep=["one step", "greedy", "HyperDistill", "tasks", "implicit", "unrolled"],
     ),
 )
 def test_every_optimizer_does_what_it_does_with_a_closure(name):
     """The outer rate is 1, so that hyperparameters differ by as much as hypergradients do."""
-    cls, settings, _ = OPTIMIZERS[name]
+    cls, settings, _ = OF_ANY_LOSS[name]
     optimizer = cls(ADAM, relaxed(optax.sgd(1.0)), **settings)
     tasks = isinstance(optimizer, gradhpo.TaskBatched)
     batch = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), BATCH) if tasks else BATCH

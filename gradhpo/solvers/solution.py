@@ -159,8 +159,8 @@ def _root_jvp(primals: tuple, tangents: tuple, *, how: lx.AbstractLinearSolver |
     # The solution again, which has this derivative itself: so there are derivatives of this one.
     w = _root(residual, w, how=how)
     _, moved = eqx.filter_jvp(lambda residual: residual(w), (residual,), (moves,))
-    nothing = lambda dot, x: jnp.zeros_like(x) if dot is None else dot
-    moved = jax.tree.map(nothing, moved, w, is_leaf=lambda x: x is None)
+    nothing = lambda x, dot: jnp.zeros_like(x) if dot is None else dot
+    moved = jax.tree.map(nothing, w, moved)
     return w, _minus_inverse(residual, w, moved, how)
 
 
