@@ -153,10 +153,10 @@ def _check_seen(name: str, problem: Problem, seen: list[bool], inside: list[bool
         f"has no derivative there. {WHO_SEES['optimum']} see it, with the same losses"
     )
     if not any(seen):
-        inside = f" ({', '.join(inside_names)}: inside predict)" if inside_names else ""
+        acting = f" ({', '.join(inside_names)}: inside predict)" if inside_names else ""
         raise ValueError(
             f"{name} sees none of the hyperparameters: at given predictions, neither loss depends "
-            f"on them{inside}; {why}"
+            f"on them{acting}; {why}"
         )
     alone = [n for n, here, there in zip(names, inside, seen, strict=True) if here and not there]
     partly = [n for n, here, there in zip(names, inside, seen, strict=True) if here and there]
