@@ -157,7 +157,7 @@ def test_the_mean_is_the_slope_of_the_smoothed_loss():
 
 @pytest.mark.thorough
 def test_an_accuracy_and_an_update_without_any_derivative_warn_of_nothing():
-    """Whatever acts is seen: a rounded number of a simulator, and argmax in the validation."""
+    """All effects are seen: a rounded number in a simulator, argmax in the validation."""
 
     def simulated(w, h):
         return np.asarray(w + 0.3 * np.sign(np.round(h, 3) - w), np.asarray(w).dtype)

@@ -410,7 +410,7 @@ def test_other_losses_and_adjoints_that_do_not_fit_say_what_to_write():
 @pytest.mark.thorough
 @pytest.mark.parametrize("adjoint_optimizer", [None, relaxed(optax.sgd(0.1))])
 def test_frozen_leaves_of_the_adjoint_are_constants(adjoint_optimizer):
-    """As those of params are: a fixed scale of the features is the same as features to scale."""
+    """As frozen leaves of params are: a fixed scale is the same as scaled features."""
     scale = jnp.arange(1.0, 5.0)
     of_tree = lambda tree, h, batch: batch[0] @ (tree["scale"] * tree["xi"])
     plain = lambda xi, h, batch: batch[0] @ (scale * xi)

@@ -36,7 +36,7 @@ class EvolutionMemory(Memory):
 
     - `perturbed`: $z$ of both runs of every direction, at $\lambda + \varepsilon$ and then at
         $\lambda - \varepsilon$: leaves `[2, directions, ...]`.
-    - `noise`: $\varepsilon/\sigma$, or with one noise for each window the sum of those of the
+    - `noise`: $\varepsilon/\sigma$, or with one noise for each window its sum over the
         episode: like the hyperparameters, leaves `[directions, ...]`.
     - `starts_anew`: whether the next step begins an episode, with new perturbed runs.
     - `draws`: the key of the noise, and how often it was drawn from.

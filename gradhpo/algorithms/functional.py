@@ -93,7 +93,7 @@ class FunctionalOptimizer(Algorithm):
         [`FOOptimizer`][gradhpo.FOOptimizer]. The losses are two
         [`PredictionLoss`][gradhpo.PredictionLoss].
     - `predict`: the adjoint function, `(adjoint, hyperparams, batch) -> predictions`, with arrays
-        like those of the losses; `None`, the default, is the training loss's.
+        shaped like the predictions; `None`, the default, takes `predict` of the training loss.
     - `adjoint`: the initial $\xi$, a pytree. For a network, draw it like the parameters; where all
         weights are 0, only the last layer learns.
     - `adjoint_optimizer`: an optax transformation for $\xi$, required without `closed_form`.
@@ -111,9 +111,9 @@ class FunctionalOptimizer(Algorithm):
     or at the solution. There, more than 0 is what validation asks for and the batch does not show.
 
     **Raises:** `ValueError` for counts below 1, a negative `ridge`, both or neither of
-    `adjoint_optimizer` and `closed_form`; while tracing, for an adjoint whose predictions are not
-    like those of the losses, for `closed_form` with a function that is not linear, for a model
-    state; `TypeError` for losses that are no `PredictionLoss`.
+    `adjoint_optimizer` and `closed_form`; while tracing, for an adjoint function that
+    returns other shapes than `predict` of the losses, `closed_form` with a function that is not
+    linear, or a model state; `TypeError` for a loss that is not a `PredictionLoss`.
 
     ```python
     predict = lambda w, h, batch: batch[0] @ w

@@ -18,7 +18,7 @@ _APART = 2**16
 class Draws(eqx.Module):
     """A stream of PRNG keys, for the memory of an algorithm.
 
-    - `numbers`: those of the key, two of dtype uint32, so that a state can be serialised.
+    - `numbers`: the data of the key, two of dtype uint32, so that a state can be serialised.
     - `count`: how many keys were drawn.
 
     ```python

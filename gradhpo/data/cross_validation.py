@@ -105,7 +105,7 @@ def cross_validation(
         split, so that each fold has its own; numbers of shape `()` are shared.
     - `folds`: K, from 2 to the number of examples (leave-one-out), or for every example the number
         of the fold that holds it out, from 0 to K − 1, −1 for never: for stratified or grouped
-        folds, or those of another program. Each different fold size is compiled separately.
+        folds, or the folds of another program. Each different fold size is compiled separately.
     - `key`: PRNG key of the shuffle. `None` if the folds are given.
 
     **Returns:** `(params, losses, data)`: params with a leading axis `[folds, ...]`; losses of all

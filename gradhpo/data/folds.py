@@ -52,13 +52,13 @@ class Folds(eqx.Module):
         **Arguments:**
 
         - `function`: takes the params and the batch of one fold.
-        - `params`: those of all folds, as `cross_validation` returned them.
+        - `params`: with all folds, as `cross_validation` returned them.
         - `hyperparams`: shared by all folds.
 
         **Returns:** arrays of shape `[folds, ...]`, in the order of the folds. Parts of params that
         the folds share are returned as they are.
 
-        **Raises:** `ValueError` if params are not those of all folds, or if a stack has lost folds
+        **Raises:** `ValueError` if params lack the axis of folds, or if a stack has lost folds
         (a minibatch of folds; [`sample`][gradhpo.data.folds.Folds.sample] draws examples).
         """
         leaves, structure = jax.tree.flatten(unfrozen(params))
@@ -93,7 +93,7 @@ class Folds(eqx.Module):
         For minibatches in [`run`][gradhpo.run], pass
         `lambda i: train.sample(jax.random.fold_in(key, i), size)` in place of `train`.
 
-        **Arguments:** `key`: a PRNG key; `size`: examples per fold, at most those of the smallest.
+        **Arguments:** `key`: a PRNG key; `size`: examples per fold, at most the smallest fold.
 
         **Raises:** `ValueError` for a `size` below 1, or larger than a fold.
         """
@@ -129,7 +129,7 @@ class Folds(eqx.Module):
         ]
         if len(leaves) != len(wanted) or found != wanted:
             raise ValueError(
-                f"params are not those of {self.num_folds} folds: pass the params that "
+                f"params have no axis of {self.num_folds} folds in front: pass the params that "
                 "cross_validation returned to init, params, losses, data = "
                 "gradhpo.cross_validation(params, losses, data, folds, key)"
             )

@@ -1,4 +1,4 @@
-r"""Solutions of an equation, differentiable whoever finds them."""
+r"""Solutions of an equation, differentiable no matter how they were found."""
 
 from collections.abc import Callable
 from typing import Any
@@ -143,7 +143,7 @@ def _root(residual: Callable, w: PyTree, *, how: lx.AbstractLinearSolver | None)
     """`w` itself, with derivatives of its own.
 
     JAX forgets the rule below where it divides a program in two, as it does with the body of a scan
-    in reverse mode, and higher derivatives are then those of this: of Newton steps on a residual
+    in reverse mode, and higher derivatives then come from this: from Newton steps on a residual
     that is 0. They solve nothing as long as nothing is differentiated.
     """
     for _ in range(_STEPS):

@@ -29,8 +29,8 @@ class Support(lx.AbstractLinearSolver[_State]):
     $$(I - \Phi_w)_{SS}^\top\, q_S = b_S,\qquad q_i = b_i + (\Phi_w^\top q)_i\quad (i \notin S),$$
 
     the first with as many unknowns as there are parameters in $S$. It is solved directly, by LU,
-    whatever its condition. That takes `max_active` + 3 products with the whole operator, and memory
-    for `max_active` squared, where all coordinates would take the square of all. Iterations find
+    even if it is ill-conditioned. That takes `max_active` + 3 products with the whole operator, and
+    memory for `max_active` squared, not for the square of all coordinates. Iterations find
     the same answer with a product each, in about as many as there are parameters in $S$ or fewer:
     take this solver where they end too early, not to save products.
 
