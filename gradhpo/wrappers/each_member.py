@@ -59,8 +59,8 @@ class EachMember(Wrapper):
 
     def after_refusal(self, old: PopulationMemory, new: PopulationMemory) -> PopulationMemory:
         """As for `optimizer`."""
-        of_each = self.optimizer.after_refusal(old.of_each, new.of_each)
-        return dataclasses.replace(new, of_each=of_each)
+        select = jax.vmap(self.optimizer.after_refusal, axis_size=self.num_members)
+        return dataclasses.replace(new, of_each=select(old.of_each, new.of_each))
 
     def remarks(
         self, before: MetricDict, metrics: Mapping[str, np.ndarray], copies: int = 1

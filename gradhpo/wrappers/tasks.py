@@ -178,8 +178,8 @@ class TaskBatched(TaskProblems):
 
     def after_refusal(self, old: TaskMemory, new: TaskMemory) -> TaskMemory:
         """As for `optimizer`: one refused task refuses the step for all."""
-        of_each = self.optimizer.after_refusal(old.of_each, new.of_each)
-        return dataclasses.replace(old, of_each=of_each)
+        select = jax.vmap(self.optimizer.after_refusal, axis_size=self.num_tasks)
+        return dataclasses.replace(old, of_each=select(old.of_each, new.of_each))
 
     def remarks(
         self, before: MetricDict, metrics: Mapping[str, np.ndarray], copies: int = 1
