@@ -6,7 +6,6 @@ With `--save` the output of each table is also written to `benchmarks/results/<t
 import argparse
 import contextlib
 import datetime
-import functools
 import io
 import os
 import platform
@@ -14,7 +13,10 @@ import re
 import sys
 import time
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import equinox
 import jax
@@ -41,44 +43,64 @@ from benchmarks.trust import calibration
 
 
 RESULTS = Path(__file__).parent / "results"
-TABLES = {
-    # costs
-    "flops": compiled.print_flops,
-    "loop": loops.print_loops,
-    "compile": compiled.print_compile_times,
-    "memory": compiled.print_memory,
-    "run_memory": run_memory.print_run_memory,
-    "exact": loops.print_exact,
-    "networks": networks.print_networks,
-    "convolutions": convolutions.print_convolutions,
-    "units": compiled.print_units,
-    "distilled": methods.print_distilled,
-    "roads": methods.print_roads,
-    "natural": natural.print_natural,
-    "plain": loops.print_plain,
-    "host": host.print_host,
-    "night": host.print_night,
-    "scaling": scaling.print_scaling,
-    "devices": devices.print_devices,
-    "replay": replays.print_replay,
-    "accuracy": accuracy.print_accuracy,
-    "trust": calibration.print_trust,
-    "gpu": gpu.print_gpu,
-    # peers
-    "earlier": earlier.print_earlier,
-    "torch": pytorch.print_pytorch,
-    "implicit": implicit.print_implicit,
-    "benchopt": benchopt.print_benchopt,
-    "suboptimality": suboptimality.print_suboptimality,
-    "budget": budget.print_budget,
+
+
+class Table(NamedTuple):
+    """What prints a table: whole, in a quick form where it has one, and when it is saved."""
+
+    whole: Callable[[], None]
+    quick: Callable[[], None] | None = None
+    saving: Callable[[], None] | None = None
+
+
+def in_rows(name: str, show: Callable[..., None]) -> Table:
+    """A table whose rows are kept in a file beside its text when it is saved, and can go on."""
+    file = RESULTS / f"{name}.jsonl"
+    return Table(show, partial(show, quick=True), partial(show, file=file))
+
+
+def short(show: Callable[[], None]) -> Table:
+    """A table that is quick as it is."""
+    return Table(show, show)
+
+
+COSTS = {
+    "flops": short(compiled.print_flops),
+    "loop": Table(loops.print_loops),
+    "compile": Table(compiled.print_compile_times),
+    "memory": short(compiled.print_memory),
+    "run_memory": Table(run_memory.print_run_memory),
+    "exact": Table(loops.print_exact),
+    "networks": Table(networks.print_networks),
+    "convolutions": Table(convolutions.print_convolutions),
+    "units": short(compiled.print_units),
+    "distilled": Table(methods.print_distilled),
+    "roads": Table(methods.print_roads),
+    "natural": Table(natural.print_natural),
+    "plain": Table(loops.print_plain),
+    "host": Table(host.print_host),
+    "night": Table(host.print_night),
+    "scaling": Table(scaling.print_scaling),
+    "devices": Table(devices.print_devices),
+    "replay": Table(replays.print_replay),
+    "accuracy": short(accuracy.print_accuracy),
+    "gpu": Table(gpu.print_gpu),
 }
+TRUST = {"trust": in_rows("trust", calibration.print_trust)}
+PEERS = {
+    "earlier": Table(earlier.print_earlier),
+    "torch": Table(pytorch.print_pytorch),
+    "implicit": Table(implicit.print_implicit),
+    "benchopt": Table(benchopt.print_benchopt),
+    "suboptimality": Table(suboptimality.print_suboptimality),
+    "budget": Table(budget.print_budget, saving=partial(budget.print_budget, figure=budget.FIGURE)),
+}
+# Those that papers have published, made again.
+PUBLISHED: dict[str, Table] = {}
+TABLES = COSTS | TRUST | PEERS | PUBLISHED
+GROUPS = {"costs": COSTS, "peers": PEERS, "tables": PUBLISHED}
 # About the device and not about ratios on it: made on request, and saved under the device's name.
 OF_A_GPU = {"gpu"}
-# A table may save more than its text.
-SAVING = TABLES | {
-    "budget": functools.partial(budget.print_budget, figure=budget.FIGURE),
-    "trust": functools.partial(calibration.print_trust, rows=calibration.ROWS),
-}
 
 
 class Tee(io.StringIO):
@@ -118,9 +140,15 @@ def save(name: str, printed: str) -> None:
 
 
 def names_of(given: argparse.Namespace) -> list[str]:
-    """The tables to print: those that are named, or all but those of a GPU."""
-    named = given.tables or [name for name in TABLES if name not in OF_A_GPU]
-    return [name for name in named if name not in given.without]
+    """The tables to print: those that are named, or in a group that is; or all for a CPU."""
+    every = [name for name in TABLES if name not in OF_A_GPU]
+    if given.quick:
+        every = [name for name in every if TABLES[name].quick is not None]
+    named = [one for name in given.tables for one in GROUPS.get(name, [name])]
+    if given.quick and (slow := [name for name in named if TABLES[name].quick is None]):
+        named = [name for name in named if name not in slow]
+        print(f"(no quick form: {', '.join(slow)})")
+    return [name for name in (named if given.tables else every) if name not in given.without]
 
 
 def refused(names: list[str], backend: str) -> list[str]:
@@ -130,13 +158,14 @@ def refused(names: list[str], backend: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("tables", nargs="*", metavar="table", help=f"of {', '.join(TABLES)}")
+    choices = f"of {', '.join(TABLES)}; or a group of them: {', '.join(GROUPS)}"
+    parser.add_argument("tables", nargs="*", metavar="table", help=choices)
     parser.add_argument("--without", nargs="+", default=[], choices=TABLES, metavar="table")
     parser.add_argument("--save", action="store_true", help=f"write to {RESULTS.name}/ as well")
     parser.add_argument("--minutes", type=float, default=8.0, help="that `gpu` may take (8)")
-    parser.add_argument("--quick", action="store_true", help="a few rows of `trust`, unjudged")
+    parser.add_argument("--quick", action="store_true", help="tables in their quick form, if any")
     given = parser.parse_args()
-    if unknown := set(given.tables) - set(TABLES):
+    if unknown := set(given.tables) - set(TABLES) - set(GROUPS):
         parser.error(f"no table is called {', '.join(unknown)}; there are {', '.join(TABLES)}")
     names = names_of(given)
     if OF_A_GPU & set(names):
@@ -151,15 +180,12 @@ def main() -> None:
         )
     jax.config.update("jax_compilation_cache_dir", None)  # compiling is measured too
     print(machine())
-    tables, failed = SAVING if given.save else TABLES, []
-    tables = tables | {"gpu": functools.partial(gpu.print_gpu, given.minutes)}
-    if given.quick:
-        tables = tables | {"trust": functools.partial(calibration.print_trust, quick=True)}
+    failed = []
     for name in names:
         started = time.perf_counter()
         try:
             with contextlib.redirect_stdout(Tee()) as printed:
-                tables[name]()
+                shown_by(name, given)()
         except Exception:  # hours of other tables must not be lost with this one
             traceback.print_exc()
             failed.append(name)
@@ -169,6 +195,15 @@ def main() -> None:
             save(name, printed.getvalue())
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+def shown_by(name: str, given: argparse.Namespace) -> Callable[[], None]:
+    """What prints a table with these arguments."""
+    table = TABLES[name]
+    if name in OF_A_GPU:
+        return partial(gpu.print_gpu, given.minutes)
+    form = table.quick if given.quick else table.saving if given.save else None
+    return form or table.whole
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from processes import LIMIT
 
-from benchmarks.__main__ import OF_A_GPU, RESULTS, TABLES, file_of, names_of, refused
+from benchmarks.__main__ import GROUPS, OF_A_GPU, RESULTS, TABLES, file_of, names_of, refused
 from benchmarks.costs import gpu
 from benchmarks.costs.gpt import SIZES, gpt, num_params
 from benchmarks.costs.gpu_row import BY_JAX, ON_HOST
@@ -20,7 +20,7 @@ from benchmarks.trust.scoring import judged
 from gradhpo.diagnostics.trust import NOT_TRUSTED, TRUSTED
 
 
-_ROOMS = ("costs", "peers", "trust")
+_ROOMS = ("costs", "peers", "trust", "tables")
 READMES = [RESULTS.parent / name / "README.md" for name in ("", *_ROOMS)]
 
 
@@ -55,10 +55,16 @@ def test_a_peer_that_does_not_install_is_reported(tmp_path, monkeypatch):
 # -- the table of a GPU --------------------------------------------------------------------------
 
 
-def test_it_is_made_by_name_and_saved_on_a_gpu_alone():
-    given = lambda *tables: argparse.Namespace(tables=tables, without=["budget"])
+def test_it_is_made_by_name_and_saved_on_a_gpu_alone(capsys):
+    given = lambda *tables, quick=False: argparse.Namespace(
+        tables=tables, without=["budget"], quick=quick
+    )
     assert set(names_of(given())) == set(TABLES) - OF_A_GPU - {"budget"}
     assert names_of(given("gpu", "flops", "budget")) == ["gpu", "flops"]
+    assert names_of(given("peers")) == [name for name in GROUPS["peers"] if name != "budget"]
+    assert names_of(given("flops", "loop", quick=True)) == ["flops"]
+    assert "(no quick form: loop)" in capsys.readouterr().out
+    assert names_of(given(quick=True)) == [name for name in TABLES if TABLES[name].quick]
     assert refused(["gpu", "flops"], "cpu") == ["gpu"]
     assert refused(["gpu", "flops"], "gpu") == ["flops"]
     assert file_of("flops") == RESULTS / "flops.txt"

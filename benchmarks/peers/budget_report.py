@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
-from scipy import stats
 
+from benchmarks.intervals import half_interval
 from benchmarks.peers.budget_problems import Problem
 from benchmarks.peers.environment import ROOT
 
@@ -49,14 +49,6 @@ class Mean(NamedTuple):
     def __str__(self) -> str:
         middle, low, high = (f"{x:.3f}" if x < 10 else f"{x:.3g}" for x in self)
         return f"{middle} ({low}-{high})"
-
-
-def half_interval(values: np.ndarray) -> np.ndarray:
-    """Half the 95 % t-interval of the mean over the first axis, the seeds."""
-    count = len(values)
-    if count == 1:
-        return np.full(values.shape[1:], np.inf)
-    return stats.t.ppf(0.975, count - 1) * values.std(axis=0, ddof=1) / np.sqrt(count)
 
 
 def geometric(values: np.ndarray) -> Mean:

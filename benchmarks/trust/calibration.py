@@ -6,13 +6,13 @@ true changes of the validation loss. The thresholds between the verdicts are set
 configurations, drawn by a seed, and tested on the other half.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from benchmarks.rows import measured
 from benchmarks.trust.grid import GRID, QUICK
 from benchmarks.trust.problems import Config
 from benchmarks.trust.scoring import judged, row_of
@@ -32,22 +32,22 @@ class Thresholds(NamedTuple):
     not_trusted: float
 
 
-def print_trust(quick: bool = False, rows: Path | None = None) -> None:
-    """With `rows`, a file, configurations that it has are not measured again."""
+def print_trust(quick: bool = False, file: Path | None = None) -> None:
+    """Configurations that the file has are not measured again."""
     configs, retrainings = (QUICK, 8) if quick else (GRID, RETRAININGS)
-    measured = measured_of(configs, retrainings, rows)
+    rows = measured_of(configs, retrainings, file)
     setting = setting_half(configs)
     print(
         f"\nTrust of check_hypergradient against the score of {retrainings} retrainings; thresholds"
         f"\nare set on the half marked * (seed {SEED}) and tested on the other\n"
     )
-    print(_table(configs, measured, setting))
-    minutes = sum(sum(row["seconds"]) for row in measured) / 60
+    print(_table(configs, rows, setting))
+    minutes = sum(sum(row["seconds"]) for row in rows) / 60
     print(f"\nmeasuring the rows took {minutes:.0f} minutes")
     if quick:
         print("\n(--quick: nothing is judged)")
     else:
-        _print_judged(configs, measured, setting)
+        _print_judged(configs, rows, setting)
 
 
 def setting_half(configs: Sequence[Config], seed: int = SEED) -> np.ndarray:
@@ -58,24 +58,9 @@ def setting_half(configs: Sequence[Config], seed: int = SEED) -> np.ndarray:
 
 def measured_of(configs: Sequence[Config], retrainings: int, file: Path | None) -> list[dict]:
     """Rows of the configurations, each written to the file as soon as it is known."""
-    lines = file.read_text().splitlines() if file is not None and file.exists() else []
-    known = {_key(row): row for row in map(json.loads, lines)}
-    found = []
-    for config in configs:
-        wanted = vars(config) | {"retrainings": retrainings}
-        row = known.get(_key(wanted))
-        if row is None:
-            row = json.loads(json.dumps(row_of(config, retrainings)))
-            if file is not None:
-                with file.open("a") as opened:
-                    opened.write(json.dumps(row) + "\n")
-        found.append(row)
-    return found
-
-
-def _key(row: dict[str, Any]) -> str:
-    names = [*Config.__dataclass_fields__, "retrainings"]
-    return json.dumps([row[name] for name in names])
+    settings = [vars(config) | {"retrainings": retrainings} for config in configs]
+    config_of = lambda row: Config(**{name: row[name] for name in Config.__dataclass_fields__})
+    return measured(settings, lambda row: row_of(config_of(row), retrainings), file)
 
 
 def thresholds_of(trust: np.ndarray, scores: np.ndarray) -> Thresholds:

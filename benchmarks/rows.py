@@ -1,0 +1,70 @@
+"""Rows of a long table, kept as they are measured, so that it can stop and go on."""
+
+import datetime
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+Row = dict[str, Any]
+
+
+def measured(
+    settings: Sequence[Mapping[str, Any]],
+    measure: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    file: Path | None = None,
+) -> list[Row]:
+    """For each of `settings`, all with the same names, a row of these and of what is measured.
+
+    With a file, a line of JSON for each row is written to it as soon as the row is known, and rows
+    that it has are not measured again. A row also says how many seconds it took, when it was made,
+    and with which jax.
+    """
+    names = list(settings[0]) if settings else []
+    lines = file.read_text().splitlines() if file is not None and file.exists() else []
+    saved = [row for row in map(json.loads, lines) if row.keys() >= set(names)]
+    known = {_key(row, names): row for row in saved}
+    found = []
+    for i, wanted in enumerate(settings):
+        row = known.get(_key(wanted, names))
+        if row is None:
+            _say(f"{i + 1} of {len(settings)}: {', '.join(map(str, wanted.values()))}")
+            row = _measured_now(wanted, measure)
+            if file is not None:
+                with file.open("a") as opened:
+                    opened.write(json.dumps(row) + "\n")
+        found.append(row)
+    return found
+
+
+def taken(rows: Sequence[Row]) -> str:
+    """How long the rows took in all, when they were made, and with which jax."""
+    dates = sorted({row["made"] for row in rows})
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    versions = ", ".join(sorted({row["jax"] for row in rows}))
+    minutes = sum(row["took"] for row in rows) / 60
+    return f"the rows took {minutes:.1f} minutes in all; measured {when}, jax {versions}"
+
+
+def _measured_now(wanted: Mapping[str, Any], measure: Callable) -> Row:
+    started = time.perf_counter()
+    row = dict(wanted) | dict(measure(wanted))
+    row |= {
+        "took": round(time.perf_counter() - started, 2),
+        "made": datetime.date.today().isoformat(),
+        "jax": jax.__version__,
+    }
+    return json.loads(json.dumps(row))  # as the file gives it back
+
+
+def _key(row: Mapping[str, Any], names: Sequence[str]) -> str:
+    return json.dumps([row[name] for name in names])
+
+
+def _say(text: str) -> None:
+    print(f"  ({time.strftime('%H:%M')} {text})", file=sys.stderr, flush=True)
