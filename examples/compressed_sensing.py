@@ -8,7 +8,7 @@ lambda. That optimum has kinks, but can still be differentiated implicitly:
 - and of a Split Bregman sweep over (x, d, b), whose matrix is factorised once: another `update_fn`;
 - or the kink is smoothed, |x| = sqrt(x^2 + eps^2), which gives an ordinary training loss.
 
-The second table lets eps go to 0 at a fixed lambda: the hypergradient approaches that of the
+The second table lets eps go to 0 at a fixed lambda: the hypergradient approaches the one of the
 proximal step, while the inner problem becomes harder and x has not a single zero.
 
     python examples/compressed_sensing.py            # 5 signals, about 40 seconds on 2 cores

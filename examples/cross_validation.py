@@ -86,7 +86,7 @@ def scaled(x: np.ndarray, y: np.ndarray, known: int, groups: int, random) -> Dat
 
 
 def diabetes(seed: int) -> Data:
-    """Features, squares but that of sex, and products: 10 + 9 + 45."""
+    """Features, squares of all except sex, and products: 10 + 9 + 45."""
     random = np.random.default_rng(seed)
     x, y = load_diabetes(return_X_y=True)
     order = random.permutation(len(x))

@@ -53,7 +53,7 @@ DROPOUT = 0.1
 
 
 def texts(size: int = SIZE) -> list[str]:
-    """The text of each domain; `size` is that of the others."""
+    """The text of each domain; `size` is the size of the others."""
     library = Path(sysconfig.get_paths()["stdlib"])
     tables = Path(sklearn.__file__).parent / "datasets" / "data"
     parts = (
@@ -459,7 +459,7 @@ def learned(runs: list[dict[str, Result]]) -> str:
 
 
 def picture(runs: list[dict[str, Result]], trainer: Trainer, path: Path) -> None:
-    """The shares while training, and each seed's loss beside that of uniform shares."""
+    """The shares while training, and each seed's loss beside its loss with uniform shares."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -476,7 +476,7 @@ def picture(runs: list[dict[str, Result]], trainer: Trainer, path: Path) -> None
         right.plot(gains, np.full(len(gains), i), "o", alpha=0.6, color="tab:blue")
         right.plot(np.mean(gains), i, "|", markersize=20, color="tab:red")
     right.axvline(0, color="0.6", lw=1)
-    right.set(xlabel="test loss below that of uniform shares", yticks=range(len(names)))
+    right.set(xlabel="test loss below uniform shares", yticks=range(len(names)))
     right.set_yticklabels(names, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

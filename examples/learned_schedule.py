@@ -5,7 +5,7 @@ Learning rate and momentum each have one number per window of steps, and these n
 hypergradient of the validation loss after the last step. Forward mode stores nothing of the path,
 so its memory does not grow with the number of steps.
 
-The settings are those of Micaelli and Storkey (NeurIPS 2021, arXiv:2007.07869): everything starts
+The settings follow Micaelli and Storkey (NeurIPS 2021, arXiv:2007.07869): everything starts
 at 0, every outer step trains from the same start, and `gradhpo.sign_descent` moves each number by
 0.1 against the sign of its hypergradient, and by half of the previous step whenever that sign
 changes.

@@ -9,7 +9,7 @@ from the hypergradients of all members.
 
 - **A landscape with many basins**: the validation loss of the inner optimum is a bowl with waves,
   with 49 local minima, in closed form. The regret of the best member is how far its loss is above
-  that of the lowest minimum.
+  the lowest minimum's.
 - **A network**: learning rate, weight decay and dropout of a small network that reads digits with
   wrong labels. Rates are drawn over four orders of magnitude, decays as well. The dropout is
   Gaussian, noise of variance p / (1 - p) on every unit, which has a derivative by p. All three are

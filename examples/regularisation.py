@@ -12,7 +12,7 @@ fixed point of a proximal gradient step, which is passed as `update_fn`. If an l
 weight to 0, the hypergradient of its penalties is 0 as well, and the weight stays 0: hence the
 small penalties at the start (with 0.1, the elastic net with 20 penalties falls behind the grid).
 
-With one penalty per feature, the validation loss falls below that of the grid. With shared
+With one penalty per feature, the validation loss falls below the grid's. With shared
 penalties, ten fits match ridge's grid, and come within 0.3 % of the elastic net's. The test loss
 does not fall: 100 patients are too few to choose 10 or 20 penalties. With --validation 200 it falls
 by 1 to 2 % on average, in 3 of 5 splits; with weights refitted to all known patients, hardly at
@@ -182,7 +182,7 @@ def tune(
     state = optimizer.init(jnp.zeros(FEATURES), start)
     tried, residuals = [], []
     for _ in range(fits):
-        penalties = state.hyperparams  # those of the fit that this step starts with
+        penalties = state.hyperparams  # of the fit that this step starts with
         state = optimizer.step(state, data.train, data.val, losses.train_loss, losses.val_loss)
         tried.append((float(state.metadata["val_loss"]), state.params, penalties))
         residuals.append(float(state.get_metric("inner_residual", np.nan)))
@@ -380,7 +380,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Result]]:
         f"\nmean ± standard deviation over {options.splits} split(s); seconds: the median, "
         f"compilation aside\n\n{table(runs)}\n\n{verdict(runs)}\n"
         "refitted: test loss of the chosen penalties with weights fitted to training and validation"
-        "\nset together, as those of RidgeCV, LassoCV and ElasticNetCV are; that fit is not counted"
+        "\nset together, as in RidgeCV, LassoCV and ElasticNetCV; that fit is not counted"
     )
     residuals = [row.inner_residual for run in runs for row in run.values()]
     print(f"largest inner_residual of any implicit fit: {np.nanmax(residuals):.0e}")

@@ -231,7 +231,7 @@ def runs(axes, spread, *names):
 
 
 def flops(*names):
-    """Of a chunk, for one of four devices, as a share of those of one that does all the work."""
+    """Of a chunk, for one of four devices, as a share of one device doing all the work."""
     here = Mesh()
     random = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(random.normal(size=shape))

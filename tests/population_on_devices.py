@@ -73,7 +73,7 @@ def without_branches(text):
 
 
 def costs():
-    """Of a step, for one of four devices, as a share of those of one device; and what is sent."""
+    """Of a step, for one of four devices, as a share of one device's; and what is sent."""
     here = Mesh()
     random = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(random.normal(size=shape))

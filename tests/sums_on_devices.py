@@ -105,7 +105,7 @@ def sums(axes, spread, *names):
 
 
 def shares():
-    """Flops of a step for one of four devices, as a share of those of one that does all of it."""
+    """Flops of a step for one of four devices, as a share of one device doing all of it."""
     here, random, found = Mesh(), np.random.default_rng(0), {}
     draw = lambda *shape: jnp.asarray(random.normal(size=shape))
     params, hyperparams = {"matrix": draw(64, 64), "bias": jnp.zeros(64)}, draw(64, 64)

@@ -1,7 +1,7 @@
 """What docs/how_to/coming_from.md says of other libraries' numbers, by their loops in NumPy.
 
 Written after the sources of hypertorch (commit 6241dfa), Betty 0.2.1 (cb6221f) and TorchOpt 0.7.3
-(960fb0a), whose RMSProp and Adagrad are those of torch.
+(960fb0a), whose RMSProp and Adagrad are torch's.
 """
 
 import jax

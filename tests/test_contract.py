@@ -233,7 +233,7 @@ def test_filtered_models_dicts_and_stateful_optimizers(name, problem_name, optim
         assert gradhpo.tree_l2_norm(moments) > 0
     assert described(state) == described(before)
     assert all(np.isfinite(state.metadata[metric]) for metric in METRICS)
-    # The metrics are those of the state: norms after the step, train loss before its update.
+    # The metrics describe the state: norms after the step, train loss before its update.
     np.testing.assert_allclose(
         state.metadata["hyperparam_norm"], gradhpo.tree_l2_norm(state.hyperparams), rtol=1e-12
     )

@@ -505,7 +505,7 @@ def test_a_failing_callback_ends_the_run_with_its_state(tmp_path):
         state, history = run(30, callbacks=[fails], checkpoint=gradhpo.Checkpoint(tmp_path, 1))
     assert history.stop_reason == "callback error"
     assert_same(state, run(6)[0])
-    # Once it is mended the run goes on from the checkpoint before.
+    # Once it is repaired the run goes on from the checkpoint before.
     assert_same(run(12, checkpoint=tmp_path)[0], run(12)[0])
 
 
@@ -601,7 +601,7 @@ def test_a_first_chunk_that_fails_costs_no_batches():
     data: Any = gradhpo.iterate(BATCHES)
     with pytest.raises(ZeroDivisionError):
         run(30, data=data, callbacks=[lambda state, metrics: 1 / 0])
-    assert data.drawn == 3  # those of the chunk that the callback saw
+    assert data.drawn == 3  # by the chunk that the callback saw
 
 
 def test_a_loader_may_fill_one_buffer():

@@ -214,7 +214,7 @@ def test_hyperdistill_is_spread_over_the_horizon(horizon):
 
 
 def test_shares_add_up_through_optimizer_state():
-    """With momentum, minibatches and a direct term; the truncations are those of unrolling."""
+    """With momentum, minibatches and a direct term; the truncations are unrolling's."""
     inner = relaxed(lambda h: optax.sgd(jnp.exp(h["rate"]), momentum=0.9))
     train_loss = lambda w, h, batch: jnp.sum(jnp.cosh(w - h["a"] * batch))
     val_loss = lambda w, h, batch: jnp.sum((w - 1) ** 2) + 0.1 * jnp.sum((w - h["a"]) ** 2)

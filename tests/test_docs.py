@@ -97,7 +97,7 @@ def run_as_shown(page):
 
 
 def assert_says_the_same(printed, shown, rtol):
-    """The same words; numbers to 5 %, as those of other machines differ in their last digits."""
+    """The same words; numbers to 5 %, since their last digits differ between machines."""
     assert NUMBER.sub("", printed).split() == NUMBER.sub("", shown).split(), printed
     numbers = [[float(x.replace(",", "")) for x in NUMBER.findall(t)] for t in (printed, shown)]
     np.testing.assert_allclose(*numbers, rtol=rtol, atol=2e-3, err_msg=printed)

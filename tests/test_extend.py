@@ -191,7 +191,7 @@ def test_a_memory_that_takes_the_name_of_a_metric_is_refused():
 
 
 def test_own_algorithms_use_the_extension_interface_alone():
-    """So do those of the library: tests/test_rooms.py."""
+    """So do the library's own: tests/test_rooms.py."""
     page = (ROOT / "docs" / "own_algorithm.md").read_text()
     inside = r"from gradhpo\.(\w+)[\w.]* import|import gradhpo\.(\w+)"
     used = {a or b for a, b in re.findall(inside, page)}
@@ -284,7 +284,7 @@ def test_a_run_is_not_lost_to_its_remarks():
 
 @pytest.mark.filterwarnings("ignore:.*is exactly 0", "ignore:.*Training has not converged")
 def test_parameters_in_a_memory_are_not_its_entries():
-    """A model's own fields must not pass for metrics, whatever they are called."""
+    """A model's own fields must not pass for metrics, under any name."""
 
     class Model(eqx.Module):
         theta: Array

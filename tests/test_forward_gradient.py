@@ -138,7 +138,7 @@ def test_a_refused_step_spends_its_draw_and_every_step_draws():
 
 
 def test_compare_over_batches_reports_the_noise_of_the_directions():
-    """On fixed batches all noise is that of the estimator, whose size is known."""
+    """On fixed batches all noise is the estimator's, and its size is known."""
     loss = lambda w, h, batch: jnp.sum((w - h) ** 2) / 2
     losses = gradhpo.LossFunctions(loss, distance)
     inner = optax.sgd(0.5)

@@ -366,7 +366,7 @@ def test_random_numbers_are_not_compared(place):
 
 @pytest.mark.thorough
 def test_what_cannot_be_measured_is_noted(as_a_user_has_it):
-    """A loss that is float32 whatever comes in; an update without derivatives."""
+    """A loss in float32 for any input; an update without derivatives."""
 
     def rigid(w, h, batch):
         total, _ = jax.lax.scan(lambda s, x: (s + x, None), jnp.zeros((), jnp.float32), w - h)

@@ -224,7 +224,7 @@ def test_checks_while_tracing_leave_nothing_in_the_program():
 @pytest.mark.thorough
 @pytest.mark.parametrize("rule", quick(["loss", "grad_fn", "update_fn"], keep=["loss"]))
 def test_means_over_many_batches_add_up_in_float32(rule):
-    """Sums of 256 numbers in bfloat16 stall, and those of cotangents too."""
+    """Sums of 256 numbers in bfloat16 stall, and sums of cotangents too."""
     loss = lambda w, h, batch: jnp.mean((batch @ w - 1) ** 2) + jnp.exp(h) * jnp.sum(w**2)
     descend = lambda w, h, batch: w - 0.1 * jax.grad(loss)(w, h, batch)
     settings: dict = {"loss": {}, "grad_fn": {"grad_fn": jax.grad(loss)}}.get(rule) or {}

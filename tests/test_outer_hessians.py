@@ -238,7 +238,7 @@ def test_a_truncated_solve_is_differentiated_as_the_solution_and_raises_nothing(
 @pytest.mark.thorough
 @pytest.mark.parametrize("settings", [{}, {"grad_fn": jax.grad(error_of_two)}])
 def test_a_solve_that_failed_has_no_derivative(settings):
-    """Two examples for four parameters: that of a least-squares solution has other terms."""
+    """Two examples for four parameters: a least-squares solution's derivative has other terms."""
     optimizer = gradhpo.ImplicitOptimizer(optax.sgd(0.1), inner_steps=3, **settings)
     function = hypergradient_of(optimizer, (error_of_two, val_loss))
     twice = lambda h: (function(h),) * 2

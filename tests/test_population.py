@@ -352,7 +352,7 @@ def test_the_teacher_is_that_of_the_paper(kind, getkey):
 
 @pytest.mark.parametrize("kind", quick(["multiplicative", "additive"], keep=[]))
 def test_the_teacher_descends_the_validation_losses_of_all_members(kind, getkey):
-    """At W = 0 its gradient is that of training to the end at the mutated hyperparameters."""
+    """At W = 0 its gradient is the one of training to the end at the mutated hyperparameters."""
     problem, inner = make("dicts", "momentum", getkey())
     single = gradhpo.UnrolledOptimizer(inner, OUTER, unroll_steps=3)
     mutation = gradhpo.LearnedMutation(kind=kind, optimizer=relaxed(optax.adam(0.1)))

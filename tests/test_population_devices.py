@@ -36,6 +36,6 @@ def test_only_exploits_and_teachers_exchange_anything():
         assert found["flops"] < 0.26, name
         assert found["temporary"] < 0.26, name
     assert costs["alone"]["collectives"] == []
-    # Those of exploiting are all in the branch that it takes; a teacher's gradient is beside it.
+    # All that exploiting adds is in the branch that it takes; a teacher's gradient is beside it.
     assert costs["random"]["outside of branches"] == 0
     assert costs["learned"]["outside of branches"] == 2

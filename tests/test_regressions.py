@@ -31,7 +31,7 @@ def hypergradient(optimizer, w, h, train_loss=quadratic, val_loss=to_one):
 def test_perturbed_hyperparameters_divide_by_the_step_after_rounding(size):
     """In float32 a step of 0.01 at 3e5 is 0.03125 wide: dividing by 0.02 is wrong by half."""
     rate = jnp.asarray(size, jnp.float32)
-    # Factors are powers of two: only the step is rounded, in whatever order a compiler multiplies.
+    # Factors are powers of two: only the step is rounded, in any order of multiplication.
     loss = lambda w, h, batch: w * h * 2.0**-17
     val_loss = lambda w, h, batch: w * 2
     inner = relaxed(optax.sgd(2.0**-3))

@@ -265,7 +265,7 @@ def test_a_key_is_shared_by_all_queries():
 
 @pytest.mark.thorough
 def test_twenty_queries_share_the_work():
-    """The steps forward, and their linearizations, are those of one query."""
+    """One query's steps forward and linearizations serve for all."""
     wide = {"first": jnp.ones((3, 64)), "last": jnp.ones(64)}
     data = gradhpo.ArrayData((np.tile(X, (8, 1)), np.tile(Y, 8)), 256, jax.random.key(0))
     state = gradhpo.OneStepOptimizer(INNER).init(wide, HYPERPARAMS)

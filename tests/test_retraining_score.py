@@ -427,7 +427,7 @@ def test_one_query_is_what_compare_hypergradients_looks_at():
 
 
 def test_what_does_not_move_counts_for_nothing():
-    """Even where its derivative is not a number, as that of a logarithm at a weight of 0 is."""
+    """Even where its derivative is not a number, as for a logarithm at a weight of 0."""
     g = {"weights": np.ones((2, 40)), "rate": np.full(2, np.nan)}
     perturb = gradhpo.leave_out(0.1, lambda h: h["weights"])
     keys = jnp.stack(keys_of(3))

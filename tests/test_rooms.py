@@ -32,7 +32,7 @@ BELOW = {
 
 
 def imported(node: ast.AST, room: str) -> list[str]:
-    """What of gradhpo a node imports, in full: `gradhpo.core.base.BilevelOptimizer`."""
+    """The parts of gradhpo that a node imports, in full: `gradhpo.core.base.BilevelOptimizer`."""
     names = []
     if isinstance(node, ast.Import):
         names = [alias.name for alias in node.names]
@@ -247,7 +247,7 @@ def test_generic_rooms_know_no_algorithm():
             place = file.relative_to(PACKAGE).as_posix()
             for line, form in knows(file.read_text(), room):
                 if (room, form) == ("training", "text: checkpoints"):
-                    continue  # those of a run, on disk
+                    continue  # a run's, on disk
                 assert form in ALLOWED.get(place, {}), f"{place}:{line}: {form}"
                 found.setdefault(place, set()).add(form)
     assert found == {place: set(forms) for place, forms in ALLOWED.items()}  # nothing outdated
@@ -291,7 +291,7 @@ def test_generic_rooms_know_no_algorithm():
     ],
 )
 def test_what_knows_an_algorithm_is_seen(line):
-    """In every file of the generic rooms, whatever else that file may say."""
+    """In every file of the generic rooms, with no file excepted."""
     for room in GENERIC:
         forms = {form for _, form in knows(line, room)}
         for file in (PACKAGE / room).rglob("*.py"):

@@ -269,7 +269,7 @@ def test_a_logger_that_fails_leaves_a_state(tmp_path):
     with pytest.warns(RuntimeWarning, match="A callback failed: OSError: no paper"):
         state, history = run(30, callbacks=[failing], checkpoint=saved)
     assert history.stop_reason == "callback error"
-    assert state.step == len(history["val_loss"]) == 9  # that of step 6 was given up
+    assert state.step == len(history["val_loss"]) == 9  # step 6 was given up
     assert_same(state, run(9)[0])
     # It has not seen all of them: they are repeated from the checkpoint before.
     assert gradhpo.load_checkpoint(tmp_path, state)[0].step == 0

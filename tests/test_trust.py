@@ -184,7 +184,7 @@ def test_an_estimator_that_sees_nothing():
 
 @pytest.mark.thorough
 def test_an_estimator_far_from_the_exact_one():
-    """The agreement with the exact one is that of its own formula."""
+    """The agreement with the exact one follows its own formula."""
     report = check(make=lambda inner, unroll_steps: gradhpo.OneStepOptimizer(inner))
     assert report.trusting.agreement["exact"] < TRUSTED
     keys = jax.random.split(jax.random.key(1), DIRECTIONS)
@@ -331,7 +331,7 @@ def test_a_call_that_differs_from_itself():
 
 @pytest.mark.thorough
 def test_precision_of_a_narrow_state():
-    """In bfloat16 the agreement with float64 is that of the two estimates."""
+    """In bfloat16 the agreement with float64 compares the two estimates."""
     rough = check(dtype=jnp.bfloat16, perturb=None)
     fine = check(dtype=jnp.float32, perturb=None)
     assert rough.trusting.agreement["float64"] < fine.trusting.agreement["float64"]

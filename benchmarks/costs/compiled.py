@@ -64,7 +64,7 @@ def print_units() -> None:
 
 
 def print_outer_units() -> None:
-    print("\nFlops of an outer step with one inner step, less those of validation")
+    print("\nFlops of an outer step with one inner step, less validation's")
     for name, count in VALIDATION_GRADIENTS.items():
         units = (f"{gradients_per_outer_step(name, 128, depth):6.2f}" for depth in (1, 3, 6))
         print(f"  {name:22} 1, 3, 6 hidden layers: {' '.join(units)}   ({count} and a loss)")

@@ -106,7 +106,7 @@ def fitted() -> Converged:
 def well_specified(copies: int = 100) -> Converged:
     """A network 16-6-10 on 4 x 4 digits, repeated, with labels drawn from the network.
 
-    Their logits are those of a network fitted to the digits, halved: a sure model draws one label.
+    Their logits come from a network fitted to the digits, halved: a sure model draws one label.
     """
     train, val = digits(pooled=True)
     h = jnp.full(16, np.log(PENALTY), train[0].dtype)

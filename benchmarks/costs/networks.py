@@ -35,7 +35,7 @@ class Task(NamedTuple):
 
 
 def weighted(forward: Callable, params: Any, inputs: Any) -> Job:
-    """One weight per example of a batch, as the only hyperparameters; the batch is that of all."""
+    """One weight per example of a batch, as the only hyperparameters; all share the batch."""
     x, labels = inputs
 
     def mean(w, log_weights, batch):

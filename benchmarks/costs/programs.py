@@ -157,9 +157,9 @@ VALIDATION_GRADIENTS = {"SOBAOptimizer": 1, "PenaltyOptimizer(20)": 2, "BOMEOpti
 
 
 def gradients_per_outer_step(name: str, batch_size: int, depth: int) -> float:
-    """Flops of an outer step with one inner step, less those of validation, in training gradients.
+    """Flops of an outer step with one inner step, less validation's, in training gradients.
 
-    Those of validation are its gradients, and its loss at the end.
+    Validation takes its gradients, and its loss at the end.
     """
     train, val = gradient_programs(batch_size, depth=depth)
     the_job = job(batch_size, depth=depth)

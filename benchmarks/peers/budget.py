@@ -102,7 +102,7 @@ class Training:
 
 def random_search(size: int, seed: int, tied: bool = False) -> Generator:
     """Uniform in the cube, after its middle; tied, along its diagonal."""
-    random = np.random.default_rng([seed, 1])  # other numbers than those of the data
+    random = np.random.default_rng([seed, 1])  # numbers that the data do not use
     yield 0.5
     while True:
         yield random.uniform(size=() if tied else size)

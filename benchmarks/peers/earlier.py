@@ -1,6 +1,6 @@
 """Against the earlier `gradhpo` 0.1.3 of the package index, which shares our names and no code.
 
-The job is that of its tutorial: a learning rate for each of the 517 parameters of a small network.
+The job is its tutorial's: a learning rate for each of the 517 parameters of a small network.
 Its own `run` is timed as the tutorial calls it, and once more with the outer rate inside an optax
 optimizer, where its compilations can be found again.
 """

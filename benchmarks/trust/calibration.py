@@ -123,9 +123,9 @@ def _print_judged(configs: Sequence[Config], rows: list[dict], setting: np.ndarr
         f"{EXCELLENT}"
         f"\nthresholds that the half * gives: trusted from {found.trusted:.2f}, not trusted below "
         f"{found.not_trusted:.2f}; the library has {TRUSTED} and {NOT_TRUSTED}"
-        f"\nthose of all rows {of_all.trusted:.2f} and {of_all.not_trusted:.2f}; of {OTHER_SPLITS} "
+        f"\nfrom all rows {of_all.trusted:.2f} and {of_all.not_trusted:.2f}; of {OTHER_SPLITS} "
         f"other halves, 5 to 95 %: {_spread(others, 0)} and {_spread(others, 1)}"
-        f"\narea under the curve, scores of {GOOD} and more against those below {BAD}: all "
+        f"\narea under the curve, scores of {GOOD} and more against scores below {BAD}: all "
         f"{auc(trust, scores):.3f}, tested half {auc(trust[tested], scores[tested]):.3f}"
     )
     decided = [judged(row, config) for row, config in zip(rows, configs, strict=True)]

@@ -27,7 +27,7 @@ _COUNTED = (
 class KeptFisher(eqx.Module):
     r"""A mean in which what came $k$ additions ago has the weight $(1 - \beta)\beta^k$.
 
-    - `second_moments`: the weighted sum; its form is that of the structure.
+    - `second_moments`: the weighted sum; its form depends on the structure.
     - `mass`: shape `()`, the sum of the weights, $1 - \beta^{additions}$.
     - `factors`: what the last factorisation made; `None` if every step makes its own.
     - `factor_age`: steps that they have served, counted anew where others are due, shape `()`.

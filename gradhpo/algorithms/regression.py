@@ -143,6 +143,6 @@ class Regression(NamedTuple):
 
 
 def _relative(x: PyTree, y: PyTree) -> Array:
-    """The length of one tree in that of another."""
+    """The length of one tree over the length of another."""
     size = tree_l2_norm(y)
     return tree_l2_norm(x) / jnp.where(size > 0, size, 1)

@@ -83,7 +83,7 @@ class BatchStack(eqx.Module):
 
         **Returns:** a `BatchStack`, with arrays of shape `[inner steps, *shape of one]`.
 
-        **Raises:** `ValueError` if there is no batch, or if shapes differ from those of the first.
+        **Raises:** `ValueError` if there is no batch, or if shapes differ from the first one's.
         """
         batches = [foreign_as_arrays(batch, "BatchStack.of(batches)") for batch in batches]
         if len(batches) == 0:

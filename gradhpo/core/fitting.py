@@ -26,7 +26,7 @@ def fit_memory(
 ) -> BilevelState:
     """What `run` does before an episode for an algorithm that reads ahead. Compiled.
 
-    `name` is that of the public method, for messages.
+    `name` is the public method's, for messages.
     """
     train_batches, val_batch = (
         as_batch(train_batches, "train_batches"),

@@ -146,7 +146,7 @@ class Hooks(eqx.Module):
     ) -> str:
         """What the report of a run should add, or `""`; `run` also warns with it.
 
-        `before` are the scalars of the memory at the start of the run, `metrics` those of all
+        `before` are the scalars of the memory at the start of the run, `metrics` the scalars of all
         steps, as means over `copies` of the inner problem.
         """
         return ""

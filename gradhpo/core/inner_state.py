@@ -1,4 +1,4 @@
-"""What inner steps change, and where those of an episode begin."""
+"""What inner steps change, and where an episode begins."""
 
 import dataclasses
 from collections.abc import Callable

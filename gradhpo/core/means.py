@@ -21,7 +21,7 @@ def mean_over_steps(
     """Of `function` at the last `count` steps, in a loop: a program does not grow with them.
 
     `function` returns what to average, and more, which comes back where there is one step alone.
-    Sums, and those of cotangents, are in float32 at least.
+    Sums, of cotangents too, are in float32 at least.
     """
     if count == 1:
         return function(w, hyperparams, last)

@@ -80,7 +80,7 @@ def check_memory(name: str, memory: PyTree) -> None:
 
 
 def kept_where_it_fits(found: PyTree, expected: PyTree) -> PyTree:
-    """The parts of a memory that have the structure, shape and dtype of those of another one.
+    """The parts of a memory that have the structure, shape and dtype of another memory's parts.
 
     The other memory's parts replace the rest; if it has `None`, anything fits.
     """

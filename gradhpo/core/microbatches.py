@@ -22,7 +22,7 @@ from gradhpo.utils.validation import check_arity, has_arity, leaf_names
 
 
 _WITHOUT_STATE = (
-    "a microbatched loss takes no model_state: its statistics would be those of a piece. Normalise "
+    "a microbatched loss takes no model_state: its statistics would describe a piece. Normalise "
     "without running state (LayerNorm, GroupNorm), or save memory with jax.checkpoint inside the "
     "loss"
 )
@@ -62,7 +62,7 @@ def microbatched(loss: LossFn, num: int) -> LossFn:
     """A mean loss, computed on `num` pieces of the batch, one after another.
 
     Each piece is recomputed where a derivative needs it (`jax.checkpoint`), so that the activations
-    of one piece are kept and not those of a batch: for a training gradient, and for every product
+    of one piece are kept, not of a whole batch: for a training gradient, and for every product
     of an algorithm that differentiates training. The work grows by one more forward pass. Losses
     add up in float32 at least, gradients in the dtype of their parameters: keep these in float32,
     and cast to bfloat16 inside the loss.
@@ -165,7 +165,7 @@ def chunked_cross_entropy(
     r"""Cross-entropy over a large vocabulary, without all logits at once.
 
     The logits $x_i W^\top$ are computed for one of `num` chunks of the tokens after another, and
-    again where a derivative needs them: their memory is that of one chunk. It can be differentiated
+    again where a derivative needs them: they need the memory of one chunk. It can be differentiated
     as often as you like.
 
     **Arguments:**

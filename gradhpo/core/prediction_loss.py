@@ -91,7 +91,7 @@ def prediction_losses(name: str, problem: Problem) -> tuple[PredictionLoss, Pred
     **Arguments:**
 
     - `name`: of the optimizer, for the messages.
-    - `problem`: that of one outer step.
+    - `problem`: the problem of one outer step.
 
     **Returns:** two [`PredictionLoss`][gradhpo.PredictionLoss].
 

@@ -38,7 +38,7 @@ class _Split(NamedTuple):
 
 
 class _OfFolds(eqx.Module):
-    """A loss of all folds, made of that of one."""
+    """A loss of all folds, made from the loss of one."""
 
     loss: Callable
     name: str = eqx.field(static=True)

@@ -185,8 +185,8 @@ class FromIterator(Source):
                 self._drawn += 1
             if batch is not None and differences(last, self._described(batch)):
                 raise ValueError(
-                    f"batch {self._drawn - 1} of {self.name} is another one than the run that is "
-                    "resumed had drawn: pass an iterator that yields the same batches (its seed)"
+                    f"batch {self._drawn - 1} of {self.name} is not the batch that the run drew "
+                    "before: to resume it, pass an iterator that yields the same batches (its seed)"
                 )
         self._position = position
 

@@ -27,8 +27,8 @@ from gradhpo.utils.placement import spread
 class Batches(eqx.Module):
     """What a compiled chunk draws from.
 
-    `step` counts the outer steps of the state, `position` those of the chunk, and `count` is the
-    number of inner steps in each.
+    `step` counts the outer steps of the state, `position` the ones since the chunk began, and
+    `count` is the number of inner steps in each.
     """
 
     repeats = False
@@ -203,5 +203,5 @@ class OnDevice(Source):
 
 @compiled
 def _some_of(function: Generated) -> dict[str, PyTree]:
-    """Enough to tell another function; that of an `ArrayData` is told by its arrays."""
+    """Enough to recognise another function; an `ArrayData` is recognised by its arrays."""
     return {f"batch {i}": function(jnp.asarray(i, jnp.int32)) for i in (0, 1, 1_000)}

@@ -42,7 +42,7 @@ def compare_hypergradients(
     All estimators train through the same horizon of inner steps with the hyperparameters held
     fixed, and all hypergradients are taken at its end. An optimizer that takes fewer inner steps
     per `step` (one step, HyperDistill) takes as many `step`s as fit, as it would in a run that
-    starts here: its memory is that of a new episode, and HyperDistill fits $\theta$ first (unless
+    starts here: its memory starts a new episode, and HyperDistill fits $\theta$ first (unless
     `estimation_period=None`; its costs exclude the fit, which is due only once every several
     episodes). The state is left unchanged.
 
@@ -52,7 +52,7 @@ def compare_hypergradients(
         state was made with; outer optimizers do not matter.
     - `state`: where to start: from `init` of any of them, or from the middle of a run.
     - `train_batch`: a [`BatchStack`][gradhpo.BatchStack], whose length is the horizon; or one batch
-        for all steps, where the horizon is that of the longest optimizer.
+        for all steps, where the longest optimizer sets the horizon.
     - `val_batch`: one batch, as for [`step`][gradhpo.BilevelOptimizer.step].
     - `losses`: the [`LossFunctions`][gradhpo.LossFunctions].
     - `reference`: what to compare with: an optimizer, or a tree like the hyperparameters (a closed

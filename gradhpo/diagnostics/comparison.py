@@ -111,7 +111,7 @@ class HypergradientComparison(Report):
         $\|g - r\|/\|r\|$, and the share of equal signs where at least one of the two is not 0.
     - `per_leaf`: maps each leaf of the hyperparameters to the same four.
     - `flops`, `temporary_bytes`, `seconds`: for the whole horizon. `costs` has more, including
-        those of `"training alone"` and of the `"reference"`.
+        also of `"training alone"` and of the `"reference"`.
     - `metrics`: the optimizers' own metrics, if any, at the end of the horizon.
     - `unseen`: leaves that an optimizer cannot see, if there are any.
     - `failed`: why an optimizer does not work on this problem. It is in no other dict.
@@ -140,7 +140,7 @@ class HypergradientComparison(Report):
 
     @property
     def norm_ratio(self) -> dict[str, float]:
-        """Length, relative to that of the reference."""
+        """Length, relative to the reference's."""
         return self.overall.norm_ratio
 
     @property
@@ -176,7 +176,7 @@ class HypergradientComparison(Report):
         parts = [
             f"Hypergradients after {self.num_steps} inner steps"
             f"{' on one and the same batch' * self.on_one_batch}, compared with "
-            f"{self.reference_name}; costs are those of the whole horizon, with an estimate at "
+            f"{self.reference_name}; costs cover the whole horizon, with an estimate at "
             "every step of an optimizer",
             aligned([_HEADER, *map(self._row, self._names())]),
         ]

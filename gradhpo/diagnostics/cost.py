@@ -118,7 +118,7 @@ class Program:
         return any(eqn.primitive.name in operations for eqn in _operations(self._jaxpr.jaxpr))
 
     def computes_in(self, dtypes: Container[str]) -> bool:
-        """Whether one of these dtypes (their names) is that of a result anywhere in the program."""
+        """Whether a result anywhere in the program has one of these dtypes, given by name."""
         return any(
             str(getattr(out.aval, "dtype", "")) in dtypes
             for eqn in _operations(self._jaxpr.jaxpr)

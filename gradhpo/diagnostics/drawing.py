@@ -72,11 +72,11 @@ def draw_comparison(report: Any) -> Any:
     norm.axvline(1, color=GREY, lw=0.8)
     lengths = [report.norm_ratio[n] for n in names]
     norm.plot(lengths, rows, "o", color=BLUE)
-    norm.set(xscale="log", xlabel="norm, in that of the reference (log)")
+    norm.set(xscale="log", xlabel="norm / norm of the reference (log)")
     _log_scale(norm.xaxis, [*lengths, 1])
     training = report.costs["training alone"].seconds
     seconds.barh(rows, [report.seconds[n] / training for n in names], color=BLUE, height=0.55)
-    seconds.set(xlabel="time, in that of training alone")
+    seconds.set(xlabel="time / time of training alone")
     seconds.axvline(1, color=GREY, lw=0.8)
     needed = np.array([report.temporary_bytes[n] for n in names])
     size, unit = (2**20, "MiB") if needed.max(initial=0) >= 2**20 else (2**10, "KiB")
@@ -139,7 +139,7 @@ def draw_horizon(report: Any) -> Any:
     share.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False)
     cosine.axhline(1, color=GREY, lw=0.8)
     cosine.plot(steps, report.cosine_of_last, color=BLUE, label="cosine with the exact one")
-    cosine.plot(steps, report.length_of_last, "--", color=ORANGE, label="length, in that of it")
+    cosine.plot(steps, report.length_of_last, "--", color=ORANGE, label="length / its length")
     cosine.set(xlabel="last inner steps kept (truncation)")
     cosine.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     for ax in (share, cosine):

@@ -47,8 +47,8 @@ class Horizon(Report):
         ($\gamma^{T-t}\alpha_t B_t$) and `"HyperDistill"` ($\theta\gamma^{T-t} v_T$). The shares of
         `"exact"` and `direct_share` add up to 1; a negative share pulls the other way.
     - `share_of_leaf[leaf][name]`: the same within one leaf of the hyperparameters.
-    - `direct_share`: that of $\partial L_{val}/\partial\lambda$, and of what hyperparameters do in
-        the inner optimizer's `init`.
+    - `direct_share`: the share of $\partial L_{val}/\partial\lambda$, and of what hyperparameters
+        do in the inner optimizer's `init`.
     - `norm`, shape `[steps]`: $\|c_t\|$.
     - `cosine_of_last`, shape `[steps]`: at `[K - 1]` the cosine of $g$ with the hypergradient of
         the last K steps alone (`truncation=K`).
@@ -183,7 +183,7 @@ def explain_horizon(
 def _contributions(
     problem: Problem, num_steps: int
 ) -> tuple[PyTree, PyTree, PyTree, dict[str, Array]]:
-    """The exact hypergradient, its direct term, that of `init`, and numbers about every step.
+    """The exact hypergradient, its terms (direct and through `init`), and numbers of every step.
 
     Goes through the kept states twice: products with the whole hypergradient need it first.
     """

@@ -175,7 +175,7 @@ def _one_bit_on(state: BilevelState) -> BilevelState:
             return x
         way = np.where(random.random(x.shape) < 0.5, -np.inf, np.inf)
         moved = jnp.nextafter(x, jnp.asarray(way, x.dtype))
-        # The last bit of a 0 is that of the largest number in the leaf; an infinity (a mask) stays.
+        # A 0 gets the last bit of the largest number in the leaf; an infinity (a mask) stays.
         largest = jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), 0), initial=0)
         bit = (jnp.finfo(x.dtype).eps * jnp.where(largest == 0, 1, largest)).astype(x.dtype)
         moved = jnp.where(x == 0, jnp.copysign(bit, jnp.asarray(way, x.dtype)), moved)

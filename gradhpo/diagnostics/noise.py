@@ -19,7 +19,7 @@ class Moments:
     With $\bar g$ the mean, $\Sigma$ the covariance between draws, and $\bar r$ the mean of the
     reference:
 
-    - `mean`, `standard_error`: trees like the hyperparameters; the error is that of the mean.
+    - `mean`, `standard_error`: trees like the hyperparameters; the error of the mean.
     - `cosine`: of $\bar g$ with $\bar r$.
     - `bias`: $\|\bar g - \bar r\|/\|\bar r\|$, and `bias_error`, the length of its standard error:
         these draws cannot show a bias below it.
@@ -49,7 +49,7 @@ class HypergradientNoise(Report):
 
     - `overall`: maps the name of an optimizer (and `"reference"`) to its
         [moments][gradhpo.diagnostics.noise.Moments]; `mean`, `standard_error`, `signal_to_noise`,
-        `bias` and `draws_needed` are those of `overall` by name.
+        `bias` and `draws_needed` are the figures of `overall` by name.
     - `per_leaf`: maps each leaf of the hyperparameters to the same.
     - `unseen`: leaves that an optimizer cannot see, if there are any.
     - `nonfinite`: number of draws left out because an optimizer's hypergradient or the reference

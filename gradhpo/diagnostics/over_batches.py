@@ -54,7 +54,7 @@ def compare_over_batches(
         [`ArrayData`][gradhpo.ArrayData] or another function `index -> batch`, an iterator, or
         one fixed batch (whose noise is 0).
     - `num_draws`: $n$, at least 2; default 32.
-    - `num_steps`: inner steps of the horizon; `None` (the default): those of the longest optimizer.
+    - `num_steps`: inner steps of the horizon; `None` (the default): as the longest optimizer.
     - `reference`: an optimizer; `None` (the default): the exact hypergradient of the horizon.
 
     **Returns:** a [report][gradhpo.diagnostics.noise.HypergradientNoise]. With the mean $\bar g$ of

@@ -133,8 +133,8 @@ def plan(
 
     Every step is compiled for the shapes that are passed. Memory is the compiler's own figure for
     the program that a `step` then runs; flops are its count for that program before optimisation,
-    corrected for loops. Of several branches the most expensive counts, so those of
-    `checkpoints="log"`, which chooses between two at every visit of a step, are too high.
+    multiplied by the trip counts of loops. Of a conditional's branches the most expensive counts, so
+    the figure for `checkpoints="log"`, which chooses at every visit of a step, is too high.
 
     **Arguments:**
 
@@ -237,7 +237,7 @@ def _that_fits(
     best, smaller = (algorithm, cost), algorithm.with_less_memory()
     tried = {named(algorithm): cost.total_bytes}
     while smaller is not None and best[1].total_bytes > max_bytes:
-        with contextlib.suppress(*FAILURES):  # that of the algorithm itself is known
+        with contextlib.suppress(*FAILURES):  # the algorithm's own is known
             found = cost_of(smaller)
             tried[named(smaller)] = found.total_bytes
             if found.total_bytes < best[1].total_bytes:

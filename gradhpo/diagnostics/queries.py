@@ -24,7 +24,7 @@ from gradhpo.utils.tracing import count_trace
 class Setting(eqx.Module):
     """The batches of all inner steps, and the queries whose losses count at the end.
 
-    `step` is that of the state where training starts, from which batches are counted.
+    `step` is the step of the state where training starts, from which batches are counted.
     """
 
     part: Part

@@ -52,7 +52,7 @@ def losses_of_block(
 ) -> tuple[Array, Array]:
     """The losses of one training for each key, `[trainings, queries]`, and which are finite.
 
-    Each starts anew at the changed hyperparameters; where not `moved`, at those of `start`.
+    Each starts anew at the changed hyperparameters; where not `moved`, at the ones of `start`.
     """
     count_trace()
     given = setting.inputs(start, setting.query(0)), setting.num_steps
@@ -92,7 +92,7 @@ class Blocks:
         block_size: int | None,
         kept: Boundaries,
     ):
-        """`kept` has the blocks of an earlier call, whose size is that of all."""
+        """`kept` has the blocks of an earlier call; all blocks have their size."""
         self._given, self._asked = (algorithm, start, setting, change), block_size
         self._keys, self._count, self._kept = keys, len(keys) + 1, kept
         self._at_once, self._program = True, None

@@ -78,7 +78,7 @@ def estimator_of(
 
 
 def _functions(module: eqx.Module, prefix: str = "") -> Iterator[tuple[str, Callable]]:
-    """All fields that are functions, by name, with those of modules inside."""
+    """All fields that are functions, by name, also of modules inside."""
     for field in dataclasses.fields(module):
         name, value = prefix + field.name, getattr(module, field.name)
         if isinstance(value, eqx.Module):

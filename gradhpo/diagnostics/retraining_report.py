@@ -111,7 +111,7 @@ class RetrainingScore(Report):
         """What is said of retrainings that are not finite."""
         return (
             f"{len(self.nonfinite)} of {self.num_retrainings} retrainings are not finite and left "
-            "out; the score is that of the others"
+            "out; the score covers the others"
         )
 
     def most_helpful(

@@ -93,8 +93,8 @@ class Trust:
     - `followed`: cosine of the true changes with the changes by the mean of the hypergradients at
         both ends. Below 0.5 it casts doubt: then the loss has steps that no derivative sees. `nan`
         if the changes are lost in the rounding of the loss.
-    - `scale`: length of the predicted changes over that of the true ones, if perturbations move one
-        number alone; otherwise `nan`. Between 0.5 and 2 it casts no doubt.
+    - `scale`: length of the predicted changes over the length of the true ones, if
+        perturbations move one number alone; otherwise `nan`. Between 0.5 and 2 it casts no doubt.
     - `signal_to_noise`: over the draws of `"redrawn"`, as in
         [`Moments`][gradhpo.diagnostics.noise.Moments]; `nan` if there is nothing to draw.
     - `first_loss`, `last_loss`: mean training loss of the first and the last tenth of the steps.

@@ -45,13 +45,13 @@ class ConjugateGradients(lx.AbstractLinearSolver[_State]):
     A symmetric $A$ that is singular has no solution where $b$ has a part outside its range: the
     iterates $y_j$ of conjugate gradients grow until the curvature along their direction vanishes.
     There it ends, and the answer is the mean of all iterates with weights $1/\|r_j\|^2$,
-    $r_j = b - A y_j$, which are the iterates of least residual (those of MINRES). The same mean is
+    $r_j = b - A y_j$, which are the iterates of least residual (as in MINRES). The same mean is
     the answer where `max_steps` are over and the last residual is larger than $b$, as happens
     with negative curvature. Of a residual $r$ that $A$ hardly sees, $\|A r\| \ll \|A\| \|r\|$, the
     answer keeps no part along it. Once $r$ has settled, $A r = 0$, that is $A^+ b$, the
     least-squares solution of the smallest norm (from a start of 0); before, it is an
     approximation that was cut short, with errors where the curvature is small and a residual that
-    may be larger than $b$. Elsewhere the iterates are those of `lineax.CG`, which end where the
+    may be larger than $b$. Elsewhere the iterates equal those of `lineax.CG`, which end where the
     residual meets the tolerances, after one at least.
 
     It costs two products more where it fails, and otherwise one vector.
@@ -191,7 +191,7 @@ def _smoothed_if(ended: Array, at: _Iterates) -> _Iterates:
 def _without_unseen(at: _Iterates, operator: _State, square: Array) -> tuple[PyTree, Array]:
     """The answer; and whether it leaves the same residual without its part along that.
 
-    `square` is that of the right-hand side: a residual that is rounding has no direction.
+    `square` is the right-hand side's: a residual that is rounding has no direction.
     """
     image = jax.lax.cond(at.smoothed, lambda r: operator.mv(r), tree_zeros_like, at.r)
     slope = tree_dot(image, image)

@@ -63,7 +63,7 @@ def solve_system(
         as well: the least-squares solution of the smallest norm, which counts as failed.
     - `symmetric`: whether $A$ is. If it is not, reverse mode transposes it.
     - `guess`: a tree like `rhs`; iterations start from its best multiple, and keep its part that a
-        singular $A$ does not see. From a guess of 0 the solution is that of the smallest norm.
+        singular $A$ does not see. From a guess of 0 the solution has the smallest norm.
     - `shift`: which multiple of $I$ is in $A$, shape `()`, for solvers that ask.
     - `numbered`: product number `k` with a tree like `rhs`, from 0, for solvers that take a
         different $A$ each time ([`Neumann`][gradhpo.Neumann] with `fresh_batches`).
@@ -125,7 +125,7 @@ class _Square(lx.FunctionLinearOperator):
         super().__init__(product, structure, tags, closure_convert=False)
 
     def out_structure(self) -> PyTree:
-        """That of the vectors that it takes."""
+        """The structure of the vectors that it takes."""
         return self.in_structure()
 
 

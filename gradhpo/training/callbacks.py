@@ -24,7 +24,7 @@ class Callbacks:
 
     A callback with a memory also has `start(state, resumed) -> memory` and the attribute `memory`,
     a pytree of arrays with a fixed structure. It may have `identity`, which distinguishes its
-    memory from those of other callbacks of its class; `stopped`, whether it has stopped the run for
+    memory from other memories of its class; `stopped`, whether it has stopped the run for
     good; `stop_reason`; `why`, which the report says of it then; `reads_states`, false for one that
     reads scalars alone and never stops a run, which then keeps no state for it; and a method
     `end(state, history)`, called with what `run` is about to return.
@@ -140,7 +140,7 @@ class Callbacks:
         _end([c for c in self._all if callable(getattr(c, "end", None))], state, history)
 
     def _stops(self, number: int, answer: Any) -> bool:
-        """Comparisons of metrics answer with a NumPy boolean, those of a state with JAX's."""
+        """Comparing metrics gives a NumPy boolean, comparing states one of JAX."""
         if answer is None:
             return False
         is_boolean = isinstance(answer, bool) or (
@@ -191,7 +191,7 @@ def called(identity: Mapping[str, Any]) -> str:
 
 
 def are_one(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether the memory of one callback is that of the other one."""
+    """Whether two callbacks remember the same."""
     return a["kind"] == b["kind"] and not differences(a["identity"], b["identity"])
 
 

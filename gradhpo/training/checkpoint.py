@@ -156,7 +156,7 @@ def read_memories(
     """Gives each callback the memory of the one that is the same, wherever that stood."""
     found = header["callbacks"]
     left = list(zip(callbacks.remembering, callbacks.identities, strict=True))
-    there = f"those of {', '.join(map(called, found))}" if found else "none"
+    there = f"states of {', '.join(map(called, found))}" if found else "none"
     for identity, leaves in zip(found, header["leaves"]["memories"], strict=True):
         mine = next((x for x in left if are_one(identity, x[1])), None)
         if mine is None:

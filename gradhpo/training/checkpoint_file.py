@@ -187,7 +187,7 @@ _CHECKPOINT = {
 def read_tree(body: Any, like: PyTree) -> PyTree:
     """The next leaves of a file or a folder as a tree like this, which fits its header.
 
-    Frozen leaves are those of `like`.
+    Frozen leaves come from `like`.
     """
     with body.reading():
         found = body.tree(without_frozen(like))

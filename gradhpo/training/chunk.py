@@ -55,7 +55,7 @@ class Chunk(eqx.Module):
         """`length` outer steps, their stacked metrics, and which hyperparameters ever moved.
 
         The device may still be at work. The state comes without the metrics that losses return,
-        and goes with those of its last step.
+        and goes with the results of its last step.
         """
         self._record(state, f"run (chunks of {length})")
 

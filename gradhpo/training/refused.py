@@ -33,7 +33,7 @@ class Refused(eqx.Module):
     ) -> "Refused":
         """After more steps; `counted` is the metric `rejected` at each, `before` in front of them.
 
-        A step of a population counts as refused if those of all members are.
+        A step of a population counts as refused if every member's step is.
 
         ```python
         first = Refused.at_first(2, 0)

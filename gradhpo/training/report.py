@@ -68,7 +68,7 @@ def _why(ending: Stopped, record: Record) -> str:
     error = ending.error
     said = "" if error is None else f"{type(error).__name__}: {error}"
     notes = getattr(error, "__notes__", [])
-    where = "; ".join(note for note in notes if note.startswith("in "))  # not those of JAX
+    where = "; ".join(note for note in notes if note.startswith("in "))  # not JAX's
     reasons = {
         "num_steps": "The run is complete."
         + " There was nothing left to do." * (record.resumed_at == record.taken),

@@ -28,7 +28,7 @@ class Diverged(Exception):
 
 @dataclasses.dataclass
 class Rewind:
-    """Forward through all segments and back. `state` is the last that was reached forwards."""
+    """Forward through all segments and back. `state` is the last state of the way forward."""
 
     training: Training
     passes: Passes

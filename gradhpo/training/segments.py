@@ -37,7 +37,7 @@ class Training(eqx.Module):
     queries: bool = eqx.field(static=True)
 
     def inputs(self, state: BilevelState, part: Part) -> Inputs:
-        """As `step` has them; the validation batch is that of the first query."""
+        """As `step` has them; the validation batch is the first query's."""
         first = jnp.zeros((), jnp.int32)
         drawn = part.batches.drawn(state.step, first, part.per_step)
         val_batch = self._queries(lambda x: x[:1]) if self.queries else self.val_batch

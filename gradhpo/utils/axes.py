@@ -44,7 +44,7 @@ def with_automatic_axes(
 
 
 def _explicit(tree: PyTree) -> tuple[AbstractMesh | None, tuple[str, ...]]:
-    """The mesh of arrays that have their shardings in their types, and those of its axes."""
+    """The mesh of arrays that have their shardings in their types, and the names of its axes."""
     for x in jax.tree.leaves(tree):
         mesh = jax.typeof(x).sharding.mesh
         if AxisType.Explicit in mesh.axis_types:

@@ -36,7 +36,7 @@ def refused_argument(complaint: str) -> tuple[str, str, str] | None:
 
 
 def is_one_number(expected: str) -> bool:
-    """Whether a type that was expected is that of a real number, `Real[ArrayLike, ""]`."""
+    """Whether the expected type is a real number, `Real[ArrayLike, ""]`."""
     return "Real[Array, '']" in expected
 
 
@@ -62,7 +62,7 @@ CALLBACKS = ("pure_callback", "io_callback")
 
 
 def name_of_operation(eqn: JaxprEqn) -> str:
-    """Of a function compiled under a name, that name; of all else that of the primitive."""
+    """The name under which a function was compiled, otherwise the primitive's."""
     named = eqn.primitive.name in ("jit", "pjit")
     return eqn.params["name"] if named else eqn.primitive.name
 
@@ -147,7 +147,7 @@ def keeps_second_moments(inner_opt_state: PyTree) -> bool:
 
 
 def guards_updates(inner_opt_state: PyTree) -> bool:
-    """Whether an optax state is that of a guard against non-finite updates."""
+    """Whether an optax state belongs to a guard against non-finite updates."""
     kinds = (optax.ZeroNansState, optax.ApplyIfFiniteState)
     is_guard = lambda x: isinstance(x, kinds)
     return any(map(is_guard, jax.tree.leaves(inner_opt_state, is_leaf=is_guard)))
@@ -165,7 +165,7 @@ def injected_values(inner_opt_state: PyTree) -> list[PyTree]:
 
 
 def looks_ahead(inner_opt_state: PyTree) -> bool:
-    """Whether an optax state holds that of `optax.lookahead`."""
+    """Whether an optax state holds one of `optax.lookahead`."""
     return bool(_nodes(inner_opt_state, optax.LookaheadState))
 
 
@@ -200,7 +200,7 @@ def forget_secants(inner_opt_state: PyTree) -> PyTree:
 
 
 def searches_along_lines(inner_opt_state: PyTree) -> bool:
-    """Whether an optax state holds that of a line search."""
+    """Whether an optax state holds one of a line search."""
     kinds = (optax.ScaleByZoomLinesearchState, optax.ScaleByBacktrackingLinesearchState)
     return bool(_nodes(inner_opt_state, kinds))
 

@@ -23,7 +23,7 @@ def numbers_of_key(key: Array) -> Array:
 
 
 def key_of_numbers(numbers: Array) -> Array:
-    """The typed key, of the kind that has so many numbers."""
+    """The typed key, of the kind with this many numbers."""
     kind = "threefry2x32" if numbers.shape[-1] == 2 else "rbg"
     return jax.random.wrap_key_data(numbers, impl=kind)
 

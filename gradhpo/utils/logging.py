@@ -178,7 +178,7 @@ class _FileLogger(abc.ABC):
 
 
 def _columns_of(metrics: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """One value for each step; those of a population's members as `members.val_loss.0`."""
+    """One value for each step; a population's members as `members.val_loss.0`."""
     found = {}
     for name, x in metrics.items():
         if x.ndim == 1:

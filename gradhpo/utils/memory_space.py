@@ -1,4 +1,4 @@
-"""Moves arrays between the memory of the device and that of its host, inside compiled programs."""
+"""Moves arrays between the memories of the device and its host, inside compiled programs."""
 
 from typing import Any, Literal, TypeAlias
 

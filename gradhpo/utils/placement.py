@@ -97,7 +97,7 @@ def spread(tree: PyTree, sharding: NamedSharding | None, name: str, before: int 
     """Batches whose arrays are spread over devices as `sharding` says of one batch.
 
     If the devices belong to several processes, each passes its part, and the parts are joined.
-    `before` counts the axes in front of those of a batch. Scalars and single keys stay everywhere.
+    `before` counts the axes in front of a batch's own. Scalars and single keys stay everywhere.
     Raises `ValueError` for examples that cannot be divided evenly; `name` is what users call it.
     """
     if sharding is None:

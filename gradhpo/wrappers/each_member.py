@@ -144,7 +144,7 @@ class EachMember(Wrapper):
         return found[0]
 
     def _outer_loss(self, inputs: Inputs) -> Array:
-        """The sum, whose derivative by the hyperparameters of a member is that of its own loss."""
+        """The sum: a member's hyperparameters change its own loss alone."""
         return jnp.sum(self._each(self.optimizer._outer_loss, inputs))
 
     def _outer_response(self, state: BilevelState, gradient: PyTree) -> tuple[PyTree, PyTree]:

@@ -46,5 +46,5 @@ def memory_of(memory: Any, num_tasks: int, restarting: bool = False) -> TaskMemo
             return memory
     raise ValueError(
         f"the state was made {found}, and TaskBatched has {needed}: make it with this optimizer's "
-        "init(params, hyperparams), where params are those of one task"
+        "init(params, hyperparams), where params belong to one task"
     )

@@ -32,7 +32,7 @@ def next_restarted(
     """After every `every`-th outer step, the state with the next task in turn at its start.
 
     All restart, and one of them is taken: a task is not looked up where they are spread over
-    devices. `optimizer` is that of one task, `each` what the tasks have of their own, and `start`
+    devices. `optimizer` tunes one task, `each` is what tasks have of their own, and `start`
     that of the episode.
     """
     memory = state.memory

@@ -246,7 +246,7 @@ class TaskBatched(TaskProblems):
         return self._estimate(self._over_tasks(self.optimizer._solve, inputs), inputs.state)
 
     def _estimate(self, every: Estimate, state: BilevelState) -> Estimate:
-        """The estimate of all tasks from those of each."""
+        """The estimate of all tasks from the estimates of each."""
         memory = dataclasses.replace(self._memory(state), of_each=every.memory)
         return Estimate(
             z=every.z,
