@@ -133,8 +133,8 @@ def plan(
 
     Every step is compiled for the shapes that are passed. Memory is the compiler's own figure for
     the program that a `step` then runs; flops are its count for that program before optimisation,
-    multiplied by the trip counts of loops. Of a conditional's branches the most expensive counts, so
-    the figure for `checkpoints="log"`, which chooses at every visit of a step, is too high.
+    multiplied by the trip counts of loops. Of a conditional's branches the most expensive counts,
+    so the figure for `checkpoints="log"`, which chooses at every visit of a step, is too high.
 
     **Arguments:**
 
