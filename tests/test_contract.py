@@ -103,6 +103,7 @@ SINGLE_LOOPS = {"SOBA", "AmIGO", "penalty", "BOME"}
 DRAW = {"forward gradient", "NRES"}
 THOROUGHLY = {"T1-T2 by hyperparams", "truncated", "checkpointed", "bisected", "population"}
 THOROUGHLY |= {"natural"} | SINGLE_LOOPS | DRAW | FUNCTIONAL
+THOROUGHLY |= {"first order", "T1-T2", "greedy", "DrMAD"}  # "tasks" are of greedy ones
 QUICKLY = [name for name in OPTIMIZERS if name not in THOROUGHLY]
 
 every = pytest.mark.parametrize("name", quick(list(EVERY), keep=QUICKLY))
@@ -348,7 +349,10 @@ def test_jit_vmap_and_scan(name):
     assert_same(scanned, twice, rtol=1e-13, atol=1e-15)
 
 
-@pytest.mark.parametrize("name", [n for n, (_, _, setting) in OPTIMIZERS.items() if setting])
+WITH_SETTING = [name for name, (_, _, setting) in OPTIMIZERS.items() if setting]
+
+
+@pytest.mark.parametrize("name", quick(WITH_SETTING, keep=["HyperDistill", "implicit"]))
 def test_numeric_settings_are_leaves_to_vmap_over(name):
     setting, value = OPTIMIZERS[name][2]
     optimizer = build(name)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_same
+from helpers import assert_same, quick
 from problems import OUTER, relaxed
 
 import gradhpo
@@ -295,7 +295,7 @@ SOURCES = {
 FITTED_ROWS = functools.cache(lambda source: fit(SOURCES[source](ROWS)))
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", quick(list(SOURCES), keep=["one batch", "minibatches"]))
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_run_on_arrays_of_other_libraries(library, source):
     """Inputs and targets of one shape are one batch, and never two."""

@@ -37,7 +37,7 @@ def test_is_reverse_mode_along_the_line(optimizer_name, getkey):
     np.testing.assert_allclose(flat(found), g, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("optimizer_name", quick(["sgd", "adam"], keep=["sgd"]))
+@pytest.mark.parametrize("optimizer_name", quick(["sgd", "adam"], keep=[]))
 def test_one_step_is_exact(optimizer_name, getkey):
     problem, inner = make("optimizer", optimizer_name, getkey())
     arguments = warmed(gradhpo.OneStepOptimizer(inner), problem, problem.train_batch)
@@ -50,7 +50,7 @@ def test_one_step_is_exact(optimizer_name, getkey):
 
 @pytest.mark.parametrize(
     ("problem_name", "optimizer_name"),
-    quick([("loss", "adam"), ("layers", "adam")], keep=[("loss", "adam")]),
+    quick([("loss", "adam"), ("layers", "adam")], keep=[]),
 )
 def test_with_adam_it_is_near_the_exact_one_on_a_smooth_problem(
     problem_name, optimizer_name, getkey

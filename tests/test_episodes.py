@@ -124,7 +124,7 @@ def test_a_run_in_two_parts_is_one_run():
     assert_close(part, whole)
 
 
-@pytest.mark.parametrize("chunk_size", [12, 3])
+@pytest.mark.parametrize("chunk_size", quick([12, 3], keep=[3]))
 def test_one_trace_for_the_whole_run(chunk_size):
     traces = []
 
@@ -147,6 +147,7 @@ def test_one_trace_for_the_whole_run(chunk_size):
     assert counts[1] == 0
 
 
+@pytest.mark.thorough
 def test_every_optimizer_restarts():
     """Cold restarts from the same point with frozen hyperparameters: every episode is the same."""
     for optimizer in (

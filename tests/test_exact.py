@@ -15,10 +15,10 @@ import gradhpo
 from gradhpo.core.bisection import bisection
 
 
-# Every problem and every optimizer quickly; all pairs thoroughly.
+# Two pairs quickly, all of them thoroughly.
 COMBINATIONS = quick(
     [(p, o) for p in PROBLEMS for o in FIXED],
-    keep=[("loss", "adamw"), ("optimizer", "adam"), ("dicts", "sgd"), ("layers", "momentum")],
+    keep=[("loss", "adamw"), ("layers", "momentum")],
 )
 
 
@@ -200,11 +200,7 @@ def test_darts_toy_goes_to_its_fixed_point(rate, fixed_point):
         + [("adam", "sqrt", "device"), ("adamw", "sqrt", "device")]
         + [("adam", "log", "device"), ("adamw", "log", "device")]
         + [("adam", kept, "host") for kept in (None, 3)],
-        keep=[
-            ("momentum", 3, "device"),
-            ("adam", "sqrt", "device"),
-            ("adam", None, "host"),
-        ],
+        keep=[("adam", "sqrt", "device")],
     ),
 )
 def test_kept_states_change_nothing(optimizer_name, checkpoints, store, getkey):
@@ -218,7 +214,7 @@ def test_kept_states_change_nothing(optimizer_name, checkpoints, store, getkey):
         np.testing.assert_allclose(stepped.get_metric(name), expected.get_metric(name), rtol=1e-12)
 
 
-@pytest.mark.parametrize("steps", quick([1, 2, 3, 8, 29], keep=[1, 8]))
+@pytest.mark.parametrize("steps", quick([1, 2, 3, 8, 29], keep=[8]))
 def test_bisection_of_few_steps(steps, getkey):
     problem, inner = make("layers", "adam", getkey())
     plain = gradhpo.UnrolledOptimizer(inner, OUTER, unroll_steps=steps)
@@ -301,7 +297,7 @@ def frozen_at_first():
     ("kept", "checkpoints"),
     quick(
         [(1, None), (2, None), (4, None), (6, None), (4, "sqrt"), (5, 2), (5, "log")],
-        keep=[(2, None), (4, "sqrt")],
+        keep=[(4, "sqrt")],
     ),
 )
 def test_truncation_keeps_the_last_terms_of_the_sum(kept, checkpoints, frozen_at_first):

@@ -271,6 +271,58 @@ def test_a_flaw_of_an_own_algorithm_is_named(flaw):
     assert use(lambda: Flawed(SGD, SGD)).step == 1
 
 
+class Counted(Algorithm):
+    """Its steps are counted by a field that it names; nothing else is said."""
+
+    inner_optimizer: gradhpo.InnerOptimizer | None = None
+    outer_optimizer: optax.GradientTransformation | None = None
+    my_steps: int = eqx.field(static=True, default=2)
+    update_fn: gradhpo.UpdateFn | None = None
+
+    steps_field = "my_steps"
+
+    def estimate(self, problem, memory):
+        return extend.unrolled(problem, 0, self.my_steps)
+
+
+class Uncounted(Counted):
+    steps_field = None
+
+
+class CountedBySelf(Counted):
+    @property
+    def num_inner_steps(self):
+        return self.my_steps + 1
+
+
+def test_a_field_counts_the_inner_steps():
+    optimizer = Counted(SGD, my_steps=3)
+    assert optimizer.num_inner_steps == 3
+    longer = optimizer.with_num_steps(5)
+    assert (longer.my_steps, longer.num_inner_steps, longer.inner_optimizer) == (5, 5, SGD)
+    with pytest.raises(ValueError, match="my_steps must be at least 1"):
+        Counted(SGD, my_steps=0)
+    assert CountedBySelf(SGD).num_inner_steps == 3  # what a class says of itself comes first
+    with pytest.raises(TypeError, match=r"Uncounted must say how many .*steps_field.*num_inner"):
+        Uncounted(SGD)
+    assert gradhpo.FOOptimizer(SGD).with_num_steps(5) is None
+
+
+@pytest.mark.parametrize(
+    ("sees", "passes_loss", "derivatives"),
+    [
+        ("validation", True, "first derivatives of both losses"),
+        ("optimum", False, "second derivatives of the loss"),
+        ("updates", False, "or derivatives of the inner update"),
+        ("everything", True, "first derivatives of both losses"),
+    ],
+)
+def test_what_a_method_sees_says_what_it_differentiates(sees, passes_loss, derivatives):
+    optimizer = type("Seeing", (Counted,), {"sees": property(lambda self: sees)})(SGD)
+    assert optimizer.passes_loss is passes_loss
+    assert derivatives in optimizer.derivatives
+
+
 def test_a_run_is_not_lost_to_its_remarks():
     optimizer = Flawed(SGD, SGD, flaw="remarks")
     state = optimizer.init(jnp.zeros(3), START)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import quick
 from jaxtyping import Array
 from problems import relaxed
 
@@ -110,6 +111,7 @@ def test_detached_hyperparameter():
     one_finding(report, "['decay']", "stop_gradient")
 
 
+@pytest.mark.thorough
 def test_detached_on_one_of_two_ways():
     """A derivative there is, and a wrong one: only differences of the training show it."""
 
@@ -252,6 +254,7 @@ def test_momentum_may_go_uphill_for_a_while():
     assert report.uphill_share == 0
 
 
+@pytest.mark.thorough
 def test_differences_near_the_edge_of_a_domain():
     """Larger steps than the hyperparameter itself end in NaN; smaller ones still tell."""
     frozen = jax.lax.stop_gradient
@@ -276,6 +279,7 @@ def test_differences_that_contradict_one_another_vouch_for_nothing():
     assert not report.healthy
 
 
+@pytest.mark.thorough
 def test_a_loss_in_float32_is_no_contradiction():
     rounded = lambda w, h, batch: val_loss(w, h, batch).astype(jnp.float32)
     tiny = lambda w, h, batch: (
@@ -319,7 +323,7 @@ def test_a_saturated_step_is_too_large():
     assert any("epsilon is too large" in text for text in report.findings)
 
 
-@pytest.mark.parametrize("steps", [2, 60])
+@pytest.mark.parametrize("steps", quick([2, 60], keep=[60]))
 def test_float32_noise_at_a_long_horizon(steps):
     """Training that is chaotic (w <- 4 h w (1 - w)) forgets float32 within some 50 steps."""
     loss = lambda w, h, batch: jnp.sum(w**2 / 2 - 4 * h * (w**2 / 2 - w**3 / 3))

@@ -73,7 +73,7 @@ AROUND = {
     ("order", "around"),
     quick(
         [(order, around) for order in ORDERS for around in AROUND],
-        keep=[("rr", "jit"), ("fr", "scan")],
+        keep=[("fr", "scan")],
     ),
 )
 def test_derivatives_in_both_modes(order, around):

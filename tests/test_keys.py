@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from helpers import quick
 
 import gradhpo
 
@@ -73,7 +74,9 @@ REPEATED = {
 }
 
 
-@pytest.mark.parametrize("where", REPEATED)
+@pytest.mark.parametrize(
+    "where", quick(list(REPEATED), keep=["inner steps", "in a loop", "in a run"])
+)
 def test_a_key_that_repeats_its_noise_is_named(where):
     with pytest.warns(UserWarning, match=rf"train_batch\['key'\] {WORDS}"):
         REPEATED[where]()
@@ -94,6 +97,9 @@ FINE = {
 }
 
 
-@pytest.mark.parametrize("what", FINE)
+@pytest.mark.parametrize(
+    "what",
+    quick(list(FINE), keep=["a typed key", "one inner step", "two labels"]),
+)
 def test_nothing_is_said_of_other_leaves(what):
     FINE[what]()  # warnings are errors

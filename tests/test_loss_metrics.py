@@ -57,7 +57,7 @@ def check(metrics, of=lambda x: x):
 
 @pytest.mark.parametrize(
     "name",
-    quick(list(OF_ANY_LOSS), keep=["DrMAD", "forward mode", "greedy", "tasks"]),
+    quick(list(OF_ANY_LOSS), keep=["tasks"]),
 )
 def test_every_optimizer_measures_them_and_computes_what_it_does_without(name):
     optimizer = build(name, ADAM)
@@ -122,13 +122,16 @@ def update_by_hand(w, h, batch):
 @pytest.mark.parametrize(
     "optimizer",
     [
-        gradhpo.UnrolledOptimizer(PLAIN, OUTER, unroll_steps=3, grad_fn=gradient_by_hand),
+        pytest.param(
+            gradhpo.UnrolledOptimizer(PLAIN, OUTER, unroll_steps=3, grad_fn=gradient_by_hand),
+            marks=pytest.mark.thorough,
+        ),
         gradhpo.UnrolledOptimizer(None, OUTER, unroll_steps=3, update_fn=update_by_hand),
         pytest.param(
             gradhpo.ImplicitOptimizer(relaxed(optax.lbfgs()), OUTER, inner_steps=3),
             marks=pytest.mark.thorough,
         ),
-        gradhpo.FixedOptimizer(PLAIN, inner_steps=3),
+        pytest.param(gradhpo.FixedOptimizer(PLAIN, inner_steps=3), marks=pytest.mark.thorough),
         gradhpo.ImplicitOptimizer(PLAIN, OUTER, inner_steps=3, curvature_batches=3),
     ],
     ids=["grad_fn", "update_fn", "line search", "fixed", "curvature of several batches"],

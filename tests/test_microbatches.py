@@ -97,7 +97,7 @@ Y = jnp.sin(X @ jnp.ones(3))
     "name",
     quick(
         [name for name in OF_ANY_LOSS if name != "first order"],  # it sees validation alone
-        keep=["implicit", "HyperDistill"],
+        keep=["HyperDistill"],
     ),
 )
 def test_every_optimizer_takes_them(name):

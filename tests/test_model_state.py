@@ -297,6 +297,7 @@ def test_every_method_sees_of_it_what_its_formula_says(kind):
         np.testing.assert_allclose(found, formula, rtol=tolerance, atol=tolerance, err_msg=name)
 
 
+@pytest.mark.thorough
 def test_t1_t2_by_weights_is_the_exact_last_step_up_to_its_difference():
     w, h, r, batches, val, losses = problem_of("average")
     optimizer = gradhpo.T1T2Optimizer(PLAIN, OUTER, inner_steps=STEPS, epsilon=1e-5)

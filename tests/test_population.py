@@ -181,8 +181,13 @@ def test_the_worst_copy_the_best():
     ("mean", "replaced", "copied"),
     [
         ([np.inf, np.inf, 2.0, np.inf, 1.0, np.nan], {0, 1, 3, 5}, {2, 4}),
-        ([np.inf, np.inf, np.inf, 2.0, np.inf, np.nan], {0, 1, 2, 4, 5}, {3}),
-        ([np.inf, np.nan, np.inf], set(), set()),
+        pytest.param(
+            [np.inf, np.inf, np.inf, 2.0, np.inf, np.nan],
+            {0, 1, 2, 4, 5},
+            {3},
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param([np.inf, np.nan, np.inf], set(), set(), marks=pytest.mark.thorough),
     ],
 )
 def test_members_that_are_not_finite_are_replaced_however_many(mean, replaced, copied):

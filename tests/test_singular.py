@@ -8,7 +8,7 @@ import lineax as lx
 import numpy as np
 import optax
 import pytest
-from helpers import assert_same
+from helpers import assert_same, quick
 from problems import relaxed
 
 import gradhpo
@@ -60,7 +60,10 @@ def hypergradient(before, after):
 DEFAULT, CG = None, lx.CG(rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(("features", "examples", "solver"), [(600, 128, DEFAULT), (50, 8, CG)])
+@pytest.mark.parametrize(
+    ("features", "examples", "solver"),
+    [(600, 128, DEFAULT), pytest.param(50, 8, CG, marks=pytest.mark.thorough)],
+)
 def test_a_batch_smaller_than_the_parameters_has_the_smallest_norm_answer(
     features, examples, solver
 ):
@@ -105,7 +108,7 @@ NOT_SYMMETRIC = {
 }
 
 
-@pytest.mark.parametrize("route", list(NOT_SYMMETRIC))
+@pytest.mark.parametrize("route", quick(list(NOT_SYMMETRIC), keep=["grad_fn"]))
 def test_a_system_that_need_not_be_symmetric_has_the_same_answer(route):
     """For which GMRES gives 1e15 times as much."""
     settings, loss = NOT_SYMMETRIC[route]
@@ -192,7 +195,7 @@ def of_rank(rank, size, seed=0):
     return root.T @ root / rank, vector / np.linalg.norm(vector)
 
 
-@pytest.mark.parametrize(("rank", "size"), [(1, 2), (8, 50), (60, 200)])
+@pytest.mark.parametrize(("rank", "size"), quick([(1, 2), (8, 50), (60, 200)], keep=[(8, 50)]))
 def test_of_a_singular_matrix_it_is_the_pseudo_inverse(rank, size):
     matrix, vector = of_rank(rank, size)
     found = solve(matrix, vector)
@@ -228,7 +231,9 @@ def spread(rank, size, condition, symmetric):
     return matrix, vector / np.linalg.norm(vector), np.linalg.pinv(matrix, rcond=1e-12)
 
 
-@pytest.mark.parametrize(("condition", "error"), [(1e3, 1e-2), (1e6, 1)])
+@pytest.mark.parametrize(
+    ("condition", "error"), [(1e3, 1e-2), pytest.param(1e6, 1, marks=pytest.mark.thorough)]
+)
 def test_products_that_end_first_leave_nothing_long_that_the_matrix_does_not_see(condition, error):
     """At 1e3 30 times too long with it; at 1e6 cut short, which the result does not hide."""
     matrix, vector, inverse = spread(64, 200, condition, symmetric=True)
@@ -239,6 +244,7 @@ def test_products_that_end_first_leave_nothing_long_that_the_matrix_does_not_see
     assert bool(settled) == (np.linalg.norm(vector - matrix @ found.value) < 1)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_gmres_gives_way_where_its_answer_is_too_long(symmetric):
     """Its residual says nothing: below 1, for an answer of 1e15 if the matrix is symmetric."""
@@ -291,7 +297,9 @@ def test_products_of_a_solve_from_a_good_start():
     assert len(calls) == 1 + steps + (steps - 1) // 10
 
 
-@pytest.mark.parametrize("settings", [{}, {"stabilise_every": 1}, {"max_steps": 40}])
+@pytest.mark.parametrize(
+    "settings", quick([{}, {"stabilise_every": 1}, {"max_steps": 40}], keep=[{}])
+)
 def test_of_a_regular_matrix_it_is_what_lineax_gives(settings):
     """Of a large multiple, for which it looks at the residual alone, and not at the last move."""
     matrix, vector = of_rank(300, 100)
@@ -379,6 +387,7 @@ def test_a_fixed_point_of_several_batches():
     np.testing.assert_allclose(hypergradient(state, after), expected, rtol=1e-10)
 
 
+@pytest.mark.thorough
 def test_one_batch_for_all_inner_steps_counts_once():
     train, val = data(0, 5, 30)
     one = gradhpo.ImplicitOptimizer(SGD, OUTER, inner_steps=4)

@@ -149,8 +149,8 @@ SOPHIAS = [
         gradhpo.T1T2Optimizer(sophia, inner_steps=3, perturb="hyperparams"),
         marks=pytest.mark.thorough,
     ),
-    gradhpo.GreedyOptimizer(sophia, unroll_steps=3),
-    gradhpo.OnlineHypergradientOptimizer(sophia),
+    pytest.param(gradhpo.GreedyOptimizer(sophia, unroll_steps=3), marks=pytest.mark.thorough),
+    pytest.param(gradhpo.OnlineHypergradientOptimizer(sophia), marks=pytest.mark.thorough),
     gradhpo.ImplicitOptimizer(sophia, inner_steps=3),
 ]
 

@@ -81,6 +81,7 @@ def train_loss(w, h, batch):
     return jnp.mean((w * batch[0] + h - batch[1]) ** 2)
 
 
+@pytest.mark.thorough
 def test_finite_differences_agree_with_the_exact_hypergradient(getkey):
     exact = gradhpo.TaskBatched(gradhpo.UnrolledOptimizer(relaxed(optax.sgd(0.1)), OUTER, 4), 5)
     batch = (jax.random.normal(getkey(), (5, 8)), jax.random.normal(getkey(), (5, 8)))
@@ -160,7 +161,7 @@ def test_theta_of_every_task_is_that_of_its_own_run(keep_data):
     np.testing.assert_allclose(public.memory.of_each.theta, thetas, rtol=1e-10)
 
 
-@pytest.mark.parametrize("kind", ["function", "iterator"])
+@pytest.mark.parametrize("kind", quick(["function", "iterator"], keep=["function"]))
 def test_a_run_on_tasks_is_a_loop_over_step(kind, getkey):
     """Train and validation batches of all tasks change from step to step."""
     single = gradhpo.GreedyOptimizer(relaxed(optax.sgd(0.05)), OUTER, unroll_steps=2)

@@ -133,6 +133,7 @@ def test_without_a_perturbation_it_is_one_of_the_step_size():
     np.testing.assert_allclose(predicted, hypergradient(jnp.ones(12)) @ delta, rtol=1e-10)
 
 
+@pytest.mark.thorough
 def test_chaotic_training_is_not_trusted():
     """w <- 4 h w (1 - w): after 150 steps every neighbour has another derivative."""
     loss = lambda w, h, batch: jnp.sum(w**2 / 2 - 4 * h * (w**2 / 2 - w**3 / 3))

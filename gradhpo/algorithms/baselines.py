@@ -74,16 +74,6 @@ class FOOptimizer(Algorithm):
         """The validation loss alone."""
         return "validation"
 
-    @property
-    def passes_loss(self) -> bool:
-        """True: the inner update is not differentiated."""
-        return True
-
-    @property
-    def derivatives(self) -> str:
-        """First derivatives only."""
-        return "first derivatives of both losses"
-
     def estimate(self, problem: Problem, memory: None) -> Estimate:
         phi, validation, z, hyperparams = problem
         z, train_loss = phi.step(z, hyperparams, 0)

@@ -1,7 +1,5 @@
 r"""BOME: parameters and hyperparameters descend together, held near the inner optimum."""
 
-import dataclasses
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -20,7 +18,6 @@ from gradhpo.extend import (
     Sees,
     UpdateFn,
     accumulation_dtype,
-    check_count,
     check_setting,
     checked,
     setting,
@@ -100,15 +97,11 @@ class BOMEOptimizer(Algorithm):
     grad_fn: GradFn | None = None
     update_fn: UpdateFn | None = None
 
+    steps_field = "inner_steps"
+
     def __check_init__(self):
-        check_count("inner_steps", self.inner_steps)
         check_setting("control", self.control, lambda x: x > 0, "positive")
         check_has_loss("BOMEOptimizer", self.update_fn)
-
-    @property
-    def num_inner_steps(self) -> int:
-        """Inner steps per `step`: `inner_steps`."""
-        return self.inner_steps
 
     @property
     def sees(self) -> Sees:
@@ -124,15 +117,6 @@ class BOMEOptimizer(Algorithm):
     def may_be_zero(self) -> bool:
         r"""True: $\lambda_p$ is 0 where descending validation alone lowers $q$ fast enough."""
         return True
-
-    @property
-    def derivatives(self) -> str:
-        """First derivatives only."""
-        return "first derivatives of both losses"
-
-    def with_num_steps(self, num_steps: int) -> "BOMEOptimizer":
-        """The same optimizer with other `inner_steps`."""
-        return dataclasses.replace(self, inner_steps=num_steps)
 
     def init_memory(
         self, z: InnerState, hyperparams: PyTree, batch: PyTree, key: Array | None

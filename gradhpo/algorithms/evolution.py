@@ -131,15 +131,11 @@ class EvolutionOptimizer(Algorithm):
     grad_fn: GradFn | None = None
     update_fn: UpdateFn | None = None
 
+    steps_field = "unroll_steps"
+
     def __check_init__(self):
-        check_count("unroll_steps", self.unroll_steps)
         check_count("num_directions", self.num_directions)
         check_setting("sigma", self.sigma, lambda x: x > 0, "positive")
-
-    @property
-    def num_inner_steps(self) -> int:
-        """Inner steps per `step`: `unroll_steps`."""
-        return self.unroll_steps
 
     @property
     def sees(self) -> Sees:
@@ -167,16 +163,6 @@ class EvolutionOptimizer(Algorithm):
         return True
 
     @property
-    def passes_loss(self) -> bool:
-        """True: the inner update is not differentiated."""
-        return True
-
-    @property
-    def derivatives(self) -> str:
-        """The training gradient alone."""
-        return "first derivatives of the training loss"
-
-    @property
     def suspect(self) -> str:
         """A perturbed run that diverges."""
         return f"a perturbed run that diverges: sigma={float(self.sigma):g} may be too large"
@@ -191,10 +177,6 @@ class EvolutionOptimizer(Algorithm):
             "and run has none: all steps follow the same directions. Pass steps_per_episode, or "
             "take noise='window'"
         )
-
-    def with_num_steps(self, num_steps: int) -> "EvolutionOptimizer":
-        """The same optimizer with other `unroll_steps`."""
-        return dataclasses.replace(self, unroll_steps=num_steps)
 
     def with_difference_step(self, factor: float) -> "EvolutionOptimizer":
         """With another `sigma`."""

@@ -11,7 +11,6 @@ from gradhpo.extend import (
     InnerOptimizer,
     Problem,
     UpdateFn,
-    check_count,
     checked,
 )
 
@@ -52,8 +51,7 @@ class FixedOptimizer(Algorithm):
     grad_fn: GradFn | None = eqx.field(default=None, kw_only=True)
     update_fn: UpdateFn | None = eqx.field(default=None, kw_only=True)
 
-    def __check_init__(self):
-        check_count("inner_steps", self.inner_steps)
+    steps_field = "inner_steps"
 
     @property
     def outer_optimizer(self) -> None:
@@ -61,33 +59,9 @@ class FixedOptimizer(Algorithm):
         return None
 
     @property
-    def num_inner_steps(self) -> int:
-        """Inner steps per `step`: `inner_steps`."""
-        return self.inner_steps
-
-    @property
     def tunes(self) -> bool:
         """False."""
         return False
-
-    @property
-    def passes_loss(self) -> bool:
-        """True: the inner update is not differentiated."""
-        return True
-
-    @property
-    def derivatives(self) -> str:
-        """First derivatives only."""
-        return "first derivatives of the training loss"
-
-    def with_num_steps(self, num_steps: int) -> "FixedOptimizer":
-        """The same optimizer with other `inner_steps`."""
-        return FixedOptimizer(
-            self.inner_optimizer,
-            inner_steps=num_steps,
-            grad_fn=self.grad_fn,
-            update_fn=self.update_fn,
-        )
 
     def estimate(self, problem: Problem, memory: None) -> Estimate:
         phi, validation, z, hyperparams = problem

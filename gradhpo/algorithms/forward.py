@@ -1,7 +1,5 @@
 r"""Forward mode: exact hypergradients at every step, in memory independent of the horizon."""
 
-import dataclasses
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -17,7 +15,6 @@ from gradhpo.extend import (
     Memory,
     Problem,
     UpdateFn,
-    check_count,
     checked,
     infinite_at_rest,
     map_in_blocks,
@@ -95,13 +92,7 @@ class ForwardModeOptimizer(Algorithm):
     grad_fn: GradFn | None = None
     update_fn: UpdateFn | None = None
 
-    def __check_init__(self):
-        check_count("unroll_steps", self.unroll_steps)
-
-    @property
-    def num_inner_steps(self) -> int:
-        """Inner steps per `step`: `unroll_steps`."""
-        return self.unroll_steps
+    steps_field = "unroll_steps"
 
     @property
     def differentiates_init(self) -> bool:
@@ -117,10 +108,6 @@ class ForwardModeOptimizer(Algorithm):
     def derivatives(self) -> str:
         """Forward derivatives."""
         return "forward derivatives of the inner update"
-
-    def with_num_steps(self, num_steps: int) -> "ForwardModeOptimizer":
-        """The same optimizer with other `unroll_steps`."""
-        return dataclasses.replace(self, unroll_steps=num_steps)
 
     def init_memory(
         self, z: InnerState, hyperparams: PyTree, batch: PyTree, key: Array | None

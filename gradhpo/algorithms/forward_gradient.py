@@ -1,7 +1,5 @@
 """Forward gradients: exact derivatives along random directions, in the memory of training."""
 
-import dataclasses
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -92,14 +90,10 @@ class ForwardGradientOptimizer(Algorithm):
     grad_fn: GradFn | None = None
     update_fn: UpdateFn | None = None
 
-    def __check_init__(self):
-        check_count("unroll_steps", self.unroll_steps)
-        check_count("num_directions", self.num_directions)
+    steps_field = "unroll_steps"
 
-    @property
-    def num_inner_steps(self) -> int:
-        """Inner steps per `step`: `unroll_steps`."""
-        return self.unroll_steps
+    def __check_init__(self):
+        check_count("num_directions", self.num_directions)
 
     @property
     def sees(self) -> Sees:
@@ -115,10 +109,6 @@ class ForwardGradientOptimizer(Algorithm):
     def derivatives(self) -> str:
         """Forward derivatives of the update."""
         return "forward derivatives of the inner update and first ones of the validation loss"
-
-    def with_num_steps(self, num_steps: int) -> "ForwardGradientOptimizer":
-        """The same optimizer with other `unroll_steps`."""
-        return dataclasses.replace(self, unroll_steps=num_steps)
 
     def init_memory(
         self, z: InnerState, hyperparams: PyTree, batch: PyTree, key: Array | None

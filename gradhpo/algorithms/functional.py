@@ -1,6 +1,5 @@
 r"""Functional hypergradients: the adjoint is a function, fitted by regression."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -148,8 +147,9 @@ class FunctionalOptimizer(Algorithm):
     grad_fn: GradFn | None = None
     update_fn: UpdateFn | None = None
 
+    steps_field = "inner_steps"
+
     def __check_init__(self):
-        check_count("inner_steps", self.inner_steps)
         check_count("adjoint_steps", self.adjoint_steps)
         check_setting("ridge", self.ridge, lambda x: x >= 0, "at least 0")
         if self.predict is not None:
@@ -166,11 +166,6 @@ class FunctionalOptimizer(Algorithm):
                 "adjoint has no floating-point arrays: pass the initial parameters of the adjoint "
                 "function, such as params of the model, drawn with another key"
             )
-
-    @property
-    def num_inner_steps(self) -> int:
-        """Inner steps per `step`: `inner_steps`."""
-        return self.inner_steps
 
     @property
     def sees(self) -> Sees:
@@ -203,10 +198,6 @@ class FunctionalOptimizer(Algorithm):
         if self.closed_form:
             return "the regression of the adjoint: use a larger ridge"
         return "an adjoint that diverges: take a smaller rate in adjoint_optimizer"
-
-    def with_num_steps(self, num_steps: int) -> "FunctionalOptimizer":
-        """The same optimizer with other `inner_steps`."""
-        return dataclasses.replace(self, inner_steps=num_steps)
 
     def _parts(self) -> tuple[PyTree, PyTree]:
         """The initial parameters of the adjoint, and what else is in its tree."""

@@ -1,7 +1,5 @@
 r"""Generalized greedy: one-step hypergradients of every inner step, discounted."""
 
-import dataclasses
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -18,7 +16,6 @@ from gradhpo.extend import (
     UpdateFn,
     accumulation_dtype,
     cast_like,
-    check_count,
     check_setting,
     checked,
     setting,
@@ -73,23 +70,15 @@ class GreedyOptimizer(Algorithm):
     grad_fn: GradFn | None = None
     update_fn: UpdateFn | None = None
 
-    def __check_init__(self):
-        check_count("unroll_steps", self.unroll_steps)
-        check_setting("gamma", self.gamma, lambda x: (x >= 0) & (x <= 1), "in [0, 1]")
+    steps_field = "unroll_steps"
 
-    @property
-    def num_inner_steps(self) -> int:
-        """Inner steps per `step`: `unroll_steps`."""
-        return self.unroll_steps
+    def __check_init__(self):
+        check_setting("gamma", self.gamma, lambda x: (x >= 0) & (x <= 1), "in [0, 1]")
 
     @property
     def sees(self) -> Sees:
         """The last update."""
         return "last update"
-
-    def with_num_steps(self, num_steps: int) -> "GreedyOptimizer":
-        """The same optimizer with other `unroll_steps`."""
-        return dataclasses.replace(self, unroll_steps=num_steps)
 
     def estimate(self, problem: Problem, memory: None) -> Estimate:
         phi, validation, z, hyperparams = problem

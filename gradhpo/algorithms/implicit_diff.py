@@ -160,6 +160,8 @@ class ImplicitOptimizer(Algorithm):
     grad_fn: GradFn | None = None
     update_fn: UpdateFn | None = None
 
+    steps_field = "inner_steps"
+
     def __check_init__(self):
         check_count("inner_steps", self.inner_steps)
         if self.inner_solver is not None and self.inner_steps != 1:
@@ -182,11 +184,6 @@ class ImplicitOptimizer(Algorithm):
         check_setting("damping", self.damping, lambda x: x >= 0, "at least 0")
 
     @property
-    def num_inner_steps(self) -> int:
-        """Inner steps per `step`: `inner_steps`."""
-        return self.inner_steps
-
-    @property
     def sees(self) -> Sees:
         """The optimum."""
         return "optimum"
@@ -195,11 +192,6 @@ class ImplicitOptimizer(Algorithm):
     def passes_loss(self) -> bool:
         """True: the inner update is not differentiated."""
         return True
-
-    @property
-    def derivatives(self) -> str:
-        """Derivatives in the optimality condition."""
-        return "derivatives of update_fn" if self.update_fn else "second derivatives of the loss"
 
     @property
     def suspect(self) -> str:
@@ -220,11 +212,7 @@ class ImplicitOptimizer(Algorithm):
         self, z: InnerState, hyperparams: PyTree, batch: PyTree, key: Array | None
     ) -> ImplicitMemory:
         """An adjoint of 0. It survives episodes: the optimum has not moved."""
-        dtype = accumulation_dtype(z.w)
-        # Placed, not computed: jax_debug_nans refuses to compute a NaN.
-        unknown = jax.device_put(np.full((), np.nan, dtype))
-        adjoint = jax.tree.map(lambda x: jnp.zeros_like(x, dtype), z.w)
-        return ImplicitMemory(adjoint, unknown, unknown, unknown, unknown, jnp.zeros((), dtype))
+        return ImplicitMemory.empty(z.w)
 
     def finite_part(self, memory: ImplicitMemory) -> PyTree:
         """The adjoint."""

@@ -1,9 +1,11 @@
 """What implicit differentiation carries over, and what its metrics say of training."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from gradhpo.extend import Memory
+from gradhpo.extend import Memory, accumulation_dtype
 
 
 # The share of itself by which the validation loss may still change, before the report says so.
@@ -24,6 +26,15 @@ class ImplicitMemory(Memory):
     linear_residual: Array
     linear_iterations: Array
     linear_failures: Array
+
+    @classmethod
+    def empty(cls, w: PyTree) -> "ImplicitMemory":
+        """An adjoint of 0 for these parameters, and no metrics yet."""
+        dtype = accumulation_dtype(w)
+        # Placed, not computed: jax_debug_nans refuses to compute a NaN.
+        unknown = jax.device_put(np.full((), np.nan, dtype))
+        adjoint = jax.tree.map(lambda x: jnp.zeros_like(x, dtype), w)
+        return cls(adjoint, unknown, unknown, unknown, unknown, jnp.zeros((), dtype))
 
 
 def on_training(gaps: np.ndarray, remedy: str) -> str:

@@ -154,18 +154,14 @@ class NHGDOptimizer(Algorithm):
     grad_fn: GradFn | None = None
     update_fn: UpdateFn | None = None
 
+    steps_field = "inner_steps"
+
     def __check_init__(self):
-        check_count("inner_steps", self.inner_steps)
         check_count("factor_every", self.factor_every)
         check_setting("decay", self.decay, lambda x: (x >= 0) & (x < 1), "in [0, 1)")
         check_setting("damping", self.damping, lambda x: x > 0, "positive")
         if self.penalty is not None:
             check_arity(self.penalty, "penalty", "params, hyperparams")
-
-    @property
-    def num_inner_steps(self) -> int:
-        """Inner steps per `step`: `inner_steps`."""
-        return self.inner_steps
 
     @property
     def sees(self) -> Sees:
@@ -186,10 +182,6 @@ class NHGDOptimizer(Algorithm):
     def suspect(self) -> str:
         """The factorisation."""
         return "a matrix F + P'' that is not positive definite: use a larger damping"
-
-    def with_num_steps(self, num_steps: int) -> "NHGDOptimizer":
-        """The same optimizer with other `inner_steps`."""
-        return dataclasses.replace(self, inner_steps=num_steps)
 
     @property
     def _kept(self) -> FisherStructure:

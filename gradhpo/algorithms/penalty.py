@@ -1,6 +1,5 @@
 r"""F2SA: a hypergradient from two training runs, one of which also descends the validation loss."""
 
-import dataclasses
 from collections.abc import Callable
 
 import equinox as eqx
@@ -21,7 +20,6 @@ from gradhpo.extend import (
     Sees,
     UpdateFn,
     accumulation_dtype,
-    check_count,
     check_setting,
     checked,
     setting_or_schedule,
@@ -100,16 +98,12 @@ class PenaltyOptimizer(Algorithm):
     grad_fn: GradFn | None = None
     update_fn: UpdateFn | None = None
 
+    steps_field = "inner_steps"
+
     def __check_init__(self):
-        check_count("inner_steps", self.inner_steps)
         if not callable(self.penalty):
             check_setting("penalty", self.penalty, lambda x: x > 0, "positive")
         check_has_loss("PenaltyOptimizer", self.update_fn)
-
-    @property
-    def num_inner_steps(self) -> int:
-        """Inner steps per `step`: `inner_steps`."""
-        return self.inner_steps
 
     @property
     def sees(self) -> Sees:
@@ -122,18 +116,9 @@ class PenaltyOptimizer(Algorithm):
         return False
 
     @property
-    def derivatives(self) -> str:
-        """First derivatives only."""
-        return "first derivatives of both losses"
-
-    @property
     def suspect(self) -> str:
         """The second copy of the parameters."""
         return "the penalised copy of the parameters diverges: its loss has a larger curvature"
-
-    def with_num_steps(self, num_steps: int) -> "PenaltyOptimizer":
-        """The same optimizer with other `inner_steps`."""
-        return dataclasses.replace(self, inner_steps=num_steps)
 
     def init_memory(
         self, z: InnerState, hyperparams: PyTree, batch: PyTree, key: Array | None

@@ -1,6 +1,5 @@
 r"""SOBA and AmIGO: the linear system of implicit differentiation, solved along with training."""
 
-import dataclasses
 from collections.abc import Callable
 
 import equinox as eqx
@@ -120,14 +119,10 @@ class SOBAOptimizer(Algorithm):
     grad_fn: GradFn | None = None
     update_fn: UpdateFn | None = None
 
-    def __check_init__(self):
-        check_count("inner_steps", self.inner_steps)
-        check_count("adjoint_steps", self.adjoint_steps)
+    steps_field = "inner_steps"
 
-    @property
-    def num_inner_steps(self) -> int:
-        """Inner steps per `step`: `inner_steps`."""
-        return self.inner_steps
+    def __check_init__(self):
+        check_count("adjoint_steps", self.adjoint_steps)
 
     @property
     def sees(self) -> Sees:
@@ -145,18 +140,9 @@ class SOBAOptimizer(Algorithm):
         return True
 
     @property
-    def derivatives(self) -> str:
-        """Derivatives in the optimality condition."""
-        return "derivatives of update_fn" if self.update_fn else "second derivatives of the loss"
-
-    @property
     def suspect(self) -> str:
         """The adjoint."""
         return "an adjoint that diverges: its rate must be below 2 / (largest curvature)"
-
-    def with_num_steps(self, num_steps: int) -> "SOBAOptimizer":
-        """The same optimizer with other `inner_steps`."""
-        return dataclasses.replace(self, inner_steps=num_steps)
 
     def init_memory(
         self, z: InnerState, hyperparams: PyTree, batch: PyTree, key: Array | None

@@ -19,7 +19,6 @@ from gradhpo.extend import (
     Problem,
     Sees,
     UpdateFn,
-    check_count,
     check_setting,
     checked,
     map_in_blocks,
@@ -103,8 +102,9 @@ class T1T2Optimizer(Algorithm):
     grad_fn: GradFn | None = None
     update_fn: UpdateFn | None = None
 
+    steps_field = "inner_steps"
+
     def __check_init__(self):
-        check_count("inner_steps", self.inner_steps)
         check_setting("epsilon", self.epsilon, lambda x: x > 0, "positive")
         if self.update_fn is not None and self.perturb == "weights":
             raise ValueError(
@@ -113,20 +113,10 @@ class T1T2Optimizer(Algorithm):
             )
 
     @property
-    def num_inner_steps(self) -> int:
-        """Inner steps per `step`: `inner_steps`."""
-        return self.inner_steps
-
-    @property
     def sees(self) -> Sees:
         """The derivative of the last update, or everything with an effect if taken by
         differences."""
         return "last update" if self.perturb == "weights" else "everything"
-
-    @property
-    def passes_loss(self) -> bool:
-        """Whether the inner update is not differentiated."""
-        return self.perturb == "hyperparams"
 
     @property
     def derivatives(self) -> str:
@@ -140,10 +130,6 @@ class T1T2Optimizer(Algorithm):
     def suspect(self) -> str:
         """Rounding."""
         return f"a step lost in rounding: epsilon={float(self.epsilon):g} is too small"
-
-    def with_num_steps(self, num_steps: int) -> "T1T2Optimizer":
-        """The same optimizer with other `inner_steps`."""
-        return dataclasses.replace(self, inner_steps=num_steps)
 
     def with_difference_step(self, factor: float) -> "T1T2Optimizer":
         """With another `epsilon`."""

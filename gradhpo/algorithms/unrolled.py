@@ -83,6 +83,8 @@ class UnrolledOptimizer(Algorithm):
     grad_fn: GradFn | None = None
     update_fn: UpdateFn | None = None
 
+    steps_field = "unroll_steps"
+
     def __check_init__(self):
         check_count("unroll_steps", self.unroll_steps)
         if self.truncation is not None:
@@ -94,11 +96,6 @@ class UnrolledOptimizer(Algorithm):
                 'store="host" with checkpoints="log": write store="device"; about log2(T) states '
                 "are kept, and every step would wait for a transfer"
             )
-
-    @property
-    def num_inner_steps(self) -> int:
-        """Inner steps per `step`: `unroll_steps`."""
-        return self.unroll_steps
 
     @property
     def sees(self) -> Sees:
@@ -138,10 +135,6 @@ class UnrolledOptimizer(Algorithm):
             return None
         kept = "sqrt" if self.checkpoints is None else "log"
         return dataclasses.replace(self, checkpoints=kept, store="device")
-
-    def with_num_steps(self, num_steps: int) -> "UnrolledOptimizer":
-        """The same optimizer with other `unroll_steps`."""
-        return dataclasses.replace(self, unroll_steps=num_steps)
 
     def estimate(self, problem: Problem, memory: None) -> Estimate:
         steps = self._differentiated_steps
@@ -191,13 +184,7 @@ class DrMADOptimizer(Algorithm):
     grad_fn: GradFn | None = None
     update_fn: UpdateFn | None = None
 
-    def __check_init__(self):
-        check_count("unroll_steps", self.unroll_steps)
-
-    @property
-    def num_inner_steps(self) -> int:
-        """Inner steps per `step`: `unroll_steps`."""
-        return self.unroll_steps
+    steps_field = "unroll_steps"
 
     @property
     def sees(self) -> Sees:
@@ -208,10 +195,6 @@ class DrMADOptimizer(Algorithm):
     def differentiates_init(self) -> bool:
         """Yes: the line starts at the true $z_0$."""
         return True
-
-    def with_num_steps(self, num_steps: int) -> "DrMADOptimizer":
-        """The same optimizer with other `unroll_steps`."""
-        return dataclasses.replace(self, unroll_steps=num_steps)
 
     def estimate(self, problem: Problem, memory: None) -> Estimate:
         phi, validation, z, hyperparams = problem

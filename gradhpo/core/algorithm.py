@@ -11,10 +11,10 @@ from jaxtyping import Array, Float, PyTree
 
 from gradhpo.core.base import BilevelOptimizer
 from gradhpo.core.hooks import Hooks
-from gradhpo.core.inner_optimizer import init_inner_state, resolve
+from gradhpo.core.inner_optimizer import init_inner_state, inner_response
+from gradhpo.core.inner_rule import function_response
 from gradhpo.core.inner_state import InnerState, Start, restarted
 from gradhpo.core.inputs import Inputs
-from gradhpo.core.losses import called
 from gradhpo.core.memory import (
     MemoryOfEach,
     are_the_same,
@@ -33,7 +33,7 @@ from gradhpo.utils.freezing import trained
 from gradhpo.utils.settings import check_count, check_inner_rule
 from gradhpo.utils.structure import check_same_structure, have_same_structure
 from gradhpo.utils.tracing import differentiation_explained
-from gradhpo.utils.trees import tree_dot, tree_l2_norm, tree_lerp
+from gradhpo.utils.trees import tree_l2_norm, tree_lerp
 
 
 _MADE_HERE = (
@@ -48,7 +48,8 @@ class Algorithm(Hooks, OneOuterStep, BilevelOptimizer):
     A subclass has the fields `inner_optimizer`, `outer_optimizer` and `update_fn`, its own settings
     between them (and `grad_fn` before `update_fn`, if it takes one), and must supply
 
-    - `num_inner_steps`: how many inner steps one `step` takes;
+    - `steps_field`, the name of the setting that counts the inner steps of one `step`, such as
+        `"unroll_steps"`; or `num_inner_steps`, if there is no such setting;
     - `estimate(problem, memory)`: those inner steps and the hypergradient at their end, as an
         [`Estimate`][gradhpo.extend.Estimate].
 
@@ -96,6 +97,7 @@ class Algorithm(Hooks, OneOuterStep, BilevelOptimizer):
 
     def __check_init__(self):
         name = type(self).__name__
+        check_count(self.steps_field or f"{name}.num_inner_steps", self.num_inner_steps)
         check_inner_rule(name, *self._rule)
         if self.sees not in get_args(Sees):
             raise ValueError(
@@ -148,7 +150,6 @@ class Algorithm(Hooks, OneOuterStep, BilevelOptimizer):
         batch: PyTree,
         key: Array | None,
     ) -> BilevelState:
-        check_count(f"{type(self).__name__}.num_inner_steps", self.num_inner_steps)
         w = trained(params)
         z = InnerState(w, init_inner_state(self.inner_optimizer, w, hyperparams), model_state)
         memory = self.init_memory(z, hyperparams, batch, key)
@@ -271,28 +272,13 @@ class Algorithm(Hooks, OneOuterStep, BilevelOptimizer):
 
     def _inner_response(self, state: BilevelState, gradient: PyTree) -> tuple[PyTree, PyTree]:
         assert self.inner_optimizer is not None
-        z = inner_state(state)
-        rule = optax.with_extra_args_support(resolve(self.inner_optimizer, state.hyperparams))
-        # For those that need the loss: a parabola with this gradient here. Its value is the norm,
-        # so that the ratio of both, a Polyak step, is of as many sizes as the gradients.
-        value = tree_l2_norm(gradient)
-
-        def parabola(w):
-            away = jax.tree.map(jnp.subtract, w, z.w)
-            return value + tree_dot(gradient, away) + 0.5 * tree_dot(away, away)
-
-        return rule.update(
-            gradient, z.s, z.w, value=parabola(z.w), grad=gradient, value_fn=parabola
-        )
+        return inner_response(self.inner_optimizer, inner_state(state), state.hyperparams, gradient)
 
     def _function_response(self, state: BilevelState, batch: PyTree) -> tuple[PyTree, bool]:
         function = self.grad_fn if self.update_fn is None else self.update_fn
         assert function is not None
-        given = state.params, state.hyperparams, batch
-        made = called(function, *given, state.model_state)
-        if state.model_state is not None:
-            made = made[0]
-        return eqx.filter(made, eqx.is_inexact_array), self.update_fn is not None
+        given = state.params, state.hyperparams, batch, state.model_state
+        return function_response(function, *given), self.update_fn is not None
 
     def _param_norm(self, w: PyTree) -> Array:
         return tree_l2_norm(w)

@@ -23,9 +23,7 @@ class ExactHypergradient(Algorithm):
     grad_fn: GradFn | None = None
     update_fn: UpdateFn | None = None
 
-    @property
-    def num_inner_steps(self) -> int:
-        return self.num_steps
+    steps_field = "num_steps"
 
     @property
     def sees(self) -> Sees:

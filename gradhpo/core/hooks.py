@@ -1,7 +1,8 @@
 """What an algorithm may say of itself, and do beside its estimate: everything has a default."""
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import equinox as eqx
 import numpy as np
@@ -9,7 +10,7 @@ from jaxtyping import Array, PyTree
 
 from gradhpo.core.inner_state import InnerState
 from gradhpo.core.problem import Problem
-from gradhpo.core.types import MetricDict
+from gradhpo.core.types import Declared, MetricDict, UpdateFn
 from gradhpo.core.visibility import Sees
 from gradhpo.utils.tracing import TAKES_ALL
 
@@ -19,6 +20,40 @@ Same = TypeVar("Same")  # typing.Self, which beartype knows in classes alone
 
 class Hooks(eqx.Module):
     """The part of [`Algorithm`][gradhpo.extend.Algorithm] that subclasses may override."""
+
+    if TYPE_CHECKING:
+        update_fn = Declared[UpdateFn | None]()
+
+    # -- inner steps ---------------------------------------------------------------------------
+
+    steps_field: ClassVar[str | None] = None
+    """The name of the field that counts the inner steps of a `step`, from 1 on.
+
+    `None`, the default, is for algorithms that have their own `num_inner_steps`.
+    """
+
+    @property
+    def num_inner_steps(self) -> int:
+        """How many inner steps, and so training batches, one `step` takes.
+
+        By default the number in the field that `steps_field` names.
+        """
+        if self.steps_field is None:
+            raise TypeError(
+                f"{type(self).__name__} must say how many inner steps a step takes: with "
+                "steps_field, the name of the field that counts them, or with num_inner_steps"
+            )
+        return getattr(self, self.steps_field)
+
+    def with_num_steps(self: Same, num_steps: int) -> Same | None:
+        """The same optimizer with this number of inner steps; `None` if the number is fixed.
+
+        By default it is fixed unless there is a `steps_field`, which is then replaced.
+        """
+        assert isinstance(self, Hooks)
+        if self.steps_field is None:
+            return None
+        return dataclasses.replace(self, **{self.steps_field: num_steps})
 
     # -- what a method sees, and takes ---------------------------------------------------------
 
@@ -78,16 +113,28 @@ class Hooks(eqx.Module):
 
     @property
     def passes_loss(self) -> bool:
-        """Whether optax also gets the loss, which `optax.lbfgs` needs; default `False`.
+        """Whether optax also gets the loss, which `optax.lbfgs` needs.
 
         Correct only if the inner update is not differentiated: its derivative would miss what optax
-        does with the loss.
+        does with the loss. By default, if the method `sees` only validation, or everything, or
+        tunes nothing.
         """
-        return False
+        return not self.tunes or self.sees in ("validation", "everything")
 
     @property
     def derivatives(self) -> str:
-        """The derivatives that the method takes, for the error if one of them does not exist."""
+        """The derivatives that the method takes, for the error if one of them does not exist.
+
+        The default follows from the above: from what the method differentiates, and `sees`.
+        """
+        if not (self.tunes and self.differentiates_validation):
+            return "first derivatives of the training loss"
+        if not self.differentiates_gradient:
+            return "first derivatives of both losses"
+        if self.sees == "optimum":
+            return (
+                "derivatives of update_fn" if self.update_fn else "second derivatives of the loss"
+            )
         return TAKES_ALL
 
     @property
@@ -155,10 +202,6 @@ class Hooks(eqx.Module):
     def without_episodes(self) -> str:
         """A warning for a run without `steps_per_episode`, or `""`."""
         return ""
-
-    def with_num_steps(self: Same, num_steps: int) -> Same | None:
-        """The same optimizer with this number of inner steps; `None` if the number is fixed."""
-        return None
 
     def with_less_memory(self: Same) -> Same | None:
         """The same optimizer with less memory, at more work; `None` if there is no such setting."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
+from gradhpo.core.inner_state import InnerState
 from gradhpo.core.types import InnerOptimizer
 from gradhpo.utils.advice import NEEDS_THE_LOSS, PEAK
 from gradhpo.utils.foreign import (
@@ -20,6 +21,7 @@ from gradhpo.utils.foreign import (
 )
 from gradhpo.utils.keys import is_key
 from gradhpo.utils.programs import visible_leaves
+from gradhpo.utils.trees import tree_dot, tree_l2_norm
 from gradhpo.utils.validation import strong
 from gradhpo.utils.warn import warn_once
 
@@ -70,6 +72,22 @@ def descend(
         updates, new_state = optimizer.update(gradient, state, x)
     new = cast_like(optax.apply_updates(x, updates), x, f"the {which} update")
     return new, cast_like(new_state, state)
+
+
+def inner_response(
+    inner_optimizer: InnerOptimizer, z: InnerState, hyperparams: PyTree, gradient: PyTree
+) -> tuple[PyTree, PyTree]:
+    """The updates for any gradient at z, and the optimizer's next state."""
+    rule = optax.with_extra_args_support(resolve(inner_optimizer, hyperparams))
+    # For those that need the loss: a parabola with this gradient here. Its value is the norm, so
+    # that the ratio of both, a Polyak step, is of as many sizes as the gradients.
+    value = tree_l2_norm(gradient)
+
+    def parabola(w):
+        away = jax.tree.map(jnp.subtract, w, z.w)
+        return value + tree_dot(gradient, away) + 0.5 * tree_dot(away, away)
+
+    return rule.update(gradient, z.s, z.w, value=parabola(z.w), grad=gradient, value_fn=parabola)
 
 
 def _check_which_parameters(state: PyTree, w: PyTree) -> None:

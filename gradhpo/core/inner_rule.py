@@ -65,6 +65,14 @@ def updated_by_hand(
     return _new_params("update_fn", given, params, w, r)
 
 
+def function_response(
+    function: GradFn | UpdateFn, params: PyTree, hyperparams: PyTree, batch: PyTree, r: PyTree
+) -> PyTree:
+    """The floating-point part of what a user's rule returns, without the running state."""
+    made = called(function, params, hyperparams, batch, r)
+    return eqx.filter(made if r is None else made[0], eqx.is_inexact_array)
+
+
 # What is not differentiated, where something would have to be.
 NOT_DIFFERENTIATED = (
     "inner_solver is called and not differentiated, so that there is no path to differentiate: "

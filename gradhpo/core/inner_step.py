@@ -14,13 +14,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PyTree
 
-from gradhpo.core.batches import batch_of_step, is_same_each_step
+from gradhpo.core.inner_loss import InnerLoss
 from gradhpo.core.inner_optimizer import init_inner_state
-from gradhpo.core.inner_rule import gradient_by, solved_by, updated_by_hand, updated_by_optax
-from gradhpo.core.inner_state import InnerState, Start
-from gradhpo.core.losses import Evaluation, Result, called, train_result
-from gradhpo.core.measured import Loss, Measured, loss_of, measured
-from gradhpo.core.types import GradFn, InnerOptimizer, InnerSolver, LossFn, UpdateFn
+from gradhpo.core.inner_rule import solved_by, updated_by_hand, updated_by_optax
+from gradhpo.core.inner_state import InnerState
+from gradhpo.core.losses import Result
+from gradhpo.core.measured import Loss, Measured, loss_of
 from gradhpo.utils.foreign import (
     forget_secants,
     last_evaluation,
@@ -37,79 +36,12 @@ _LINE_SEARCH = (
 )
 
 
-class InnerStep(eqx.Module):
-    """The half of `InnerUpdate` that takes inner steps."""
-
-    inner_optimizer: InnerOptimizer | None
-    grad_fn: GradFn | None
-    update_fn: UpdateFn | None
-    train_loss_fn: LossFn
-    frozen: PyTree
-    train_batch: PyTree
-    symmetric: bool = eqx.field(static=True)
-    recomputes: bool = eqx.field(static=True, default=False)  # products recompute activations
-    metrics: tuple[str, ...] = eqx.field(static=True, default=())  # beside the training loss
-    reads_state: bool = eqx.field(static=True, default=False)  # the training loss reads z.r
-    differentiated: bool = eqx.field(static=True, default=True)  # so is the training gradient
-    # Whether `z.s` is what the optimizer's `init` made at these hyperparameters, shape `()`; `None`
-    # if no hyperparameters act there, nor in `start`, which makes the parameters of an episode.
-    # core/start.py has the consequences.
-    fresh: Array | None = None
-    start: Start | None = None
-    # Takes the place of all inner steps; `update_fn` is then the equation that it solves.
-    inner_solver: InnerSolver | None = None
-    # Whether `step` also gives the loss to optax. `vjp` never does: the derivative would miss how
-    # what optax does with the loss depends on w and the hyperparameters.
-    passes_loss: bool = eqx.field(static=True, default=False)
-
-    def batch(self, t: ArrayLike) -> PyTree:
-        """$D_t$."""
-        return batch_of_step(self.train_batch, t)
-
-    @property
-    def repeats_batch(self) -> bool:
-        """Whether the batch is the same for all inner steps."""
-        return is_same_each_step(self.train_batch)
+class InnerStep(InnerLoss):
+    """The part of `InnerUpdate` that takes inner steps."""
 
     def with_fresh_state(self, z: InnerState, hyperparams: PyTree) -> InnerState:
         """`z` with the optimizer state that `init` makes at its parameters."""
         return z._replace(s=init_inner_state(self.inner_optimizer, z.w, hyperparams))
-
-    def evaluate(self, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> Evaluation:
-        """The training loss, the new running state, and metrics."""
-        return train_result(self.returned(z, hyperparams, t), z.r)
-
-    def returned(self, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> Any:
-        """What the user's loss returns."""
-        params = eqx.combine(z.w, self.frozen)
-        return called(self.train_loss_fn, params, hyperparams, self.batch(t), z.r)
-
-    def train_loss(self, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> Any:
-        """The training loss."""
-        return self.evaluate(z, hyperparams, t).loss
-
-    def gradient(self, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> PyTree:
-        """What the inner optimizer is given: the training gradient, or what `grad_fn` returns."""
-        return self.gradient_and_state(z, hyperparams, t)[0]
-
-    def gradient_and_state(
-        self, z: InnerState, hyperparams: PyTree, t: ArrayLike
-    ) -> tuple[PyTree, PyTree]:
-        """The gradient, and the new running state."""
-        if self.grad_fn is None:
-            gradient, (r, _) = jax.grad(self._of_w(z, hyperparams, t), has_aux=True)(z.w)
-            return gradient, r
-        params, batch = eqx.combine(z.w, self.frozen), self.batch(t)
-        return gradient_by(self.grad_fn, params, z.w, hyperparams, batch, z.r)
-
-    def _of_w(self, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> Callable:
-        """`evaluate` as a function of the parameters: `(loss, (new running state, metrics))`."""
-
-        def evaluate(w: PyTree) -> tuple[Any, tuple[PyTree, dict[str, Array]]]:
-            loss, r, aux = self.evaluate(z._replace(w=w), hyperparams, t)
-            return loss, (r, aux)
-
-        return evaluate
 
     def at_new_hyperparams(self, z: InnerState, num_steps: int) -> InnerState:
         """The z that `num_steps` inner steps start from once the hyperparameters have moved.
@@ -147,49 +79,6 @@ class InnerStep(eqx.Module):
             return None
         loss = self.loss_if(want_loss, z, hyperparams, t)
         return loss, *self.gradient_and_state(z, hyperparams, t)
-
-    def loss_if(self, wanted: ArrayLike, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> Loss:
-        """The loss, computed only if it is wanted, otherwise `nan`."""
-        compute = lambda: self._loss_alone(z, hyperparams, t)
-        nan = lambda like: jnp.full(like.shape, jnp.nan, like.dtype)
-        skip = lambda: jax.tree.map(nan, jax.eval_shape(compute))
-        return jax.lax.cond(wanted, compute, skip)
-
-    def loss_and_gradient(
-        self, z: InnerState, hyperparams: PyTree, t: ArrayLike
-    ) -> tuple[Loss, PyTree, PyTree]:
-        """The loss, what the inner optimizer is given, and the new running state."""
-        if self.grad_fn is None:
-            of_w = self._of_w(z, hyperparams, t)
-            (loss, (r, aux)), gradient = jax.value_and_grad(of_w, has_aux=True)(z.w)
-            return measured(loss, aux), gradient, r
-        loss = self._loss_alone(z, hyperparams, t)
-        return loss, *self.gradient_and_state(z, hyperparams, t)
-
-    def value_and_grads(
-        self, z: InnerState, hyperparams: PyTree, t: ArrayLike
-    ) -> tuple[Loss, PyTree, PyTree, PyTree]:
-        """As `loss_and_gradient`, with the derivative by the hyperparameters after the gradient.
-
-        That is the derivative of the training loss, with a `grad_fn` too.
-        """
-        if self.grad_fn is not None:
-            by_hyperparams = jax.grad(self.train_loss, argnums=1)(z, hyperparams, t)
-            loss, gradient, r = self.loss_and_gradient(z, hyperparams, t)
-            return loss, gradient, by_hyperparams, r
-
-        def evaluate(w: PyTree, hyperparams: PyTree) -> tuple[Any, tuple[PyTree, dict[str, Array]]]:
-            loss, r, aux = self.evaluate(z._replace(w=w), hyperparams, t)
-            return loss, (r, aux)
-
-        both = jax.value_and_grad(evaluate, argnums=(0, 1), has_aux=True)
-        (loss, (r, aux)), gradients = both(z.w, hyperparams)
-        return measured(loss, aux), *gradients, r
-
-    def _loss_alone(self, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> Loss:
-        """The loss as a metric, of which nothing is differentiated; nor need it be possible."""
-        loss, _, aux = self.evaluate(*jax.lax.stop_gradient((z, hyperparams)), t)
-        return measured(loss, aux)
 
     def step_and_gradient(
         self,

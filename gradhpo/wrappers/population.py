@@ -1,7 +1,6 @@
 r"""A population: members follow their hypergradients, the worst copy the best and mutate."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,15 +12,13 @@ from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from gradhpo.core.base import BilevelOptimizer
-from gradhpo.core.draws import redrawn
 from gradhpo.core.first_state import first_state
 from gradhpo.core.inputs import Inputs, LossFunctions
 from gradhpo.core.outer_step import Advance
 from gradhpo.core.state import BilevelState
 from gradhpo.core.types import MetricDict, RealScalarLike
-from gradhpo.utils.freezing import trained
-from gradhpo.utils.keys import key_of_numbers, numbers_of_key
-from gradhpo.utils.placement import entry, everywhere, sharded_like, split_like
+from gradhpo.utils.keys import key_of_numbers
+from gradhpo.utils.placement import entry, everywhere, sharded_like
 from gradhpo.utils.processes import numbers
 from gradhpo.utils.settings import check_count
 from gradhpo.utils.typecheck import checked
@@ -29,21 +26,16 @@ from gradhpo.utils.validation import check_arity
 from gradhpo.wrappers.each_member import EachMember
 from gradhpo.wrappers.exploiting import exploited, running_mean
 from gradhpo.wrappers.family import draw_family
+from gradhpo.wrappers.first_members import first_members, spread_out
 from gradhpo.wrappers.members import (
     Member,
     PopulationMemory,
-    check_member_axis,
     memory_of,
     numbered,
     part_of,
     with_part,
 )
-from gradhpo.wrappers.mutations import (
-    Mutation,
-    RandomMutation,
-    as_mutation,
-    check_returned,
-)
+from gradhpo.wrappers.mutations import Mutation, RandomMutation, as_mutation
 
 
 @checked
@@ -183,7 +175,11 @@ class Population(EachMember):
         if spread is None:
             return first_state(self, self._init_state, *given, losses, val_batch)
         check_arity(spread, "spread", "key, hyperparams")
-        make = functools.partial(self._spread_out, spread)
+
+        def make(params, hyperparams, model_state, batch, key):
+            of_one = params, hyperparams, model_state, key
+            return self._init_state(*spread_out(spread, self.num_members, *of_one), batch, key)
+
         return first_state(self, make, *given, losses, val_batch)
 
     def best(self, state: BilevelState) -> BilevelState:
@@ -278,58 +274,8 @@ class Population(EachMember):
         batch: PyTree,
         key: Array | None,
     ) -> BilevelState:
-        w, count = trained(params), self.num_members
-        given = {"params": w, "hyperparams": hyperparams, "model_state": model_state}
-        for name, tree in given.items():
-            check_member_axis(tree, name, count)
-
-        def first(number: int) -> Member:
-            of_one = lambda tree: jax.tree.map(lambda x: entry(x, number), tree)
-            given = eqx.combine(of_one(w), params), of_one(hyperparams), of_one(model_state)
-            state = self.optimizer._init_state(*given, batch, key)
-            return part_of(state, redrawn(state.memory, number))
-
-        # One by one: under vmap, zeros like an array do not know where it is.
-        with jax.debug_nans(False):  # metrics that are not measured yet are NaN
-            own = jax.tree.map(lambda *x: jnp.stack(x), *map(first, range(count)))
-            own = split_like(own, (w, hyperparams))
-        key = jax.random.key(0) if key is None else key
-        draws, learns = jax.random.split(key_of_numbers(numbers_of_key(key)))
-        of_first = jax.tree.map(lambda x: entry(x, 0), hyperparams)
-        mean = jnp.full(count, jnp.inf, own.metrics["val_loss"].dtype)
-        none, number = jnp.zeros(count, jnp.int32), numbered(count)
-        mean, none, number = split_like((mean, none, number), (w, hyperparams))
-        memory = PopulationMemory(
-            key=numbers_of_key(draws),
-            mean_val_loss=mean,
-            num_losses=none,
-            parent=number,
-            origin=number,
-            # Folded: `spread` has drawn with the keys that a split of this one gives.
-            mutation=self.mutation.init(jax.random.fold_in(learns, 0), of_first),
-            of_each=own.memory,
-        )
-        state = BilevelState.create(params, hyperparams, (), ())
-        return with_part(state, own, memory)
-
-    def _spread_out(
-        self,
-        spread: Callable[[Array, PyTree], PyTree],
-        params: PyTree,
-        hyperparams: PyTree,
-        model_state: PyTree,
-        batch: PyTree,
-        key: Array | None,
-    ) -> BilevelState:
-        of_all = lambda x: jnp.broadcast_to(x, (self.num_members, *x.shape))
-        params = eqx.combine(jax.tree.map(of_all, trained(params)), params)
-        model_state = jax.tree.map(of_all, model_state)
-        keys = jax.random.split(jax.random.key(0) if key is None else key, self.num_members)
-        every = [spread(key, hyperparams) for key in keys]
-        for made in every:
-            check_returned(made, hyperparams, "spread")
-        hyperparams = jax.tree.map(lambda *x: jnp.stack(x), *every)
-        return self._init_state(params, hyperparams, model_state, batch, key)
+        given = params, hyperparams, model_state, batch, key
+        return first_members(self.optimizer, self.mutation, self.num_members, *given)
 
     def _adopt(self, state: BilevelState, *, keep_memory: bool) -> BilevelState:
         memory = memory_of(state.memory, self.num_members)
