@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks.tables import schedule_training as training, schedules
+from benchmarks.tables import schedule_search as search, schedule_training as training, schedules
 
 
 def test_the_inner_optimizer_is_that_of_the_paper():
@@ -37,24 +37,24 @@ def test_the_inner_optimizer_is_that_of_the_paper():
 
 
 def test_cosine_ends_at_zero_and_stairs_have_its_mean():
-    smooth = schedules.cosine(0.3, 0.9, 1e-4, 100)
+    smooth = search.cosine(0.3, 0.9, 1e-4, 100)
     assert smooth["rate"][0] == 0.3
     assert smooth["rate"][50] == pytest.approx(0.15)
     assert 0 < smooth["rate"][-1] < 1e-3 * smooth["rate"][0]
-    stairs = schedules.in_windows(smooth, 5)
+    stairs = search.in_windows(smooth, 5)
     assert len(stairs["rate"]) == 5
     assert np.mean(stairs["rate"]) == pytest.approx(np.mean(smooth["rate"]))
     assert stairs["momentum"] == [0.9]
 
 
 def test_random_schedules_lie_in_the_range_of_the_grid():
-    drawn = schedules.at_random(20, (5, 3, 1), seed=1)
+    drawn = search.at_random(20, (5, 3, 1), 1)
     assert [len(drawn[0][name]) for name in training.NAMES] == [5, 3, 1]
-    for name, axis in zip(training.NAMES, zip(*schedules.GRID, strict=True), strict=True):
+    for name, axis in zip(training.NAMES, zip(*search.GRID, strict=True), strict=True):
         values = np.concatenate([x[name] for x in drawn])
         smallest = min(x for x in axis if x > 0 or name == "momentum")
         assert smallest <= values.min() < values.max() <= max(axis)
-    again = schedules.at_random(20, (5, 3, 1), seed=2)
+    again = search.at_random(20, (5, 3, 1), 2)
     assert np.all(again[0]["rate"] != drawn[0]["rate"])
 
 
@@ -68,15 +68,15 @@ def test_regret_is_over_the_best_constant_of_the_same_seed():
 
 @pytest.mark.thorough
 def test_a_tiny_table_runs_from_end_to_end(monkeypatch, capsys, tmp_path, as_a_user_has_it):
-    tiny = schedules.Size(seeds=2, steps=20, outer_steps=2, random=4)
+    tiny = search.Size(seeds=2, steps=20, outer_steps=2, random=4)
     monkeypatch.setattr(schedules, "QUICK", tiny)
     file = tmp_path / "rows.jsonl"
     schedules.print_schedules(quick=True, file=file)
     printed = capsys.readouterr().out
     assert "forward mode 5/5/5" in printed
     assert "the rows took" in printed
-    rows = schedules.rows_of(tiny, file)  # all are known
-    for row in rows[schedules.OURS] + rows[schedules.THEIR_WINDOWS]:
+    rows = search.rows_of(tiny, file)  # all are known
+    for row in rows[search.OURS] + rows[search.THEIR_WINDOWS]:
         # Rates of 0 train nothing; the first sign says that training helps.
         assert not any(row["schedules"][0]["rate"])
         assert min(row["schedules"][1]["rate"]) == pytest.approx(0.1)

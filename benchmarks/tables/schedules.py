@@ -3,119 +3,26 @@
 Micaelli and Storkey, Gradient-based Hyperparameter Optimization Over Long Horizons, NeurIPS 2021.
 """
 
-import itertools
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from benchmarks.intervals import with_interval
-from benchmarks.rows import Row, measured, taken
-from benchmarks.tables import schedule_training as training
-from benchmarks.tables.schedule_training import NAMES, Schedule
+from benchmarks.rows import Row, taken
+from benchmarks.tables.schedule_search import (
+    GRID,
+    OURS,
+    QUICK,
+    RANDOM,
+    RATES,
+    SHARED,
+    WHOLE,
+    Size,
+    rows_of,
+)
 from gradhpo.utils.tables import aligned
-
-
-RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
-MOMENTA = (0.0, 0.5, 0.9, 0.95)
-DECAYS = (0.0, 1e-4, 3e-4, 1e-3, 3e-3)
-GRID = list(itertools.product(RATES, MOMENTA, DECAYS))
-SHARED = {"forward mode 5/5/5": (5, 5, 5), "forward mode 7/1/1": (7, 1, 1)}
-OURS, THEIR_WINDOWS = SHARED
-STAIRS = 5
-
-
-class Size(NamedTuple):
-    """How long a table is."""
-
-    seeds: int
-    steps: int
-    outer_steps: int
-    random: int
-
-    @property
-    def alike(self) -> int:
-        """Trainings of an outer run: one more than outer steps, for the last schedule."""
-        return self.outer_steps + 1
-
-
-WHOLE = Size(seeds=5, steps=10_000, outer_steps=10, random=100)
-QUICK = Size(seeds=1, steps=200, outer_steps=3, random=100)
-
-
-def cosine(peak: float, momentum: float, decay: float, steps: int) -> Schedule:
-    """From the peak rate to 0, a new rate in every step."""
-    shape = (1 + np.cos(np.pi * np.arange(steps) / steps)) / 2
-    return {"rate": peak * shape, "momentum": [momentum], "decay": [decay]}
-
-
-def in_windows(schedule: Schedule, windows: int) -> Schedule:
-    """The mean rate of each window instead of its rates."""
-    return {**schedule, "rate": schedule["rate"].reshape(windows, -1).mean(axis=1)}
-
-
-def at_random(count: int, windows: tuple[int, int, int], seed: int) -> list[Schedule]:
-    """From the range of the grid: uniform in momentum and in the logarithms of the others."""
-    random = np.random.default_rng([seed, 1])
-    log = lambda values, n: np.exp(random.uniform(np.log(values[0]), np.log(values[-1]), n))
-    rates, momenta, decays = windows
-    return [
-        {
-            "rate": log(RATES, rates),
-            "momentum": random.uniform(MOMENTA[0], MOMENTA[-1], momenta),
-            "decay": log(DECAYS[1:], decays),
-        }
-        for _ in range(count)
-    ]
-
-
-def schedules_of(method: str, seed: int, size: Size) -> list[Schedule]:
-    """What a search without derivatives tries, in its order."""
-    if method == "random":
-        return at_random(size.random, SHARED[OURS], seed)
-    if method == "constant":
-        return [{k: [x] for k, x in zip(NAMES, point, strict=True)} for point in GRID]
-    smooth = [cosine(*point, size.steps) for point in GRID]
-    return smooth if method == "cosine" else [in_windows(x, STAIRS) for x in smooth]
-
-
-METHODS = (OURS, "constant", "cosine", "random", "stairs", THEIR_WINDOWS)
-
-
-def measure(wanted: Mapping[str, Any], size: Size) -> dict[str, Any]:
-    """Validation losses and test accuracies of all that one method tries, and its CPU seconds."""
-    seed, method = wanted["seed"], wanted["method"]
-    problem = training.problem_of(seed)
-    started = time.process_time()
-    row: dict[str, Any] = {}
-    if method in SHARED:
-        given = SHARED[method], problem, size.steps, size.outer_steps
-        tried, along = training.outer_run(*given)
-        row = {"schedules": [{k: _short(x[k]) for k in NAMES} for x in tried]}
-        row |= {"cpu": round(time.process_time() - started, 1), "along": _short(along)}
-    else:
-        tried = schedules_of(method, seed, size)
-    # Once more without derivatives, for the test set and the last schedule.
-    val_losses, accuracies = training.trained(tried, problem, size.steps)
-    row.setdefault("cpu", round(time.process_time() - started, 1))
-    return row | {"val_losses": _short(val_losses), "accuracies": _short(accuracies)}
-
-
-def _short(values: Any) -> list[float]:
-    return [float(f"{x:.6g}") for x in np.asarray(values)]
-
-
-def rows_of(size: Size, file: Path | None = None) -> dict[str, list[Row]]:
-    """For each method its rows, one per seed."""
-    settings = [
-        {"method": method, "seed": seed, "steps": size.steps, "outer_steps": size.outer_steps}
-        for method in METHODS
-        for seed in range(size.seeds)
-    ]
-    rows = measured(settings, lambda wanted: measure(wanted, size), file)
-    return {method: [row for row in rows if row["method"] == method] for method in METHODS}
 
 
 class Line(NamedTuple):
@@ -141,9 +48,9 @@ def lines_of(rows: Mapping[str, list[Row]], size: Size) -> list[Line]:
         Line("cosine, its own peak rate of 5", "cosine", peaks, points + len(RATES)),
         Line("cosine, grid of 100 of its own", "cosine", every("cosine"), points),
         Line("the same in five stairs", "stairs", every("stairs"), points),
-        Line(f"random, {size.alike} schedules", "random", every("random", size.alike), size.alike),
-        Line(f"random, {size.random} schedules", "random", every("random"), size.random),
     ]
+    for n in (size.alike, size.random, len(RANDOM) * size.random):
+        lines.append(Line(f"random, {n} schedules", "random", every("random", n), n))
     for name in SHARED:
         last = [[size.outer_steps]] * size.seeds
         lines.append(Line(name, name, every(name), size.alike))
@@ -176,7 +83,7 @@ def print_schedules(quick: bool = False, file: Path | None = None) -> None:
     print(
         f"\nSchedules of learning rate, momentum and weight decay over {size.steps:,} steps; MNIST"
         f"\nin 7 x 7 pixels, 2,000 digits to train on, 1,000 to validate, 2,000 to test; a network"
-        f"\n49-16-10; mean and 95 % t-interval over seeds 0 to {size.seeds - 1}.\n"
+        f"\n49-16-10; mean and 95 % t-interval over {size.seeds} seeds.\n"
     )
     print(_table(rows, size))
     print(
@@ -184,7 +91,8 @@ def print_schedules(quick: bool = False, file: Path | None = None) -> None:
         "\nover ours: validation loss minus that of forward mode 5/5/5, seed by seed."
         "\ninner steps: of all trainings, those for a search that another one starts from included;"
         f"\n{size.outer_steps * size.steps:,} of forward mode's carry derivatives."
-        "\nCPU: median seconds of one core for the method's trainings, with compilation."
+        "\nCPU: seconds of one core for these trainings, in the median over seeds; grids and random"
+        "\nsearch train a hundred at once, forward mode trains one."
     )
     print("\nRegret of the best schedule so far, after each outer step:\n")
     print(_outer_runs(rows, size))
@@ -198,7 +106,7 @@ def print_schedules(quick: bool = False, file: Path | None = None) -> None:
     )
     print(f"\nlargest difference of a loss in an outer run and in plain training: {away:.0e}")
     print(f"assumptions: {ASSUMPTIONS}\n")
-    print(taken([row for name in METHODS for row in rows[name]]))
+    print(taken([row for of_method in rows.values() for row in of_method]))
 
 
 ASSUMPTIONS = """batch 32, tanh, float32; one split, start and order of batches per seed, the same
@@ -223,9 +131,14 @@ def _table(rows: Mapping[str, list[Row]], size: Size) -> str:
             with_interval((losses - ours).tolist(), 4),
             with_interval(accuracies.tolist(), 2, 100.0),
             f"{line.trainings * size.steps:,}",
-            f"{np.median([row['cpu'] for row in rows[line.method]]):.0f}",
+            f"{line.trainings * np.median([_seconds_each(row) for row in rows[line.method]]):.0f}",
         ])  # fmt: skip
     return aligned(table)
+
+
+def _seconds_each(row: Row) -> float:
+    """CPU seconds of each training of a row."""
+    return row["cpu"] / len(row["val_losses"])
 
 
 def _outer_runs(rows: Mapping[str, list[Row]], size: Size) -> str:
