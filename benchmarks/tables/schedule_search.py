@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +17,8 @@ RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 MOMENTA = (0.0, 0.5, 0.9, 0.95)
 DECAYS = (0.0, 1e-4, 3e-4, 1e-3, 3e-3)
 GRID = list(itertools.product(RATES, MOMENTA, DECAYS))
-SHARED = {"forward mode 5/5/5": (5, 5, 5), "forward mode 7/1/1": (7, 1, 1)}
-OURS, THEIR_WINDOWS = SHARED
-STAIRS = 5
+WINDOWS = (5, 5, 5)  # of rates, momenta and weight decays
+OURS = "forward mode 5/5/5"
 
 
 class Size(NamedTuple):
@@ -28,7 +27,7 @@ class Size(NamedTuple):
     seeds: int
     steps: int
     outer_steps: int
-    random: int  # schedules in each part of the random search
+    random: int
 
     @property
     def alike(self) -> int:
@@ -51,9 +50,9 @@ def in_windows(schedule: Schedule, windows: int) -> Schedule:
     return {**schedule, "rate": schedule["rate"].reshape(windows, -1).mean(axis=1)}
 
 
-def at_random(count: int, windows: tuple[int, int, int], *seed: int) -> list[Schedule]:
+def at_random(count: int, windows: tuple[int, int, int], seed: int) -> list[Schedule]:
     """From the range of the grid: uniform in momentum and in the logarithms of the others."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng([seed, 1])
     log = lambda values, n: np.exp(random.uniform(np.log(values[0]), np.log(values[-1]), n))
     rates, momenta, decays = windows
     return [
@@ -68,16 +67,15 @@ def at_random(count: int, windows: tuple[int, int, int], *seed: int) -> list[Sch
 
 def schedules_of(method: str, seed: int, size: Size) -> list[Schedule]:
     """What a search without derivatives tries, in its order."""
-    if method in RANDOM:
-        return at_random(size.random, SHARED[OURS], seed, 1 + RANDOM.index(method))
+    if method == "random":
+        return at_random(size.random, WINDOWS, seed)
     if method == "constant":
         return [{k: [x] for k, x in zip(NAMES, point, strict=True)} for point in GRID]
     smooth = [cosine(*point, size.steps) for point in GRID]
-    return smooth if method == "cosine" else [in_windows(x, STAIRS) for x in smooth]
+    return smooth if method == "cosine" else [in_windows(x, WINDOWS[0]) for x in smooth]
 
 
-RANDOM = ("random", "random, 2", "random, 3")  # parts, trained one after another
-METHODS = (OURS, "constant", "cosine", *RANDOM, "stairs", THEIR_WINDOWS)
+METHODS = (OURS, "constant", "cosine", "random", "stairs")
 
 
 def measure(wanted: Mapping[str, Any], size: Size) -> dict[str, Any]:
@@ -86,9 +84,9 @@ def measure(wanted: Mapping[str, Any], size: Size) -> dict[str, Any]:
     problem = training.problem_of(seed)
     started = time.process_time()
     row: dict[str, Any] = {}
-    if method in SHARED:
-        given = SHARED[method], problem, size.steps, size.outer_steps
-        tried, along = training.outer_run(*given)
+    if method == OURS:
+        given = problem, size.steps, size.outer_steps
+        tried, along = training.outer_run(WINDOWS, *given)
         row = {"schedules": [{k: _short(x[k]) for k in NAMES} for x in tried]}
         row |= {"cpu": round(time.process_time() - started, 1), "along": _short(along)}
     else:
@@ -104,18 +102,11 @@ def _short(values: Any) -> list[float]:
 
 
 def rows_of(size: Size, file: Path | None = None) -> dict[str, list[Row]]:
-    """For each method its rows, one per seed; parts of a search are joined."""
+    """For each method its rows, one per seed."""
     settings = [
         {"method": method, "seed": seed, "steps": size.steps, "outer_steps": size.outer_steps}
         for method in METHODS
         for seed in range(size.seeds)
     ]
     rows = measured(settings, lambda wanted: measure(wanted, size), file)
-    found = {method: [row for row in rows if row["method"] == method] for method in METHODS}
-    parts = [found.pop(method) for method in RANDOM]
-    return found | {"random": [_joined(of_seed) for of_seed in zip(*parts, strict=True)]}
-
-
-def _joined(parts: Sequence[Row]) -> Row:
-    added = ("val_losses", "accuracies", "cpu", "took")
-    return parts[0] | {k: sum((x[k] for x in parts[1:]), start=parts[0][k]) for k in added}
+    return {method: [row for row in rows if row["method"] == method] for method in METHODS}

@@ -168,6 +168,10 @@ class _Again(eqx.Module):
 LOSSES = gradhpo.LossFunctions(cross_entropy, cross_entropy)
 
 
+def _numbers(state: gradhpo.BilevelState) -> dict[str, Array]:
+    return dict(state.hyperparams)
+
+
 def outer_run(
     windows: tuple[int, int, int], problem: Problem, steps: int, outer_steps: int
 ) -> tuple[list[Schedule], np.ndarray]:
@@ -183,7 +187,7 @@ def outer_run(
         num_steps=outer_steps,
         steps_per_episode=1,
         reptile_rate=0.0,  # every outer step trains from the same start
-        record=lambda state: dict(state.hyperparams),
+        record=_numbers,
         progress=False,
     )
     after = [{k: np.asarray(history[k])[i] for k in NAMES} for i in range(outer_steps)]

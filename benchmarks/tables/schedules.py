@@ -9,19 +9,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.intervals import with_interval
+from benchmarks.intervals import half_interval, with_interval
 from benchmarks.rows import Row, taken
 from benchmarks.tables.schedule_search import (
     GRID,
     OURS,
     QUICK,
-    RANDOM,
     RATES,
-    SHARED,
     WHOLE,
     Size,
     rows_of,
+    schedules_of,
 )
+from benchmarks.tables.schedule_training import Schedule
 from gradhpo.utils.tables import aligned
 
 
@@ -49,12 +49,11 @@ def lines_of(rows: Mapping[str, list[Row]], size: Size) -> list[Line]:
         Line("cosine, grid of 100 of its own", "cosine", every("cosine"), points),
         Line("the same in five stairs", "stairs", every("stairs"), points),
     ]
-    for n in (size.alike, size.random, len(RANDOM) * size.random):
+    for n in (size.alike, size.random):
         lines.append(Line(f"random, {n} schedules", "random", every("random", n), n))
-    for name in SHARED:
-        last = [[size.outer_steps]] * size.seeds
-        lines.append(Line(name, name, every(name), size.alike))
-        lines.append(Line("  its last schedule", name, last, size.alike))
+    lines.append(Line(OURS, OURS, every(OURS), size.alike))
+    last = [[size.outer_steps]] * size.seeds
+    lines.append(Line("  its last schedule", OURS, last, size.alike))
     return lines
 
 
@@ -94,17 +93,15 @@ def print_schedules(quick: bool = False, file: Path | None = None) -> None:
         "\nCPU: seconds of one core for these trainings, in the median over seeds; grids and random"
         "\nsearch train a hundred at once, forward mode trains one."
     )
-    print("\nRegret of the best schedule so far, after each outer step:\n")
-    print(_outer_runs(rows, size))
-    for name in SHARED:
-        print(f"\nSchedules with the lowest validation loss, {name} (decay in 1e-4):\n")
-        print(_learned(rows[name]))
-    away = max(
-        float(np.max(np.abs(np.subtract(row["along"], row["val_losses"][:-1]))))
-        for name in SHARED
-        for row in rows[name]
-    )
-    print(f"\nlargest difference of a loss in an outer run and in plain training: {away:.0e}")
+    print("\nRegret of forward mode's best schedule so far, after each outer step:\n")
+    print(_outer_runs(rows))
+    print("\nIts schedules with the lowest validation loss (decay in 1e-4):\n")
+    print(_learned(rows[OURS]))
+    print("\nLargest rate / (1 - momentum) of the schedule that each search finds:\n")
+    print(_effective(rows, size))
+    away = [np.subtract(row["along"], row["val_losses"][:-1]) for row in rows[OURS]]
+    worst = np.max(np.abs(away))
+    print(f"\nlargest difference of a loss in an outer run and in plain training: {worst:.0e}")
     print(f"assumptions: {ASSUMPTIONS}\n")
     print(taken([row for of_method in rows.values() for row in of_method]))
 
@@ -141,11 +138,41 @@ def _seconds_each(row: Row) -> float:
     return row["cpu"] / len(row["val_losses"])
 
 
-def _outer_runs(rows: Mapping[str, list[Row]], size: Size) -> str:
-    table = [["outer steps", *SHARED]]
-    of = [regrets(rows, name) for name in SHARED]
-    for k in range(size.alike):
-        table.append([f"{k}", *(with_interval(x[:, k].tolist(), 4) for x in of)])
+def _outer_runs(rows: Mapping[str, list[Row]]) -> str:
+    of_steps = regrets(rows, OURS).T
+    table = [["outer steps", *(f"{k}" for k in range(len(of_steps)))]]
+    table.append(["regret", *(f"{np.mean(x):.4f}" for x in of_steps)])
+    table.append(["±", *(f"{half_interval(x):.4f}" for x in of_steps)])
+    return aligned(table)
+
+
+def largest_effective(schedule: Schedule) -> float:
+    """Of a window's rate / (1 - momentum), the step that a constant gradient leads to."""
+    windows = len(schedule["momentum"])
+    return max(
+        np.max(part) / (1 - momentum)
+        for part, momentum in zip(
+            np.array_split(np.asarray(schedule["rate"]), windows), schedule["momentum"], strict=True
+        )
+    )
+
+
+def best_schedules(rows: Mapping[str, list[Row]], method: str, size: Size) -> list[Schedule]:
+    """The schedule with the lowest validation loss of each seed."""
+    best = [_best(row, range(len(row["val_losses"]))) for row in rows[method]]
+    if method == OURS:
+        return [row["schedules"][i] for row, i in zip(rows[method], best, strict=True)]
+    return [
+        schedules_of(method, row["seed"], size)[i]
+        for row, i in zip(rows[method], best, strict=True)
+    ]
+
+
+def _effective(rows: Mapping[str, list[Row]], size: Size) -> str:
+    table = [["", *(f"seed {row['seed']}" for row in rows[OURS])]]
+    for method in rows:
+        found = best_schedules(rows, method, size)
+        table.append([method, *(f"{largest_effective(x):.1f}" for x in found)])
     return aligned(table)
 
 
