@@ -38,7 +38,8 @@ from benchmarks.costs import (
     run_memory,
     scaling,
 )
-from benchmarks.peers import benchopt, budget, earlier, implicit, pytorch, suboptimality
+from benchmarks.peers import benchopt, budget, earlier, implicit, lasso, pytorch, suboptimality
+from benchmarks.tables import condensed
 from benchmarks.trust import calibration
 
 
@@ -91,12 +92,15 @@ PEERS = {
     "earlier": Table(earlier.print_earlier),
     "torch": Table(pytorch.print_pytorch),
     "implicit": Table(implicit.print_implicit),
+    "lasso": Table(lasso.print_lasso),
     "benchopt": Table(benchopt.print_benchopt),
     "suboptimality": Table(suboptimality.print_suboptimality),
     "budget": Table(budget.print_budget, saving=partial(budget.print_budget, figure=budget.FIGURE)),
 }
 # Those that papers have published, made again.
-PUBLISHED: dict[str, Table] = {}
+PUBLISHED = {
+    "condensed": in_rows("condensed", condensed.print_condensed),
+}
 TABLES = COSTS | TRUST | PEERS | PUBLISHED
 GROUPS = {"costs": COSTS, "peers": PEERS, "tables": PUBLISHED}
 # About the device and not about ratios on it: made on request, and saved under the device's name.
