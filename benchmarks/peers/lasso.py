@@ -72,6 +72,17 @@ class Task(NamedTuple):
         np.savez(path, x=x, y=y, u=u, v=v, h=self.h, w=self.w, steps=STEPS)
 
 
+def diabetes() -> Data:
+    """With squares and products, but without the square of sex.
+
+    Sex has two values: its square is the same feature again, the Lasso's solution is not unique,
+    and the linear system of its derivative singular (condition 9e14).
+    """
+    data = penalised.diabetes(2)
+    keep = np.delete(np.arange(65), 10 + 10)  # 10 features, 10 products with the first, sex's own
+    return data._replace(x=data.x[:, keep], u=data.u[:, keep])
+
+
 def sparse(seed: int = 0) -> Data:
     """200 examples to fit, 200 to judge, 1,000 features; 20 of them count.
 
@@ -111,7 +122,7 @@ def exact(data: Data, h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def tasks() -> list[Task]:
     """One penalty, and one for each feature, from a tenth of the one at which all weights are 0."""
     made = []
-    for name, data in (("diabetes, quadratic", penalised.diabetes(2)), ("sparse", sparse())):
+    for name, data in (("diabetes", diabetes()), ("sparse", sparse())):
         p = data.x.shape[1]
         start = np.log(np.abs(data.x.T @ data.y).max() / len(data.x) / 10)
         for h, what in ((np.array(start), "1 penalty"), (np.full(p, start), f"{p} penalties")):

@@ -15,7 +15,15 @@ import numpy as np
 
 from benchmarks.intervals import with_interval
 from benchmarks.rows import Row, measured, taken
-from benchmarks.tables.distilling import INNER_STEPS, OUTER_STEPS, cost, distil
+from benchmarks.tables.distilling import (
+    INNER_STEPS,
+    LONGEST,
+    OUTER_RATE,
+    OUTER_STEPS,
+    VAL_BATCH,
+    cost,
+    distil,
+)
 from benchmarks.tables.small_sets import (
     CLASSES,
     RATES,
@@ -46,6 +54,18 @@ LABELS = {
 }  # fmt: skip
 
 
+HEAD = f"""
+scikit-learn's digits, 8 x 8: {TRAIN} to train, {VAL} to choose, the others to test, split by the
+seed; a perceptron 64-64-10, relu, float32. Test accuracy in % of networks from fresh random starts:
+mean of {{size.starts}} starts, 95 % interval over {{size.seeds}} seeds.
+distilled: {INNER_STEPS} steps of gradient descent on all its images, at the rate learned with them;
+{{size.outer_steps}} outer steps of Adam ({OUTER_RATE}, a cosine), hypergradients clipped to {LONGEST},
+each on {VAL_BATCH} training digits and from a new start; first images: those of `random`.
+others: the rate (of {{rates}}) and the steps (every 10 up to 100) that are best on
+the validation set; herding in pixels; k-means with one image a class: its mean.
+"""
+
+
 class Size(NamedTuple):
     seeds: int = 5
     starts: int = 20
@@ -62,12 +82,13 @@ def settings_of(size: Size) -> list[dict[str, Any]]:
     kinds = [("exact", size.each), *((name, size.each) for name in SETS)]
     kinds += [("soft", size.others), ("truncated", size.others[:1]), ("DrMAD", size.others[:1])]
     rows = [(kind, each) for kind, every in kinds for each in every] + [("all", 0)]
-    shared = {"outer_steps": size.outer_steps, "starts": size.starts}
+    outer = lambda kind: 0 if kind in SETS or kind == "all" else size.outer_steps
     return [
-        {"kind": kind, "each": each, "seed": seed, **shared}
+        {"kind": kind, "each": each, "seed": seed, "outer_steps": outer(kind),
+         "starts": size.starts}
         for kind, each in rows
         for seed in range(size.seeds)
-    ]
+    ]  # fmt: skip
 
 
 def measure(wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,16 +168,7 @@ def print_condensed(quick: bool = False, file: Path | None = None) -> None:
     rows = measured(settings_of(size), measure, file)
     methods = ("exact", 'exact, checkpoints="sqrt"', "truncated", "DrMAD")
     costs = measured([{"method": name, "steps": LONG} for name in methods], measure_cost, file)
-    print(
-        f"\nscikit-learn's digits, 8 x 8: {TRAIN} to train, {VAL} to choose, the others to test, "
-        f"split by the seed;\na perceptron 64-64-10, relu, float32. Test accuracy in % of networks "
-        f"from fresh random starts: mean\nof {size.starts} starts, 95 % interval over {size.seeds} "
-        f"seeds. Distilled: {INNER_STEPS} steps of gradient descent at the rate that is\nlearned "
-        f"with the images, {size.outer_steps} outer steps of Adam on the training set, each from a "
-        f"new start; first images: those of\n`random`. All others: the rate (of "
-        f"{', '.join(map(str, RATES))}) and steps (every 10 up to 100) that are\n"
-        f"best on the validation set. k-means: with one image a class, its mean.\n"
-    )
+    print(HEAD.format(size=size, rates=", ".join(map(str, RATES))))
     print(sets_table(rows, size))
     every = shown(means(rows, "all", 0))
     print(f"\nall {TRAIN} images, minibatches of {MANY.batch}, up to 1,000 steps: {every}")
