@@ -17,7 +17,6 @@ from benchmarks.intervals import with_interval
 from benchmarks.rows import Row, measured, taken
 from benchmarks.tables.distilling import (
     INNER_STEPS,
-    LONGEST,
     OUTER_RATE,
     OUTER_STEPS,
     VAL_BATCH,
@@ -58,8 +57,8 @@ HEAD = f"""
 scikit-learn's digits, 8 x 8: {TRAIN} to train, {VAL} to choose, the others to test, split by the
 seed; a perceptron 64-64-10, relu, float32. Test accuracy in % of networks from fresh random starts:
 mean of {{size.starts}} starts, 95 % interval over {{size.seeds}} seeds.
-distilled: {INNER_STEPS} steps of gradient descent on all its images, at the rate learned with them;
-{{size.outer_steps}} outer steps of Adam ({OUTER_RATE}, a cosine), hypergradients clipped to {LONGEST},
+distilled: {INNER_STEPS} steps of gradient descent on all images, at the rate learned with them;
+{{size.outer_steps}} outer steps of Adam ({OUTER_RATE}, cosine), hypergradients clipped,
 each on {VAL_BATCH} training digits and from a new start; first images: those of `random`.
 others: the rate (of {{rates}}) and the steps (every 10 up to 100) that are best on
 the validation set; herding in pixels; k-means with one image a class: its mean.
@@ -142,6 +141,9 @@ def sets_table(rows: list[Row], size: Size) -> str:
     for kind in ("exact", "soft", "truncated", "DrMAD", *SETS):
         cells = [shown(means(rows, kind, each)) for each in size.each]
         table.append([LABELS.get(kind, kind), *cells])
+        if kind == "exact":
+            cells = [shown(means(rows, kind, each, "same")) for each in size.each]
+            table.append([f"{LABELS[kind]}, rate and steps of the grid", *cells])
     return aligned(table)
 
 

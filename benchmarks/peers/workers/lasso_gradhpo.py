@@ -56,20 +56,22 @@ def batches(split: Split) -> tuple[Batch, Batch]:
     return of(split.x, split.y), of(split.u, split.v)
 
 
-def optimizer(split: Split, how: str, inner: Callable, outer=None) -> gradhpo.ImplicitOptimizer:
-    """With `Support`, room for a third more weights than are active at the start."""
+def optimizer(split: Split, inner: Callable, outer=None) -> gradhpo.ImplicitOptimizer:
+    """With room for a third more weights in the support than at the start."""
     room = min(split.w.size, int(1.34 * np.count_nonzero(split.w)) + 8)
-    solver = None if how == "GMRES" else gradhpo.Support(max_active=room)
     return gradhpo.ImplicitOptimizer(
-        outer_optimizer=outer, inner_solver=inner, update_fn=proximal_step, linear_solver=solver
+        outer_optimizer=outer,
+        inner_solver=inner,
+        update_fn=proximal_step,
+        linear_solver=gradhpo.Support(max_active=room),
     )
 
 
 LOSSES = gradhpo.LossFunctions(error, error)
 
 
-def once(split: Split, how: str, inner: Callable, start: np.ndarray) -> Callable[[], dict]:
-    chosen = optimizer(split, how, inner)
+def once(split: Split, inner: Callable, start: np.ndarray) -> Callable[[], dict]:
+    chosen = optimizer(split, inner)
     state = chosen.init(jnp.asarray(start), jnp.asarray(split.h))
     train, val = batches(split)
 
@@ -82,22 +84,22 @@ def once(split: Split, how: str, inner: Callable, start: np.ndarray) -> Callable
 
 def derive(split: Split, how: str) -> Callable[[], dict]:
     """At the solution, which is given."""
-    return once(split, how, known, split.w)
+    return once(split, known, split.w)
 
 
 def solve(split: Split, how: str) -> Callable[[], dict]:
     """From weights of 0."""
-    return once(split, how, by_scikit_learn(CLOSE), np.zeros_like(split.w))
+    return once(split, by_scikit_learn(CLOSE), np.zeros_like(split.w))
 
 
 def search(split: Split, how: str) -> Callable[[], dict]:
-    """`how`: `descent` at a fixed rate, or the linear solver beside Adam; fits start warm."""
+    """`how`: `descent` at a fixed rate, or Adam; fits start from the weights before."""
     train, val = batches(split)
     if how == "descent":
-        chosen = optimizer(split, how, by_scikit_learn(1e-10), optax.sgd(OUTER_RATE))
+        chosen = optimizer(split, by_scikit_learn(1e-10), optax.sgd(OUTER_RATE))
     else:
         falling = optax.cosine_decay_schedule(0.3, split.steps)
-        chosen = optimizer(split, how, by_scikit_learn(USUAL), optax.adam(falling, b1=0.5))
+        chosen = optimizer(split, by_scikit_learn(USUAL), optax.adam(falling, b1=0.5))
     state = chosen.init(jnp.zeros_like(jnp.asarray(split.w)), jnp.asarray(split.h))
     record = None if split.h.ndim == 0 else lambda state: {"hyperparams": state.hyperparams}
 
