@@ -84,7 +84,7 @@ def test_accuracies_are_those_of_gradient_descent_written_out():
 
 @pytest.mark.thorough
 def test_a_tiny_form_runs_from_end_to_end(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(condensed, "QUICK", condensed.Size(1, 5, (1,), (1,), 2))
+    monkeypatch.setattr(condensed, "QUICK", condensed.Size(1, 5, (1,), ("soft", "DrMAD"), 2))
     monkeypatch.setattr(condensed, "FIGURE", tmp_path / "images.png")
     monkeypatch.setattr(condensed, "NETWORKS", {"same": Network(), "tanh": Network(64, "tanh")})
     monkeypatch.setattr(condensed, "LONG", 20)
@@ -95,3 +95,21 @@ def test_a_tiny_form_runs_from_end_to_end(tmp_path, monkeypatch, capsys):
     # Two ways to one hypergradient.
     line = next(line for line in printed.splitlines() if 'checkpoints="sqrt"' in line)
     assert float(line.split()[-1]) > 0.999
+
+
+def test_what_the_readme_says_of_the_saved_rows(saved):
+    grid = {each: saved("exact", each, "same") for each in condensed.EACH}
+    learned = {each: saved("exact", each) for each in condensed.EACH}
+    for each in (1, 2):
+        rivals = [saved(kind, each).mean() for kind in condensed.SETS]
+        assert grid[each].mean() > max(rivals) + 2
+        assert saved("k-means", each).mean() == max(rivals)
+        assert np.sum(grid[each] > saved("k-means", each)) == 3 + each  # seed by seed
+    # The learned rate is close to the edge of stability.
+    assert sum(np.sum(x < 75) for x in learned.values()) == 5
+    assert min(x.min() for x in grid.values()) > 89
+    assert all(learned[n].mean() < saved("k-means", n).mean() for n in (1, 5, 10))
+    assert all(abs(grid[n].mean() - saved("k-means", n).mean()) < 1 for n in (5, 10))
+    for where in ("width 256", "tanh"):
+        assert saved("exact", 1, where).mean() > saved("k-means", 1, where).mean() + 2
+    assert saved("all", 0).mean() > max(x.mean() for x in grid.values())
