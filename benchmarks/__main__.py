@@ -38,8 +38,8 @@ from benchmarks.costs import (
     run_memory,
     scaling,
 )
-from benchmarks.peers import benchopt, budget, earlier, implicit, pytorch, suboptimality
-from benchmarks.tables import schedules
+from benchmarks.peers import benchopt, budget, earlier, implicit, lasso, pytorch, suboptimality
+from benchmarks.tables import condensed, schedules
 from benchmarks.trust import calibration
 
 
@@ -92,12 +92,14 @@ PEERS = {
     "earlier": Table(earlier.print_earlier),
     "torch": Table(pytorch.print_pytorch),
     "implicit": Table(implicit.print_implicit),
+    "lasso": Table(lasso.print_lasso),
     "benchopt": Table(benchopt.print_benchopt),
     "suboptimality": Table(suboptimality.print_suboptimality),
     "budget": Table(budget.print_budget, saving=partial(budget.print_budget, figure=budget.FIGURE)),
 }
 # Those that papers have published, made again.
-PUBLISHED: dict[str, Table] = {
+PUBLISHED = {
+    "condensed": in_rows("condensed", condensed.print_condensed),
     "schedules": in_rows("schedules", schedules.print_schedules),
 }
 TABLES = COSTS | TRUST | PEERS | PUBLISHED

@@ -1,0 +1,62 @@
+"""Shared by the workers of the table `lasso`: the data, and requests about them. NumPy alone."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from worker import serve
+
+
+OUTER_RATE = 0.5  # of plain gradient descent on the logarithms
+SHORT = 0.2  # seconds
+
+
+class Split(NamedTuple):
+    """Halves to fit and to judge, the penalties `h` (logarithms), and the solution `w` there."""
+
+    x: np.ndarray
+    y: np.ndarray
+    u: np.ndarray
+    v: np.ndarray
+    h: np.ndarray  # of shape () or (features,)
+    w: np.ndarray
+    steps: int  # of a search
+
+    @property
+    def many(self) -> bool:
+        return self.h.ndim > 0
+
+
+def cpu_seconds(program: Callable[[], dict]) -> float:
+    """Of this process: on a busy machine the time of the wall is that of other programs."""
+    start = time.process_time()
+    program()
+    return time.process_time() - start
+
+
+def serve_searches(**builders: Callable[[Split, str], Callable[[], dict]]) -> None:
+    splits: dict[str, Split] = {}
+    programs: dict[tuple[str, str, str], Callable[[], dict]] = {}
+
+    def load(name: str, path: str) -> None:
+        with np.load(path) as arrays:
+            values = {field: arrays[field] for field in Split._fields}
+        splits[name] = Split(**values | {"steps": int(values["steps"])})
+
+    def prepare(name: str, task: str, how: str) -> dict:
+        """The results of the program, which has then compiled what it compiles."""
+        program = builders[task](splits[name], how)
+        programs[name, task, how] = program
+        return {key: np.asarray(value).tolist() for key, value in program().items()}
+
+    def measure(name: str, task: str, how: str) -> float:
+        program = programs[name, task, how]
+        once = cpu_seconds(program)
+        if once > SHORT:
+            return once
+        # Until now caches and cores belonged to another program.
+        return statistics.median(cpu_seconds(program) for _ in range(3))
+
+    serve(load=load, prepare=prepare, measure=measure)
