@@ -35,10 +35,22 @@ CENTRE = 4
 SMOOTHING = np.outer([1, 2, 1], [1, 2, 1]).ravel() / 16
 
 
-def free_matrices() -> np.ndarray:
-    """Mean, smoothing and skip, [3, pixels, pixels]."""
-    smoothed = np.tensordot(SMOOTHING, SHIFTS, 1)
-    return np.float32([SHIFTS.mean(0), smoothed, SHIFTS[CENTRE]])
+FREE_MATRICES = np.float32([SHIFTS.mean(0), np.tensordot(SMOOTHING, SHIFTS, 1), SHIFTS[CENTRE]])
+
+
+def convolution_matrices(
+    shares: Array, three: Float[Array, "edges 9 c d"], one: Float[Array, "edges c d"]
+) -> Float[Array, "edges pixels c pixels d"]:
+    """One for each edge: a 1 x 1 convolution is the centre of a 3 x 3 one."""
+    kernels = shares[:, 0, None, None, None] * three
+    kernels = kernels.at[:, CENTRE].add(shares[:, 1, None, None] * one)
+    return jnp.einsum("kqp,ekcd->epcqd", SHIFTS, kernels)
+
+
+def free_matrices(shares: Array, skip: Float[Array, ""]) -> Float[Array, "edges pixels pixels"]:
+    """The operations without parameters, the same for every channel."""
+    of_each = shares[:, 2:5] + skip * jnp.array([0.0, 0.0, 1.0])
+    return jnp.tensordot(of_each, FREE_MATRICES, 1)
 
 
 def normalised(x: Float[Array, "n pixels c"]) -> Array:
@@ -76,12 +88,8 @@ class Network(eqx.Module):
         x = jax.nn.relu(normalised(images @ self.stem))
         x = x.reshape(-1, SIDE, 2, SIDE, 2, CHANNELS).mean((2, 4)).reshape(-1, SIDE**2, CHANNELS)
         x = normalised(x)
-        # A 1 x 1 convolution is the centre of a 3 x 3 one: one matrix for each edge has both.
-        kernels = shares[:, 0, None, None, None] * self.three
-        kernels = kernels.at[:, CENTRE].add(shares[:, 1, None, None] * self.one)
-        convolutions = jnp.einsum("kqp,ekcd->epcqd", SHIFTS, kernels)
-        free = shares[:, 2:5] + skip * jnp.array([0.0, 0.0, 1.0])
-        others = jnp.tensordot(free, free_matrices(), 1)
+        convolutions = convolution_matrices(shares, self.three, self.one)
+        others = free_matrices(shares, skip)
         for cell in range(CELLS):
             nodes = [x, 0.0, 0.0]
             for edge, (source, target) in enumerate(SOURCES, cell * len(SOURCES)):
