@@ -81,6 +81,7 @@ def test_the_saved_first_order_searches_collapse(saved):
     assert more > free + 1
     assert low < high - 0.05
     few = search.SEEDS_OF["first order, penalty"]
+    assert of(f"first order, {search.DECAYED}", last)[1] > low + 0.1
     free, high = of("first order, penalty", last, few)
     more, low = of(FIRST, last, few)
     assert free < more - 2
