@@ -38,8 +38,7 @@ from benchmarks.costs import (
     run_memory,
     scaling,
 )
-from benchmarks.peers import benchopt, budget, earlier, implicit, lasso, pytorch, suboptimality
-from benchmarks.tables import condensed, schedules
+from benchmarks.tables import condensed, schedules, search
 from benchmarks.trust import calibration
 
 
@@ -102,6 +101,7 @@ PUBLISHED = {
     "condensed": in_rows("condensed", condensed.print_condensed),
     "schedules": in_rows("schedules", schedules.print_schedules),
 }
+PUBLISHED = {"search": in_rows("search", search.print_search)}
 TABLES = COSTS | TRUST | PEERS | PUBLISHED
 GROUPS = {"costs": COSTS, "peers": PEERS, "tables": PUBLISHED}
 # About the device and not about ratios on it: made on request, and saved under the device's name.
