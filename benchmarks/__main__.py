@@ -75,6 +75,9 @@ COSTS = {
     "networks": Table(networks.print_networks),
     "convolutions": Table(convolutions.print_convolutions),
     "units": short(compiled.print_units),
+    "one_step": Table(
+        methods.print_beside_one_step, partial(methods.print_beside_one_step, quick=True)
+    ),
     "distilled": Table(methods.print_distilled),
     "roads": Table(methods.print_roads),
     "natural": Table(natural.print_natural),
