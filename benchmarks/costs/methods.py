@@ -36,7 +36,6 @@ BESIDE_ONE_STEP = {
     "HyperDistill": "HyperDistill",
     "Neumann(20), at the end": "ImplicitOptimizer(20)",
     "DrMAD(20)": "DrMADOptimizer(20)",
-    "exact(20)": "UnrolledOptimizer(20)",
 }
 
 
