@@ -38,7 +38,8 @@ from benchmarks.costs import (
     run_memory,
     scaling,
 )
-from benchmarks.tables import condensed, schedules, search
+from benchmarks.peers import benchopt, budget, earlier, implicit, lasso, pytorch, suboptimality
+from benchmarks.tables import condensed, cosines, schedules, search, sinusoid
 from benchmarks.trust import calibration
 
 
@@ -74,6 +75,9 @@ COSTS = {
     "networks": Table(networks.print_networks),
     "convolutions": Table(convolutions.print_convolutions),
     "units": short(compiled.print_units),
+    "one_step": Table(
+        methods.print_beside_one_step, partial(methods.print_beside_one_step, quick=True)
+    ),
     "distilled": Table(methods.print_distilled),
     "roads": Table(methods.print_roads),
     "natural": Table(natural.print_natural),
@@ -99,9 +103,11 @@ PEERS = {
 # Those that papers have published, made again.
 PUBLISHED = {
     "condensed": in_rows("condensed", condensed.print_condensed),
+    "cosines": in_rows("cosines", cosines.print_cosines),
     "schedules": in_rows("schedules", schedules.print_schedules),
+    "search": in_rows("search", search.print_search),
+    "sinusoid": in_rows("sinusoid", sinusoid.print_sinusoid),
 }
-PUBLISHED = {"search": in_rows("search", search.print_search)}
 TABLES = COSTS | TRUST | PEERS | PUBLISHED
 GROUPS = {"costs": COSTS, "peers": PEERS, "tables": PUBLISHED}
 # About the device and not about ratios on it: made on request, and saved under the device's name.

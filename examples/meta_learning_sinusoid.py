@@ -70,9 +70,10 @@ class Points(eqx.Module):
 
     key: Array
     purpose: int
+    per_episode: int = INNER_STEPS
 
     def __call__(self, step: Array) -> tuple[Array, Array]:
-        key = jax.random.fold_in(self.key, step // INNER_STEPS)
+        key = jax.random.fold_in(self.key, step // self.per_episode)
         waves = draw_waves(jax.random.fold_in(key, 0), TASKS)
         return draw_points(jax.random.fold_in(key, self.purpose), waves, SHOTS)
 
@@ -119,17 +120,18 @@ def meta_learn(optimizer: gradhpo.BilevelOptimizer, episodes: int, seed: int) ->
     net = eqx.nn.MLP(1, 1, width_size=100, depth=3, key=k1)
     params, hyperparams = gradhpo.partition(net, lambda net: net.layers[:-1])
     batched = gradhpo.TaskBatched(optimizer, TASKS)
+    per_episode = INNER_STEPS // optimizer.num_inner_steps  # outer steps
     started = time.perf_counter()
     state, history = gradhpo.run(
         batched,
         batched.init(params, hyperparams),
         gradhpo.LossFunctions(squared_error, squared_error),
         Points(k2, purpose=1),
-        Points(k2, purpose=2),
-        num_steps=episodes * INNER_STEPS,
-        steps_per_episode=INNER_STEPS,
+        Points(k2, purpose=2, per_episode=per_episode),
+        num_steps=episodes * per_episode,
+        steps_per_episode=per_episode,
         reptile_rate=REPTILE_RATE,
-        chunk_size=10 * INNER_STEPS,
+        chunk_size=10 * per_episode,
         progress=False,
     )
     seconds = time.perf_counter() - started
@@ -137,7 +139,7 @@ def meta_learn(optimizer: gradhpo.BilevelOptimizer, episodes: int, seed: int) ->
     first = jax.tree.map(lambda x: x[0] if eqx.is_inexact_array(x) else x, state.params)
     errors = errors_on_new_tasks(first, state.hyperparams, jax.random.key(10_000 + seed), 1_000)
     theta = history["theta"][-1] if "theta" in history else np.nan
-    curve = history["val_loss"][INNER_STEPS - 1 :: INNER_STEPS]
+    curve = history["val_loss"][per_episode - 1 :: per_episode]
     return Result(np.mean(np.asarray(errors), axis=0), curve, float(theta), seconds)
 
 

@@ -119,47 +119,85 @@ PROBLEMS = {
 # --- Cosines ------------------------------------------------------------------------------------
 
 
-def cosines(episode: Episode, counts: tuple[int, ...]) -> dict[str, list[float]]:
-    """Method to its cosine with the exact hypergradient after each number of steps."""
-    losses, inner = (episode.train_loss, episode.val_loss), episode.inner_optimizer
-    stack = gradhpo.BatchStack.of([episode.batch(t) for t in range(max(counts))])
-    online = {
-        "HyperDistill .9": gradhpo.OnlineHypergradientOptimizer(inner, gamma=0.9),
-        "HyperDistill .99": gradhpo.OnlineHypergradientOptimizer(inner, gamma=0.99),
+Methods = dict[str, Any]
+
+
+def online_methods(inner: Any, gammas: tuple[float, ...] = (0.9, 0.99)) -> Methods:
+    """Name to optimizer: those that estimate at every step."""
+    distilled = {
+        f"HyperDistill {gamma:g}".replace("0.", "."): gradhpo.OnlineHypergradientOptimizer(
+            inner, gamma=gamma
+        )
+        for gamma in gammas
+    }
+    return distilled | {
         "one step": gradhpo.OneStepOptimizer(inner),
         "first order": gradhpo.FOOptimizer(inner),
     }
+
+
+# Name to a function of an inner optimizer and a number of steps: those that look at all of them.
+OFFLINE = {
+    "DrMAD": gradhpo.DrMADOptimizer,
+    "greedy .99": functools.partial(gradhpo.GreedyOptimizer, gamma=0.99),
+}
+
+
+def cosines(episode: Episode, counts: tuple[int, ...]) -> dict[str, list[float]]:
+    """Method to its cosine with the exact hypergradient after each number of steps."""
+    online = online_methods(episode.inner_optimizer)
     if not episode.first_order_sees:
         del online["first order"]
+    return followed(episode, counts, online, OFFLINE)
+
+
+def followed(
+    episode: Episode,
+    counts: tuple[int, ...],
+    online: Methods,
+    offline: dict[str, Callable],
+    *,
+    fitted_on: Episode | None = None,
+    around: Callable = lambda optimizer: optimizer,
+) -> dict[str, list[float]]:
+    """The same for these methods, with `around` each of them.
+
+    Theta of HyperDistill is fitted on this episode, or on another one.
+    """
+    losses, inner = (episode.train_loss, episode.val_loss), episode.inner_optimizer
+    stack_of = lambda of: gradhpo.BatchStack.of([of.batch(t) for t in range(max(counts))])
+    stack, fitted_on = stack_of(episode), episode if fitted_on is None else fitted_on
+    fitting = stack if fitted_on is episode else stack_of(fitted_on)
+    wrapped = {name: around(optimizer) for name, optimizer in online.items()}
+    begin = lambda optimizer: optimizer.init(
+        episode.params, episode.hyperparams, batch=stack.at(0), key=jax.random.key(0)
+    )
+    # These remember the episode, and the others follow one of them: fewer programs to compile.
     states = {
-        name: optimizer.init(
-            episode.params, episode.hyperparams, batch=stack.at(0), key=jax.random.key(0)
+        name: wrapped[name].estimate_theta(
+            begin(wrapped[name]), fitting, fitted_on.val_batch, *losses
         )
         for name, optimizer in online.items()
+        if isinstance(optimizer, gradhpo.OnlineHypergradientOptimizer)
     }
-    for name in ("HyperDistill .9", "HyperDistill .99"):
-        states[name] = online[name].estimate_theta(states[name], stack, episode.val_batch, *losses)
-    offline = {
-        "exact": gradhpo.UnrolledOptimizer,
-        "DrMAD": gradhpo.DrMADOptimizer,
-        "greedy .99": functools.partial(gradhpo.GreedyOptimizer, gamma=0.99),
-    }
-    found: dict[str, list[float]] = {name: [] for name in ("DrMAD", "greedy .99", *online)}
+    leader = next(iter(states))
+    found: dict[str, list[float]] = {name: [] for name in (*offline, *online)}
     for t in range(max(counts)):
         compared = t + 1 in counts
         results = {}
         if compared:
             first = gradhpo.BatchStack(jax.tree.map(lambda x, n=t + 1: x[:n], stack.batches))
-            for name, make in offline.items():
-                optimizer = make(inner, unroll_steps=t + 1)
+            for name, make in {"exact": gradhpo.UnrolledOptimizer, **offline}.items():
+                optimizer = around(make(inner, unroll_steps=t + 1))
                 state = optimizer.init(episode.params, episode.hyperparams)
                 arguments = (state, first, episode.val_batch, *losses)
                 results[name] = optimizer.compute_hypergradient(*arguments)
-        for name, optimizer in online.items():
-            arguments = (states[name], stack.at(t), episode.val_batch, *losses)
-            if compared:
-                results[name] = optimizer.compute_hypergradient(*arguments)
-            states[name] = optimizer.step(*arguments, lr_hyper=0.0)
+        data = (stack.at(t), episode.val_batch, *losses)
+        for name, optimizer in wrapped.items() if compared else ():
+            state = states.get(name) or optimizer.adopt(states[leader])
+            results[name] = optimizer.compute_hypergradient(state, *data)
+        for name, state in states.items():
+            states[name] = wrapped[name].step(state, *data, lr_hyper=0.0)
         for name in found if compared else ():
             found[name].append(cosine(results[name], results["exact"]))
     return found

@@ -1,4 +1,4 @@
-"""What single methods cost: HyperDistill beside one step, forward mode and implicit by the unit."""
+"""What single methods cost: beside one step, over a horizon, by hyperparameter and by product."""
 
 import functools
 import time
@@ -12,18 +12,70 @@ import numpy as np
 import optax
 
 import gradhpo
+from benchmarks.costs.loops import running
 from benchmarks.costs.problem import MOMENTUM, OUTER_RATE, RATE, job
 from benchmarks.costs.programs import (
+    ALGORITHMS,
     INNER,
     SGD,
     call_program,
     gradient_programs,
     hypergradient_program,
     step_program,
+    step_programs,
 )
 from benchmarks.timed import alternating
 from gradhpo.diagnostics.cost import Program
 from gradhpo.utils.tracing import forget_traces
+
+
+# --- `one_step`: beside one step, as in table 3 of HyperDistill's paper --------------------------
+
+BESIDE_ONE_STEP = {
+    "first order": "FOOptimizer",
+    "HyperDistill": "HyperDistill",
+    "Neumann(20), at the end": "ImplicitOptimizer(20)",
+    "DrMAD(20)": "DrMADOptimizer(20)",
+}
+
+
+def cost_ratios(name: str, batch_size: int, depth: int) -> tuple[float, float, float]:
+    """Flops of an inner step, temporary memory and all memory of a step, in those of one step."""
+    own, one_step = (
+        step_programs(which, batch_size, depth)[0].cost for which in (name, "OneStepOptimizer")
+    )
+    flops = own.flops / ALGORITHMS[name].optimizer.num_inner_steps
+    return (
+        flops / one_step.flops,
+        own.temporary_bytes / one_step.temporary_bytes,
+        own.total_bytes / one_step.total_bytes,
+    )
+
+
+def print_beside_one_step(quick: bool = False) -> None:
+    """Compiler's counts, and times of `run` by turns."""
+    labels = ["HyperDistill"] if quick else list(BESIDE_ONE_STEP)
+    inner_steps, repeats = (200, 3) if quick else (600, 15)
+    print(
+        "\nIn units of OneStepOptimizer (published of HyperDistill: time 1.0 to 1.3, memory 1.0 to"
+        "\n1.07): flops and time of an inner step; memory of a step: temporary, and with its"
+        "\narguments and results. SGD with momentum, batches of 128; no fit of theta"
+    )
+    print(f"  {'':24} {'1 hidden layer':>20} {'3 hidden layers':>22} {'time, 1 hidden layer':>26}")
+    the_job = job(128)
+    for label in labels:
+        name = BESIDE_ONE_STEP[label]
+        shallow, deep = (
+            "{:6.2f} {:6.2f} {:6.2f}".format(*cost_ratios(name, 128, depth)) for depth in (1, 3)
+        )
+        per_step = ALGORITHMS[name].optimizer.num_inner_steps
+        found = alternating(
+            running(name, the_job, inner_steps // per_step),
+            running("OneStepOptimizer", the_job, inner_steps),
+            repeats=repeats,
+        )
+        time_of = f"{found.ratio:.2f} ({found.low:.2f} to {found.high:.2f})"
+        print(f"  {label:24} {shallow:>20} {deep:>22} {time_of:>26}", flush=True)
 
 
 # --- `distilled`: HyperDistill, and methods that read an episode ahead -------------------------
