@@ -35,6 +35,7 @@ PAGES = {
     "benchmarks/costs/README.md": "benchmarks/costs.md",
     "benchmarks/peers/README.md": "benchmarks/peers.md",
     "benchmarks/trust/README.md": "benchmarks/trust.md",
+    "benchmarks/tables/README.md": "benchmarks/tables.md",
     **{name: name for name in RESULTS},
     "examples/README.md": "examples/index.md",
     **{f"examples/{name}.py": f"examples/{name}.md" for name in EXAMPLES},
