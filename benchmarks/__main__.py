@@ -39,6 +39,7 @@ from benchmarks.costs import (
     scaling,
 )
 from benchmarks.peers import benchopt, budget, earlier, implicit, pytorch, suboptimality
+from benchmarks.tables import cleaning, cleaning_why
 from benchmarks.trust import calibration
 
 
@@ -96,7 +97,10 @@ PEERS = {
     "budget": Table(budget.print_budget, saving=partial(budget.print_budget, figure=budget.FIGURE)),
 }
 # Those that papers have published, made again.
-PUBLISHED: dict[str, Table] = {}
+PUBLISHED: dict[str, Table] = {
+    "cleaning": in_rows("cleaning", cleaning.print_cleaning),
+    "cleaning_why": in_rows("cleaning_why", cleaning_why.print_cleaning_why),
+}
 TABLES = COSTS | TRUST | PEERS | PUBLISHED
 GROUPS = {"costs": COSTS, "peers": PEERS, "tables": PUBLISHED}
 # About the device and not about ratios on it: made on request, and saved under the device's name.
