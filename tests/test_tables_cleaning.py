@@ -1,10 +1,13 @@
 """The tables of data cleaning: their network, and what their README says of the saved rows."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.__main__ import RESULTS
 from benchmarks.tables import cleaning, cleaning_runs, cleaning_why
 from benchmarks.tables.cleaning_data import Network, load_data, windows
 
@@ -70,3 +73,39 @@ def test_quick_tables_run_from_end_to_end(monkeypatch, capsys):
     for method in cleaning.QUICK:
         assert f"0.5    {method}" in printed
     assert "nan" not in printed
+
+
+def saved(name):
+    lines = (RESULTS / f"{name}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def of(rows, **wanted):
+    """The one row with these settings."""
+    (found,) = [row for row in rows if wanted.items() <= row.items()]
+    return found
+
+
+def test_saved_rows_of_cleaning_say_what_the_readme_says():
+    rows = [row for row in saved("cleaning") if row["noise"] == 0.5 and row["seed"] == 0]
+    untuned, last = (of(rows, method=name) for name in ("no tuning", "T1-T2"))
+    assert last["val"] > untuned["val"] + 0.2
+    assert untuned["fitted_wrong"] > 0.9
+    assert untuned["best_val"] > untuned["val"] + 0.2
+
+
+def test_saved_rows_of_why_say_what_the_readme_says():
+    rows = [row for row in saved("cleaning_why") if row["seed"] == 0]
+    as_it_is = {"scale": 1.0, "horizon": 10, "momentum": 0.9}
+    plain, divided = (
+        of(rows, method="greedy", normalised=normalised, **as_it_is) for normalised in (False, True)
+    )
+    # The mean weight is not what greedy gains by.
+    assert min(plain["mean_weights"]) > 0.44
+    assert abs(plain["val"] - divided["val"]) < 0.02
+    assert abs(plain["auroc"] - divided["auroc"]) < 0.002
+    slow = of(rows, method="no tuning", scale=0.25)
+    assert slow["val"] < plain["val"] - 0.1
+    # Training again keeps more than the network that the weights were found with.
+    assert plain["again"] > plain["test"] + 0.04
+    assert plain["again_best"] > plain["best_val"] + 0.05

@@ -68,14 +68,23 @@ def print_cleaning(quick: bool = False, file: Path | None = None) -> None:
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
-    head = ["noise", "", "published", "validation", "best on the way", "test", "fitted wrong"]
+    head = [
+        "noise",
+        "",
+        "published",
+        "seeds",
+        "validation",
+        "best on the way",
+        "test",
+        "fitted wrong",
+    ]
     shown = [[*head, "AUROC", "weight, right", "wrong", "rate", "CPU s"]]
     for noise in NOISES:
         for method in METHODS:
             of = [row for row in rows if row["noise"] == noise and row["method"] == method]
             if of:
                 published = PUBLISHED.get(method, {}).get(noise, "-")
-                shown.append([f"{noise}", method, published, *_cells(of)])
+                shown.append([f"{noise}", method, published, f"{len(of)}", *_cells(of)])
     return shown
 
 
