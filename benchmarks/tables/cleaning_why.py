@@ -1,4 +1,4 @@
-"""Why greedy leads the exact hypergradient of the same steps in `cleaning`, by changes of it."""
+"""What makes greedy and the exact hypergradient differ in `cleaning`: one change at a time."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,8 +63,8 @@ def print_cleaning_why(quick: bool = False, file: Path | None = None) -> None:
     rows = measured(settings(quick), row_of, file)
     count = len({row["seed"] for row in rows})
     print(
-        f"\nWhy greedy leads in cleaning, noise {NOISE}: mean over {count} seed(s) and 95 % "
-        "interval, accuracies in %\n"
+        f"\nWhat makes the difference in cleaning, noise {NOISE}: mean over {count} seed(s) and "
+        "95 % interval, accuracies in %\n"
     )
     print(aligned(table(rows)))
     print(f"\n{LEGEND}\n\nThe way of the mean weight, and of the validation accuracy in %\n")
