@@ -88,8 +88,10 @@ def of(rows, **wanted):
 
 def test_saved_rows_of_cleaning_say_what_the_readme_says():
     rows = [row for row in saved("cleaning") if row["noise"] == 0.5 and row["seed"] == 0]
-    untuned, last = (of(rows, method=name) for name in ("no tuning", "T1-T2"))
+    names = "no tuning", "T1-T2", "IFT(5)"
+    untuned, last, implicit = (of(rows, method=name) for name in names)
     assert last["val"] > untuned["val"] + 0.2
+    assert last["val"] > implicit["val"] + 0.1 > untuned["val"] + 0.2
     assert untuned["fitted_wrong"] > 0.9
     assert untuned["best_val"] > untuned["val"] + 0.2
 
@@ -113,6 +115,7 @@ def test_saved_rows_of_why_say_what_the_readme_says():
     assert abs(exact["again_best"] - plain["again_best"]) < 0.02
     slow = of(rows, method="no tuning", scale=0.25)
     assert slow["val"] < plain["val"] - 0.1
-    # A new network does better than the one that the weights were found with.
-    assert plain["again"] > plain["test"] + 0.04
-    assert plain["again_best"] > plain["best_val"] + 0.05
+    # These initial weights of new networks are better ones, with equal weights too.
+    equal = of(rows, method="no tuning", **as_it_is)
+    assert equal["again"] > equal["test"] + 0.02
+    assert equal["again_best"] > equal["best_val"] + 0.1

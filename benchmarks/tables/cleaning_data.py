@@ -43,7 +43,8 @@ def load_data(noise: float, seed: int) -> Data:
     end = TRAIN + VAL
     train = x[..., :TRAIN], np.where(wrong, other, y[:TRAIN])
     pairs = train, (x[..., TRAIN:end], y[TRAIN:end]), (x[..., end:], y[end:])
-    return Data(*jax.tree.map(jnp.asarray, pairs), wrong)
+    train, val, test = jax.tree.map(jnp.asarray, pairs)
+    return Data(train, val, test, wrong)
 
 
 @functools.cache

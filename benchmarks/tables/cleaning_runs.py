@@ -123,7 +123,7 @@ def row_of(wanted: Mapping[str, Any], steps: int = HORIZON * OUTER_STEPS) -> dic
     state, history, seconds = trained(wanted["method"], data, wanted["seed"], start, **settings)
     weights = np.asarray(jax.nn.sigmoid(state.hyperparams))
     at = np.linspace(0, len(history["val_loss"]) - 1, 21).round().astype(int)
-    row = {
+    row: dict[str, Any] = {
         "val": float(accuracy(state.params, data.val)),
         "test": float(accuracy(state.params, data.test)),
         "best_val": float(np.max(history["val_accuracy"])),
@@ -143,7 +143,7 @@ def row_of(wanted: Mapping[str, Any], steps: int = HORIZON * OUTER_STEPS) -> dic
 def _fitted(state: gradhpo.BilevelState, data: Data) -> float:
     """The share of wrong labels that the network has learned by heart."""
     (x, y), wrong = data.train, data.wrong
-    return accuracy(state.params, (x[..., wrong], y[wrong])) if wrong.any() else 0.0
+    return float(accuracy(state.params, (x[..., wrong], y[wrong]))) if wrong.any() else 0.0
 
 
 def _again(data: Data, seed: int, hyperparams: Array, steps: int) -> dict[str, float]:
