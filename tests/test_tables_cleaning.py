@@ -115,6 +115,8 @@ def test_saved_rows_of_why_say_what_the_readme_says():
     # The weights of both are nearly as good.
     assert abs(exact["again"] - plain["again"]) < 0.03
     assert abs(exact["again_best"] - plain["again_best"]) < 0.02
+    long = of(rows, method="exact", normalised=False, **as_it_is | {"horizon": 100})
+    assert long["val"] < exact["val"] - 0.1
     slow = of(rows, method="no tuning", scale=0.25)
     assert slow["val"] < plain["val"] - 0.1
     # These initial weights of new networks are better ones, with equal weights too.
