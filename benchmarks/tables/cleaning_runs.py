@@ -151,6 +151,6 @@ def _again(data: Data, seed: int, hyperparams: Array, steps: int) -> dict[str, f
     found = {}
     for name, normalised in (("again", False), ("again_normalised", True)):
         state, history, _ = trained(NONE, data, seed + 1_000, hyperparams, normalised=normalised)
-        found[name] = float(accuracy(state.params, data.test))
+        found[f"{name}_test"] = float(accuracy(state.params, data.test))
         found[f"{name}_best"] = float(np.max(history["val_accuracy"]))
     return found

@@ -102,7 +102,7 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
         rate = np.mean([change.scale * row["mean_weights"][-1] / START for row in of])
         if change.normalised:
             rate = change.scale
-        names = "again", "again_normalised", "again_normalised_best"
+        names = "again_test", "again_normalised_test", "again_normalised_best"
         again = [_percent(of, name) for name in names]
         auroc = with_interval([row["auroc"] for row in of], 3)
         shown.append(
