@@ -39,7 +39,15 @@ from benchmarks.costs import (
     scaling,
 )
 from benchmarks.peers import benchopt, budget, earlier, implicit, lasso, pytorch, suboptimality
-from benchmarks.tables import condensed, cosines, schedules, search, sinusoid
+from benchmarks.tables import (
+    cleaning,
+    cleaning_why,
+    condensed,
+    cosines,
+    schedules,
+    search,
+    sinusoid,
+)
 from benchmarks.trust import calibration
 
 
@@ -102,6 +110,8 @@ PEERS = {
 }
 # Those that papers have published, made again.
 PUBLISHED = {
+    "cleaning": in_rows("cleaning", cleaning.print_cleaning),
+    "cleaning_why": in_rows("cleaning_why", cleaning_why.print_cleaning_why),
     "condensed": in_rows("condensed", condensed.print_condensed),
     "cosines": in_rows("cosines", cosines.print_cosines),
     "schedules": in_rows("schedules", schedules.print_schedules),

@@ -1,0 +1,125 @@
+"""The tables of data cleaning: their network, and what their README says of the saved rows."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.__main__ import RESULTS
+from benchmarks.tables import cleaning, cleaning_runs, cleaning_why
+from benchmarks.tables.cleaning_data import Network, load_data, windows
+
+
+def convolved(x, kernel, bias, size, stride):
+    """What `lax` makes of images `[n, h, w, channels]`; rows of a kernel are pixels, channels."""
+    weights = kernel.reshape(len(kernel), size, size, -1).transpose(1, 2, 3, 0)
+    order = "NHWC", "HWIO", "NHWC"
+    strides = (stride, stride)
+    found = jax.lax.conv_general_dilated(x, weights, strides, "VALID", dimension_numbers=order)
+    return jax.nn.relu(found + bias[None, None, None])
+
+
+def test_the_network_is_three_convolutions_and_a_linear_layer():
+    images = jax.random.normal(jax.random.key(0), (2, 28, 28, 1), jnp.float32)
+    net = Network(jax.random.key(1))
+    found = net(windows(images.transpose(3, 1, 2, 0), 4, 4))
+    x = images
+    sizes = (4, 4), (3, 2), (2, 1)
+    for kernel, bias, size in zip(net.kernels[:3], net.biases[:3], sizes, strict=True):
+        x = convolved(x, kernel, bias, *size)
+    assert x.shape == (2, 2, 2, 8)
+    flat = x.transpose(0, 3, 1, 2).reshape(2, -1)
+    expected = flat @ net.kernels[3].T + net.biases[3][None]
+    # Sums of some hundred float32 products in another order.
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.thorough  # reads 5,000 images from text
+def test_that_share_of_the_labels_is_wrong():
+    clean, noisy = load_data(0.0, 3), load_data(0.3, 3)
+    assert not clean.wrong.any()
+    assert noisy.wrong.sum() == 300
+    np.testing.assert_array_equal(clean.train[1] != noisy.train[1], noisy.wrong)
+    np.testing.assert_array_equal(clean.train[0], noisy.train[0])
+    assert [len(part[1]) for part in noisy[:3]] == [1_000, 1_000, 3_000]
+    # The patches of the first layer are the pixels of each image, each once.
+    x, _ = noisy.test
+    assert x.shape == (16, 7, 7, 3_000)
+    assert 0 <= x.min() < x.max() == 1
+
+
+def test_normalised_weights_do_not_change_with_a_common_factor():
+    images = jax.random.normal(jax.random.key(1), (16, 7, 7, 20), jnp.float32)
+    labels = jnp.arange(20, dtype=jnp.int32) % 10
+    net, batch = Network(jax.random.key(0)), ((images, labels), jnp.float32(1))
+    equal = jnp.full(20, -3.0, jnp.float32)
+    plain = cleaning_runs.weighted_loss(net, 0 * equal, batch)
+    # Rounding of 20 terms in float32.
+    np.testing.assert_allclose(cleaning_runs.normalised_loss(net, equal, batch), plain, rtol=1e-5)
+    slope = jax.grad(cleaning_runs.normalised_loss, argnums=1)(net, equal, batch)
+    assert abs(jnp.sum(slope)) < 1e-5 * jnp.sum(jnp.abs(slope))
+
+
+@pytest.mark.thorough
+def test_quick_tables_run_from_end_to_end(monkeypatch, capsys):
+    short = lambda row: cleaning_runs.row_of(row, steps=40)
+    monkeypatch.setattr(cleaning, "row_of", short)
+    monkeypatch.setattr(cleaning_why, "row_of", short)
+    cleaning.print_cleaning(quick=True)
+    cleaning_why.print_cleaning_why(quick=True)
+    printed = capsys.readouterr().out
+    for method in cleaning.QUICK:
+        assert f"0.5    {method}" in printed
+    assert "nan" not in printed
+
+
+def saved(name):
+    lines = (RESULTS / f"{name}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def of(rows, **wanted):
+    """The one row with these settings."""
+    (found,) = [row for row in rows if wanted.items() <= row.items()]
+    return found
+
+
+def test_saved_rows_of_cleaning_say_what_the_readme_says():
+    rows = [row for row in saved("cleaning") if row["noise"] == 0.5 and row["seed"] == 0]
+    names = "no tuning", "T1-T2", "IFT(5)"
+    untuned, last, implicit = (of(rows, method=name) for name in names)
+    assert last["val"] > untuned["val"] + 0.2
+    assert last["val"] > implicit["val"] + 0.1 > untuned["val"] + 0.2
+    assert untuned["fitted_wrong"] > 0.9
+    assert untuned["best_val"] > untuned["val"] + 0.2
+
+
+def test_saved_rows_of_why_say_what_the_readme_says():
+    rows = [row for row in saved("cleaning_why") if row["seed"] == 0]
+    as_it_is = {"scale": 1.0, "horizon": 10, "momentum": 0.9}
+    plain, divided = (
+        of(rows, method="greedy", normalised=normalised, **as_it_is) for normalised in (False, True)
+    )
+    # The mean weight is not what they gain by.
+    same = of(rows, method="exact", normalised=True, **as_it_is)
+    assert same["val"] > divided["val"] + 0.09
+    assert min(plain["mean_weights"]) > 0.44
+    assert abs(plain["val"] - divided["val"]) < 0.02
+    assert abs(plain["auroc"] - divided["auroc"]) < 0.002
+    exact = of(rows, method="exact", normalised=False, **as_it_is)
+    assert exact["val"] > plain["val"] + 0.09
+    assert exact["auroc"] > plain["auroc"] > 0.87
+    assert min(exact["mean_weights"]) > 0.44
+    # The weights of both are nearly as good.
+    assert abs(exact["again_test"] - plain["again_test"]) < 0.03
+    assert abs(exact["again_best"] - plain["again_best"]) < 0.02
+    long = of(rows, method="exact", normalised=False, **as_it_is | {"horizon": 100})
+    assert long["val"] < exact["val"] - 0.1
+    slow = of(rows, method="no tuning", scale=0.25)
+    assert slow["val"] < plain["val"] - 0.1
+    # These initial weights of new networks are better ones, with equal weights too.
+    equal = of(rows, method="no tuning", **as_it_is)
+    assert equal["again_test"] > equal["test"] + 0.02
+    assert equal["again_best"] > equal["best_val"] + 0.1
