@@ -38,7 +38,15 @@ from benchmarks.costs import (
     run_memory,
     scaling,
 )
-from benchmarks.peers import benchopt, budget, earlier, implicit, pytorch, suboptimality
+from benchmarks.peers import (
+    benchopt,
+    bergson,
+    budget,
+    earlier,
+    implicit,
+    pytorch,
+    suboptimality,
+)
 from benchmarks.trust import calibration
 
 
@@ -66,7 +74,9 @@ def short(show: Callable[[], None]) -> Table:
 
 COSTS = {
     "flops": short(compiled.print_flops),
-    "loop": Table(loops.print_loops),
+    "loop": Table(
+        loops.print_loops, saving=partial(loops.print_loops, file=RESULTS / "loop.jsonl")
+    ),
     "compile": Table(compiled.print_compile_times),
     "memory": short(compiled.print_memory),
     "run_memory": Table(run_memory.print_run_memory),
@@ -80,6 +90,7 @@ COSTS = {
     "plain": Table(loops.print_plain),
     "host": Table(host.print_host),
     "night": Table(host.print_night),
+    "steps": Table(scaling.print_steps),
     "scaling": Table(scaling.print_scaling),
     "devices": Table(devices.print_devices),
     "replay": Table(replays.print_replay),
@@ -91,6 +102,7 @@ PEERS = {
     "earlier": Table(earlier.print_earlier),
     "torch": Table(pytorch.print_pytorch),
     "implicit": Table(implicit.print_implicit),
+    "bergson": in_rows("bergson", bergson.print_bergson),
     "benchopt": Table(benchopt.print_benchopt),
     "suboptimality": Table(suboptimality.print_suboptimality),
     "budget": Table(budget.print_budget, saving=partial(budget.print_budget, figure=budget.FIGURE)),

@@ -4,6 +4,7 @@ The compiler counts the body of a scan once, however long the scan is, so the fi
 the sum of its loop bodies and of what is outside them. Only compilation is timed here.
 """
 
+import math
 import statistics
 import time
 
@@ -20,6 +21,7 @@ from benchmarks.costs.programs import (
     exact_programs,
     gradients_per_outer_step,
     gradients_per_step,
+    scanned_program,
     step_programs,
 )
 
@@ -82,13 +84,20 @@ def print_memory() -> None:
                 held = [p.temporary_bytes / 2**20 for p in programs]
                 shown = (f"{x:8.2f} ({x / held[0]:4.1f} x)" for x in held[1:])
                 print(f"  {activation}  batch {batch_size:5}  {name:5} {held[0]:8.2f}", *shown)
-    for checkpoints in (None, "sqrt", "log"):
-        small, large = (
-            checkpointed_program(steps, checkpoints).temporary_bytes for steps in (100, 10_000)
-        )
+    ours = {
+        f"checkpoints={x}": lambda steps, x=x: checkpointed_program(steps, x)
+        for x in (None, "sqrt", "log")
+    }
+    by_jax = {
+        "jax.grad, checkpointed body": scanned_program,
+        "  and segments of root T": lambda steps: scanned_program(steps, math.isqrt(steps)),
+    }
+    print("  batch 32, SGD with momentum, T steps")
+    for name, program in (ours | by_jax).items():
+        small, large = (program(steps).temporary_bytes for steps in (100, 10_000))
         print(
-            f"  batch 32, SGD with momentum, checkpoints={checkpoints!s:5} T = 100: "
-            f"{small / 2**20:.2f}   T = 10,000: {large / 2**20:.2f}   {large / small:.1f} times"
+            f"    {name:28} T = 100: {small / 2**20:.2f}   T = 10,000: {large / 2**20:.2f}   "
+            f"{large / small:.1f} times"
         )
 
 
