@@ -67,16 +67,19 @@ def in_rows(name: str, show: Callable[..., None]) -> Table:
     return Table(show, partial(show, quick=True), partial(show, file=file))
 
 
+def going_on(name: str, show: Callable[..., None]) -> Table:
+    """One whose rows are kept as well, without a quick form."""
+    return in_rows(name, show)._replace(quick=None)
+
+
 def short(show: Callable[[], None]) -> Table:
     """A table that is quick as it is."""
     return Table(show, show)
 
 
 COSTS = {
-    "flops": short(compiled.print_flops),
-    "loop": Table(
-        loops.print_loops, saving=partial(loops.print_loops, file=RESULTS / "loop.jsonl")
-    ),
+    "flops": going_on("flops", compiled.print_flops)._replace(quick=compiled.print_flops),
+    "loop": going_on("loop", loops.print_loops),
     "compile": Table(compiled.print_compile_times),
     "memory": short(compiled.print_memory),
     "run_memory": Table(run_memory.print_run_memory),

@@ -51,14 +51,26 @@ def saved(what, **setting):
 
 def test_bergson_computes_the_same_number_and_has_the_same_score():
     for row in saved("numbers"):
-        assert row["off"]["bergson: MAGIC"] <= 1e-10
+        # Adam's roots of small numbers enlarge rounding.
+        most = {"SGD": 1e-13, "AdamW": 1e-9}[row["optimizer"]]
+        assert max(row["off"].values()) <= most
         # Ranks of float32 and float64 hypergradients may differ in a few places.
         assert abs(row["score"]["gradhpo"] - row["score"]["bergson: MAGIC"]) < 0.01
         assert row["score"]["bergson: cosine"] < row["score"]["gradhpo"] - 0.1
+    (sgd,) = saved("numbers", optimizer="SGD")
+    scores = sgd["score"]["gradhpo"], sgd["score"]["bergson: cosine"]
+    assert [round(x, 2) for x in scores] == [0.82, 0.32]
 
 
-def test_replay_is_faster_and_takes_less_memory_of_the_process():
-    for row in saved("cost"):
-        seconds = {name: statistics.median(x) for name, x in row["seconds"].items()}
-        assert seconds["bergson: MAGIC"] > seconds["gradhpo: replay"]
-        assert row["peak"]["bergson: MAGIC"] > row["peak"]["gradhpo: replay"]
+def test_the_scan_by_hand_is_fastest_and_bergson_slowest_and_largest():
+    (row,) = saved("cost", size="small", queries=5)
+    seconds = {name: statistics.median(x) for name, x in row["seconds"].items()}
+    by_hand, ours, theirs = (
+        seconds[name]
+        for name in ("jax.vjp, checkpointed scan", "gradhpo: replay", "bergson: MAGIC")
+    )
+    assert 5 <= ours / by_hand <= 6
+    assert 15 <= theirs / ours <= 20
+    grown = {name: row["peak"][name] - row["before"][name] for name in seconds}
+    assert grown["gradhpo: replay"] > 10 * grown["bergson: MAGIC"]
+    assert row["peak"]["bergson: MAGIC"] > 1.5 * row["peak"]["gradhpo: replay"]

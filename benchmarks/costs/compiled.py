@@ -7,6 +7,8 @@ the sum of its loop bodies and of what is outside them. Only compilation is time
 import math
 import statistics
 import time
+from pathlib import Path
+from typing import Any
 
 import optax
 
@@ -24,32 +26,49 @@ from benchmarks.costs.programs import (
     scanned_program,
     step_programs,
 )
+from benchmarks.rows import measured, measured_when
 
 
-def print_flops() -> None:
+def flops_row(name: str, batch_size: int, depth: int) -> dict[str, Any]:
+    programs = step_programs(name, batch_size, depth)
+    flops, theirs = (p.flops_with_loops_once for p in programs)
+    read, by_hand = (p.bytes_with_loops_once for p in programs)
+    costs = [p.cost for p in programs]
+    # Loops inside a linear solver are hidden from the count.
+    hidden = any(cost.at_least for cost in costs)
+    held = [p.temporary_bytes / 2**10 for p in programs]
+    return {
+        "flops": [float(f"{x:.3g}") for x in (flops, theirs)],
+        "ratio": round(flops / theirs, 3),
+        "in_all": None if hidden else round(costs[0].flops / costs[1].flops, 3),
+        "bytes": round(read / by_hand, 3),
+        "KiB": [round(x) for x in held],
+        "memory": round(held[0] / held[1], 2),
+    }
+
+
+def print_flops(file: Path | None = None) -> None:
     print(
         "\nThe compiled step, library / hand-written: flops with bodies of loops counted once,\n"
         "and in all; bytes read and written, bodies once; temporary memory in KiB"
     )
     print(f"  {'':35} {'flops':>19}  ratio in all  bytes {'memory':>15}  ratio")
+    rows = []
     for batch_size, depth in ((32, 1), (128, 1), (1_000, 1), (128, 3)):
         if depth > 1:
             print(f"  {depth} hidden layers:")
         for name in ALGORITHMS:
-            programs = step_programs(name, batch_size, depth)
-            flops, theirs = (p.flops_with_loops_once for p in programs)
-            read, by_hand = (p.bytes_with_loops_once for p in programs)
-            costs = [p.cost for p in programs]
-            # Loops inside a linear solver are hidden from the count.
-            hidden = any(cost.at_least for cost in costs)
-            in_all = "-" if hidden else f"{costs[0].flops / costs[1].flops:.3f}"
-            held = [p.temporary_bytes / 2**10 for p in programs]
+            setting = {"name": name, "batch_size": batch_size, "depth": depth}
+            (row,) = measured([setting], lambda x: flops_row(**x), file)
+            in_all = "-" if row["in_all"] is None else f"{row['in_all']:.3f}"
             print(
-                f"  batch {batch_size:5}  {name:22} {flops:9.3g} {theirs:9.3g}"
-                f" {flops / theirs:6.3f} {in_all:>6} {read / by_hand:6.3f}"
-                f" {held[0]:8.0f} {held[1]:6.0f} {held[0] / held[1]:6.2f}",
+                f"  batch {batch_size:5}  {name:22} {row['flops'][0]:9.3g} {row['flops'][1]:9.3g}"
+                f" {row['ratio']:6.3f} {in_all:>6} {row['bytes']:6.3f}"
+                f" {row['KiB'][0]:8} {row['KiB'][1]:6} {row['memory']:6.2f}",
                 flush=True,
             )
+            rows.append(row)
+    print(measured_when(rows))
 
 
 def print_units() -> None:

@@ -13,7 +13,7 @@ from benchmarks.costs.handwritten import init, losses
 from benchmarks.costs.handwritten_unrolled import plain_training
 from benchmarks.costs.problem import OUTER_RATE, Job, job
 from benchmarks.costs.programs import ALGORITHMS, exact_programs, inputs
-from benchmarks.rows import Row, measured
+from benchmarks.rows import measured, measured_when
 from benchmarks.timed import alternating
 
 
@@ -135,18 +135,6 @@ def print_loops(
         print(f"  {name:22} batch {batch_size:4}{cells}", flush=True)
         rows.append(row)
     print(measured_when(rows))
-
-
-def measured_when(rows: Sequence[Row]) -> str:
-    """Which rows were measured on which day."""
-    days = {row["made"]: [] for row in rows}
-    for row in rows:
-        if row["name"].strip() not in days[row["made"]]:
-            days[row["made"]].append(row["name"].strip())
-    if len(days) == 1:
-        return f"measured {next(iter(days))}"
-    (newest, names), *_ = sorted(days.items(), reverse=True)
-    return f"measured {newest}: {', '.join(names)}; the others {', '.join(sorted(days)[:-1])}"
 
 
 def plain_pair(name: str, batch_size: int, depth: int, num_steps: int):

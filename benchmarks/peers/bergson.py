@@ -114,7 +114,10 @@ def scored(size: str, optimizer: str, hypergradients: dict[str, np.ndarray]) -> 
 
 
 def cost(setting: Mapping[str, Any], repeats: int) -> dict[str, Any]:
-    """Seconds by turns, and memory of each process before the first call and at its peak."""
+    """Seconds of the processor by turns, and memory of each process before and at its peak.
+
+    By the clock, a busy machine slows long programs down more than short ones.
+    """
     many = setting["queries"] > 1
     request = {"optimizer": setting["optimizer"], "queries": many}
     methods = {k: v for k, v in PROGRAMS.items() if not (many and k in ONE_QUERY_ALONE)}
@@ -129,8 +132,8 @@ def cost(setting: Mapping[str, Any], repeats: int) -> dict[str, Any]:
             before[name] = worker.ask("memory", method="nothing")
         for i in range(repeats):
             for name in list(methods)[:: 1 if i % 2 else -1]:
-                timed = {"method": methods[name][1], **request}
-                seconds[name].append(workers[name].ask("timed", calls=1, **timed))
+                asked = {"method": methods[name][1], **request}
+                seconds[name].append(workers[name].ask("processor", **asked))
         for name, worker in workers.items():
             peak[name] = worker.ask("memory", method=methods[name][1], **request)
     return {"seconds": seconds, "before": before, "peak": peak}
@@ -180,9 +183,9 @@ def print_numbers(rows: list[Row]) -> None:
 
 def print_costs(rows: list[Row]) -> None:
     print(
-        "\nTraining and hypergradient, float32: medians of seconds by turns; each over gradhpo's "
-        "replay (lowest to\nhighest of pairs); MiB of the process before the first call, and at "
-        "its peak, compilation included"
+        "\nTraining and hypergradient, float32: medians of seconds of the processor (not by the "
+        "clock), by turns; over\nthose of gradhpo's replay (lowest to highest of pairs); MiB of "
+        "the process before the first call, and at\nits peak, compilation included"
     )
     print(f"    {'':28} {'s':>8} {'ratio':>7} {'':17} {'before':>7} {'peak':>7} {'more':>6}")
     for of in rows:
