@@ -56,16 +56,23 @@ def test_bergson_computes_the_same_number_and_has_the_same_score():
         assert max(row["off"].values()) <= most
         # Ranks of float32 and float64 hypergradients may differ in a few places.
         assert abs(row["score"]["gradhpo"] - row["score"]["bergson: MAGIC"]) < 0.01
-        assert row["score"]["bergson: cosine"] < row["score"]["gradhpo"] - 0.1
-    (sgd,) = saved("numbers", optimizer="SGD")
-    scores = sgd["score"]["gradhpo"], sgd["score"]["bergson: cosine"]
-    assert [round(x, 2) for x in scores] == [0.82, 0.32]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "scores"), [("SGD", [0.82, 0.82, 0.32]), ("AdamW", [0.29, 0.28, 0.46])]
+)
+def test_scores_against_retraining(optimizer, scores):
+    """Of the exact number, of bergson's, and of cosines."""
+    (row,) = saved("numbers", optimizer=optimizer)
+    assert [round(x, 2) for x in row["score"].values()] == scores
 
 
 def test_one_query_takes_replay_ten_times_as_long_as_the_scan_by_hand():
     (row,) = saved("cost", size="small", queries=1)
     seconds = [round(statistics.median(x), 3) for x in row["seconds"].values()]
     assert seconds == [0.211, 0.02, 0.019, 1.183]  # replay, unrolled, by hand, MAGIC
+    (row,) = saved("cost", size="large")
+    assert [round(statistics.median(x), 1) for x in row["seconds"].values()] == [1.8, 1.7, 1.7, 2.8]
 
 
 def test_the_scan_by_hand_is_fastest_and_bergson_slowest_and_largest():
