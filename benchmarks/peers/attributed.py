@@ -92,9 +92,9 @@ def load(path: str | Path, dtype: str) -> Problem:
 
 def cross_entropy(params: list, x: Array, y: Array) -> Array:
     for weight, bias in params[:-1]:
-        x = jnp.tanh(x @ weight.T + bias)
+        x = jnp.tanh(x @ weight.T + bias[None])
     weight, bias = params[-1]
-    return optax.softmax_cross_entropy_with_integer_labels(x @ weight.T + bias, y)
+    return optax.softmax_cross_entropy_with_integer_labels(x @ weight.T + bias[None], y)
 
 
 def train_loss(params: list, weights: Array, batch: tuple[Array, Array, Array]) -> Array:

@@ -167,8 +167,8 @@ def print_numbers(rows: list[Row]) -> None:
     print(
         f"\nSmall: relative difference from gradhpo's replay, float64, query: mean of {QUERIES} "
         f"validation examples;\nand score: rank correlation with the changes of {RETRAININGS} "
-        f"trainings without {100 * LEFT_OUT:.0f} % of the examples,\nmean over the {QUERIES} queries with "
-        "a 95 % t-interval. Cosine: of gradients at the end, not projected"
+        f"trainings without {100 * LEFT_OUT:.0f} % of the examples,\nmean of the {QUERIES} queries "
+        "with a 95 % t-interval. Cosine: of gradients at the end, not projected"
     )
     for of in rows:
         print(f"  {of['optimizer']}")
