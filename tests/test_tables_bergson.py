@@ -24,9 +24,9 @@ def test_three_programs_of_ours_compute_the_same(tmp_path, optimizer):
         one, many = (attributed.by_jax(problem, optimizer, queries)() for queries in (False, True))
         # Float64: what is left is rounding, which Adam's roots of small numbers enlarge.
         for program in (attributed.replayed, attributed.unrolled):
-            found = program(problem, optimizer, False)
+            found = program(problem, optimizer, False)()
             np.testing.assert_allclose(found, one, rtol=1e-6, atol=1e-12)
-        of_queries = attributed.replayed(problem, optimizer, True)
+        of_queries = attributed.replayed(problem, optimizer, True)()
         np.testing.assert_allclose(of_queries, many, rtol=1e-6, atol=1e-12)
         np.testing.assert_allclose(many.mean(axis=0), one, rtol=1e-6, atol=1e-12)
 
