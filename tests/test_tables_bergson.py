@@ -19,7 +19,8 @@ ROWS = [json.loads(line) for line in (RESULTS / "bergson.jsonl").read_text().spl
 @pytest.mark.parametrize("optimizer", list(attributed.OPTIMIZERS))
 def test_three_programs_of_ours_compute_the_same(tmp_path, optimizer):
     attributed.write_problem(tmp_path / "problem.npz", Size(width=4, steps=6, batch_size=7))
-    with jax.enable_x64(True):
+    # optax raises a float to a count.
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         problem = attributed.load(tmp_path / "problem.npz", "float64")
         one, many = (attributed.by_jax(problem, optimizer, queries)() for queries in (False, True))
         # Float64: what is left is rounding, which Adam's roots of small numbers enlarge.
