@@ -38,7 +38,16 @@ from benchmarks.costs import (
     run_memory,
     scaling,
 )
-from benchmarks.peers import benchopt, budget, earlier, implicit, lasso, pytorch, suboptimality
+from benchmarks.peers import (
+    benchopt,
+    bergson,
+    budget,
+    earlier,
+    implicit,
+    lasso,
+    pytorch,
+    suboptimality,
+)
 from benchmarks.tables import (
     cleaning,
     cleaning_why,
@@ -68,14 +77,19 @@ def in_rows(name: str, show: Callable[..., None]) -> Table:
     return Table(show, partial(show, quick=True), partial(show, file=file))
 
 
+def going_on(name: str, show: Callable[..., None]) -> Table:
+    """One whose rows are kept as well, without a quick form."""
+    return in_rows(name, show)._replace(quick=None)
+
+
 def short(show: Callable[[], None]) -> Table:
     """A table that is quick as it is."""
     return Table(show, show)
 
 
 COSTS = {
-    "flops": short(compiled.print_flops),
-    "loop": Table(loops.print_loops),
+    "flops": going_on("flops", compiled.print_flops)._replace(quick=compiled.print_flops),
+    "loop": going_on("loop", loops.print_loops),
     "compile": Table(compiled.print_compile_times),
     "memory": short(compiled.print_memory),
     "run_memory": Table(run_memory.print_run_memory),
@@ -92,6 +106,7 @@ COSTS = {
     "plain": Table(loops.print_plain),
     "host": Table(host.print_host),
     "night": Table(host.print_night),
+    "steps": Table(scaling.print_steps),
     "scaling": Table(scaling.print_scaling),
     "devices": Table(devices.print_devices),
     "replay": Table(replays.print_replay),
@@ -104,6 +119,7 @@ PEERS = {
     "torch": Table(pytorch.print_pytorch),
     "implicit": Table(implicit.print_implicit),
     "lasso": Table(lasso.print_lasso),
+    "bergson": in_rows("bergson", bergson.print_bergson),
     "benchopt": Table(benchopt.print_benchopt),
     "suboptimality": Table(suboptimality.print_suboptimality),
     "budget": Table(budget.print_budget, saving=partial(budget.print_budget, figure=budget.FIGURE)),

@@ -51,6 +51,19 @@ def taken(rows: Sequence[Row]) -> str:
     return f"the rows took {minutes:.1f} minutes in all; measured {when}, jax {versions}"
 
 
+def measured_when(rows: Sequence[Row]) -> str:
+    """On which days rows with a `name` were measured, and which of them on the last."""
+    days: dict[str, list[str]] = {}
+    for row in rows:
+        names = days.setdefault(row["made"], [])
+        if row["name"].strip() not in names:
+            names.append(row["name"].strip())
+    *earlier, last = sorted(days)
+    if not earlier:
+        return f"measured {last}"
+    return f"measured {last}: {', '.join(days[last])}; the others {', '.join(earlier)}"
+
+
 def _measured_now(wanted: Mapping[str, Any], measure: Callable) -> Row:
     started = time.perf_counter()
     row = dict(wanted) | dict(measure(wanted))

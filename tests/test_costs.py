@@ -25,6 +25,7 @@ from benchmarks.costs.programs import (
     gradients_per_outer_step,
     gradients_per_step,
     job,
+    scanned_program,
     step_programs,
 )
 from gradhpo.diagnostics.cost import Program
@@ -129,6 +130,15 @@ def test_memory_with_checkpoints_grows_with_the_root_of_the_steps():
 
 
 @pytest.mark.thorough
+@pytest.mark.thorough
+@pytest.mark.parametrize("segment", [None, 5])
+def test_a_checkpointed_scan_by_hand_computes_the_same(segment):
+    ours, by_hand = checkpointed_program(20, "sqrt")(), scanned_program(20, segment)()
+    for x, y in zip(*map(jax.tree.leaves, (ours, by_hand)), strict=True):
+        # float32, and sums in another order.
+        np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-8)
+
+
 def test_memory_of_bisection_grows_by_a_state_when_the_steps_double():
     """A state has parameters and momentum."""
     size = 2 * inexact_bytes(job(32).params)

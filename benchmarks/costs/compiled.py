@@ -4,8 +4,11 @@ The compiler counts the body of a scan once, however long the scan is, so the fi
 the sum of its loop bodies and of what is outside them. Only compilation is timed here.
 """
 
+import math
 import statistics
 import time
+from pathlib import Path
+from typing import Any
 
 import optax
 
@@ -20,34 +23,52 @@ from benchmarks.costs.programs import (
     exact_programs,
     gradients_per_outer_step,
     gradients_per_step,
+    scanned_program,
     step_programs,
 )
+from benchmarks.rows import measured, measured_when
 
 
-def print_flops() -> None:
+def flops_row(name: str, batch_size: int, depth: int) -> dict[str, Any]:
+    programs = step_programs(name, batch_size, depth)
+    flops, theirs = (p.flops_with_loops_once for p in programs)
+    read, by_hand = (p.bytes_with_loops_once for p in programs)
+    costs = [p.cost for p in programs]
+    # Loops inside a linear solver are hidden from the count.
+    hidden = any(cost.at_least for cost in costs)
+    held = [p.temporary_bytes / 2**10 for p in programs]
+    return {
+        "flops": [float(f"{x:.3g}") for x in (flops, theirs)],
+        "ratio": round(flops / theirs, 3),
+        "in_all": None if hidden else round(costs[0].flops / costs[1].flops, 3),
+        "bytes": round(read / by_hand, 3),
+        "KiB": [round(x) for x in held],
+        "memory": round(held[0] / held[1], 2),
+    }
+
+
+def print_flops(file: Path | None = None) -> None:
     print(
         "\nThe compiled step, library / hand-written: flops with bodies of loops counted once,\n"
         "and in all; bytes read and written, bodies once; temporary memory in KiB"
     )
     print(f"  {'':35} {'flops':>19}  ratio in all  bytes {'memory':>15}  ratio")
+    rows = []
     for batch_size, depth in ((32, 1), (128, 1), (1_000, 1), (128, 3)):
         if depth > 1:
             print(f"  {depth} hidden layers:")
         for name in ALGORITHMS:
-            programs = step_programs(name, batch_size, depth)
-            flops, theirs = (p.flops_with_loops_once for p in programs)
-            read, by_hand = (p.bytes_with_loops_once for p in programs)
-            costs = [p.cost for p in programs]
-            # Loops inside a linear solver are hidden from the count.
-            hidden = any(cost.at_least for cost in costs)
-            in_all = "-" if hidden else f"{costs[0].flops / costs[1].flops:.3f}"
-            held = [p.temporary_bytes / 2**10 for p in programs]
+            setting = {"name": name, "batch_size": batch_size, "depth": depth}
+            (row,) = measured([setting], lambda x: flops_row(**x), file)
+            in_all = "-" if row["in_all"] is None else f"{row['in_all']:.3f}"
             print(
-                f"  batch {batch_size:5}  {name:22} {flops:9.3g} {theirs:9.3g}"
-                f" {flops / theirs:6.3f} {in_all:>6} {read / by_hand:6.3f}"
-                f" {held[0]:8.0f} {held[1]:6.0f} {held[0] / held[1]:6.2f}",
+                f"  batch {batch_size:5}  {name:22} {row['flops'][0]:9.3g} {row['flops'][1]:9.3g}"
+                f" {row['ratio']:6.3f} {in_all:>6} {row['bytes']:6.3f}"
+                f" {row['KiB'][0]:8} {row['KiB'][1]:6} {row['memory']:6.2f}",
                 flush=True,
             )
+            rows.append(row)
+    print(measured_when(rows))
 
 
 def print_units() -> None:
@@ -82,13 +103,20 @@ def print_memory() -> None:
                 held = [p.temporary_bytes / 2**20 for p in programs]
                 shown = (f"{x:8.2f} ({x / held[0]:4.1f} x)" for x in held[1:])
                 print(f"  {activation}  batch {batch_size:5}  {name:5} {held[0]:8.2f}", *shown)
-    for checkpoints in (None, "sqrt", "log"):
-        small, large = (
-            checkpointed_program(steps, checkpoints).temporary_bytes for steps in (100, 10_000)
-        )
+    ours = {
+        f"checkpoints={x}": lambda steps, x=x: checkpointed_program(steps, x)
+        for x in (None, "sqrt", "log")
+    }
+    by_jax = {
+        "jax.grad, checkpointed body": scanned_program,
+        "  and segments of root T": lambda steps: scanned_program(steps, math.isqrt(steps)),
+    }
+    print("  batch 32, SGD with momentum, T steps")
+    for name, program in (ours | by_jax).items():
+        small, large = (program(steps).temporary_bytes for steps in (100, 10_000))
         print(
-            f"  batch 32, SGD with momentum, checkpoints={checkpoints!s:5} T = 100: "
-            f"{small / 2**20:.2f}   T = 10,000: {large / 2**20:.2f}   {large / small:.1f} times"
+            f"    {name:28} T = 100: {small / 2**20:.2f}   T = 10,000: {large / 2**20:.2f}   "
+            f"{large / small:.1f} times"
         )
 
 

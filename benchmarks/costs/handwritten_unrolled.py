@@ -213,12 +213,13 @@ def implicit(train, val, state, batches, val_batch):
 
 
 def plain_unrolled_hypergradient(
-    job: Job, inner_optimizer, steps: int, *, checkpoint: bool = False
+    job: Job, inner_optimizer, steps: int, *, checkpoint: bool = False, segment: int | None = None
 ):
     """`jax.grad` through a plain `lax.scan` of optax steps: the obvious way to write it.
 
     `inner_optimizer` may be a function of the hyperparameters. With `checkpoint` the body is under
-    `jax.checkpoint`: what to try next when memory is short.
+    `jax.checkpoint`: what to try next when memory is short. With a `segment`, a divisor of `steps`,
+    so is each segment of so many steps, in a scan over segments.
     """
     train, val = losses(job)
     fixed = isinstance(inner_optimizer, optax.GradientTransformation)
@@ -234,7 +235,14 @@ def plain_unrolled_hypergradient(
 
             if checkpoint:
                 body = jax.checkpoint(body, prevent_cse=False)
-            (w_end, _), _ = jax.lax.scan(body, (w, inner.init(w)), None, length=steps)
+            length = segment or steps
+            scanned = lambda carry, _: jax.lax.scan(body, carry, None, length=length)
+            start = w, inner.init(w)
+            if segment:
+                of_segment = jax.checkpoint(scanned, prevent_cse=False)
+                (w_end, _), _ = jax.lax.scan(of_segment, start, None, length=steps // segment)
+            else:
+                (w_end, _), _ = scanned(start, None)
             return val(w_end, h, val_batch)
 
         return jax.grad(outer)(h)

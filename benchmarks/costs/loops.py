@@ -1,6 +1,9 @@
 """Loops by the clock: `gradhpo.run`, loops over `step`, the same by hand, and plain training."""
 
+import itertools
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,7 @@ from benchmarks.costs.handwritten import init, losses
 from benchmarks.costs.handwritten_unrolled import plain_training
 from benchmarks.costs.problem import OUTER_RATE, Job, job
 from benchmarks.costs.programs import ALGORITHMS, exact_programs, inputs
+from benchmarks.rows import measured, measured_when
 from benchmarks.timed import alternating
 
 
@@ -100,27 +104,37 @@ def step_pair(name: str, batch_size: int, num_steps: int):
     return ours, theirs
 
 
+def loop_row(name: str, batch_size: int, inner_steps: int, repeats: int) -> dict[str, Any]:
+    """Microseconds of a step of `run` and of loops over `step`, and the same by hand."""
+    num_steps = inner_steps // ALGORITHMS[name].optimizer.num_inner_steps
+    found = {}
+    for what, pair, steps in (("run", loop_pair, num_steps), ("step", step_pair, num_steps // 10)):
+        compared = alternating(*pair(name, batch_size, steps), repeats=repeats)
+        times = [round(1e6 * x / steps) for x in compared[:2]]
+        found[what] = times + [round(x, 3) for x in compared[2:]]
+    return found
+
+
 def print_loops(
     names: Sequence[str] = tuple(ALGORITHMS),
     batch_sizes: Sequence[int] = (32, 128),
     inner_steps: int = 4_000,
     repeats: int = 11,
+    file: Path | None = None,
 ) -> None:
     print("\ngradhpo.run / a hand-written lax.scan, and a Python loop over step / over jax.jit")
     print(f"  {'us a step, medians, and of the ratios':37} {'run':>14} {'':23} {'step':>12}")
-    for name in names:
-        for batch_size in batch_sizes:
-            num_steps = inner_steps // ALGORITHMS[name].optimizer.num_inner_steps
-            loops = alternating(*loop_pair(name, batch_size, num_steps), repeats=repeats)
-            steps = alternating(*step_pair(name, batch_size, num_steps // 10), repeats=repeats)
-            print(
-                f"  {name:22} batch {batch_size:4}"
-                f"  {1e6 * loops.first / num_steps:8.0f} {1e6 * loops.second / num_steps:8.0f}"
-                f" {loops.ratio:6.3f} ({loops.low:.2f} to {loops.high:.2f})"
-                f"  {1e7 * steps.first / num_steps:8.0f} {1e7 * steps.second / num_steps:8.0f}"
-                f" {steps.ratio:6.3f} ({steps.low:.2f} to {steps.high:.2f})",
-                flush=True,
-            )
+    measure = lambda x: loop_row(**x, inner_steps=inner_steps, repeats=repeats)
+    rows = []
+    for name, batch_size in itertools.product(names, batch_sizes):
+        (row,) = measured([{"name": name, "batch_size": batch_size}], measure, file)
+        cells = ""
+        for what in ("run", "step"):
+            ours, by_hand, ratio, low, high = row[what]
+            cells += f"  {ours:8} {by_hand:8} {ratio:6.3f} ({low:.2f} to {high:.2f})"
+        print(f"  {name:22} batch {batch_size:4}{cells}", flush=True)
+        rows.append(row)
+    print(measured_when(rows))
 
 
 def plain_pair(name: str, batch_size: int, depth: int, num_steps: int):

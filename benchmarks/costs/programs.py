@@ -195,3 +195,13 @@ def exact_programs(
 def checkpointed_program(steps: int, checkpoints: Any) -> Program:
     optimizer = gradhpo.UnrolledOptimizer(SGD, unroll_steps=steps, checkpoints=checkpoints)
     return hypergradient_program(optimizer, job(32))
+
+
+def scanned_program(steps: int, segment: int | None = None) -> Program:
+    """The same by `jax.grad` through a scan with its body, and its segments, under a checkpoint."""
+    the_job = job(32)
+    params = eqx.filter(the_job.params, eqx.is_inexact_array)
+    by_hand = unrolled.plain_unrolled_hypergradient(
+        the_job, SGD, steps, checkpoint=True, segment=segment
+    )
+    return Program(by_hand, params, the_job.hyperparams, the_job.train_data(0), the_job.val_batch)

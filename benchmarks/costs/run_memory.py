@@ -96,8 +96,11 @@ def of_run(optimizer: gradhpo.BilevelOptimizer, of: Network) -> Bytes:
     return bytes_of(traced(Chunk.run_steps, chunk, state, LENGTH))
 
 
-def by_hand(of: Network) -> Bytes:
-    """The same in plain JAX: the exact hypergradient of one step of Adam."""
+def by_hand(of: Network, *, scanned: bool = False) -> Bytes:
+    """The same in plain JAX: the exact hypergradient of one step of Adam.
+
+    By `jax.vjp` of the step, or `scanned`: by `jax.grad` through a checkpointed scan of one.
+    """
 
     def body(of: Network, carry: PyTree, number: Array):
         w, s, h, outer, rejected = carry
@@ -107,9 +110,19 @@ def by_hand(of: Network) -> Bytes:
             updates, new_s = ADAM.update(gradient, s, w)
             return optax.apply_updates(w, updates), (new_s, value)
 
-        new_w, pull, (new_s, train_value) = jax.vjp(update, h, has_aux=True)
-        val_value, alpha = jax.value_and_grad(val_loss)(new_w, h, of.val)
-        (hypergradient,) = pull(alpha)
+        def whole(h: Array):
+            step = lambda carry, _: _scanned_step(of.data(number), h, carry)
+            step = jax.checkpoint(step, prevent_cse=False)
+            (new_w, new_s), values = jax.lax.scan(step, (w, s), None, length=1)
+            return val_loss(new_w, h, of.val), (new_w, new_s, values[0])
+
+        if scanned:
+            by_grad = jax.value_and_grad(whole, has_aux=True)
+            (val_value, (new_w, new_s, train_value)), hypergradient = by_grad(h)
+        else:
+            new_w, pull, (new_s, train_value) = jax.vjp(update, h, has_aux=True)
+            val_value, alpha = jax.value_and_grad(val_loss)(new_w, h, of.val)
+            (hypergradient,) = pull(alpha)
         updates, new_outer = OUTER.update(hypergradient, outer, h)
         new = (new_w, new_s, optax.apply_updates(h, updates), new_outer)
         found = jax.tree.leaves((new, hypergradient))
@@ -121,6 +134,13 @@ def by_hand(of: Network) -> Bytes:
     h, rejected = of.log_decay, jnp.zeros((), jnp.int32)
     first = (of.params, ADAM.init(of.params), h, OUTER.init(h), rejected)
     return bytes_of(_scan(body, donate=True).trace(first, of))
+
+
+def _scanned_step(batch: tuple[Array, Array], h: Array, carry: tuple) -> tuple:
+    w, s = carry
+    value, gradient = jax.value_and_grad(train_loss)(w, h, batch)
+    updates, s = ADAM.update(gradient, s, w)
+    return (optax.apply_updates(w, updates), s), value
 
 
 def plain(of: Network, *, donate: bool) -> Bytes:
@@ -174,6 +194,7 @@ def print_run_memory() -> None:
     hand, training = by_hand(of), [plain(of, donate=x).held for x in (True, False)]
     print(f"  plain training, donated and not      {' '.join(map(shown, training))}")
     print(f"  by hand, donated                     {shown(hand.held)}")
+    print(f"    jax.grad, checkpointed scan        {shown(by_hand(of, scanned=True).held)}")
     for name, optimizer in ALGORITHMS.items():
         ours = of_run(optimizer, of)
         print(

@@ -1,4 +1,4 @@
-"""How time and memory grow with inner steps T, parameters P and hyperparameters H."""
+"""How time and memory grow with inner steps T (`steps`), parameters P and hyperparameters H."""
 
 import math
 import statistics
@@ -11,7 +11,7 @@ import numpy as np
 
 import gradhpo
 from benchmarks.costs.problem import Job, cross_entropy, plain_loss
-from benchmarks.costs.programs import SGD, checkpointed_program, step_program
+from benchmarks.costs.programs import SGD, checkpointed_program, scanned_program, step_program
 from benchmarks.peers.workers.worker import seconds
 from benchmarks.timed import alternating
 from gradhpo.diagnostics.cost import Program
@@ -75,19 +75,34 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(costs), 1)[0])
 
 
-def print_scaling_in_steps() -> None:
-    print("\nExact hypergradient with checkpoints: inner steps T (MLP 64-128-10, batches of 32)")
+def print_steps() -> None:
+    """In T; beside `jax.grad` through a scan with segments and steps under `jax.checkpoint`."""
+    print(
+        "\nExact hypergradient against inner steps T (MLP 64-128-10, batches of 32):\n"
+        'checkpoints="sqrt", and jax.grad through a scan by hand, segments of about root T and '
+        "steps under jax.checkpoint"
+    )
     lengths = [10, 100, 1_000, 10_000, 100_000]
+    by_hand = {10: 2, 100: 10, 1_000: 25, 10_000: 100, 100_000: 250}  # steps of a segment
     taken, held = [], []
+    print(f"  {'':13} {'gradhpo: s':>10} {'us a step':>9} {'MiB':>7} {'/ root T':>9}", end="")
+    print(f" {'by hand: MiB':>13}   time of gradhpo / by hand")
     for steps in lengths:
-        program = checkpointed_program(steps, "sqrt")
-        repeats = max(1, min(11, 20_000 // steps))
-        program()
-        taken.append(statistics.median(seconds(program) for _ in range(repeats)))
-        held.append(program.temporary_bytes / 2**20)
+        ours = checkpointed_program(steps, "sqrt")
+        theirs = scanned_program(steps, by_hand[steps])
+        if repeats := min(11, 20_000 // steps):
+            found = alternating(ours, theirs, repeats=repeats)
+            taken.append(found.first)
+            compared = f"{found.ratio:.2f} ({found.low:.2f} to {found.high:.2f})"
+        else:
+            taken.append(seconds(ours))
+            compared = "not timed"
+        held.append(ours.temporary_bytes / 2**20)
         print(
-            f"  T = {steps:7,}  {taken[-1]:9.4f} s  {1e6 * taken[-1] / steps:6.0f} us a step"
-            f"  {held[-1]:7.2f} MiB  {held[-1] / math.sqrt(steps):6.3f} MiB per root of T",
+            f"  T = {steps:9,} {taken[-1]:10.4f} {1e6 * taken[-1] / steps:9.0f}"
+            f" {held[-1]:7.2f} {held[-1] / math.sqrt(steps):9.3f}"
+            f" {theirs.temporary_bytes / 2**20:13.2f}"
+            f"   {compared}",
             flush=True,
         )
     print(
@@ -142,6 +157,5 @@ def print_scaling_in_hyperparameters() -> None:
 
 
 def print_scaling() -> None:
-    print_scaling_in_steps()
     print_scaling_in_parameters()
     print_scaling_in_hyperparameters()

@@ -25,7 +25,7 @@ STEPS, REPEATS, CALLS = 20, 11, 3
 # Largest relative difference from ours in float64 that counts as the same number. In float32 Adam
 # loses digits: roots of second moments near 0, and bias corrections that optax computes in float32.
 SAME = {"float64": 1e-5, "float32": 1e-2}
-TORCH = ("torch==2.13.0", "numpy==2.4.6")
+TORCH = ("torch==2.14.1", "numpy==2.4.6")
 # hypertorch is on GitHub only; the package index has others as `hypertorch` and `hypergrad`.
 HYPERTORCH = (
     "hypergrad @ https://github.com/prolearner/hypertorch/archive/"
@@ -225,17 +225,25 @@ def opened() -> Iterator[tuple[Library, Callable[[str], Library]]]:
         yield Library(*OURS, path, stack), find
 
 
+SCANNED = "jax.grad, lax.scan with jax.checkpoint"
+
+
 def print_checkpoints(optimizer: str, ours: Library) -> None:
-    """`checkpoints="sqrt"` against keeping all states."""
+    """Two others in JAX against keeping all states: `checkpoints="sqrt"`, and a scan by hand."""
     setting = {"optimizer": optimizer, "steps": STEPS}
-    sqrt, kept = {"method": "sqrt", **setting}, {"method": "unrolled", **setting}
-    a, b, ratio, low, high = by_turns(ours.seconds(**sqrt), ours.seconds(**kept), REPEATS)
-    name = 'gradhpo itself, checkpoints="sqrt"'
-    print(
-        f"  {name:50} {1e3 * a:7.1f} {1e3 * b:6.1f} {ratio:6.2f}"
-        f" ({low:5.2f}-{high:5.2f}) {ours.mib(**sqrt):6.1f} {ours.mib(**kept):6.1f}",
-        flush=True,
-    )
+    kept = {"method": "unrolled", **setting}
+    others = {'gradhpo itself, checkpoints="sqrt"': "sqrt", SCANNED: "scanned"}
+    for name, method in others.items():
+        other = {"method": method, **setting}
+        for dtype, most in SAME.items():
+            found, truth = (ours.result(dtype, **x) for x in (other, kept))
+            assert np.linalg.norm(found - truth) <= most * np.linalg.norm(truth), (name, dtype)
+        a, b, ratio, low, high = by_turns(ours.seconds(**other), ours.seconds(**kept), REPEATS)
+        print(
+            f"  {name:50} {1e3 * a:7.1f} {1e3 * b:6.1f} {ratio:6.2f}"
+            f" ({low:5.2f}-{high:5.2f}) {ours.mib(**other):6.1f} {ours.mib(**kept):6.1f}",
+            flush=True,
+        )
 
 
 def print_growth(torch: Library, ours: Library) -> None:
@@ -247,6 +255,7 @@ def print_growth(torch: Library, ours: Library) -> None:
     for name, sizes in {
         "torch, eager: autograd of loop": of(torch, "unrolled"),
         "torch, eager: each step by hand": of(torch, "reverse"),
+        SCANNED: of(ours, "scanned"),
         "gradhpo": of(ours, "unrolled"),
         'gradhpo, checkpoints="sqrt"': of(ours, "sqrt"),
     }.items():

@@ -1,4 +1,7 @@
-"""Hypergradients of data cleaning by gradhpo, in a process of its own like the peers."""
+"""Hypergradients of data cleaning by gradhpo, in a process of its own like the peers.
+
+And by `jax.grad` through a checkpointed scan, what a JAX program by hand would do.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -76,14 +79,51 @@ def method(make: Callable[[Any, int], gradhpo.BilevelOptimizer]) -> Callable:
     return prepared
 
 
-def peak_mib(function: Method) -> float:
+class Scanned(NamedTuple):
+    """`jax.grad` through `lax.scan`, with `jax.checkpoint` on its body."""
+
+    function: Callable
+    start: tuple  # weights and state of the inner optimizer
+    rest: tuple
+
+    def __call__(self) -> Array:
+        return jax.block_until_ready(self.function(*self.start, *self.rest))
+
+
+def scanned(problem: Cleaning, optimizer: str, steps: int) -> Scanned:
+    inner = OPTIMIZERS[optimizer]
+
+    def outer(log_odds, params, opt_state, train, val):
+        def body(carry, _):
+            w, s = carry
+            updates, s = inner.update(jax.grad(train_loss)(w, log_odds, train), s, w)
+            return (optax.apply_updates(w, updates), s), None
+
+        body = jax.checkpoint(body, prevent_cse=False)
+        (end, _), _ = jax.lax.scan(body, (params, opt_state), None, length=steps)
+        return val_loss(end, log_odds, val)
+
+    @jax.jit
+    def hypergradient(params, opt_state, log_odds, train, val):
+        return jax.grad(outer)(log_odds, params, opt_state, train, val)
+
+    start = problem.params, inner.init(problem.params)
+    return Scanned(hypergradient, start, (problem.log_odds, problem.train, problem.val))
+
+
+def peak_mib(function: Method | Scanned) -> float:
     """The memory of the compiled program, with its result and the state that it starts from.
 
     PyTorch's programs make that state in each call: a copy of the weights, zeros of the optimizer.
     """
-    program = Program(function.bilevel.compute_hypergradient, *function.arguments)
-    state = function.arguments[0]
-    arrays = jax.tree.leaves((state.params, state.inner_opt_state, function()))
+    if isinstance(function, Method):
+        program = Program(function.bilevel.compute_hypergradient, *function.arguments)
+        state = function.arguments[0]
+        start = state.params, state.inner_opt_state
+    else:
+        program = Program(function.function, *function.start, *function.rest)
+        start = function.start
+    arrays = jax.tree.leaves((start, function()))
     return (program.temporary_bytes + sum(x.nbytes for x in arrays)) / 2**20
 
 
@@ -99,6 +139,7 @@ serve_methods(
         "sqrt": method(
             lambda o, n: gradhpo.UnrolledOptimizer(o, unroll_steps=n, checkpoints="sqrt")
         ),
+        "scanned": scanned,
         "one step": method(lambda o, n: gradhpo.OneStepOptimizer(o)),
         "darts": method(lambda o, n: gradhpo.T1T2Optimizer(o, inner_steps=n)),
         "neumann": method(lambda o, n: implicit(o, n, 20, RATE)),

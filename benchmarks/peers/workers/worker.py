@@ -34,7 +34,8 @@ def serve_methods(
     methods: dict[str, Callable[..., Callable]],
     peak_mib: Callable[[Callable], float],
 ) -> None:
-    """Serves methods of a problem: the result of a call, its seconds, and its memory.
+    """Serves methods of a problem: the result of a call, its seconds by the clock or of a
+    processor, and its memory.
 
     `load(path, dtype)` makes the problem, `methods[name](problem, **setting)` a function without
     arguments, which returns a flat array once that is there; `peak_mib(function)` is the memory
@@ -59,11 +60,18 @@ def serve_methods(
         function()  # until now caches and cores belonged to another program
         return statistics.median(seconds(function) for _ in range(calls))
 
+    def processor(**request: Any) -> float:
+        """Seconds of a processor that a call takes, of all threads: other programs do not count."""
+        function = made(**request)
+        start = time.process_time()
+        function()
+        return time.process_time() - start
+
     @functools.cache
     def memory(**request: Any) -> float:
         return peak_mib(made(**request))
 
-    serve(start=start, result=result, timed=timed, memory=memory)
+    serve(start=start, result=result, timed=timed, processor=processor, memory=memory)
 
 
 def versions(names: list[str]) -> list[str]:
