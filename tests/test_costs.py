@@ -130,7 +130,6 @@ def test_memory_with_checkpoints_grows_with_the_root_of_the_steps():
 
 
 @pytest.mark.thorough
-@pytest.mark.thorough
 @pytest.mark.parametrize("segment", [None, 5])
 def test_a_checkpointed_scan_by_hand_computes_the_same(segment):
     ours, by_hand = checkpointed_program(20, "sqrt")(), scanned_program(20, segment)()

@@ -67,7 +67,7 @@ def test_parts_of_the_digits_share_nothing_and_labels_follow_their_images():
 
 
 @pytest.mark.thorough
-def test_accuracies_are_those_of_gradient_descent_written_out():
+def test_accuracies_are_those_of_gradient_descent_written_out(as_a_user_has_it):
     network, data = Network(8), digits(0)
     x, labels = data.train[0][:20], jax.nn.one_hot(data.train[1][:20], 10, dtype=jnp.float32)
     keys = keys_of(0, 0, 2)
@@ -83,7 +83,7 @@ def test_accuracies_are_those_of_gradient_descent_written_out():
 
 
 @pytest.mark.thorough
-def test_a_tiny_form_runs_from_end_to_end(tmp_path, monkeypatch, capsys):
+def test_a_tiny_form_runs_from_end_to_end(tmp_path, monkeypatch, capsys, as_a_user_has_it):
     monkeypatch.setattr(condensed, "QUICK", condensed.Size(1, 5, (1,), ("soft", "DrMAD"), 2))
     monkeypatch.setattr(condensed, "FIGURE", tmp_path / "images.png")
     monkeypatch.setattr(condensed, "NETWORKS", {"same": Network(), "tanh": Network(64, "tanh")})
