@@ -48,6 +48,7 @@ from benchmarks.peers import (
     pytorch,
     suboptimality,
 )
+from benchmarks.rows import Kept
 from benchmarks.tables import (
     cleaning,
     cleaning_why,
@@ -64,17 +65,19 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Table(NamedTuple):
-    """What prints a table: whole, in a quick form where it has one, and when it is saved."""
+    """What prints a table: whole, in a quick form, when it is saved, and of kept rows alone."""
 
     whole: Callable[[], None]
     quick: Callable[[], None] | None = None
     saving: Callable[[], None] | None = None
+    kept: Callable[[], None] | None = None
 
 
 def in_rows(name: str, show: Callable[..., None]) -> Table:
     """A table whose rows are kept in a file beside its text when it is saved, and can go on."""
     file = RESULTS / f"{name}.jsonl"
-    return Table(show, partial(show, quick=True), partial(show, file=file))
+    forms = partial(show, quick=True), partial(show, file=file), partial(show, file=Kept(file))
+    return Table(show, *forms)
 
 
 def going_on(name: str, show: Callable[..., None]) -> Table:
@@ -179,13 +182,15 @@ def save(name: str, printed: str) -> None:
 def names_of(given: argparse.Namespace) -> list[str]:
     """The tables to print: those that are named, or in a group that is; or all for a CPU."""
     every = [name for name in TABLES if name not in OF_A_GPU]
-    if given.quick:
-        every = [name for name in every if TABLES[name].quick is not None]
     named = [one for name in given.tables for one in GROUPS.get(name, [name])]
-    if given.quick and (slow := [name for name in named if TABLES[name].quick is None]):
-        named = [name for name in named if name not in slow]
-        print(f"(no quick form: {', '.join(slow)})")
-    return [name for name in (named if given.tables else every) if name not in given.without]
+    names = [name for name in (named if given.tables else every) if name not in given.without]
+    for form in ("quick", "kept"):
+        if getattr(given, form):
+            lacking = [name for name in names if getattr(TABLES[name], form) is None]
+            names = [name for name in names if name not in lacking]
+            if lacking and given.tables:
+                print(f"(no {form} form: {', '.join(lacking)})")
+    return names
 
 
 def refused(names: list[str], backend: str) -> list[str]:
@@ -199,6 +204,9 @@ def main() -> None:
     parser.add_argument("tables", nargs="*", metavar="table", help=choices)
     parser.add_argument("--without", nargs="+", default=[], choices=TABLES, metavar="table")
     parser.add_argument("--save", action="store_true", help=f"write to {RESULTS.name}/ as well")
+    parser.add_argument(
+        "--kept", action="store_true", help="tables of the rows that are saved, measuring none"
+    )
     parser.add_argument("--minutes", type=float, default=8.0, help="that `gpu` may take (8)")
     parser.add_argument("--quick", action="store_true", help="tables in their quick form, if any")
     given = parser.parse_args()
@@ -208,8 +216,8 @@ def main() -> None:
     if OF_A_GPU & set(names):
         # Its processes share the GPU with this one, which JAX would give most of the memory.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    if given.save and given.quick:
-        parser.error("--quick makes no table to save")
+    if given.quick + given.kept + given.save > 1 and not (given.kept and given.save):
+        parser.error("--quick makes no table to save or to keep")
     if given.save and (wrong := refused(names, jax.default_backend())):
         parser.error(
             f"{', '.join(sorted(OF_A_GPU))} is saved on a GPU, all other tables on a CPU; run "
@@ -239,8 +247,11 @@ def shown_by(name: str, given: argparse.Namespace) -> Callable[[], None]:
     table = TABLES[name]
     if name in OF_A_GPU:
         return partial(gpu.print_gpu, given.minutes)
-    form = table.quick if given.quick else table.saving if given.save else None
-    return form or table.whole
+    if given.quick or given.kept:
+        form = table.quick if given.quick else table.kept
+        assert form is not None
+        return form
+    return (table.saving if given.save else None) or table.whole
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -14,22 +14,33 @@ import jax
 Row = dict[str, Any]
 
 
+class Kept(NamedTuple):
+    """A file of rows, of which none is measured now."""
+
+    path: Path
+
+
 def measured(
     settings: Sequence[Mapping[str, Any]],
     measure: Callable[[Mapping[str, Any]], Mapping[str, Any]],
-    file: Path | None = None,
+    file: Path | Kept | None = None,
 ) -> list[Row]:
     """For each of `settings`, all with the same names, a row of these and of what is measured.
 
     With a file, a line of JSON for each row is written to it as soon as the row is known, and rows
-    that it has are not measured again. A row also says how many seconds it took, when it was made,
+    that it has are not measured again. A row is known by its settings alone: to measure it anew,
+    after a change of the program, delete its line. With `Kept`, rows that the file lacks are left
+    out, and their number is printed. A row also says how many seconds it took, when it was made,
     and with which jax.
     """
     names = list(settings[0]) if settings else []
-    lines = file.read_text().splitlines() if file is not None and file.exists() else []
-    saved = [row for row in map(json.loads, lines) if row.keys() >= set(names)]
-    known = {_key(row, names): row for row in saved}
-    found = []
+    if isinstance(file, Kept):
+        known = _saved(file.path, names)
+        found = [known[key] for x in settings if (key := _key(x, names)) in known]
+        if len(found) < len(settings):
+            print(f"\nUNFINISHED: {len(found)} of {len(settings)} rows; --save goes on")
+        return found
+    known, found = {} if file is None else _saved(file, names), []
     for i, wanted in enumerate(settings):
         row = known.get(_key(wanted, names))
         if row is None:
@@ -73,6 +84,19 @@ def _measured_now(wanted: Mapping[str, Any], measure: Callable) -> Row:
         "jax": jax.__version__,
     }
     return json.loads(json.dumps(row))  # as the file gives it back
+
+
+def _saved(file: Path, names: Sequence[str]) -> dict[str, Row]:
+    """The rows of the file that have these settings, by them.
+
+    A last line without an end is what a program was writing when it was killed: it is removed.
+    """
+    text = file.read_text() if file.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        file.write_text(whole)
+    saved = [row for row in map(json.loads, whole.splitlines()) if row.keys() >= set(names)]
+    return {_key(row, names): row for row in saved}
 
 
 def _key(row: Mapping[str, Any], names: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from benchmarks.costs.gpt import SIZES, gpt, num_params
 from benchmarks.costs.gpu_row import BY_JAX, ON_HOST
 from benchmarks.limited import Ended, python
 from benchmarks.peers.environment import PeerError, python_of
+from benchmarks.rows import Kept, measured
 from benchmarks.trust import calibration
 from benchmarks.trust.problems import Config
 from benchmarks.trust.scoring import judged
@@ -57,7 +58,7 @@ def test_a_peer_that_does_not_install_is_reported(tmp_path, monkeypatch):
 
 def test_it_is_made_by_name_and_saved_on_a_gpu_alone(capsys):
     given = lambda *tables, quick=False: argparse.Namespace(
-        tables=tables, without=["budget"], quick=quick
+        tables=tables, without=["budget"], quick=quick, kept=False
     )
     assert set(names_of(given())) == set(TABLES) - OF_A_GPU - {"budget"}
     assert names_of(given("gpu", "flops", "budget")) == ["gpu", "flops"]
@@ -173,6 +174,17 @@ def test_rows_that_are_known_are_not_measured_again(tmp_path, monkeypatch):
     assert len(file.read_text().splitlines()) == 2
     calibration.measured_of(configs[:1], 4, file)  # of other retrainings
     assert measured == [1, 2, 1]
+
+
+def test_rows_that_a_file_lacks_are_left_out_and_counted(tmp_path, capsys):
+    file, settings = tmp_path / "rows.jsonl", [{"x": 1}, {"x": 2}]
+    rows = measured(settings[:1], lambda row: {"y": row["x"]}, file)
+    assert measured(settings[:1], None, Kept(file)) == rows
+    assert "UNFINISHED" not in capsys.readouterr().out
+    file.write_text(file.read_text() + '{"x": 2, "y"')  # killed while it wrote
+    assert measured(settings, None, Kept(file)) == rows
+    assert "UNFINISHED: 1 of 2 rows" in capsys.readouterr().out
+    assert [row["y"] for row in measured(settings, lambda row: {"y": row["x"]}, file)] == [1, 2]
 
 
 def test_the_saved_calibration_is_that_of_the_grid_and_keeps_its_word(monkeypatch):

@@ -289,6 +289,10 @@ class Uncounted(Counted):
     steps_field = None
 
 
+class Misspelt(Counted):
+    steps_field = "my_step"
+
+
 class CountedBySelf(Counted):
     @property
     def num_inner_steps(self):
@@ -305,6 +309,8 @@ def test_a_field_counts_the_inner_steps():
     assert CountedBySelf(SGD).num_inner_steps == 3  # what a class says of itself comes first
     with pytest.raises(TypeError, match=r"Uncounted must say how many .*steps_field.*num_inner"):
         Uncounted(SGD)
+    with pytest.raises(TypeError, match=r"must name one of its fields.* my_steps.* got 'my_step'"):
+        Misspelt(SGD)
     assert gradhpo.FOOptimizer(SGD).with_num_steps(5) is None
 
 

@@ -172,6 +172,36 @@ def test_a_memory_that_is_not_finite_refuses_the_step():
     np.testing.assert_array_equal(after.hyperparams, state.hyperparams)
 
 
+class Counting(gradhpo.OneStepOptimizer):
+    """Counts refused steps too, in a memory of one problem."""
+
+    def init_memory(self, z, hyperparams, batch, key):
+        return Counted(jnp.zeros(()))
+
+    def estimate(self, problem, memory: Any):
+        found = super().estimate(problem, None)
+        return dataclasses.replace(found, memory=Counted(memory.number + 1))
+
+    def after_refusal(self, old, new):
+        assert old.number.shape == new.number.shape == ()
+        return new
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda x: gradhpo.TaskBatched(x, 2), lambda x: gradhpo.Population(x, 2)]
+)
+def test_a_wrapper_asks_for_the_memory_after_a_refusal_problem_by_problem(wrap):
+    optimizer = wrap(Counting(SGD, SGD))
+    tasks = isinstance(optimizer, gradhpo.TaskBatched)
+    shape = (3,) if tasks else (2, 3)
+    state = optimizer.init(jnp.zeros(shape), jnp.zeros(shape))
+    batch = jnp.full((2, 2) if tasks else (2,), jnp.nan)
+    train_loss = lambda w, h, batch: jnp.mean((w - h) ** 2) * jnp.sum(batch)
+    after = optimizer.step(state, batch, BATCH, train_loss, LOSSES.val_loss)
+    assert np.all(after.get_metric("rejected") == 1)
+    np.testing.assert_array_equal(after.memory.of_each.number, np.ones(2))
+
+
 @pytest.mark.parametrize(
     "wrap",
     [pytest.param(lambda x: x, marks=pytest.mark.thorough), lambda x: gradhpo.TaskBatched(x, 2)],

@@ -184,8 +184,9 @@ def print_numbers(rows: list[Row]) -> None:
 def print_costs(rows: list[Row]) -> None:
     print(
         "\nTraining and hypergradient, float32: medians of seconds of the processor (not by the "
-        "clock), by turns; over\nthose of gradhpo's replay (lowest to highest of pairs); MiB of "
-        "the process before the first call, and at\nits peak, compilation included"
+        "clock), in turn, after a\nfirst call that compiles; over the seconds of gradhpo's replay "
+        "(lowest to highest of pairs); MiB of the process\nbefore the first call, and at its peak, "
+        "compilation included"
     )
     print(f"    {'':28} {'s':>8} {'ratio':>7} {'':17} {'before':>7} {'peak':>7} {'more':>6}")
     for of in rows:

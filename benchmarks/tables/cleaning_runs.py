@@ -115,9 +115,9 @@ def trained(
 
 
 def row_of(wanted: Mapping[str, Any], steps: int = HORIZON * OUTER_STEPS) -> dict[str, Any]:
-    """What the tables show of one run, and 21 points of its way."""
+    """What the tables show of one run, and 21 points along the way."""
     data = load_data(wanted["noise"], wanted["seed"])
-    settings = {name: wanted[name] for name in SETTINGS if name in wanted}
+    settings: dict[str, Any] = {name: wanted[name] for name in SETTINGS if name in wanted}
     start = jnp.zeros(TRAIN, jnp.float32)
     settings["steps"] = steps
     state, history, seconds = trained(wanted["method"], data, wanted["seed"], start, **settings)
@@ -136,7 +136,7 @@ def row_of(wanted: Mapping[str, Any], steps: int = HORIZON * OUTER_STEPS) -> dic
     for name in ("mean_weight", "train_loss", "val_loss", "val_accuracy"):
         row[f"{name}s"] = [round(float(x), 4) for x in history[name][at]]
     if wanted.get("again"):
-        row |= _again(data, wanted["seed"], state.hyperparams, steps)
+        row |= _again(data, wanted["seed"], state.hyperparams, settings)
     return row
 
 
@@ -146,11 +146,12 @@ def _fitted(state: gradhpo.BilevelState, data: Data) -> float:
     return float(accuracy(state.params, (x[..., wrong], y[wrong]))) if wrong.any() else 0.0
 
 
-def _again(data: Data, seed: int, hyperparams: Array, steps: int) -> dict[str, float]:
-    """Accuracies of new networks, trained with the weights as they ended, and at a mean of 0.5."""
+def _again(data: Data, seed: int, hyperparams: Array, settings: dict[str, Any]) -> dict[str, float]:
+    """Accuracies from the same start, with the weights as they ended, and at a mean of 0.5."""
     found = {}
     for name, normalised in (("again", False), ("again_normalised", True)):
-        state, history, _ = trained(NONE, data, seed + 1_000, hyperparams, normalised=normalised)
+        given = settings | {"normalised": normalised, "horizon": HORIZON}
+        state, history, _ = trained(NONE, data, seed, hyperparams, **given)
         found[f"{name}_test"] = float(accuracy(state.params, data.test))
         found[f"{name}_best"] = float(np.max(history["val_accuracy"]))
     return found

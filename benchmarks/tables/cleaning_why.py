@@ -67,7 +67,7 @@ def print_cleaning_why(quick: bool = False, file: Path | None = None) -> None:
         "95 % interval, accuracies in %\n"
     )
     print(aligned(table(rows)))
-    print(f"\n{LEGEND}\n\nThe way of the mean weight, and of the validation accuracy in %\n")
+    print(f"\n{LEGEND}\n\nThe mean weight along the way, and the validation accuracy in %\n")
     print(aligned(ways(rows)))
     print(f"\n{taken(rows)}")
 
@@ -75,8 +75,8 @@ def print_cleaning_why(quick: bool = False, file: Path | None = None) -> None:
 LEGEND = f"""\
 validation, test: after {HORIZON} x 200 inner steps; best: the highest validation accuracy so far
 rate: the mean weight at the end, relative to the start, times the scale of the loss
-again: test accuracy of a new network after as many steps with the weights as they ended, and with
-these at a mean of {START}; best: its highest validation accuracy on the way
+again: test accuracy after as many steps from the same start and at the same rate, with the weights
+as they ended, and with these at a mean of {START}; best: its highest validation accuracy on the way
 A longer horizon has fewer outer steps, each longer in proportion."""
 
 

@@ -43,6 +43,11 @@ class Hooks(eqx.Module):
                 f"{type(self).__name__} must say how many inner steps a step takes: with "
                 "steps_field, the name of the field that counts them, or with num_inner_steps"
             )
+        if self.steps_field not in (names := [field.name for field in dataclasses.fields(self)]):
+            raise TypeError(
+                f"steps_field of {type(self).__name__} must name one of its fields, which are "
+                f"{', '.join(names)}; got {self.steps_field!r}"
+            )
         return getattr(self, self.steps_field)
 
     def with_num_steps(self: Same, num_steps: int) -> Same | None:
