@@ -182,7 +182,7 @@ def print_condensed(quick: bool = False, file: Path | None = None) -> None:
     print(f"\nOne hypergradient, one image a class, of {LONG} inner steps, at the start\n")
     print(costs_table(costs))
     refused = sum(row.get("refused", 0) for row in rows)
-    print(f"\n{refused} outer steps were not finite; {taken([*rows, *costs])}")
+    print(f"\n{refused} validation losses were not finite; {taken([*rows, *costs])}")
     if file is not None:
         save_figure(rows, FIGURE)
 

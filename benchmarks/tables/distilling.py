@@ -36,7 +36,7 @@ class Distilled(NamedTuple):
     labels: Array
     rate: float
     val_losses: np.ndarray
-    refused: int  # outer steps that were not finite
+    refused: int  # validation losses that were not finite
 
 
 def label_distributions(h: Hyperparams, classes: Array) -> Array:

@@ -139,11 +139,6 @@ class Data(NamedTuple):
     val: tuple[Array, Array]
     test: tuple[Array, Array]
 
-    @property
-    def both(self) -> tuple[Array, Array]:
-        """What the final training of a chosen architecture may use."""
-        return jax.tree.map(lambda *x: jnp.concatenate(x), self.train, self.val)
-
 
 @functools.cache
 def load(seed: int, num_train: int = TRAIN, num_val: int = VAL) -> Data:

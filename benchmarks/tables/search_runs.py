@@ -155,20 +155,17 @@ def accuracy(params: Network, shares: Array, pair: tuple[Array, Array]) -> Array
     return jnp.mean(jnp.argmax(params(x, shares, jnp.zeros(())), axis=1) == y)
 
 
-def retrained(
-    architecture: str, seed: int, steps: int = RETRAINED, both: bool = False
-) -> Mapping[str, float]:
-    """Accuracies of an architecture, trained from scratch on the training set, or `both`."""
+def retrained(architecture: str, seed: int, steps: int = RETRAINED) -> Mapping[str, float]:
+    """Accuracies of an architecture, trained from scratch on the training set."""
     data: Data = load(seed)
     chosen = np.full((EDGES, len(OPERATIONS)), -1e9, np.float32)
     chosen[np.arange(EDGES), [OPERATIONS.index(x) for x in architecture]] = 0
     alpha = jnp.asarray(chosen)
-    pair = data.both if both else data.train
     state, _ = gradhpo.run(
         FIXED,
         started(FIXED, 100 + seed, alpha),
         losses_of(Search("")),
-        batches(pair, 2 * seed, 1),
+        batches(data.train, 2 * seed, 1),
         batches(data.val, 2 * seed + 1, 1),
         num_steps=steps,
         chunk_size=steps,
