@@ -1,6 +1,6 @@
 """Means over seeds and their 95 % intervals."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy import stats
@@ -20,3 +20,10 @@ def with_interval(values: Sequence[float], digits: int = 2, scale: float = 1.0) 
     if len(array) == 1:
         return f"{array[0]:.{digits}f}"
     return f"{array.mean():.{digits}f} ± {half_interval(array):.{digits}f}"
+
+
+def paired(values: Mapping[int, float], others: Mapping[int, float], digits: int = 2) -> str:
+    """The difference between two methods, seed by seed, over the seeds that both have."""
+    common = values.keys() & others.keys()
+    differences = [values[seed] - others[seed] for seed in common]
+    return with_interval(differences, digits) if len(common) > 1 else "-"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.intervals import with_interval
+from benchmarks.intervals import paired, with_interval
 from benchmarks.rows import Row, measured, taken
 from benchmarks.tables.search_network import BATCH, EDGES, OPERATIONS, TRAIN, VAL
 from benchmarks.tables.search_runs import (
@@ -131,9 +131,19 @@ def print_search(quick: bool = False, file: Path | None = None) -> None:
     for name in rows.seeds_of:
         for step in rows.along:
             print(rows.line(f"{name}, {step:,}", rows.after(name, step)))
+    _print_differences(rows)
     _print_chosen(rows)
     _print_baselines(rows)
     print(f"\n{taken(rows.all)}")
+
+
+def _print_differences(rows: Rows) -> None:
+    """Of the last architectures, over the seeds that a search shares with the first."""
+    last = lambda name: rows.after(name, rows.along[-1])
+    test = lambda name: dict(zip(last(name), rows.accuracies(last(name)), strict=True))
+    print(f"\n  Test accuracy at the end less that of {FIRST}, seed by seed")
+    for name in [x for x in rows.seeds_of if x != FIRST]:
+        print(f"    {name:36}{paired(test(name), test(FIRST), 1):>24}")
 
 
 def _print_chosen(rows: Rows) -> None:

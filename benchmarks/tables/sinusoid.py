@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import gradhpo
-from benchmarks.intervals import with_interval
+from benchmarks.intervals import paired, with_interval
 from benchmarks.rows import Row, measured, taken
 from examples import meta_learning_sinusoid as example
 from gradhpo.utils.tables import aligned
@@ -38,13 +38,14 @@ def neumann(step_size: float, inner_steps: int) -> gradhpo.ImplicitOptimizer:
     return gradhpo.ImplicitOptimizer(INNER, OUTER, linear_solver=series, inner_steps=inner_steps)
 
 
+OURS = "HyperDistill"
 SERIES = {
     f"Neumann IFT, {when}, {size:g}": Method(neumann(size, steps), ".502")
     for when, steps in MOMENTS.items()
     for size in STEP_SIZES
 }
 METHODS = {
-    "HyperDistill": Method(example.OPTIMIZERS["HyperDistill"], ".327 ± .052"),
+    OURS: Method(example.OPTIMIZERS["HyperDistill"], ".327 ± .052"),
     "first order": Method(example.OPTIMIZERS["first order"], ".567"),
     "one step": Method(example.OPTIMIZERS["one step"], ".670"),
     "DrMAD": Method(gradhpo.DrMADOptimizer(INNER, OUTER, unroll_steps=STEPS), "1.086"),
@@ -71,8 +72,8 @@ def print_sinusoid(quick: bool = False, file: Path | None = None) -> None:
     )
     print(_table(rows))
     print(
-        "\nerror: of the seeds that did not diverge; validation loss: mean at the end of"
-        "\nan episode of ten tasks and a quarter of the episodes, median of seeds; updates: of the"
+        "\nerror: of the seeds that did not diverge, and its difference seed by seed; validation"
+        "\nloss: mean at the end of an episode of ten tasks and a quarter of the episodes, median of seeds; updates: of the"
         "\nhyperparameters"
     )
     if tuned:
@@ -111,24 +112,34 @@ def _row(setting: Mapping[str, Any]) -> Mapping[str, Any]:
     }
 
 
-def ended(rows: Sequence[Row], method: str) -> list[float]:
+def ended(rows: Sequence[Row], method: str) -> dict[int, float]:
     """Errors of the seeds of a method that did not diverge."""
-    errors = [row["error"] for row in rows if row["method"] == method]
-    return [x for x in errors if np.isfinite(x)]
+    errors = {row["seed"]: row["error"] for row in rows if row["method"] == method}
+    return {seed: x for seed, x in errors.items() if np.isfinite(x)}
 
 
 def _table(rows: Sequence[Row]) -> str:
     quarters = [f"{part}/4" for part in range(2, 5)]
-    head = ["", "error", "diverged", "published", "updates", "theta", "validation loss 1/4"]
+    head = [
+        "",
+        "error",
+        f"less {OURS}",
+        "diverged",
+        "published",
+        "updates",
+        "theta",
+        "validation loss 1/4",
+    ]
     table = [[*head, *quarters]]
     names = list(dict.fromkeys(row["method"] for row in rows))
-    mean = lambda name: np.mean(ended(rows, name) or np.inf)
+    mean = lambda name: np.mean(list(ended(rows, name).values()) or np.inf)
     for name in sorted(names, key=mean):
         runs = [row for row in rows if row["method"] == name]
         finite, theta = ended(rows, name), np.mean([row["theta"] for row in runs])
         table.append([
             name,
-            with_interval(finite, 3) if finite else "-",
+            with_interval(list(finite.values()), 3) if finite else "-",
+            "" if name == OURS else paired(finite, ended(rows, OURS), 3),
             f"{len(runs) - len(finite)} of {len(runs)}",
             (METHODS | SERIES)[name].published or "-",
             f"{runs[0]['updates']:,}",
