@@ -73,8 +73,8 @@ def print_sinusoid(quick: bool = False, file: Path | None = None) -> None:
     print(_table(rows))
     print(
         "\nerror: of the seeds that did not diverge, and its difference seed by seed; validation"
-        "\nloss: mean at the end of an episode of ten tasks and a quarter of the episodes, median of"
-        "\nseeds; updates: of the hyperparameters"
+        "\nloss: mean at the end of an episode of ten tasks and a quarter of the episodes, median"
+        "\nof seeds; updates: of the hyperparameters"
     )
     if tuned:
         print(_tuning(tuned, tried))
