@@ -59,12 +59,12 @@ def test_numbers_and_numpy_arrays_become_arrays_of_the_state():
 WRONG = {
     "shape": ({"hyperparams": jnp.ones(5)}, r"update\(hyperparams=...\) is of shape \(5,\)"),
     "dtype": ({"params": {"w": jnp.ones(3, jnp.float32)}}, r"\['w'\] is .* float32, and should be"),
-    "structure": ({"params": jnp.ones(3)}, r"params=...\) has another structure"),
+    "structure": ({"params": jnp.ones(3)}, r"params=...\) differs in structure"),
     "no array": ({"hyperparams": "large"}, "is no array, and should be of shape"),
     "a share of a step": ({"step": 1.5}, r"update\(step=...\) is of shape \(\) and dtype float"),
-    "another optimizer": ({"inner_opt_state": ()}, r"inner_opt_state=.* another structure.*adopt"),
-    "outer state": ({"outer_opt_state": jnp.ones(2)}, r"outer_opt_state=...\) has another struc"),
-    "memory": ({"memory": jnp.ones(2)}, r"memory=...\) has another structure"),
+    "another optimizer": ({"inner_opt_state": ()}, r"inner_opt_state=.* differs in structure.*adopt"),
+    "outer state": ({"outer_opt_state": jnp.ones(2)}, r"outer_opt_state=...\) differs in structure"),
+    "memory": ({"memory": jnp.ones(2)}, r"memory=...\) differs in structure"),
     "two flags": ({"fresh": jnp.ones(2, bool)}, r"fresh=...\) is of shape \(2,\)"),
 }
 
