@@ -62,8 +62,14 @@ WRONG = {
     "structure": ({"params": jnp.ones(3)}, r"params=...\) differs in structure"),
     "no array": ({"hyperparams": "large"}, "is no array, and should be of shape"),
     "a share of a step": ({"step": 1.5}, r"update\(step=...\) is of shape \(\) and dtype float"),
-    "another optimizer": ({"inner_opt_state": ()}, r"inner_opt_state=.* differs in structure.*adopt"),
-    "outer state": ({"outer_opt_state": jnp.ones(2)}, r"outer_opt_state=...\) differs in structure"),
+    "another optimizer": (
+        {"inner_opt_state": ()},
+        r"inner_opt_state=.* in structure.*adopt",
+    ),
+    "outer state": (
+        {"outer_opt_state": jnp.ones(2)},
+        r"outer_opt_state=...\) differs in struc",
+    ),
     "memory": ({"memory": jnp.ones(2)}, r"memory=...\) differs in structure"),
     "two flags": ({"fresh": jnp.ones(2, bool)}, r"fresh=...\) is of shape \(2,\)"),
 }

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.intervals import with_interval
+from benchmarks.intervals import paired, with_interval
 from benchmarks.rows import Row, measured, taken
 from benchmarks.tables.cleaning_data import TRAIN, VAL
 from benchmarks.tables.cleaning_runs import (
@@ -25,6 +25,10 @@ from gradhpo.utils.tables import aligned
 
 METHODS = (NONE, LAST, IMPLICIT, GREEDY, EXACT, LINE, DISTILLED)
 QUICK = (NONE, LAST, GREEDY, EXACT)
+COMPARED = (
+    (GREEDY, NONE), (GREEDY, LAST), (GREEDY, IMPLICIT), (EXACT, GREEDY), (EXACT, LINE),
+    (EXACT, DISTILLED),
+)  # fmt: skip
 NOISES, SEEDS = (0.5, 0.3), range(5)
 # As published: validation accuracy in percent.
 PUBLISHED = {
@@ -64,7 +68,28 @@ def print_cleaning(quick: bool = False, file: Path | None = None) -> None:
     count = len({row["seed"] for row in rows})
     print(f"\nData cleaning, MNIST: mean over {count} seed(s) and 95 % interval, accuracies in %\n")
     print(aligned(table(rows)))
+    print(f"\nDifferences seed by seed, in %\n\n{aligned(differences(rows))}")
     print(f"\n{ASSUMED}\n{taken(rows)}")
+
+
+def differences(rows: Sequence[Row]) -> list[list[str]]:
+    """Between the neighbours of the table that its readers compare."""
+    shown = [["noise", "", "validation", "best on the way", "test"]]
+    for noise in NOISES:
+        for one, other in COMPARED:
+            found = [
+                paired(of_seeds(rows, noise, one, name), of_seeds(rows, noise, other, name), 1)
+                for name in ("val", "best_val", "test")
+            ]
+            if found[0] != "-":
+                shown.append([f"{noise}", f"{one} less {other}", *found])
+    return shown
+
+
+def of_seeds(rows: Sequence[Row], noise: float, method: str, name: str) -> dict[int, float]:
+    """A figure of each seed, in percent."""
+    found = [row for row in rows if row["noise"] == noise and row["method"] == method]
+    return {row["seed"]: 100 * row[name] for row in found}
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:

@@ -71,8 +71,7 @@ def fitted(what: str, new: PyTree, old: PyTree) -> PyTree:
     expected, expected_structure = jax.tree.flatten(old)
     if structure != expected_structure:
         raise ValueError(
-            f"{what} differs in structure from the state's. {remedy}\n"
-            f"{where_they_differ(new, old)}"
+            f"{what} differs in structure from the state's. {remedy}\n{where_they_differ(new, old)}"
         )
     leaves = [_as_array_like(x, y) for x, y in zip(leaves, expected, strict=True)]
     for name, x, y in zip(leaf_names(old), leaves, expected, strict=True):
