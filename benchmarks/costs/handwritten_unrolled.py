@@ -219,7 +219,7 @@ def plain_unrolled_hypergradient(
 
     `inner_optimizer` may be a function of the hyperparameters. With `checkpoint` the body is under
     `jax.checkpoint`: what to try next when memory is short. With a `segment`, a divisor of `steps`,
-    so is each segment of so many steps, in a scan over segments.
+    so is each segment of this many steps, in a scan over segments.
     """
     train, val = losses(job)
     fixed = isinstance(inner_optimizer, optax.GradientTransformation)

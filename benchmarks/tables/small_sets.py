@@ -170,7 +170,7 @@ def trained_on(
 ) -> Trained:  # fmt: skip
     """Test accuracies of fresh starts, which are the same for every set of this seed.
 
-    Without a rate and steps, those of the grid with the best mean validation accuracy of `TRIED`
+    Without a rate and steps, takes the grid's with the best mean validation accuracy of `TRIED`
     other starts.
     """
 
