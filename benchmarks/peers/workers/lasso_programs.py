@@ -1,16 +1,14 @@
 """Shared by the workers of the table `lasso`: the data, and requests about them. NumPy alone."""
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from worker import serve
+from worker import serve, settled_seconds
 
 
 OUTER_RATE = 0.5  # of plain gradient descent on the logarithms
-SHORT = 0.2  # seconds
 
 
 class Split(NamedTuple):
@@ -52,11 +50,6 @@ def serve_searches(**builders: Callable[[Split, str], Callable[[], dict]]) -> No
         return {key: np.asarray(value).tolist() for key, value in program().items()}
 
     def measure(name: str, task: str, how: str) -> float:
-        program = programs[name, task, how]
-        once = cpu_seconds(program)
-        if once > SHORT:
-            return once
-        # Until now caches and cores belonged to another program.
-        return statistics.median(cpu_seconds(program) for _ in range(3))
+        return settled_seconds(programs[name, task, how], cpu_seconds)
 
     serve(load=load, prepare=prepare, measure=measure)

@@ -15,6 +15,9 @@ from collections.abc import Callable
 from typing import Any
 
 
+SHORT = 0.2  # seconds
+
+
 def serve(**functions: Callable[..., Any]) -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not come between the answers
@@ -90,6 +93,14 @@ def seconds(function: Callable[[], Any]) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
+
+
+def settled_seconds(
+    function: Callable[[], Any], clock: Callable[[Callable[[], Any]], float] = seconds
+) -> float:
+    """Seconds of one call; of three more if it is short, as caches belonged to another program."""
+    once = clock(function)
+    return once if once > SHORT else statistics.median(clock(function) for _ in range(3))
 
 
 def resident_mib(which: str = "VmRSS") -> float | None:
