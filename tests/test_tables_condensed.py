@@ -90,7 +90,7 @@ def test_a_tiny_form_runs_from_end_to_end(tmp_path, monkeypatch, capsys, as_a_us
     monkeypatch.setattr(condensed, "LONG", 20)
     condensed.print_condensed(quick=True, file=tmp_path / "rows.jsonl")
     printed = capsys.readouterr().out
-    assert "0 outer steps were not finite" in printed
+    assert "0 validation losses were not finite" in printed
     assert (tmp_path / "images.png").stat().st_size > 0
     # Two ways to one hypergradient.
     line = next(line for line in printed.splitlines() if 'checkpoints="sqrt"' in line)
