@@ -8,6 +8,7 @@ import numpy as np
 
 from benchmarks.intervals import with_interval
 from benchmarks.rows import Row, measured, taken
+from benchmarks.tables import cleaning_cosines
 from benchmarks.tables.cleaning_runs import (
     EXACT,
     GREEDY,
@@ -61,6 +62,8 @@ def _named(change: Change) -> dict[str, Any]:
 
 def print_cleaning_why(quick: bool = False, file: Path | None = None) -> None:
     rows = measured(settings(quick), row_of, file)
+    seeds = SEEDS[:1] if quick else SEEDS
+    cosines = measured(cleaning_cosines.settings(NOISE, seeds), cleaning_cosines.cosines_of, file)
     count = len({row["seed"] for row in rows})
     print(
         f"\nWhat makes the difference in cleaning, noise {NOISE}: mean over {count} seed(s) and "
@@ -69,7 +72,8 @@ def print_cleaning_why(quick: bool = False, file: Path | None = None) -> None:
     print(aligned(table(rows)))
     print(f"\n{LEGEND}\n\nThe mean weight along the way, and the validation accuracy in %\n")
     print(aligned(ways(rows)))
-    print(f"\n{taken(rows)}")
+    cleaning_cosines.print_cosines(cosines)
+    print(f"\n{taken([*rows, *cosines])}")
 
 
 LEGEND = f"""\
