@@ -121,7 +121,7 @@ PEERS = {
     "earlier": Table(earlier.print_earlier),
     "torch": Table(pytorch.print_pytorch),
     "implicit": Table(implicit.print_implicit),
-    "lasso": Table(lasso.print_lasso),
+    "lasso": in_rows("lasso", lasso.print_lasso),
     "bergson": in_rows("bergson", bergson.print_bergson),
     "benchopt": Table(benchopt.print_benchopt),
     "suboptimality": Table(suboptimality.print_suboptimality),

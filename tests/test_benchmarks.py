@@ -1,7 +1,10 @@
 """The benchmarks' own machinery; test_costs.py asserts what they measure."""
 
 import argparse
+import contextlib
 import re
+import sys
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -13,6 +16,7 @@ from benchmarks.costs import gpu
 from benchmarks.costs.gpt import SIZES, gpt, num_params
 from benchmarks.costs.gpu_row import BY_JAX, ON_HOST
 from benchmarks.limited import Ended, python
+from benchmarks.peers import environment
 from benchmarks.peers.environment import PeerError, python_of
 from benchmarks.rows import Kept, measured
 from benchmarks.trust import calibration
@@ -51,6 +55,59 @@ def test_a_peer_that_does_not_install_is_reported(tmp_path, monkeypatch):
     with pytest.raises(PeerError, match=r"does not install: .*no-such-package"):
         python_of(["no-such-package==1"])
     assert not any(tmp_path.iterdir())
+
+
+class Told(NamedTuple):
+    name: str
+    text: str
+
+    def save(self, path):
+        path.write_text(self.text)
+
+
+# Of a worker that refuses some tasks.
+SCRIPT = """
+import sys
+sys.path.insert(0, {workers!r})
+from worker import serve
+texts = {{}}
+def load(name, path):
+    texts[name] = open(path).read()
+    if texts[name] in {refused}:
+        raise ValueError(f"refused: {{name}}")
+serve(load=load, text_of=lambda name: texts[name])
+"""
+
+
+def test_workers_load_every_task_or_say_why_there_is_none(tmp_path, monkeypatch):
+    def python_of(requirements):
+        if "absent" in requirements[0]:
+            raise PeerError(f"does not install: {requirements[0]}")
+        return sys.executable
+
+    for name, not_loaded in (("kind.py", []), ("fussy.py", ["second"])):
+        text = SCRIPT.format(workers=str(environment.WORKERS), refused=not_loaded)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(environment, "python_of", python_of)
+    monkeypatch.setattr(environment, "WORKERS", tmp_path)
+    tasks = [Told("a", "first"), Told("b", "second")]
+    scripts = {
+        "ours": ("kind.py", ()), "fussy": ("fussy.py", ["fussy"]),
+        "one": ("kind.py", ["absent==1"]), "two": ("kind.py", ["absent==2"]),
+    }  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        workers = environment.Workers(stack, scripts, tasks)
+        assert [workers.ask("ours", "text_of", name=x) for x in "ab"] == ["first", "second"]
+        reasons = {
+            "fussy": "ValueError: refused: b",
+            "one": "does not install: absent==1",
+            "two": "does not install: absent==2",
+        }
+        for library, reason in reasons.items():
+            with pytest.raises(PeerError, match=f"^{reason}$"):
+                workers.ask(library, "text_of", name="a")
+        with pytest.raises(RuntimeError, match="refused: b"):  # a failure of ours is a bug
+            environment.Workers(stack, {"ours": ("fussy.py", ())}, tasks)
 
 
 # -- the table of a GPU --------------------------------------------------------------------------

@@ -7,6 +7,7 @@ programs in different environments can be timed by turns. POSIX only: the wait f
 limited by `select` on a pipe.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,9 +18,9 @@ import sys
 import tempfile
 import time
 import venv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 
 WORKERS = Path(__file__).parent / "workers"
@@ -182,3 +183,44 @@ class Worker:
         self._process.kill()
         self._process.communicate()
         self._errors.close()
+
+
+class Loadable(Protocol):
+    """A task that a script can `load`, by its name and a file with its arrays."""
+
+    @property
+    def name(self) -> str: ...
+
+    def save(self, path: Path) -> None: ...
+
+
+class Workers:
+    """A worker for each library that has loaded every task, or the reason why there is none."""
+
+    def __init__(
+        self,
+        stack: contextlib.ExitStack,
+        scripts: Mapping[str, tuple[str, Sequence[str]]],
+        tasks: Sequence[Loadable],
+        **environment: str,
+    ) -> None:
+        """Each of `scripts` is that of a library, with its requirements; `stack` ends them."""
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        paths = {task.name: directory / f"{i}.npz" for i, task in enumerate(tasks)}
+        for task in tasks:
+            task.save(paths[task.name])
+        self._workers: dict[str, Worker] = {}
+        self._missing: dict[str, str] = {}
+        for library, (script, requirements) in scripts.items():
+            try:
+                worker = stack.enter_context(Worker(script, requirements, **environment))
+                for name, path in paths.items():
+                    worker.ask("load", name=name, path=str(path))
+                self._workers[library] = worker
+            except PeerError as reason:
+                self._missing[library] = str(reason)
+
+    def ask(self, library: str, do: str, **request: Any) -> Any:
+        if library in self._missing:
+            raise PeerError(self._missing[library])
+        return self._workers[library].ask(do, **request)

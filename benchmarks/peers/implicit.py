@@ -2,7 +2,6 @@
 
 import contextlib
 import statistics
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.peers import penalised
-from benchmarks.peers.environment import PeerError, Worker
+from benchmarks.peers.environment import Loadable, PeerError, Workers
 from benchmarks.timed import Compared, by_turns
 
 
@@ -124,36 +123,31 @@ SOLVED = {
 
 
 class Libraries:
-    """The worker of each library, or the reason why there is none."""
+    """What programs of several libraries answer to the same tasks, and how long they take."""
 
-    def __init__(self, stack: contextlib.ExitStack, all_tasks: list[Task]) -> None:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        self._workers: dict[str, Worker] = {}
-        self._missing: dict[str, str] = {}
-        for name, (script, requirements) in {OURS: ("implicit_gradhpo.py", ()), **PEERS}.items():
-            try:
-                worker = stack.enter_context(Worker(script, requirements, **SETTINGS))
-                for i, task in enumerate(all_tasks):
-                    task.save(directory / f"{i}.npz")
-                    worker.ask("load", name=task.name, path=str(directory / f"{i}.npz"))
-                self._workers[name] = worker
-            except PeerError as reason:
-                self._missing[name] = str(reason)
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
+        self._answers: dict[tuple[Row, str, str], dict] = {}
 
-    def prepare(self, row: Row, what: str, task: Task) -> dict:
-        if row.library in self._missing:
-            raise PeerError(self._missing[row.library])
-        return self._workers[row.library].ask("prepare", name=task.name, task=what, how=row.how)
+    def _ask(self, do: str, row: Row, what: str, task: Loadable) -> Any:
+        return self._workers.ask(row.library, do, name=task.name, task=what, how=row.how)
 
-    def _seconds(self, row: Row, what: str, task: Task) -> float:
-        return self._workers[row.library].ask("measure", name=task.name, task=what, how=row.how)
+    def prepare(self, row: Row, what: str, task: Loadable) -> dict:
+        """The answer of a program, which is built once."""
+        key = row, what, task.name
+        if key not in self._answers:
+            self._answers[key] = self._ask("prepare", row, what, task)
+        return self._answers[key]
 
-    def alone(self, row: Row, what: str, task: Task) -> float:
+    def _seconds(self, row: Row, what: str, task: Loadable) -> float:
+        return self._ask("measure", row, what, task)
+
+    def alone(self, row: Row, what: str, task: Loadable) -> float:
         """Median seconds of a prepared row."""
         measured = lambda: self._seconds(row, what, task)
         return statistics.median(measured() for _ in range(repeats(measured())))
 
-    def compare(self, row: Row, base: Row, what: str, task: Task) -> Compared:
+    def compare(self, row: Row, base: Row, what: str, task: Loadable) -> Compared:
         """Seconds of a prepared row against another."""
         first = lambda: self._seconds(row, what, task)
         second = lambda: self._seconds(base, what, task)
@@ -235,7 +229,8 @@ def print_tuned(libraries: Libraries, all_tasks: list[Task]) -> None:
 def print_implicit() -> None:
     all_tasks = tasks()
     with contextlib.ExitStack() as stack:
-        libraries = Libraries(stack, all_tasks)
+        scripts = {OURS: ("implicit_gradhpo.py", ()), **PEERS}
+        libraries = Libraries(Workers(stack, scripts, all_tasks, **SETTINGS))
         print_derived(libraries, all_tasks)
         print_solved(libraries, all_tasks)
         print_tuned(libraries, all_tasks)

@@ -1,24 +1,22 @@
 """Penalties of the Lasso by hold-out error, beside sparho: hypergradients, and whole searches."""
 
 import contextlib
-import statistics
-import tempfile
-import time
-from collections.abc import Callable
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from sklearn.linear_model import Lasso, lasso_path
+from sklearn.linear_model import Lasso
 
 from benchmarks.peers import penalised
-from benchmarks.peers.environment import PeerError, Worker
-from benchmarks.peers.implicit import error, repeats
+from benchmarks.peers.environment import PeerError, Workers
+from benchmarks.peers.implicit import Libraries, Row, error
 from benchmarks.peers.penalised import Data
-from benchmarks.timed import Compared, by_turns
+from benchmarks.rows import Kept, measured, taken
 
 
-STEPS, GRID = 50, 100
+STEPS = 50
 # One thread for each: the wheels of both come with thread pools of their own.
 SETTINGS = {
     "JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu",
@@ -26,32 +24,39 @@ SETTINGS = {
     "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
 }  # fmt: skip
 OURS, PEER = "gradhpo", "sparho"
-WORKERS = {
+SCRIPTS: dict[str, tuple[str, Sequence[str]]] = {
     OURS: ("lasso_gradhpo.py", []),
     PEER: (
         "lasso_sparho.py",
         ["sparho==0.2.0", "celer==0.7.4", "scikit-learn==1.9.1", "scipy==1.17.1", "numpy==2.4.6"],
     ),
 }
+# The first of each is what the others are compared with.
 ROWS = {
     "derive": [
-        (OURS, "Support", "gradhpo, Support"),
-        (PEER, "closely", "sparho, CG to 1e-14"),
-        (PEER, "default", "sparho, default (CG, 1e-8)"),
+        Row(OURS, "Support", "gradhpo, Support"),
+        Row(OURS, "GMRES", "gradhpo, GMRES (default)"),
+        Row(PEER, "closely", "sparho, CG to 1e-14"),
+        Row(PEER, "default", "sparho, default (CG, 1e-8)"),
     ],
     "solve": [
-        (OURS, "Support", "gradhpo, Support, scikit-learn"),
-        (PEER, "sklearn", "sparho, scikit-learn"),
-        (PEER, "celer", "sparho, celer"),
+        Row(OURS, "Support", "gradhpo, Support, scikit-learn"),
+        Row(OURS, "GMRES", "gradhpo, GMRES, scikit-learn"),
+        Row(PEER, "sklearn", "sparho, scikit-learn"),
+        Row(PEER, "celer", "sparho, celer"),
     ],
     "search": [
-        (OURS, "descent", "gradhpo, gradient descent"),
-        (PEER, "descent", "sparho, gradient descent"),
-        (OURS, "Support", "gradhpo, Adam, Support"),
-        (PEER, "sklearn", "sparho, HOAG, scikit-learn"),
-        (PEER, "celer", "sparho, HOAG, celer"),
+        Row(OURS, "descent", "gradhpo, gradient descent, Support"),
+        Row(PEER, "descent", "sparho, gradient descent"),
+        Row(OURS, "Support", "gradhpo, Adam, Support"),
+        Row(OURS, "GMRES", "gradhpo, Adam, GMRES (default)"),
+        Row(PEER, "sklearn", "sparho, HOAG, scikit-learn"),
+        Row(PEER, "celer", "sparho, HOAG, celer"),
+        Row(OURS, "grid", "scikit-learn, a grid of penalties"),
     ],
 }
+# sparho has celer for one penalty alone, and so has a grid its penalties.
+FOR_ONE = {"celer", "grid"}
 HEADS = {
     "derive": "The hypergradient at the solution, which is given",
     "solve": "From weights of 0 to the solution (duality gap 1e-14) and its hypergradient",
@@ -131,100 +136,86 @@ def tasks() -> list[Task]:
     return made
 
 
-class Both:
-    """The workers of both libraries, or the reason why there is none."""
-
-    def __init__(self, stack: contextlib.ExitStack, all_tasks: list[Task]) -> None:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        self.workers: dict[str, Worker] = {}
-        self.missing = ""
-        for library, (script, requirements) in WORKERS.items():
-            try:
-                worker = stack.enter_context(Worker(script, requirements, **SETTINGS))
-                for i, task in enumerate(all_tasks):
-                    task.save(directory / f"{i}.npz")
-                    worker.ask("load", name=task.name, path=str(directory / f"{i}.npz"))
-                self.workers[library] = worker
-            except PeerError as reason:
-                self.missing = str(reason)
-
-    def ask(self, do: str, row: tuple[str, str, str], what: str, task: Task) -> Any:
-        if row[0] not in self.workers:
-            raise PeerError(self.missing)
-        return self.workers[row[0]].ask(do, name=task.name, task=what, how=row[1])
-
-    def compare(self, row: tuple, base: tuple, what: str, task: Task) -> Compared:
-        first = lambda: self.ask("measure", row, what, task)
-        second = lambda: self.ask("measure", base, what, task)
-        return by_turns(first, second, repeats(first() + second()))
+def rows_of(what: str, many: bool) -> list[Row]:
+    return [row for row in ROWS[what] if not (many and row.how in FOR_ONE)]
 
 
-def rows_of(what: str, task: Task) -> list[tuple[str, str, str]]:
-    """Without celer for many penalties: sparho's adapter has it for one alone."""
-    return [row for row in ROWS[what] if row[1] != "celer" or not task.h.ndim]
+def settings_of(chosen: Iterable[Task], quick: bool) -> list[dict[str, str]]:
+    """Of every row; a quick form leaves GMRES out, which compiles for long."""
+    return [
+        {"what": what, "task": task.name, "library": row.library, "how": row.how}
+        for what in ROWS
+        for task in chosen
+        for row in rows_of(what, task.h.ndim > 0)
+        if not (quick and row.how == "GMRES")
+    ]
 
 
-def print_rows(both: Both, what: str, task: Task, figures: Callable[[dict], str]) -> None:
-    """A line for each row; times in units of those of our first one."""
-    p = task.data.x.shape[1]
-    print(f"  {task.name}; {p} weights, {np.count_nonzero(task.w)} of them not 0 at the start")
-    rows = rows_of(what, task)
-    for row in rows:
-        try:
-            answer = both.ask("prepare", row, what, task)
-            if row is rows[0]:
-                once = both.ask("measure", row, what, task)
-                times = [both.ask("measure", row, what, task) for _ in range(repeats(once))]
-                seconds, ratio = statistics.median(times), ""
-            else:
-                found = both.compare(row, rows[0], what, task)
-                seconds = found.first
-                ratio = f"{found.ratio:8.2f} ({found.low:.2f} to {found.high:.2f})"
-        except PeerError as reason:
-            print(f"    {row[2]:34} {reason}"[:100], flush=True)
-            continue
-        line = f"    {row[2]:34}{figures(answer)}{1e3 * seconds:10.2f} {ratio}"
-        print(line.rstrip(), flush=True)
+def measure(libraries: Libraries, task: Task, setting: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures of the answer, and seconds by turns with the first row; or why there are none."""
+    what = setting["what"]
+    base = ROWS[what][0]
+    row = next(x for x in ROWS[what] if x[:2] == (setting["library"], setting["how"]))
+    try:
+        answer, expected = (libraries.prepare(x, what, task) for x in (row, base))
+        if row == base:
+            times: dict[str, Any] = {"seconds": libraries.alone(row, what, task)}
+        else:
+            found = libraries.compare(row, base, what, task)
+            times = {"seconds": found.first, "of_first": found.second}
+            times |= {"ratio": found.ratio, "quartiles": [found.low, found.high]}
+    except PeerError as reason:
+        return {"failed": str(reason)}
+    if what != "search":
+        return {"error": error(answer["hypergradient"], task.hypergradient), **times}
+    off = np.abs(np.subtract(answer["h"], expected["h"])).max() if answer["descent"] else None
+    return {"loss": answer["loss"], "steps": answer["steps"], "off": off, **times}
 
 
-def print_grid(task: Task) -> None:
-    """One penalty from a grid, by a path of warm starts."""
-    x, y, u, v = task.data
-    started = time.process_time()
-    _, weights, _ = lasso_path(x, y, alphas=GRID, eps=1e-3)
-    losses = np.mean((u @ weights - v[:, None]) ** 2, axis=0)
-    seconds = time.process_time() - started
-    label = f"{GRID} penalties of a grid, lasso_path"
-    print(f"    {label:34}{losses.min():10.5f}{GRID:7}{'':9}{1e3 * seconds:10.2f}")
+def line(row: Mapping[str, Any]) -> str:
+    label = next(x.label for x in ROWS[row["what"]] if x[:2] == (row["library"], row["how"]))
+    if "failed" in row:
+        return f"    {label:34} {row['failed']}"[:100]
+    if row["what"] == "search":
+        off = "" if row["off"] is None else f"{row['off']:.0e}"
+        figures = f"{row['loss']:10.5f}{row['steps']:7}{off:>9}"
+    else:
+        figures = f"{row['error']:8.0e}"
+    ratio = ""
+    if "ratio" in row:
+        low, high = row["quartiles"]
+        ratio = f"{row['ratio']:8.2f} ({low:.2f} to {high:.2f})"
+    return f"    {label:34}{figures}{1e3 * row['seconds']:10.2f} {ratio}".rstrip()
 
 
-def print_lasso() -> None:
-    all_tasks = tasks()
+def print_rows(chosen: Iterable[Task], rows: Sequence[Mapping[str, Any]], what: str) -> None:
+    for task in chosen:
+        weights, support = task.w.size, np.count_nonzero(task.w)
+        print(f"  {task.name}; {weights} weights, {support} of them not 0 at the start")
+        for row in rows:
+            if (row["what"], row["task"]) == (what, task.name):
+                print(line(row))
+
+
+def print_lasso(quick: bool = False, file: Path | Kept | None = None) -> None:
+    chosen = tasks()[:1] if quick else tasks()
+    of = {task.name: task for task in chosen}
     with contextlib.ExitStack() as stack:
-        both = Both(stack, all_tasks)
-        print("\nThe Lasso |y - Xw|^2 / 2n + sum_j e^h_j |w_j|, hold-out mean squared error, by h;")
-        print("float64, one thread; error: of the hypergradient, against a closed form with NumPy;")
-        print("ms of CPU time, because the machine is shared; last column: ms / the first row's,")
-        print("quartiles in brackets")
-        for what in ("derive", "solve"):
-            print(f"\n{HEADS[what]}\n    {'':34}   error        ms")
-            for task in all_tasks:
-
-                def figures(answer: dict, exactly: np.ndarray = task.hypergradient) -> str:
-                    return f"{error(answer['hypergradient'], exactly):8.0e}"
-
-                print_rows(both, what, task, figures)
-        print(f"\n{HEADS['search']}: lowest hold-out error, steps taken, and how far the penalties")
-        print("of the last step of gradient descent are from our own (largest difference of logs)")
-        print(f"    {'':34}{'loss':>10}{'steps':>7}{'off':>9}{'ms':>10}")
-        for task in all_tasks:
-            ours = np.asarray(both.ask("prepare", ROWS["search"][0], "search", task)["h"])
-
-            def figures(answer: dict, ours: np.ndarray = ours) -> str:
-                off = np.abs(np.asarray(answer["h"]) - ours).max()
-                off = f"{off:9.0e}" if answer.get("descent") else f"{'':9}"
-                return f"{answer['loss']:10.5f}{answer['steps']:7}{off}"
-
-            print_rows(both, "search", task, figures)
-            if not task.h.ndim:
-                print_grid(task)
+        started = lambda: Libraries(Workers(stack, SCRIPTS, chosen, **SETTINGS))
+        libraries = functools.cache(started)  # once a row is missing
+        of_setting = lambda setting: measure(libraries(), of[setting["task"]], setting)
+        rows = measured(settings_of(chosen, quick), of_setting, file)
+    print("\nThe Lasso |y - Xw|^2 / 2n + sum_j e^h_j |w_j|, hold-out mean squared error, by h;")
+    print("float64, one thread; error: of the hypergradient, against a closed form with NumPy;")
+    print("ms of CPU time, because the machine is shared; last column: ms / the first row's, by")
+    print("turns in two processes or in one, quartiles in brackets")
+    for what in ("derive", "solve"):
+        print(f"\n{HEADS[what]}\n    {'':34}   error        ms")
+        print_rows(chosen, rows, what)
+    print(f"\n{HEADS['search']}: lowest hold-out error, steps taken, and how far the penalties")
+    print("of the last step of gradient descent are from our own (largest difference of logs).")
+    print("Descent has a fixed rate and fits to 1e-10, Adam a falling rate and fits to 1e-6; HOAG")
+    print("fits to 1e-5 and stops at a hypergradient below 1e-6, the grid fits to 1e-4 (defaults)")
+    print(f"    {'':34}{'loss':>10}{'steps':>7}{'off':>9}{'ms':>10}")
+    print_rows(chosen, rows, "search")
+    print(f"\n{taken(rows)}")

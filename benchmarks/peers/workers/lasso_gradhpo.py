@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from lasso_programs import OUTER_RATE, Split, serve_searches
-from sklearn.linear_model import Lasso
+from sklearn.linear_model import Lasso, lasso_path
 
 import gradhpo
 
 
 CLOSE, USUAL = 1e-14, 1e-6  # tolerances of scikit-learn
+GRID = 100
 Batch = tuple[jax.Array, jax.Array, jax.Array]  # x, y, and the curvature of their squared error
 
 
@@ -56,22 +57,22 @@ def batches(split: Split) -> tuple[Batch, Batch]:
     return of(split.x, split.y), of(split.u, split.v)
 
 
-def optimizer(split: Split, inner: Callable, outer=None) -> gradhpo.ImplicitOptimizer:
-    """With room for a third more weights in the support than at the start."""
+def optimizer(split: Split, how: str, inner: Callable, outer=None) -> gradhpo.ImplicitOptimizer:
+    """By GMRES, the default, or with room for a third more weights in the support than at first."""
     room = min(split.w.size, int(1.34 * np.count_nonzero(split.w)) + 8)
     return gradhpo.ImplicitOptimizer(
         outer_optimizer=outer,
         inner_solver=inner,
         update_fn=proximal_step,
-        linear_solver=gradhpo.Support(max_active=room),
+        linear_solver=None if how == "GMRES" else gradhpo.Support(max_active=room),
     )
 
 
 LOSSES = gradhpo.LossFunctions(error, error)
 
 
-def once(split: Split, inner: Callable, start: np.ndarray) -> Callable[[], dict]:
-    chosen = optimizer(split, inner)
+def once(split: Split, how: str, inner: Callable, start: np.ndarray) -> Callable[[], dict]:
+    chosen = optimizer(split, how, inner)
     state = chosen.init(jnp.asarray(start), jnp.asarray(split.h))
     train, val = batches(split)
 
@@ -84,22 +85,27 @@ def once(split: Split, inner: Callable, start: np.ndarray) -> Callable[[], dict]
 
 def derive(split: Split, how: str) -> Callable[[], dict]:
     """At the solution, which is given."""
-    return once(split, known, split.w)
+    return once(split, how, known, split.w)
 
 
 def solve(split: Split, how: str) -> Callable[[], dict]:
     """From weights of 0."""
-    return once(split, by_scikit_learn(CLOSE), np.zeros_like(split.w))
+    return once(split, how, by_scikit_learn(CLOSE), np.zeros_like(split.w))
 
 
 def search(split: Split, how: str) -> Callable[[], dict]:
-    """`how`: `descent` at a fixed rate, or Adam; fits start from the weights before."""
+    """`how`: `descent` at a fixed rate, a `grid`, or Adam with the linear solver of that name.
+
+    Fits start from the weights before.
+    """
+    if how == "grid":
+        return grid(split)
     train, val = batches(split)
     if how == "descent":
-        chosen = optimizer(split, by_scikit_learn(1e-10), optax.sgd(OUTER_RATE))
+        chosen = optimizer(split, how, by_scikit_learn(1e-10), optax.sgd(OUTER_RATE))
     else:
         falling = optax.cosine_decay_schedule(0.3, split.steps)
-        chosen = optimizer(split, by_scikit_learn(USUAL), optax.adam(falling, b1=0.5))
+        chosen = optimizer(split, how, by_scikit_learn(USUAL), optax.adam(falling, b1=0.5))
     state = chosen.init(jnp.zeros_like(jnp.asarray(split.w)), jnp.asarray(split.h))
     record = None if split.h.ndim == 0 else lambda state: {"hyperparams": state.hyperparams}
 
@@ -116,6 +122,18 @@ def search(split: Split, how: str) -> Callable[[], dict]:
             "h": tried[split.steps - 1], "best": tried[best], "loss": losses[best],
             "steps": split.steps, "descent": how == "descent",
         }  # fmt: skip
+
+    return program
+
+
+def grid(split: Split) -> Callable[[], dict]:
+    """One penalty of a grid, by scikit-learn's path at its own tolerance."""
+
+    def program() -> dict:
+        penalties, weights, _ = lasso_path(split.x, split.y, alphas=GRID, eps=1e-3)
+        losses = np.mean((split.u @ weights - split.v[:, None]) ** 2, axis=0)
+        best = np.log(penalties[np.argmin(losses)])
+        return {"h": best, "best": best, "loss": losses.min(), "steps": GRID, "descent": False}
 
     return program
 
