@@ -37,7 +37,7 @@ INNER_RULES = """\
 
 
 class Task(NamedTuple):
-    """One model and its penalties; `solved` is the solution by NumPy."""
+    """One model and its penalties; `solved` is the NumPy solution."""
 
     name: str
     kind: str
@@ -47,7 +47,7 @@ class Task(NamedTuple):
 
     @property
     def outer_rate(self) -> float:
-        """The first step moves the penalty that matters most by a factor of e^0.05.
+        """The first step changes the most important penalty by a factor of e^0.05.
 
         With 0.3, penalties vanish within 30 steps (to e^-160) and the system becomes singular.
         """
@@ -64,7 +64,7 @@ class Task(NamedTuple):
 
 
 def tasks() -> list[Task]:
-    """A penalty, or two, for each feature."""
+    """One or two penalties for each feature."""
     cubic, quadratic = penalised.diabetes(3), penalised.diabetes(2)
     chosen = (
         ("ridge", penalised.Ridge(cubic), 0.1, (cubic.x.shape[1],)),
@@ -94,7 +94,7 @@ OURS = "gradhpo"
 
 
 def derived(solver: str) -> list[Row]:
-    """At one tolerance with one solver, and then with the defaults of each library."""
+    """With the same tolerance and solver, and then with the defaults of each library."""
     return [
         Row(OURS, "same", f"gradhpo, {solver}"),
         Row("jaxopt", "same", f"jaxopt root_vjp, {solver}"),
@@ -124,7 +124,7 @@ SOLVED = {
 
 
 class Libraries:
-    """The worker of each library, or the reason why there is none."""
+    """The worker of each library, or why there is none."""
 
     def __init__(self, stack: contextlib.ExitStack, all_tasks: list[Task]) -> None:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -161,14 +161,14 @@ class Libraries:
 
 
 def repeats(once: float) -> int:
-    """For a program that takes `once` seconds; a short one runs four times for each measurement."""
+    """For a program that takes `once` seconds; short ones run four times per measurement."""
     return int(np.clip(BUDGET / (4 * once), 3, 21))
 
 
 def print_rows(
     libraries: Libraries, rows: list[Row], what: str, task: Task, figures: Callable[[dict], str]
 ) -> None:
-    """A line for each row, its time in units of the first; `figures` writes the middle of it."""
+    """A line per row, with its time relative to the first; `figures` writes the middle."""
     print(f"  {task.name}; {task.solved.w.size} weights, {len(task.model.data.x)} examples")
     base = rows[0]
     for row in rows:

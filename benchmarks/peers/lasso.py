@@ -1,4 +1,4 @@
-"""Penalties of the Lasso by hold-out error, beside sparho: hypergradients, and whole searches."""
+"""Lasso penalties by hold-out error, against sparho: hypergradients, and whole searches."""
 
 import contextlib
 import statistics
@@ -19,7 +19,7 @@ from benchmarks.timed import Compared, by_turns
 
 
 STEPS, GRID = 50, 100
-# One thread for each: the wheels of both come with thread pools of their own.
+# One thread each: both ship with separate thread pools.
 SETTINGS = {
     "JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
@@ -60,7 +60,7 @@ HEADS = {
 
 
 class Task(NamedTuple):
-    """A split, and penalties with the solution and the hypergradient at them."""
+    """A split, and penalties with their solution and hypergradient."""
 
     name: str
     data: Data
@@ -76,8 +76,8 @@ class Task(NamedTuple):
 def diabetes() -> Data:
     """With squares and products, but without the square of sex.
 
-    Sex has two values: its square is the same feature again, the Lasso's solution is not unique,
-    and the linear system of its derivative singular (condition 9e14).
+    Sex has two values, so its square is the same feature again: the Lasso's solution would not be
+    unique, and the linear system of its derivative would be singular (condition 9e14).
     """
     data = penalised.diabetes(2)
     keep = np.delete(np.arange(65), 10 + 10)  # 10 features, 10 products with the first, sex's own
@@ -85,9 +85,9 @@ def diabetes() -> Data:
 
 
 def sparse(seed: int = 0) -> Data:
-    """200 examples to fit, 200 to judge, 1,000 features; 20 of them count.
+    """200 examples to fit, 200 to evaluate, 1,000 features, 20 of them relevant.
 
-    Neighbours correlate (0.5 to the power of their distance); the noise has half of the standard
+    Neighbours correlate (0.5 to the power of their distance); the noise has half the standard
     deviation of the signal.
     """
     random = np.random.default_rng(seed)
@@ -107,8 +107,8 @@ def sparse(seed: int = 0) -> Data:
 def exact(data: Data, h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The solution at penalties exp(h), and the hypergradient of the hold-out error by h.
 
-    By the closed form on the support that `penalised` has, with no l2 penalty and for half the
-    error. scikit-learn's solution is where its coordinate descent begins.
+    By the closed form on the support in `penalised`, with no l2 penalty and for half the error. Its
+    coordinate descent starts from scikit-learn's solution.
     """
     x, y = data.x, data.y
     logs = np.broadcast_to(h, x.shape[1])
@@ -121,7 +121,7 @@ def exact(data: Data, h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def tasks() -> list[Task]:
-    """One penalty, and one for each feature, from a tenth of the one at which all weights are 0."""
+    """One penalty, and one per feature, from a tenth of the penalty that makes all weights 0."""
     made = []
     for name, data in (("diabetes", diabetes()), ("sparse", sparse())):
         p = data.x.shape[1]
@@ -132,7 +132,7 @@ def tasks() -> list[Task]:
 
 
 class Both:
-    """The workers of both libraries, or the reason why there is none."""
+    """The workers of both libraries, or why there is none."""
 
     def __init__(self, stack: contextlib.ExitStack, all_tasks: list[Task]) -> None:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -160,12 +160,12 @@ class Both:
 
 
 def rows_of(what: str, task: Task) -> list[tuple[str, str, str]]:
-    """Without celer for many penalties: sparho's adapter has it for one alone."""
+    """Without celer for many penalties: sparho's adapter supports only one."""
     return [row for row in ROWS[what] if row[1] != "celer" or not task.h.ndim]
 
 
 def print_rows(both: Both, what: str, task: Task, figures: Callable[[dict], str]) -> None:
-    """A line for each row; times in units of those of our first one."""
+    """A line per row, with times relative to our first row."""
     p = task.data.x.shape[1]
     print(f"  {task.name}; {p} weights, {np.count_nonzero(task.w)} of them not 0 at the start")
     rows = rows_of(what, task)
@@ -188,7 +188,7 @@ def print_rows(both: Both, what: str, task: Task, figures: Callable[[dict], str]
 
 
 def print_grid(task: Task) -> None:
-    """One penalty from a grid, by a path of warm starts."""
+    """One penalty from a grid, along a path of warm starts."""
     x, y, u, v = task.data
     started = time.process_time()
     _, weights, _ = lasso_path(x, y, alphas=GRID, eps=1e-3)
