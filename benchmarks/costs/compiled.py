@@ -49,8 +49,8 @@ def flops_row(name: str, batch_size: int, depth: int) -> dict[str, Any]:
 
 def print_flops(file: Path | None = None) -> None:
     print(
-        "\nThe compiled step, library / hand-written: flops with bodies of loops counted once,\n"
-        "and in all; bytes read and written, bodies once; temporary memory in KiB"
+        "\nThe compiled step, library / hand-written: flops with loop bodies counted once, and\n"
+        "in total; bytes read and written, with bodies once; temporary memory in KiB"
     )
     print(f"  {'':35} {'flops':>19}  ratio in all  bytes {'memory':>15}  ratio")
     rows = []

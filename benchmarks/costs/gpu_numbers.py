@@ -126,7 +126,7 @@ def counting(rows: jax.Array) -> jax.Array:
 
 
 def print_numbers() -> None:
-    print(f"\nHypergradients of an MLP over {STEPS} steps of Adam, in float64: beside unrolling")
+    print(f"\nHypergradients of an MLP over {STEPS} steps of Adam, in float64, against unrolling")
     for check in checks():
         print(check, flush=True)
 

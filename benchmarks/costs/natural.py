@@ -173,7 +173,7 @@ def print_natural() -> None:
         ("MLP 16-6-10, 100,000 examples with labels that it draws", well_specified()),
     ):
         print(f"\n{title}: one penalty for each pixel, at the optimum")
-        print(f"  {'':26} cosine  length  error  beside the exact implicit hypergradient")
+        print(f"  {'':26} cosine  length  error  against the exact implicit hypergradient")
         for name, found in estimates(at, methods()).items():
             print(f"  {name:26} {found.cosine:6.3f} {found.length:7.3g} {found.error:6.2f}")
     print(f"\nFlops of an outer step / of its {STEPS} inner steps: MLP 64-128-10, batches of 128")

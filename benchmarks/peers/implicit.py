@@ -28,12 +28,12 @@ PEERS = {
     ),
 }  # fmt: skip
 LINEAR_RULES = """\
-  1e-10 of |r| / |b| (jaxopt), of |r / (1 + |b_i|)| and of the step likewise (lineax: Optimistix,
-  and gradhpo with b scaled to length 1); what libraries come with has tolerances of its own"""
+  1e-10 for |r| / |b| (jaxopt), for |r / (1 + |b_i|)| and the step in the same norm (lineax:
+  Optimistix, and gradhpo with b scaled to length 1); default solvers have their own tolerances"""
 INNER_RULES = """\
-  1e-8 of the gradient's length, after a number of steps found beforehand, untimed (gradhpo); of
-  that length (jaxopt); of the last step, with L-BFGS also of the change of the loss (Optimistix,
-  where Newton's inner systems are dense, not counted as products)"""
+  1e-8 for the gradient's length, after a number of steps found beforehand, untimed (gradhpo); for
+  that length (jaxopt); for the last step, with L-BFGS also for the change in loss (Optimistix,
+  whose Newton solves dense systems, not counted as products)"""
 
 
 class Task(NamedTuple):

@@ -185,7 +185,7 @@ def print_pytorch() -> None:
                     print(f"  {row.name:33}{error}"[:100], flush=True)
             if rows[0].ours == "unrolled":
                 print_checkpoints(rows[0].optimizer, ours)
-        print("  * approximates the same thing in another way: not the same number")
+        print("  * another approximation of the same derivative: not the same number")
         try:
             print_growth(find("torch"), ours)
         except PeerError as error:

@@ -14,7 +14,7 @@ import gradhpo
 
 
 CLOSE, USUAL = 1e-14, 1e-6  # tolerances of scikit-learn
-Batch = tuple[jax.Array, jax.Array, jax.Array]  # x, y, and the curvature of their squared error
+Batch = tuple[jax.Array, jax.Array, jax.Array]  # x, y, and the squared error's curvature
 
 
 def error(w: jax.Array, h: jax.Array, batch: Batch) -> jax.Array:
@@ -22,14 +22,14 @@ def error(w: jax.Array, h: jax.Array, batch: Batch) -> jax.Array:
 
 
 def proximal_step(w: jax.Array, h: jax.Array, batch: Batch) -> jax.Array:
-    """Of half the error and the l1 norm, each weight times its penalty."""
+    """For half the error and the l1 norm, each weight times its penalty."""
     x, y, curvature = batch
     moved = w - x.T @ (x @ w - y) / (len(x) * curvature)
     return jnp.sign(moved) * jax.nn.relu(jnp.abs(moved) - jnp.exp(h) / curvature)
 
 
 def fitted(w, x, y, penalty, tolerance: float) -> np.ndarray:
-    """From weights w; features divided by their penalties make it an ordinary Lasso."""
+    """From weights w; dividing features by their penalties makes it an ordinary Lasso."""
     w, x, y, penalty = (np.asarray(a) for a in (w, x, y, penalty))
     lasso = Lasso(
         alpha=1.0 if penalty.ndim else float(penalty),
@@ -46,7 +46,7 @@ def by_scikit_learn(tolerance: float) -> Callable:
 
 
 def known(w: jax.Array, h: jax.Array, batch: Batch) -> jax.Array:
-    """The weights are the solution already."""
+    """The weights are already the solution."""
     return w
 
 
@@ -57,7 +57,7 @@ def batches(split: Split) -> tuple[Batch, Batch]:
 
 
 def optimizer(split: Split, inner: Callable, outer=None) -> gradhpo.ImplicitOptimizer:
-    """With room for a third more weights in the support than at the start."""
+    """With room for a support a third larger than at the start."""
     room = min(split.w.size, int(1.34 * np.count_nonzero(split.w)) + 8)
     return gradhpo.ImplicitOptimizer(
         outer_optimizer=outer,
@@ -83,17 +83,17 @@ def once(split: Split, inner: Callable, start: np.ndarray) -> Callable[[], dict]
 
 
 def derive(split: Split, how: str) -> Callable[[], dict]:
-    """At the solution, which is given."""
+    """At the given solution."""
     return once(split, known, split.w)
 
 
 def solve(split: Split, how: str) -> Callable[[], dict]:
-    """From weights of 0."""
+    """From zero weights."""
     return once(split, by_scikit_learn(CLOSE), np.zeros_like(split.w))
 
 
 def search(split: Split, how: str) -> Callable[[], dict]:
-    """`how`: `descent` at a fixed rate, or Adam; fits start from the weights before."""
+    """`how`: `descent` at a fixed rate, or Adam; fits start from the previous weights."""
     train, val = batches(split)
     if how == "descent":
         chosen = optimizer(split, by_scikit_learn(1e-10), optax.sgd(OUTER_RATE))
@@ -108,7 +108,7 @@ def search(split: Split, how: str) -> Callable[[], dict]:
             chosen, state, LOSSES, train, val, num_steps=split.steps, chunk_size=split.steps,
             progress=False, record=record,
         )  # fmt: skip
-        # What is recorded follows the update; the loss is that of the penalties before it.
+        # Recorded penalties are those after the update; the loss belongs to those before it.
         tried = np.concatenate([np.asarray(split.h)[None], history["hyperparams"]])
         losses = np.asarray(history["val_loss"])
         best = int(np.argmin(losses))
