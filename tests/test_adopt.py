@@ -132,7 +132,7 @@ def test_estimate_theta_refuses_what_it_cannot_see():
 
 
 def test_a_refused_step_of_any_kind_keeps_a_finite_memory(after_two_steps):
-    """Whatever a step changes must be finite: theta and the distilled point."""
+    """Everything that a step changes must be finite: theta and the distilled point."""
     bad = ONLINE.step(after_two_steps, jnp.full(3, jnp.nan), ONES, *LOSSES)
     assert bad.get_metric("rejected") == 1
     leaves = jax.tree.leaves(bad.memory)

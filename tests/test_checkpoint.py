@@ -432,7 +432,7 @@ def test_data_that_ends_can_be_lengthened(tmp_path):
 
 
 def test_an_iterator_beside_one_that_ended_is_found_again(tmp_path):
-    """It had been drawn from for steps without a batch from the other."""
+    """It had been read ahead, for steps that the other had no batch for."""
     val = lambda count: iter([*BATCHES[::-1], *BATCHES][:count])
     with pytest.warns(RuntimeWarning, match="An iterator ended"):
         run(tmp_path, data=Seekable(), val=val(5))

@@ -212,7 +212,7 @@ def test_no_false_alarm_of_nan():
     )
     losses = gradhpo.LossFunctions(masked, val_loss)
     assert check(unrolled(), train_batch=(x, y.at[2].set(jnp.nan)), losses=losses).healthy
-    # First order never goes the way on which Adam's derivative is not finite.
+    # First order never takes Adam's derivative, which is not finite.
     direct = lambda w, h, batch: error(w, batch) + jnp.sum(h["shift"] ** 2)
     losses = gradhpo.LossFunctions(squares, direct)
     hyperparams = {"shift": jnp.array([1.0, 0.0, 1.0, 0.0])}

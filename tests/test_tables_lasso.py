@@ -1,4 +1,4 @@
-"""The table `lasso`: its closed form, and what it saved."""
+"""The table `lasso`: its closed form, and its saved rows."""
 
 import re
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_the_closed_form_is_the_derivative_of_the_holdout_error():
 
 
 def lines_of(part):
-    """Name and numbers of every row in a part of the saved table."""
+    """Name and numbers of every row in one part of the saved table."""
     text = SAVED.read_text().split(part)[1].split("\n\n")[0]
     return re.findall(r"^    (\S.*?) {2,}(.+)$", text, re.MULTILINE)
 
@@ -51,5 +51,5 @@ def test_saved_hypergradients_of_both_agree(part):
         if name.startswith(("gradhpo", "sparho"))
     ]
     assert {name.split(",")[0] for name, _ in found} == {"gradhpo", "sparho"}
-    # The default tolerance of sparho's CG is 1e-8; celer's gap ends at a few 1e-7.
+    # The default tolerance of sparho's CG is 1e-8; celer's gap ends at a few times 1e-7.
     assert all(error <= 1e-6 for _, error in found)
