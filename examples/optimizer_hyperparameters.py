@@ -143,8 +143,8 @@ def tune_bowl(seed: int, outer_steps: int) -> Bowl:
     tried = {
         "no momentum": jnp.full(COORDINATES, -jnp.inf),
         "best common momentum of 99": logit(jnp.full(COORDINATES, common[np.argmin(losses)])),
-        "asymptotic optimum of each": logit(jnp.asarray(asymptotic)),
-        "tuned, one of each": state.hyperparams,
+        "asymptotic optimum for each": logit(jnp.asarray(asymptotic)),
+        "tuned, one per coordinate": state.hyperparams,
     }
     after = lambda steps: {
         name: float(descend(start, logits, of_bowl, steps)) for name, logits in tried.items()

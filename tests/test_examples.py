@@ -274,7 +274,8 @@ print("RESULT" + json.dumps({{
     found = json.loads(python("-c", program).stdout.split("RESULT")[1])
     assert found["flat"] > found["steep"] + 0.3
     assert found["far"] < 0.15
-    assert found["later"]["tuned, one of each"] < found["later"]["best common momentum of 99"]
+    later = found["later"]
+    assert later["tuned, one per coordinate"] < later["best common momentum of 99"]
     assert found["adam"]["tuned, rate, b1 and b2"] < 0.25 < 1 < found["adam"]["defaults"]
 
 

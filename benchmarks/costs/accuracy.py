@@ -212,7 +212,7 @@ def print_accuracy() -> None:
     counts, seeds = (5, 10, 20, 30, 40, 50), 10
     print(
         "\nCosine to the exact hypergradient, median over 10 seeds and 5 to 50 steps from the start"
-        "\n(beside a name its gamma; first order sees no weights and no rates)"
+        "\n(gamma after the name; first order sees no weights or rates)"
     )
     methods = (
         "DrMAD", "greedy .99", "HyperDistill .9", "HyperDistill .99", "one step", "first order",

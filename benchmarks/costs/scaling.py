@@ -79,8 +79,8 @@ def print_steps() -> None:
     """In T; against `jax.grad` through a scan, segments and steps under `jax.checkpoint`."""
     print(
         "\nExact hypergradient against inner steps T (MLP 64-128-10, batches of 32):\n"
-        'checkpoints="sqrt", and jax.grad through a scan by hand, segments of about root T and '
-        "steps under jax.checkpoint"
+        'checkpoints="sqrt", and jax.grad through a hand-written scan, segments of about root T '
+        "and steps under jax.checkpoint"
     )
     lengths = [10, 100, 1_000, 10_000, 100_000]
     by_hand = {10: 2, 100: 10, 1_000: 25, 10_000: 100, 100_000: 250}  # steps of a segment

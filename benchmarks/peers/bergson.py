@@ -151,8 +151,8 @@ def row(setting: Mapping[str, Any], repeats: int) -> dict[str, Any]:
 def print_bergson(quick: bool = False, file: Path | None = None) -> None:
     print(
         f"\nA weight for each of {EXAMPLES:,} examples of digits, through whole trainings, on one "
-        "thread: bergson, gradhpo, and\n`jax.vjp` of a scan by hand whose segments and steps are "
-        "under `jax.checkpoint`. MLP with tanh, three\ntenths of the labels wrong"
+        "thread: bergson, gradhpo, and\n`jax.vjp` of a hand-written scan, segments and steps under "
+        "`jax.checkpoint`. MLP with tanh, three\ntenths of the labels wrong"
     )
     for name, (width, steps, batch) in SIZES.items():
         print(f"  {name}: 64-{width}-{width}-10, {steps} steps with batches of {batch}")
@@ -184,10 +184,9 @@ def print_numbers(rows: list[Row]) -> None:
 
 def print_costs(rows: list[Row]) -> None:
     print(
-        "\nTraining and hypergradient, float32: medians of seconds of the processor (not by the "
-        "clock), in turn, after a\nfirst call that compiles; over the seconds of gradhpo's replay "
-        "(lowest to highest of pairs); MiB of the process\nbefore the first call, and at its peak, "
-        "compilation included"
+        "\nTraining and hypergradient, float32: median CPU seconds (not wall-clock), alternating, "
+        "after a\nfirst call that compiles; relative to gradhpo's replay (lowest to highest of "
+        "pairs); MiB of the process\nbefore the first call, and at its peak, including compilation"
     )
     print(f"    {'':28} {'s':>8} {'ratio':>7} {'':17} {'before':>7} {'peak':>7} {'more':>6}")
     for of in rows:
