@@ -1,4 +1,4 @@
-"""`python -m benchmarks [table ...]`: prints all tables, or those that are named.
+"""`python -m benchmarks [table ...]`: prints all tables, or the named ones.
 
 With `--save` the output of each table is also written to `benchmarks/results/<table>.txt`.
 """
@@ -65,7 +65,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Table(NamedTuple):
-    """What prints a table: whole, in a quick form, when it is saved, and of kept rows alone."""
+    """Functions that print a table: in full, in quick form, to save it, and from saved rows."""
 
     whole: Callable[[], None]
     quick: Callable[[], None] | None = None
@@ -74,19 +74,19 @@ class Table(NamedTuple):
 
 
 def in_rows(name: str, show: Callable[..., None]) -> Table:
-    """A table whose rows are kept in a file beside its text when it is saved, and can go on."""
+    """A table whose rows are saved in a file next to its text, so that it can resume."""
     file = RESULTS / f"{name}.jsonl"
     forms = partial(show, quick=True), partial(show, file=file), partial(show, file=Kept(file))
     return Table(show, *forms)
 
 
 def going_on(name: str, show: Callable[..., None]) -> Table:
-    """One whose rows are kept as well, without a quick form."""
+    """The same, without a quick form."""
     return in_rows(name, show)._replace(quick=None)
 
 
 def short(show: Callable[[], None]) -> Table:
-    """A table that is quick as it is."""
+    """A table that is quick anyway."""
     return Table(show, show)
 
 
@@ -127,7 +127,7 @@ PEERS = {
     "suboptimality": Table(suboptimality.print_suboptimality),
     "budget": Table(budget.print_budget, saving=partial(budget.print_budget, figure=budget.FIGURE)),
 }
-# Those that papers have published, made again.
+# Reproductions of published tables.
 PUBLISHED = {
     "cleaning": in_rows("cleaning", cleaning.print_cleaning),
     "cleaning_why": in_rows("cleaning_why", cleaning_why.print_cleaning_why),
@@ -139,12 +139,12 @@ PUBLISHED = {
 }
 TABLES = COSTS | TRUST | PEERS | PUBLISHED
 GROUPS = {"costs": COSTS, "peers": PEERS, "tables": PUBLISHED}
-# About the device and not about ratios on it: made on request, and saved under the device's name.
+# About the device itself, not ratios on it: run on request, and saved under the device's name.
 OF_A_GPU = {"gpu"}
 
 
 class Tee(io.StringIO):
-    """Keeps what is printed, and prints it."""
+    """Records output while printing it."""
 
     def write(self, text: str) -> int:
         sys.__stdout__.write(text)
@@ -180,7 +180,7 @@ def save(name: str, printed: str) -> None:
 
 
 def names_of(given: argparse.Namespace) -> list[str]:
-    """The tables to print: those that are named, or in a group that is; or all for a CPU."""
+    """The tables to print: named ones and those of named groups, or all for a CPU."""
     every = [name for name in TABLES if name not in OF_A_GPU]
     named = [one for name in given.tables for one in GROUPS.get(name, [name])]
     names = [name for name in (named if given.tables else every) if name not in given.without]
@@ -205,23 +205,23 @@ def main() -> None:
     parser.add_argument("--without", nargs="+", default=[], choices=TABLES, metavar="table")
     parser.add_argument("--save", action="store_true", help=f"write to {RESULTS.name}/ as well")
     parser.add_argument(
-        "--kept", action="store_true", help="tables of the rows that are saved, measuring none"
+        "--kept", action="store_true", help="print tables from saved rows, without measuring"
     )
-    parser.add_argument("--minutes", type=float, default=8.0, help="that `gpu` may take (8)")
-    parser.add_argument("--quick", action="store_true", help="tables in their quick form, if any")
+    parser.add_argument("--minutes", type=float, default=8.0, help="limit of `gpu` (8)")
+    parser.add_argument("--quick", action="store_true", help="quick forms, where there are any")
     given = parser.parse_args()
     if unknown := set(given.tables) - set(TABLES) - set(GROUPS):
         parser.error(f"no table is called {', '.join(unknown)}; there are {', '.join(TABLES)}")
     names = names_of(given)
     if OF_A_GPU & set(names):
-        # Its processes share the GPU with this one, which JAX would give most of the memory.
+        # Its processes share the GPU with this one, to which JAX would give most of the memory.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if given.quick + given.kept + given.save > 1 and not (given.kept and given.save):
-        parser.error("--quick makes no table to save or to keep")
+        parser.error("--quick cannot be combined with --save or --kept")
     if given.save and (wrong := refused(names, jax.default_backend())):
         parser.error(
             f"{', '.join(sorted(OF_A_GPU))} is saved on a GPU, all other tables on a CPU; run "
-            f"{', '.join(wrong)} without --save to print yours"
+            f"{', '.join(wrong)} without --save to print only"
         )
     jax.config.update("jax_compilation_cache_dir", None)  # compiling is measured too
     print(machine())
@@ -243,7 +243,7 @@ def main() -> None:
 
 
 def shown_by(name: str, given: argparse.Namespace) -> Callable[[], None]:
-    """What prints a table with these arguments."""
+    """The function that prints a table with these arguments."""
     table = TABLES[name]
     if name in OF_A_GPU:
         return partial(gpu.print_gpu, given.minutes)

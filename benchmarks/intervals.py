@@ -15,7 +15,7 @@ def half_interval(values: np.ndarray) -> np.ndarray:
 
 
 def with_interval(values: Sequence[float], digits: int = 2, scale: float = 1.0) -> str:
-    """`"mean ± half of the interval"`; of one seed, the value alone."""
+    """`"mean ± half of the interval"`; for a single seed, only its value."""
     array = scale * np.asarray(values, float)
     if len(array) == 1:
         return f"{array[0]:.{digits}f}"

@@ -1,4 +1,4 @@
-"""Processes with a limit on their time, and the time that all of them may take."""
+"""Processes with a time limit each, and a clock for all of them together."""
 
 import os
 import signal
@@ -13,25 +13,25 @@ HOME = Path(__file__).parents[1]
 
 
 class Clock:
-    """Counts `minutes` down, from the time when it is made."""
+    """Counts down `minutes` from its creation."""
 
     def __init__(self, minutes: float):
         self._start, self._seconds = time.monotonic(), 60 * minutes
 
     def left(self, share: float = 1.0) -> float:
-        """Seconds until this share of the time is over."""
+        """Seconds until this share of the time has passed."""
         return self._start + share * self._seconds - time.monotonic()
 
 
 class Ended(NamedTuple):
-    """What a process has printed, and why it failed: empty if it did not."""
+    """The output of a process, and why it failed (empty if it did not)."""
 
     stdout: str
     failure: str
 
 
 def python(*arguments: str, limit: float, **environment: str) -> Ended:
-    """`python *arguments`, stopped after `limit` seconds with all that it has started."""
+    """`python *arguments`, killed after `limit` seconds with all of its child processes."""
     process = subprocess.Popen(
         [sys.executable, *arguments],
         cwd=HOME, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

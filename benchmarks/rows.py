@@ -1,4 +1,4 @@
-"""Rows of a long table, kept as they are measured, so that it can stop and go on."""
+"""Rows of a long table, saved as they are measured, so that it can stop and resume."""
 
 import datetime
 import json
@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 
 class Kept(NamedTuple):
-    """A file of rows, of which none is measured now."""
+    """A file of saved rows; nothing is measured."""
 
     path: Path
 
@@ -25,20 +25,19 @@ def measured(
     measure: Callable[[Mapping[str, Any]], Mapping[str, Any]],
     file: Path | Kept | None = None,
 ) -> list[Row]:
-    """For each of `settings`, all with the same names, a row of these and of what is measured.
+    """For each of `settings`, all with the same names, a row with the setting and its measurements.
 
-    With a file, a line of JSON for each row is written to it as soon as the row is known, and rows
-    that it has are not measured again. A row is known by its settings alone: to measure it anew,
-    after a change of the program, delete its line. With `Kept`, rows that the file lacks are left
-    out, and their number is printed. A row also says how many seconds it took, when it was made,
-    and with which jax.
+    With a file, each row is written to it as a line of JSON once measured, and rows already there
+    are not measured again. Only its settings identify a row: after changing the program, delete its
+    line to measure it again. With `Kept`, rows missing from the file are left out, and counted in a
+    printed line. A row also records its seconds, its date and its version of jax.
     """
     names = list(settings[0]) if settings else []
     if isinstance(file, Kept):
         known = _saved(file.path, names)
         found = [known[key] for x in settings if (key := _key(x, names)) in known]
         if len(found) < len(settings):
-            print(f"\nUNFINISHED: {len(found)} of {len(settings)} rows; --save goes on")
+            print(f"\nUNFINISHED: {len(found)} of {len(settings)} rows; --save continues")
         return found
     known, found = {} if file is None else _saved(file, names), []
     for i, wanted in enumerate(settings):
@@ -54,7 +53,7 @@ def measured(
 
 
 def taken(rows: Sequence[Row]) -> str:
-    """How long the rows took in all, when they were made, and with which jax."""
+    """How long the rows took in total, when they were measured, and with which jax."""
     dates = sorted({row["made"] for row in rows})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     versions = ", ".join(sorted({row["jax"] for row in rows}))
@@ -63,7 +62,7 @@ def taken(rows: Sequence[Row]) -> str:
 
 
 def measured_when(rows: Sequence[Row]) -> str:
-    """On which days rows with a `name` were measured, and which of them on the last."""
+    """The days on which rows with a `name` were measured, and which rows on the last day."""
     days: dict[str, list[str]] = {}
     for row in rows:
         names = days.setdefault(row["made"], [])
@@ -83,13 +82,13 @@ def _measured_now(wanted: Mapping[str, Any], measure: Callable) -> Row:
         "made": datetime.date.today().isoformat(),
         "jax": jax.__version__,
     }
-    return json.loads(json.dumps(row))  # as the file gives it back
+    return json.loads(json.dumps(row))  # as read back from the file
 
 
 def _saved(file: Path, names: Sequence[str]) -> dict[str, Row]:
-    """The rows of the file that have these settings, by them.
+    """The rows of the file with these settings, keyed by them.
 
-    A last line without an end is what a program was writing when it was killed: it is removed.
+    An incomplete last line, left by a program killed while writing, is removed.
     """
     text = file.read_text() if file.exists() else ""
     whole = text[: text.rfind("\n") + 1]

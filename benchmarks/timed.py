@@ -1,4 +1,4 @@
-"""Ratios of times: two programs by turns, medians within pairs."""
+"""Ratios of times: two alternating programs, medians within pairs."""
 
 import statistics
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from benchmarks.peers.workers.worker import seconds
 
 
 class Compared(NamedTuple):
-    """The median of each, and median and quartiles of the ratios within a pair."""
+    """The median of each, and the median and quartiles of ratios within pairs."""
 
     first: float
     second: float
@@ -18,7 +18,7 @@ class Compared(NamedTuple):
 
 
 def by_turns(first: Callable[[], float], second: Callable[[], float], repeats: int) -> Compared:
-    """Calls two functions by turns, in changing order, and compares the seconds they return."""
+    """Alternates two functions, in changing order, and compares the seconds they return."""
     first(), second()
     pairs = []
     for i in range(repeats):
@@ -33,5 +33,5 @@ def by_turns(first: Callable[[], float], second: Callable[[], float], repeats: i
 
 
 def alternating(first: Callable, second: Callable, repeats: int) -> Compared:
-    """Times two functions by turns."""
+    """Times two functions alternately."""
     return by_turns(lambda: seconds(first), lambda: seconds(second), repeats)

@@ -1,15 +1,15 @@
-"""Compressed sensing: the penalty of basis pursuit denoising, by three ways around its kink.
+"""Compressed sensing: tuning the penalty of basis pursuit denoising, three ways around its kink.
 
 A signal of 200 numbers, 10 of them not 0, is measured 80 times with noise. The estimate is the x
-with the smallest |Ax - y|^2 / (2 * 80) + lambda |x|_1, and 40 more measurements, held out, choose
-lambda. That optimum has kinks, but can still be differentiated implicitly:
+that minimises |Ax - y|^2 / (2 * 80) + lambda |x|_1, and 40 held-out measurements choose lambda. The
+objective has kinks, but its optimum can be differentiated implicitly:
 
 - it is the fixed point of a proximal gradient step (ISTA), passed as `update_fn`,
 - and of a Split Bregman sweep over (x, d, b), whose matrix is factorised once: another `update_fn`;
 - or the kink is smoothed, |x| = sqrt(x^2 + eps^2), which gives an ordinary training loss.
 
-The second table lets eps go to 0 at a fixed lambda: the hypergradient approaches the one of the
-proximal step, while the inner problem becomes harder and x has not a single zero.
+The second table lets eps go to 0 at a fixed lambda: the hypergradient approaches that of the
+proximal step, while the inner problem gets harder and x has no exact zero.
 
     python examples/compressed_sensing.py            # 5 signals, about 40 seconds on 2 cores
     python examples/compressed_sensing.py --help
@@ -37,7 +37,7 @@ jax.config.update("jax_enable_x64", True)  # optima to 1e-10, too fine for float
 LENGTH, SPIKES = 200, 10
 MEASURED, HELD_OUT = 80, 40
 NOISE = 0.3
-START = 0.05  # lambda; with much more the signal is 0, and so is the hypergradient
+START = 0.05  # lambda; if much larger, the signal is 0, and so is the hypergradient
 SMALLEST, LARGEST = 1e-3, 0.2  # lambdas of the grid
 FIXED = 0.02  # lambda of the second table
 WIDTH = 1e-3  # eps in the first table
@@ -116,7 +116,7 @@ def val_loss(params: PyTree, hyperparams: dict[str, Array], batch: Measurements)
 
 
 def objective(params: PyTree, hyperparams: dict[str, Array], batch: Measurements) -> Array:
-    """What a fixed point minimises. It is only reported; the updates below do the work."""
+    """The objective that a fixed point minimises. Only reported; the updates below do the work."""
     x = signal_of(params)
     return half_squares(x, batch) + jnp.exp(hyperparams["log_penalty"]) * jnp.sum(jnp.abs(x))
 
@@ -202,7 +202,7 @@ def result(data: Data, tried: list[Trial], key: Callable, seconds: float) -> Res
 
 
 def tune(method: Method, data: Data, steps: int) -> Result:
-    """One fit per outer step; like the grid, it keeps the one that validates best."""
+    """One fit per outer step; like the grid, it keeps the fit with the lowest validation loss."""
     optimizer, loss, params, hyperparams = method
     started, tried = time.perf_counter(), []
     state = optimizer.init(params, jax.tree.map(jnp.asarray, hyperparams))
@@ -228,7 +228,7 @@ def fitted_to_grid(penalties: Array, batch: Measurements) -> Array:
 
 
 def search(data: Data, count: int) -> tuple[Result, Result]:
-    """From a grid of lambdas, the one that validates best, and the one with the smallest error."""
+    """The grid's lambda with the lowest validation loss, and the one with the smallest error."""
     started = time.perf_counter()
     penalties = np.geomspace(LARGEST, SMALLEST, count)
     signals = np.asarray(fitted_to_grid(jnp.asarray(penalties), data.train))
@@ -248,7 +248,7 @@ def experiment(data: Data, steps: int, count: int) -> dict[str, Result]:
     return rows | {name: tune(method, data, steps) for name, method in METHODS.items()}
 
 
-# The second table. LU here: it uses the whole matrix, and leaves no doubt about the reference.
+# The second table. LU uses the whole matrix and leaves no doubt about the reference.
 REFERENCE = gradhpo.ImplicitOptimizer(None, None, lx.LU(), 5_000, update_fn=proximal_step)
 SMOOTH = gradhpo.ImplicitOptimizer(
     descent, None, lx.CG(rtol=1e-10, atol=1e-10, max_steps=2_000), inner_steps=250
@@ -320,7 +320,7 @@ def second_table(runs: list[dict[float, Smoothing]]) -> str:
 
 
 def picture(rows: dict[str, Result], data: Data, path: Path) -> None:
-    """A signal and its reconstruction; validation loss over lambda, and what the methods tried."""
+    """A signal and its reconstruction; validation loss over lambda, and the lambdas tried."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -379,10 +379,10 @@ def main(
     runs = [experiment(data, options.steps, options.grid) for data in datas]
     sharpened = [sharpen(data, widths) for data in datas]
     print(
-        f"\nmean ± standard deviation over {options.seeds} signal(s); seconds: the median, "
-        f"compilation aside\n\n{table(runs)}\n\n"
-        f"smoothed, lambda = {FIXED}: how far the hypergradient is from that of the proximal step; "
-        f"inner\nsteps to a gradient below 1e-9, condition number of the inner problem: the median"
+        f"\nmean ± standard deviation over {options.seeds} signal(s); seconds: median, "
+        f"without compilation\n\n{table(runs)}\n\n"
+        f"smoothed, lambda = {FIXED}: relative difference to the proximal step's hypergradient; "
+        f"medians of the\ninner steps to a gradient below 1e-9 and of the inner condition number"
         f"\n\n{second_table(sharpened)}"
     )
     picture(runs[0], datas[0], options.output)

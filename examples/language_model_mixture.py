@@ -1,10 +1,10 @@
-"""The mixture of texts for a small language model, tuned by gradient while it trains.
+"""The data mixture of a small language model, tuned by hypergradients while it trains.
 
-The target is scikit-learn's docstrings, of which only some pages may be trained on. Four other
-texts are plentiful: SciPy's docstrings, the source of Python's standard library, licences, and
-tables of numbers. All of it comes with Python and with packages that this example installs. A GPT
-of four layers reads it, with dropout, clipping, and AdamW with warm-up, cosine decay and no weight
-decay of vectors.
+The target is scikit-learn's docstrings, with only some pages to train on. Four other texts are
+plentiful: SciPy's docstrings, the source of Python's standard library, licences, and tables of
+numbers. All of it comes with Python and with packages that this example installs. The model is a
+GPT of four layers, trained with dropout, clipping, and AdamW with warm-up, cosine decay and no
+weight decay on vectors.
 
 The hyperparameters are the share of each text in the training loss, a label smoothing for each
 text, the weight decay, and a scale of the learning rate. They follow the hypergradient of the loss
@@ -41,8 +41,8 @@ import gradhpo
 
 DOMAINS = "target", "SciPy", "source", "licences", "tables"
 TARGET = 0
-TARGET_SIZE, SIZE = 60_000, 300_000  # characters of the target, and of each other text, at most
-LENGTH, ROWS = 64, 20  # tokens that a window predicts, windows per batch
+TARGET_SIZE, SIZE = 60_000, 300_000  # at most, characters of the target and of each other text
+LENGTH, ROWS = 64, 20  # tokens predicted per window, windows per batch
 WORDS = 384
 SYMBOLS = 128 + WORDS  # ASCII, and the most frequent words
 LAYERS, WIDTH, HEADS = 4, 48, 4
@@ -53,7 +53,7 @@ DROPOUT = 0.1
 
 
 def texts(size: int = SIZE) -> list[str]:
-    """The text of each domain; `size` is the size of the others."""
+    """The text of each domain; `size` limits all but the target."""
     library = Path(sysconfig.get_paths()["stdlib"])
     tables = Path(sklearn.__file__).parent / "datasets" / "data"
     parts = (
@@ -68,7 +68,7 @@ def texts(size: int = SIZE) -> list[str]:
 
 
 def docstrings(package: ModuleType) -> Iterator[str]:
-    """File by file, in a random order that is always the same."""
+    """File by file, in a fixed random order."""
     files = sorted(file for path in package.__path__ for file in Path(path).rglob("*.py"))
     for i in np.random.default_rng(0).permutation(len(files)):
         for node in ast.walk(ast.parse(files[i].read_text("utf-8"))):
@@ -77,7 +77,7 @@ def docstrings(package: ModuleType) -> Iterator[str]:
 
 
 def licences() -> Iterator[str]:
-    """Each one once: many packages have the same."""
+    """Without duplicates: many packages share a licence."""
     found = set()
     for package in sorted(distributions(), key=lambda x: str(x.name)):
         for file in package.files or ():
@@ -90,7 +90,7 @@ def licences() -> Iterator[str]:
 
 
 def joined(parts: Iterable[str], size: int) -> str:
-    """As many parts as give `size` characters, or all; ASCII."""
+    """Enough parts for `size` characters, or all of them; ASCII."""
     text = ""
     for part in parts:
         text += part.encode("ascii", "ignore").decode() + "\n\n"
@@ -103,7 +103,7 @@ WORD = re.compile(r" ?[A-Za-z]{2,}|.", re.DOTALL)
 
 
 def tokenized(found: list[str]) -> list[np.ndarray]:
-    """Frequent words are one token, other words are spelled: nothing is lost."""
+    """Frequent words are one token, others are spelled out: nothing is lost."""
     split = [WORD.findall(text) for text in found]
     count = Counter(word for words in split for word in words if len(word) > 1)
     frequent = [word for word, _ in count.most_common(WORDS)]
@@ -116,7 +116,7 @@ def tokenized(found: list[str]) -> list[np.ndarray]:
 
 
 class Data(eqx.Module):
-    """The training text of each domain, one after another, and pages of the target apart."""
+    """The training texts of all domains, concatenated, and held-out pages of the target."""
 
     text: Int[Array, " tokens"]
     starts: Int[Array, " domains"]
@@ -157,7 +157,7 @@ class Batch(NamedTuple):
 
 
 class Windows(eqx.Module):
-    """Windows at random positions of the training texts; `domain` says from which texts."""
+    """Windows at random positions in the training texts; `domain` says which texts."""
 
     data: Data
     domain: Int[Array, " rows"]
@@ -173,7 +173,7 @@ class Windows(eqx.Module):
 
 
 def rows_of(shares: ArrayLike) -> np.ndarray:
-    """The domain of each row of a batch: `ROWS` rows, in these shares as nearly as they go."""
+    """The domain of each of the `ROWS` rows of a batch, as close to these shares as possible."""
     wanted = ROWS * np.asarray(shares)
     rows = np.floor(wanted).astype(int)
     rows[np.argsort(rows - wanted)[: ROWS - rows.sum()]] += 1
@@ -184,7 +184,7 @@ def rows_of(shares: ArrayLike) -> np.ndarray:
 
 
 class Tuned(eqx.Module):
-    """The hyperparameters, each before the function that bounds it."""
+    """The hyperparameters, unconstrained: functions below bound each one."""
 
     shares: Float[Array, " domains"]
     smoothing: Float[Array, " domains"]
@@ -193,7 +193,7 @@ class Tuned(eqx.Module):
 
     @classmethod
     def start(cls) -> "Tuned":
-        """Equal shares, smoothing of 0.01, decay of 0.01, the learning rate as it is."""
+        """Equal shares, smoothing 0.01, decay 0.01, the learning rate unscaled."""
         size = len(DOMAINS)
         smoothing = jnp.full(size, jnp.log(0.02 / 0.98))
         return cls(jnp.zeros(size), smoothing, jnp.log(0.01), jnp.array(0.0))
@@ -234,7 +234,7 @@ class Layer(eqx.Module):
 
 
 class GPT(eqx.Module):
-    """A decoder, whose layers are stacked and scanned, and the hyperparameters."""
+    """A decoder with stacked, scanned layers, and the hyperparameters."""
 
     symbols: Float[Array, "symbols width"]
     places: Float[Array, "length width"]
@@ -264,7 +264,7 @@ class GPT(eqx.Module):
 
 
 def halved(model: GPT) -> GPT:
-    """The same weights in bfloat16, as they are used in the forward pass."""
+    """The same weights in bfloat16, as used in the forward pass."""
     half = lambda x: x.astype(jnp.bfloat16) if eqx.is_inexact_array(x) else x
     return eqx.tree_at(lambda m: m.tuned, jax.tree.map(half, model), model.tuned)
 
@@ -275,7 +275,7 @@ def losses(bfloat16: bool) -> gradhpo.LossFunctions:
 
     @gradhpo.model_loss
     def train_loss(model: GPT, batch: Batch) -> Array:
-        """With smoothed labels; the rows of a domain count in proportion to its share."""
+        """With smoothed labels; rows are weighted in proportion to their domain's share."""
         keys = jax.random.split(batch.key, ROWS)
         logits = jax.vmap(cast(model))(batch.windows[:, :-1], keys).astype(jnp.float32)
         smoothing = smoothing_of(model.tuned)[batch.domain][:, None, None]
@@ -286,7 +286,7 @@ def losses(bfloat16: bool) -> gradhpo.LossFunctions:
 
     @gradhpo.model_loss
     def val_loss(model: GPT, windows: Array) -> Array:
-        """Without dropout and smoothing."""
+        """Without dropout or smoothing."""
         cast_model = cast(model)
         logits = jax.vmap(lambda read: cast_model(read, None))(windows[:, :-1])
         logits = logits.astype(jnp.float32)
@@ -299,7 +299,7 @@ def losses(bfloat16: bool) -> gradhpo.LossFunctions:
 
 
 def adamw(steps: int) -> Callable[[GPT], optax.GradientTransformation]:
-    """AdamW with clipping, warm-up and cosine decay; vectors have no weight decay."""
+    """AdamW with clipping, warm-up and cosine decay; no weight decay on vectors."""
 
     def matrices(params: GPT) -> GPT:
         found = jax.tree.map(lambda x: x.ndim > 1, params)
@@ -329,7 +329,7 @@ class Result(NamedTuple):
 
 
 class Trainer(NamedTuple):
-    """What all trainings have in common; created once, so that each program compiles once."""
+    """The parts shared by all trainings; created once, so that each program compiles once."""
 
     losses: gradhpo.LossFunctions
     fixed: gradhpo.FixedOptimizer
@@ -340,7 +340,7 @@ class Trainer(NamedTuple):
     def of(cls, steps: int, bfloat16: bool) -> "Trainer":
         inner, outer = adamw(steps), optax.adam(0.05)
         tuning = gradhpo.T1T2Optimizer(inner, outer, inner_steps=5)
-        if bfloat16:  # where the perturbations of T1-T2 are lost in rounding
+        if bfloat16:  # rounding would swallow the perturbations of T1-T2
             tuning = gradhpo.GreedyOptimizer(inner, outer, unroll_steps=5, gamma=0.0)
         return cls(losses(bfloat16), gradhpo.FixedOptimizer(inner, inner_steps=5), tuning, steps)
 
@@ -353,7 +353,7 @@ class Trainer(NamedTuple):
         label: str,
         start: Tuned | None = None,
     ) -> Result:
-        """A new network, on batches with these shares of rows."""
+        """Trains a new network on batches with these shares of rows."""
         of_model, *of_data = jax.random.split(jax.random.key(seed), 3)
         model = GPT(of_model)
         model = eqx.tree_at(lambda m: m.tuned, model, start or model.tuned)
@@ -391,7 +391,7 @@ def evaluated(loss, params, hyperparams, windows: Array) -> Array:
 
 UNIFORM = np.full(len(DOMAINS), 1 / len(DOMAINS))
 ALONE = np.eye(len(DOMAINS))[TARGET]
-# What one would try: the target and its relative, and more of the target in two steps.
+# Plausible guesses: the target and its relative, and more of the target in two steps.
 GRID = (0.5, 0.5, 0, 0, 0), (0.4, 0.3, 0.1, 0.1, 0.1), (0.6, 0.1, 0.1, 0.1, 0.1)
 BEST = f"best of a grid of {len(GRID)}"
 TUNED = "tuned while training"
@@ -402,7 +402,7 @@ AGAIN = "trained again: all as tuned"
 def all_rows(
     trainer: Trainer, tokens: list[np.ndarray], seed: int, quick: bool
 ) -> dict[str, Result]:
-    """Every row of the table for one seed, or the two that matter most."""
+    """Every row of the table for one seed, or only the two main ones."""
     data = load_data(tokens, seed)
 
     def fixed(name: str, shares: ArrayLike, data: Data = data, start: Tuned | None = None):
@@ -418,7 +418,7 @@ def all_rows(
     found = trainer.train(trainer.tuning, data, UNIFORM, seed, f"seed {seed}, {TUNED}")
     rows[TUNED] = found
     if not quick:
-        # Shares of the rows take the place of weights in the loss.
+        # Shares of rows replace weights in the loss.
         start = eqx.tree_at(lambda x: x.shares, found.tuned, jnp.zeros(len(DOMAINS)))
         for name, shares in {OTHERS: UNIFORM, AGAIN: found.shares[-1]}.items():
             again = fixed(name, shares, start=start)
@@ -445,7 +445,7 @@ def table(runs: list[dict[str, Result]]) -> str:
 
 
 def learned(runs: list[dict[str, Result]]) -> str:
-    """The hyperparameters at the end, means over the seeds."""
+    """The final hyperparameters, means over the seeds."""
     found = [run[TUNED].tuned for run in runs]
     mean = lambda of: np.mean([np.asarray(of(x)) for x in found], axis=0)
     lines = [
@@ -459,7 +459,7 @@ def learned(runs: list[dict[str, Result]]) -> str:
 
 
 def picture(runs: list[dict[str, Result]], trainer: Trainer, path: Path) -> None:
-    """The shares while training, and each seed's loss beside its loss with uniform shares."""
+    """The shares during training, and each seed's loss relative to uniform shares."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -488,14 +488,14 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Result]]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=5, help="how many seeds (default 5)")
-    parser.add_argument("--steps", type=int, default=160, help="of a training (default 160)")
+    parser.add_argument("--steps", type=int, default=160, help="per training (default 160)")
     parser.add_argument("--bfloat16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--quick", action="store_true", help="1 seed, 10 steps, two rows")
     parser.add_argument("--output", type=Path, default=Path("out/language_model_mixture.png"))
     options = parser.parse_args(arguments)
     if options.quick:
         options.seeds, options.steps = 1, 10
-        # A program that runs for seconds takes longer to optimize than to run.
+        # Optimizing a program that runs for seconds takes longer than running it.
         jax.config.update("jax_disable_most_optimizations", True)
     if options.seeds < 1 or options.steps < 10 or options.steps % 5:
         parser.error("--seeds must be at least 1, --steps a multiple of 5 and at least 10")

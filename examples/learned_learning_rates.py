@@ -2,9 +2,8 @@
 
 Five Gaussian classes in 20 dimensions, 20 % of the training labels wrong. A network trains for 20
 steps from a fixed starting point, 60 times over. The hyperparameters are its learning rates, one
-for every weight and bias (softplus of an unconstrained number), and all start equal. All methods
-have the same budget of inner steps; they are compared by the error of the last episode on clean
-data.
+for every weight and bias (softplus of an unconstrained number), all equal at the start. All methods
+get the same number of inner steps and are compared on clean data after the last episode.
 
     python examples/learned_learning_rates.py            # 3 seeds, about 2 minutes on 2 cores
     python examples/learned_learning_rates.py --help
@@ -76,7 +75,7 @@ def cross_entropy(net: eqx.nn.MLP, raw_rates: PyTree, batch: tuple[Array, Array]
 LOSSES = gradhpo.LossFunctions(cross_entropy, cross_entropy)
 ONLINE, WHOLE = optax.adam(0.01), optax.adam(0.1)  # an outer update per step, or per episode
 
-# Each with the number of its steps in an episode.
+# Each with its number of outer steps per episode.
 OPTIMIZERS = {
     "first order": (gradhpo.FOOptimizer(per_parameter, ONLINE), STEPS),
     "one step": (gradhpo.OneStepOptimizer(per_parameter, ONLINE), STEPS),
@@ -125,7 +124,7 @@ def finished(
 
 
 def experiment(data: Data, episodes: int, seed: int, names: list[str]) -> dict[str, Result | str]:
-    """Every row of the table for one seed; if a row is not possible, the reason."""
+    """Every row of the table for one seed; the reason where a row is impossible."""
     k1, k2 = jax.random.split(jax.random.key(seed))
     net = eqx.nn.MLP(FEATURES, CLASSES, WIDTH, 1, key=k1)
     source = gradhpo.ArrayData(data.train, batch_size=100, key=k2)

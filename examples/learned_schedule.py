@@ -2,8 +2,8 @@
 
 A small network learns scikit-learn's handwritten digits, with wrong labels in the training set.
 Learning rate and momentum each have one number per window of steps, and these numbers follow the
-hypergradient of the validation loss after the last step. Forward mode stores nothing of the path,
-so its memory does not grow with the number of steps.
+hypergradient of the validation loss after the last step. Forward mode does not store the path, so
+its memory does not grow with the number of steps.
 
 The settings follow Micaelli and Storkey (NeurIPS 2021, arXiv:2007.07869): everything starts
 at 0, every outer step trains from the same start, and `gradhpo.sign_descent` moves each number by
@@ -11,14 +11,14 @@ at 0, every outer step trains from the same start, and `gradhpo.sign_descent` mo
 changes.
 
 The learned schedule is compared with the best constant learning rate and the best cosine decay of a
-grid, each with the best of three momenta, and with the best of 100 random schedules of the same
-windows, which cost about as much. Every row is the best of its trainings on the same validation
-set, and all trainings have the same start and the same batches.
+grid, each with the best of three momenta, and with the best of 100 random schedules with the same
+windows, which cost about as much. Every row is its best training on the validation set, and all
+trainings share the start and the batches.
 
 Forward mode reaches lower losses than both grids, at several times their cost; the accuracies are
 too close to distinguish. It does not beat random schedules: 100 trainings are enough to find ten
-good numbers (over seeds 0 to 5 they reach a validation loss of 0.715 and a test loss of 0.738,
-forward mode 0.722 and 0.734).
+good numbers (over seeds 0 to 5 random schedules reach a validation loss of 0.715 and a test loss of
+0.738, forward mode 0.722 and 0.734).
 
     python examples/learned_schedule.py            # 3 seeds, about a minute on 2 cores
     python examples/learned_schedule.py --help
@@ -46,7 +46,7 @@ BATCH_SIZE, WIDTH = 32, 16
 RATES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of the grids
 MOMENTA = (0.0, 0.5, 0.9)
 LARGEST_MOMENTUM = 0.99
-PER_OUTER_STEP = 10  # plain trainings that take about as long as one with ten derivatives
+PER_OUTER_STEP = 10  # plain trainings in about the time of one with ten derivatives
 
 
 class Data(NamedTuple):
@@ -153,7 +153,7 @@ def grid(shape: np.ndarray) -> list[PyTree]:
 
 
 def at_random(count: int, steps: int, windows: int, seed: int) -> list[PyTree]:
-    """Schedules with the same windows, from the range of the grids."""
+    """Random schedules with the same windows, within the range of the grids."""
     random = np.random.default_rng(seed)
     of_steps = lambda x: jnp.asarray(np.repeat(x, steps // windows), jnp.float32)
     rates = np.exp(random.uniform(np.log(RATES[0]), np.log(RATES[-1]), (count, windows)))
@@ -181,8 +181,8 @@ def best_of(
 def within_bounds() -> optax.GradientTransformation:
     """Shortens an outer update so that rates stay at least 0 and momenta in [0, 1).
 
-    The hyperparameters themselves are projected, not clipped where they are used: beyond its bound,
-    a clipped number would have a hypergradient of 0, and never come back.
+    The hyperparameters themselves are projected instead of clipped on use: beyond its bound a
+    clipped number would have a hypergradient of 0 and never come back.
     """
 
     def update(updates, schedule):
@@ -229,7 +229,7 @@ def learned(
     windows: int,
     outer_steps: int,
 ) -> Result:
-    """The training with the best validation loss by forward mode and sign descent from 0.
+    """The training with the best validation loss found by forward mode and sign descent from 0.
 
     The last training is usually the best, but a step of 0.1 can go too far.
     """
@@ -274,7 +274,7 @@ def experiment(
     data = load_data(options.noise, seed)
     k1, k2 = jax.random.split(jax.random.key(seed))
     # A smooth activation. With relu the training gradient jumps at kinks; over thousands of steps
-    # the loss is then a function of the schedule with many small jumps, which no derivative sees.
+    # the loss then has many small jumps as a function of the schedule, and no derivative sees them.
     net = eqx.nn.MLP(64, 10, WIDTH, 1, activation=jnp.tanh, key=k1)
     batches = gradhpo.ArrayData(data.train, BATCH_SIZE, k2)
     time_left = 1 - np.arange(options.steps) / options.steps
@@ -346,7 +346,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Result]]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--noise", type=float, default=0.4, help="wrong labels (default 0.4)")
-    parser.add_argument("--steps", type=int, default=2_000, help="of a training (default 2000)")
+    parser.add_argument("--steps", type=int, default=2_000, help="per training (default 2000)")
     parser.add_argument("--windows", type=int, default=5, help="of the schedule (default 5)")
     parser.add_argument("--outer-steps", type=int, default=10, help="(default 10)")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds (default 3)")
@@ -369,7 +369,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Result]]:
         f"learning rates and {options.windows} momenta over {options.steps} steps"
     )
     started = time.perf_counter()
-    # Created once: a new function object would be a new compilation for every seed.
+    # Created once: a new function object would be compiled again for every seed.
     optimizer = forward_mode(options.steps, options.windows)
     runs = [experiment(optimizer, seed, options) for seed in range(options.seeds)]
     print(f"\nmean ± standard deviation over {options.seeds} seed(s)\n\n{table(runs)}")

@@ -3,8 +3,8 @@
 Every task is a sine with its own amplitude and phase, known at ten points. The last layer of a
 network learns a task in 30 steps. The three layers below it are hyperparameters, shared by all
 tasks; they follow hypergradients of the error at ten other points while the tasks are learned, ten
-at a time (`TaskBatched`). Reptile learns the starting point of the last layer. After training,
-1,000 new tasks measure how well the network learns from ten points.
+at a time (`TaskBatched`). Reptile learns the starting point of the last layer. Then the network is
+tested on 1,000 new tasks, each known at ten points.
 
     python examples/meta_learning_sinusoid.py            # 5 seeds, about 10 minutes on 2 cores
     python examples/meta_learning_sinusoid.py --help
@@ -86,7 +86,7 @@ def squared_error(net: eqx.nn.MLP, batch: tuple[Array, Array]) -> Array:
 
 @eqx.filter_jit
 def errors_on_new_tasks(params: PyTree, hyperparams: PyTree, key: Array, count: int) -> Array:
-    """Mean squared error of every task after each number of inner steps, `[tasks, steps + 1]`."""
+    """Mean squared error of every task before and after each inner step, `[tasks, steps + 1]`."""
     k1, k2, k3 = jax.random.split(key, 3)
     waves = draw_waves(k1, count)
     support, query = draw_points(k2, waves, SHOTS), draw_points(k3, waves, 100)

@@ -1,25 +1,25 @@
-"""Problems that drift: functional hypergradients, smoothed over time, and three others.
+"""Problems that drift: functional hypergradients, smoothed over time, and alternatives.
 
-Eight sources of data report the same quantity. Each of them is wrong for a part of the time, half
-of the examples altogether, and which are right keeps changing. So does the truth: a function of the
-ten features of scikit-learn's diabetes patients, which turns with a period of 200 time steps. (The
-features are real, the answers and their drift are made.) Every time step brings eight examples from
-each source, and 16 examples that are right, all with noise. The hyperparameters are one logit for
-each source, whose softmax weighs the sources in the training loss of a small network. Everything is
+Eight data sources report the same quantity. Each is wrong part of the time, so that half of all
+examples are wrong, and which sources are right keeps changing. So does the truth: a function of the
+ten features of scikit-learn's diabetes patients, which rotates with a period of 200 time steps.
+(The features are real; the targets and their drift are synthetic.) Every time step brings eight
+examples from each source and 16 correct ones, all with noise. The hyperparameters are one logit per
+source, whose softmax weights the sources in the training loss of a small network. Everything is
 tuned and trained online, in one pass.
 
-Regret is how far the network is from the truth of its time, in half squared errors, over all
-patients, as a mean over the time steps after the first 50.
+Regret is half the squared error against the current truth, over all patients, averaged over the
+time steps after the first 50.
 
 - FuncID (`FunctionalOptimizer`) fits its adjoint, another network, by regression; SmoothFBO also
   averages the last 10 hypergradients (`gradhpo.moving_average`).
-- Exact unrolling of the inner steps of a time step, and implicit differentiation with conjugate
-  gradients (damping 0.1), both with and without the same average.
+- Exact unrolling of a time step's inner steps, and implicit differentiation with conjugate
+gradients (damping 0.1), both with and without the same average.
 - All take about 40 training gradients per time step, by the unit costs of docs/which_algorithm.md:
   14 unrolled steps; 20 steps and 16 products; 20 steps and 12 steps of the adjoint.
-- Sources that count equally, and the truth about the sources, given to training.
+- As baselines, equal weights, and training that is told which sources are right.
 
-For each method and window the outer rate is that with the lowest median regret of a grid, on three
+For each method and window we use the outer rate of a grid with the lowest median regret on three
 other seeds. The optimizer of the adjoint, Adam(0.01), was chosen on six more, for FuncID; damping
 and the number of products were not tuned.
 
@@ -46,7 +46,7 @@ from sklearn.datasets import load_diabetes
 import gradhpo
 
 
-SOURCES, EACH, VAL_SIZE = 8, 8, 16  # examples of each source, and right ones, per time step
+SOURCES, EACH, VAL_SIZE = 8, 8, 16  # examples per source, and correct ones, per time step
 NOISE, WIDTH = 0.5, 32
 PERIOD_OF_TRUTH, PERIOD_OF_SOURCES = 200, 100
 SKIPPED = 50  # time steps that do not count
@@ -66,7 +66,7 @@ def patients() -> Float[Array, "442 10"]:
 
 
 class Stream(eqx.Module):
-    """The data of one seed: `(training batch, validation batch)` of a time."""
+    """The data of one seed: `(training batch, validation batch)` at each time."""
 
     x: Float[Array, "patients features"]
     key: Array
@@ -75,7 +75,7 @@ class Stream(eqx.Module):
         return jax.random.normal(jax.random.fold_in(self.key, what), (*shape, 10)) / jnp.sqrt(10)
 
     def truth(self, x: Array, time: Array) -> Array:
-        """A line and a step across it, which turn."""
+        """A linear function and a step across it, both rotating."""
         u, v = self._directions(0, 2)
         angle = 2 * jnp.pi * time / PERIOD_OF_TRUTH
         along = jnp.cos(angle) * u + jnp.sin(angle) * v
@@ -172,7 +172,7 @@ METHODS = {
 
 
 def paths(name: str, rates: Array, seeds: Array, steps: int) -> tuple[Array, Array]:
-    """At every time the regret, and the weight on wrong sources: `[rates, seeds, steps]` each."""
+    """The regret and the weight on wrong sources over time: `[rates, seeds, steps]` each."""
     method, x = METHODS[name], patients()
     average = gradhpo.moving_average(max(method.window, 1))
 
@@ -183,7 +183,7 @@ def paths(name: str, rates: Array, seeds: Array, steps: int) -> tuple[Array, Arr
         stream = Stream(x, jax.random.fold_in(key, 0))
         optimizer = method.make(optax.chain(average, optax.inject_hyperparams(optax.sgd)(1.0)))
         state = optimizer.init(new_network(jax.random.fold_in(key, 1)), jnp.zeros(SOURCES))
-        if method.window:  # a new rate is then no new program
+        if method.window:  # then a new rate does not compile a new program
             at_rate = lambda s: s.outer_opt_state[1].hyperparams["learning_rate"]
             state = eqx.tree_at(at_rate, state, rate)
         arrays, rest = eqx.partition(state, eqx.is_array)
@@ -203,7 +203,7 @@ def paths(name: str, rates: Array, seeds: Array, steps: int) -> tuple[Array, Arr
 
 
 class Row(NamedTuple):
-    regret: np.ndarray  # of every seed, at every time
+    regret: np.ndarray  # for every seed and time
     weight: np.ndarray
     rate: float
     seconds: float
@@ -230,7 +230,7 @@ def follow_all(names: list[str], rates: tuple[float, ...], seeds: int, steps: in
 
 
 def median(values: np.ndarray) -> tuple[float, float, float]:
-    """With the ends of its 95 % bootstrap interval."""
+    """The median and the ends of its 95 % bootstrap interval."""
     drawn = np.random.default_rng(0).choice(values, (10_000, len(values)))
     low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
     return float(np.median(values)), float(low), float(high)
@@ -251,9 +251,9 @@ def table(rows: dict[str, Row]) -> str:
 
 
 def against(rows: dict[str, Row], name: str) -> str:
-    """Ratios of the regret of the same seed, with the median and its interval."""
+    """Ratios of regrets, seed by seed: the median and its interval."""
     of = lambda x: after_start(rows[x].regret)
-    lines = [f"{name} against, ratio of regrets (median of seeds, 95 % interval)"]
+    lines = [f"{name} against, ratio of regrets (median over seeds, 95 % interval)"]
     for other in rows:
         if other != name:
             lines.append(
@@ -263,7 +263,7 @@ def against(rows: dict[str, Row], name: str) -> str:
 
 
 def picture(rows: dict[str, Row], path: Path) -> None:
-    """Regret over time, and the weight on sources that are wrong: medians over the seeds."""
+    """Regret and weight on wrong sources over time: medians over the seeds."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -2,20 +2,20 @@
 
 The state of cell i follows dx/dt = -x + p_i u(t), x(0) = q, with a known input u(t). Each of the 24
 cells has its own gain p_i; all share the initial condition q. The gains are fitted to four late,
-noisy observations of each cell (the inner problem: least squares, and a prior that pulls the gains
-together). By then a cell has all but forgotten its start. The validation data are four early
-observations of the same cells, and three hyperparameters are tuned on the error there: q, and the
-mean and the strength of the prior.
+noisy observations of each cell, when it has all but forgotten its start (the inner problem: least
+squares, and a prior that pulls the gains together). The validation data are four early observations
+of the same cells. Three hyperparameters are tuned on the validation error: q, and the mean and the
+strength of the prior.
 
 The model is linear and correct, so a joint fit of q and all gains to both sets of data is hard to
-beat. Its row is in the table; tuning should come close to it.
+beat. The table includes it; tuning should come close.
 
 This needs second derivatives of a loss that contains `diffrax.diffeqsolve`: write
-`adjoint=diffrax.DirectAdjoint()`. With diffrax's default, the program ends with the library's
+`adjoint=diffrax.DirectAdjoint()`. With diffrax's default, the program stops and prints gradhpo's
 advice.
 
     python examples/ode_calibration.py                       # 3 seeds, about a minute on 2 cores
-    python examples/ode_calibration.py --adjoint checkpoint  # diffrax's default, and the advice
+    python examples/ode_calibration.py --adjoint checkpoint  # diffrax's default: the advice
     python examples/ode_calibration.py --help
 """
 
@@ -46,9 +46,9 @@ START = {"q": 0.0, "prior_mean": 1.0, "log_prior_strength": -4.0}  # a weak prio
 
 # Steps of constant size. A controller would choose them from the parameters, and derivatives would
 # include that choice; on a fixed grid the numerical solution is one smooth function, and its
-# derivatives of every order are exact. It is cheap too: DirectAdjoint pays for `max_steps` steps
-# however many the solve takes, and here it takes all of them. 16 steps (it rounds up to powers of
-# 16) of this fifth-order method are accurate to 2e-6.
+# derivatives of every order are exact. It is cheap too: DirectAdjoint always pays for `max_steps`
+# steps, and here the solve takes all of them. 16 steps (it rounds up to powers of 16) of this
+# fifth-order method are accurate to 2e-6.
 SOLVER_STEPS = 16
 ADJOINTS = {
     "direct": diffrax.DirectAdjoint(),
@@ -60,7 +60,7 @@ ADJOINTS = {
 # next outer step continues from there.
 INNER_STEPS = 10
 INNER = optax.sgd(0.3)
-# optax.trace(0) changes nothing: it stores the last hypergradient, where it can be read.
+# optax.trace(0) changes nothing: it only stores the last hypergradient for us to read.
 OUTER = optax.chain(optax.trace(decay=0.0), optax.adam(0.1))
 OPTIMIZERS = {
     "tuned, implicit": gradhpo.ImplicitOptimizer(INNER, OUTER, inner_steps=INNER_STEPS),
@@ -95,7 +95,7 @@ class Result(NamedTuple):
 
 
 def field(t: Array, x: Array, gains: Array) -> Array:
-    """One object at the top level, not a lambda in the loss, so that its traces are reused."""
+    """A top-level function instead of a lambda in the loss, so that its traces are reused."""
     return -x + gains * (1 + jnp.sin(FREQUENCY * t))
 
 
@@ -133,8 +133,8 @@ class Calibration(eqx.Module):
         return CELLS * self.error(gains, hyperparams, batch) + penalty
 
 
-# The equation is linear, so all this has closed forms. They give the data, the rows that need no
-# hypergradient, and finite differences that are independent of the solver and the library.
+# The equation is linear, so everything has a closed form. These give the data, the rows that need
+# no hypergradient, and finite differences independent of the solver and the library.
 
 
 def closed_form(times: Array) -> tuple[np.ndarray, np.ndarray]:
@@ -162,7 +162,7 @@ def fit_gains(hyperparams: dict[str, float], batch: Observations) -> np.ndarray:
 
 
 def fit_q_too(batch: Observations) -> dict[str, float]:
-    """The q of the joint fit of q and the gains, with the prior at its start."""
+    """The q of a joint fit of q and the gains, with the initial prior."""
     at_q = lambda q: START | {"q": q}
 
     def residuals(q: float) -> np.ndarray:
@@ -171,7 +171,7 @@ def fit_q_too(batch: Observations) -> dict[str, float]:
         misfit = predict(gains, q, batch.times) - np.asarray(batch.values)
         return np.append(misfit, np.sqrt(strength) * (gains - START["prior_mean"]))
 
-    # With the gains at their optimum the residuals are affine in q.
+    # With the gains at their optimum, residuals are affine in q.
     first, slope = residuals(0.0), residuals(1.0) - residuals(0.0)
     return at_q(float(-first @ slope / (slope @ slope)))
 
@@ -187,7 +187,7 @@ def finite_differences(data: Data, epsilon: float = 1e-5) -> dict[str, float]:
 
 
 def load_data(seed: int) -> Data:
-    """New cells and new noise; the test observations cover the whole interval."""
+    """New cells and noise; the test observations cover the whole interval."""
     random = np.random.default_rng(seed)
     gains = TRUE_MEAN + TRUE_SPREAD * random.normal(size=CELLS)
 
@@ -237,7 +237,7 @@ def tune(
         hypergradients.append(state.outer_opt_state[0].trace)
         path.append(float(state.hyperparams["q"]))
 
-    # From the optimum at the start, where implicit differentiation is exact immediately.
+    # Starting at the inner optimum makes implicit differentiation exact immediately.
     gains, started = jnp.asarray(fit_gains(START, data.train)), time.perf_counter()
     state, _ = gradhpo.run(
         optimizer,
@@ -279,7 +279,7 @@ def experiment(
     }
     for name in names:
         hyperparams, rows[name] = tune(OPTIMIZERS[name], losses, data, steps)
-        # Data held out for tuning can serve the gains once the tuning is done.
+        # After tuning, the validation data can also be used to fit the gains.
         if name == "tuned, implicit":
             refitted = untuned(hyperparams, data.both)._replace(
                 outer_steps=steps, seconds=rows[name].seconds
@@ -304,7 +304,7 @@ def table(runs: list[dict[str, Result]]) -> str:
 
 
 def picture(runs: list[dict[str, Result]], data: Data, path: Path) -> None:
-    """The first seed: three cells (least, middle and largest gain), and q while it is tuned."""
+    """The first seed: three cells (smallest, median and largest gain), and q during tuning."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

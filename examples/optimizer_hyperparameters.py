@@ -1,18 +1,18 @@
 """Momentum for every coordinate, and Adam's own three numbers, learned by unrolling.
 
-**Momentum.** Gradient descent with momentum goes down a quadratic bowl with 30 curvatures h from
+**Momentum.** Gradient descent with momentum descends a quadratic bowl with 30 curvatures h from
 flat (0.01) to steep (1), with one momentum coefficient per coordinate. All start near 0. Tuning
 finds high momentum in flat directions, close to the values known to be best over infinitely many
-steps, (1 - sqrt(rate h))^2. Over 100 steps the best ones are a little higher: with them a
-coordinate swings through the minimum just as training ends, which makes the loss there smaller than
-any use would notice. So momenta tuned for 100 steps are also measured after 150, where this effect
-is gone: they are then about as good as the asymptotic values.
+steps, (1 - sqrt(rate h))^2. Over 100 steps the best values are a little higher: with them a
+coordinate swings through the minimum just as training ends, and the loss becomes tiny to no
+practical benefit. So momenta tuned for 100 steps are also measured after 150, where this effect is
+gone: they are then about as good as the asymptotic values.
 
 **Adam.** The learning rate, b1 and b2 of Adam follow the hypergradient of the validation loss at
 the end of short trainings of a small network on scikit-learn's digits. They are compared with
-Adam's defaults and with the best learning rate of a grid at the default b1 and b2, all on trainings
-with new starting points and new orders of batches. Nearly all of the gain over the defaults comes
-from the learning rate, and a grid of ten is far cheaper.
+Adam's defaults and with the best learning rate of a grid at the default b1 and b2, all in new
+trainings with other starting points and batch orders. Nearly all of the gain over the defaults
+comes from the learning rate, and a grid of ten is far cheaper.
 
     python examples/optimizer_hyperparameters.py            # 3 seeds, about a minute on 2 cores
     python examples/optimizer_hyperparameters.py --help
@@ -51,8 +51,8 @@ FRESH_STARTS = 5
 class Bowl(NamedTuple):
     """Final losses of the quadratic problem, and what was learned."""
 
-    loss: dict[str, float]  # after the steps that were tuned for
-    later: dict[str, float]  # after half as many again
+    loss: dict[str, float]  # after the number of steps used for tuning
+    later: dict[str, float]  # after 1.5 times as many
     curvatures: np.ndarray
     momenta: np.ndarray
     asymptotic: np.ndarray
@@ -109,9 +109,9 @@ def descend(w: Array, logits: Array, curvatures: Array, steps: int) -> Array:
     return bowl_loss(w, logits, curvatures)
 
 
-# Steep coordinates arrive long before the end and have tiny hypergradients, so each one moves by
-# its own sign. Short steps from near 0 end at the first value with which a coordinate arrives
-# exactly, just above the asymptotic one; there are more such values further up.
+# Steep coordinates arrive long before the end and have tiny hypergradients, so each momentum
+# follows the sign of its hypergradient. Short steps from near 0 stop at the first value with which
+# a coordinate arrives exactly, just above the asymptotic one; there are more such values above it.
 BOWL_OPTIMIZER = gradhpo.UnrolledOptimizer(
     momentum_of_each, gradhpo.sign_descent(0.1, tolerance=0.0), unroll_steps=BOWL_STEPS
 )
@@ -143,8 +143,8 @@ def tune_bowl(seed: int, outer_steps: int) -> Bowl:
     tried = {
         "no momentum": jnp.full(COORDINATES, -jnp.inf),
         "best common momentum of 99": logit(jnp.full(COORDINATES, common[np.argmin(losses)])),
-        "asymptotic optimum of each": logit(jnp.asarray(asymptotic)),
-        "tuned, one of each": state.hyperparams,
+        "asymptotic optimum for each": logit(jnp.asarray(asymptotic)),
+        "tuned, one per coordinate": state.hyperparams,
     }
     after = lambda steps: {
         name: float(descend(start, logits, of_bowl, steps)) for name, logits in tried.items()
@@ -162,12 +162,12 @@ def tune_bowl(seed: int, outer_steps: int) -> Bowl:
 
 
 def adam(raw: PyTree) -> optax.GradientTransformation:
-    """Adam at unconstrained hyperparameters."""
+    """Adam with unconstrained hyperparameters."""
     return optax.adam(
         jnp.exp(raw["log_rate"]),
         b1=jax.nn.sigmoid(raw["logit_b1"]),
         b2=jax.nn.sigmoid(raw["logit_b2"]),
-        eps_root=1e-16,  # a pixel that is always 0 would make the hypergradient NaN without it
+        eps_root=1e-16,  # without it, a pixel that is always 0 makes the hypergradient NaN
     )
 
 
@@ -226,13 +226,13 @@ def measure(net: eqx.nn.MLP, batch: tuple[Array, Array]) -> tuple[Array, Array]:
 
 
 def new_net(key: Array) -> eqx.nn.MLP:
-    # A smooth activation: relu's kinks are jumps in the training gradient, which no derivative of
-    # the training path sees.
+    # A smooth activation: at relu's kinks the training gradient jumps, which no derivative of the
+    # training path sees.
     return eqx.nn.MLP(64, 10, WIDTH, 1, activation=jnp.tanh, key=key)
 
 
 def fresh_trainings(raw: PyTree, data: Data, seed: int) -> tuple[float, float]:
-    """Mean test loss and accuracy of trainings from new starts, with new orders of batches."""
+    """Mean test loss and accuracy of trainings from new starts, with new batch orders."""
     ends = []
     for key in jax.random.split(jax.random.fold_in(jax.random.key(seed), 1), FRESH_STARTS):
         k1, k2 = jax.random.split(key)
@@ -242,7 +242,7 @@ def fresh_trainings(raw: PyTree, data: Data, seed: int) -> tuple[float, float]:
     return float(test_loss), float(accuracy)
 
 
-# Created once: a new function object would be a new compilation for every seed.
+# Created once: a new function object would be compiled again for every seed.
 ADAM_OPTIMIZER = gradhpo.UnrolledOptimizer(adam, optax.adam(0.15), unroll_steps=ADAM_STEPS)
 ADAM_LOSSES = gradhpo.LossFunctions(cross_entropy, cross_entropy)
 
@@ -364,7 +364,7 @@ def main(arguments: list[str] | None = None) -> list[Run]:
         "--outer-steps",
         type=int,
         default=40,
-        help="for Adam (default 40); the momenta, which are cheap, take three times as many",
+        help="for Adam (default 40); the momenta are cheap and take three times as many",
     )
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds (default 3)")
     parser.add_argument(

@@ -6,16 +6,15 @@ four discrete hyperparameters (width, depth, activation, inner optimizer) and ei
 units). A training has 100 steps, and every method makes 30 of them:
 
 - *TPE alone*: Optuna's sampler chooses all twelve, which stay fixed while the network trains.
-- *descent alone*: random discrete ones and a random start. The continuous ones follow the exact
-  hypergradient through ten steps, after each of these, while the network trains; each training
-  starts with those that the last one ended with.
+- *descent alone*: discrete ones and the start are random. Every ten steps of a training, the
+continuous ones follow the exact hypergradient through those ten; each training starts with the
+values at the end of the previous one.
 - *hybrid*: TPE chooses the discrete ones and the start of the continuous ones, which then descend.
-  Where they end is added to the study as a trial of its own.
-- *hybrid without end points*: the sampler knows only where descents started.
+  The point where they end is added to the study as another trial.
+- *hybrid without end points*: the sampler sees only where descents started.
 
-The result of a method is its training with the lowest validation loss. Steps with hypergradients
-cost more: three to four training gradients for each step, instead of one. So there is a row for TPE
-with four times the steps, too.
+A method's result is its training with the lowest validation loss. A step with hypergradients costs
+three to four training gradients instead of one, so another row gives TPE four times the steps.
 
     python examples/optuna_hybrid.py            # 20 seeds, about 20 minutes on 2 slow cores
     python examples/optuna_hybrid.py --help
@@ -54,7 +53,7 @@ CHOICES = [WIDTHS, DEPTHS, ["relu", "tanh"], ["sgd", "adam"]]
 _DECAY = Start(FloatDistribution(1e-6, 0.1, log=True), "log")
 _NOISE = Start(FloatDistribution(0.01, 1.0, log=True), "log")
 SPACE = {
-    "rate": Start(FloatDistribution(1e-3, 1.0, log=True), "log"),  # of Adam a fiftieth
+    "rate": Start(FloatDistribution(1e-3, 1.0, log=True), "log"),  # Adam takes a fiftieth
     "momentum": Start(FloatDistribution(0.5, 0.99), "logit"),
     "decays": [_DECAY, _DECAY, _DECAY],  # first matrix, hidden ones, last one
     "smoothing": Start(FloatDistribution(1e-3, 0.3, log=True), "logit"),
@@ -64,7 +63,7 @@ SPACE = {
 
 
 class Choice(NamedTuple):
-    """What has no derivative: a program of its own for each."""
+    """The hyperparameters without a derivative: each choice compiles another program."""
 
     width: int
     depth: int  # hidden layers
@@ -171,7 +170,7 @@ def adam(h: dict[str, Any]) -> optax.GradientTransformation:
 INNER = {"sgd": sgd, "adam": adam}
 
 
-@functools.cache  # one object for all trainings: another one would be compiled again
+@functools.cache  # one object for all trainings: a new one would be compiled again
 def descent(name: str, rate: float) -> gradhpo.BilevelOptimizer:
     outer = optax.adam(rate, b1=0.5, b2=0.9)
     return gradhpo.UnrolledOptimizer(INNER[name], outer, unroll_steps=WINDOW)
@@ -205,13 +204,13 @@ class Study(NamedTuple):
         return float(loss)
 
     def fixed(self, trial: optuna.Trial) -> float:
-        """An objective: all twelve stay as they are."""
+        """An objective: all twelve stay fixed."""
         choice, h = self.choose(trial), suggest(trial, SPACE)
         net = Net(choice, self.key)
         return self.keep(*train_as_it_is(choice.optimizer, net, h, self.batches, self.data.val), h)
 
     def descend(self, choice: Choice, h: Any, *callbacks: Callable) -> tuple[float, Any]:
-        """The validation loss at the end of a training, and the hyperparameters there."""
+        """The validation loss and the hyperparameters at the end of a training."""
         optimizer, steps = descent(choice.optimizer, self.outer_rate), len(self.batches.order)
         start = optimizer.init(Net(choice, self.key), h)
         try:
@@ -225,7 +224,7 @@ class Study(NamedTuple):
         return self.keep(history["val_loss"][-1], state.params, h), state.hyperparams
 
     def descending(self, trial: optuna.Trial, end_points: bool) -> float:
-        """An objective: the eight continuous ones descend from where the trial starts them."""
+        """An objective: the eight continuous ones descend from the trial's values."""
         loss, end = self.descend(self.choose(trial), suggest(trial, SPACE), TrialCallback(trial))
         if end_points:
             add_end_point(trial.study, trial, SPACE, end, loss)
@@ -238,7 +237,7 @@ def tpe(objective: Callable, count: int, seed: int) -> None:
 
 
 def chain(study: Study, count: int, seed: int) -> None:
-    """Descents from a random start, each from where the last one ended."""
+    """Descents, the first from a random start, each other from where the last one ended."""
     trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed)).ask()
     choice, h = study.choose(trial), suggest(trial, SPACE)
     for _ in range(count):
@@ -272,7 +271,7 @@ def run_seed(seed: int, options: argparse.Namespace) -> dict[str, Row]:
 
 
 def median(values: Any) -> str:
-    """With its 95 % bootstrap interval over the seeds."""
+    """The median and its 95 % bootstrap interval over the seeds."""
     drawn = np.random.default_rng(0).choice(values, (10_000, len(values)))
     low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
     return f"{np.median(values):.3f} | {low:.3f} to {high:.3f}"
@@ -293,7 +292,7 @@ def table(runs: list[dict[str, Row]], field: str, shown: str) -> str:
 
 
 def picture(runs: list[dict[str, Row]], path: Path) -> None:
-    """How far each method is after each training, and every seed's result."""
+    """The progress of each method by training, and every seed's result."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -323,11 +322,11 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Row]]:
     )
     parser.add_argument("--seeds", type=int, default=20, help="how many (default 20)")
     parser.add_argument("--first-seed", type=int, default=0, help="default 0")
-    parser.add_argument("--trainings", type=int, default=30, help="of a method (default 30)")
-    parser.add_argument("--steps", type=int, default=100, help="of a training (default 100)")
+    parser.add_argument("--trainings", type=int, default=30, help="per method (default 30)")
+    parser.add_argument("--steps", type=int, default=100, help="per training (default 100)")
     parser.add_argument("--outer-rate", type=float, default=0.3, help="of descents (default 0.3)")
     parser.add_argument("--quick", action="store_true", help="2 seeds, 3 short trainings each")
-    parser.add_argument("--kept", type=Path, help="a file of finished seeds, to go on from")
+    parser.add_argument("--kept", type=Path, help="file of finished seeds to resume from")
     parser.add_argument("--output", type=Path, default=Path("out/optuna_hybrid.png"))
     options = parser.parse_args(arguments)
     if options.quick:
@@ -335,7 +334,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Row]]:
     if options.steps < WINDOW or options.steps % WINDOW:
         parser.error(f"--steps must be a multiple of {WINDOW}, got {options.steps}")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    # The decays fall below the range that Optuna samples from, where they do nothing.
+    # The decays fall below Optuna's range, where they have no effect.
     warnings.filterwarnings("ignore", "a descent ended outside")
     started, runs = time.perf_counter(), []
     kept = options.kept.read_text().splitlines() if options.kept and options.kept.exists() else []
@@ -351,7 +350,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Row]]:
                 file.write(json.dumps(runs[-1]) + "\n")
     print(
         f"{options.seeds} seeds, {options.trainings} trainings of {options.steps} steps each; "
-        f"medians over the seeds, and of the differences seed by seed\n\n"
+        f"medians over the seeds, and of differences seed by seed\n\n"
         f"{table(runs, 'val_loss', 'validation loss')}\n\n{table(runs, 'test_loss', 'test loss')}"
     )
     picture(runs, options.output)

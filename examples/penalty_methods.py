@@ -1,13 +1,13 @@
-"""Clean a data set without second derivatives: the loss is a fused kernel that has none.
+"""Clean a data set when the loss is a fused kernel without second derivatives.
 
 The data are scikit-learn's handwritten digits; 40 % of 400 training labels are wrong, 100 others
-are known to be right. Every training example has a weight sigmoid(a) in the training loss. The
-last layer and its cross-entropy are one function with a derivative written by hand, as fused
-kernels for large vocabularies have one: classes come in blocks, so the logits are never there at
-once, and the kernel of the derivative cannot be differentiated again. Methods that need first
-derivatives only (F2SA, BOME, T1-T2 with Adam, which is SAMA) tune the weights with it; the others
-need a loss that can be differentiated twice. Then the network is trained again from its start with
-the weights that each one found.
+are known to be right. Every training example has a weight sigmoid(a) in the training loss. The last
+layer and its cross-entropy are one function with a hand-written derivative, like the fused kernels
+for large vocabularies: classes come in blocks, so the full logits never exist, and the kernel of
+the derivative cannot be differentiated again. F2SA and BOME need only first derivatives and tune
+the weights with it; the others (T1-T2 with Adam, which is SAMA, exact, implicit) get the same loss,
+written to be differentiable twice. Then the network is retrained from scratch with the weights that
+each method found.
 
     python examples/penalty_methods.py            # 5 seeds, a few minutes on 2 cores
     python examples/penalty_methods.py --help
@@ -49,7 +49,7 @@ def of_block(features: Array, layer: Array, block: Array) -> Array:
 def last_layer_gradients(
     features: Array, layer: Array, labels: Array, normaliser: Array, weights: Array
 ) -> tuple[Array, Array]:
-    """The kernel of the derivative: by the features and by the layer, in one pass over blocks."""
+    """The kernel of both derivatives, by features and layer, in one pass over the blocks."""
 
     def body(of_features, block):
         columns = jax.lax.dynamic_slice_in_dim(layer, block * BLOCK, BLOCK, axis=1)
@@ -67,13 +67,13 @@ def no_rule(*_: Any) -> Any:
     raise NotImplementedError("the kernel of the derivative has no derivative")
 
 
-# JAX then refuses forward mode through it as well.
+# With this rule, JAX refuses forward mode through it as well.
 last_layer_gradients.defvjp(no_rule, no_rule)
 
 
 @jax.custom_vjp
 def fused_cross_entropy(features: Array, layer: Array, labels: Array) -> Float[Array, " batch"]:
-    """Of `features @ layer`, with a running sum over blocks of classes."""
+    """The cross-entropy of `features @ layer`, with a running sum over blocks of classes."""
     return forward(features, layer, labels)[0]
 
 
@@ -111,7 +111,7 @@ class Model(eqx.Module):
 
     def features(self, x: Array) -> Array:
         hidden = jnp.tanh(jax.vmap(self.hidden)(x))
-        return jnp.concatenate([hidden, jnp.ones((len(x), 1))], axis=1)  # and a bias
+        return jnp.concatenate([hidden, jnp.ones((len(x), 1))], axis=1)  # for the bias
 
 
 def new_model(seed: int) -> Model:
@@ -186,7 +186,7 @@ PLAIN = gradhpo.FixedOptimizer(INNER, inner_steps=INNER_STEPS)
 
 
 class Result(NamedTuple):
-    error: float  # test error in percent, trained again
+    error: float  # test error in percent, retrained
     auc: float
     milliseconds: float  # of an outer step
     weights: np.ndarray | None = None
@@ -199,7 +199,7 @@ def test_error(model: Model, data: tuple[Array, Array]) -> Array:
 
 
 def timed_run(optimizer: Any, losses: gradhpo.LossFunctions, data: Data, seed: int, steps: int):
-    """The state at the end, and milliseconds of a step, without the first chunk."""
+    """The final state, and milliseconds per step, without the first chunk."""
     state = optimizer.init(*gradhpo.partition(new_model(seed), lambda m: m.example_weights))
     clock, chunk = [], max(1, steps // 5)
     state, _ = gradhpo.run(
@@ -213,7 +213,7 @@ def timed_run(optimizer: Any, losses: gradhpo.LossFunctions, data: Data, seed: i
 def trained(
     logits: Array, data: Data, seed: int, steps: int, *, alone: bool = False
 ) -> tuple[float, float]:
-    """The test error of a fresh network with these weights, and milliseconds of ten steps.
+    """The test error of a fresh network with these weights, and milliseconds per ten steps.
 
     `alone`: on the validation set, without weights.
     """
@@ -255,7 +255,7 @@ def experiment(seed: int, steps: int) -> dict[str, Any]:
 
 
 def median(values: list[float]) -> tuple[float, float, float]:
-    """With the ends of its 95 % bootstrap interval."""
+    """The median and the ends of its 95 % bootstrap interval."""
     drawn = np.random.default_rng(0).choice(values, (10_000, len(values)))
     low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
     return float(np.median(values)), float(low), float(high)
@@ -279,7 +279,7 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def picture(runs: list[dict[str, Any]], path: Path) -> None:
-    """The error of each seed, and the weights that F2SA gives to right and to wrong labels."""
+    """The error of each seed, and F2SA's weights for right and wrong labels."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -323,7 +323,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         print(f"seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
     print(
         f"\n{TRAIN} digits, {NOISE:.0%} of the labels wrong, {options.steps} outer steps of "
-        f"{INNER_STEPS}; tuned weights, then trained again: median and 95 % interval over "
+        f"{INNER_STEPS}; then retrained with the tuned weights: median and 95 % interval over "
         f"{options.seeds} seed(s)\n\n{table(runs)}"
     )
     picture(runs, options.output)

@@ -1,25 +1,25 @@
-"""A population: descents inside, copies and mutations outside. When does it pay?
+"""A population: descents inside, copies and mutations outside. When is it worthwhile?
 
-Eight members train at the same time, each with hyperparameters of its own. Every few steps the two
-worst become copies of the two best, and their hyperparameters mutate. Members either follow their
-hypergradients as well, or leave their hyperparameters alone (`FixedOptimizer`): that is population
+Eight members train at the same time, each with different hyperparameters. Every few steps the two
+worst become copies of the two best, and their hyperparameters mutate. In between, members either
+follow their hypergradients or keep their hyperparameters (`FixedOptimizer`), which is population
 based training, or PBT (Jaderberg et al., 2017, arXiv:1711.09846). A mutation multiplies by 0.8 or
 1.2, adds normal noise, or comes from the teacher of HPM (Tao et al., NeurIPS 2020), which learns
 from the hypergradients of all members.
 
-- **A landscape with many basins**: the validation loss of the inner optimum is a bowl with waves,
-  with 49 local minima, in closed form. The regret of the best member is how far its loss is above
-  the lowest minimum's.
-- **A network**: learning rate, weight decay and dropout of a small network that reads digits with
-  wrong labels. Rates are drawn over four orders of magnitude, decays as well. The dropout is
-  Gaussian, noise of variance p / (1 - p) on every unit, which has a derivative by p. All three are
-  learned as logarithms or logits, so the mutations that multiply are left out.
+- **A landscape with many basins**: the validation loss at the inner optimum is a bowl with waves,
+with 49 local minima, in closed form. The regret of the best member is its loss minus the lowest
+minimum.
+- **A network**: learning rate, weight decay and dropout of a small network for digits with wrong
+labels. Rates and decays are drawn over four orders of magnitude. Dropout is Gaussian noise of
+variance p / (1 - p) on every unit, which is differentiable in p. All three are learned as
+logarithms or logits, so the multiplying mutations are left out.
 
-Every row takes the same number of training steps, but those with hypergradients take three times as
+Every row takes the same number of training steps, but rows with hypergradients take three times as
 long or more, so one row is PBT with three times as many members.
 
-In the landscape, descents with noise find the lowest minimum, and nothing else does so reliably. In
-the network, PBT with more members is as good in the same time.
+In the landscape, only descents with noise find the lowest minimum reliably. With the network, PBT
+with more members is as good in the same time.
 
     python examples/population.py            # about six minutes on 2 cores
     python examples/population.py --help
@@ -75,7 +75,7 @@ Scores = dict[str, dict[str, list[float]]]  # column, row, one number for each s
 
 
 def population(name: str, every: int, inner: Any, rate: float, steps: int) -> gradhpo.Population:
-    """`steps` inner steps between two outer updates, or between two looks at the loss."""
+    """`steps` inner steps between outer updates, or between evaluations of the loss."""
     method = METHODS[name]
     optimizer: gradhpo.BilevelOptimizer = gradhpo.FixedOptimizer(inner, inner_steps=steps)
     if method.descends:
@@ -94,7 +94,7 @@ def landscape(x: Float[Array, "... 2"], lowest: Float[Array, " 2"]) -> Float[Arr
 
 
 def bowl(w: Array, h: Array, batch: None) -> Array:
-    """Its optimum is w = h, so the best loss of hyperparameters h is landscape(h)."""
+    """The optimum is w = h, so the best loss with hyperparameters h is landscape(h)."""
     return jnp.sum(jnp.asarray([0.5, 0.3]) * (w - h) ** 2)
 
 
@@ -105,7 +105,7 @@ def anywhere(key: Array, h: Array) -> Array:
     return jax.random.uniform(key, h.shape, h.dtype, -5, 5)
 
 
-# A function of its own: made anew for every run, it would be compiled for every run.
+# At the top level: a function defined inside each run would be compiled in each run.
 def positions(state: gradhpo.BilevelState) -> dict[str, Array]:
     return {"at": state.hyperparams}
 
@@ -144,7 +144,7 @@ def of_landscape(outer_steps: int, seeds: int, names: list[str]) -> Iterator[tup
 
 
 class Batches(eqx.Module):
-    """Digits, and a key for the dropout of each batch."""
+    """Digits, with a dropout key for each batch."""
 
     digits: gradhpo.ArrayData
     key: Array
@@ -195,7 +195,7 @@ REACH = {"log_rate": np.log(100), "log_decay": np.log(100), "logit_dropout": 2.0
 
 
 def around(key: Array, h: dict[str, Array]) -> dict[str, Array]:
-    """A draw of every hyperparameter, up to its reach away."""
+    """Draws every hyperparameter, at most its reach away."""
     keys = jax.random.split(key, len(h))
     draw = lambda key, name: h[name] + jax.random.uniform(key, (), minval=-1) * REACH[name]
     return {name: draw(key, name) for key, name in zip(keys, h, strict=True)}
@@ -236,7 +236,7 @@ def of_network(outer_steps: int, seeds: int, names: list[str]) -> Iterator[tuple
 
 
 def median(values: list[float]) -> tuple[float, float, float]:
-    """With the ends of its 95 % bootstrap interval."""
+    """The median and the ends of its 95 % bootstrap interval."""
     drawn = np.random.default_rng(0).choice(values, (10_000, len(values)))
     low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
     return float(np.median(values)), float(low), float(high)
@@ -267,7 +267,7 @@ def table(scores: Scores) -> str:
 
 
 def picture(all_scores: dict[str, Scores], outer_steps: int, path: Path) -> None:
-    """One search of the landscape, its family tree, and what all of them reach."""
+    """One search of the landscape, its family tree, and the results of all methods."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -3,20 +3,20 @@
 scikit-learn's diabetes data: 442 patients, 10 features. Weights are fitted to 150 patients, the
 penalties are chosen on 100 others, and the rest are the test set. A grid of 100 fits has room for
 one penalty (100 values) or two (10 x 10 pairs) shared by all features. A hypergradient moves 10 or
-20 together: all start at 0.01, and have 10 fits, each starting from the previous weights.
+20 together: all start at 0.01 and get 10 fits, each starting from the previous weights.
 
 Once training has converged, the weights of ridge regression are a function of the penalties, and
-implicit differentiation needs nothing but that optimum. For comparison, unrolling differentiates
-the 300 steps that led there, and finds the same. The elastic net has kinks: its optimum is the
-fixed point of a proximal gradient step, which is passed as `update_fn`. If an l1 penalty has set a
-weight to 0, the hypergradient of its penalties is 0 as well, and the weight stays 0: hence the
-small penalties at the start (with 0.1, the elastic net with 20 penalties falls behind the grid).
+implicit differentiation needs only that optimum. For comparison, unrolling differentiates the 300
+steps that led there, and finds the same hypergradient. The elastic net has kinks: its optimum is
+the fixed point of a proximal gradient step, which is passed as `update_fn`. If an l1 penalty has
+set a weight to 0, the hypergradient of its penalties is 0 as well, and the weight stays 0: hence
+the small penalties at the start (with 0.1, the elastic net with 20 penalties falls behind the
+grid).
 
-With one penalty per feature, the validation loss falls below the grid's. With shared
-penalties, ten fits match ridge's grid, and come within 0.3 % of the elastic net's. The test loss
-does not fall: 100 patients are too few to choose 10 or 20 penalties. With --validation 200 it falls
-by 1 to 2 % on average, in 3 of 5 splits; with weights refitted to all known patients, hardly at
-all.
+With one penalty per feature, the validation loss falls below the grid's. With shared penalties, ten
+fits match the grid for ridge and come within 0.3 % of it for the elastic net. The test loss does
+not fall: 100 patients are too few to choose 10 or 20 penalties. With --validation 200 it falls by 1
+to 2 % on average, in 3 of 5 splits; with weights refitted to all known patients, hardly at all.
 
     python examples/regularisation.py            # 5 splits, about 30 seconds on 2 cores
     python examples/regularisation.py --help
@@ -63,7 +63,7 @@ class Result(NamedTuple):
     """One row of the table, for one split.
 
     Losses are mean squared errors of a target with variance 1; `nan` if there is none. Refitted: on
-    training and validation set together.
+    the training and validation sets together.
     """
 
     val_loss: float
@@ -73,11 +73,11 @@ class Result(NamedTuple):
     seconds: float
     curve: np.ndarray  # [fits], validation loss
     penalties: dict[str, np.ndarray]
-    inner_residual: float  # the largest after any fit: how far from an optimum it ended
+    inner_residual: float  # the largest after any fit: its distance from an optimum
 
 
 def load_data(seed: int, val_size: int) -> Data:
-    """A random split; mean 0 and variance 1 outside the test set, so no intercept."""
+    """A random split; all but the test set has mean 0 and variance 1, so no intercept."""
     x, y = load_diabetes(return_X_y=True)
     order = np.random.default_rng(seed).permutation(len(x))
     end = TRAIN_SIZE + val_size
@@ -101,7 +101,7 @@ def squared_error(w: Array, hyperparams: dict[str, Array], batch: Batch) -> Arra
     return jnp.mean((batch.x @ w - batch.y) ** 2)
 
 
-# A penalty of shape () serves all features, one of shape (10,) has one per feature: both broadcast.
+# Penalties have shape () if shared by all features and (10,) if not: both broadcast.
 def ridge_loss(w: Array, hyperparams: dict[str, Array], batch: Batch) -> Array:
     penalty = jnp.sum(jnp.exp(hyperparams["log_l2"]) * w**2)
     return (squared_error(w, hyperparams, batch) + penalty) / 2
@@ -176,13 +176,13 @@ def tune(
     data: Data,
     fits: int,
 ) -> Result:
-    """One fit per outer step; like the grid, it keeps the fit that validates best."""
+    """One fit per outer step; like the grid, it keeps the fit with the lowest validation loss."""
     started = time.perf_counter()
     start = {name: jnp.full(shape, np.log(START)) for name, shape in shapes.items()}
     state = optimizer.init(jnp.zeros(FEATURES), start)
     tried, residuals = [], []
     for _ in range(fits):
-        penalties = state.hyperparams  # of the fit that this step starts with
+        penalties = state.hyperparams  # of the fit at the start of this step
         state = optimizer.step(state, data.train, data.val, losses.train_loss, losses.val_loss)
         tried.append((float(state.metadata["val_loss"]), state.params, penalties))
         residuals.append(float(state.get_metric("inner_residual", np.nan)))
@@ -206,7 +206,7 @@ def tune(
 
 
 def search(fit: Callable, choices: list[dict[str, float]], data: Data) -> Result:
-    """Every choice of penalties fitted to the training set; the best on the validation set."""
+    """Fits every choice of penalties to the training set; keeps the best on the validation set."""
     started = time.perf_counter()
     tried = [(error(w := fit(data.train, **choice), data.val), w, choice) for choice in choices]
     val_loss, w, best = min(tried, key=lambda row: row[0])
@@ -230,7 +230,7 @@ def elastic_net_of_sklearn(batch: Batch, l1: float, l2: float) -> np.ndarray:
 
 
 def cross_validated(model, fits: int, data: Data) -> Result:
-    """The usual way without hypergradients: folds of training and validation set together."""
+    """The usual way without hypergradients: folds of the training and validation sets together."""
     started = time.perf_counter()
     x, y = (np.asarray(a, np.float64) for a in (data.both.x, data.both.y))
     model.fit(x, y)
@@ -283,7 +283,7 @@ def table(runs: list[dict[str, Result]]) -> str:
 
 
 def verdict(runs: list[dict[str, Result]]) -> str:
-    """What ten or twenty penalties gain over the grid of the same model, in both losses."""
+    """The gain of ten or twenty penalties over the same model's grid, in both losses."""
     lines = []
     for model, name in (
         ("ridge", "tuned: ridge, 10 penalties, implicit"),
@@ -377,10 +377,10 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Result]]:
     datas = [load_data(seed, options.validation) for seed in range(options.splits)]
     runs = [experiment(data, options.fits, side, tuned) for data in datas]
     print(
-        f"\nmean ± standard deviation over {options.splits} split(s); seconds: the median, "
-        f"compilation aside\n\n{table(runs)}\n\n{verdict(runs)}\n"
-        "refitted: test loss of the chosen penalties with weights fitted to training and validation"
-        "\nset together, as in RidgeCV, LassoCV and ElasticNetCV; that fit is not counted"
+        f"\nmean ± standard deviation over {options.splits} split(s); seconds: median, "
+        f"without compilation\n\n{table(runs)}\n\n{verdict(runs)}\n"
+        "refitted: test loss with weights fitted to the training and validation sets together, as "
+        "in\nRidgeCV, LassoCV and ElasticNetCV; that fit is not counted"
     )
     residuals = [row.inner_residual for run in runs for row in run.values()]
     print(f"largest inner_residual of any implicit fit: {np.nanmax(residuals):.0e}")

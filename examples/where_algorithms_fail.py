@@ -1,11 +1,11 @@
 """Where each algorithm fails: four small tables.
 
-- Greedy, restarted from far away at every outer step: the bowl with waves from its paper.
+- Greedy, restarted far from the optimum at every outer step: the bowl with waves from its paper.
 - Implicit differentiation before training has converged: penalties of a logistic regression.
 - DrMAD where the training path is not straight: example weights, by inner learning rate.
 - One step through a fresh Adam: the result depends on `eps_root`.
 
-docs/which_algorithm.md discusses these tables; which_algorithm.py has the same problems.
+docs/which_algorithm.md discusses these tables; the problems are those in which_algorithm.py.
 
     python examples/where_algorithms_fail.py            # half a minute on 2 slow cores
     python examples/where_algorithms_fail.py --help
@@ -41,7 +41,7 @@ def cosine(a: Any, b: Any) -> float:
 
 
 def greedy_on_cold_restarts(outer_steps: list[int]) -> Rows:
-    """A bowl with waves: tuned by greedy, with the exact hypergradient for comparison."""
+    """A bowl with waves, tuned by greedy and compared with the exact hypergradient."""
     train = lambda w, a, batch: (w[0] - a[0]) ** 2 + (w[1] - a[1]) ** 2 / 2
     val = lambda w, a, batch: jnp.sum(w**2) + 10 * jnp.sum(jnp.sin(w) ** 2)
     inner, outer = optax.sgd(0.1), optax.sgd(1e-4)
@@ -69,7 +69,7 @@ def greedy_on_cold_restarts(outer_steps: list[int]) -> Rows:
 
 
 def implicit_before_convergence(seed: int, counts: list[int]) -> Rows:
-    """Penalties alone; forward mode has the exact hypergradient at every step."""
+    """Only penalties; forward mode gives the exact hypergradient at every step."""
     problem = penalties(seed)
     h, pair = problem.state.hyperparams, (problem.losses.train_loss, problem.losses.val_loss)
     arguments = (problem.source, problem.val, *pair)
@@ -93,7 +93,7 @@ def implicit_before_convergence(seed: int, counts: list[int]) -> Rows:
 
 
 def descend(params: Any, h: Any, batch: Any) -> Any:
-    """Gradient descent whose rate is data: another rate does not recompile."""
+    """Gradient descent whose rate is data, so that a new rate does not recompile."""
     data, rate = batch
     gradients = eqx.filter_grad(lambda params: weighted_loss(params, h, data))(params)
     return eqx.apply_updates(params, jax.tree.map(lambda g: -rate * g, gradients))
@@ -114,7 +114,7 @@ def largest_curvature(params: Any, h: Any, data: Any) -> Array:
 
 
 def off_the_straight_line(seed: int, rates: list[float]) -> Rows:
-    """Example weights of 200 digits, full batches, plain gradient descent of 20 steps."""
+    """Example weights of 200 digits, full batches, 20 steps of plain gradient descent."""
     problem = example_weights(seed)
     data = jax.tree.map(lambda x: x[:200], problem.source.arrays)
     train = lambda params, h, batch: weighted_loss(params, h, batch[0])
@@ -142,7 +142,7 @@ def off_the_straight_line(seed: int, rates: list[float]) -> Rows:
 
 
 def fresh_adam(seed: int, counts: list[int]) -> Rows:
-    """One step's hypergradient compared with itself at another eps_root, along one training."""
+    """The one-step hypergradient compared with itself at another eps_root, along one training."""
     small, large = (optax.adam(3e-3, eps_root=eps) for eps in (1e-16, 1e-8))
     problem, rows = example_weights(seed, small), {}
     makers = [gradhpo.OneStepOptimizer(inner) for inner in (small, large)]
@@ -159,7 +159,7 @@ def fresh_adam(seed: int, counts: list[int]) -> Rows:
 
 
 def picture(tables: dict[str, Rows], path: Path) -> None:
-    """Cosine with the exact hypergradient, where it breaks down."""
+    """Cosine with the exact hypergradient where each algorithm breaks down."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

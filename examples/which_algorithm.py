@@ -1,8 +1,8 @@
 """Which algorithm? Every estimator on four problems, compared by gradhpo's own diagnostics.
 
-Cosine, length and signs of each estimated hypergradient compared with the exact one of the same
-inner steps, and its cost; then bias against noise, the horizon inner step by inner step, and small
-tables of where each one fails. The hyperparameters:
+Cosine, length and signs of each estimate compared with the exact hypergradient of the same inner
+steps, and its cost; then bias against noise, and the horizon inner step by inner step. The
+hyperparameters:
 
 - 1,000 example weights, 30 % of the labels wrong (digits);
 - one learning rate for each of 4,810 parameters (digits);
@@ -43,7 +43,7 @@ Rows = dict[str, dict[str, Any]]  # a table: row to column to cell
 
 
 class Problem(NamedTuple):
-    """Where to start, on which data; `source` draws batches by number, or is one batch for all."""
+    """A starting point and its data; `source` draws batches by number, or is a single batch."""
 
     inner: Any
     state: gradhpo.BilevelState
@@ -62,8 +62,8 @@ def estimators(
 ) -> dict[str, Any]:
     """All of them over one horizon; forward mode if there are few hyperparameters.
 
-    `natural` has settings of `NHGDOptimizer`. BOME is missing: what it follows is a direction for
-    parameters and hyperparameters together, and no hypergradient; and FuncID, which takes losses of
+    `natural` has settings of `NHGDOptimizer`. Not included: BOME, which follows a joint direction
+    of parameters and hyperparameters instead of a hypergradient, and FuncID, which takes losses of
     the prediction.
     """
     over: dict[str, Any] = {"inner_steps": steps}
@@ -100,7 +100,7 @@ def new_state(inner: Any, params: Any, hyperparams: Any, source: Any) -> gradhpo
 
 
 def trained(problem: Problem, steps: int) -> Problem:
-    """The same problem later: plain inner steps. What HyperDistill remembers stays with it."""
+    """The same problem after plain inner steps, with HyperDistill's memory kept."""
     plain = gradhpo.FixedOptimizer(problem.inner, inner_steps=steps)
     data = (problem.batches(steps, first=10_000), problem.val)
     after = plain.step(plain.adopt(problem.state), *data, problem.losses)
@@ -260,7 +260,7 @@ def table(rows: Rows) -> str:
 
 
 def rows_of(report: Any) -> Rows:
-    """What `compare_hypergradients` found; costs relative to training alone."""
+    """The results of `compare_hypergradients`; costs relative to training alone."""
     training, rows = report.costs["training alone"], {}
     for name in ("reference", *report.hypergradients):
         if name in report.hypergradients and report.sees_none(name):
@@ -306,7 +306,7 @@ class Session:
         print(f"\n{title} ({seconds:.0f} s)\n\n{table(rows)}", flush=True)
 
     def some(self, found: dict[str, Any], *without: str) -> dict[str, Any]:
-        """A quick run has no time to compile all of them."""
+        """All but `without`; a quick run keeps only three, to save compilation."""
         if self.quick:
             without = (*without, *(n for n in found if n not in ("one step", "greedy", "implicit")))
         return {name: x for name, x in found.items() if name not in without}
@@ -370,7 +370,7 @@ def tell_learning_rates(session: Session, seed: int) -> None:
     problem = learning_rates(seed)
     everyone = estimators(problem.inner, STEPS, SHORT_SERIES)
     total = lambda g: float(sum(jnp.sum(x) for x in jax.tree.leaves(g)))
-    # For all rates together: 1 raises them as the exact one does, below 0 lowers what it raises.
+    # For all rates together: 1 if raised as by the exact one, below 0 if moved the other way.
     pull = lambda g, exact: total(g) / total(exact)
     session.compare("tuned: learning rates, at the start", problem, everyone, pull=pull)
     later = trained(problem, 300)
@@ -468,7 +468,7 @@ def overview(session: Session) -> Any:
 
 
 def pictures(session: Session, path: Path) -> None:
-    """The overview in `path`, and one of the library's own figures of each kind next to it."""
+    """The overview in `path`, and next to it one of the library's figures of each kind."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

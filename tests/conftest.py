@@ -12,13 +12,13 @@ from processes import as_in_the_suite
 
 
 def flags_of_the_cpu() -> list[str]:
-    """Most of the suite is compilation of small programs: let the code generator be quick about it.
+    """The suite mostly compiles small programs, so these flags make code generation quick.
 
-    What XLA itself does to a program (its flops, its memory) is as always. XLA stops at a flag that
-    it does not know, and the others are younger than the first.
+    XLA's own passes, and so flops and memory, do not change. XLA aborts on a flag it does not know,
+    and the first flag is the oldest.
     """
     flags = ["--xla_backend_optimization_level=0"]
-    # The workers fill the cores already.
+    # The workers already fill the cores.
     one_thread = ["--xla_cpu_parallel_codegen_split_count=1", "--xla_cpu_multi_thread_eigen=false"]
     if version("jaxlib").startswith("0.10."):
         flags += ["--xla_cpu_use_fusion_emitters=false", *one_thread]
@@ -27,7 +27,7 @@ def flags_of_the_cpu() -> list[str]:
     return flags
 
 
-# The compiler for a GPU has no such level. JAX_PLATFORMS=cuda,cpu says that it is the one.
+# The GPU compiler, selected by JAX_PLATFORMS=cuda,cpu, has no such level.
 if (os.environ.get("JAX_PLATFORMS") or "cpu").startswith("cpu"):
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags_of_the_cpu()])
 
@@ -35,13 +35,13 @@ if (os.environ.get("JAX_PLATFORMS") or "cpu").startswith("cpu"):
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# With JAX_COMPILATION_CACHE_DIR a second run finds the programs of the first: small ones too.
+# With JAX_COMPILATION_CACHE_DIR, a second run reuses the first one's programs, even small ones.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 from gradhpo.utils.tracing import forget_traces  # noqa: E402
 
 
-# A shell starts what it puts into the background with interrupts ignored.
+# A shell starts background jobs with interrupts ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -49,13 +49,13 @@ as_in_the_suite()
 
 
 def pytest_collection_modifyitems(items):
-    """The longest tests first: at the end one worker would wait for another that runs them."""
+    """The longest tests first, so that no worker is left waiting for them at the end."""
     items.sort(key=lambda item: item.path.name != "test_examples.py")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Long stretches of neighbouring tests for every worker: they share compiled programs."""
+    """Long runs of neighbouring tests for every worker: these share compiled programs."""
     from xdist.scheduler import WorkStealingScheduling
 
     return WorkStealingScheduling(config, log)
@@ -67,10 +67,10 @@ _counted = time.process_time()
 
 @pytest.fixture(autouse=True)
 def _free_compiled_programs():
-    """A process has room for 65,530 memory maps, of which compiled programs take some each.
+    """Linux allows a process 65,530 memory maps, and every compiled program takes some.
 
-    A second of compilation adds up to 200, and counting takes a microsecond for each of all: after
-    five seconds of work it is nothing.
+    A second of compilation adds up to 200. Counting takes a microsecond per map, which is
+    negligible after five seconds of work.
     """
     global _counted
     yield
@@ -88,7 +88,7 @@ def _fresh_trace_counts():
 
 @pytest.fixture
 def getkey():
-    """A new PRNG key at every call, the same ones in every run."""
+    """A new PRNG key at every call, the same sequence in every run."""
     keys = iter(jax.random.split(jax.random.key(20261121), 200))
     return lambda: next(keys)
 

@@ -19,7 +19,7 @@ def quick(cases, *, keep):
 
 
 def arrays(tree):
-    """Arrays and numbers alone, keys as their data: no functions, no names."""
+    """Only arrays and numbers, keys as their data: no functions, no names."""
     is_key = lambda x: isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     return jax.tree.map(
         lambda x: jax.random.key_data(x) if is_key(x) else x, eqx.filter(tree, eqx.is_array_like)
@@ -37,7 +37,7 @@ def assert_same(found, expected, rtol=0.0, atol=0.0):
 
 
 def flat(tree):
-    """The floating-point numbers of a tree, one after another."""
+    """The floating-point numbers of a tree, concatenated."""
     leaves = jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array_like))
     return np.concatenate([np.ravel(x) for x in leaves])
 

@@ -1,4 +1,4 @@
-"""A run that can be killed: in a process of its own, at any moment or within a write."""
+"""A run in a separate process that can be killed at any moment, or during a write."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ import gradhpo
 
 
 jax.config.update("jax_enable_x64", True)  # as in the tests, where they import this
-# NumPy, and not the data of ridge.py: arrays of JAX would start it before the processes part.
+# NumPy, unlike the data in ridge.py: JAX arrays would start JAX before the processes fork.
 X = np.random.default_rng(0).normal(size=(40, 3))
 Y = X[:, 0]
 CHUNK, EPISODE = 5, 10
@@ -30,7 +30,7 @@ def val_loss(w, h, batch):
 
 
 def shuffled(seed):
-    """A loader that cannot seek: it is replayed."""
+    """A loader that cannot seek, so that it is replayed."""
     random = np.random.default_rng(seed)
     while True:
         chosen = random.choice(len(X), 8)
@@ -47,7 +47,7 @@ def start(optimizer):
 
 
 def train(directory, num_steps):
-    """Episodes, Adam, a shuffling loader, loggers, the best state: all that has a memory."""
+    """Everything with a memory: episodes, Adam, a shuffling loader, loggers, the best state."""
     ours = optimizer()
     directory = Path(directory)
     best = gradhpo.BestState()
@@ -96,7 +96,7 @@ def replay(directory, num_steps):
 
 
 def killed_within_a_write(call, directory, num_steps, function=train):
-    """Runs, and kills this process just before or after its `call`-th change of the disk."""
+    """Runs, and kills this process just before or after its `call`-th change on disk."""
     left = [call]
 
     def counted(function):

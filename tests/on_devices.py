@@ -1,4 +1,4 @@
-"""What every optimizer makes of arrays on several devices, held against one: printed as JSON.
+"""Every optimizer on several devices, compared with one device: printed as JSON.
 
     export XLA_FLAGS=--xla_force_host_platform_device_count=4
     python on_devices.py steps Auto data greedy ...
@@ -10,7 +10,7 @@
     python on_devices.py retrainings Auto data
     python on_devices.py uneven
 
-`data` spreads the batches only, `state` also parameters and hyperparameters.
+`data` shards only the batches, `state` also parameters and hyperparameters.
 """
 
 import json
@@ -49,7 +49,7 @@ OPTIMIZERS = {
         gradhpo.OneStepOptimizer(INNER, OUTER), 2, average="updates", restart_every=1
     ),
 }
-# Their programs are made of the same parts, so that only where arrays stay is looked at.
+# Their programs are made of the same parts, so only the placement of arrays is checked.
 SINGLE_LOOPS = {
     "SOBA": gradhpo.SOBAOptimizer(INNER, OUTER, adjoint_optimizer=OUTER),
     "penalty": gradhpo.PenaltyOptimizer(INNER, OUTER, inner_steps=3),
@@ -90,9 +90,9 @@ def count(event, *_, **__):
 
 
 def two_steps(optimizer, params, hyperparams, *given):
-    """The hypergradient, the states before and after, and programs compiled by each step.
+    """The hypergradient, the states before and after, and the programs compiled by each step.
 
-    Of the batches and losses that are `given`.
+    `given`: batches and losses.
     """
     first = state = optimizer.init(params, hyperparams)
     hypergradient = optimizer.compute_hypergradient(state, *given)
@@ -105,9 +105,9 @@ def two_steps(optimizer, params, hyperparams, *given):
 
 
 def compared(make, losses, params, hyperparams, batches, here, of_batches):
-    """Two steps on several devices, where `here` and `of_batches` say, held against one device.
+    """Two steps on several devices, placed by `here` and `of_batches`, compared with one device.
 
-    `make` and `losses` return optimizer and losses for a function that gathers parameters.
+    `make` and `losses` take a function that gathers parameters, and return optimizer and losses.
     """
     same = lambda x: x
     expected = two_steps(make(same), params, hyperparams, *batches, *losses(same))
@@ -125,7 +125,7 @@ def compared(make, losses, params, hyperparams, batches, here, of_batches):
 
 
 def for_two(x):
-    """A batch of each of two tasks."""
+    """A batch for each of two tasks."""
     return jnp.stack([x, 2 * x])
 
 
@@ -147,7 +147,7 @@ def alone(state):
 
 
 def furthest(found, expected):
-    """The largest difference; metrics that are not measured yet are NaN in both."""
+    """The largest difference; metrics not yet measured are NaN in both."""
     trees = (eqx.filter(tree, eqx.is_inexact_array) for tree in (found, expected))
 
     def away(x, y):
@@ -159,7 +159,7 @@ def furthest(found, expected):
 
 
 class Mesh:
-    """The devices, and where on them parameters and batches are."""
+    """The devices, and the placement of parameters and batches."""
 
     def __init__(self, axes="Auto", spread="state", count=4):
         kind = getattr(AxisType, axes)
@@ -231,7 +231,7 @@ def runs(axes, spread, *names):
 
 
 def flops(*names):
-    """Of a chunk, for one of four devices, as a share of one device doing all the work."""
+    """Flops of a chunk on one of four devices, as a share of a single device's."""
     here = Mesh()
     random = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(random.normal(size=shape))
@@ -268,7 +268,7 @@ def flops(*names):
 
 
 def replays(axes, spread):
-    """Whole runs, kept in memory and in a directory; and one hypergradient for each example."""
+    """Whole runs, stored in memory and in a directory, and one hypergradient per example."""
     here = Mesh(axes, spread)
     params, hyperparams, train, val = problem()
     optimizer, found = OPTIMIZERS["one step"], {}
@@ -285,7 +285,7 @@ def replays(axes, spread):
         source = lambda **more: gradhpo.ArrayData(train, 16, jax.random.key(0), **more)
         _, expected = replay((params, hyperparams), source(), val, lambda x: x)
         given = jax.device_put((params, hyperparams), here.of_state)
-        # Each query is whole: what is spread of them are the parameters.
+        # Each query is whole: only the parameters are sharded.
         spread_val = jax.device_put(val, here.everywhere if queries else here.split)
         with jax.set_mesh(here.mesh), tempfile.TemporaryDirectory() as directory:
             for store in (None, directory):
@@ -305,12 +305,12 @@ def replays(axes, spread):
 
 
 def retrainings(axes, spread):
-    """Trainings at other hyperparameters, in blocks, and what is predicted of them."""
+    """Trainings at other hyperparameters, in blocks, and their predicted effects."""
     here = Mesh(axes, spread)
     params, hyperparams, train, val = problem()
     names = "unrolled", "greedy"
     optimizers = {name: OPTIMIZERS[name] for name in names}
-    # Axis 0 of the hyperparameters is spread.
+    # Axis 0 of the hyperparameters is sharded.
     perturb = gradhpo.leave_out(0.3, value=-4.0)
 
     def score(given, data, val, whole, **settings):
@@ -336,7 +336,7 @@ def retrainings(axes, spread):
 
 
 def moving(axes):
-    """A spread hyperparameter beside parameters that are not, which the compiler would spread."""
+    """A sharded hyperparameter and unsharded parameters, which the compiler would shard."""
     here = Mesh(axes)
     loss = lambda w, h, batch: jnp.sum((w - here.whole(h)) ** 2)
     optimizer, both = gradhpo.OneStepOptimizer(INNER), gradhpo.LossFunctions(loss, loss)
@@ -353,7 +353,7 @@ def moving(axes):
 
 
 def uneven():
-    """What 18 examples for four devices are answered with, from each kind of source."""
+    """The errors for 18 examples on four devices, from each kind of source."""
     here = Mesh()
     x, said = jnp.ones((18, 2)), {}
     sources = {
@@ -384,7 +384,7 @@ def resumed(count, num_steps, directory):
 
 
 def step_costs(name, kind):
-    """Of one optimizer, from the table of the benchmarks."""
+    """The costs of one optimizer, from the benchmark's table."""
     found = devices.step_costs(name, kind)
     beside = "reductions", "largest_exchanged"
     return found._asdict() | {name: getattr(found, name) for name in beside}

@@ -1,10 +1,10 @@
-"""What two processes that share a state make of it, held against one: printed as JSON.
+"""Two processes that share a state, compared with one process: printed as JSON.
 
     export XLA_FLAGS=--xla_force_host_platform_device_count=2
     python on_processes.py 12345 0 2 Auto alike greedy step &
     python on_processes.py 12345 1 2 Auto alike greedy step
 
-The port of the first, the number of this one, how many there are, the axes, and what to show.
+The arguments: port of the first process, number of this one, number of processes, axes, task.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ EVERYWHERE, SPREAD = (NamedSharding(MESH, PartitionSpec(*axes)) for axes in ([],
 
 
 def gathered(x):
-    """What explicit axes ask of a loss whose parameters are spread."""
+    """What explicit axes require of a loss with sharded parameters."""
     return jax.sharding.reshard(x, EVERYWHERE) if jax.typeof(x).sharding.mesh.axis_names else x
 
 
@@ -60,13 +60,13 @@ def whole(tree):
 
 
 def furthest(found, expected):
-    """The largest difference; metrics that are not measured yet are NaN in both."""
+    """The largest difference; metrics not yet measured are NaN in both."""
     away = lambda x, y: np.abs(x - y)[~np.isnan(y)].max(initial=0)
     return float(max(jax.tree.leaves(jax.tree.map(away, whole(found), whole(expected)))))
 
 
 def part(batch):
-    """What this process has of a batch."""
+    """This process's part of a batch."""
     return jax.tree.map(lambda x: np.split(np.asarray(x), COUNT)[NUMBER], batch)
 
 
@@ -75,13 +75,13 @@ def joined(batch):
 
 
 def everywhere(tree, sharding=SPREAD):
-    """What all processes have alike, on the devices of all."""
+    """Data that all processes share, on the devices of all."""
     put = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda i: np.asarray(x)[i])
     return jax.tree.map(put, tree)
 
 
 def of_parts(batch):
-    """Sources of which each process has a part, and the same for one process."""
+    """Sources split over the processes, and the same for one process."""
     return {
         "iterator": [
             lambda: gradhpo.iterate(list(map(part, quarters(batch)))),
@@ -96,7 +96,7 @@ def of_parts(batch):
 
 
 def alike(method, *cases):
-    """A spread state on parts of batches, and that of one process on whole ones.
+    """A sharded state on parts of batches, and one process's state on whole batches.
 
     A case is `step`, or the data and the episodes of a run, `iterator, 3`.
     """
@@ -125,7 +125,7 @@ def alike(method, *cases):
 
 
 def partial():
-    """A run on the devices of the first two processes; the third one is not asked."""
+    """A run on the devices of the first two processes, without the third."""
     few = jax.make_mesh((2,), ("devices",), devices=jax.devices()[:2], axis_types=(AXES,))
     if NUMBER < 2:
         where = NamedSharding(few, PartitionSpec())
@@ -140,7 +140,7 @@ def partial():
 
 
 def small(data, *, callbacks=(), num_steps=12, tuned=True, **settings):
-    """A run on batches of numbers, whose state is everywhere: how it ended, or what it raised."""
+    """A run on batches of numbers with a replicated state: how it ended, or what it raised."""
     optimizer = SMALL if tuned else dataclasses.replace(SMALL, outer_optimizer=None)
     state = optimizer.init(*everywhere((np.ones(3), np.ones(())), EVERYWHERE))
     settings = {"chunk_size": 2, "progress": False, "data_sharding": SPREAD} | settings
@@ -177,7 +177,7 @@ def only(number, value, other):
 
 
 def endings(directory):
-    """Runs that one of the processes ends, and calls that one of them gets wrong."""
+    """Runs that one process ends, and calls that one process gets wrong."""
     log, folder = Path(directory, "log.jsonl"), Path(directory, "run")
 
     def fails(at):
@@ -223,7 +223,7 @@ def endings(directory):
 
 
 def unlaunched():
-    """A run whose second chunk one process fails to hand to its devices."""
+    """A run whose second chunk fails to launch on one process."""
     launch, count = Chunk.launch, 0
 
     def counted(*arguments):
@@ -235,11 +235,11 @@ def unlaunched():
 
     Chunk.launch = counted  # pyright: ignore
     ended = small(batches())
-    raise SystemExit(f"said: {ended}")  # not to wait for the other, as a program does that raises
+    raise SystemExit(f"said: {ended}")  # like a program that raises, without waiting
 
 
 def full(self, metrics):
-    """Instead of writing the metrics of a run."""
+    """Replaces the writing of a run's metrics."""
     if metrics:
         raise OSError("no space")
 
@@ -265,7 +265,7 @@ def of_everything(place):
 
 
 def train(directory, num_steps, source="iterator", killed_at=None):
-    """A run of a spread state with everything that has a memory."""
+    """A run of a sharded state with everything that has a memory."""
 
     def kill(state, metrics):
         if killed_at is not None and state.step >= killed_at:
@@ -307,20 +307,20 @@ def train(directory, num_steps, source="iterator", killed_at=None):
 
 
 def kept(uninterrupted, killed):
-    """A whole run; and one that is killed in both processes at once, after it is printed."""
+    """A whole run, printed first; and one that is killed in both processes at once."""
     print("RESULT" + json.dumps(train(uninterrupted, 12)), flush=True)
     train(killed, 12, killed_at=8)
 
 
 def resumed(directory, num_steps, source="iterator"):
-    """A run that begins or goes on; and its newest checkpoint, as one process alone reads it."""
+    """A run that starts or resumes, and its newest checkpoint as read by a single process."""
     found = train(directory, int(num_steps), source)
     alone, _ = gradhpo.load_checkpoint(directory, of_everything(lambda tree: tree))
     return found | {"read alone": digest(alone)}
 
 
 def replays(source, directory, killed):
-    """A whole run of a spread state replayed: beside one process; and killed in both at once."""
+    """A replayed run of a sharded state: compared with one process, and killed in both."""
     params, hyperparams, train, val = problem()
     optimizer, settings = OPTIMIZERS["one step"], {"num_steps": 7, "segment": 3, "progress": False}
     start = optimizer.init(*everywhere((params, hyperparams)))
@@ -330,7 +330,7 @@ def replays(source, directory, killed):
         own = optimizer.init(params, hyperparams)
         given = optimizer, own, of_one(), val, LOSSES
         expected = gradhpo.replay(*given, queries=queries, **settings)
-        # Each query is whole: the parameters are spread.
+        # Each query is whole: the parameters are sharded.
         given = start, of_all(), everywhere(val, EVERYWHERE) if queries else joined(val), LOSSES
         more = {"queries": queries, "data_sharding": SPREAD}
         got = gradhpo.replay(optimizer, *given, **more, **settings)
@@ -361,7 +361,7 @@ def replays(source, directory, killed):
 
 
 def refused(directory):
-    """What a run that cannot go on here says."""
+    """The error of a run that cannot resume here."""
     try:
         train(directory, 12)
     except ValueError as error:
@@ -372,7 +372,7 @@ if __name__ == "__main__":
     what, *arguments = sys.argv[5:]
     try:
         print("RESULT" + json.dumps(globals()[what](*arguments)), flush=True)
-    except BaseException:  # at once: the other process would wait for this one to say goodbye
+    except BaseException:  # at once: otherwise the other process waits for this one's shutdown
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)

@@ -1,4 +1,4 @@
-"""Eight members on four devices, held against one device: printed as JSON.
+"""Eight members on four devices, compared with one device: printed as JSON.
 
 export XLA_FLAGS=--xla_force_host_platform_device_count=4
 python population_on_devices.py values Auto
@@ -22,7 +22,7 @@ from gradhpo.diagnostics.cost import Program
 
 
 SINGLE = gradhpo.UnrolledOptimizer(INNER, OUTER, unroll_steps=3)
-# Not Adam, which makes much of the last bits of small gradients.
+# Not Adam, which amplifies the last bits of small gradients.
 TEACHER = gradhpo.LearnedMutation(units=3, optimizer=optax.sgd(1.0))
 KINDS = {
     "alone": gradhpo.Population(SINGLE, 8),
@@ -32,7 +32,7 @@ KINDS = {
 
 
 def stacked(tree):
-    """Eight of a tree, each a little different."""
+    """Eight slightly different copies of a tree."""
     scales = 1 + 0.1 * np.arange(8.0)
     return jax.tree.map(lambda x: jnp.stack([x * s for s in scales]), tree)
 
@@ -68,12 +68,12 @@ def ran(optimizer, given, batches, both):
 
 
 def without_branches(text):
-    """The text of a program in which conditionals call nothing."""
+    """The program's text with the branches of conditionals removed."""
     return re.sub(r"(branch_computations=\{[^}]*\}|(true|false)_computation=%[\w.-]+)", "", text)
 
 
 def costs():
-    """Of a step, for one of four devices, as a share of one device's; and what is sent."""
+    """Costs of a step on one of four devices, as a share of one device's; and what is sent."""
     here = Mesh()
     random = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(random.normal(size=shape))

@@ -29,7 +29,7 @@ class Problem(NamedTuple):
 
 def mse(model, batch):
     x, y = batch
-    # A lambda, because vmap prints a module that it is given, which takes as long as tracing it.
+    # A lambda, because vmap prints a module passed to it, which takes as long as tracing.
     return jnp.mean(jnp.square(jax.vmap(lambda x: model(x))(x) - y))
 
 
@@ -51,11 +51,11 @@ def regularised_train_loss(model, batch):
 
 @gradhpo.model_loss
 def regularised_val_loss(model, batch):
-    # The small direct term keeps the partial derivative with respect to lambda in play.
+    # The small direct term makes the partial derivative with respect to lambda nonzero.
     return mse(model.net, batch) + 0.01 * jnp.sum(jnp.square(model.log_weight_decay))
 
 
-# Compiled, as `network` is: one program each, where every random array would be several.
+# Compiled, as `network` is: one program each, instead of several for every random array.
 @eqx.filter_jit
 def batches(key, dtype=jnp.float64):
     k1, k2, k3 = jax.random.split(key, 3)
@@ -85,7 +85,7 @@ def in_the_loss(key, dtype=jnp.float64) -> Problem:
 
 
 def in_the_optimizer(key, dtype=jnp.float64) -> Problem:
-    """Learning rate, momentum and weight decay, seen by the optimizer alone or by both."""
+    """Learning rate, momentum and weight decay, seen by the optimizer or by optimizer and loss."""
     k1, k2 = jax.random.split(key)
     where = lambda m: (m.log_weight_decay, m.log_rate, m.logit_momentum)
     params, hyperparams = gradhpo.partition(network(k1, dtype), where)
@@ -134,7 +134,7 @@ PROBLEMS = {
 
 
 def relaxed(optimizer: Any) -> Any:
-    """optax mixes dtypes by itself; everything else in the tests is strict about them."""
+    """optax mixes dtypes internally; everything else in the tests is strict about them."""
     if not isinstance(optimizer, optax.GradientTransformation):
         return lambda hyperparams: relaxed(optimizer(hyperparams))
 
@@ -189,7 +189,7 @@ def make(problem_name: str, optimizer_name: str, key, dtype=jnp.float64):
 
 
 def phi_of(problem: Problem, inner_optimizer=None, update_fn=None, symmetric=True):
-    """The inner update on the training batch, and the z to start from."""
+    """The inner update on the training batch, and the initial z."""
     w, frozen = eqx.partition(problem.params, eqx.is_inexact_array)
     phi = InnerUpdate(
         inner_optimizer=inner_optimizer,
@@ -204,7 +204,7 @@ def phi_of(problem: Problem, inner_optimizer=None, update_fn=None, symmetric=Tru
 
 
 def warmed(optimizer, problem: Problem, train_batch):
-    """The arguments of `step` from a state a few inner steps in: moments and counts have moved."""
+    """The arguments of `step` after a few inner steps, when moments and counts have moved."""
     state = optimizer.init(problem.params, problem.hyperparams)
     phi, z = phi_of(problem, optimizer.inner_optimizer)
     z, _, _ = eqx.filter_jit(phi.rollout)(z, problem.hyperparams, 0, 3)
@@ -213,7 +213,7 @@ def warmed(optimizer, problem: Problem, train_batch):
 
 
 def stack_of(problem: Problem, count: int, key) -> gradhpo.BatchStack:
-    """Different minibatches for each inner step (the dict problem needs whole batches)."""
+    """Different mini-batches for each inner step (the dict problem needs whole batches)."""
     x, y = problem.train_batch
     noise = jax.random.normal(key, (count, *x.shape), x.dtype)
     return gradhpo.BatchStack((x[None] + 0.3 * noise, jnp.stack([y] * count)))

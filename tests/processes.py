@@ -1,7 +1,7 @@
-"""Programs in processes of their own, as a user starts them.
+"""Programs in separate processes, as a user starts them.
 
-They are forked from a process that has imported JAX and not yet started it: an import takes
-longer than many of them do.
+They are forked from a process that has imported JAX but not started it: importing takes longer than
+many of them run.
 """
 
 import functools
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 
-# Seconds that a process may take; a busy machine may want more.
+# Time limit of a process in seconds; a busy machine may need more.
 LIMIT = float(os.environ.get("GRADHPO_TEST_TIMEOUT", "300"))
 EXAMPLES = Path(__file__).parents[1] / "examples"
 IMPORTED = [
@@ -34,7 +34,7 @@ class Done(NamedTuple):
 
 @functools.cache
 def context():
-    """Of `multiprocessing`; its processes have the flags of XLA of this one, and none of JAX."""
+    """The `multiprocessing` context; processes inherit this one's XLA flags, but not JAX's."""
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(IMPORTED)
     before = dict(os.environ)
@@ -52,7 +52,7 @@ def context():
 def python(*arguments, compiled="", check=True) -> Done:
     """`python *arguments` in the folder of the examples: a script, or `-c` and a program.
 
-    `compiled` are the flags of XLA that it is compiled with.
+    `compiled`: XLA flags.
     """
     with tempfile.TemporaryDirectory() as folder:
         said = Path(folder, "stdout"), Path(folder, "stderr")
@@ -70,7 +70,7 @@ def python(*arguments, compiled="", check=True) -> Done:
 
 
 def as_in_the_suite():
-    """Spends less time on what no test looks at."""
+    """Saves time on what no test looks at."""
     import jax
 
     # Where in the source an operation came from: a tenth of the time.
@@ -100,7 +100,7 @@ def _main(arguments, compiled, said):
 
 
 def interpreter(*arguments) -> Done:
-    """The same from the very start: imports, environment and all."""
+    """The same in a fresh interpreter, imports included."""
     own = {key: x for key, x in os.environ.items() if not key.startswith(("JAX_", "XLA_"))}
     done = subprocess.run(
         [sys.executable, *arguments],

@@ -1,4 +1,4 @@
-"""The smallest problem that a run can be about: ridge regression on ten examples."""
+"""The smallest problem for a run: ridge regression on ten examples."""
 
 import jax.numpy as jnp
 import optax

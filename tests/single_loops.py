@@ -1,4 +1,4 @@
-"""What the tests of single-loop and first-order methods share: losses with their derivatives."""
+"""Shared by the tests of single-loop and first-order methods: losses with their derivatives."""
 
 from typing import NamedTuple
 
@@ -77,7 +77,7 @@ def squares_at(w, a, batch):
 
 
 class Data(NamedTuple):
-    """Minibatches `[steps, inner steps, ...]`, a validation batch, and where to start."""
+    """Mini-batches `[steps, inner steps, ...]`, a validation batch, and a starting point."""
 
     x: np.ndarray
     y: np.ndarray

@@ -1,4 +1,4 @@
-"""Linear solvers on four devices, held against one: printed as JSON.
+"""Linear solvers on four devices, compared with one: printed as JSON.
 
     export XLA_FLAGS=--xla_force_host_platform_device_count=4
     python solvers_on_devices.py steps Explicit state GMRES LU ...
@@ -37,12 +37,12 @@ SETTINGS = {"rtol": 1e-8, "atol": 1e-8}
 
 
 def by_loss(solver):
-    """Symmetric, of the training loss."""
+    """Symmetric, from the training loss."""
     return lambda whole: gradhpo.ImplicitOptimizer(INNER, linear_solver=solver, **DAMPED)
 
 
 def by_gradient(solver):
-    """Of a `grad_fn`, which may not be symmetric."""
+    """From a `grad_fn`, whose Jacobian may not be symmetric."""
 
     def make(whole):
         gradient = jax.grad(losses(whole)[0])
@@ -52,7 +52,7 @@ def by_gradient(solver):
 
 
 def by_update(solver):
-    """Of the fixed point of an `update_fn` that is not symmetric."""
+    """At the fixed point of an `update_fn` whose Jacobian is not symmetric."""
 
     def make(whole):
         gradient = jax.grad(losses(whole)[0])
@@ -132,7 +132,7 @@ def twice(axes, spread, *names):
 
 
 def running(axes):
-    """An average of the parameters, which validation reads where it has settled."""
+    """An average of the parameters, which validation reads once it has settled."""
     here = Mesh(axes)
 
     def with_state(whole):
@@ -162,10 +162,10 @@ def running(axes):
 
 
 def shares(axes):
-    """Of a step: what one of four devices holds and does, as shares of one that does it all."""
+    """Memory and work of a step on one of four devices, as shares of a single device's."""
     here, random, found = Mesh(axes), np.random.default_rng(0), {}
     draw = lambda *shape: jnp.asarray(random.normal(size=shape))
-    # Few examples: what there is besides are the parameters, and the vectors of the solver.
+    # Few examples, so that parameters and the solver's vectors dominate.
     given = {"matrix": draw(256, 256), "bias": jnp.zeros(256)}, draw(256, 256)
     batch = draw(64, 256), draw(64, 256)
 

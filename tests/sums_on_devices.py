@@ -27,7 +27,7 @@ def descent(whole):
 
 
 def by_words(whole, num=2):
-    """Losses over a vocabulary of 16, whose matrix is that of the parameters."""
+    """Losses over a vocabulary of 16, with the parameters as its matrix."""
 
     def error(params, batch):
         x, y = batch
@@ -77,7 +77,7 @@ def low_rank(whole):
 same = lambda batch: batch
 one_step = lambda whole: gradhpo.OneStepOptimizer(INNER, OUTER)
 smoothed = optax.chain(gradhpo.moving_average(2), OUTER)
-# The optimizer and the losses, for what gathers parameters; and the two batches.
+# The optimizer and the losses, given a function that gathers parameters; and the two batches.
 SUMS = {
     "curvature": (lambda whole: in_two(inner_optimizer=INNER), losses, stacked, same),
     "curvature, grad_fn": (by_gradient, losses, stacked, same),
@@ -105,7 +105,7 @@ def sums(axes, spread, *names):
 
 
 def shares():
-    """Flops of a step for one of four devices, as a share of one device doing all of it."""
+    """Flops of a step on one of four devices, as a share of a single device's."""
     here, random, found = Mesh(), np.random.default_rng(0), {}
     draw = lambda *shape: jnp.asarray(random.normal(size=shape))
     params, hyperparams = {"matrix": draw(64, 64), "bias": jnp.zeros(64)}, draw(64, 64)
@@ -126,7 +126,7 @@ def shares():
 
 
 def refused():
-    """What is said of pieces of two examples for four devices, on explicit axes."""
+    """The error for pieces of two examples on four devices, with explicit axes."""
     here, said = Mesh("Explicit"), {}
     params, hyperparams, batch, _ = problem()
     params, hyperparams, batch = jax.device_put((params, hyperparams, batch), here.split)

@@ -1,4 +1,4 @@
-"""Which cheap hypergradient is nearer to the exact one (benchmarks/ has the whole table)."""
+"""Which cheap hypergradient is closer to the exact one (benchmarks/ has the full table)."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from benchmarks.costs.accuracy import PROBLEMS, cosines
 @pytest.mark.usefixtures("as_a_user_has_it")
 @pytest.mark.parametrize("name", ["layers, digits"])
 def test_the_order_is_that_of_the_paper(name):
-    """Figure 3 of HyperDistill's paper: DrMAD, HyperDistill, one step, first order."""
+    """Figure 3 of the HyperDistill paper: DrMAD, HyperDistill, one step, first order."""
     found = cosines(PROBLEMS[name](seed=0), counts=(10, 20))
     order = ["DrMAD", "HyperDistill .9", "one step", "first order"]
     medians = [np.median(found[method]) for method in order]

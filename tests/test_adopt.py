@@ -1,4 +1,4 @@
-"""A state goes from one optimizer to another by `adopt`; a foreign one is refused with it."""
+"""`adopt` takes a state from one optimizer to another, and refuses foreign states."""
 
 import dataclasses
 
@@ -53,7 +53,7 @@ def test_keeps_the_problem_and_makes_the_rest_anew(after_two_steps):
 
 
 def test_a_note_with_the_name_of_a_memory_is_refused():
-    """It would hide what the memory holds under that name."""
+    """It would hide the memory's entry of that name."""
     state = FIRST_ORDER.init(START, jnp.zeros(3)).update(metadata={"theta": jnp.array(7.0)})
     with pytest.raises(ValueError, match=r"notes called theta.*without\(\['theta'\]\)"):
         ONLINE.adopt(state)
@@ -132,7 +132,7 @@ def test_estimate_theta_refuses_what_it_cannot_see():
 
 
 def test_a_refused_step_of_any_kind_keeps_a_finite_memory(after_two_steps):
-    """What must be finite is what a step changes: theta and the distilled point."""
+    """Everything that a step changes must be finite: theta and the distilled point."""
     bad = ONLINE.step(after_two_steps, jnp.full(3, jnp.nan), ONES, *LOSSES)
     assert bad.get_metric("rejected") == 1
     leaves = jax.tree.leaves(bad.memory)

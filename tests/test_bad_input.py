@@ -1,4 +1,4 @@
-"""What people pass by mistake to `run`, to loaders and to controls: each with its own message."""
+"""Common mistakes in arguments to `run`, loaders and controls: each has its own message."""
 
 import itertools
 import random
@@ -238,14 +238,14 @@ COUNTED = map(np.full, itertools.repeat(3), itertools.count())
 
 @pytest.mark.parametrize("what", FUNCTIONS)
 def test_a_function_of_the_index_that_cannot_be_traced(what):
-    """The commonest mistake; random numbers that are drawn once passed in silence."""
+    """The most common mistake; random numbers drawn only once used to pass silently."""
     function, message = FUNCTIONS[what]
     with pytest.raises(ValueError, match=message):
         run(train_data=function)
 
 
 def test_functions_of_the_index_that_can():
-    """Constants, seeds of their own, keys, NaN, functions that are compiled already."""
+    """Constants, their own seeds, keys, NaN, functions already compiled."""
     draw = lambda i: jax.random.normal(jax.random.fold_in(KEY, i), (3,))
     fixed = lambda i: INPUTS[np.random.default_rng(0).choice(10, 4)]
     unknown = lambda i: jnp.full(3, jnp.nan) * i.astype(float)

@@ -1,4 +1,4 @@
-"""The benchmarks' own machinery; test_costs.py asserts what they measure."""
+"""The benchmarks' machinery; test_costs.py checks what they measure."""
 
 import argparse
 import contextlib
@@ -148,7 +148,7 @@ def test_rows_may_take_the_whole_card_unless_the_user_says_otherwise(monkeypatch
     given = gpu.of_rows("folder")
     assert given["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"] == "20"
     assert given["XLA_CLIENT_MEM_FRACTION"] == "0.92"
-    # Beside the old name, the new one would be an error of JAX.
+    # JAX raises if both the old and the new name are set.
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     assert "XLA_CLIENT_MEM_FRACTION" not in gpu.of_rows("folder")
 
@@ -175,7 +175,7 @@ def test_a_row_that_fails_shows_what_it_told_before():
 
 
 def test_the_large_model_has_the_parameters_that_it_is_called_by():
-    """And no state of it is made to count them."""
+    """They are counted without creating them."""
     size = SIZES["110M"]
     shapes = jax.eval_shape(lambda: gpt(size).params)
     assert sum(x.size for x in jax.tree.leaves(shapes)) == num_params(size)
@@ -209,8 +209,8 @@ def test_thresholds_lie_between_configurations_that_they_part():
     found = calibration.thresholds_of(trust, scores)
     # All scores above .925 are at least .8, and all below .45 are below .5.
     np.testing.assert_allclose(found, (0.925, 0.45))
-    # Pairs of good (.7, .95, 1) and bad (0, .3): no bad one has more trust; then one of six has as
-    # much, and the other bad one more than one of the three.
+    # Pairs of good (.7, .95, 1) and bad (0, .3): no bad one has more trust. In the second case one
+    # of six pairs ties, and the other bad one exceeds one of the three.
     assert calibration.auc(trust, scores) == 1.0
     assert calibration.auc(np.array([0.7, 0.8, 0.6, 0.7, 0.9, 0.95, 1.0]), scores) == 4.5 / 6
 
@@ -229,7 +229,7 @@ def test_rows_that_are_known_are_not_measured_again(tmp_path, monkeypatch):
     assert measured == [1, 2]
     assert [row["steps"] for row in rows] == [1, 2]
     assert len(file.read_text().splitlines()) == 2
-    calibration.measured_of(configs[:1], 4, file)  # of other retrainings
+    calibration.measured_of(configs[:1], 4, file)  # other retrainings
     assert measured == [1, 2, 1]
 
 
@@ -254,7 +254,7 @@ def test_the_saved_calibration_is_that_of_the_grid_and_keeps_its_word(monkeypatc
     assert np.sum(scores > 0.95) >= 6
     assert calibration.auc(trust, scores) >= 0.95
     verdicts = np.array([judged(row, config)[0] for row, config in zip(rows, grid, strict=True)])
-    # The number is what the library makes of the agreements today.
+    # The number is what the library computes from the agreements today.
     for row, config in zip(rows, grid, strict=True):
         counted = [
             x for name, x in row["agreement"].items() if name not in ("other keys", "redrawn")
@@ -264,7 +264,7 @@ def test_the_saved_calibration_is_that_of_the_grid_and_keeps_its_word(monkeypatc
         assert row["trust"] > 0 or not counted or min(counted) <= 0
     assert np.all(scores[verdicts == "trusted"] >= 0.5)
     assert np.all(scores[verdicts == "not trusted"] <= 0.95)
-    # The library has the thresholds of the half that sets them, rounded.
+    # The library uses the thresholds of the half that sets them, rounded.
     found = calibration.thresholds_of(*(x[calibration.setting_half(grid)] for x in (trust, scores)))
     np.testing.assert_allclose(found, (TRUSTED, NOT_TRUSTED), atol=0.05)
 

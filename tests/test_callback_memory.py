@@ -1,4 +1,4 @@
-"""Callbacks: what stops a run, and whose memory goes back to whom where a run is resumed."""
+"""Callbacks: what stops a run, and which memory each one gets back when a run resumes."""
 
 import re
 import warnings
@@ -40,7 +40,7 @@ def said_by(callbacks, directory, num_steps=12):
 
 
 class Ends:
-    """Notes what it is given at the end, and raises."""
+    """Records its arguments at the end, and raises."""
 
     def __init__(self, error, directory):
         self.error, self.directory, self.given = error, directory, None
@@ -120,7 +120,7 @@ def rising(state):
 
 
 def test_another_metric_begins_anew(tmp_path):
-    """The value of one metric is no bound for another."""
+    """The best value of one metric must not count for another."""
     run([gradhpo.BestState(rising)], tmp_path)
     best = gradhpo.BestState(lambda state: 100.0 + falling(state))
     lost, new = said_by([best], tmp_path)
@@ -166,7 +166,7 @@ def test_patience_may_change(tmp_path):
 
 
 def test_logs_in_another_order_stay_whole(tmp_path):
-    """The memory of a logger is the length of its own file, to which it is cut."""
+    """A logger's memory is the length of its own file, which is truncated to it."""
     make = lambda: [
         gradhpo.CSVLogger(tmp_path / "a.csv"), gradhpo.CSVLogger(tmp_path / "b.csv", every=6),
     ]  # fmt: skip
@@ -209,7 +209,7 @@ def test_callbacks_of_the_users_say_who_they_are(tmp_path):
 
 
 def test_text_in_a_memory_is_refused():
-    """A checkpoint would drop it."""
+    """A checkpoint would lose it."""
 
     class Named(Counting):
         def start(self, state, resumed):
@@ -251,7 +251,7 @@ def test_functions_are_told_by_their_code_and_what_they_close_over():
 
 
 def test_another_version_of_python_compares_names():
-    """The same function with other code counts as another."""
+    """The same function with other bytecode counts as another."""
     found = described_function(rising)
     elsewhere = found | {"python": "2.7", "code": found["code"] + 1}
     assert differences(found, elsewhere) == []

@@ -71,7 +71,7 @@ def test_killed_thirty_times(tmp_path):
 
 
 def survive(tmp_path, kills, num_steps):
-    """By turns at a random moment and at a random change of the disk."""
+    """Killed alternately at a random moment and at a random change on disk."""
     random = np.random.default_rng(kills)
     directory = tmp_path / "killed"
     killed, process_of = 0, processes.context().Process
@@ -198,7 +198,7 @@ def test_rejected_steps_are_counted_over_sessions(tmp_path):
     with pytest.warns(RuntimeWarning, match="6 rejected as non-finite .steps 1, 2, 3, 4, 5, ..."):
         _, history = run(tmp_path, data=bad, max_rejections=5)
     assert history.stop_reason == "rejected"
-    # Once over it stays over, until more are allowed.
+    # Once finished it stays finished, until more steps are allowed.
     with pytest.warns(RuntimeWarning, match="6 of 12 steps .6 of them before"):
         run(tmp_path, data=bad, max_rejections=5)
     with pytest.warns(RuntimeWarning, match="12 of 12 steps"):
@@ -230,7 +230,7 @@ def test_load_checkpoint(tmp_path):
 
 
 def test_callbacks_come_and_go(tmp_path):
-    """Each finds its own memory, wherever it stands; a new one begins, an old one is let go."""
+    """Each gets its own memory, in any order; new ones start fresh, old ones are dropped."""
     first = gradhpo.BestState(lambda state: float(state.step))
     logger = gradhpo.JSONLinesLogger(tmp_path / "log.jsonl")
     run(tmp_path, num_steps=6, callbacks=[gradhpo.EarlyStopping(100), first, logger])
@@ -265,7 +265,7 @@ def test_retention_and_files_of_others(tmp_path):
 
 
 def test_retention_where_a_file_system_can_do_little(tmp_path, monkeypatch):
-    """No locks, directories that cannot be synchronised, what is left over cannot be removed."""
+    """No locks, directories that cannot be synced, leftovers that cannot be removed."""
     from gradhpo.training import checkpoint_file
 
     def fsync(handle):
@@ -330,7 +330,7 @@ class Seekable:
 
 
 class Untold:
-    """An iterator that cannot say where it is."""
+    """An iterator that cannot report its position."""
 
     def __init__(self, batches):
         self.batches = itertools.cycle(batches)
@@ -340,7 +340,7 @@ class Untold:
 
 
 class Stateful(Seekable):
-    """A loader like PyTorch's stateful ones, which is asked itself."""
+    """A loader like PyTorch's stateful ones, with the methods on the loader."""
 
     state_dict, load_state_dict = Seekable.get_state, Seekable.set_state
     get_state = set_state = None
@@ -361,7 +361,7 @@ def test_iterators_that_can_seek_do(tmp_path, loader, wrapped):
 
 
 def test_the_same_seekable_loader_goes_on(tmp_path):
-    """What an early stop gave back does not come twice."""
+    """Batches given back by an early stop do not come twice."""
     data = gradhpo.iterate(Seekable())
     run(tmp_path, data=data, callbacks=[stop_at(6)])
     assert_same_run(run(tmp_path, data=data), run(None, data=iter(BATCHES * 2)))
@@ -416,7 +416,7 @@ def test_grain_seeks(tmp_path):
 
     assert_same_run(run(tmp_path, data=Watched(loader())), expected)
     assert len(drawn) == 6
-    # Through `iterate`, from a data set that ends after every epoch.
+    # With `iterate`, from a data set that ends after every epoch.
     finite = lambda: gradhpo.iterate(
         grain.MapDataset.source(BATCHES).seed(0).shuffle().to_iter_dataset()
     )
@@ -432,7 +432,7 @@ def test_data_that_ends_can_be_lengthened(tmp_path):
 
 
 def test_an_iterator_beside_one_that_ended_is_found_again(tmp_path):
-    """It had been drawn for steps that the other one had no batch for."""
+    """It had been read ahead, for steps that the other had no batch for."""
     val = lambda count: iter([*BATCHES[::-1], *BATCHES][:count])
     with pytest.warns(RuntimeWarning, match="An iterator ended"):
         run(tmp_path, data=Seekable(), val=val(5))
@@ -528,7 +528,7 @@ def test_what_is_damaged_or_foreign_is_refused_and_left(copied, damage, message)
     with pytest.raises(ValueError, match=message):
         run(copied, num_steps=15)
     if "metrics.bin" in message or "history" in message:
-        # The state is whole: it is not withheld for the sake of a plot.
+        # The state is complete: it is not withheld because of a plot.
         with pytest.warns(RuntimeWarning, match=message):
             state, history = gradhpo.load_checkpoint(copied, start())
         assert state.step == 12
@@ -618,7 +618,7 @@ def test_directories_that_cannot_serve(tmp_path):
 
 
 def test_a_disk_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
-    """Except at the first checkpoint, before anything can be lost."""
+    """Except at the first checkpoint, when nothing can be lost yet."""
     from gradhpo.training import checkpoint_file
 
     real, full = os.replace, []
@@ -629,7 +629,7 @@ def test_a_disk_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
         real(*paths)
 
     monkeypatch.setattr(checkpoint_file.os, "replace", replace)
-    # Full from the second chunk to the third, then again room.
+    # Full from the second chunk to the third, then with room again.
     fill = lambda state, metrics: full.append(1) if int(state.step) == 6 else None
     free = lambda state, metrics: full.clear() if int(state.step) == 12 else None
     with pytest.warns(RuntimeWarning, match="2 checkpoints could not be written.*No space left"):
@@ -671,11 +671,11 @@ def test_two_runs_in_one_directory_do_not_mix(tmp_path):
 
     assert_same_run(run(tmp_path, callbacks=[another]), run(None))
     assert len(refused) == 4
-    run(tmp_path)  # which is free again
+    run(tmp_path)  # the lock is free again
 
 
 def test_two_runs_where_there_are_no_locks(tmp_path, monkeypatch):
-    """The one that comes later goes on; the other one says that it can save no more."""
+    """The later one continues; the other reports that it can no longer save."""
     monkeypatch.setattr(lock, "fcntl", None)
     inner = []
 
@@ -704,7 +704,7 @@ def test_a_refused_run_leaves_the_directory_free(copied):
 
 @pytest.mark.parametrize("loader", ["ragged", "failing"])
 def test_no_batch_is_lost_where_a_loader_failed(tmp_path, loader):
-    """One that can seek has moved on already, past what the run has used."""
+    """A seekable one has already moved past what the run used."""
 
     class Bad(Seekable):
         def __next__(self):
@@ -720,7 +720,7 @@ def test_no_batch_is_lost_where_a_loader_failed(tmp_path, loader):
 
 
 def test_chunks_stay_where_they_were(tmp_path):
-    """Callbacks look at the same steps, also after a chunk that was cut short."""
+    """Callbacks see the same steps, even after a chunk that was cut short."""
     ends = []
     note = lambda state, metrics: ends.append(int(state.step))
     with pytest.warns(RuntimeWarning, match="An iterator ended"):
@@ -753,7 +753,7 @@ def test_a_loader_that_shuffles_every_pass_anew_seeks(tmp_path):
 
 
 def test_a_loader_asked_for_its_state_acts_at_the_next_pass(tmp_path):
-    """As PyTorch's stateful loaders do."""
+    """Like PyTorch's stateful loaders."""
 
     class AtNextPass:
         def __init__(self):

@@ -1,4 +1,4 @@
-"""What docs/how_to/coming_from.md says of other libraries' numbers, by their loops in NumPy.
+"""What docs/how_to/coming_from.md says about other libraries' numbers, with their loops in NumPy.
 
 Written after the sources of hypertorch (commit 6241dfa), Betty 0.2.1 (cb6221f) and TorchOpt 0.7.3
 (960fb0a), whose RMSProp and Adagrad are torch's.
@@ -37,7 +37,7 @@ def descent(w, h, batch):
 
 
 def found_by(optimizer):
-    """The hypergradient at W, to which none of these methods adds an inner step that counts."""
+    """The hypergradient at W; no inner step of these methods changes it."""
     state = optimizer.init(jnp.asarray(W), jnp.zeros(5))
     still = optimizer.compute_hypergradient(state, TRAIN, VAL, ridge, error)
     after = optimizer.step(state, TRAIN, VAL, ridge, error, lr_hyper=0.0).params
@@ -102,7 +102,7 @@ def test_terms_of_a_series(library):
 @pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["loss", "map"])
 def test_fixed_point_of_a_whole_optimizer(kind):
-    """By the loss the series has the rate of descent; by a map it is in it, and the step is 1."""
+    """From a loss, the series takes the descent rate; from a map, which includes it, step 1."""
     if kind == "loss":
         settings = {"inner_optimizer": optax.sgd(RATE), "linear_solver": gradhpo.Neumann(7, RATE)}
     else:
@@ -114,7 +114,7 @@ def test_fixed_point_of_a_whole_optimizer(kind):
 
 @pytest.mark.thorough
 def test_a_few_iterations_of_conjugate_gradients():
-    """hypertorch's CG(K=3) on I - A = rate H: as many steps on H."""
+    """hypertorch's CG(K=3) on I - A = rate H equals three steps on H."""
     solver = lx.CG(rtol=1e-12, atol=1e-12, max_steps=3)
     optimizer = gradhpo.ImplicitOptimizer(optax.sgd(RATE), linear_solver=solver)
     found, w = found_by(optimizer)
@@ -130,7 +130,7 @@ def test_a_few_iterations_of_conjugate_gradients():
 
 
 def test_bettys_darts_leaves_the_rate_out():
-    """Ours is the derivative of a step, which has the rate; here H and the mixed one are linear."""
+    """Ours differentiates a step, which includes the rate; both derivatives are linear here."""
     found, after = found_by(gradhpo.T1T2Optimizer(optax.sgd(RATE)))
     v = gradient_at(after)
     epsilon = 0.01 / np.linalg.norm(v)
@@ -184,7 +184,7 @@ def off(found, expected):
 
 @pytest.mark.thorough
 def test_optax_can_put_epsilon_of_rmsprop_where_torch_has_it():
-    """Of the numbers on the page: the weakest penalty, whose gradients are below epsilon's root."""
+    """From the page's numbers: the weakest penalty, with gradients below epsilon's root."""
     by_hand = tuned(rmsprop_as_in_torch)
     outside = tuned(lambda h: optax.rmsprop(jnp.exp(h), 0.99, 1e-8, eps_in_sqrt=False))
     inside = tuned(lambda h: optax.rmsprop(jnp.exp(h), 0.99, 1e-8))

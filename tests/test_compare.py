@@ -1,4 +1,4 @@
-"""`compare_hypergradients` against closed forms, and what it says where a method fails."""
+"""`compare_hypergradients` against closed forms, and its reports when a method fails."""
 
 import dataclasses
 
@@ -98,7 +98,7 @@ def test_agreement_equals_closed_form(name, report):
 
 
 def test_hyperdistill_is_fitted_and_follows_the_whole_horizon(report):
-    """As in a loop of one's own: theta fitted on the batches of the episode, then its steps."""
+    """As in a hand-written loop: theta fitted on the batches of the episode, then its steps."""
     optimizer = OPTIMIZERS["HyperDistill"]
     state = optimizer.init(jnp.asarray(START), HYPERPARAMS)
     batches = gradhpo.BatchStack(jnp.zeros(STEPS))
@@ -195,7 +195,7 @@ def test_leaves_that_some_methods_cannot_see():
     assert set(report.metrics) == {"implicit"}
     assert report.metrics["implicit"]["linear_residual"] < 1e-12
     assert "implicit ends with inner_residual" in text
-    # Frozen hyperparameters along different batches: as in a loop of one's own.
+    # Frozen hyperparameters along different batches: as in a hand-written loop.
     one_step, here, pair = optimizers["one step"], state, (with_rate, val_loss)
     for t in range(3):
         here = one_step.step(here, stack.at(t), None, *pair, lr_hyper=0.0)
@@ -207,7 +207,7 @@ def test_leaves_that_some_methods_cannot_see():
 
 
 def test_tasks():
-    """The mean over tasks of what each would find alone."""
+    """The mean over tasks of their separate hypergradients."""
     starts = jnp.asarray(random.normal(size=(3, 5)))
     losses = gradhpo.LossFunctions(train_loss, lambda w, h, c: c * val_loss(w, h, None))
     wrap = lambda optimizer: gradhpo.TaskBatched(optimizer, num_tasks=3)
@@ -292,7 +292,7 @@ def test_what_is_cut_off_is_0_in_the_reference_as_well():
     report = gradhpo.compare_hypergradients({"one step": ONE}, state, None, None, losses)
     assert report.unseen == {"one step": ("['rest']",)}
     assert "the reference is 0 in ['rest']: gradhpo.check_hypergradient says why" in str(report)
-    assert "one and the same batch" not in str(report)  # of one step there is but one
+    assert "one and the same batch" not in str(report)  # one step has only one batch
 
 
 @pytest.mark.parametrize(
@@ -352,7 +352,7 @@ def test_flops_count_loops_as_often_as_they_run():
 
 @pytest.mark.thorough
 def test_from_the_middle_of_a_run():
-    """Moments and counts of the state are where every estimator starts."""
+    """Every estimator starts from the moments and counts of the state."""
     inner = relaxed(optax.adam(0.1, eps_root=1e-16))
     optimizer = gradhpo.UnrolledOptimizer(inner, OUTER, unroll_steps=3)
     state = optimizer.init(jnp.asarray(START), HYPERPARAMS)
@@ -375,7 +375,7 @@ def test_from_the_middle_of_a_run():
     ],
 )
 def test_every_step_has_its_batches_of_the_stack(optimizer):
-    """An optimizer of fewer inner steps than the horizon: as in a loop over `step`, to its end."""
+    """An optimizer with fewer inner steps than the horizon: as in a full loop over `step`."""
     scaled = lambda w, h, batch: (1 + 0.3 * batch) * train_loss(w, h, batch)
     batches, count = jnp.array([1.0, -1.0, 0.5, 2.0, 0.0, -0.5]), optimizer.num_inner_steps
     state = begun = optimizer.init(jnp.asarray(START), HYPERPARAMS)
@@ -392,7 +392,7 @@ def test_every_step_has_its_batches_of_the_stack(optimizer):
 
 
 def test_what_was_learned_before_is_compared_as_it_is():
-    """A theta of one's own, which nothing fits anew."""
+    """A user's theta, which is not fitted again."""
     optimizer = gradhpo.OnlineHypergradientOptimizer(SGD, OUTER, estimation_period=None)
     batches = gradhpo.BatchStack(jnp.zeros(STEPS))
     state = optimizer.init(jnp.asarray(START), HYPERPARAMS)
@@ -403,7 +403,7 @@ def test_what_was_learned_before_is_compared_as_it_is():
 
 @pytest.mark.thorough
 def test_bfloat16(as_a_user_has_it):
-    """In their own precision, compared in float64."""
+    """Computed in bfloat16, compared in float64."""
     inner, short = optax.sgd(0.1), jnp.bfloat16
     loss = lambda w, h, batch: jnp.sum((w - h) ** 2 * jnp.arange(1, 5, dtype=w.dtype))
     losses = gradhpo.LossFunctions(loss, lambda w, h, batch: jnp.sum((w - 1) ** 2))

@@ -1,4 +1,4 @@
-"""What every optimizer promises. A new algorithm is one more line in OPTIMIZERS."""
+"""The contract of every optimizer. A new algorithm adds one line to OPTIMIZERS."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ def two_tasks(*arguments, **settings):
     return gradhpo.TaskBatched(gradhpo.GreedyOptimizer(*arguments, **settings), num_tasks=2)
 
 
-# Made once: tests that take the same optimizer share its compiled `step`.
+# Created once: tests of the same optimizer share its compiled `step`.
 PLAIN = relaxed(optax.sgd(0.1))
 ADAM = relaxed(optax.adam(0.1, eps_root=1e-8))
 
@@ -32,7 +32,7 @@ def one_member(*arguments, **settings):
     return gradhpo.Population(gradhpo.GreedyOptimizer(*arguments, **settings), num_members=1)
 
 
-# name: (class, settings, a numeric setting with another value for it)
+# name: (class, settings, a numeric setting with an alternative value)
 OPTIMIZERS = {
     "first order": (gradhpo.FOOptimizer, {}, None),
     "one step": (gradhpo.OneStepOptimizer, {}, None),
@@ -57,8 +57,8 @@ OPTIMIZERS = {
         {"unroll_steps": 4, "num_directions": 8},
         ("sigma", 0.02),
     ),
-    # A direct solver: what an iterative one leaves, within its tolerance, differs from program to
-    # program by more than the 1e-12 to which all is compared here.
+    # A direct solver: an iterative one's error, within its tolerance, varies between programs by
+    # more than the 1e-12 used here.
     "implicit": (
         gradhpo.ImplicitOptimizer,
         {"inner_steps": 4, "linear_solver": lx.LU()},
@@ -72,7 +72,7 @@ OPTIMIZERS = {
     ),
     "penalty": (gradhpo.PenaltyOptimizer, {"inner_steps": 4}, ("penalty", 20.0)),
     "BOME": (gradhpo.BOMEOptimizer, {"inner_steps": 4}, ("control", 0.8)),
-    # Training here has no noise and a Hessian of 1, which the damping is then.
+    # Training here has no noise and a Hessian of 1, so the damping stands in for it.
     "natural": (gradhpo.NHGDOptimizer, {"inner_steps": 4, "damping": 1.0}, ("damping", 0.5)),
     "functional": (
         gradhpo.FunctionalOptimizer,
@@ -89,16 +89,16 @@ OPTIMIZERS = {
     "checkpointed": (gradhpo.UnrolledOptimizer, {"unroll_steps": 4, "checkpoints": "sqrt"}, None),
     "bisected": (gradhpo.UnrolledOptimizer, {"unroll_steps": 4, "checkpoints": "log"}, None),
 }
-# Its members are in test_population.py, each held against its own run.
+# Members are in test_population.py, each compared with its own run.
 EVERY = OPTIMIZERS | {"population": (one_member, {"unroll_steps": 4}, None)}
-# These see settings of the inner optimizer only where the validation loss has them as well.
+# These see settings of the inner optimizer only if the validation loss contains them too.
 FUNCTIONAL = {"functional", "functional, closed"}
 SEES_NO_OPTIMIZER = {"first order", "implicit", "natural", "SOBA", "AmIGO", "penalty", "BOME"}
 SEES_NO_OPTIMIZER |= FUNCTIONAL
-# For tests with losses that are not written in two parts.
+# For tests whose losses are not written in two parts.
 OF_ANY_LOSS = {name: made for name, made in OPTIMIZERS.items() if name not in FUNCTIONAL}
 
-# The others run thoroughly: a setting of one of these, and those with test files of their own.
+# The others run only with `thorough`: variants of one of these, and those with separate test files.
 SINGLE_LOOPS = {"SOBA", "AmIGO", "penalty", "BOME"}
 DRAW = {"forward gradient", "NRES"}
 THOROUGHLY = {"T1-T2 by hyperparams", "truncated", "checkpointed", "bisected", "population"}
@@ -117,11 +117,11 @@ def build(name, inner_optimizer=PLAIN, outer_optimizer=OUTER, params=None):
 
 
 def kept_steps(name, optimizer):
-    """Inner steps of a `step` that the state keeps: BOME throws its trial away, and keeps one."""
+    """Inner steps that a `step` keeps: BOME discards its trial and keeps one."""
     return 1 if name == "BOME" else optimizer.num_inner_steps
 
 
-# Functional methods take losses of the prediction alone; to all others these are losses as any.
+# Functional methods accept only losses of the prediction; to all others these are ordinary losses.
 of_prediction = functools.partial(gradhpo.PredictionLoss, lambda w, h, batch: w)
 
 
@@ -138,7 +138,7 @@ def val_loss(w, h, batch):
 
 
 def start(optimizer, dtype=jnp.float64, hyperparams=None):
-    # An example batch and a key are for those that want them; the others ignore both.
+    # Some optimizers need an example batch and a key; the others ignore both.
     examples = {} if isinstance(optimizer, gradhpo.TaskBatched) else {"batch": jnp.zeros(2, dtype)}
     key = {"key": jax.random.key(0)} if examples else {}
     hyperparams = jnp.full(3, -1.0, dtype) if hyperparams is None else hyperparams
@@ -174,7 +174,7 @@ def test_converges_on_a_quadratic(name):
     "inner", [pytest.param(PLAIN, marks=pytest.mark.thorough), ADAM], ids=["sgd", "adam"]
 )
 def test_states_are_serialised_by_equinox(name, inner):
-    """By default: no leaf that it cannot write. Bit for bit, and the next step is the same one."""
+    """By default, every leaf can be written. Bit for bit, and the next step is the same."""
     optimizer, batch = build(name, inner), jnp.zeros(2)
     state = start(optimizer)
     step = lambda state: optimizer.step(state, batch, batch, train_loss, val_loss)
@@ -187,7 +187,7 @@ def test_states_are_serialised_by_equinox(name, inner):
     assert_same(step(again), step(state))
 
 
-# Tasks are in test_tasks.py, each held against its own run.
+# Tasks are in test_tasks.py, each compared with its own run.
 @pytest.mark.parametrize(
     ("problem_name", "optimizer_name", "name"),
     quick(
@@ -202,7 +202,7 @@ def test_states_are_serialised_by_equinox(name, inner):
     ),
 )
 def test_filtered_models_dicts_and_stateful_optimizers(name, problem_name, optimizer_name, getkey):
-    """Runs; advances optimizer state; step follows compute_hypergradient, from the first on."""
+    """Runs; advances optimizer state; step follows compute_hypergradient from the first step."""
     problem, inner = make(problem_name, optimizer_name, getkey())
     if name in SEES_NO_OPTIMIZER:
         direct = lambda h: sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(h))
@@ -248,7 +248,7 @@ def test_filtered_models_dicts_and_stateful_optimizers(name, problem_name, optim
     )
 
 
-# One loss for the tests that count, and the one about the rate: they share its programs.
+# One loss for the tests that count traces and the test of the rate: they share its programs.
 TRACES: list[int] = []
 
 
@@ -313,7 +313,7 @@ def test_a_nan_batch_costs_a_step_and_nothing_else(name):
 
 
 def test_a_hypergradient_that_is_infinite_is_refused_though_clipping_hides_it():
-    """The root of 0 in the validation loss: nothing else of the step is infinite."""
+    """The square root of 0 in the validation loss: nothing else in the step is infinite."""
     optimizer = gradhpo.OneStepOptimizer(PLAIN, optax.chain(optax.clip(1.0), optax.sgd(0.1)))
     state = start(optimizer, hyperparams=jnp.zeros(3))
     rooted = lambda w, h, batch: jnp.sum(jnp.square(w - 1)) + jnp.sum(jnp.sqrt(h))
@@ -405,8 +405,8 @@ def test_program_size_does_not_grow_with_the_inner_steps(name):
     assert sizes[1] < 1.1 * sizes[0]
 
 
-# T1-T2 by weights and first-order methods take the training gradient, which an update_fn does not
-# show. SOBA moves its adjoint along another equation then: test_single_loop.py.
+# T1-T2 by weights and first-order methods need the training gradient, which an update_fn does not
+# provide. SOBA's adjoint then follows another equation: test_single_loop.py.
 ONLY_BY_GRADIENT = {"T1-T2", "SOBA", "AmIGO", "penalty", "BOME"}
 
 
@@ -425,7 +425,7 @@ def test_an_update_fn_is_as_good_as_an_inner_optimizer(name):
             for o, s in ((by_hand, found), (by_optax, expected))
         )
     assert_same(found.hyperparams, expected.hyperparams, rtol=1e-12)
-    # What implicit differentiation remembers is that of another equation, by the rate.
+    # Implicit differentiation remembers the adjoint of another equation, scaled by the rate.
     assert_same(found.metadata, expected.metadata, rtol=1e-12)
     if name != "implicit":
         assert_same(jax.tree.leaves(found.memory), jax.tree.leaves(expected.memory), rtol=1e-12)

@@ -1,4 +1,4 @@
-"""Callbacks, loggers, progress, failures: what a run does besides taking steps."""
+"""Callbacks, loggers, progress, failures: everything in a run except its steps."""
 
 import csv
 import importlib.util
@@ -68,7 +68,7 @@ def test_best_state_reads_the_metric_of_the_last_step():
 
 
 def test_callbacks_see_the_end_of_an_episode():
-    """With cold restarts too: the parameters whose loss was measured, not those to start from."""
+    """With cold restarts too: the measured parameters, not the next start."""
     best, seen = gradhpo.BestState(), []
     state, history = run(
         9, steps_per_episode=3, reptile_rate=0.0, chunk_size=3,
@@ -133,7 +133,7 @@ def test_early_stopping(of_chunks, min_delta, stops_at, best_at):
     assert history.stop_reason == ("num_steps" if stops_at is None else "early stopping")
     assert state.step == (stops_at or 15)
     assert stopping.best.step == best_at
-    # A second run begins anew.
+    # A second run starts fresh.
     again, _ = run(15, callbacks=[stopping])
     assert again.step == state.step
 
@@ -164,7 +164,7 @@ def test_moving_average_is_the_mean_of_the_last():
 
 @pytest.mark.parametrize("window", [1, 2])
 def test_moving_average_counts_without_end(window):
-    """The count goes round, and takes the same slots as one that does not."""
+    """The count wraps around, and uses the same slots as one that does not."""
     transformation = gradhpo.moving_average(window)
     state: Any = transformation.init(jnp.zeros(()))
     seen = []
@@ -297,7 +297,7 @@ def test_progress_in_a_log_is_lines(capsys, monkeypatch):
 
 
 def test_a_label_of_a_run(capsys, monkeypatch, tmp_path):
-    """In its lines, in its bar, and in the files that it writes."""
+    """In its lines, its bar and its files."""
     lines, table = tmp_path / "log.jsonl", tmp_path / "log.csv"
     for label in ("seed 0", 'seed "1", long'):
         loggers = [
@@ -356,7 +356,7 @@ def test_a_terminal_that_closes_does_not_end_the_run(monkeypatch):
 
 
 class Terminal:
-    """A terminal that remembers."""
+    """A terminal that records its output."""
 
     columns = 100
 
@@ -447,7 +447,7 @@ def test_an_interrupt_raised_by_a_callback_returns_too(tmp_path):
     state, history = run(30, callbacks=[raises], checkpoint=tmp_path)
     assert history.stop_reason == "interrupted"
     assert state.step == 6
-    # Callbacks have not seen all of that chunk: it is repeated from the checkpoint before.
+    # Callbacks have not seen all of that chunk: it is repeated from the previous checkpoint.
     assert gradhpo.load_checkpoint(tmp_path, state)[0].step == 0
 
 
@@ -505,7 +505,7 @@ def test_a_failing_callback_ends_the_run_with_its_state(tmp_path):
         state, history = run(30, callbacks=[fails], checkpoint=gradhpo.Checkpoint(tmp_path, 1))
     assert history.stop_reason == "callback error"
     assert_same(state, run(6)[0])
-    # Once it is repaired the run goes on from the checkpoint before.
+    # Once repaired, the run resumes from the previous checkpoint.
     assert_same(run(12, checkpoint=tmp_path)[0], run(12)[0])
 
 
@@ -590,7 +590,7 @@ def test_divergence_that_stays_finite_is_said():
 
 
 def test_divergence_within_the_first_step_is_said():
-    """All of it before the first metric: the norm of the parameters is known from the start."""
+    """Before the first metric, since the norm of the parameters is known from the start."""
     optimizer = gradhpo.UnrolledOptimizer(relaxed(optax.sgd(30.0)), OUTER, unroll_steps=20)
     state = optimizer.init(jnp.ones(3), jnp.full(3, -2.0))
     _, history = gradhpo.run(optimizer, state, LOSSES, (X, Y), (X, Y), num_steps=1, progress=False)
@@ -620,14 +620,14 @@ def test_batches_drawn_ahead_are_given_back():
     state, _ = run(30, data=data, callbacks=[lambda state, metrics: int(state.step) == 6])
     assert state.step == 6
     assert data.drawn == 6
-    # Of what came back this one takes some, and gives some of it back in its turn.
+    # This one takes some of the returned batches, and gives some of those back again.
     state, _ = run(30, data=data, chunk_size=1, callbacks=[lambda state, metrics: True])
     assert state.step == 1
     for number in range(7, 12):
         np.testing.assert_array_equal(next(data)[0], BATCHES[number % 6][0])
 
 
-# -- runs one after the other ------------------------------------------------------------------
+# -- consecutive runs --------------------------------------------------------------------------
 
 
 @pytest.mark.thorough

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("as_a_user_has_it")
 
 @pytest.mark.parametrize("name", quick(list(ALGORITHMS), keep=["UnrolledOptimizer(20)"]))
 def test_flops_are_those_of_a_hand_written_program(name):
-    """And what it computes too. A small batch, where what the library adds weighs most."""
+    """So are the results. A small batch, where the library's overhead weighs most."""
     ours, by_hand = step_programs(name, 32)
     assert ours.flops_with_loops_once <= 1.02 * by_hand.flops_with_loops_once
     state, (carry, metrics) = ours(), by_hand()
@@ -66,7 +66,7 @@ def test_flops_are_those_of_a_hand_written_program(name):
     ),
 )
 def test_a_step_costs_a_few_gradients_of_a_deep_network(name, most):
-    """With the validation gradient on top: 4 for one step, T1-T2 and greedy, 5 for HyperDistill."""
+    """Plus the validation gradient: 4 for one step, T1-T2 and greedy, 5 for HyperDistill."""
     assert gradients_per_step(name, 128, depth=3) <= most
 
 
@@ -76,20 +76,20 @@ def test_a_step_costs_a_few_gradients_of_a_deep_network(name, most):
     [("SOBAOptimizer", 3), ("PenaltyOptimizer(20)", 4), ("BOMEOptimizer(20)", 3)],
 )
 def test_an_outer_step_costs_a_few_gradients_of_a_deep_network(name, most):
-    """With one inner step, and without validation: a gradient and two of a product for SOBA.
+    """With one inner step, without validation. SOBA: a gradient, and two for a product.
 
-    For F2SA two of the inner step and two at its end (with the validation gradients 3 and 3); for
-    BOME one and two (1 and 3).
+    F2SA: two in the inner step and two at the end (3 and 3 with validation gradients); BOME: one
+    and two (1 and 3).
     """
     assert gradients_per_outer_step(name, 128, depth=3) <= most
 
 
 @pytest.mark.thorough
 def test_a_functional_hypergradient_takes_no_product_with_the_hessian():
-    """By weights: such a product takes two gradients more.
+    """Such a product with respect to weights would take two more gradients.
 
-    An adjoint step is a gradient of training, a forward pass, and a gradient of validation, with
-    100 examples to 128; an outer step has one and an inner step.
+    An adjoint step is a training gradient, a forward pass and a validation gradient on 100 examples
+    instead of 128; an outer step is an adjoint step and an inner step.
     """
     outer, adjoint = gradients_of_functional(128, depth=3)
     assert outer <= 3
@@ -115,12 +115,12 @@ def test_hyperdistill_costs_little_more_than_one_step(optimizer_name, most, batc
 def test_exact_hypergradient_needs_a_fraction_of_the_memory(optimizer_name, batch_size, times):
     """Of a plain scan's; and no more than a checkpointed scan, the least that `jax.grad` needs.
 
-    For SGD and 1,000 examples 16 times less with jaxlib 0.10, 14 with 0.12, which keeps one more
-    layer of activations (1,000 x 128) in the loop, here as in the checkpointed scan.
+    With SGD and 1,000 examples, 16 times less with jaxlib 0.10 and 14 with 0.12, which keeps one
+    more layer of activations (1,000 x 128) in the loop, as it does in the checkpointed scan.
     """
     ours, checkpointed, plain = exact_programs(optimizer_name, batch_size)
     assert plain.temporary_bytes >= times * ours.temporary_bytes
-    # Scalars of the loops are laid out one way or the other.
+    # The layout of the loops' scalars varies.
     assert ours.temporary_bytes <= checkpointed.temporary_bytes + 2**10
 
 

@@ -1,4 +1,4 @@
-"""K folds at once are K problems apart: hypergradients, steps, batches, errors."""
+"""K folds at once equal K separate problems: hypergradients, steps, batches, errors."""
 
 import jax
 import jax.numpy as jnp
@@ -163,7 +163,7 @@ def test_frozen_leaves_are_shared_and_functions_stay():
 
 @pytest.mark.thorough
 def test_an_update_fn_of_one_model_serves_all_folds():
-    """A lasso by proximal steps; what it does not change is returned as it came."""
+    """A lasso by proximal steps; leaves that it does not change are returned unchanged."""
 
     def proximal_step(model, h, batch):
         w = model["w"]
@@ -225,7 +225,7 @@ def test_a_run_with_minibatches_trains_each_fold_on_its_own():
     state = optimizer.init(params, START)
     draw = lambda i: train.sample(jax.random.fold_in(jax.random.key(5), i), 8)
     state, history = gradhpo.run(optimizer, state, losses, draw, val, num_steps=30, progress=False)
-    # From 10.7 to 5.5, which is near what the penalties allow.
+    # From 10.7 to 5.5, close to the best that the penalties allow.
     assert history["val_loss"][-1] < 0.6 * history["val_loss"][0]
     w = np.asarray(state.params)
     assert np.min(np.abs(w[:1] - w[1:]).max(axis=1)) > 1e-4

@@ -45,7 +45,7 @@ def test_indices_far_out_do_not_overflow():
     data = gradhpo.ArrayData(jnp.arange(60_000), 500, jax.random.key(0))
     late = data(jnp.asarray(2**31 - 1, jnp.int32))
     assert len(set(late.tolist())) == 500
-    # Position in the epoch by exact integers, against the same by 32-bit arithmetic.
+    # Position in the epoch with exact integers, against 32-bit arithmetic.
     epoch = (2**31 - 1) * 500 // 60_000
     keys = [jax.random.fold_in(data.key, e) for e in (epoch, epoch + 1)]
     start = (2**31 - 1) * 500 % 60_000
@@ -75,7 +75,7 @@ def test_shuffling_looks_uniform():
     chi_squared = np.sum((counts - epochs / n) ** 2 / (epochs / n))
     # (n - 1)^2 = 100 degrees of freedom: mean 100, standard deviation 14.
     assert 50 < chi_squared < 170
-    # Neighbours in one epoch are no more often neighbours than chance has it.
+    # Neighbours in one epoch are neighbours in the next no more often than by chance.
     together = np.mean(np.abs(np.diff(stream, axis=1)) == 1)
     assert abs(together - 2 / n) < 0.01
 
@@ -94,13 +94,13 @@ def test_with_replacement_draws_are_independent():
     expected = drawn.size / 7
     # 6 degrees of freedom: mean 6, standard deviation 3.5.
     assert np.sum((counts - expected) ** 2 / expected) < 20
-    # Pairs within a batch agree as often as chance has it.
+    # Pairs within a batch agree as often as by chance.
     assert abs(np.mean(drawn[:, 0] == drawn[:, 1]) - 1 / 7) < 0.03
     np.testing.assert_array_equal(data(5), drawn[5])
 
 
 def test_with_replacement_the_whole_is_no_batch():
-    """As many draws as examples are not the data set in its own order."""
+    """Drawing as many examples as there are does not give the data set in its order."""
     data = gradhpo.ArrayData(jnp.arange(50), 50, KEY, replacement=True)
     assert len(set(data(0).tolist())) < 50
 
@@ -115,7 +115,7 @@ def test_indices_come_with_the_batch():
 
 @pytest.mark.parametrize("replacement", [False, True])
 def test_pairs_stay_together_over_a_step(replacement):
-    """Two sources with one key: the tasks that a step trains on are those it validates on."""
+    """Two sources with one key: a step trains and validates on the same tasks."""
     train = gradhpo.ArrayData(jnp.arange(10), 4, KEY, replacement, hold=3)
     val = gradhpo.ArrayData(100 + jnp.arange(10), 4, KEY, replacement)
     for step in range(6):
@@ -219,7 +219,7 @@ def test_loaders_of_other_libraries():
 
 
 class Tensor:
-    """PyTorch's, as far as it matters here: NumPy reads it, and it can be iterated over."""
+    """Like PyTorch's, where it matters here: NumPy reads it, and it can be iterated over."""
 
     def __init__(self, values):
         self.values = np.asarray(values)
@@ -236,7 +236,7 @@ class Tensor:
 
 
 class Frame(Tensor):
-    """A pandas object: what is iterated over are names."""
+    """Like a pandas object: iteration yields names."""
 
     def keys(self):
         return ["a", "b", "c"]
@@ -262,7 +262,7 @@ def _imported(name):
 
 
 LIBRARIES = _libraries()
-# Inputs and targets of one shape: taken for two batches they would train without an error.
+# Inputs and targets of one shape: mistaken for two batches, they would train without an error.
 WANTED = np.asarray(X @ jnp.diag(jnp.asarray([2.0, 2.0, 2.0])))
 ROWS = (np.array(X), WANTED)
 
@@ -298,7 +298,7 @@ FITTED_ROWS = functools.cache(lambda source: fit(SOURCES[source](ROWS)))
 @pytest.mark.parametrize("source", quick(list(SOURCES), keep=["one batch", "minibatches"]))
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_run_on_arrays_of_other_libraries(library, source):
-    """Inputs and targets of one shape are one batch, and never two."""
+    """Inputs and targets of one shape are one batch, never two."""
     theirs = tuple(LIBRARIES[library](x) for x in ROWS)
     found = fit(SOURCES[source](theirs), theirs)
     np.testing.assert_allclose(found.params, [2.0, 2.0, 2.0], atol=0.05)
@@ -379,7 +379,7 @@ def test_numbers_and_nested_batches_of_an_iterator():
 
 
 def test_memory_of_batches_is_used_again_once_a_chunk_is_done():
-    # Two chunks at work, as in a run; loaders that fill their arrays again, of other lengths.
+    # Two chunks in flight, as in a run; loaders that reuse their arrays, with other lengths.
     def batches(count):
         x = np.zeros(3)
         for number in range(count):
@@ -407,9 +407,9 @@ def test_memory_of_batches_is_used_again_once_a_chunk_is_done():
             assert np.array_equal(of_val["n"], of_steps)
             feed.release_oldest()
         first += expected
-    assert len(addresses) == 2  # and not one for each chunk
+    assert len(addresses) == 2  # not one per chunk
     feed.close()
-    # Batches of what was not done (the last chunk), and of the step that had no other half.
+    # Batches of the last chunk, which did not run, and of the step that lacked its other half.
     assert [int(next(train)) for _ in range(8)] == [16, 17, 18, 19, 20, 21, 22, 23]
 
 
@@ -417,7 +417,7 @@ def test_batches_given_back_are_those_of_the_loader():
     loader = [np.full(3, number, np.float64) for number in range(4)]
     batches = gradhpo.iterate(loader)
     feed = Feed(as_source(batches, "train_data", 1), as_source(jnp.ones(3), "val_data", None))
-    with jax.enable_x64(False):  # JAX would make float32 of them
+    with jax.enable_x64(False):  # JAX would convert them to float32
         feed.draw_chunk(2, 1, in_part=True)
         feed.close()
     returned = [next(batches) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""A stop_gradient on a function of the parameters is named, and `detach` is right in its place."""
+"""A stop_gradient on a function of the parameters is reported; `detach` replaces it correctly."""
 
 import warnings
 
@@ -34,7 +34,7 @@ def semi_gradient(stop):
 
 
 def self_distillation(stop):
-    """BYOL without its moving average: a head predicts what the other view is mapped to."""
+    """BYOL without its moving average: a head predicts the other view's embedding."""
 
     def loss(p, h, batch):
         one, other = jnp.tanh(X @ p["w"]), jnp.tanh((X + 0.1) @ p["w"])
@@ -105,7 +105,7 @@ def loss_of_sam(p, h, batch):
 @pytest.mark.parametrize("stop", [jax.lax.stop_gradient, gradhpo.detach], ids=["stop", "detach"])
 @pytest.mark.parametrize("rule", quick(["grad_fn", "update_fn"], keep=["grad_fn"]))
 def test_a_stop_outside_of_jax_grad_is_named_with_the_line_to_write(rule, stop):
-    """As code from elsewhere has it: there nothing needs one, and a derivative is lost."""
+    """As in code from elsewhere, where nothing needs it and a derivative is lost."""
 
     def optimizer(stop):
         if rule == "grad_fn":
@@ -150,7 +150,7 @@ def test_a_stop_in_the_validation_loss_is_named(stop):
 
 
 def test_a_second_loss_is_named_as_well():
-    """Each is another mistake; the same one is named once, however often it is compiled."""
+    """Each is a separate mistake; the same one is reported once, even if compiled again."""
 
     def first(p, h, batch):
         return jnp.sum((p["w"] - STOP(2 * p["w"])) ** 2) + h**2
@@ -195,7 +195,7 @@ def test_one_step_of_every_kind_equals_the_derivative_of_that_step():
 
 
 def warns_of(loss, optimizer=None):
-    """Whether tracing a step with this loss names a stop_gradient."""
+    """Whether tracing a step with this loss reports a stop_gradient."""
     optimizer = gradhpo.OneStepOptimizer(SGD) if optimizer is None else optimizer
     state = optimizer.init(START, jnp.array(-2.0))
     both = lambda p, h, batch: val_loss(p, h, batch) + h**2

@@ -1,4 +1,4 @@
-"""Four devices: values, placement, what is compiled, and how the work is divided."""
+"""Four devices: values, placement, compilation, and the division of work."""
 
 import itertools
 import json
@@ -44,7 +44,7 @@ CASES = quick(
 
 @pytest.mark.parametrize(("axes", "spread", "few"), CASES)
 def test_where_the_arrays_are_the_state_stays(axes, spread, few):
-    """As on one device; and nothing moves, nor is compiled again, in the second step."""
+    """As on one device; in the second step nothing moves or is compiled again."""
     names = [name for name in OPTIMIZERS if (name in FEW) == few]
     check(on_devices("steps", axes, spread, *names))
 
@@ -95,7 +95,7 @@ def test_every_linear_solver_works_where_the_arrays_are(axes, spread, chosen):
 def test_solutions_are_differentiated_under_explicit_axes(spread):
     found = on_devices("twice", "Explicit", spread, *TWICE, program=OF_SOLVERS)
     for name in TWICE:
-        assert found[name]["error"] < 1e-11, name  # rounding, in iterations that are differentiated
+        assert found[name]["error"] < 1e-11, name  # rounding, in differentiated iterations
         assert not found[name]["moved"], name
 
 
@@ -110,9 +110,9 @@ def test_a_running_state_settles_where_it_is(axes):
 @pytest.mark.thorough
 @pytest.mark.parametrize("axes", ["Auto", "Explicit"])
 def test_the_vectors_of_a_solver_are_spread(axes):
-    """A quarter; GMRES holds 21 of them in its cycles, and whole parameters would show."""
+    """A quarter; GMRES holds 21 vectors in its cycles, so unsharded parameters would show."""
     for name, share in on_devices("shares", axes, program=OF_SOLVERS).items():
-        most = 0.3 if name == "GMRES" else 0.5  # BiCGStab has few vectors beside whole parameters
+        most = 0.3 if name == "GMRES" else 0.5  # BiCGStab has few vectors besides whole parameters
         assert share["temporaries"] < most, name
         assert max(share["arguments"], share["flops"]) < 0.3, name
 
@@ -147,16 +147,16 @@ def test_a_quarter_of_the_work_for_each_of_four_devices():
         assert share < 0.3, case
 
 
-# How often XLA sums a derivative by the hyperparameters over the devices: where it is computed, and
-# not once at the end of a loop that adds such derivatives up.
+# How often XLA all-reduces a derivative with respect to the hyperparameters: wherever it is
+# computed, not once at the end of a loop that sums such derivatives.
 REDUCTIONS = {
-    "first order": 0,  # the validation loss has them in a penalty alone
+    "first order": 0,  # the validation loss has them only in a penalty
     "one step": 1,
     "T1-T2": 2,  # two gradients, and their difference
     "HyperDistill": 1,
     "implicit": 1,  # none in the products of the linear solver
     **dict.fromkeys(["greedy", "tasks", "DrMAD", "unrolled", "checkpointed"], devices.STEPS),
-    "bisected": devices.STEPS + 1,  # counted where the pass only takes a step, too
+    "bisected": devices.STEPS + 1,  # also counted where the pass only takes a step
 }  # fmt: skip
 
 
@@ -168,10 +168,10 @@ REDUCTIONS = {
     ),
 )
 def test_four_devices_divide_the_costs_of_a_step(name, kind):
-    """A quarter, and 0.05 for scalars, masks and what one device alone would fuse.
+    """A quarter, plus 0.05 for scalars, masks and operations that a single device would fuse.
 
-    0.1 where XLA gathers parameters before every use: of a program with them it takes some products
-    of matrices twice (52 for 43 with checkpoints), and keeps what one device would not.
+    Plus 0.1 where XLA gathers parameters before every use: it then computes some matrix products
+    twice (52 instead of 43 with checkpoints), and keeps arrays that a single device would not.
     """
     found = on_devices("step_costs", name, kind)
     most = 0.35 if kind == "network, state" else 0.3
@@ -181,8 +181,8 @@ def test_four_devices_divide_the_costs_of_a_step(name, kind):
         # Sums over the parameters, and the unit vectors of forward mode.
         assert found["largest_exchanged"] <= (devices.FEW**2 if name == "forward mode" else 8)
         return
-    # In "entries" temporaries are a few arrays: how many of them stay outside of what will be
-    # results is for the compiler to say.
+    # In "entries" temporaries are a few arrays: the compiler decides how many of them share memory
+    # with results.
     assert found["temporaries"] < most
     assert found["largest_exchanged"] <= copies * found["largest"]  # gradients, and no trajectory
     if name != "forward mode":  # whose few hyperparameters do not differ from scalars

@@ -214,7 +214,7 @@ def test_hyperdistill_is_spread_over_the_horizon(horizon):
 
 
 def test_shares_add_up_through_optimizer_state():
-    """With momentum, minibatches and a direct term; the truncations are unrolling's."""
+    """With momentum, mini-batches and a direct term; the truncations match unrolling."""
     inner = relaxed(lambda h: optax.sgd(jnp.exp(h["rate"]), momentum=0.9))
     train_loss = lambda w, h, batch: jnp.sum(jnp.cosh(w - h["a"] * batch))
     val_loss = lambda w, h, batch: jnp.sum((w - 1) ** 2) + 0.1 * jnp.sum((w - h["a"]) ** 2)
@@ -225,7 +225,7 @@ def test_shares_add_up_through_optimizer_state():
     report = gradhpo.explain_horizon(optimizer, state, stack, None, losses)
     assert report.share["exact"].sum() + report.direct_share == pytest.approx(1, abs=1e-10)
     assert report.direct_share != 0
-    # What greedy keeps is what GreedyOptimizer returns, through the same momentum and batches.
+    # Greedy's share is what GreedyOptimizer returns, with the same momentum and batches.
     greedy = gradhpo.GreedyOptimizer(inner, unroll_steps=5)
     pair = (losses.train_loss, losses.val_loss)
     kept = greedy.compute_hypergradient(state, stack, None, *pair)
@@ -316,7 +316,7 @@ def planned():
 
 @pytest.mark.parametrize("counts_on_the_cpu", [True, False])
 def test_flops_where_the_compiler_does_not_count_them(monkeypatch, counts_on_the_cpu):
-    """As on a GPU: the compiler for the CPU is asked; and without one they are not 0."""
+    """As on a GPU: the CPU compiler is asked; without one, flops are not reported as 0."""
     function = lambda x: jax.lax.scan(lambda x, _: (jnp.tanh(x @ x), None), x, None, 5)[0]
     expected, count = Program(function, jnp.ones((8, 8))).cost.flops, cost._flops
     on_the_cpu = lambda: counts_on_the_cpu and jax.config.jax_default_device is not None  # pyright: ignore
@@ -347,7 +347,7 @@ def test_plan_agrees_with_the_program_that_runs(planned):
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 def test_every_smaller_setting_is_tried_once(monkeypatch, backend):
-    """Each needs less memory of the device, and host memory counts only beside a device."""
+    """Each needs less device memory; host memory counts only if there is a device."""
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     exact = gradhpo.UnrolledOptimizer(SGD, unroll_steps=100)
 

@@ -66,7 +66,7 @@ PAGES = sorted(path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob(
 EXECUTED = {page for page in PAGES if "```python" in (ROOT / "docs" / page).read_text()}
 
 
-# A program, and what the page says that it prints.
+# A program, and its output as shown on the page.
 SHOWN = re.compile(r"^```python\n(.*?)^```(?:\n\n```text\n(.*?)^```)?", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"[-+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?")
 
@@ -115,7 +115,7 @@ def test_readme_example_is_short():
     assert len([line for line in first.splitlines() if line.strip()]) <= 25
 
 
-# Their examples compile large programs; each has a test file of its own.
+# Their examples compile large programs; each has a separate test file.
 LONG = {
     "BestState", "EarlyStopping", "check_hypergradient", "chunked_cross_entropy",
     "compare_hypergradients", "compare_over_batches", "cross_validation", "explain_horizon",
@@ -170,7 +170,7 @@ def test_reference_of_algorithm_has_all_that_it_may_override():
 
 
 def test_displayed_formulas_stand_alone():
-    """Else they are shown as they are written: `$$`, and no formula."""
+    """Otherwise they are shown verbatim, with `$$`."""
     texts = [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/reading/*.py")]
     for file in [*ROOT.glob("gradhpo/**/*.py"), *texts]:
         parts = file.read_text().split("$$")

@@ -1,4 +1,4 @@
-"""DrMAD: its own formula, where it is exact, and how near it comes elsewhere."""
+"""DrMAD: its formula, where it is exact, and how close it comes elsewhere."""
 
 import jax
 import numpy as np
@@ -55,7 +55,7 @@ def test_one_step_is_exact(optimizer_name, getkey):
 def test_with_adam_it_is_near_the_exact_one_on_a_smooth_problem(
     problem_name, optimizer_name, getkey
 ):
-    """Cosine at least 0.9, the optimizer's state being on the line as well."""
+    """Cosine at least 0.9, with the optimizer's state on the line as well."""
     problem, inner = make(problem_name, optimizer_name, getkey())
     exact = gradhpo.UnrolledOptimizer(inner, unroll_steps=20)
     ours = gradhpo.DrMADOptimizer(inner, unroll_steps=20)

@@ -1,4 +1,4 @@
-"""Episodes of `run`: restarts, Reptile, re-estimation, and that nothing depends on the chunks."""
+"""Episodes of `run`: restarts, Reptile, re-estimation, and independence of the chunks."""
 
 import itertools
 
@@ -15,7 +15,7 @@ import gradhpo
 
 
 X = jax.random.normal(jax.random.key(0), (40, 3), jnp.float32)
-# Made once: tests that take the same optimizer share its compiled programs.
+# Created once: tests of the same optimizer share its compiled programs.
 SGD = relaxed(optax.sgd(0.05, momentum=0.9))
 OUTER = relaxed(optax.sgd(0.05))
 
@@ -36,7 +36,7 @@ def data():
 
 
 def val_data():
-    """Other batches at every step, of another size."""
+    """A different batch at every step, of another size."""
     return gradhpo.ArrayData(X.astype(float), batch_size=5, key=jax.random.key(3))
 
 
@@ -105,7 +105,7 @@ def test_chunks_and_sources_make_no_difference():
         run(optimizer, start(optimizer, **examples), val=val, chunk_size=chunk_size)
         for chunk_size in (100, 4)
     ]
-    # Iterators: in chunks of two episodes, and of one where 4 steps would not hold it.
+    # Iterators: in chunks of two episodes, and of one where 4 steps are too few for it.
     for chunk_size in (12, 4):
         iterators = map(source, itertools.count()), map(val, itertools.count())
         begun = start(optimizer, **examples)
@@ -142,7 +142,7 @@ def test_one_trace_for_the_whole_run(chunk_size):
             chunk_size=chunk_size, progress=False,
         )  # fmt: skip
         counts.append(len(traces))
-    # A step and an estimate of theta, each looked at a few times; the second run finds it all.
+    # A step and an estimate of theta, each traced a few times; the second run reuses everything.
     assert 0 < counts[0] <= 20
     assert counts[1] == 0
 
@@ -182,7 +182,7 @@ def test_an_inner_optimizer_of_the_hyperparameters_restarts_at_the_new_ones():
 
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: gradhpo.TaskBatched(x, 2)])
 def test_the_inner_optimizer_begins_where_the_episode_does(wrap):
-    """One that keeps parameters: the new start's, after Reptile."""
+    """One that stores parameters gets those of the new start, after Reptile."""
     pulled = lambda g, anchor, w: (-0.1 * g - 0.05 * (w - anchor), anchor)
     inner = optax.GradientTransformation(lambda w: w, pulled)
     optimizer = wrap(gradhpo.OneStepOptimizer(inner, OUTER))
@@ -208,7 +208,7 @@ def test_an_iterator_that_ends_within_an_episode_leaves_whole_ones():
 
 
 def test_steps_by_hand_before_a_run_leave_no_stale_clock():
-    """Six steps without a restart, then episodes: as with one."""
+    """Six steps without a restart, then episodes: the same as after a restart."""
     optimizer, source = hyperdistill(), data()
     state = start(optimizer)
     for i in range(6):

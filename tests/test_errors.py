@@ -80,7 +80,7 @@ def implicit(**changes):
 
 
 def coupled(w, h, batch):
-    """Its Hessian is not symmetric, and JAX cannot tell."""
+    """The Jacobian of its gradient is not symmetric, and JAX cannot tell."""
     return jnp.sum(jnp.square(w - h)) + w[0] * gradhpo.detach(jnp.sin(w[1]))
 
 
@@ -194,7 +194,7 @@ LOSSES = gradhpo.LossFunctions(*BOTH)
 TEXT = np.array(["cat", "dog", "cat"])
 
 
-# (what is done, the error, what its message must say)
+# (the mistake, the error, what its message must say)
 MISUSES = {
     "CG for an update_fn": (by_cg_through_an_update_fn, ValueError, "lineax.CG.*use lineax.GMRES"),
     "Nystrom for an update_fn": (
@@ -553,7 +553,7 @@ MISUSES = {
     ),
     "arguments of step in the wrong order": (
         lambda: one_step().step(init(), train_loss, val_loss, B, B), TypeError,
-        # (the tests' import hook speaks before `step` does)
+        # (the tests' import hook raises before `step` does)
         r"train_loss_fn.*the order of arguments is|parameter 'train_loss_fn'",
     ),
     "losses as a tuple": (
@@ -904,7 +904,7 @@ def test_a_leaf_that_the_method_cannot_see_is_named_once():
         state = optimizer.step(state, B, B, loss, val_loss)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        optimizer.step(state, B, B, loss, val_loss)  # compiled: nothing is said again
+        optimizer.step(state, B, B, loss, val_loss)  # compiled: no second warning
 
 
 def test_inject_hyperparams_is_fine_where_it_does_no_harm():

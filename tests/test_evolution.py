@@ -1,4 +1,4 @@
-"""NRES and PES against loops in NumPy, closed forms, quadrature, and what has no derivative."""
+"""NRES and PES against NumPy loops, closed forms and quadrature; functions without derivatives."""
 
 import dataclasses
 import warnings
@@ -27,7 +27,7 @@ def drawn_noise(state, optimizer):
 
 @pytest.mark.parametrize("noise", quick(["episode", "window"], keep=["episode"]))
 def test_twenty_steps_of_adam_are_a_loop_in_numpy(noise):
-    """Minibatches, four windows in an episode and one of the next, tuned rate and decay."""
+    """Mini-batches, four windows in an episode and one of the next, tuned rate and decay."""
     random = np.random.default_rng(0)
     x, y = random.normal(size=(25, 6, 3)), random.normal(size=(25, 6))
     x_val, y_val = random.normal(size=(8, 3)), random.normal(size=8)
@@ -117,7 +117,7 @@ def of_windows(optimizer, params, hyperparams, train_loss, val_loss, windows, ke
 @pytest.mark.thorough
 @KINDS
 def test_the_mean_over_draws_is_exact_where_smoothing_changes_no_slope(noise):
-    """All maps are linear and the loss quadratic: the sum over the windows of an episode."""
+    """All maps are linear and the loss is quadratic: the sum over the windows of an episode."""
     optimizer = gradhpo.EvolutionOptimizer(
         optax.sgd(0.2), None, unroll_steps=2, num_directions=1, sigma=0.3, noise=noise
     )
@@ -130,7 +130,7 @@ def test_the_mean_over_draws_is_exact_where_smoothing_changes_no_slope(noise):
         exact += unrolled.compute_hypergradient(unrolled.init(w, h), None, None, towards, distance)
     error = draws.std(0) / 100
     np.testing.assert_array_less(np.abs(draws.mean(0) - exact), 4 * error)  # once in 5,000 seeds
-    assert np.all(error < 0.1 * np.abs(exact))  # so that the bound says something
+    assert np.all(error < 0.1 * np.abs(exact))  # so that the bound is meaningful
 
 
 def test_the_mean_is_the_slope_of_the_smoothed_loss():
@@ -157,7 +157,7 @@ def test_the_mean_is_the_slope_of_the_smoothed_loss():
 
 @pytest.mark.thorough
 def test_an_accuracy_and_an_update_without_any_derivative_warn_of_nothing():
-    """All effects are seen: a rounded number in a simulator, argmax in the validation."""
+    """All effects are seen: a rounded number in a simulator, an argmax in validation."""
 
     def simulated(w, h):
         return np.asarray(w + 0.3 * np.sign(np.round(h, 3) - w), np.asarray(w).dtype)
@@ -202,7 +202,7 @@ def test_a_stopped_validation_loss_and_equal_accuracies_are_no_mistake():
 
 @pytest.mark.parametrize("rounded", quick([False, True], keep=[True]))
 def test_perturbed_runs_start_at_perturbed_hyperparameters(rounded):
-    """A rule whose first velocity is the hyperparameter, rounded or not: w moves by it alone."""
+    """A rule whose initial velocity is the hyperparameter, rounded or not: only it moves w."""
     of = jnp.round if rounded else (lambda x: x)
     rule = lambda h: optax.GradientTransformation(
         lambda w: of(h), lambda g, s, w=None: (s + 0 * g, s)
@@ -222,7 +222,7 @@ def test_perturbed_runs_start_at_perturbed_hyperparameters(rounded):
 
 @pytest.mark.thorough
 def test_a_small_sigma_in_half_precision():
-    """Its square is 0 in float16; the loss is linear, so each draw is its slope along itself."""
+    """Its square is 0 in float16; the loss is linear, so each draw gives the slope along itself."""
     optimizer = gradhpo.EvolutionOptimizer(optax.sgd(0.1), None, num_directions=2, sigma=1e-4)
     state = optimizer.init(jnp.zeros(2, jnp.float16), jnp.zeros(2, jnp.float16))
     slope = lambda w, h, batch: jnp.sum(h * jnp.asarray([1, 3], jnp.float16))
@@ -286,7 +286,7 @@ def test_memory_is_flat_in_the_horizon_and_grows_with_directions():
 @pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["contracting", "chaotic"])
 def test_reused_noise_has_less_variance_in_a_step(kind):
-    """The last of six windows; the logistic map at 3.7 is chaotic, the other one forgets."""
+    """The last of six windows; the logistic map at 3.7 is chaotic, the other map forgets."""
 
     def update_fn(w, h, batch):
         return h * w * (1 - w) if kind == "chaotic" else w - 0.5 * (w - h)
@@ -305,7 +305,7 @@ def test_reused_noise_has_less_variance_in_a_step(kind):
         of_sum[noise] = float(np.var(draws.sum(1)))
     assert steps["episode"] < steps["window"]
     if kind == "contracting":
-        # Slopes of 1 by the noise of the last window alone. One step: Var(e²) = 2, against
+        # Slopes of 1, from the noise of the last window only. One step: Var(e²) = 2, against
         # Var(e (e + ... + e)) = 2 + 5. The sum of six: 2 * 36, as all are the same draw, against
         # 6 * 2 + 15. Variances of 4,000 draws of these have relative errors of at most 8 %.
         np.testing.assert_allclose(steps["window"] / steps["episode"], 3.5, rtol=0.3)
@@ -315,7 +315,7 @@ def test_reused_noise_has_less_variance_in_a_step(kind):
 @pytest.mark.thorough
 @KINDS
 def test_wrappers_checkpoints_and_diagnostics(noise, tmp_path):
-    """A run that goes on from a checkpoint is the whole run, and reports say something."""
+    """A run resumed from a checkpoint equals the whole run, and reports are not empty."""
     optimizer = gradhpo.EvolutionOptimizer(
         relaxed(optax.adam(0.1, eps_root=1e-8)),
         OUTER,

@@ -15,7 +15,7 @@ import gradhpo
 from gradhpo.core.bisection import bisection
 
 
-# Two pairs quickly, all of them thoroughly.
+# Two pairs in the quick suite, all of them in the thorough one.
 COMBINATIONS = quick(
     [(p, o) for p in PROBLEMS for o in FIXED],
     keep=[("loss", "adamw"), ("layers", "momentum")],
@@ -36,7 +36,7 @@ def test_one_step_equals_finite_differences(problem_name, optimizer_name, getkey
 def test_unrolled_equals_finite_differences(problem_name, optimizer_name, getkey):
     problem, inner = make(problem_name, optimizer_name, getkey())
     optimizer = gradhpo.UnrolledOptimizer(inner, OUTER, unroll_steps=7)
-    stack = stack_of(problem, 7, getkey())  # a different minibatch at every inner step
+    stack = stack_of(problem, 7, getkey())  # a different mini-batch at every inner step
     arguments = warmed(optimizer, problem, stack)
     found = optimizer.compute_hypergradient(*arguments)
     exact = gradhpo.finite_difference_hypergradient(optimizer, *arguments)
@@ -88,8 +88,8 @@ def test_t1_t2_is_its_own_formula_written_out(getkey):
 def test_t1_t2_with_adam_has_the_adaptation_of_sama():
     """Its published factor: du/dg of Adam, late in training and without its eps.
 
-    SAMA takes the difference of the training loss where the step has led to, T1-T2 where it began,
-    as DARTS does; a step apart, they differ by about the rate.
+    SAMA takes the difference of training losses at the end of the step, T1-T2 at its start, like
+    DARTS; a step apart, they differ by about the rate.
     """
     random = np.random.default_rng(0)
     x, y = random.normal(size=(6, 3)), random.normal(size=6)
@@ -173,12 +173,12 @@ def test_darts_toy_goes_to_its_fixed_point(rate, fixed_point):
     train_loss = lambda w, a, batch: w**2 - 2 * a * w + a**2
     val_loss = lambda w, a, batch: a * w - 2 * a + 1
 
-    # As in DARTS: the look-ahead with rate xi gives the hypergradient, another rate moves w.
+    # As in DARTS: the look-ahead with rate xi gives the hypergradient; w moves at another rate.
     @jax.jit
     def advance(w, a, batch):
         return w - 0.5 * jax.grad(train_loss)(w, a, batch)
 
-    if rate == 0:  # the direct term at the w that was reached
+    if rate == 0:  # the direct term at the final w
         optimizer = gradhpo.FOOptimizer(optax.sgd(0.5), optax.sgd(0.05))
     else:
         optimizer = gradhpo.T1T2Optimizer(optax.sgd(rate), optax.sgd(0.05))
@@ -361,7 +361,7 @@ def test_gradient_descent_on_a_quadratic(steps):
     }
     h_array = jnp.asarray(hessian)
 
-    # The initial point as a hyperparameter: w = start + delta, and delta is what is trained.
+    # The initial point as a hyperparameter: w = start + delta, and delta is trained.
     def train_loss(delta, h, batch):
         w = h["start"] + delta
         return w @ h_array @ w / 2 - h["b"] @ w
@@ -448,7 +448,7 @@ def test_hypergradient_descent_on_the_rate():
 
 
 def test_the_step_of_finite_differences_grows_with_the_hyperparameter():
-    """On a cube the quotient is off by just the square of the step, epsilon max(1, |h|)."""
+    """For a cube, the quotient's error is exactly the squared step, epsilon max(1, |h|)."""
     cube = lambda w, h, batch: jnp.sum(h**3) + 0 * w
     h, epsilon = np.array([-20.0, -0.5, 0.3, 50.0]), 0.01
     optimizer = gradhpo.FOOptimizer(optax.sgd(0.1))

@@ -10,14 +10,14 @@ from processes import EXAMPLES, interpreter, python
 
 
 ALL = sorted(file.stem for file in EXAMPLES.glob("*.py"))
-# A short program is mostly compilation, as the suite is. One that runs for half a minute wants some
-# optimization, but takes longer to optimize fully than it then runs.
+# A short program mostly compiles, like the suite. One that runs for half a minute needs some
+# optimization, but full optimization takes longer than running it.
 QUICKLY = os.environ["XLA_FLAGS"]
 LIGHTLY = f"{QUICKLY} --xla_backend_optimization_level=1"
 
 
 def means(name, fields, *arguments, compiled=""):
-    """What `main` of an example returns: row to the means of these fields over its runs."""
+    """Row to the means of these fields over the runs that an example's `main` returns."""
     program = f"""
 import json, {name}
 runs = {name}.main({list(arguments)!r})
@@ -30,7 +30,7 @@ print("RESULT" + json.dumps({{row: [mean(row, field) for field in fields] for ro
 
 
 def with_learned_rates(tmp_path, *arguments):
-    """Row to the test loss, of `learned_learning_rates.py`."""
+    """Row to the test loss, for `learned_learning_rates.py`."""
     arguments = ["--seeds=1", *arguments, "--output", str(tmp_path / "picture.png")]
     program = f"""
 import json, learned_learning_rates
@@ -100,7 +100,7 @@ def test_quick_form_prints_a_table_and_saves_a_picture(name, tmp_path):
 
 
 def number(pattern, text):
-    """The number in the one group of `pattern` where it first matches."""
+    """The number in the group of `pattern` at its first match."""
     return float(re.search(pattern, text, re.MULTILINE).group(1))
 
 
@@ -132,7 +132,7 @@ def test_short_horizons_want_small_rates(tmp_path):
 
 
 def cleaned(tmp_path, *arguments, compiled):
-    """Row to the mean accuracy and AUROC, of `data_hypercleaning.py`: 30 % wrong labels."""
+    """Row to the mean accuracy and AUROC, for `data_hypercleaning.py`: 30 % wrong labels."""
     arguments = [*arguments, "--output", str(tmp_path / "picture.png")]
     program = f"""
 import json, data_hypercleaning
@@ -163,7 +163,7 @@ print("RESULT" + json.dumps(rows))
 
 @pytest.mark.thorough
 def test_hypercleaning_finds_the_wrong_labels(tmp_path):
-    """One seed and half of the inner steps: training has not yet learned all of them by heart."""
+    """One seed and half of the inner steps: training has not yet memorised all of them."""
     rows = cleaned(tmp_path, "--seeds=1", "--inner-steps=1000", compiled=QUICKLY)
     assert rows["untuned, training set"][0] < 0.88
 
@@ -274,7 +274,8 @@ print("RESULT" + json.dumps({{
     found = json.loads(python("-c", program).stdout.split("RESULT")[1])
     assert found["flat"] > found["steep"] + 0.3
     assert found["far"] < 0.15
-    assert found["later"]["tuned, one of each"] < found["later"]["best common momentum of 99"]
+    later = found["later"]
+    assert later["tuned, one per coordinate"] < later["best common momentum of 99"]
     assert found["adam"]["tuned, rate, b1 and b2"] < 0.25 < 1 < found["adam"]["defaults"]
 
 
@@ -303,7 +304,7 @@ print("RESULT" + json.dumps([
 
 @pytest.mark.slow
 def test_each_algorithm_fails_where_the_guide_says(tmp_path):
-    """docs/which_algorithm.md: what holds of its tables for any seed."""
+    """docs/which_algorithm.md: the parts of its tables that hold for any seed."""
     program = f"""
 import json, where_algorithms_fail, which_algorithm
 output = ["--output", {str(tmp_path / "picture.png")!r}]
@@ -369,14 +370,14 @@ print("RESULT" + json.dumps([report.score, {{name: row[:2] for name, row in remo
     assert without["most harmful by exact"] < 0.9 * without["nothing"]
     # 1 % at random changes it by 0.1 %.
     assert abs(without["1 % at random"] / without["nothing"] - 1) < 0.02
-    # The prediction is of first order; 0.016 off where the loss falls by 0.256.
+    # The prediction is first order; it is 0.016 off where the loss falls by 0.256.
     predicted, loss = removals["most harmful by exact"]
     assert abs(predicted - loss) < 0.03
 
 
 @pytest.mark.slow
 def test_optuna_and_hypergradients_beat_either_at_equal_steps(tmp_path):
-    """8 of the 20 seeds of the README: the hybrid was lower than TPE for 7, than descent for 6."""
+    """8 of the README's 20 seeds: the hybrid was lower than TPE for 7, than descent for 6."""
     program = f"""
 import json, optuna_hybrid
 runs = optuna_hybrid.main(["--seeds=8", "--output", {str(tmp_path / "picture.png")!r}])
@@ -385,7 +386,7 @@ print("RESULT" + json.dumps([{{name: row.val_loss for name, row in run.items()}}
     runs = json.loads(python("-c", program, compiled=LIGHTLY).stdout.split("RESULT")[1])
     lower = lambda name: sum(run["hybrid"] < run[name] for run in runs)
     assert len(runs) == 8
-    assert lower("TPE alone") >= 6  # another compiler rounds otherwise: a trial or two may turn
+    assert lower("TPE alone") >= 6  # another compiler rounds differently: a trial or two may flip
     assert lower("descent alone") >= 5
     # The same trials, and 90 more.
     assert all(run["TPE alone, 4 × the steps"] <= run["TPE alone"] for run in runs)
@@ -405,7 +406,7 @@ print("RESULT" + json.dumps({{
 """
     found = json.loads(python("-c", program).stdout.split("RESULT")[1])
     often, rarely = found["regret, every 5"], found["regret, every 20"]
-    # Above the interval of the best population: every method that lacks one of its two parts.
+    # Every method that lacks one of its two parts lies above the best population's interval.
     for name in ("random search", "PBT, noise", "PBT, noise, 3 x the members", "descents alone"):
         for rows in (often, rarely):
             if name in rows:
@@ -416,7 +417,7 @@ print("RESULT" + json.dumps({{
 
 @pytest.mark.slow
 def test_tuned_weights_follow_sources_that_drift(tmp_path):
-    """Lower regret than equal weights; the regret of an average over time is higher."""
+    """Lower regret than equal weights; averaging over time raises the regret."""
     program = f"""
 import json, nonstationary
 rows = nonstationary.main(["--seeds=5", "--output", {str(tmp_path / "picture.png")!r}])

@@ -133,7 +133,7 @@ def test_f2sa_under_run_restarts_its_second_optimizer_with_the_episode():
 
 
 def test_f2sa_on_tasks():
-    """Two tasks apart in both losses: the mean of their own runs, each with its own memory."""
+    """Two tasks with different losses: the mean of separate runs, each with its own memory."""
     single = F2SA(SGD, relaxed(optax.sgd(0.05)), inner_steps=5)
     together = gradhpo.TaskBatched(single, num_tasks=2)
     losses = (
@@ -200,7 +200,7 @@ def test_own_algorithms_use_the_extension_interface_alone():
 
 
 class Flawed(F2SA):
-    """One flaw of an algorithm of one's own at a time."""
+    """An own algorithm with one flaw at a time."""
 
     flaw: str = eqx.field(static=True, default="")
 
@@ -272,7 +272,7 @@ def test_a_flaw_of_an_own_algorithm_is_named(flaw):
 
 
 class Counted(Algorithm):
-    """Its steps are counted by a field that it names; nothing else is said."""
+    """It names the field that counts its steps, and nothing else."""
 
     inner_optimizer: gradhpo.InnerOptimizer | None = None
     outer_optimizer: optax.GradientTransformation | None = None
@@ -306,7 +306,7 @@ def test_a_field_counts_the_inner_steps():
     assert (longer.my_steps, longer.num_inner_steps, longer.inner_optimizer) == (5, 5, SGD)
     with pytest.raises(ValueError, match="my_steps must be at least 1"):
         Counted(SGD, my_steps=0)
-    assert CountedBySelf(SGD).num_inner_steps == 3  # what a class says of itself comes first
+    assert CountedBySelf(SGD).num_inner_steps == 3  # what the class itself says comes first
     with pytest.raises(TypeError, match=r"Uncounted must say how many .*steps_field.*num_inner"):
         Uncounted(SGD)
     with pytest.raises(TypeError, match=r"must name one of its fields.* my_steps.* got 'my_step'"):
@@ -342,7 +342,7 @@ def test_a_run_is_not_lost_to_its_remarks():
 
 @pytest.mark.filterwarnings("ignore:.*is exactly 0", "ignore:.*Training has not converged")
 def test_parameters_in_a_memory_are_not_its_entries():
-    """A model's own fields must not pass for metrics, under any name."""
+    """A model's own fields must not be mistaken for metrics, under any name."""
 
     class Model(eqx.Module):
         theta: Array

@@ -1,4 +1,4 @@
-"""FixedOptimizer trains and leaves the hyperparameters as they are."""
+"""FixedOptimizer trains and leaves the hyperparameters unchanged."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What `gradhpo.utils.foreign` reads of other libraries is still what they say and hold."""
+"""What `gradhpo.utils.foreign` relies on in other libraries is still there."""
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -61,7 +61,7 @@ def test_missing_rules_are_told_as_before():
 
 
 def test_unexpected_tangents_are_told_as_before():
-    """What diffrax's adjoints put around that which they have differentiated already."""
+    """What diffrax's adjoints put around values that they have already differentiated."""
     x = jnp.asarray(1.0)
     assert foreign.NO_TANGENT in said_by(jax.grad(lambda x: eqxi.nondifferentiable(x) ** 2), x)
 
@@ -120,7 +120,7 @@ DRAWS = (
 
 
 def test_random_numbers_are_found_in_a_trace():
-    """By the public ways to draw them, with keys of every kind; no name is looked for in vain."""
+    """Drawn in every public way, with keys of every kind; every name we look for occurs."""
     seen = set()
     for kind in ("threefry2x32", "rbg", "unsafe_rbg"):
         with jax.default_prng_impl(kind):
@@ -129,7 +129,7 @@ def test_random_numbers_are_found_in_a_trace():
                     found = names_in(draw, key) & set(foreign.RANDOM)
                     assert found, (kind, draw)
                     seen |= found
-    # What these are made of, which may be called by itself.
+    # Their building blocks, which may be called directly.
     words = jnp.zeros(4, jnp.uint32)
     for draw in (
         lambda words: threefry_2x32(words[:2], words),
@@ -149,7 +149,7 @@ def test_what_a_failed_call_says():
     assert foreign.is_missing_argument(caught.value)
 
 
-# An exbibyte, for which there are no addresses: it fails at once, and nothing is written to.
+# An exbibyte exceeds the address space: it fails at once, and nothing is written.
 ABSURD = 2**57
 
 

@@ -42,13 +42,13 @@ def test_every_step_has_the_hypergradient_of_all_steps_so_far(getkey):
     start = whole.init(problem.params, problem.hyperparams)
     expected = whole.compute_hypergradient(start, stack, problem.val_batch, *losses)
     assert relative_error(found, expected) < 1e-11
-    # A new episode knows nothing of the last one.
+    # A new episode forgets the last one.
     restarted = online.restart(state, first.params, 0.0)
     assert all(np.all(np.asarray(x) == 0) for x in jax.tree.leaves(restarted.memory.Z))
 
 
 def test_real_time_is_its_own_recursion_written_out():
-    """The hyperparameters move while Z is carried: each A and B at the values of its time."""
+    """The hyperparameters move while Z is carried: each A and B takes their current values."""
     random = np.random.default_rng(0)
     root = random.normal(size=(4, 4))
     hessian, b, target = root @ root.T / 4 + np.eye(4), random.normal(size=4), random.normal(size=4)
@@ -119,7 +119,7 @@ def test_closed_forms_of_gradient_descent(steps):
 
 
 def test_a_shared_schedule_is_found_by_signs():
-    """Four windows of 25 steps: the steep and flat quadratic wants large rates, the last small."""
+    """Four windows of 25 steps: steep and flat directions want large rates, then a small one."""
     curvature = jnp.asarray([1.0, 0.1])
     noise = jax.random.normal(jax.random.key(0), (100, 2))
     train_loss = lambda w, h, batch: jnp.sum(curvature * (w - 0.3 * batch) ** 2) / 2
@@ -152,7 +152,7 @@ def test_sign_descent_halves_where_the_sign_flips_and_rests_in_the_end():
         moves, state = outer.update(g, state, params)
         np.testing.assert_allclose(moves["a"], -np.asarray(step) * np.sign(sign), rtol=1e-12)
         np.testing.assert_allclose(moves["b"]["c"], -0.3)
-    # Ten flips around 1: the step falls under a twentieth of the value, and then it rests.
+    # Ten flips around 1: the step falls below a twentieth of the value, then it rests.
     x = {"a": jnp.ones(2), "b": {"c": jnp.asarray(1.0)}}
     for i in range(10):
         g = jax.tree.map(lambda p, i=i: jnp.full_like(p, (-1.0) ** i), x)
@@ -206,7 +206,7 @@ CONTRIB = {
 
 @pytest.mark.parametrize("name", quick(list(CONTRIB), keep=["adopt"]))
 def test_an_optimizer_that_starts_from_a_square_root_of_0(name):
-    """The derivative at its first state is infinite; times a Z of exactly 0 it adds nothing."""
+    """The derivative at its first state is infinite; multiplied by a Z of 0 it adds nothing."""
     inner = lambda h: relaxed(CONTRIB[name](h["rate"]))
     loss = lambda w, h, batch: jnp.sum((w - h["at"]) ** 2 * jnp.arange(1.0, 4.0))
     val_loss = lambda w, h, batch: jnp.sum((w - 1.0) ** 2)

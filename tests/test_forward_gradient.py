@@ -58,7 +58,7 @@ def distance(w, h, batch):
 
 
 def test_where_training_starts_counts():
-    """The first velocity of this rule is a hyperparameter: only the first step sees it."""
+    """The initial velocity of this rule is a hyperparameter: only the first step sees it."""
 
     def rule(h):
         init = lambda w: h["velocity"]
@@ -102,7 +102,7 @@ def test_the_mean_is_the_exact_hypergradient_and_the_variance_is_known():
 
 @pytest.mark.thorough
 def test_no_reverse_mode_and_memory_flat_in_the_horizon():
-    """A while loop has no pullback. Bytes: the losses of the steps, and nothing else, add up."""
+    """A while loop has no pullback. Only the bytes of the steps' losses add up."""
 
     def update_fn(w, h, batch):
         return jax.lax.while_loop(
@@ -138,7 +138,7 @@ def test_a_refused_step_spends_its_draw_and_every_step_draws():
 
 
 def test_compare_over_batches_reports_the_noise_of_the_directions():
-    """On fixed batches all noise is the estimator's, and its size is known."""
+    """On fixed batches all noise comes from the estimator, and its size is known."""
     loss = lambda w, h, batch: jnp.sum((w - h) ** 2) / 2
     losses = gradhpo.LossFunctions(loss, distance)
     inner = optax.sgd(0.5)
@@ -177,6 +177,6 @@ def test_tasks_and_members_have_their_own_draws():
     state = members.step(state, None, None, loss, distance)
     alike = members.init(jnp.zeros(4), jnp.ones(4), spread=lambda key, h: h)
     found = members.compute_hypergradient(alike, None, None, loss, distance)
-    assert not np.allclose(found[0], found[1])  # the same problem along other directions
+    assert not np.allclose(found[0], found[1])  # the same problem, other directions
     assert np.all(np.isfinite(state.hyperparams))
     assert dataclasses.is_dataclass(members.of_member(state, 1).memory)

@@ -1,4 +1,4 @@
-"""Frozen leaves: as if the loss had closed over them, and in memory once."""
+"""Frozen leaves: as if the loss had closed over them, and stored once."""
 
 import equinox as eqx
 import jax
@@ -35,13 +35,13 @@ def train_loss(params, decay, batch):
     return error(params, batch) + jnp.sum(jnp.exp(decay) * params["head"]["w"] ** 2)
 
 
-# The direct term is what first order follows.
+# First order follows the direct term.
 def val_loss(params, decay, batch):
     return error(params, batch) + 0.01 * jnp.sum(decay**2)
 
 
 class Closed(eqx.Module):
-    """A loss that has the backbone itself, as an argument of the program."""
+    """A loss that contains the backbone, as an argument of the program."""
 
     backbone: dict
     loss: object = eqx.field(static=True)
@@ -90,7 +90,7 @@ def test_every_optimizer_does_what_it_does_with_a_closure(name):
     assert_same(found.inner_opt_state[0].count, expected.inner_opt_state[0].count)
     # Norms and losses: the backbone does not count, not even under a task axis.
     assert_same(dict(found.metadata), dict(expected.metadata), rtol=1e-12, atol=1e-12)
-    # Not copied, not broadcast: the very arrays that were given.
+    # Not copied, not broadcast: the same arrays that were passed.
     for mine, given in zip(
         *map(jax.tree.leaves, (found.params["backbone"], BACKBONE)), strict=True
     ):
@@ -100,7 +100,7 @@ def test_every_optimizer_does_what_it_does_with_a_closure(name):
 
 
 def gradient(params, decay, batch):
-    """By all floating-point arrays, as most would write it."""
+    """With respect to all floating-point arrays, as most people would write it."""
     floats, rest = eqx.partition(params, eqx.is_inexact_array)
     return jax.grad(lambda x: train_loss(eqx.combine(x, rest), decay, batch))(floats)
 
@@ -160,7 +160,7 @@ def wide_val_loss(params, decay, batch):
 
 
 def temporary_bytes(optimizer, params, backbone=None):
-    """Of one step on a backbone of 2 MiB, in params or closed over."""
+    """For one step on a backbone of 2 MiB, in params or closed over."""
     x = jnp.ones((16, WIDTH), jnp.float32)
     batch = (x, x[:, 0])
     losses = wide_train_loss, wide_val_loss
@@ -196,7 +196,7 @@ def test_lora_takes_the_memory_of_a_closure(make, lora):
 
 @pytest.mark.thorough
 def test_kept_inner_states_do_not_hold_the_backbone(lora):
-    """As they do where an optimizer that does nothing is given to it: 16 times 2 MiB."""
+    """With a do-nothing optimizer for it they would: 16 times 2 MiB."""
     backbone, adapters = lora
     label = lambda w: {name: "rest" if name == "backbone" else "trained" for name in w}
     does_nothing = optax.partition({"trained": ADAM, "rest": optax.set_to_zero()}, label)
@@ -219,7 +219,7 @@ def test_a_plan_counts_the_backbone_once(lora):
     assert 2 * MIB < cost.total_bytes - cost.temporary_bytes < 3 * MIB
 
 
-# -- what is not trained counts for nothing ------------------------------------------------------
+# -- untrained leaves are ignored ----------------------------------------------------------------
 
 
 def test_tree_algebra_leaves_frozen_leaves_out():
@@ -231,7 +231,7 @@ def test_tree_algebra_leaves_frozen_leaves_out():
 
 
 def test_precision_is_that_of_what_is_trained():
-    """A table in float64 makes no float64 program, and stays as it is."""
+    """A table in float64 does not make the program float64, and does not change."""
 
     def loss(params, decay, batch):
         table = params["table"].astype(params["head"].dtype)
@@ -251,7 +251,7 @@ def test_precision_is_that_of_what_is_trained():
 
 
 def test_anything_may_be_frozen():
-    """Whole numbers, truth values, complex ones and keys; functions and text stay beside them."""
+    """Integers, booleans, complex numbers and keys, next to functions and text."""
     constants = {
         "phases": jnp.asarray(np.exp(1j * np.arange(3.0))),
         "mask": jnp.array([True, False, True]),
@@ -279,7 +279,7 @@ def test_anything_may_be_frozen():
 
 
 def test_a_derivative_of_zero_is_looked_for_with_the_backbone_as_it_is():
-    """Beside a head of zeros the penalty has a derivative, and the report says nothing."""
+    """With a head of zeros the penalty still has a derivative, so there is no report."""
     params = {"backbone": gradhpo.frozen(BACKBONE), "head": jax.tree.map(jnp.zeros_like, HEAD)}
     optimizer = gradhpo.OneStepOptimizer(SGD, SGD)
     state = optimizer.init(params, DECAY)
@@ -296,7 +296,7 @@ def test_a_derivative_of_zero_is_looked_for_with_the_backbone_as_it_is():
 
 @pytest.mark.thorough
 def test_comparisons_are_those_of_a_closure():
-    """HyperDistill reads ahead, so that its start is made by a program of its own."""
+    """HyperDistill reads ahead, so a separate program makes its start."""
     optimizers = {"HyperDistill": gradhpo.OnlineHypergradientOptimizer(SGD)}
     stack = gradhpo.BatchStack(jax.tree.map(lambda x: jnp.stack([x, 2 * x, x]), BATCH))
     errors = []
@@ -326,7 +326,7 @@ def test_trees_and_serialisation_show_the_arrays(tmp_path):
 
 
 def test_new_params_are_frozen_as_the_old_ones_were():
-    """Plain arrays would be trained from then on, and with SGD nobody would notice."""
+    """Plain arrays would be trained from then on, unnoticed with SGD."""
     optimizer = gradhpo.OneStepOptimizer(SGD, SGD)
     state = optimizer.init(PARAMS, DECAY)
     plain = jax.tree.map(lambda x: 2 * x, gradhpo.unfrozen(PARAMS))

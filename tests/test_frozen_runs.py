@@ -1,4 +1,4 @@
-"""Frozen leaves in `run`: under Reptile and tasks, and once in the directory of checkpoints."""
+"""Frozen leaves in `run`: under Reptile and tasks, and saved once in a checkpoint directory."""
 
 import warnings
 
@@ -71,7 +71,7 @@ MARKS = {"frozen": gradhpo.frozen, "plain": lambda backbone: backbone}
 
 @pytest.mark.parametrize("mark", quick(list(MARKS), keep=["plain"]))
 def test_new_parameters_for_each_episode(mark):
-    """What makes them may mark the backbone or not: it stays as it is."""
+    """Their `start_fn` may mark the backbone or not: it does not change."""
 
     def start_fn(key, decay):
         w = jnp.sqrt(jnp.exp(decay)) * jax.random.normal(key, (4,))
@@ -138,7 +138,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tasks, tmp_path):
     state, resumed, best = saved(tmp_path, **how, **EPISODES)
     assert_same(state, whole)
     np.testing.assert_array_equal(resumed["val_loss"], history["val_loss"])
-    # Not a second time in memory, where the state that is passed has them already.
+    # Not loaded twice, since the state that is passed already has them.
     for found in (state, best.state):
         assert gradhpo.unfrozen(found.params)["backbone"]["w"] is BACKBONE["w"]
 

@@ -45,7 +45,7 @@ def on_training(v, h, batch):
 
 
 def by_hand(problem, w_step, xi_step, a_step, xi, adjoint_steps, closed_form, ridge):
-    """Every outer step, with the hypergradients and what is left of the regression."""
+    """Every outer step, with the hypergradients and the residuals of the regression."""
     w, h, found = problem.w, problem.a, []
     x_val, y_val = problem.val
     for k in range(STEPS):
@@ -83,7 +83,7 @@ def by_hand(problem, w_step, xi_step, a_step, xi, adjoint_steps, closed_form, ri
     ),
 )
 def test_is_its_formula(inner, adjoint, adjoint_steps):
-    """Over 20 steps with minibatches. Rounding alone differs: 1e-10."""
+    """Over 20 steps with mini-batches. Only rounding differs: 1e-10."""
     problem, ridge = data(STEPS, INNER_STEPS), 0.3
     (inner_optimizer, w_step), (outer_optimizer, a_step) = BY_HAND[inner], BY_HAND["Adam"]
     fits = {"closed_form": True}
@@ -143,7 +143,7 @@ def both_hypergradients(train_loss, val_loss, hyperparams, **settings):
 
 @pytest.mark.thorough
 def test_with_linear_functions_it_is_implicit_differentiation():
-    """Wherever training stands. Two solves of well-conditioned systems: 1e-10."""
+    """At any point of training. Two solves of well-conditioned systems: 1e-10."""
     train_loss = gradhpo.PredictionLoss(linear, weighted)
     val_loss = gradhpo.PredictionLoss(linear, lambda v, h, batch: jnp.mean((v - batch[1]) ** 2))
     h = {"examples": jnp.linspace(-1, 1, 20)}
@@ -174,7 +174,7 @@ def test_a_penalty_on_weights_that_predict_returns_is_seen():
 
 @pytest.mark.thorough
 def test_a_singular_regression_has_the_smallest_solution_and_says_what_is_left():
-    """Five examples for eight parameters, as NumPy's least squares. Rounding: 1e-10."""
+    """Five examples for eight parameters, like NumPy's least squares. Rounding: 1e-10."""
     random = np.random.default_rng(2)
     x, x_val = random.normal(size=(5, 8)), random.normal(size=(3, 8))
     train, val = (jnp.asarray(x), jnp.zeros(5)), (jnp.asarray(x_val), jnp.ones(3))
@@ -197,7 +197,7 @@ def test_a_singular_regression_has_the_smallest_solution_and_says_what_is_left()
 
 
 def test_no_second_derivative_by_weights_is_taken():
-    """A model whose gradient is opaque: no other method that sees the optimum takes it."""
+    """A model with an opaque gradient: no other method that sees the optimum accepts it."""
 
     @jax.custom_vjp
     def opaque(w, x):
@@ -236,7 +236,7 @@ def new_network(key):
 
 @pytest.mark.thorough
 def test_a_network_has_a_network_for_its_adjoint_that_survives_episodes():
-    """Its module holds functions beside arrays; the adjoint has weights of its own."""
+    """Its module holds functions besides arrays; the adjoint has separate weights."""
     train, val = regression()
     predict = lambda model, h, batch: jax.vmap(model)(batch[0])
     losses = gradhpo.LossFunctions(
@@ -262,7 +262,7 @@ def test_a_network_has_a_network_for_its_adjoint_that_survives_episodes():
     assert_same(again.params, start)
     moved = gradhpo.tree_l2_norm(eqx.filter(state.memory.adjoint, eqx.is_inexact_array))
     assert moved != gradhpo.tree_l2_norm(eqx.filter(adjoint, eqx.is_inexact_array))
-    # Run has given up none of the optimizer's own arrays.
+    # `run` has not donated the optimizer's own arrays.
     assert_same(
         optimizer.init(start, state.hyperparams).memory.adjoint.layers,
         tuple(eqx.filter(adjoint, eqx.is_inexact_array).layers),
@@ -288,7 +288,7 @@ def squares_alone(v, h, batch):
     return jnp.mean((v - batch[1]) ** 2)
 
 
-# -- a loss as any other ---------------------------------------------------------------------------
+# -- an ordinary loss ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def squares_alone(v, h, batch):
     ),
 )  # fmt: skip
 def test_every_other_optimizer_takes_it_as_the_plain_loss(cls):
-    """The same program: rounding alone may differ, 1e-12."""
+    """The same program: only rounding may differ, 1e-12."""
     problem = data(2, 1)
     val = tuple(map(jnp.asarray, problem.val))
     plain = [lambda w, h, batch, of=of: of(linear(w, h, batch), h, batch)
@@ -410,7 +410,7 @@ def test_other_losses_and_adjoints_that_do_not_fit_say_what_to_write():
 @pytest.mark.thorough
 @pytest.mark.parametrize("adjoint_optimizer", [None, relaxed(optax.sgd(0.1))])
 def test_frozen_leaves_of_the_adjoint_are_constants(adjoint_optimizer):
-    """As frozen leaves of params are: a fixed scale is the same as scaled features."""
+    """Like frozen leaves of params: a fixed scale equals scaled features."""
     scale = jnp.arange(1.0, 5.0)
     of_tree = lambda tree, h, batch: batch[0] @ (tree["scale"] * tree["xi"])
     plain = lambda xi, h, batch: batch[0] @ (scale * xi)

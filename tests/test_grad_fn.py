@@ -1,4 +1,4 @@
-"""A training gradient of the user's own beside an optax optimizer, differentiated exactly."""
+"""A user-defined training gradient with an optax optimizer, differentiated exactly."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ H = jnp.array([-2.0, 0.1])
 
 
 def sharpness_aware(w, h, batch):
-    """SAM: the gradient at the worst point within a radius that is tuned."""
+    """SAM: the gradient at the worst point within a tuned radius."""
     gradient = jax.grad(train_loss)(w, h, batch)
     return jax.grad(train_loss)(w + h[1] * gradient / jnp.linalg.norm(gradient), h, batch)
 
@@ -46,7 +46,7 @@ def clipped(w, h, batch):
 
 
 def semi_gradient(w, h, batch):
-    """As in temporal differences: the target is held while it is a function of the parameters."""
+    """As in temporal differences: the target is held, though it depends on the parameters."""
     target = Y + jnp.exp(h[0]) * jnp.tanh(X[::-1] @ w)
     return jax.grad(lambda v: jnp.mean((X @ v - target) ** 2) + h[1] * jnp.sum(v**2))(w)
 
@@ -112,7 +112,7 @@ def test_other_methods_take_its_last_step(name):
 
 @pytest.mark.thorough
 def test_implicit_differentiation_of_its_zero():
-    """Where the semi-gradient vanishes, a system that is not symmetric."""
+    """At the zero of the semi-gradient, with a system that is not symmetric."""
     optimizer = gradhpo.ImplicitOptimizer(SGD, inner_steps=500, grad_fn=semi_gradient)
     found = optimizer.compute_hypergradient(optimizer.init(W, H), None, None, *LOSSES)
     w = optimizer.step(optimizer.init(W, H), None, None, *LOSSES, lr_hyper=0.0).params
@@ -148,7 +148,7 @@ def test_diagnostics_take_it_for_the_gradient():
 
 
 def test_of_a_model_with_other_leaves():
-    """A gradient by `eqx.filter_grad` has None where there is nothing to train."""
+    """A gradient from `eqx.filter_grad` has None for untrained leaves."""
     params = {"w": W, "count": jnp.array(3), "name": None}
     of_dict = lambda p, h, batch: {
         "w": sharpness_aware(p["w"], h, batch), "count": None, "name": None

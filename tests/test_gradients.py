@@ -41,7 +41,7 @@ def test_normalize_keeps_zero_and_reaches_unit_length():
     np.testing.assert_array_equal(gradhpo.tree_normalize(zero)["a"], np.zeros(3))
     tiny = {"a": jnp.full(3, 1e-6)}
     np.testing.assert_allclose(gradhpo.tree_l2_norm(gradhpo.tree_normalize(tiny)), 1, rtol=1e-14)
-    # Under eps the result is shorter, never longer: x / eps.
+    # Below eps the result is shorter, never longer: x / eps.
     below = gradhpo.tree_normalize({"a": jnp.array([1e-10])}, eps=1e-8)
     np.testing.assert_allclose(below["a"], [1e-2], rtol=1e-14)
 
@@ -133,7 +133,7 @@ def test_linearized_gradient_is_both_second_derivatives(symmetric):
     "sizes", [(1, 2), (1e30, 2e30), (1e-30, 2e-30), (1, 1e-30), (3, 0), (0, 0)]
 )
 def test_norms_of_leaves_of_very_different_sizes(sizes):
-    """And which leaves are not 0, though the square of 1e-30 is."""
+    """Also finds nonzero leaves, though the square of 1e-30 is 0."""
     tree = [jnp.asarray([3 * size, 4 * size], jnp.float32) for size in sizes]
     norm, moving = jax.jit(scaled_norm_and_moving)(tree)
     np.testing.assert_allclose(norm, np.hypot(*(5 * np.asarray(sizes, float))), rtol=1e-6)

@@ -124,7 +124,7 @@ def test_is_its_formula_with_minibatches_and_momentum(gamma):
 
 @pytest.mark.parametrize("name", quick(["greedy", "theta", "DrMAD"], keep=["greedy"]))
 def test_memory_does_not_grow_with_the_horizon(name):
-    """Temporary memory for 10 and 1,000 steps; a loss and a step count are kept of each."""
+    """Temporary memory for 10 and 1,000 steps; each step keeps a loss and a step count."""
     small, large = (compiled_bytes(name, steps) for steps in (10, 1_000))
     assert large <= small + 990 * 16
 

@@ -48,7 +48,7 @@ def check_and_take(
     hyperparams=HYPERPARAMS,
     dtype=jnp.float64,
 ):
-    """The report, and the hypergradient that it is about (of the first `step`)."""
+    """The report, and the hypergradient it describes (of the first `step`)."""
     cast = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)
     state = optimizer.init(cast(jnp.ones(4)), cast(hyperparams))
     arguments = (state, cast(train_batch), cast(val_batch))
@@ -90,7 +90,7 @@ def test_a_healthy_hypergradient():
 
 
 def one_finding(report, *words):
-    """Exactly one, and it has these words."""
+    """Exactly one finding, with these words."""
     assert len(report.findings) == 1, report
     assert all(word in report.findings[0] for word in words), report
     assert "1. " in str(report)
@@ -99,7 +99,7 @@ def one_finding(report, *words):
 def test_sign_error_in_an_update_fn():
     uphill = lambda w, h, batch: w + 0.05 * jax.grad(train_loss)(w, h, batch)
     one_finding(check(gradhpo.OneStepOptimizer(update_fn=uphill)), "uphill", "sign error")
-    # Too large a rate diverges, but not for its sign.
+    # Too large a rate diverges, but not because of its sign.
     assert check(unrolled(relaxed(optax.sgd(0.3)))).uphill_share == 0
 
 
@@ -113,7 +113,7 @@ def test_detached_hyperparameter():
 
 @pytest.mark.thorough
 def test_detached_on_one_of_two_ways():
-    """A derivative there is, and a wrong one: only differences of the training show it."""
+    """There is a derivative, but a wrong one: only finite differences of training show it."""
 
     def loss(w, h, batch):
         return train_loss(w, h | {"decay": jax.lax.stop_gradient(h["decay"])}, batch) + 0.01 * h[
@@ -173,7 +173,7 @@ def test_nan_in_the_data():
 
 @pytest.mark.thorough
 def test_nan_of_a_second_derivative():
-    """A power of 1.5 has one derivative at 0, where the first parameter starts, and no second."""
+    """A power of 1.5 has no second derivative at 0, where the first parameter starts."""
     power = lambda w, h, batch: jnp.abs(w[0] - 1 - h["shift"][0]) ** 1.5
     losses = gradhpo.LossFunctions(lambda *a: train_loss(*a) + power(*a), val_loss)
     report, g = check_and_take(unrolled(), losses=losses)
@@ -184,7 +184,7 @@ def test_nan_of_a_second_derivative():
 
 @pytest.mark.thorough
 def test_nan_of_the_method_alone():
-    """Greedy takes validation gradients on the way: here of a norm that is 0 after one step."""
+    """Greedy takes validation gradients along the way: here of a norm that is 0 after one step."""
     straight = relaxed(optax.sgd(0.5))  # to h in one step
     norm = lambda w, h, batch: jnp.sqrt(jnp.sum((w - jnp.arange(4.0)) ** 2))
     loss = lambda w, h, batch: jnp.sum((w - batch * h["shift"]) ** 2)
@@ -204,7 +204,7 @@ def test_nan_of_the_method_alone():
 
 @pytest.mark.thorough
 def test_no_false_alarm_of_nan():
-    """What is not finite on the way, and comes to nothing, is no fault."""
+    """A non-finite intermediate value without effect is not a fault."""
     x, y = TRAIN
     masked = lambda w, h, batch: (
         jnp.mean(jnp.where(jnp.isnan(batch[1]), 0, batch[0] @ w - jnp.nan_to_num(batch[1])) ** 2)
@@ -212,7 +212,7 @@ def test_no_false_alarm_of_nan():
     )
     losses = gradhpo.LossFunctions(masked, val_loss)
     assert check(unrolled(), train_batch=(x, y.at[2].set(jnp.nan)), losses=losses).healthy
-    # First order never goes the way on which Adam's derivative is not finite.
+    # First order never takes Adam's derivative, which is not finite.
     direct = lambda w, h, batch: error(w, batch) + jnp.sum(h["shift"] ** 2)
     losses = gradhpo.LossFunctions(squares, direct)
     hyperparams = {"shift": jnp.array([1.0, 0.0, 1.0, 0.0])}
@@ -224,7 +224,7 @@ def test_no_false_alarm_of_nan():
 
 @pytest.mark.thorough
 def test_masks_of_infinities_in_the_parameters():
-    """They stay what they are, and hide nothing."""
+    """They do not change, and hide nothing."""
     masked = lambda w, h, batch: train_loss(w["w"], h, batch) + 0 * jnp.sum(jnp.exp(w["mask"]))
     losses = gradhpo.LossFunctions(masked, lambda w, h, batch: val_loss(w["w"], h, batch))
     params = {"w": jnp.ones(4), "mask": jnp.array([0.0, -jnp.inf])}
@@ -256,7 +256,7 @@ def test_momentum_may_go_uphill_for_a_while():
 
 @pytest.mark.thorough
 def test_differences_near_the_edge_of_a_domain():
-    """Larger steps than the hyperparameter itself end in NaN; smaller ones still tell."""
+    """Steps larger than the hyperparameter itself give NaN; smaller ones still work."""
     frozen = jax.lax.stop_gradient
     loss = lambda w, h, batch: jnp.sum((w - jnp.sqrt(frozen(h))) ** 2) + h * jnp.sum(w)
     losses = gradhpo.LossFunctions(loss, val_loss)
@@ -267,7 +267,7 @@ def test_differences_near_the_edge_of_a_domain():
 
 
 def test_differences_that_contradict_one_another_vouch_for_nothing():
-    """Training that jumps at every scale: a fast sine that is detached, beside a smooth part."""
+    """Training that jumps at every scale: a fast, detached sine plus a smooth part."""
     loss = lambda w, h, batch: (
         train_loss(w, h, batch)
         + 0.1 * jax.lax.stop_gradient(jnp.sin(1.2345e7 * h["decay"])) * jnp.sum(w)
@@ -434,7 +434,7 @@ def test_metasmoothness_is_its_formula():
     assert (d1 * d2 > 0).tolist() == [True, False, False]
     assert (d1 * (d1 + d2) > 0).tolist() == [True, False, True]
     np.testing.assert_allclose(smoothness(loss, size, jnp.asarray(v)), expected, rtol=1e-10)
-    # By default the way of an outer Adam: down the hypergradient, whose signs are +1 here.
+    # By default the direction of an outer Adam: down the hypergradient, whose signs are +1 here.
     np.testing.assert_allclose(
         smoothness(loss, size), smoothness(loss, size, -jnp.ones(3)), rtol=1e-12
     )
@@ -457,7 +457,7 @@ def test_metasmoothness_at_its_ends():
 
 @pytest.mark.thorough
 def test_how_far_a_derivative_holds():
-    """A ripple of width 1e-5: right at 1e-6, and gone at any step of use."""
+    """A ripple of width 1e-5: right at 1e-6, and gone at any useful step."""
     at = HYPERPARAMS["decay"]
     ripple = lambda h: 1e-5 * jnp.sin((h["decay"] - at) / 1e-5)
     rippled = lambda w, h, batch: train_loss(w, h, batch) + 5 * ripple(h) * w[0]
@@ -501,7 +501,7 @@ class Block(eqx.Module):
 def test_a_fresh_adam_in_a_transformer_holds_for_tiny_steps_and_a_warm_one_for_larger(
     as_a_user_has_it,
 ):
-    """Letters of the Zen of Python; what docs/how_to/fixed.md says of it."""
+    """Letters of the Zen of Python, as described in docs/how_to/fixed.md."""
     with contextlib.redirect_stdout(io.StringIO()):
         import this
     letters = [c for c in codecs.decode(this.s, "rot13").lower() if c.isalpha() or c == " "]

@@ -157,7 +157,7 @@ def quadratic_batches(count):
     return gradhpo.BatchStack((jnp.asarray(rows), jnp.asarray(c)))
 
 
-# Made once: tests about the same problem share its compiled programs.
+# Created once: tests of the same problem share its compiled programs.
 @functools.cache
 def problem_named(name):
     if name == "MLP, adam":
@@ -213,7 +213,7 @@ def test_theta_is_algorithm_4(name):
         old, new = (jax.tree.leaves(getattr(s, unchanged)) for s in (state, after))
         assert all(x is y or bool(jnp.all(x == y)) for x, y in zip(old, new, strict=True))
 
-    # Pooled with the estimation before, and the oldest forgotten.
+    # Pooled with the previous estimate, dropping the oldest.
     shorter = gradhpo.BatchStack(jax.tree.map(lambda x: x[:3], stack.batches))
     xy_2, xx_2 = linear_estimation(flat, batches[:3], 0.9)
     after = optimizer.estimate_theta(after, shorter, *arguments)
@@ -265,7 +265,7 @@ def test_the_product_is_taken_on_the_distilled_data():
     plain, inner, _ = problem_named("quadratic")
     stack = batches_of(plain, 5)
     optimizer = gradhpo.OnlineHypergradientOptimizer(inner, distillation_weight=0.7, gamma=0.8)
-    # Curvature that depends on the hyperparameters and the rows: B is then a matter of D*.
+    # Curvature that depends on the hyperparameters and the rows, so that B depends on D*.
     train_loss = lambda w, a, batch: (
         plain.train_loss(w, a, batch) + jnp.mean(jnp.sin(batch[0]) @ w) * jnp.sum(a**3)
     )

@@ -1,6 +1,6 @@
-"""Which run a checkpoint belongs to: what differs is found, and rounding is no difference.
+"""Which run a checkpoint belongs to: differences are found, and rounding is not one.
 
-Most compare the two descriptions by themselves; `run` compares the same two.
+Most tests compare two descriptions directly, as `run` does.
 """
 
 import json
@@ -32,7 +32,7 @@ def about(
     inner: Any = SGD, outer: Any = OUTER, data: Any = DATA, lr_hyper=None, start=None, hyper=-2.0,
     **fields,
 ):  # fmt: skip
-    """The description of a run, as a checkpoint keeps it."""
+    """The description of a run, as stored in a checkpoint."""
     optimizer = gradhpo.OneStepOptimizer(inner, outer, **fields)
     state = optimizer.init(jnp.zeros(3), jnp.full(3, hyper))
     feed = Feed(as_source(data, "train_data", 1), as_source((X, Y), "val_data", None))
@@ -59,7 +59,7 @@ def images():
 
 
 def test_every_channel_of_images_is_compared(images):
-    """A stride of six numbers once compared the red one alone."""
+    """A stride of six numbers once compared only the red one."""
     expected = described_arrays((jnp.asarray(images),))
     assert differences(expected, described_arrays((jnp.asarray(images.copy()),))) == []
     for channel in range(3):
@@ -68,7 +68,7 @@ def test_every_channel_of_images_is_compared(images):
         assert differences(expected, described_arrays((jnp.asarray(changed),)))
     for image in (0, 777, 1999):
         changed = images.copy()
-        changed[image] = changed[image, ::-1]  # upside down, with the norm that it had
+        changed[image] = changed[image, ::-1]  # upside down, with the same norm
         assert differences(expected, described_arrays((jnp.asarray(changed),)))
     moved = images[np.random.default_rng(1).permutation(2000)]
     assert differences(expected, described_arrays((jnp.asarray(moved),)))
@@ -95,7 +95,7 @@ def test_sums_of_the_host_and_of_the_device_are_the_same(dtype, monkeypatch):
     expected = np.asarray(sums.float_sums(x))
     monkeypatch.setattr(sums, "_MOST_ON_HOST", 0)
     found = np.asarray(sums.float_sums(x))
-    # A tolerance far under that of the comparison, 1e-4: sums of 1,024 numbers in float32.
+    # Far below the tolerance of the comparison, 1e-4: sums of 1,024 numbers in float32.
     assert np.all(np.abs(found - expected) <= 1e-6 * expected[:, :1])
 
 
@@ -139,7 +139,7 @@ def test_another_function_of_the_index_is_another_run():
 
 
 def at_ease(schedule):
-    """optax mixes dtypes by itself."""
+    """optax mixes dtypes internally."""
 
     def rate(step):
         with jax.numpy_dtype_promotion("standard"):
@@ -224,7 +224,7 @@ def moving(rate):
 @pytest.mark.parametrize("name", quick(["update_fn", "grad_fn"], keep=["grad_fn"]))
 @pytest.mark.parametrize("drawn", [False, True])
 def test_another_function_of_the_users_is_another_run(name, drawn):
-    """By what it makes of a batch; from an iterator, which is not drawn from, by its code."""
+    """Judged by its output on a batch; with an iterator, which is not drawn from, by its code."""
     inner = None if name == "update_fn" else SGD
     batches = lambda: gradhpo.iterate([(np.ones((4, 3)), np.ones(4))])
     of = lambda function: about(inner=inner, data=batches() if drawn else DATA, **{name: function})
@@ -236,7 +236,7 @@ def test_another_function_of_the_users_is_another_run(name, drawn):
 
 
 def test_rounding_of_parameters_is_no_other_update():
-    """A move is compared beside a share of the parameters that it is added to."""
+    """An update is compared relative to the parameters that it is added to."""
     of = lambda move: about(inner=None, update_fn=lambda w, h, batch: w + move)
     assert differences(of(1e-3), of(1e-3 * (1 + 1e-6))) == []
     assert differences(of(1e-3), of(2e-3))
@@ -303,7 +303,7 @@ def test_the_outer_optimizer_of_tasks_is_compared(average):
     assert differences(of(0.05), of(0.04)) == [" holds other values"]
 
 
-# -- one's own run -----------------------------------------------------------------------------
+# -- the same run ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("change", [1e-6, 1e-3])
@@ -321,7 +321,7 @@ def test_a_scalar_hyperparameter_is_compared_like_an_array(tmp_path, change):
 
 @pytest.mark.thorough
 def test_without_compilation_it_is_the_same_run(tmp_path):
-    """Rounding differs there, in the hyperparameters too."""
+    """Rounding differs without it, in the hyperparameters too."""
     made = lambda: jnp.log(jnp.sum(jnp.asarray([0.1, 0.02, 0.003], jnp.float32)))
     schedule = lambda step: 0.1 * jnp.exp(-0.01 * step.astype(jnp.float32))
     optimizer = gradhpo.OneStepOptimizer(relaxed(optax.adam(0.1)))
@@ -346,5 +346,5 @@ def test_an_upgrade_is_said_aloud(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match=rf"jax was 0.1.2, and is {jax.__version__}"):
         state, _ = run(tmp_path, num_steps=9)
     assert state.step == 9
-    # It was written with this version since.
+    # It has since been written with this version.
     run(tmp_path, num_steps=12)

@@ -121,7 +121,7 @@ def at(problem, optimizer):
     return state, None, None, problem.train_loss, problem.val_loss
 
 
-# Made once: tests that take the same functions share compiled programs.
+# Created once: tests of the same functions share compiled programs.
 SGD, OUTER = optax.sgd(1e-3), optax.sgd(0.1)
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -142,7 +142,7 @@ def test_closed_forms_with_every_kind_of_solver(make):
         optimizer = gradhpo.ImplicitOptimizer(SGD, OUTER, linear_solver=solver)
         found = optimizer.compute_hypergradient(*at(problem, optimizer))[name]
         np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-10, err_msg=str(solver))
-    # Damping, and a full-rank Nystrom approximation which is nothing but damping.
+    # Damping, and a full-rank Nystrom approximation, which is only damping.
     damped = gradhpo.ImplicitOptimizer(SGD, OUTER, lx.LU(), damping=0.03)
     nystrom = gradhpo.Nystrom(len(problem.w), 0.01, jax.random.key(0))
     both = gradhpo.ImplicitOptimizer(SGD, OUTER, nystrom, damping=0.02)
@@ -224,7 +224,7 @@ def test_metrics_tell_how_far_from_the_optimum_and_how_well_the_system_was_solve
         metrics = vars(state.memory)
         np.testing.assert_allclose(metrics["inner_residual"], jnp.linalg.norm(gradient), rtol=1e-9)
         residuals.append(float(metrics["inner_residual"]))
-        # Three iterations in five dimensions: cut short, which is no failure.
+        # Three iterations in five dimensions: cut short, which is not a failure.
         assert metrics["linear_iterations"] == 3
         assert metrics["linear_failures"] == 0
         hessian = jax.hessian(problem.train_loss)(state.params, state.hyperparams, None)
@@ -239,7 +239,7 @@ def test_metrics_tell_how_far_from_the_optimum_and_how_well_the_system_was_solve
 
 @pytest.mark.thorough
 def test_training_that_does_not_converge_is_reported():
-    """A penalty makes H regular, so that the system has a solution that means nothing."""
+    """A penalty makes H regular, so the system has a solution, but it is meaningless."""
     random = np.random.default_rng(9)
     x, v, truth = *random.normal(size=(2, 200, 10)), random.normal(size=10)
     train, val = (x, x @ truth + random.normal(size=200) / 2), (v, v @ truth)
@@ -294,7 +294,7 @@ def test_a_penalty_does_not_make_a_small_batch_representative():
 
 
 def test_damping_adds_to_that_of_a_low_rank_solver():
-    """Where two of five columns are seen: the other directions are divided by both."""
+    """With two of five columns sampled: the other directions are divided by both."""
     problem, found = ridge(), []
     for of_solver, of_optimizer in ((0.1, 0.3), (0.4, 0.0)):
         nystrom = gradhpo.Nystrom(2, of_solver, jax.random.key(0))
@@ -304,7 +304,7 @@ def test_damping_adds_to_that_of_a_low_rank_solver():
 
 
 def test_with_minibatches_the_system_is_that_of_the_last_one():
-    """At parameters that stay where they are, so that the other batches leave no trace."""
+    """At fixed parameters, so that the other batches leave no trace."""
     curvature = jnp.array([[1.0, 2.0, 3.0], [2.0, 0.5, 1.0], [0.7, 3.0, 0.2]])
     train_loss = lambda w, h, batch: jnp.sum(batch * w**2 + jnp.exp(h) * w**2 - batch**2 * w * h)
     val_loss = lambda w, h, batch: jnp.sum((w - batch) ** 2)
@@ -349,7 +349,7 @@ def test_settings_made_under_x64_serve_without_it(as_a_user_has_it, solver, damp
 @pytest.mark.thorough
 @pytest.mark.parametrize("solver", [None, lx.LU(), gradhpo.Neumann(300, 10.0)])
 def test_a_singular_or_diverging_system_ends_in_a_report(solver):
-    """The validation loss wants what no training example ever sees."""
+    """The validation loss depends on a direction that no training example sees."""
     x = jnp.asarray([[1.0, 0.0], [2.0, 0.0]])
     train_loss = lambda w, h, batch: jnp.mean((x @ w - h) ** 2)
     val_loss = lambda w, h, batch: jnp.sum((w - 3.0) ** 2)
@@ -382,7 +382,7 @@ def test_what_only_changes_the_way_is_not_seen_and_the_start_counts_for_nothing(
 
 
 def test_a_custom_vjp_in_the_loss_makes_the_system_unsymmetric():
-    """Gradient reversal: the field whose zero training finds is not a gradient."""
+    """Gradient reversal: training finds the zero of a field that is not a gradient."""
 
     @jax.custom_vjp
     def reverse(x):
@@ -408,7 +408,7 @@ def test_a_custom_vjp_in_the_loss_makes_the_system_unsymmetric():
 
 @pytest.mark.thorough
 def test_imaml_is_a_proximal_inner_problem_for_each_task():
-    """Meta-gradient (I + H/c)^-1 grad L_test, the mean over tasks; H of the data alone."""
+    """Meta-gradient (I + H/c)^-1 grad L_test, averaged over tasks; H is that of the data only."""
     random = np.random.default_rng(6)
     x, y = random.normal(size=(3, 10, 4)), random.normal(size=(3, 10))
     v, u = random.normal(size=(3, 6, 4)), random.normal(size=(3, 6))
@@ -479,7 +479,7 @@ def moving():
 
 
 def shrinking(factor, solver):
-    """The hypergradient with a validation gradient `factor` times that of the step before."""
+    """The hypergradient with a validation gradient `factor` times the previous step's."""
     hessian, target, losses = moving()
     optimizer = gradhpo.ImplicitOptimizer(OUTER, None, solver)
     state = optimizer.init(jnp.zeros(30), jnp.zeros(30))
@@ -491,7 +491,7 @@ def shrinking(factor, solver):
 
 @pytest.mark.parametrize("factor", quick([1.0, 1e-3, -1e-3], keep=[-1e-3]))
 def test_a_warm_start_does_no_harm_where_the_validation_gradient_changes(factor):
-    """Five iterations of CG: cut short, and no worse for what it started from."""
+    """Five iterations of CG: cut short, and no worse for the warm start."""
     found, exact = shrinking(factor, lx.CG(rtol=1e-9, atol=1e-9, max_steps=5))
     assert jnp.linalg.norm(found - exact) < 0.9 * jnp.linalg.norm(exact)
 
@@ -505,14 +505,14 @@ def test_no_validation_gradient_no_hypergradient():
 
 
 def test_failures_are_those_of_this_run_and_counted_over_tasks():
-    """One task of four is singular; afterwards a run without failures has nothing to say."""
+    """One task of four is singular; a later run without failures reports nothing."""
     train_loss = lambda w, h, batch: jnp.sum(batch * (w - h) ** 2) / 2
     val_loss = lambda w, h, batch: jnp.sum((w - 2.0) ** 2) / 2
-    # A series that diverges for the task with the large curvature, and stays finite.
+    # A series that diverges for the task with large curvature, but stays finite.
     one = gradhpo.ImplicitOptimizer(optax.sgd(1e-3), optax.sgd(1e-9), gradhpo.Neumann(4, 1.0))
     optimizer = gradhpo.TaskBatched(one, num_tasks=4)
     curvatures = jnp.asarray([[1.0], [0.5], [4.0], [1.0]])
-    state = optimizer.init(jnp.zeros(1), jnp.zeros(1))  # where training ends
+    state = optimizer.init(jnp.zeros(1), jnp.zeros(1))  # the end of training
     losses = gradhpo.LossFunctions(train_loss, val_loss)
     settings = {"num_steps": 3, "progress": False}
     with pytest.warns(RuntimeWarning, match="linear solver failed 3 times"):

@@ -1,4 +1,4 @@
-"""Somebody's solver as a differentiable function, against the closed form of ridge regression."""
+"""A foreign solver as a differentiable function, against the closed form of ridge regression."""
 
 import equinox as eqx
 import jax
@@ -14,7 +14,7 @@ import gradhpo
 RANDOM = np.random.default_rng(0)
 X, Y = jnp.asarray(RANDOM.normal(size=(30, 5))), jnp.asarray(RANDOM.normal(size=30))
 START, H = jnp.zeros(5), jnp.asarray(2.0)
-# Direct solves of systems with a condition number below 10: rounding alone.
+# Direct solves of systems with a condition number below 10: only rounding.
 CLOSE = {"rtol": 1e-11, "atol": 1e-13}
 
 
@@ -77,7 +77,7 @@ AROUND = {
     ),
 )
 def test_derivatives_in_both_modes(order, around):
-    """JAX divides what is inside a scan in two, and forgets rules of our own there."""
+    """JAX splits the body of a scan in two, and loses custom rules there."""
 
     def of(function):
         for derivative in reversed(ORDERS[order]):
@@ -105,7 +105,7 @@ def test_vmap_of_gradients():
 
 @pytest.mark.thorough
 def test_traced_values_from_outside():
-    """Solver and equation may take them from where they are, a callback too."""
+    """Solver and equation may close over them; so may a callback."""
 
     def outer(h):
         inside = gradhpo.implicit_solution(

@@ -1,4 +1,4 @@
-"""The inner update: its pullback against plain JAX, and what it must leave as it is."""
+"""The inner update: its pullback against plain JAX, and what it must not change."""
 
 import equinox as eqx
 import jax
@@ -14,7 +14,7 @@ from gradhpo.core.inner_state import InnerState
 
 
 def random_like(tree, seed):
-    # From NumPy: random arrays of JAX would be a program for every shape.
+    # From NumPy: JAX would compile a program for each shape of random array.
     random = np.random.default_rng(seed)
     return jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), x.dtype), tree)
 
@@ -205,7 +205,7 @@ def test_the_loss_of_an_update_fn_is_computed_for_the_last_step_only(settings):
 
 
 def test_checks_while_tracing_leave_nothing_in_the_program():
-    """A print in the user's loss appears as often as the loss is really computed."""
+    """A print in the user's loss appears once per evaluation of the loss."""
 
     def loss(params, hyperparams, batch):
         jax.debug.callback(lambda: calls.append(1))
@@ -224,7 +224,7 @@ def test_checks_while_tracing_leave_nothing_in_the_program():
 @pytest.mark.thorough
 @pytest.mark.parametrize("rule", quick(["loss", "grad_fn", "update_fn"], keep=["loss"]))
 def test_means_over_many_batches_add_up_in_float32(rule):
-    """Sums of 256 numbers in bfloat16 stall, and sums of cotangents too."""
+    """Sums of 256 numbers in bfloat16 stall, and so do sums of cotangents."""
     loss = lambda w, h, batch: jnp.mean((batch @ w - 1) ** 2) + jnp.exp(h) * jnp.sum(w**2)
     descend = lambda w, h, batch: w - 0.1 * jax.grad(loss)(w, h, batch)
     settings: dict = {"loss": {}, "grad_fn": {"grad_fn": jax.grad(loss)}}.get(rule) or {}

@@ -1,4 +1,4 @@
-"""Implicit differentiation at the solution of somebody else's solver."""
+"""Implicit differentiation at the solution of a foreign solver."""
 
 import warnings
 
@@ -34,7 +34,7 @@ LOSSES = gradhpo.LossFunctions(penalised, fit)
 
 
 def by_numpy(w, h, batch):
-    """The ridge solution, in a callback: nothing of it can be differentiated."""
+    """The ridge solution, in a callback that cannot be differentiated."""
     x, y = batch
     a = x.T @ x / y.size + jnp.diag(jnp.exp(h))
     solve = lambda a, b: np.linalg.solve(a, b[..., None])[..., 0]
@@ -73,7 +73,7 @@ def test_a_callback_is_differentiated_by_the_training_loss():
     # Two direct solves of a system with a condition number below 100.
     np.testing.assert_allclose(state.params, w, rtol=1e-12)
     np.testing.assert_allclose(state.hyperparams, -0.1 * expected, rtol=1e-11)
-    # The metrics are those at the solution, and what it leaves is rounding.
+    # The metrics are those at the solution, and its residual is rounding.
     np.testing.assert_allclose(
         state.metadata["train_loss"], penalised(state.params, jnp.zeros(5), TRAIN), rtol=1e-12
     )
@@ -179,7 +179,7 @@ def test_the_lasso_by_the_equation_of_its_fixed_point():
 
 
 def sparse(features, active, examples=400, alpha=0.1):
-    """A lasso whose solution is known: from the signs on its support follows the data."""
+    """A lasso with a known solution: the data follow from the signs on its support."""
     random = np.random.default_rng(0)
     x = random.normal(size=(examples, features)) * np.where(np.arange(features) < active, 1, 0.5)
     w = np.where(np.arange(features) < active, random.choice([-1.0, 1.0], features), 0)
@@ -227,7 +227,7 @@ def test_support_is_for_fixed_points_with_zeros_that_stay():
 
 
 def test_a_gradient_written_by_hand_beside_it():
-    """Decay that the loss does not have: the equation is that of `grad_fn`."""
+    """Decay that is not in the loss: the equation is that of `grad_fn`."""
     h = jnp.zeros(5)
     decayed = lambda w, h, batch: jax.grad(fit)(w, h, batch) + jnp.exp(h) * w
     state = SOLVED.init(jnp.zeros(5), h)
@@ -237,7 +237,7 @@ def test_a_gradient_written_by_hand_beside_it():
 
 @pytest.mark.thorough
 def test_it_starts_from_the_current_parameters():
-    """And is called once: one step of gradient descent is a solver like any other."""
+    """And is called once: one step of gradient descent is a valid solver."""
     descend = lambda w, h, batch: w - 0.1 * jax.grad(penalised)(w, h, batch)
     optimizer = solved(descend)
     by_optax = gradhpo.ImplicitOptimizer(optax.sgd(0.1), OUTER, lx.LU())
@@ -271,7 +271,7 @@ def test_running_state():
         stateless.compute_hypergradient(state, TRAIN, VAL, loss, val_loss)
 
 
-# -- what others make of it ------------------------------------------------------------------------
+# -- other features --------------------------------------------------------------------------------
 
 
 def test_a_run_is_its_steps_and_goes_on_from_a_checkpoint(tmp_path):

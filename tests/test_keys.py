@@ -1,4 +1,4 @@
-"""Keys in a batch that is used for several steps: typed ones differ, others are warned about."""
+"""Keys in a batch used for several steps: typed ones differ, others raise a warning."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def without(w, h, batch):
 
 
 def beside(w, h, batch):
-    """Two labels, and a key that is typed."""
+    """Two labels and a typed key."""
     noise = jax.random.normal(batch["typed"], (3,))
     return jnp.sum((w + noise - h)[batch["key"]] ** 2) + jnp.sum((w - h) ** 2)
 

@@ -34,14 +34,14 @@ def test_implicit_hypergradients_at_the_optimum_that_lbfgs_finds(make):
     loss = problem.train_loss(jnp.asarray(problem.w), there, None)
     np.testing.assert_allclose(state.get_metric("train_loss"), loss, rtol=1e-12)
 
-    # Nothing that was learned of the training loss before is used on this one.
+    # Nothing learned about the previous training loss is used on this one.
     anew = step(optimizer.init(begun.params, there))
     np.testing.assert_array_equal(anew.params, state.params)
 
 
 @pytest.mark.thorough
 def test_steps_after_convergence_stay_at_the_optimum(as_a_user_has_it):
-    """Also at an optimum of exactly 0, in float32, and one of two tasks that waits."""
+    """Also at an optimum of exactly 0, in float32, and while one of two tasks waits."""
     x, y, *_ = (jnp.asarray(a, jnp.float32) for a in ridge_data())
 
     def train_loss(w, h, batch):
@@ -99,7 +99,7 @@ def test_a_polyak_step_where_the_update_is_not_differentiated():
 
 @jax.jit
 def searched(batches):
-    """L-BFGS by hand, every search on the batch of its own step: parameters, and the last loss."""
+    """Hand-written L-BFGS, each search on its step's batch: parameters, and the last loss."""
     w, s, value = W, LBFGS.init(W), jnp.zeros(())
     for batch in batches:
         value_fn = lambda w, batch=batch: train_loss(w, H, batch)
@@ -111,7 +111,7 @@ def searched(batches):
 
 @pytest.mark.thorough
 def test_every_search_is_on_the_batch_of_its_step():
-    """It has evaluated the next parameters, which is used again while the batch stays."""
+    """It has evaluated the next parameters; the value is reused while the batch stays."""
     optimizer = gradhpo.ImplicitOptimizer(LBFGS, inner_steps=3)
     state = optimizer.init(W, H)
     of_one = jnp.stack([B, B, B])
@@ -127,7 +127,7 @@ def test_every_search_is_on_the_batch_of_its_step():
 
 
 def test_a_search_shortens_its_step_on_the_batch_of_that_step():
-    """The second batch is so steep that what suits the first is far too long."""
+    """The second batch is so steep that the first one's step is far too long."""
     search = optax.scale_by_backtracking_linesearch(20, store_grad=False)
     inner = relaxed(optax.chain(optax.sgd(1.0), search))
     loss = lambda w, h, size: size * jnp.sum((w - h) ** 2)

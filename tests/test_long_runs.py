@@ -1,4 +1,4 @@
-"""Long nights: memory that does not grow, full disks, forked workers, files that were crafted."""
+"""Long runs: memory that does not grow, full disks, forked workers, crafted files."""
 
 import contextlib
 import gc
@@ -45,7 +45,7 @@ def run(directory=None, num_steps=12, state=None, **settings):
 
 @pytest.mark.thorough
 def test_memory_stays_flat_over_many_chunks():
-    """A chunk once left six arrays of the device alive, and a dict with their views."""
+    """A chunk once kept six device arrays alive, and a dict of their views."""
     found = {}
 
     def count(state, metrics):
@@ -94,10 +94,10 @@ def test_the_shapes_of_a_billion_chunks_take_no_memory():
 
 @contextlib.contextmanager
 def a_fork():
-    """A worker of a loader: it lives on when the run has ended."""
+    """A loader's worker, which outlives the run."""
     read, write = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # JAX has threads, and warns of forks
+        warnings.simplefilter("ignore")  # JAX has threads, and warns about forks
         child = os.fork()
     if child == 0:
         os.close(write)
@@ -172,7 +172,7 @@ class FullDisk:
 @pytest.mark.parametrize("logger", [gradhpo.CSVLogger, gradhpo.JSONLinesLogger])
 @pytest.mark.parametrize("bytes_left", [0, 100])
 def test_a_full_disk_does_not_end_a_run_through_its_logs(tmp_path, monkeypatch, logger, bytes_left):
-    """Not even half a line is left behind, and all lines come once there is room."""
+    """No partial line is left behind, and all lines are written once there is room."""
     run(callbacks=[logger(tmp_path / "whole")])
     disk = FullDisk(monkeypatch)
 
@@ -263,7 +263,7 @@ def test_a_program_without_a_console_runs(monkeypatch):
 
 
 def test_transfers_of_a_run_are_meant(tmp_path):
-    """Its metrics and the batches of its iterators, though others are not allowed."""
+    """Its metrics and its iterators' batches, though other transfers are forbidden."""
     batches = [(np.asarray(X[:4]), np.asarray(Y[:4]))]
     expected, state = run(data=gradhpo.iterate(batches))[0], start()
     with jax.transfer_guard("disallow"):
@@ -332,7 +332,7 @@ def test_a_link_to_nothing_is_not_written_through(tmp_path):
 
 
 def crafted(change_header=lambda header: header, change_body=lambda body: body, raw=None):
-    """A checkpoint whose length and checksum are right."""
+    """A checkpoint with the right length and checksum."""
 
     def apply(directory):
         path = checkpoints_in(directory)[-1]

@@ -1,4 +1,4 @@
-"""What losses return beside their values: metrics, of which nothing is differentiated."""
+"""What losses return besides their values: metrics, which are never differentiated."""
 
 import json
 
@@ -30,7 +30,7 @@ def val(w, h, batch):
 
 
 def measured(loss):
-    """Twice the loss, a flag, a count, and NaN, beside the loss."""
+    """The loss, with metrics: twice the loss, a flag, a count and NaN."""
 
     def both(w, h, batch):
         value = loss(w, h, batch)
@@ -72,7 +72,7 @@ def test_every_optimizer_measures_them_and_computes_what_it_does_without(name):
         check(state.metadata)
         assert all(state.metadata[x].dtype == jnp.float64 for x in NAMES)
         assert_same(without_aux(state), plain, rtol=1e-12)
-    assert state.get_metric("rejected") == 0  # for a NaN that nothing follows
+    assert state.get_metric("rejected") == 0  # the NaN is not used
     given = batch, batch
     assert_same(
         optimizer.compute_hypergradient(state, *given, LOSSES),
@@ -172,7 +172,7 @@ def test_a_run_records_logs_and_shows_them(tmp_path, capfd):
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["val_twice"] for line in lines] == history["val_twice"].tolist()
     assert "val_twice=" in capfd.readouterr().err
-    # A longer run goes on from there, with other losses too.
+    # A longer run resumes from there, with other losses too.
     state, more = run(optimizer, state, PLAIN_LOSSES)
     assert state.metadata.aux == set()
     assert not NAMES & set(more)
@@ -213,12 +213,12 @@ def test_an_interrupted_run_is_resumed_with_them(tmp_path):
     assert state.metadata.aux == best.state.metadata.aux == NAMES
     for name in history:
         np.testing.assert_array_equal(again[name], history[name])
-    # Once more, with nothing left to do.
+    # Again, with nothing left to do.
     state, _ = run(optimizer, start, callbacks=[gradhpo.BestState()], **here)
     assert_same(state, whole)
 
 
-# -- programs of the user's --------------------------------------------------------------------
+# -- the user's programs -----------------------------------------------------------------------
 
 
 def scanned(optimizer, state, losses):
@@ -279,7 +279,7 @@ def test_diagnostics_take_such_losses():
 
 
 class Careless(gradhpo.FOOptimizer):
-    """First order, as one may write it: with the losses alone."""
+    """First order, as a user may write it: only with the losses."""
 
     def estimate(self, problem, memory):
         found = super().estimate(problem, memory)

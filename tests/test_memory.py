@@ -1,4 +1,4 @@
-"""The algorithm's memory apart from metrics and notes, and running state that is carried along."""
+"""The algorithm's memory, separate from metrics and notes, and running state carried along."""
 
 import dataclasses
 from typing import Any
@@ -74,7 +74,7 @@ RUNNING = {
 
 
 def carrying(loss, returns=True):
-    """A loss that hands the running state on."""
+    """A loss that passes the running state on."""
     if returns:
         return lambda w, h, batch, r: (loss(w, h, batch), r)
     return lambda w, h, batch, r: loss(w, h, batch)
@@ -84,7 +84,7 @@ CARRYING = carrying(train_loss), carrying(val_loss, returns=False)
 
 
 def of_task(number):
-    """Running state that tells the tasks apart."""
+    """Running state that differs between tasks."""
     return jax.tree.map(lambda x: x if x.dtype == bool else x + number, RUNNING)
 
 
@@ -96,13 +96,13 @@ def of_task(number):
     ),
 )
 def test_running_state_is_carried_everywhere(name, tasks, tmp_path):
-    """Nothing reads it yet: it comes back as it was, by every optimizer, in every dtype."""
+    """Nothing reads it yet: every optimizer returns it unchanged, in every dtype."""
     optimizer, batch, running = build(name, ADAM, SGD), BATCH, RUNNING
     if tasks:
         optimizer, batch = gradhpo.TaskBatched(optimizer, tasks), jnp.zeros((tasks, 2))
         running = jax.tree.map(lambda *x: jnp.stack(x), *map(of_task, range(tasks)))
     state = optimizer.init(jnp.zeros(3), jnp.full(3, -1.0))
-    # With the memory that fits: forward mode has a derivative of the running state as well.
+    # With matching memory: forward mode also has a derivative of the running state.
     state = optimizer.adopt(state.update(model_state=running))
 
     def assert_carried(found, rejected=0):
@@ -130,7 +130,7 @@ def test_running_state_is_carried_everywhere(name, tasks, tmp_path):
 
 
 def test_running_state_that_is_not_finite_refuses_the_step():
-    """Only where it has become so: what was there before is taken for a mask."""
+    """Only if it has become so: earlier non-finite values are taken for a mask."""
 
     class Broken(gradhpo.OneStepOptimizer):
         def estimate(self, problem, memory):
@@ -151,7 +151,7 @@ class Counted(eqx.Module):
 
 
 def test_a_memory_that_is_not_finite_refuses_the_step():
-    """Though everything else of the step is as good as ever."""
+    """Though everything else in the step is finite."""
 
     class Breaking(gradhpo.OneStepOptimizer):
         def init_memory(self, z, hyperparams, batch, key):

@@ -42,7 +42,7 @@ def logits(params, tokens):
 
 
 def weighted(params, log_weights, batch):
-    """A mean over examples with weights of their own, and a penalty."""
+    """A weighted mean over examples, and a penalty."""
     tokens, indices, scale = batch
     losses = optax.softmax_cross_entropy_with_integer_labels(
         logits(params, tokens[:, :-1]), tokens[:, 1:]
@@ -96,7 +96,7 @@ Y = jnp.sin(X @ jnp.ones(3))
 @pytest.mark.parametrize(
     "name",
     quick(
-        [name for name in OF_ANY_LOSS if name != "first order"],  # it sees validation alone
+        [name for name in OF_ANY_LOSS if name != "first order"],  # it sees only validation
         keep=["HyperDistill"],
     ),
 )
@@ -151,7 +151,7 @@ def dividing(w, h, batch):
 
 
 def test_a_mean_that_divides_by_its_own_weights_is_another():
-    """What the docstring says of it: the mean of the pieces' means."""
+    """As its docstring says: the mean of the pieces' means."""
     batch = jnp.array([1.0, 1.0, 3.0, 1.0]), jnp.array([1.0, 2.0, 3.0, 4.0])
     given = jnp.ones(()), None
     found = gradhpo.microbatched(dividing, 2)(*given, batch)
@@ -252,7 +252,7 @@ def test_chunks_never_hold_all_logits():
         return jax.jit(product).lower(x, x).compile().memory_analysis().temp_size_in_bytes
 
     all_logits = 8 * tokens * vocabulary
-    workspace = 2**25 if jax.default_backend() == "gpu" else 0  # that cuBLAS asks for
+    workspace = 2**25 if jax.default_backend() == "gpu" else 0  # requested by cuBLAS
     assert memory(lambda x: plain_cross_entropy(x, head, labels, jnp.zeros(tokens))) > all_logits
     chunked = lambda x: gradhpo.chunked_cross_entropy(x, head, labels, 16)
     assert memory(chunked) < 0.6 * all_logits + workspace

@@ -29,7 +29,7 @@ class Network(eqx.Module):
     drop: eqx.nn.Dropout
     out: eqx.nn.Linear
     log_decay: jax.Array
-    scale: jax.Array  # of the images in training: an augmentation, which acts on the statistics
+    scale: jax.Array  # of training images: an augmentation, which acts on the statistics
 
     def __init__(self, key, mode="batch"):
         first, second = jax.random.split(key)
@@ -95,7 +95,7 @@ def images(number, steps=None):
     ),
 )
 def test_a_batchnorm_network_is_differentiated_through_its_statistics(inner, mode, promotes):
-    """Validation in inference mode: the statistics of training are on the way."""
+    """Validation in inference mode, so the path includes the statistics of training."""
     params, hyperparams, model_state = network(mode)
     given = images(1, STEPS), images(2), CNN_LOSSES
 
@@ -112,7 +112,7 @@ def test_a_batchnorm_network_is_differentiated_through_its_statistics(inner, mod
         gradhpo.UnrolledOptimizer(inner, OUTER, unroll_steps=STEPS, checkpoints="sqrt"),
     ):
         assert relative_error(found(other)[0], exact) < 1e-10
-    # The statistics matter: held constant, they give another hypergradient.
+    # The statistics matter: holding them constant changes the hypergradient.
     held = lambda p, h, b, r: cnn_val_loss(p, h, b, jax.lax.stop_gradient(r))
     with pytest.warns(UserWarning, match="stops the gradient"):
         without = unrolled.compute_hypergradient(state, *given[:2], cnn_train_loss, held)
@@ -121,7 +121,7 @@ def test_a_batchnorm_network_is_differentiated_through_its_statistics(inner, mod
 
 @pytest.mark.thorough
 def test_a_state_of_equinox_goes_around(tmp_path, promotes):
-    """It may be used once, and is new at every call: in loops, runs, checkpoints, copies."""
+    """It may be used once, and every call makes a new one: in loops, runs, checkpoints, copies."""
     params, hyperparams, model_state = network()
     optimizer = gradhpo.OneStepOptimizer(ADAM, OUTER)
     state = optimizer.init(params, hyperparams, model_state=model_state)
@@ -155,7 +155,7 @@ def average_val(w, h, batch, r):
 
 
 def target_train(w, h, batch, r):
-    """A step towards a target of an older network; validation does not read the state."""
+    """A step towards a target from an older network; validation does not read the state."""
     x, y = batch
     towards = jnp.tanh(x @ r["w"])
     value = jnp.tanh(x @ w)
@@ -288,7 +288,7 @@ def test_every_method_sees_of_it_what_its_formula_says(kind):
         else:
             optimizer = build(name, PLAIN)
         if name == "first order" and kind == "target":
-            continue  # it sees nothing there
+            continue  # it sees nothing here
         steps = optimizer.num_inner_steps
         train = gradhpo.BatchStack(jax.tree.map(lambda x, steps=steps: x[:steps], batches))
         state = optimizer.init(w, h, model_state=r)
@@ -308,18 +308,18 @@ def test_t1_t2_by_weights_is_the_exact_last_step_up_to_its_difference():
 
 @pytest.mark.thorough
 def test_at_an_optimum_it_has_settled():
-    """The average is then the parameters themselves, which are the hyperparameters."""
+    """The average then equals the parameters, which equal the hyperparameters."""
     optimizer = gradhpo.ImplicitOptimizer(PLAIN, OUTER)
     state = optimizer.init(H, H, model_state=BEGIN | {"average": H})
     found = optimizer.compute_hypergradient(state, BATCH, BATCH, AVERAGE)
     np.testing.assert_allclose(found, (H - 1) + 0.1 * (H - 1), rtol=1e-8)
-    # A hyperparameter that acts on the state alone is seen: r = (1 - c) r + c (w + h).
+    # A hyperparameter that acts only on the state is seen: r = (1 - c) r + c (w + h).
     train = lambda w, h, batch, r: (jnp.sum(w**2), 0.8 * r + 0.2 * (w + h))
     val = lambda w, h, batch, r: jnp.sum((r - 1) ** 2) / 2
     state = optimizer.init(jnp.zeros(3), H, model_state=H)
     found = optimizer.compute_hypergradient(state, None, None, train, val)
     np.testing.assert_allclose(found, H - 1, rtol=1e-8)
-    # Where training reads it, what that does is left out, and said to be.
+    # If training reads it, that effect is left out, with a warning.
     w, h, r, batches, val, losses = problem_of("target")
     batch = jax.tree.map(lambda x: x[0], batches)
     state = optimizer.init(w, h, model_state=r)
@@ -329,7 +329,7 @@ def test_at_an_optimum_it_has_settled():
 
 @pytest.mark.thorough
 def test_what_has_not_settled_is_a_gap():
-    """Of a zero-debiased average, and of a state that runs away."""
+    """For a zero-debiased average, and for a state that diverges."""
     debiased = lambda r: r["sum"] / (1 - 0.99 ** r["count"].astype(float))
     next_of = lambda r, w: {"sum": 0.99 * r["sum"] + 0.01 * w, "count": r["count"] + 1}
     train = lambda w, h, batch, r: (jnp.sum((w - h) ** 2), next_of(r, w))
@@ -364,7 +364,7 @@ def test_the_settled_state_has_second_derivatives():
 
 
 def test_what_comes_back_a_step_later_is_seen():
-    """The state holds the parameters of the step before, and validation reads nothing else."""
+    """The state holds the previous step's parameters, and validation reads nothing else."""
     train = lambda w, h, batch, r: (jnp.sum((w - h) ** 2), w)
     val = lambda w, h, batch, r: jnp.sum(r**2)
     exact = gradhpo.UnrolledOptimizer(PLAIN, OUTER, unroll_steps=STEPS)
@@ -485,11 +485,11 @@ def test_every_optimizer_carries_it(name):
     assert np.all(state.model_state["begun"])
     assert not np.allclose(state.model_state["average"], begin.model_state["average"])
     assert state.get_metric("rejected") == 0
-    # A step that is not finite leaves it as it was.
+    # A non-finite step leaves it unchanged.
     refused = step(state, jnp.nan * batch)
     assert refused.get_metric("rejected") == 1
     assert_same(refused.model_state, state.model_state)
-    # The next episode begins with the state that the last one did, or with where it ended.
+    # The next episode begins with the initial or the final state of the last one.
     for rate in (0.0, 0.25, 1.0):
         new = optimizer.restart(state, begin, rate)
         assert_same(new.model_state, (state if rate else begin).model_state)
@@ -515,7 +515,7 @@ def test_training_without_tuning_and_sophia():
 @pytest.mark.filterwarnings("ignore:.*takes the model state as it is")
 @pytest.mark.parametrize("name", quick(list(OF_ANY_LOSS), keep=["tasks"]))
 def test_a_run_is_a_loop_over_step(name, tmp_path):
-    """With episodes from a `start_fn`, each with the state that the run began with."""
+    """With episodes from a `start_fn`, each with the run's initial state."""
     optimizer = build(name, ADAM)
     batch = jnp.stack([BATCH, 2 * BATCH]) if name == "tasks" else BATCH
     start = lambda key, h: W + 0.1 * jax.random.normal(key, (3,))

@@ -1,4 +1,4 @@
-"""What `run` records beside its metrics (`record`, `Monitor`), and what its report makes of it."""
+"""What `run` records besides its metrics (`record`, `Monitor`), and how its report uses it."""
 
 import json
 import re

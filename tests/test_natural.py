@@ -1,4 +1,4 @@
-"""Natural hypergradients against their formula in NumPy, and the Fisher matrix against Hessians."""
+"""Natural hypergradients against their NumPy formula, and the Fisher matrix against Hessians."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ RATE = relaxed(optax.sgd(0.1))
 
 
 def penalty(w, h):
-    """One for each feature, and one for the biases."""
+    """One per feature, and one for the biases."""
     of_weights = jnp.sum(jnp.exp(h["features"])[:, None] * w["weights"] ** 2)
     return of_weights / 2 + jnp.exp(h["biases"]) * jnp.sum(w["biases"] ** 2) / 2
 
@@ -48,7 +48,7 @@ def drawn(size, seed):
 
 
 def of_each(w, batch):
-    """Gradients of single examples: of the weights `[examples, features, classes]`, and biases."""
+    """Per-example gradients: weights `[examples, features, classes]`, and biases."""
     x, labels = batch
     scores = np.exp(x @ w["weights"] + w["biases"])
     off = scores / scores.sum(axis=1, keepdims=True) - np.eye(CLASSES)[labels]
@@ -60,7 +60,7 @@ def row_of(weights, biases):
 
 
 def fisher_of(kept, structure, curvature):
-    """The whole matrix that a structure stands for, with damping and penalty."""
+    """The full matrix that a structure represents, with damping and penalty."""
     if structure == "dense":
         matrix = kept["rows"]
     else:
@@ -72,7 +72,7 @@ def fisher_of(kept, structure, curvature):
 
 
 def by_hand(structure, inner, per_example=False, factor_every=1):
-    """Hyperparameters and parameters after 20 steps of the equations, in NumPy but for optax."""
+    """Hyperparameters and parameters after 20 steps of the equations, in NumPy and optax."""
     w = {"weights": np.zeros((FEATURES, CLASSES)), "biases": np.zeros(CLASSES)}
     h = {"features": np.full(FEATURES, -2.0), "biases": np.asarray(-3.0)}
     s, val = inner.init(w), drawn(30, seed=1)
@@ -141,7 +141,7 @@ def test_it_equals_its_formula_over_twenty_steps(structure, inner, settings):
         seeds = range(100 + INNER_STEPS * step, 100 + INNER_STEPS * (step + 1))
         stack = gradhpo.BatchStack.of([drawn(BATCH, seed) for seed in seeds])
         state = optimizer.step(state, stack, val, train_loss, cross_entropy)
-    # Rounding alone: 60 inner steps, and solves with a condition number below 1e3.
+    # Only rounding: 60 inner steps, and solves with a condition number below 1e3.
     assert_same((state.params, state.hyperparams), by_hand(structure, inner, **settings), 1e-10)
 
 
@@ -188,7 +188,7 @@ def test_a_penalty_that_is_no_product_is_solved_by_its_nearest_one(getkey):
     noisy = jnp.outer(row, column) * jnp.exp(jax.random.normal(getkey(), (4, 4)))
     s, of_row, of_column = fisher.separable(noisy)
     left = jnp.log(noisy / (s * jnp.outer(of_row, of_column)))
-    # What is left has means of 0 along both axes, which makes it the nearest in the logarithm.
+    # The residual has mean 0 along both axes, so it is the nearest in logarithms.
     np.testing.assert_allclose(left.sum(axis=0), np.zeros(4), atol=1e-12)
     np.testing.assert_allclose(left.sum(axis=1), np.zeros(4), atol=1e-12)
 
@@ -202,7 +202,7 @@ def test_the_diagonal_of_a_penalty_is_exact_for_a_sum_over_parameters():
     assert_same(fisher.diagonal_of_hessian(None, w), jax.tree.map(jnp.zeros_like, w))
 
 
-# -- what else it takes, and refuses ---------------------------------------------------------------
+# -- other inputs, and refusals --------------------------------------------------------------------
 
 W = {"weights": jnp.ones((FEATURES, CLASSES)), "biases": jnp.zeros(CLASSES)}
 H = {"features": jnp.full(FEATURES, -2.0), "biases": jnp.asarray(-3.0)}
@@ -215,7 +215,7 @@ def natural(inner=MOMENTUM, **settings):
 
 @pytest.mark.thorough
 def test_rules_by_hand_train_and_estimate_as_the_optimizer_does():
-    """A `grad_fn` and an `update_fn` that are what plain descent does by itself."""
+    """A `grad_fn` and an `update_fn` that do the same as plain descent."""
     gradient = jax.grad(train_loss)
     update_fn = lambda w, h, b: jax.tree.map(lambda x, g: x - 0.1 * g, w, gradient(w, h, b))
     state = natural(RATE).init(W, H)
@@ -231,7 +231,7 @@ def test_rules_by_hand_train_and_estimate_as_the_optimizer_does():
 
 @pytest.mark.thorough
 def test_what_is_not_trained_has_no_place_in_the_matrix():
-    """Functions, integers and frozen leaves beside the same parameters: the same step."""
+    """Functions, integers and frozen leaves next to the same parameters: the same step."""
     more = W | {"act": jnp.tanh, "count": jnp.arange(3), "backbone": gradhpo.frozen(jnp.ones(4))}
     arguments = drawn(8, 0), drawn(9, 1), train_loss, cross_entropy
     found, expected = (
@@ -261,7 +261,7 @@ def test_keys_and_numbers_of_a_batch_are_no_examples():
 
 @pytest.mark.thorough
 def test_the_metric_says_how_well_it_stands_for_the_hessian():
-    """Of the last batch, at the parameters that training ends with."""
+    """For the last batch, at the final parameters."""
     optimizer = natural(penalty=penalty, per_example=True)
     batch, val = drawn(400, 0), drawn(9, 1)
     state = optimizer.step(optimizer.init(W, H), batch, val, train_loss, cross_entropy)
@@ -326,7 +326,7 @@ def along(w, h, a):
     return a @ w
 
 
-# Lowest medians over 40 keys that may come out: .941, .995 and .9993 were measured.
+# Lower bounds for medians over 40 keys: .941, .995 and .9993 were measured.
 @pytest.mark.parametrize(
     ("decay", "median", "keys"),
     quick(
@@ -335,7 +335,7 @@ def along(w, h, a):
     ),
 )
 def test_of_a_logistic_regression_it_approaches_the_hessian(decay, median, keys):
-    """Of four thousand batches, as the weights of older gradients grow."""
+    """With four thousand batches, as older gradients get more weight."""
     optimizer = gradhpo.NHGDOptimizer(
         relaxed(optax.sgd(0.0)), inner_steps=4_000, decay=decay, damping=0.01
     )
@@ -356,7 +356,7 @@ def test_of_a_logistic_regression_it_approaches_the_hessian(decay, median, keys)
 
 @pytest.fixture
 def as_outside_tests():
-    """The benchmark promotes dtypes and ranks as programs of users do."""
+    """The benchmark promotes dtypes and ranks, like users' programs."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
@@ -370,7 +370,7 @@ def cosines_of(at):
 @pytest.mark.thorough
 @pytest.mark.usefixtures("as_outside_tests")
 def test_of_a_network_that_fits_its_data_it_is_not_the_hessian():
-    """Not even if it is dense; its Kronecker factors give away little of it, its diagonal much."""
+    """Not even if it is dense; Kronecker factors lose little of it, the diagonal much."""
     dense, kronecker, diagonal, identity = cosines_of(benchmark.fitted())
     # .84, .79, .53 and .53 were measured (benchmarks/results/natural.txt).
     assert 0.7 < dense < 0.9
@@ -382,7 +382,7 @@ def test_of_a_network_that_fits_its_data_it_is_not_the_hessian():
 @pytest.mark.thorough
 @pytest.mark.usefixtures("as_outside_tests")
 def test_of_a_network_that_draws_the_labels_it_is_the_hessian():
-    """Nearly: 30,000 examples leave noise in the flattest directions of both matrices."""
+    """Almost: 30,000 examples leave noise in the flattest directions of both matrices."""
     dense, kronecker, diagonal, identity = cosines_of(benchmark.well_specified(copies=30))
     # .997, .960, .690 and .774 were measured.
     assert dense > 0.98
@@ -393,8 +393,8 @@ def test_of_a_network_that_draws_the_labels_it_is_the_hessian():
 @pytest.mark.thorough
 @pytest.mark.usefixtures("as_outside_tests")
 def test_what_it_adds_to_the_work_of_training():
-    """The factors take products in every inner step, and the factorisation comes on top."""
-    # 1.09, 1.90 and 1.65 were measured, with 2 % of room for other versions of the compiler.
+    """The factors take products in every inner step, plus the factorisation."""
+    # 1.09, 1.90 and 1.65 were measured; 2 % of room for other compiler versions.
     assert natural_flops.relative("diagonal") < 1.11
     assert natural_flops.relative("kronecker") < 1.94
     assert natural_flops.relative("kronecker", factor_every=10) < 1.69

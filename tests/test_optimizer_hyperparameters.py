@@ -1,4 +1,4 @@
-"""Everything that the inner optimizer is told, as a hyperparameter; and what is not seen."""
+"""Every setting of the inner optimizer as a hyperparameter, and the ones that are not seen."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def problem(key):
 
 
 def per_parameter(rates):
-    """Gradient descent with a rate for every number."""
+    """Gradient descent with a rate for every parameter."""
     scale = lambda rate, g: -jnp.exp(rate) * g
     return optax.stateless(lambda updates, _: jax.tree.map(scale, rates, updates))
 
@@ -94,7 +94,7 @@ def test_inject_hyperparams_is_named_where_it_freezes_a_value(getkey):
     frozen = lambda h: optax.inject_hyperparams(optax.sgd)(learning_rate=h, momentum=lambda t: 0.5)
     with pytest.warns(UserWarning, match=r"inject_hyperparams.*as schedules"):
         gradhpo.OneStepOptimizer(frozen, optax.sgd(0.1)).init(w, jnp.asarray(0.1))
-    # A number that is no hyperparameter may be kept.
+    # A number that is not a hyperparameter may be kept.
     constant = lambda h: optax.inject_hyperparams(optax.sgd)(lambda t: h, momentum=0.5)
     optimizer = gradhpo.OneStepOptimizer(lambda h: relaxed(constant(h)), optax.sgd(0.1))
     state = optimizer.init(w, jnp.asarray(0.1))
@@ -105,7 +105,7 @@ def test_inject_hyperparams_is_named_where_it_freezes_a_value(getkey):
 
 
 def constant_feature(inner):
-    """One input is always 0, and the hyperparameter moves the start: NaN unless guarded."""
+    """One input is always 0, and the hyperparameter shifts the start: NaN unless guarded."""
     x, y = jnp.asarray([[1.0, 0.0], [2.0, 0.0]]), jnp.asarray([1.0, -1.0])
     train_loss = lambda w, h, batch: jnp.mean((x @ w - y) ** 2) * jnp.exp(h)
     val_loss = lambda w, h, batch: jnp.sum((w - 0.5) ** 2)
@@ -125,7 +125,7 @@ def test_nan_from_the_square_root_of_adam_is_explained():
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "lamb", "nadam", "nadamw", "amsgrad"])
 def test_eps_root_cures_it(name):
-    """Not so optax.radam, whose rectification has no finite derivative in its first steps."""
+    """Except for optax.radam, whose rectification has no finite derivative in its first steps."""
     _, history = constant_feature(getattr(optax, name)(0.1, eps_root=1e-16))
     assert history["rejected"][-1] == 0
     assert history.stop_reason == "num_steps"
@@ -237,7 +237,7 @@ def test_the_starting_point_is_a_hyperparameter_of_those_who_see_the_way():
 
 
 def in_half_precision(inner):
-    """A feature that is always 0, in float16: NaN unless Adam is told what is not 0 there."""
+    """A feature that is always 0, in float16: NaN unless Adam's eps_root is nonzero in float16."""
     half = lambda *x: jnp.asarray(x, jnp.float16)
     x, y = half([1.0, 0.0], [2.0, 0.0]), half(1.0, -1.0)
     train_loss = lambda w, h, batch: jnp.mean((x @ w - y) ** 2) * jnp.exp(h)
@@ -301,7 +301,7 @@ LAST = {
 
 @pytest.mark.parametrize("clip", quick(list(CLIPS), keep=[]))
 def test_parameters_of_no_size_beside_a_learned_threshold(clip):
-    """A mean over them is NaN, which must not reach the threshold; validation reads them too."""
+    """Their mean is NaN, which must not reach the threshold; validation reads them too."""
     inner = lambda h: relaxed(CLIPS[clip](h))
     loss = lambda w, h, batch: jnp.sum((w["a"] - 1.0) ** 2 * jnp.arange(1.0, 4.0))
     loss_of_both = lambda w, h, batch: loss(w, h, batch) + jnp.sum(w["empty"] ** 2)

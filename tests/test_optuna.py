@@ -31,7 +31,7 @@ from gradhpo.integrations.optuna.attributes import learned, schedule
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
-# One set of functions for all tests, so that a chunk is compiled once.
+# Shared by all tests, so that a chunk compiles once.
 OPTIMIZER = gradhpo.OneStepOptimizer(optax.sgd(0.1), optax.sgd(0.05))
 LOSSES = gradhpo.LossFunctions(
     lambda w, h, batch: jnp.sum((w - h["target"]) ** 2) + jnp.exp(h["log_decay"]) * jnp.sum(w**2),
@@ -65,7 +65,7 @@ def study_of(*, pruner=None):
 
 
 class PrunesFrom(optuna.pruners.BasePruner):
-    """Every trial, at the first report from a step on."""
+    """Prunes every trial at its first report from a given step on."""
 
     def __init__(self, step):
         self.step = step
@@ -155,13 +155,13 @@ def test_a_pruned_run_raises_and_stays_pruned(tmp_path):
     assert list(pruned.intermediate_values) == [5, 10]
     assert pruned.value == pruned.intermediate_values[10]
     assert pruned.user_attrs["stop_reason"] == "pruned"
-    # Resumed, as of a retry: nothing is left to do, and nothing is reported.
+    # Resumed, as in a retry: nothing is left to do, and nothing is reported.
     study.enqueue_trial(pruned.params)
     study.optimize(objective, n_trials=1)
     again = study.trials[1]
     assert again.state == TrialState.PRUNED
     assert again.intermediate_values == {}
-    # The checkpoint is whole: without the callback the run goes on from step 10.
+    # The checkpoint is complete: without the callback the run resumes from step 10.
     with pytest.warns(match="has the memory of TrialCallback"):
         _, history = run(FixedTrial(pruned.params), checkpoint=tmp_path)
     assert history.stop_reason == "num_steps"
@@ -258,7 +258,7 @@ def test_ends_are_trials_that_samplers_know():
         return 4.0
 
     study.optimize(objective, n_trials=2)
-    # In the objective the end is finished first; its number is the higher one.
+    # Within the objective, the end point finishes first, but its number is higher.
     first, end = study.trials[:2]
     assert (first.value, end.value, end.state) == (4.0, 3.0, TrialState.COMPLETE)
     assert end.params == first.params | {
@@ -322,7 +322,7 @@ def test_a_space_that_is_none_is_refused():
 
 
 def test_tpe_moves_to_where_descents_end():
-    """They end at 37, and only their ends are any good: TPE then samples around it."""
+    """They end at 37, and only end points are good: TPE then samples around 37."""
     space = {"h": Start(FloatDistribution(-100.0, 100.0))}
 
     def near(seed, *, ends):
@@ -339,7 +339,7 @@ def test_tpe_moves_to_where_descents_end():
         own = [t for t in study.trials if "end_point_of" not in t.user_attrs][-20:]
         return np.mean([abs(t.params["h"] - 37.0) < 20 for t in own])
 
-    # A fifth of the range; without ends, 0.1 to 0.4 of the samples of six seeds, with them 0.5.
+    # A fifth of the range: without end points 0.1 to 0.4 of the samples (six seeds), with them 0.5.
     with_ends, without = (np.mean([near(s, ends=e) for s in (1, 2, 3)]) for e in (True, False))
     assert without < 0.3 < 0.45 < with_ends
 
@@ -432,10 +432,10 @@ def test_a_killed_worker_loses_at_most_its_trial(kind, tmp_path):
     study = optuna.load_study(study_name="s", storage=storage_at(kind, tmp_path))
     assert study.trials[:2] == trials[:2]
     assert [t.state for t in study.trials[3:]] == [complete, complete]
-    # Only a storage with a heartbeat finds out that the trial is dead.
+    # Only a storage with a heartbeat notices that the trial is dead.
     running = TrialState.RUNNING if kind == "journal" else TrialState.FAIL
     assert study.trials[2].state == running
-    if kind == "retry":  # goes on from its checkpoint, which has step 5 at least
+    if kind == "retry":  # resumes from its checkpoint, at step 5 or later
         again = study.trials[3]
         assert again.params == trials[2].params
         assert 20 in again.intermediate_values
@@ -445,7 +445,7 @@ def test_a_killed_worker_loses_at_most_its_trial(kind, tmp_path):
 
 @pytest.mark.thorough
 def test_processes_share_a_storage(tmp_path):
-    with warnings.catch_warnings():  # the storage is made once, before the workers
+    with warnings.catch_warnings():  # the storage is created once, before the workers
         warnings.simplefilter("ignore")
         optuna.create_study(study_name="s", storage=storage_at("sqlite", tmp_path))
     with ThreadPoolExecutor(2) as pool:
@@ -485,7 +485,7 @@ def test_docstring_example_runs(name):
 
 
 def test_of_a_population_the_best_member_is_kept():
-    """Along its lineage: step by step the hyperparameters of those that it descends from."""
+    """Along its lineage: the hyperparameters of its ancestors, step by step."""
     inner = outer = optax.sgd(0.1)
     optimizer = gradhpo.Population(
         gradhpo.OneStepOptimizer(inner, outer), 3, exploit_every=2,

@@ -30,7 +30,7 @@ def val_loss(w, h, batch):
 
 
 def bent_loss(w, h, batch):
-    """No quadratic, so that H has derivatives by w as well."""
+    """Not quadratic, so that H has derivatives with respect to w as well."""
     return train_loss(w, h, batch) + jnp.mean(jnp.cosh(0.5 * X @ w))
 
 
@@ -39,7 +39,7 @@ def bent_val_loss(w, h, batch):
 
 
 def error_of_two(w, h, batch):
-    """With a scale for each feature, so that what it does not see moves."""
+    """With a scale per feature, so that the null space moves."""
     return jnp.mean((X[:2] @ (jnp.exp(h) * w) - Y[:2]) ** 2)
 
 
@@ -91,7 +91,7 @@ def test_implicit_outer_hessians_are_those_of_ridge_regression(name):
     gradient, hessian = closed_form()
     function = hypergradient_of(optimizer)
     tolerance = {"rtol": 1e-7, "atol": 1e-9} if name == "default" else {"rtol": 1e-10}
-    # Its value and the derivative of each mode, of which rows and columns are the same.
+    # Its value, and the derivative in each mode, which is symmetric.
     derivative = jax.jacrev if name == "default" else jax.jacfwd
     twice = lambda h: (function(h),) * 2
     found, value = jax.jit(derivative(twice, has_aux=True))(PENALTY)
@@ -105,7 +105,7 @@ def update_fn(w, h, batch):
 
 @pytest.mark.thorough
 def test_at_a_fixed_point_as_at_an_optimum():
-    """Where the inner steps converge: unrolled, implicit, and a fixed point."""
+    """When the inner steps converge: unrolled, implicit, and a fixed point."""
     gmres = lx.GMRES(**TIGHT)
     methods = {
         "implicit": gradhpo.ImplicitOptimizer(SGD, linear_solver=lx.LU(), inner_steps=STEPS),
@@ -153,7 +153,7 @@ def test_a_solver_that_is_no_inverse_has_its_own_derivative(name):
     function = hypergradient_of(optimizer, BENT)
     found = both_modes(function)
     np.testing.assert_allclose(found, differences(function), rtol=1e-7, atol=1e-9)
-    # Not that of the solution of the system.
+    # Not the derivative of the system's solution.
     exact = hypergradient_of(dataclasses.replace(optimizer, linear_solver=lx.LU()), BENT)
     assert not np.allclose(found, jax.jit(jax.jacfwd(exact))(PENALTY), rtol=1e-2)
 
@@ -202,7 +202,7 @@ def test_states_on_the_host_have_derivatives_in_forward_mode():
 
 @pytest.mark.thorough
 def test_drmad_gives_it_where_its_line_is_the_path():
-    """Over one step; over more it is the derivative of an estimate, and not symmetric."""
+    """Over one step; over more, it is the derivative of an estimate, and not symmetric."""
     one, more = (gradhpo.DrMADOptimizer(SGD, unroll_steps=steps) for steps in (1, 6))
     np.testing.assert_allclose(
         both_modes(hypergradient_of(one, BENT)), plain_hessian(1), rtol=1e-11
@@ -220,14 +220,14 @@ def test_second_order_sensitivity_of_many_tasks_at_once():
     arguments = (scale[:, None], scale[:, None], of_task, val_loss)
     state = tasks.init(jnp.zeros(P), PENALTY)
     function = lambda h: tasks.compute_hypergradient(state.update(hyperparams=h), *arguments)
-    _, hessian = closed_form()  # a factor of the training loss does not move its optimum
+    _, hessian = closed_form()  # scaling the training loss does not move its optimum
     found = jax.jit(jax.jacrev(function))(PENALTY)
     np.testing.assert_allclose(found, hessian, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.thorough
 def test_a_truncated_solve_is_differentiated_as_the_solution_and_raises_nothing():
-    """Two steps of CG in four dimensions: the derivative solves as far, and from its own start."""
+    """Two steps of CG in four dimensions: the derivative takes as many, from its own start."""
     solver = lx.CG(rtol=1e-13, atol=1e-13, max_steps=2)
     optimizer = gradhpo.ImplicitOptimizer(SGD, inner_steps=STEPS, linear_solver=solver)
     _, hessian = closed_form()
@@ -260,7 +260,7 @@ def test_no_validation_gradient_has_a_finite_derivative():
 
 @pytest.mark.thorough
 def test_a_warm_start_changes_no_derivative():
-    """The last adjoint is where iterations start, and nothing to be differentiated by."""
+    """Iterations start from the last adjoint, which is treated as a constant."""
     optimizer = gradhpo.ImplicitOptimizer(SGD, optax.sgd(0.0), inner_steps=STEPS)
     state = optimizer.init(jnp.zeros(P), PENALTY)
     state = optimizer.step(state, None, None, *LOSSES)
@@ -275,7 +275,7 @@ def test_a_warm_start_changes_no_derivative():
 
 @pytest.mark.thorough
 def test_a_line_search_is_refused():
-    """Its derivative is right after 10 steps, and 50 times as long as the Hessian after 30."""
+    """Its derivative is right after 10 steps, but 50 times too long after 30."""
     function = hypergradient_of(gradhpo.ImplicitOptimizer(relaxed(optax.lbfgs()), inner_steps=30))
     for differentiated in (jax.jacfwd(function), jax.jacrev(function)):
         with pytest.raises(ValueError, match=r"line search.*optax.sgd"):

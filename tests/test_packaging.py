@@ -21,7 +21,7 @@ REQUIREMENTS = [
     for group in [PYPROJECT["project"]["dependencies"], *EXTRAS.values()]
     for line in group
 ]
-# hatchling adds these to the sdist by itself.
+# hatchling adds these to the sdist automatically.
 ALWAYS_IN_SDIST = {"pyproject.toml", "README.md", "LICENSE", ".gitignore"}
 
 
@@ -83,7 +83,7 @@ def test_sdist_has_what_tests_and_site_import_and_read():
 
 
 def test_an_import_does_not_start_jax():
-    """Devices and processes are configured after it, and forks of it are safe."""
+    """Devices and processes can be configured after importing, and forking is safe."""
     program = (
         "import gradhpo, gradhpo.extend, gradhpo.integrations.optuna, jax\n"
         "jax.config.update('jax_num_cpu_devices', 3)\n"  # an error once JAX has started

@@ -1,4 +1,4 @@
-"""Splitting a model, and what must not be split off."""
+"""Splitting a model, and leaves that must not be split off."""
 
 import equinox as eqx
 import jax
@@ -51,7 +51,7 @@ def test_functions_and_integers_in_a_selected_subtree_stay_in_params(model):
 
 
 def test_roles_may_be_exchanged_by_partitioning_again():
-    """What was tuned is trained next, and the other way round: not an accident."""
+    """Tuned leaves are then trained, and the other way round, by intent."""
     model = {"a": jnp.ones(3), "b": jnp.zeros(3)}
     optimizer = gradhpo.OneStepOptimizer(optax.sgd(0.1), optax.sgd(0.1))
     optimizer.init(*gradhpo.partition(model, lambda d: d["a"]))
@@ -175,7 +175,7 @@ def test_marks_in_a_model_are_kept(backboned):
 
 
 def test_one_array_in_two_places_is_two_leaves():
-    """As everywhere in JAX: what is frozen is a place in the model."""
+    """As everywhere in JAX: freezing applies to a place in the model."""
     tied = jnp.ones(3)
     params, _ = gradhpo.partition(
         {"embed": tied, "head": tied, "h": jnp.ones(())}, lambda d: d["h"], lambda d: d["embed"]

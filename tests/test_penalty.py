@@ -44,7 +44,7 @@ def followed(optimizer, problem):
     ),
 )
 def test_f2sa_is_its_formula(inner, inner_steps, schedule):
-    """Section 14 in NumPy, over 20 steps with minibatches: only rounding differs, 1e-10."""
+    """Section 14 in NumPy, over 20 steps with mini-batches: only rounding differs, 1e-10."""
     problem = data(STEPS, inner_steps)
     # Not one of optax's, which are in float32.
     rising = lambda k: 5 + 3 * jnp.sqrt(k.astype(jnp.float64))
@@ -78,7 +78,7 @@ def test_f2sa_is_its_formula(inner, inner_steps, schedule):
     ("inner", "inner_steps"), quick([("momentum", 4), ("Adam", 1)], keep=[("momentum", 4)])
 )
 def test_bome_is_its_formula(inner, inner_steps):
-    """Section 14 in NumPy, over 20 steps with minibatches: only rounding differs, 1e-10."""
+    """Section 14 in NumPy, over 20 steps with mini-batches: only rounding differs, 1e-10."""
     problem = data(STEPS, inner_steps)
     inner_optimizer, by_hand = BY_HAND[inner]
     outer_optimizer, outer_by_hand = BY_HAND["Adam"]
@@ -103,7 +103,7 @@ def test_bome_is_its_formula(inner, inner_steps):
     np.testing.assert_allclose(state.params, z, rtol=1e-10)
     np.testing.assert_allclose(state.hyperparams, a, rtol=1e-10)
     np.testing.assert_allclose(state.get_metric("multiplier"), multipliers[-1], rtol=1e-10)
-    assert len({x > 0 for x in multipliers}) == 2  # it is both held and let go
+    assert len({x > 0 for x in multipliers}) == 2  # it is both active and released
 
 
 def test_f2sa_has_the_bias_of_its_penalty():
@@ -120,7 +120,7 @@ def test_f2sa_has_the_bias_of_its_penalty():
         share = 1 / penalty
         y = np.linalg.solve(problem.h + share * problem.q, b + share * problem.q @ problem.t)
         expected = problem.rho * a - penalty * problem.j.T @ (y - np.linalg.solve(problem.h, b))
-        np.testing.assert_allclose(g, expected, rtol=1e-8)  # .9^400 is left, times the penalty
+        np.testing.assert_allclose(g, expected, rtol=1e-8)  # .9^400 remains, times the penalty
         errors.append(np.linalg.norm(g - exact) / np.linalg.norm(exact))
     np.testing.assert_allclose(errors, [0.186, 0.0243, 0.00252], rtol=0.01)  # about 1/10 each time
 
@@ -128,7 +128,7 @@ def test_f2sa_has_the_bias_of_its_penalty():
 @pytest.mark.thorough
 @pytest.mark.parametrize(("inner_steps", "error"), [(10, 0.178), (100, 0.043)])
 def test_bome_ends_as_far_from_the_solution_as_its_docstring_says(inner_steps, error):
-    """It has the error of the trial: the distance to the solution, to the digits of the page."""
+    """It has the error of the trial: the distance to the solution, to the page's digits."""
     problem = quadratic()
     sgd = lambda rate: relaxed(optax.sgd(rate))
     optimizer = gradhpo.BOMEOptimizer(sgd(0.1), sgd(0.01), inner_steps=inner_steps)
@@ -156,7 +156,7 @@ def _never(primals, tangents):
 
 
 def _root(x):
-    """By Newton's method, until it has converged: no number of steps that reverse mode knows."""
+    """By Newton's method until it converges, a number of steps that reverse mode cannot know."""
     improves = lambda state: jnp.abs(state[0] - state[1]) > 1e-12
     newton = lambda state: ((state[0] + x / state[0]) / 2, state[0])
     return jax.lax.while_loop(improves, newton, (jnp.maximum(x, 1.0), jnp.zeros_like(x)))[0]
@@ -193,7 +193,7 @@ each = pytest.mark.parametrize("cls", CLASSES)
 
 @each
 def test_works_where_no_second_derivative_exists(cls):
-    """Nor do checks trace one: not for a hyperparameter that is not seen, nor for a tuned rate."""
+    """Checks do not trace one either, even for an unseen hyperparameter or a tuned rate."""
     optimizer = cls(lambda h: optax.sgd(h["rate"]), inner_steps=3)
     start = optimizer.init(jnp.zeros(3), {"seen": jnp.zeros(3), "rate": jnp.asarray(0.5)})
     losses = gradhpo.LossFunctions(rooted, distance)
@@ -227,7 +227,7 @@ def test_a_gradient_by_hand_is_the_same(cls):
 
 @pytest.mark.thorough
 def test_episodes_and_refusals():
-    """y begins with the parameters again; steps that were taken are counted, refused or not."""
+    """y restarts with the parameters; steps are counted, refused or not."""
     optimizer = gradhpo.PenaltyOptimizer(HEAVY_BALL, BY_HAND["Adam"][0], inner_steps=3)
     problem = data(STEPS, 3)
     state, _ = followed(optimizer, problem)
@@ -242,7 +242,7 @@ def test_episodes_and_refusals():
 
 
 def test_a_multiplier_of_zero_is_no_mistake(recwarn):
-    """Descending validation alone brings z nearer to the inner optimum, here at 1 as well."""
+    """Descending validation alone brings z closer to the inner optimum, here also at 1."""
     optimizer = gradhpo.BOMEOptimizer(PLAIN)
     state = optimizer.init(jnp.zeros(3), jnp.ones(3))
     loss = lambda w, h, batch: 0.1 * jnp.sum((w - h) ** 2)
@@ -258,7 +258,7 @@ def test_a_multiplier_of_zero_is_no_mistake(recwarn):
 
 
 def test_a_model_state_is_taken_as_it_is():
-    """Says so; y has one of its own."""
+    """It says so; y has a separate one."""
     optimizer = gradhpo.PenaltyOptimizer(PLAIN, penalty=1.0)
     state = optimizer.init(jnp.zeros(3), jnp.ones(3), model_state=jnp.zeros(3))
 

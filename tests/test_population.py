@@ -87,7 +87,7 @@ def test_every_member_is_its_own_run(name, getkey):
         alone = [single.step(one, *batches, *losses) for one in alone]
         state = together.step(state, *batches, *losses)
     for number, one in enumerate(alone):
-        # A product of many vectors is another program than many products.
+        # One product with many vectors is not the same program as many products.
         assert_same(together.of_member(state, number), one, rtol=1e-9, atol=1e-13)
     best = min(alone, key=lambda one: float(one.metadata["val_loss"]))
     assert_same(together.best(state), best, rtol=1e-9, atol=1e-13)
@@ -96,7 +96,7 @@ def test_every_member_is_its_own_run(name, getkey):
 @pytest.mark.thorough
 @pytest.mark.parametrize("episodes", [False, True])
 def test_one_member_is_the_wrapped_optimizer(episodes, getkey):
-    """In a run, with random batches, running state, episodes, and a start that is learned."""
+    """In a run, with random batches, running state, episodes, and a learned start."""
     single = gradhpo.UnrolledOptimizer(INNER, OUTER, unroll_steps=2)
     alone = gradhpo.Population(single, 1)
 
@@ -198,7 +198,7 @@ def test_members_that_are_not_finite_are_replaced_however_many(mean, replaced, c
 
 
 def test_a_copy_has_everything_of_its_source_and_mutates():
-    """Step by step by hand: one step of every member, then the exploit."""
+    """Written out: one step of every member, then the exploit."""
     single = gradhpo.UnrolledOptimizer(INNER, relaxed(optax.adam(0.05)), unroll_steps=3)
     optimizer = gradhpo.Population(single, 4, exploit_every=3, fraction=0.5, mutation=MOVED)
     state = started(optimizer, key=jax.random.key(5))
@@ -233,7 +233,7 @@ def test_a_copy_has_everything_of_its_source_and_mutates():
 
 
 def test_a_member_that_is_not_finite_holds_up_nobody(getkey):
-    """It is refused alone, and replaced at the next exploit."""
+    """Only its step is refused, and it is replaced at the next exploit."""
     bad = lambda w, h, batch: jnp.where(h[0] > 1.5, jnp.nan, 1.0) * train_loss(w, h, batch)
     losses = gradhpo.LossFunctions(bad, val_loss)
     optimizer = gradhpo.Population(PLAIN, 4, exploit_every=3, fraction=0.25, mutation=MOVED)
@@ -276,7 +276,7 @@ def test_a_run_stops_when_all_members_are_refused(getkey):
 
 @pytest.mark.thorough
 def test_a_copy_restarts_where_its_source_began():
-    """Reptile goes part of the way back to the start of the member that was copied."""
+    """Reptile moves part of the way back to the start of the copied member."""
     optimizer = gradhpo.Population(PLAIN, 4, exploit_every=2, mutation=lambda key, h: h)
     state = started(optimizer)
     params = jnp.arange(12.0).reshape(4, 3)
@@ -357,7 +357,7 @@ def test_the_teacher_is_that_of_the_paper(kind, getkey):
 
 @pytest.mark.parametrize("kind", quick(["multiplicative", "additive"], keep=[]))
 def test_the_teacher_descends_the_validation_losses_of_all_members(kind, getkey):
-    """At W = 0 its gradient is the one of training to the end at the mutated hyperparameters."""
+    """At W = 0 its gradient equals that of full training at the mutated hyperparameters."""
     problem, inner = make("dicts", "momentum", getkey())
     single = gradhpo.UnrolledOptimizer(inner, OUTER, unroll_steps=3)
     mutation = gradhpo.LearnedMutation(kind=kind, optimizer=relaxed(optax.adam(0.1)))
@@ -380,7 +380,7 @@ def test_the_teacher_descends_the_validation_losses_of_all_members(kind, getkey)
     hypergradients = optimizer.compute_hypergradient(state, *given)
     found = mutation.teacher_gradient(teacher, hypergradients, state.hyperparams)
     np.testing.assert_allclose(found.W, expected.W, rtol=1e-10, atol=1e-15)
-    np.testing.assert_array_equal(found.V, expected.V)  # 0, for W is
+    np.testing.assert_array_equal(found.V, expected.V)  # 0, because W is
     # And a step of the population is a step of the teacher's optimizer.
     updates, _ = mutation.optimizer.update(found, state.memory.mutation.teacher_opt_state, teacher)
     new = optimizer.step(state, *given)
@@ -489,7 +489,7 @@ def test_a_lineage_follows_its_parents():
     # In step 3 member 2 became a copy of 1, which had become one of 0 in step 2.
 
 
-# -- what others ask -------------------------------------------------------------------------------
+# -- other features --------------------------------------------------------------------------------
 
 
 @pytest.mark.thorough

@@ -1,4 +1,4 @@
-"""Eight members on four devices: values, placement, and what the devices tell each other."""
+"""Eight members on four devices: values, placement, and communication between devices."""
 
 import json
 import os
@@ -30,12 +30,12 @@ def test_members_are_those_of_one_device(axes):
 
 @pytest.mark.thorough
 def test_only_exploits_and_teachers_exchange_anything():
-    """A quarter of the work and of the memory; a step of members alone sends nothing."""
+    """A quarter of the work and the memory; without exploiting, a step sends nothing."""
     costs = on_devices("costs")
     for name, found in costs.items():
         assert found["flops"] < 0.26, name
         assert found["temporary"] < 0.26, name
     assert costs["alone"]["collectives"] == []
-    # All that exploiting adds is in the branch that it takes; a teacher's gradient is beside it.
+    # Everything that exploiting adds is in its branch; a teacher's gradient is outside it.
     assert costs["random"]["outside of branches"] == 0
     assert costs["learned"]["outside of branches"] == 2

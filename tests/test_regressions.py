@@ -1,4 +1,4 @@
-"""Faults found by review: each of these once gave a wrong number, or none."""
+"""Bugs found by review: each of these once gave a wrong number, or none."""
 
 import equinox as eqx
 import jax
@@ -73,7 +73,7 @@ def test_an_update_fn_that_counts_in_integers_is_refused():
 
 
 def test_one_step_says_that_it_cannot_see_what_acts_through_the_state_only():
-    """Momentum that is used one step late: w' does not depend on h, only s' does."""
+    """Momentum used one step late: only s' depends on h, w' does not."""
 
     def delayed(h):
         init = lambda params: jax.tree.map(jnp.zeros_like, params)
@@ -156,7 +156,7 @@ def test_warnings_about_blind_methods_come_once():
     optimizer.step(state, None, None, loss, loss)  # another trace: a warning would be an error
 
 
-# What review found in HyperDistill, its data and its tasks.
+# Found in HyperDistill, its data and its tasks.
 
 
 def masked_loss(w, h, batch):

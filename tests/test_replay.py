@@ -52,7 +52,7 @@ LOSSES = gradhpo.LossFunctions(train_loss, val_loss)
 
 
 class Loader:
-    """Batches in order, over and over: it cannot seek."""
+    """Batches in order, repeatedly, without seeking."""
 
     def __init__(self, examples=40):
         self.examples = examples
@@ -63,7 +63,7 @@ class Loader:
 
 
 class Seeking:
-    """One that can."""
+    """The same, with seeking."""
 
     def __iter__(self):
         return Places(list(Loader()))
@@ -100,7 +100,7 @@ def replayed(train_data=DATA, num_steps=23, state=None, optimizer=OPTIMIZER, val
 
 
 def unrolled(stack, state=None, inner=INNER, losses=LOSSES, val=VAL, **rules):
-    """Hypergradient and state of one `step` of as many inner steps as there are batches."""
+    """Hypergradient and state of one `step` with one inner step per batch."""
     steps = stack.num_steps
     exact = gradhpo.UnrolledOptimizer(inner, OUTER, unroll_steps=steps, **rules)
     given = start() if state is None else state, stack, val, *losses.__dict__.values()
@@ -108,7 +108,7 @@ def unrolled(stack, state=None, inner=INNER, losses=LOSSES, val=VAL, **rules):
 
 
 def assert_equal(found, expected, rtol=1e-12):
-    """`found` is a replay. The programs differ: the order of sums may."""
+    """`found` is a replay. The programs differ, so the order of sums may."""
     g, state = expected
     assert_same(found.hypergradient, g, rtol=rtol, atol=rtol)
     assert_same(found.state.params, state.params, rtol=rtol, atol=rtol)
@@ -142,7 +142,7 @@ def test_two_hundred_steps_of_a_network():
 
 @pytest.mark.thorough
 def test_a_later_state_goes_on_with_its_own_batches():
-    """`num_steps` counts inner steps, of which three make an outer one here."""
+    """`num_steps` counts inner steps, here three per outer step."""
     optimizer = gradhpo.UnrolledOptimizer(INNER, OUTER, unroll_steps=3)
     first = start(optimizer)
     for step in range(2):
@@ -168,7 +168,7 @@ def test_loaders_are_gone_through_again(kind):
 
 @pytest.mark.thorough
 def test_one_batch_with_a_key_is_that_of_run():
-    """The key is folded with the outer and the inner step, as `run` does it."""
+    """The key is folded with the outer and the inner step, as in `run`."""
 
     def noisy(w, h, batch):
         x, y, key = batch
@@ -265,7 +265,7 @@ def test_a_key_is_shared_by_all_queries():
 
 @pytest.mark.thorough
 def test_twenty_queries_share_the_work():
-    """One query's steps forward and linearizations serve for all."""
+    """All share one query's forward steps and linearizations."""
     wide = {"first": jnp.ones((3, 64)), "last": jnp.ones(64)}
     data = gradhpo.ArrayData((np.tile(X, (8, 1)), np.tile(Y, 8)), 256, jax.random.key(0))
     state = gradhpo.OneStepOptimizer(INNER).init(wide, HYPERPARAMS)
@@ -303,7 +303,7 @@ class Killed(BaseException):
 
 
 def killed_after(monkeypatch, writes, **settings):
-    """A replay that ends with its process, which is after this number of files."""
+    """A replay whose process is killed after writing this number of files."""
     write, count = boundaries.write_file, 0
 
     def counted(*arguments):
@@ -347,7 +347,7 @@ def test_goes_on_where_it_was_bit_for_bit(tmp_path, monkeypatch, queries, source
 
 @pytest.mark.thorough
 def test_killed_five_times(tmp_path):
-    """At random changes of the disk; the last two kills are on the way back."""
+    """At random changes on disk; the last two kills are during the backward pass."""
     random, kills = np.random.default_rng(0), []
     for least in (1, 50, 50, 150, 50):
         before = set(os.listdir(tmp_path / "killed")) if kills else set()

@@ -1,4 +1,4 @@
-"""`retraining_score` against closed forms, and trainings written out."""
+"""`retraining_score` against closed forms, and against hand-written training."""
 
 import dataclasses
 import functools
@@ -54,7 +54,7 @@ LOSSES = gradhpo.LossFunctions(train_loss, val_loss)
 
 
 def moved(key, h):
-    """All of the hyperparameters, a little."""
+    """All hyperparameters, moved slightly."""
     keys = dict(zip(sorted(h), jax.random.split(key, len(h)), strict=True))
     return {name: x + 0.01 * jax.random.normal(keys[name], x.shape) for name, x in h.items()}
 
@@ -76,7 +76,7 @@ def of_all_and_traces():
 
 
 def of_all():
-    """The same for every test that holds others against it."""
+    """The reference result, shared by the tests that compare with it."""
     return of_all_and_traces()[0]
 
 
@@ -89,7 +89,7 @@ def keys_of(count):
 
 
 def losses_by_hand(inner):
-    """Of every query after a training with optax alone, as a function of the hyperparameters."""
+    """Every query's loss after training with only optax, as a function of the hyperparameters."""
 
     @jax.jit
     def losses(h):
@@ -111,11 +111,11 @@ def losses_by_hand(inner):
 
 @pytest.mark.parametrize("levels", [1000, 3])
 def test_rank_correlation_is_that_of_scipy(levels):
-    """With many ties, and hardly any."""
+    """With many ties, and with hardly any."""
     random = np.random.default_rng(1)
     for _ in range(20):
         x, y = random.integers(0, levels, size=(2, 30)).astype(float)
-        # Sums of 30 half-integers: exact but for the last division.
+        # Sums of 30 half-integers: exact except for the last division.
         np.testing.assert_allclose(spearman(x, y), stats.spearmanr(x, y)[0], rtol=1e-13)
 
 
@@ -168,7 +168,7 @@ def test_queries_without_a_correlation():
     predicted = {"right": true, "constant": constant, "broken": broken, "zero": 0 * true}
     found = Scores(true, predicted, random)
     assert [found.score["right"], *found.interval["right"]] == [1, 1, 1]
-    # Two of three queries are right, and the one that says nothing counts as 0.
+    # Two of three queries are right; one without information counts as 0.
     for name, which in (("constant", 2), ("broken", 3)):
         np.testing.assert_allclose(found.score[name], 2 / 3)
         assert np.flatnonzero(np.isnan(found.per_query[name])).tolist() == [1, which]
@@ -180,7 +180,7 @@ def test_interval_of_a_correlation_near_minus_one():
     true = random.normal(size=(8, 1))
     found = Scores(true, {"it": -true + 0.2 * random.normal(size=true.shape)}, random)
     low, high = found.interval["it"]
-    # Moved by the median of the resamples, it would reach beyond.
+    # Shifted by the median of the resamples, it would extend beyond.
     assert -1 == low < found.score["it"] < high < 0
 
 
@@ -188,7 +188,7 @@ def test_interval_of_a_correlation_near_minus_one():
 
 
 def test_least_squares_solved_in_one_step():
-    """Newton's step solves weighted least squares, whose derivative by the weights is known."""
+    """One Newton step solves weighted least squares, with a known derivative by the weights."""
     x, y = X[:40], Y[:40]
     xs, ys = jnp.asarray(x), jnp.asarray(y)
 
@@ -217,7 +217,7 @@ def test_least_squares_solved_in_one_step():
     expected = deltas @ g.T
     atol = 1e-8 * np.max(np.abs(expected))
     np.testing.assert_allclose(found.predicted[name], expected, rtol=1e-8, atol=atol)
-    # Of second order in 1e-7, and rounding of losses of size 1 of 1e-16.
+    # Second order in 1e-7, and rounding of 1e-16 for losses of size 1.
     np.testing.assert_allclose(found.true, expected, atol=1e-5 * np.max(np.abs(expected)))
     np.testing.assert_allclose(found.score[name], 1, atol=1e-12)
 
@@ -227,7 +227,7 @@ def test_least_squares_solved_in_one_step():
 
 @pytest.mark.thorough
 def test_digits():
-    """A network of 4,810 parameters, 10 of 1,000 weighted examples left out."""
+    """A network of 4,810 parameters, with 10 of 1,000 weighted examples left out."""
     x, y = datasets.load_digits(return_X_y=True)
     data = gradhpo.ArrayData((x[:1000] / 16, y[:1000]), 100, jax.random.key(0), with_indices=True)
     random = np.random.default_rng(1)
@@ -278,14 +278,14 @@ RULES = {"Adam": INNER, "Adagrad": ADAGRAD}
 
 @pytest.mark.parametrize("name", quick(list(RULES), keep=["Adam"]))
 def test_retrainings_are_those_of_a_loop(name):
-    """Hyperparameters in the loss, in the inner rate, and (Adagrad) in what it starts with."""
+    """Hyperparameters in the loss, in the inner rate, and (Adagrad) in its initial state."""
     exact = gradhpo.UnrolledOptimizer(RULES[name], unroll_steps=STEPS)
     found = of_all() if name == "Adam" else scored(exact)
     losses = losses_by_hand(RULES[name])
     base = losses(HYPERPARAMS)
     np.testing.assert_allclose(found.losses, base, rtol=1e-12)
     for j, key in enumerate(keys_of(7)):
-        # Losses of size 1, in another order of sums.
+        # Losses of size 1, with sums in another order.
         expected = losses(moved(key, HYPERPARAMS)) - base
         np.testing.assert_allclose(found.true[j], expected, atol=1e-12)
         assert np.max(np.abs(expected)) > 1e-4
@@ -323,7 +323,7 @@ class Everything:
         return jnp.mean((centred @ w["head"] - y) ** 2) + self.narrow(0.1) * h["weights"][0] ** 2
 
     def perturb(self, key, h):
-        """By a tenth, of all hyperparameters."""
+        """All hyperparameters, by a tenth."""
         first, second = jax.random.split(key)
         by = lambda key, x: x + self.narrow(0.1) * jax.random.normal(key, x.shape, x.dtype)
         return {"weights": by(first, h["weights"]), "rate": by(second, h["rate"])}
@@ -343,7 +343,7 @@ class Everything:
 
 @pytest.mark.thorough
 def test_everything_at_once():
-    """With an optimizer whose state starts at a hyperparameter, against a loop by hand."""
+    """With an optimizer whose state starts at a hyperparameter, against a hand-written loop."""
     it = Everything()
     exact = gradhpo.UnrolledOptimizer(ADAGRAD, unroll_steps=5)
     params = it.params | {"backbone": gradhpo.frozen(it.backbone)}
@@ -354,7 +354,7 @@ def test_everything_at_once():
     )  # fmt: skip
     by_hand = jax.jit(lambda h: jnp.stack(it.losses_by_hand(ADAGRAD, h)))
     base = by_hand(it.hyperparams)
-    # Losses below 1 in float32, whose rounding of 6e-8 adds up through five steps.
+    # Losses below 1 in float32, whose rounding of 6e-8 accumulates over five steps.
     atol = 1e-6
     np.testing.assert_allclose(found.losses, base, atol=atol)
     for j, key in enumerate(keys_of(7)):
@@ -375,7 +375,7 @@ ESTIMATORS = {
 
 
 def rows(hypergradients):
-    """The effects of all queries, one after another."""
+    """The effects of all queries, concatenated."""
     return jax.tree.map(lambda g: np.reshape(g, (len(g), -1)), hypergradients)
 
 
@@ -393,7 +393,7 @@ def assert_predicts(found):
 @pytest.mark.filterwarnings("ignore:ImplicitOptimizer gives a hypergradient of 0")
 @pytest.mark.parametrize("name", quick(list(ESTIMATORS), keep=["exact"]))
 def test_hypergradients_are_those_of_every_query_alone(name):
-    """Steps of each on its own batches, up to the last, with the hyperparameters as they are."""
+    """Each estimator steps on its own batches to the end, with fixed hyperparameters."""
     optimizer = ESTIMATORS[name]
     found = scored({name: optimizer}) if optimizer is not EXACT else of_all()
     ours = next(iter(found.hypergradients.values()))
@@ -414,7 +414,7 @@ def test_hypergradients_are_those_of_every_query_alone(name):
 
 @pytest.mark.thorough
 def test_one_query_is_what_compare_hypergradients_looks_at():
-    """Also for an estimator with a memory, which reads the batches ahead."""
+    """Also for an estimator with a memory, which reads batches ahead."""
     optimizers = ESTIMATORS | {"HyperDistill": gradhpo.OnlineHypergradientOptimizer(INNER)}
     found = scored(optimizers, queries=query(0))
     given = EXACT.init(PARAMS, HYPERPARAMS), DATA.stack(0, STEPS), query(0), LOSSES
@@ -422,12 +422,12 @@ def test_one_query_is_what_compare_hypergradients_looks_at():
     of_one = jax.tree.map(lambda x: x[0], found.hypergradients)
     assert_same(of_one, expected, rtol=1e-9, atol=1e-12)  # sums in another order
     assert found.unseen == {"implicit": ("['rate']",)}
-    assert list(found.score) == list(optimizers)  # in the order that they were given in
+    assert list(found.score) == list(optimizers)  # in the order in which they were passed
     assert "implicit does not see ['rate']" in str(found)
 
 
 def test_what_does_not_move_counts_for_nothing():
-    """Even where its derivative is not a number, as for a logarithm at a weight of 0."""
+    """Even where its derivative is NaN, as for a logarithm at a weight of 0."""
     g = {"weights": np.ones((2, 40)), "rate": np.full(2, np.nan)}
     perturb = gradhpo.leave_out(0.1, lambda h: h["weights"])
     keys = jnp.stack(keys_of(3))
@@ -454,13 +454,13 @@ def test_blocks_of_any_size_give_the_same(block_size):
 
 
 def test_one_program_for_all_blocks():
-    """Also for the last, which has two trainings of three; the other is the hypergradients'."""
+    """Also for the last, with two trainings instead of three; the other is for hypergradients."""
     assert of_all_and_traces()[1] == 2
 
 
 @pytest.mark.thorough
 def test_functions_that_are_not_for_several_at_once():
-    """A callback without a rule for `vmap`: one training, and one query, after another."""
+    """A callback without a `vmap` rule: trainings and queries run one by one."""
 
     def on_host(x):
         return jax.pure_callback(lambda x: np.asarray(x), jax.ShapeDtypeStruct((), x.dtype), x)
@@ -481,13 +481,13 @@ def test_functions_that_are_not_for_several_at_once():
 @pytest.mark.thorough
 @pytest.mark.parametrize("room", [0, 4_000])
 def test_what_does_not_fit_is_done_in_parts(monkeypatch, room):
-    """The compiler says how much memory a number of them takes at once."""
+    """The compiler says how much memory a number of them takes together."""
     expected = of_all()
     for where in ("retrain", "predictions"):
         monkeypatch.setattr(f"gradhpo.diagnostics.{where}.free_bytes", lambda _: room)
     before = num_traces()
     found = scored()
-    assert num_traces() - before > 2  # the first try, and others
+    assert num_traces() - before > 2  # the first try and others
     np.testing.assert_allclose(found.true, expected.true, atol=1e-13)  # losses of size 1
     assert_same(found.hypergradients, expected.hypergradients, rtol=1e-9, atol=1e-12)
 
@@ -525,7 +525,7 @@ class Loader:
 
 @pytest.mark.thorough
 def test_data_of_every_kind():
-    """A loader, a function of the index, and a later state with batches of its own."""
+    """A loader, a function of the index, and a later state with its own batches."""
     expected = of_all()
     for data in (Loader(), gradhpo.iterate(Loader()), lambda t: DATA(t)):
         np.testing.assert_allclose(scored(train_data=data).true, expected.true, atol=1e-13)
@@ -534,7 +534,7 @@ def test_data_of_every_kind():
         optimizer.init(PARAMS, HYPERPARAMS), DATA.stack(0, 4), QUERIES, LOSSES, lr_hyper=0.0
     )
     found = scored(optimizer, state=state, num_steps=4)
-    # From the middle, where the inner optimizer's state is no longer its first.
+    # From the middle, when the inner optimizer has left its initial state.
     np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-13)
 
 
@@ -549,7 +549,7 @@ class Killed(BaseException):
 
 
 def killed_after(monkeypatch, writes, **settings):
-    """A call that ends with its process, which is after this number of files."""
+    """A call whose process is killed after writing this number of files."""
     write, left = boundaries.write_file, [writes]
 
     def counted(*arguments):
@@ -588,7 +588,7 @@ def test_goes_on_where_it_was_bit_for_bit(tmp_path, monkeypatch):
 
 @pytest.mark.thorough
 def test_more_of_the_same(tmp_path):
-    """More estimators and more retrainings than an earlier call had: it does what is new."""
+    """More estimators and retrainings than an earlier call: only the new ones run."""
     settings = {"directory": tmp_path, "block_size": 3}
     scored(**settings)
     optimizers = {"UnrolledOptimizer": EXACT, "one step": ESTIMATORS["one step"]}
@@ -600,7 +600,7 @@ def test_more_of_the_same(tmp_path):
     kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.ckpt")}
     changed = {name for name in kept if names.get(name) != kept[name]}
     assert len([name for name in changed if name.startswith("estimate")]) == 1
-    # The third block had two trainings, and has three.
+    # The third block had two trainings and now has three.
     assert {name for name in changed if name.startswith("losses")} == {
         f"losses-{number:010d}.ckpt" for number in (6, 9)
     }
@@ -661,7 +661,7 @@ def test_a_directory_holds_one_optimizer_of_a_name(tmp_path):
 
 
 class Scaled(gradhpo.OneStepOptimizer):
-    """An estimator of the user's own."""
+    """A user-defined estimator."""
 
     def estimate(self, problem, memory):
         found = super().estimate(problem, memory)
@@ -695,7 +695,7 @@ HIDDEN = {
 
 @pytest.mark.parametrize("name", quick(list(HIDDEN), keep=["inner rate"]))
 def test_a_directory_tells_functions_of_optimizers_apart(tmp_path, name):
-    """The first of the optimizers, which trains, is the same."""
+    """The first optimizer, which trains, is the same."""
     (one, other), what = HIDDEN[name]
     settings = {"directory": tmp_path, "block_size": 8}
     scored({"exact": EXACT, "mine": one}, **settings)
@@ -728,7 +728,7 @@ def test_helpful_and_harmful_examples():
     assert min(helpful, harmful) > 5
     np.testing.assert_array_equal(found.most_helpful(2, 5, **of_weights), order[:5])
     np.testing.assert_array_equal(found.most_harmful(2, 5, **of_weights), order[::-1][:5])
-    # No more than there are.
+    # At most as many as there are.
     assert len(found.most_helpful(2, 40, name="UnrolledOptimizer", **of_weights)) == helpful
     with pytest.raises(TypeError, match="where selected a dict"):
         found.most_helpful(0)
@@ -742,7 +742,7 @@ def test_helpful_and_harmful_examples():
 
 @pytest.mark.thorough
 def test_keys_of_another_kind():
-    """A legacy key is the typed one of its numbers; keys of other generators draw their own."""
+    """A legacy key equals the typed key with its numbers; other generators draw differently."""
     found = scored(key=jax.random.key_data(KEY), block_size=3)
     assert_same(found.true, of_all().true)
     other = jax.random.key(7, impl="rbg")
@@ -754,7 +754,7 @@ def test_keys_of_another_kind():
 
 @pytest.mark.thorough
 def test_keys_are_folded_one_by_one():
-    """Under `vmap` a generator of this kind would fold others."""
+    """Under `vmap`, a generator of this kind would fold differently."""
     key = jax.random.key(7, impl="unsafe_rbg")
     g = of_all().hypergradients["UnrolledOptimizer"]
     found = scored({"one step": ESTIMATORS["one step"], "given": g}, key=key)
@@ -791,7 +791,7 @@ def test_hypergradients_that_are_given():
 
 
 def broken_half(key, h):
-    """A rate that is not a number for about half of the keys."""
+    """A rate that is NaN for about half of the keys."""
     return moved(key, h) | {
         "rate": jnp.where(jax.random.bernoulli(key), jnp.asarray(jnp.nan), h["rate"])
     }
@@ -827,7 +827,7 @@ def test_training_that_diverges_has_no_score():
 
 @pytest.mark.thorough
 def test_what_an_estimator_cannot_say():
-    """One sees nothing, one has no derivative, one trains otherwise."""
+    """One sees nothing, one has no derivative, one trains differently."""
     unweighted = gradhpo.LossFunctions(train_loss, lambda w, h, batch: jnp.mean(errors(w, batch)))
 
     def looped(w, h, batch):
@@ -917,7 +917,7 @@ def test_leaves_out_as_many_as_it_says():
         assert np.all(np.asarray(made["weights"])[~rows] == 1)
         assert made["rate"] == 1
         counts += rows
-    # Each is left out 20 times of 200, with a standard deviation of 4.2.
+    # Each is left out 20 times in 200, with a standard deviation of 4.2.
     assert 6 <= counts.min() < counts.max() <= 36
 
 
@@ -933,7 +933,7 @@ def test_fraction_is_a_share(fraction):
 
 
 def test_first_keys_may_leave_out_the_same():
-    """Of five examples, which three keys do in one case of 25."""
+    """Of five examples, which three keys do in one case out of 25."""
     perturb, h = gradhpo.leave_out(0.2), jnp.ones(5)
     keys = jax.random.split(KEY, (60, 20))
     made = jax.jit(jax.vmap(jax.vmap(perturb, (0, None)), (0, None)))(keys[:, :3], h)

@@ -1,4 +1,4 @@
-"""Who may know whom: imports point down, and the generic rooms know no algorithm."""
+"""Layering: imports point down, and the generic rooms know no algorithm."""
 
 import ast
 import importlib
@@ -46,7 +46,7 @@ def imported(node: ast.AST, room: str) -> list[str]:
 
 
 def rooms_of(source: str, room: str) -> set[str]:
-    """The other rooms that a file imports from, wherever in it; `gradhpo` is the package itself."""
+    """The other rooms that a file imports from, anywhere; `gradhpo` is the package itself."""
     names = [name for node in ast.walk(ast.parse(source)) for name in imported(node, room)]
     return {[*name.split("."), "gradhpo"][1] for name in names} - {room}
 
@@ -91,13 +91,13 @@ def _modules_of_algorithms() -> list[type]:
 
 
 def _own_names() -> set[str]:
-    """Settings, public methods, and what memories hold, but for what all algorithms have."""
+    """Settings, public methods and fields of memories, except what all algorithms have."""
     common = {*dir(Algorithm), *dir(Wrapper), *dir(Memory)}
     common |= {"inner_optimizer", "grad_fn", "update_fn", "optimizer"}
     common |= set(MemoryOfEach.__annotations__)
     # Everyday words: settings of mutations, `Path.parent`, `EarlyStopping.best`.
     common |= {"kind", "scale", "function", "parent", "best", "fraction"}
-    # Settings that are also words for what every tree and many losses have.
+    # Settings that are also words for parts of every tree and many losses.
     common |= {"structure", "decay", "predict", "noise", "draws", "perturbed"}
     names = set()
     for cls in _modules_of_algorithms():
@@ -109,15 +109,15 @@ def _own_names() -> set[str]:
 
 CLASSES = {cls.__name__ for cls in _modules_of_algorithms()}
 NAMES = CLASSES | _own_names()
-# The vocabulary of the whole library, which memories and settings share: a PRNG key, an inner
-# step's number, an average. They count as fields of an object alone.
+# Words of the whole library that memories and settings also use: a PRNG key, an inner step's
+# number, an average. They count only as fields of an object.
 WORDS = {"key", "t", "average"}
 PROSE = re.compile(
     r"\w*(distill|t1-?t2|drmad|darts|greedy|neumann|nystr[oö]m|f2sa|implicit|unroll"
     r"|(forward|reverse)[ _-]?mode|first[ _-]order|one-step|truncation|truncated)\w*",
     re.IGNORECASE,
 )
-# What stands in generic rooms all the same, by its place and its exact form.
+# Exceptions in the generic rooms, by place and exact form.
 ALLOWED = {
     "core/checkpoints.py": {
         "def unrolled": "reverse mode is the tool of several algorithms and of the reference",
@@ -201,7 +201,7 @@ ALLOWED = {
 
 
 def knows(source: str, room: str) -> Iterator[tuple[int, str]]:
-    """Where a file names an algorithm, or what only some algorithms have: line and form."""
+    """Where a file names an algorithm, or something only some algorithms have: line and form."""
     tree = ast.parse(source)
     nodes = list(ast.walk(tree))
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
@@ -291,7 +291,7 @@ def test_generic_rooms_know_no_algorithm():
     ],
 )
 def test_what_knows_an_algorithm_is_seen(line):
-    """In every file of the generic rooms, with no file excepted."""
+    """In every file of the generic rooms, without exception."""
     for room in GENERIC:
         forms = {form for _, form in knows(line, room)}
         for file in (PACKAGE / room).rglob("*.py"):

@@ -1,4 +1,4 @@
-"""The loop: equal to calling `step` by hand, traced once, and honest about how it ended."""
+"""The loop: equal to calling `step`, traced once, and honest about how it ended."""
 
 import warnings
 from typing import NamedTuple
@@ -30,19 +30,19 @@ def run(optimizer, train_data, val_data=(X, Y), state=None, **settings):
     return gradhpo.run(optimizer, state, LOSSES, train_data, val_data, **settings)
 
 
-# Sources that change from step to step, a size for each: a batch in the other's place would show.
+# Sources that change from step to step, with different sizes, so that swapped batches would show.
 CHANGING = {
     "train": gradhpo.ArrayData((X, Y), 4, jax.random.key(1)),
     "val": gradhpo.ArrayData((X, Y), 3, jax.random.key(2)),
 }
 NOISE = {"train": jax.random.key(3), "val": jax.random.key(4)}
-FIRST, STEPS, INNER = 2, 6, 3  # the run goes on from step 2
+FIRST, STEPS, INNER = 2, 6, 3  # the run resumes from step 2
 
 
 def source_of(kind, side):
-    """A source, and the batch that it has at number i (of an inner step, or of a step)."""
+    """A source, and its batch at index i (of an inner step, or of a step)."""
     data = CHANGING[side]
-    # An iterator begins where it is, not at the step of the state.
+    # An iterator starts from its position, not from the step of the state.
     first = FIRST * (INNER if side == "train" else 1)
     batches = [jax.tree.map(np.asarray, data(first + i)) for i in range(STEPS * INNER)]
     at_first = lambda i: data(0)
@@ -63,7 +63,7 @@ def source_of(kind, side):
 
 
 def noisy(loss):
-    """With noise in the targets where the batch has a key for it."""
+    """With noise in the targets if the batch has a key for it."""
 
     def on(w, h, batch):
         x, y, *keys = batch
@@ -257,13 +257,13 @@ def test_rejections_in_a_row_stop_the_run_with_a_report():
 
 
 class Best(NamedTuple):
-    """The state of an optimizer that keeps a number."""
+    """The state of an optimizer that stores a number."""
 
     best: jax.Array
 
 
 def keeping(first, change=0.0):
-    """Gradient descent that keeps a number, and adds to it."""
+    """Gradient descent that stores a number and adds to it."""
     init = lambda params: Best(jnp.asarray(first))
     move = lambda g: jax.tree.map(lambda x: -0.1 * x, g)
     return optax.GradientTransformation(
@@ -289,7 +289,7 @@ def test_a_loss_that_is_nan_from_the_first_step_blames_the_batch():
 
 @pytest.mark.parametrize("where", OF_THEIR_OWN)
 def test_a_run_refused_for_the_state_of_an_optimizer_says_so(where):
-    """Losses and hypergradient are finite: nothing else in the report would tell."""
+    """Losses and hypergradient are finite, so nothing else in the report would show it."""
     optimizer, leaf = OF_THEIR_OWN[where]
     with pytest.warns(RuntimeWarning, match=f"optimizer's own state is not: {leaf}.* is accepted"):
         state, history = run(optimizer, (X, Y), max_rejections=3)
@@ -326,7 +326,7 @@ def test_rejections_in_a_row_are_counted_over_chunks_and_end_with_a_good_step():
     state, history = run(optimizer, spoilt(3, 4, 5, 9, 10, 11), **settings)
     assert history.stop_reason == "num_steps"
     assert "(steps 4, 5, 6, 10, 11, ...)" in history.report
-    # As `state.step` counts them, also where a run goes on.
+    # As counted by `state.step`, also when a run resumes.
     _, history = run(optimizer, spoilt(14), state=state, num_steps=3)
     assert "1 rejected as non-finite (step 15)" in history.report
     with pytest.warns(RuntimeWarning, match="4 consecutive steps"):

@@ -1,4 +1,4 @@
-"""A run writes over states that nothing reads any more; those that somebody has stay valid."""
+"""A run overwrites states that nothing reads any more; states still referenced stay valid."""
 
 import gc
 import os
@@ -42,7 +42,7 @@ def run(num_steps=12, data=DATA, state=None, losses=LOSSES, **settings):
 
 
 def watching(state, metrics):
-    """A callback that might keep the state, for which every one has to stay valid."""
+    """A callback that might keep a state, so that all of them have to stay valid."""
 
 
 def assert_same_run(found, expected):
@@ -59,7 +59,7 @@ def assert_same_run(found, expected):
 @pytest.mark.usefixtures("as_a_user_has_it")
 @pytest.mark.parametrize("name", quick(list(ALGORITHMS), keep=[]))
 def test_a_chunk_takes_the_memory_of_a_donated_scan(name):
-    """With the same refusal. A small network, where what the library adds weighs most."""
+    """With the same refusal. A small network, where the library's overhead weighs most."""
     of = network(width=128, batch_size=8)
     ours = of_run(ALGORITHMS[name], of)
     assert ours.held <= 1.1 * by_hand(of).held
@@ -93,9 +93,9 @@ def alive(num_steps=12, **settings):
 
 @pytest.mark.thorough
 def test_states_alive_at_the_end_of_a_chunk(monkeypatch):
-    """One: that of the chunk at work, or at the end of a run the last one."""
+    """One: that of the running chunk, or the last one at the end of a run."""
     assert alive() == [3, 3, 3, 3]
-    # The one that the callback is given, and that of the chunk at work.
+    # The one passed to the callback, and that of the running chunk.
     assert alive(callbacks=[watching]) == [6, 6, 6, 3]
     monkeypatch.setattr(handover, "_LARGE", 0)
     assert alive(callbacks=[watching]) == [3, 3, 3, 3]
@@ -105,7 +105,7 @@ def test_states_alive_at_the_end_of_a_chunk(monkeypatch):
 def test_the_best_state_is_kept_once():
     values = [1.0, 3.0, 0.5, 2.0]
     best = gradhpo.BestState(lambda state: values[int(state.step) // 3 - 1])
-    # While the first is the best it is there beside the one that is looked at.
+    # While the first is the best, it exists besides the one being examined.
     assert alive(callbacks=[best]) == [6, 9, 9, 6]
     assert best.step == 9
     assert not is_given_up(best.state)
@@ -150,7 +150,7 @@ def test_states_of_callbacks_stay_valid(kind, large, monkeypatch):
     for state, copy in zip(seen, copies, strict=True):
         assert_same(state, copy)
     assert int(best.state.step) == best.step
-    # And a run that keeps none comes to the same, bit for bit.
+    # And a run that keeps none gives the same result, bit for bit.
     assert_same_run(run(**settings), found)
 
 
@@ -167,7 +167,7 @@ def test_one_array_in_two_places():
 
 @pytest.mark.thorough
 def test_logs_need_no_states(tmp_path):
-    """They are written of states that are gone."""
+    """They are written after the states are gone."""
     run(callbacks=[gradhpo.CSVLogger(tmp_path / "kept"), watching])
     assert alive(callbacks=[gradhpo.CSVLogger(tmp_path / "log")]) == [3, 3, 3, 3]
     run(callbacks=[gradhpo.CSVLogger(tmp_path / "given_up")])
@@ -201,7 +201,7 @@ def spoilt(*steps):
     ),
 )
 def test_nothing_is_done_behind_the_chunk_that_ends_a_run(kind, bad):
-    """Though the device has the next chunk already, and its data are good."""
+    """Though the device already has the next chunk, with good data."""
     losses = gradhpo.LossFunctions(lambda *given: (train_loss(*given), {"two": 2.0}), val_loss)
     settings = {"data": spoilt(*bad), "losses": losses, "max_rejections": 2} | SETTINGS[kind]
     found, expected = run(30, **settings), run(30, callbacks=[watching], **settings)
@@ -269,9 +269,9 @@ def test_a_logger_that_fails_leaves_a_state(tmp_path):
     with pytest.warns(RuntimeWarning, match="A callback failed: OSError: no paper"):
         state, history = run(30, callbacks=[failing], checkpoint=saved)
     assert history.stop_reason == "callback error"
-    assert state.step == len(history["val_loss"]) == 9  # step 6 was given up
+    assert state.step == len(history["val_loss"]) == 9  # step 6 was lost
     assert_same(state, run(9)[0])
-    # It has not seen all of them: they are repeated from the checkpoint before.
+    # It has not seen all of them: they are repeated from the previous checkpoint.
     assert gradhpo.load_checkpoint(tmp_path, state)[0].step == 0
 
 
@@ -304,7 +304,7 @@ def test_a_check_that_may_fail_keeps_the_state_before(kind):
     ),
 )
 def test_a_device_that_fails_over_a_state_leaves_the_first(kind, saves, tmp_path, monkeypatch):
-    """As if the check were a failure that no program shows."""
+    """As if the check were a failure that no program reports."""
     settings = SETTINGS[kind]
     monkeypatch.setattr(Chunk, "may_raise", lambda *_: False)
     begun = OPTIMIZER.init(jnp.zeros(3), jnp.full(3, -2.0))
@@ -323,7 +323,7 @@ def test_a_device_that_fails_over_a_state_leaves_the_first(kind, saves, tmp_path
         assert_same(found, run(6, **fragile(99), **settings)[0])
 
 
-# -- the calls behind it -----------------------------------------------------------------------
+# -- the underlying calls ----------------------------------------------------------------------
 
 
 def test_what_is_given_up_is_gone_and_nothing_else():

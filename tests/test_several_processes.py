@@ -1,4 +1,4 @@
-"""Two processes of one program, with two devices each: runs of a state that they share."""
+"""Two processes of one program, with two devices each: runs of a shared state."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def free_port():
 
 
 def started(count, *arguments, axes="Auto", devices=2, check=True):
-    """What each of `count` processes has printed, and to where."""
+    """What each of `count` processes has printed to stdout and stderr."""
     processes.context()
     port = free_port()
 
@@ -53,7 +53,7 @@ ROUNDING = 1e-12
 
 
 def test_parts_of_a_batch_are_the_whole_batch():
-    """The same numbers as in one process, and everything stays where it was."""
+    """The same numbers as in one process, and nothing changes its placement."""
     first, second = on(2, "alike", "one step", "step", "iterator, 0")
     assert first == second
     for case, found in first.items():
@@ -76,7 +76,7 @@ def test_every_kind_of_data_has_parts(axes):
 @pytest.mark.thorough
 @pytest.mark.parametrize("source", ["arrays", "iterator"])
 def test_a_whole_run_is_replayed(source, tmp_path):
-    """As in one process; and after both are killed, forward and back, the same bit for bit."""
+    """As in one process; bit for bit the same after both are killed, forward and back."""
     first, second = on(2, "replays", source, tmp_path, "")
     assert first == second
     for case, found in first.items():
@@ -100,7 +100,7 @@ def test_what_ends_a_run_in_one_process_ends_it_in_all(tmp_path):
         "bar": whole,
         "start": whole,
         "full disk": whole,
-        "answer": whole,  # that of the second process does not count
+        "answer": whole,  # the second process's is ignored
         "time limit": {"reason": "time limit", "steps": 2, "error": None},
         "exhausted": {"reason": "data exhausted", "steps": 7, "error": None},
         "interrupt": {"reason": "interrupted", "steps": 2, "error": None},
@@ -136,7 +136,7 @@ def test_what_ends_a_run_in_one_process_ends_it_in_all(tmp_path):
     ):
         assert isinstance(one[name], str), name
         assert other[name] == f"RuntimeError: process {int(one is second)} failed: {one[name]}"
-    # What is written, one process writes.
+    # Only one process writes files.
     lines = Path(tmp_path, "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 13))
     assert "labelled: 100% 12/12" in done[0].stderr
@@ -148,7 +148,7 @@ def test_what_ends_a_run_in_one_process_ends_it_in_all(tmp_path):
 
 @pytest.mark.thorough
 def test_a_chunk_that_one_process_does_not_begin_ends_that_process():
-    """And JAX ends the others, instead of a wait without end for each other."""
+    """JAX then ends the others, instead of letting them wait forever."""
     first, second = started(2, "unlaunched", check=False)
     assert second.returncode == 1
     assert "said: OSError: no memory" in second.stderr
@@ -157,7 +157,7 @@ def test_a_chunk_that_one_process_does_not_begin_ends_that_process():
 
 @pytest.mark.thorough
 def test_some_of_the_processes_cannot_share_a_run():
-    """They could not agree without the others."""
+    """They could not reach agreement without the others."""
     *said, nothing = on(3, "partial", devices=1)
     assert nothing is None
     for text in said:
@@ -170,13 +170,13 @@ def test_both_processes_are_killed_and_go_on_bit_for_bit(tmp_path):
     whole.mkdir()
     killed.mkdir()
     done = started(2, "kept", whole, killed, check=False)
-    # Or the second is stopped by JAX a moment earlier, since the first is gone.
+    # Or JAX stops the second a moment earlier, since the first is gone.
     assert all(x.returncode in (-signal.SIGKILL, -signal.SIGABRT) for x in done)
     first, second = (json.loads(x.stdout.split("RESULT")[1].splitlines()[0]) for x in done)
     assert first == second
     assert not first["moved"]
     shutil.copytree(killed, copied)
-    (killed / "step-0000000099.orbax" / "arrays").mkdir(parents=True)  # torn: it counts for nothing
+    (killed / "step-0000000099.orbax" / "arrays").mkdir(parents=True)  # torn: it is ignored
     for found in on(2, "resumed", killed, 12):
         assert found.pop("read alone") == found["of state"]
         assert found == first
@@ -246,7 +246,7 @@ def test_a_folder_holds_every_kind_of_leaf(tmp_path, getkey):
     _, body = read_kept(path, lambda header: True)
     body.skip(len(tree))
     assert_same(read_tree(body, more), more)
-    # The same step once more: its arrays are never gone.
+    # The same step again: its arrays never disappear.
     before = {file.name: file.stat().st_mtime_ns for file in (path / "arrays").iterdir()}
     write_folder(path, json.dumps({"leaves": [], "checksum": 2}), [tree, more])
     header, _ = read_kept(path, lambda header: True)

@@ -62,7 +62,7 @@ def soba_by_hand(problem, w_step, v_step, a_step, inner_steps, adjoint_steps, re
     ),
 )
 def test_is_its_formula(inner, adjoint, inner_steps, adjoint_steps, repeat):
-    """Over 20 steps with minibatches. Rounding alone differs: 1e-10."""
+    """Over 20 steps with mini-batches. Only rounding differs: 1e-10."""
     problem = data(STEPS, inner_steps)
     (inner_optimizer, w_step), (adjoint_optimizer, v_step) = BY_HAND[inner], BY_HAND[adjoint]
     optimizer = gradhpo.SOBAOptimizer(
@@ -109,7 +109,7 @@ def test_reaches_the_solution_of_a_quadratic():
 
 @pytest.mark.parametrize("repeat", quick([False, True], keep=[False]))
 def test_stocbio_takes_another_batch_for_every_product(repeat):
-    """A cold Neumann series of 7 products over 4 batches, over 20 steps: rounding alone, 1e-10."""
+    """A cold Neumann series of 7 products over 4 batches, for 20 steps: only rounding, 1e-10."""
     inner_steps, terms, rate = 4, 8, 0.02
     problem = data(STEPS, inner_steps)
     inner_optimizer, w_step = BY_HAND["momentum"]
@@ -160,7 +160,7 @@ def adjoint_of(problem, optimizer, steps=20):
 
 @pytest.mark.parametrize(("inner_steps", "adjoint_steps"), quick([(1, 1), (2, 3)], keep=[(1, 1)]))
 def test_an_update_fn_has_the_equation_of_its_fixed_point(inner_steps, adjoint_steps):
-    """With a step of descent that is v / rate: the same hypergradients from 1 / rate times its."""
+    """A descent step's adjoint is v / rate: the same hypergradients at 1 / rate times the step."""
     problem = data(1, 1)
     steps = {"inner_steps": inner_steps, "adjoint_steps": adjoint_steps}
     by_optax = gradhpo.SOBAOptimizer(PLAIN, adjoint_optimizer=PLAIN, **steps)
@@ -175,7 +175,7 @@ def test_an_update_fn_has_the_equation_of_its_fixed_point(inner_steps, adjoint_s
 
 
 def test_a_grad_fn_is_transposed():
-    """Of a field Bw - a whose Jacobian is not symmetric: dF/da = B^-T (w* - 1)."""
+    """For a field Bw - a with an asymmetric Jacobian: dF/da = B^-T (w* - 1)."""
     b = np.array([[1.0, 0.8, 0.0], [-0.5, 1.2, 0.3], [0.2, 0.0, 0.9]])
     field = lambda w, a, batch: b @ w - a
     sgd = relaxed(optax.sgd(0.3))
@@ -185,12 +185,12 @@ def test_a_grad_fn_is_transposed():
     state = optimizer.init(jnp.zeros(3), jnp.asarray(a))
     g = optimizer.compute_hypergradient(state, None, None, loss, loss)
     expected = np.linalg.solve(b.T, np.linalg.solve(b, a) - 1)
-    np.testing.assert_allclose(g, expected, rtol=1e-9)  # (1 - .3 eigenvalue)^100 is left
+    np.testing.assert_allclose(g, expected, rtol=1e-9)  # (1 - .3 eigenvalue)^100 remains
 
 
 @pytest.mark.thorough
 def test_a_model_state_is_taken_where_it_settles():
-    """Validation reads an average of the parameters alone: as implicit differentiation does."""
+    """As in implicit differentiation; validation reads only an average of the parameters."""
 
     def train_loss(w, a, batch, r):
         return jnp.sum(jnp.cosh(w - a)) + 0.1 * jnp.sum(w**2), 0.5 * r + 0.5 * w

@@ -17,7 +17,7 @@ from gradhpo.solvers.conjugate import ConjugateGradients
 from gradhpo.solvers.least_squares import GuardedGMRES
 
 
-# From hyperparameters of 0, one step of the outer one is the hypergradient.
+# From hyperparameters of 0, one outer step shows the hypergradient.
 SGD, OUTER = optax.sgd(0.01), optax.sgd(1.0)
 
 
@@ -43,7 +43,7 @@ def data(seed, features, examples, dtype=float, validation=200):
 
 
 def by_pseudo_inverse(w, h, train, val):
-    """What the smallest-norm solution gives, in NumPy, and the share of alpha that H sees."""
+    """The result of the minimum-norm solution, in NumPy, and the share of alpha that H sees."""
     (x, y), (v, u) = (tuple(np.asarray(a, np.float64) for a in pair) for pair in (train, val))
     w, weights = np.asarray(w, np.float64), 1 / (1 + np.exp(-np.asarray(h, np.float64)))
     hessian = x.T @ (weights[:, None] * x) / len(y)
@@ -110,7 +110,7 @@ NOT_SYMMETRIC = {
 
 @pytest.mark.parametrize("route", quick(list(NOT_SYMMETRIC), keep=["grad_fn"]))
 def test_a_system_that_need_not_be_symmetric_has_the_same_answer(route):
-    """For which GMRES gives 1e15 times as much."""
+    """GMRES would give 1e15 times as much."""
     settings, loss = NOT_SYMMETRIC[route]
     train, val = data(0, 20, 6)
     optimizer = gradhpo.ImplicitOptimizer(
@@ -127,7 +127,7 @@ def test_a_system_that_need_not_be_symmetric_has_the_same_answer(route):
 
 @pytest.mark.thorough
 def test_in_float32_too(as_a_user_has_it):
-    """Where lineax.CG goes on for 100 products, to a hypergradient a million times too long."""
+    """lineax.CG would continue for 100 products, to a hypergradient a million times too long."""
     features, examples = 1_000, 32
     train, val = data(1, features, examples, jnp.float32)
     optimizer = gradhpo.ImplicitOptimizer(SGD, OUTER)
@@ -164,7 +164,7 @@ def test_a_run_on_such_batches_is_complete_and_says_why_it_failed():
 
 
 def test_a_direct_solver_that_leaves_more_than_it_solves_has_failed():
-    """LU of a matrix that only rounding keeps from being singular; the SVD is made for it."""
+    """LU of a matrix that is singular up to rounding; the SVD handles it."""
     train, val = data(0, 20, 8)
     of = lambda solver: gradhpo.ImplicitOptimizer(SGD, OUTER, solver)
     start = of(None).init(jnp.zeros(20), jnp.zeros(8))
@@ -202,7 +202,7 @@ def test_of_a_singular_matrix_it_is_the_pseudo_inverse(rank, size):
     expected = np.linalg.pinv(matrix, rcond=1e-10) @ vector
     assert np.linalg.norm(found.value - expected) < 1e-6 * np.linalg.norm(expected)
     assert found.result == lx.RESULTS.singular
-    # With a right-hand side in the range there is nothing amiss.
+    # With a right-hand side in the range, nothing is wrong.
     inside = matrix @ vector
     consistent = solve(matrix, inside)
     assert consistent.result == lx.RESULTS.successful
@@ -211,7 +211,7 @@ def test_of_a_singular_matrix_it_is_the_pseudo_inverse(rank, size):
 
 
 def test_a_start_keeps_what_a_singular_matrix_does_not_see():
-    """Of solutions that exist, the nearest one."""
+    """Of all solutions, the nearest one."""
     matrix, vector = of_rank(8, 50)
     inverse = np.linalg.pinv(matrix, rcond=1e-10)
     start = np.ones(50)
@@ -235,7 +235,7 @@ def spread(rank, size, condition, symmetric):
     ("condition", "error"), [(1e3, 1e-2), pytest.param(1e6, 1, marks=pytest.mark.thorough)]
 )
 def test_products_that_end_first_leave_nothing_long_that_the_matrix_does_not_see(condition, error):
-    """At 1e3 30 times too long with it; at 1e6 cut short, which the result does not hide."""
+    """With it, 30 times too long at 1e3; at 1e6 cut short, which the result reports."""
     matrix, vector, inverse = spread(64, 200, condition, symmetric=True)
     found, expected = solve(matrix, vector, max_steps=100), inverse @ vector
     assert np.linalg.norm(found.value - expected) < error * np.linalg.norm(expected)
@@ -247,7 +247,7 @@ def test_products_that_end_first_leave_nothing_long_that_the_matrix_does_not_see
 @pytest.mark.thorough
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_gmres_gives_way_where_its_answer_is_too_long(symmetric):
-    """Its residual says nothing: below 1, for an answer of 1e15 if the matrix is symmetric."""
+    """Its residual shows nothing: below 1, for an answer of 1e15 if the matrix is symmetric."""
     matrix, vector, inverse = spread(20, 50, 100, symmetric)
     solver = choose_solver(None, jnp.zeros(50), symmetric=False)
     assert isinstance(solver, GuardedGMRES)
@@ -277,9 +277,9 @@ def test_gmres_that_ends_in_time_is_left_alone():
 
 
 def test_products_of_a_solve_from_a_good_start():
-    """One for the start's multiple, whose own image is known, and one for each step.
+    """One for the multiple of the start, whose image is then known, and one for each step.
 
-    After every ten steps `lineax.CG` computes the residual afresh.
+    `lineax.CG` recomputes the residual after every ten steps.
     """
     matrix, vector = of_rank(300, 30)
     calls = []
@@ -301,7 +301,7 @@ def test_products_of_a_solve_from_a_good_start():
     "settings", quick([{}, {"stabilise_every": 1}, {"max_steps": 40}], keep=[{}])
 )
 def test_of_a_regular_matrix_it_is_what_lineax_gives(settings):
-    """Of a large multiple, for which it looks at the residual alone, and not at the last move."""
+    """For a large multiple, where it checks only the residual, not the last move."""
     matrix, vector = of_rank(300, 100)
     tight, large = {"rtol": 1e-12, "atol": 1e-12} | settings, 2.0**14
     operator = lx.MatrixLinearOperator(large * jnp.asarray(matrix), lx.positive_semidefinite_tag)
@@ -314,7 +314,7 @@ def test_of_a_regular_matrix_it_is_what_lineax_gives(settings):
 
 @pytest.mark.thorough
 def test_negative_curvature_never_leaves_more_than_there_was():
-    """Conjugate gradients of an indefinite matrix, cut short where their residual is large."""
+    """Conjugate gradients on an indefinite matrix, cut short where their residual is large."""
     random = np.random.default_rng(1)
     rotation = np.linalg.qr(random.normal(size=(80, 80)))[0]
     matrix = rotation @ np.diag(np.linspace(-1, 2, 80)) @ rotation.T
@@ -333,7 +333,7 @@ def test_without_curvature_there_is_no_answer_but_0():
     found = solve(np.zeros((3, 3)), np.ones(3))
     np.testing.assert_array_equal(found.value, np.zeros(3))
     assert found.result == lx.RESULTS.singular
-    # Nor at a pivot of 0, of a matrix that is regular.
+    # Nor at a pivot of 0 of a regular matrix.
     found = solve(np.asarray([[0.0, 1.0], [1.0, 0.0]]), np.asarray([1.0, 0.0]))
     np.testing.assert_array_equal(found.value, np.zeros(2))
     assert found.result != lx.RESULTS.successful
@@ -370,7 +370,7 @@ def test_curvature_of_several_batches_is_their_mean():
     np.testing.assert_allclose(found, expected, rtol=1e-10)
     np.testing.assert_allclose(after.get_metric("inner_residual"), residual, rtol=1e-12)
     assert after.get_metric("linear_failures") == 0
-    # Of the last batch alone H is singular.
+    # H of the last batch alone is singular.
     last = dataclasses.replace(optimizer, linear_solver=None, curvature_batches=1)
     assert last.step(state, stack, val, weighted, error).get_metric("linear_failures") == 1
 

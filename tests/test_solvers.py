@@ -51,7 +51,7 @@ def test_neumann_that_diverges_says_so():
 
 
 def test_neumann_of_terms_that_are_small_when_they_begin_to_grow():
-    """A direction that would diverge in the end has hardly a share in so short a series."""
+    """A direction that would eventually diverge contributes little to a series this short."""
     found = solve(np.diag([1.0, 2.2]), [1.0, 0.01], gradhpo.Neumann(3, 1.0))
     np.testing.assert_allclose(found.value, [1.0, 0.01 * (1 - 1.2 + 1.2**2)], rtol=1e-12)
     assert found.result == lx.RESULTS.successful
@@ -98,7 +98,7 @@ def test_nystrom_is_its_own_formula_written_out(getkey):
     h, v = positive(12)
     rank, rho = 4, 0.05
     solver = gradhpo.Nystrom(rank, rho, getkey())
-    # The columns: found by what a row of the low-rank operator must be.
+    # The columns, found from the required form of a row of the low-rank operator.
     state = solver.init(operator_of(h), {})
     low_rank = np.asarray(state.b.T @ (state.signs[:, None] * state.b))
     chosen = [i for i in range(12) if np.allclose(low_rank[i], h[i], atol=1e-9)]

@@ -1,4 +1,4 @@
-"""Inner optimizers of optax that need more than a gradient, and the lines that the docs give."""
+"""Inner optimizers of optax that need more than a gradient, and the docs' code for them."""
 
 import ast
 import re
@@ -23,7 +23,7 @@ W, H = jnp.asarray([0.3, -0.2, 0.5]), {"rate": jnp.asarray(-2.0), "decay": jnp.a
 
 
 def from_the_page(*wanted):
-    """What a block of the page defines under these names."""
+    """The objects that a block of the page defines under these names."""
     [block] = [
         x for x in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if f" {wanted[0]}(" in x
     ]
@@ -57,7 +57,7 @@ def agree(inner, w, train_loss, val_loss, steps=7):
 
 
 def trained(rule, steps, **more):
-    """By hand, as optax documents it."""
+    """A hand-written loop, as optax documents it."""
     w = W
     state = rule.init(w)
     for _ in range(steps):
@@ -138,9 +138,7 @@ def test_sophia_is_given_the_loss_and_differentiated_through_its_curvature():
     state = agree(sophia, W, penalised, error)
     by_hand = trained(sophia(H), 7, obj_fn=lambda w: penalised(w, H, TRAIN))
     np.testing.assert_allclose(state.params, by_hand, rtol=1e-12)
-    assert np.all(
-        np.asarray(state.inner_opt_state[0].nu) > 0.05
-    )  # above eps: it is what is divided by
+    assert np.all(np.asarray(state.inner_opt_state[0].nu) > 0.05)  # above eps: it is the divisor
 
 
 SOPHIAS = [

@@ -1,4 +1,4 @@
-"""Hyperparameters in the inner optimizer's `init`: part of the exact hypergradient, or named."""
+"""Hyperparameters in the inner optimizer's `init`: in the exact hypergradient, or reported."""
 
 import warnings
 
@@ -39,7 +39,7 @@ def in_both_places(h):
 
 
 def with_velocity(h):
-    """Momentum that starts with a learned velocity for each parameter."""
+    """Momentum with a learned initial velocity for each parameter."""
 
     def update(gradient, trace, w=None):
         trace = gradient + 0.9 * trace
@@ -59,7 +59,7 @@ INNER = {
 
 
 def by_jax(inner, h, *, rebuild=True, steps=STEPS, s=None):
-    """The derivative by `jax.grad` through all of training, `init` included or held."""
+    """The derivative by `jax.grad` through all of training, with `init` included or held fixed."""
 
     def trained(h):
         w, state = W, inner(h).init(W) if rebuild else s
@@ -124,7 +124,7 @@ def test_a_check_rebuilds_the_initial_state(kind):
 
 @pytest.mark.thorough
 def test_comparisons_and_shares_are_those_of_all_of_training():
-    """The coordinate that acts in `init` alone is in their reference too."""
+    """Their reference also includes the coordinate that acts only in `init`."""
     inner, h = INNER["adagrad"]
     optimizer, batches = EXACT["unrolled"](inner), gradhpo.BatchStack(jnp.zeros((STEPS, 1)))
     state, losses = optimizer.init(W, h), gradhpo.LossFunctions(*LOSSES)
@@ -141,7 +141,7 @@ def test_drmad_pulls_its_own_cotangent_through_init():
     several = gradhpo.DrMADOptimizer(inner, unroll_steps=STEPS)
     found = several.compute_hypergradient(several.init(W, h), None, None, *LOSSES)
 
-    # Written out: the states on the line from first to last, and the way back through them.
+    # Written out: the states on the line from first to last, and the backward pass through them.
     s0 = inner(h).init(W)
     step = lambda w, a, h: _adagrad_step(w, a, h)
     w, a = W, s0[0].sum_of_squares
@@ -265,7 +265,7 @@ def test_a_leaf_in_init_alone_is_not_seen():
 
 
 def test_injected_hyperparameters_act_where_training_starts():
-    """They are kept in the state: right in the first episode, and named."""
+    """They are kept in the state: right in the first episode, and reported."""
     inner = lambda h: optax.inject_hyperparams(optax.sgd)(learning_rate=h)
     optimizer = gradhpo.UnrolledOptimizer(inner, unroll_steps=STEPS)
     with pytest.warns(UserWarning, match=r"inject_hyperparams.*until an episode begins.*schedules"):
@@ -333,18 +333,18 @@ def test_each_episode_has_its_own_start_which_is_differentiated(name):
 
 
 def test_a_longer_episode_starts_once():
-    """Later outer steps of an episode go on from where they are: the start acts in the first."""
+    """Later outer steps of an episode continue from the current state: only the first starts."""
     with pytest.warns(UserWarning, match="act in start_fn alone, .* Pass steps_per_episode=1"):
         state, history = run_from(FROM_START["unrolled"](), 4, 2, record=lambda s: {"w": s.params})
     np.testing.assert_allclose(history["w"][0], trained_from(POINT, 0), rtol=1e-10)
     assert history["hypergrad_norm"][1] == 0
-    # What is returned stands at the start of the next episode.
+    # The returned state is at the start of the next episode.
     expected = drawn_around(jax.random.fold_in(KEY, 2), state.hyperparams)
     np.testing.assert_allclose(state.params, expected, rtol=1e-12)
 
 
 def test_a_start_whose_first_derivative_is_0_moves_on():
-    """Zeros at a first step are looked at again nearby, from the start of that step."""
+    """Zeros at a first step are checked again nearby, from the start of that step."""
     squared = lambda key, h: POINT["centre"] + h["centre"] ** 2
     hyperparams = {"centre": jnp.zeros(3)}
     settings = {"hyperparams": hyperparams, "start_fn": squared}
@@ -372,7 +372,7 @@ def test_what_acts_in_init_alone_is_named_where_steps_go_on():
     "cls", quick([gradhpo.ForwardModeOptimizer, gradhpo.EvolutionOptimizer], keep=[])
 )
 def test_what_acts_in_init_alone_is_seen_by_what_goes_on_from_it(cls):
-    """Tangents and perturbed runs carry it through the episode: no warning, and no zeros."""
+    """Tangents and perturbed runs carry it through the episode: no warning, no zeros."""
     inner = lambda h: relaxed(optax.adagrad(0.1, initial_accumulator_value=jnp.exp(h)))
     optimizer = cls(inner, optax.sgd(0.1), unroll_steps=2)
     loss = lambda w, h, batch: jnp.sum((w - 1.0) ** 2)

@@ -46,7 +46,7 @@ def test_state_is_an_immutable_pytree():
 
 
 def test_numbers_and_numpy_arrays_become_arrays_of_the_state():
-    """A static step counter would compile again at every step."""
+    """A static step counter would recompile at every step."""
     state = gradhpo.BilevelState.create(jnp.ones(3), jnp.zeros((), jnp.float32), (), ())
     new = state.update(step=5, hyperparams=0.5, params=np.zeros(3))
     assert_same(new.step, jnp.asarray(5, jnp.int32))
@@ -93,7 +93,7 @@ def test_update_under_transformations():
 
 
 def test_a_state_equals_itself_before_the_first_step():
-    """Its metrics are NaN there, and NaN equals nothing."""
+    """Its metrics are NaN then, and NaN equals nothing."""
     state = gradhpo.BilevelState.create(jnp.ones(3), {"h": jnp.zeros(3)}, (), ())
     again = gradhpo.BilevelState.create(jnp.ones(3), {"h": jnp.zeros(3)}, (), ())
     assert state == state

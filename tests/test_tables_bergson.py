@@ -1,4 +1,4 @@
-"""The table `bergson`: our side of it, its reasons, and what its README says of the saved rows."""
+"""The table `bergson`: our side, its error messages, and its README's claims on saved rows."""
 
 import json
 import statistics
@@ -19,11 +19,11 @@ ROWS = [json.loads(line) for line in (RESULTS / "bergson.jsonl").read_text().spl
 @pytest.mark.parametrize("optimizer", list(attributed.OPTIMIZERS))
 def test_three_programs_of_ours_compute_the_same(tmp_path, optimizer):
     attributed.write_problem(tmp_path / "problem.npz", Size(width=4, steps=6, batch_size=7))
-    # optax raises a float to a count.
+    # optax raises a float to an integer power.
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         problem = attributed.load(tmp_path / "problem.npz", "float64")
         one, many = (attributed.by_jax(problem, optimizer, queries)() for queries in (False, True))
-        # Float64: what is left is rounding, which Adam's roots of small numbers enlarge.
+        # Float64: only rounding remains, amplified by Adam's roots of small numbers.
         for program in (attributed.replayed, attributed.unrolled):
             found = program(problem, optimizer, False)()
             np.testing.assert_allclose(found, one, rtol=1e-6, atol=1e-12)
@@ -52,7 +52,7 @@ def saved(what, **setting):
 
 def test_bergson_computes_the_same_number_and_has_the_same_score():
     for row in saved("numbers"):
-        # Adam's roots of small numbers enlarge rounding.
+        # Adam's roots of small numbers amplify rounding.
         most = {"SGD": 1e-13, "AdamW": 1e-9}[row["optimizer"]]
         assert max(row["off"].values()) <= most
         # Ranks of float32 and float64 hypergradients may differ in a few places.
@@ -63,7 +63,7 @@ def test_bergson_computes_the_same_number_and_has_the_same_score():
     ("optimizer", "scores"), [("SGD", [0.82, 0.82, 0.32]), ("AdamW", [0.29, 0.28, 0.46])]
 )
 def test_scores_against_retraining(optimizer, scores):
-    """Of the exact number, of bergson's, and of cosines."""
+    """Of our exact number, of bergson's, and of cosines."""
     (row,) = saved("numbers", optimizer=optimizer)
     assert [round(x, 2) for x in row["score"].values()] == scores
 

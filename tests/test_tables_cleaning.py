@@ -1,4 +1,4 @@
-"""The tables of data cleaning: their network, and what their README says of the saved rows."""
+"""The tables of data cleaning: their network, and their README's claims about saved rows."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from benchmarks.tables.cleaning_data import Network, load_data, windows
 
 
 def convolved(x, kernel, bias, size, stride):
-    """What `lax` makes of images `[n, h, w, channels]`; rows of a kernel are pixels, channels."""
+    """`lax` on images `[n, h, w, channels]`; rows of a kernel are pixels, channels."""
     weights = kernel.reshape(len(kernel), size, size, -1).transpose(1, 2, 3, 0)
     order = "NHWC", "HWIO", "NHWC"
     strides = (stride, stride)
@@ -34,7 +34,7 @@ def test_the_network_is_three_convolutions_and_a_linear_layer():
     assert x.shape == (2, 2, 2, 8)
     flat = x.transpose(0, 3, 1, 2).reshape(2, -1)
     expected = flat @ net.kernels[3].T + net.biases[3][None]
-    # Sums of some hundred float32 products in another order.
+    # Sums of a few hundred float32 products in another order.
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -103,7 +103,7 @@ def test_saved_rows_of_cleaning_say_what_the_readme_says(noise):
         one, other = (accuracies(noise, x) for x in level)
         gain = [one[seed] - other[seed] for seed in one]
         assert abs(np.mean(gain)) < half_interval(np.array(gain)), level
-    # All peak closer together than they end.
+    # Their peaks are closer together than their ends.
     peaks = [np.mean(list(accuracies(noise, x, "best_val").values())) for x in cleaning.METHODS]
     assert np.ptp(peaks) < 0.4 * np.ptp(list(means.values()))
     assert np.mean(list(accuracies(noise, "no tuning", "fitted_wrong").values())) > 93

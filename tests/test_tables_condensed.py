@@ -1,4 +1,4 @@
-"""The table of small training sets: what it saved, and what its parts compute."""
+"""The table of small training sets: its saved rows, and its parts."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ ROWS = condensed.ROOT / "benchmarks" / "results" / "condensed.jsonl"
 
 @pytest.fixture(scope="module")
 def saved():
-    """Nothing is missing: what is not there would be measured."""
+    """The saved rows; a missing one would be measured."""
     measured = condensed.measured(condensed.settings_of(condensed.Size()), _missing, ROWS)
     return lambda *of: 100 * np.array(condensed.means(measured, *of))
 
@@ -78,7 +78,7 @@ def test_accuracies_are_those_of_gradient_descent_written_out(as_a_user_has_it):
     for _ in range(4):
         g = jax.grad(network.loss)(w, x, labels)
         w = jax.tree.map(lambda w, g: w - rate * g, w, g)
-    # Two of 300 digits: where the last bits of two logits decide.
+    # Two of 300 digits, where the last bits of two logits decide.
     assert abs(found[1, 0, 1] - network.accuracy(w, *data.val)) <= 2 / 300
 
 

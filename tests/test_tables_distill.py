@@ -1,4 +1,4 @@
-"""The tables after HyperDistill's paper: what their saved rows say, and a tiny form of each."""
+"""The tables after the HyperDistill paper: their saved rows, and a tiny form of each."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from benchmarks.tables import cosines, sinusoid
 
 @pytest.mark.thorough
 def test_methods_that_keep_the_last_step_are_exact_for_a_window_of_one():
-    """And at the second step no longer; each sees the step that the others have taken."""
+    """But not at the second step; each sees the step that the others have taken."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(12, 3)))
     train = lambda w, h, batch: jnp.mean((jnp.tanh(x @ w) - batch) ** 2) + jnp.sum(h * w**2)
     val = lambda w, h, batch: jnp.sum((w - batch) ** 2) + jnp.sum(jnp.sin(h) ** 2)
@@ -28,7 +28,7 @@ def test_methods_that_keep_the_last_step_are_exact_for_a_window_of_one():
     one_step, drmad, greedy = (np.array(found[n]) for n in ("one step", "DrMAD", "greedy .99"))
     np.testing.assert_allclose([one_step[0], drmad[0], greedy[0]], 1.0, atol=1e-12)  # float64
     assert np.all(np.array([one_step[1], greedy[1], found["first order"][0]]) < 1 - 1e-6)
-    # By hand: one step, from where one step has come to.
+    # By hand: one step, starting after the first.
     optimizer = online["one step"]
     state = optimizer.init(episode.params, episode.hyperparams)
     state = optimizer.step(state, episode.batch(0), episode.val_batch, train, val, lr_hyper=0.0)
@@ -93,7 +93,7 @@ def test_saved_cosines_say_what_the_page_says():
     for of, mark in ((digits, slice(None)), (digits, 0), (waves, 0)):
         found = [mean_of(of, method, mark) for method in cosines.ORDER]
         assert found == sorted(found, reverse=True)
-    # Not on the whole run with sine waves, where theta of the same episode is no cure.
+    # Not over the whole run with sine waves, where theta from the same episode does not help.
     for of in (waves, own):
         assert mean_of(of, "HyperDistill .99") < mean_of(of, "one step")
         assert mean_of(of, "HyperDistill .99") > mean_of(of, "first order")

@@ -1,4 +1,4 @@
-"""The table of schedules: its own parts, and what its page says of the saved rows."""
+"""The table of schedules: its parts, and its page's claims about the saved rows."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from benchmarks.tables import schedule_search as search, schedule_training as tr
 
 @pytest.mark.thorough
 def test_the_inner_optimizer_is_that_of_the_paper():
-    """v = momentum v + (g + decay w), w = w - rate v, with its own windows for each."""
+    """v = momentum v + (g + decay w), w = w - rate v, each with separate windows."""
     random = np.random.default_rng(0)
     steps = 7
     schedule = {
@@ -80,7 +80,7 @@ def test_a_tiny_table_runs_from_end_to_end(monkeypatch, capsys, tmp_path, as_a_u
     assert "the rows took" in printed
     rows = search.rows_of(tiny, file)  # all are known
     for row in rows[search.OURS]:
-        # Rates of 0 train nothing; the first sign says that training helps.
+        # Rates of 0 do not train; the first sign shows that training helps.
         assert not any(row["schedules"][0]["rate"])
         assert min(row["schedules"][1]["rate"]) == pytest.approx(0.1)
         # The same training with and without derivatives, in float32.
@@ -105,7 +105,7 @@ def test_the_saved_table_says_what_its_page_says(monkeypatch):
         assert np.mean(found[name]) < np.mean(ours)
         assert with_interval((ours - found[name]).tolist(), 4) == said
         assert said in page
-    # Those that it beats, by more than the interval.
+    # Methods that it beats by more than the interval.
     worse = {"constant, grid of 100": "0.0191 ± 0.0116", "random, 11 schedules": "0.0148 ± 0.0091"}
     for name, said in worse.items():
         assert with_interval((found[name] - ours).tolist(), 4) == said

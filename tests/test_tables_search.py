@@ -47,8 +47,8 @@ def test_the_matrices_of_an_edge_are_its_operations():
 
 def test_a_search_stops_before_its_curvature_grows():
     assert stopped(np.ones(9)) == 8
-    # The first mean of three with a 10 is 4, more than 1 / .75 times the one three before it, and
-    # ends at point 6.
+    # The first mean of three that includes a 10 is 4, more than 1 / .75 times the mean three points
+    # earlier, and ends at point 6.
     assert stopped(np.array([1.0] * 6 + [10.0] * 3)) == 3
     assert stopped(np.array([1.0] * 6 + [1.2] * 3)) == 8
 
@@ -86,7 +86,7 @@ def test_the_saved_first_order_searches_collapse(saved):
     more, low = of(FIRST, last, few)
     assert free < more - 2
     assert high > low
-    # Nothing found is as good as the best operation everywhere.
+    # No search result is as good as the best operation everywhere.
     best = np.mean([accuracy["3" * EDGES, seed] for seed in search.SEEDS])
     for name, seeds in search.SEEDS_OF.items():
         assert of(name, last, seeds)[1] < best, name

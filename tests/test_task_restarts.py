@@ -12,7 +12,7 @@ import gradhpo
 
 
 EVERY, TASKS = 2, 3
-STILL = relaxed(optax.sgd(0.0))  # tasks at fixed hyperparameters know nothing of each other
+STILL = relaxed(optax.sgd(0.0))  # tasks at fixed hyperparameters are independent
 MOMENTUM = relaxed(optax.sgd(0.1, momentum=0.9))
 TARGETS = jnp.array([[1.0, 2.0], [3.0, -1.0], [0.5, 0.0]])
 START, HYPERPARAMS = jnp.ones(2), jnp.full(2, 0.5)
@@ -34,7 +34,7 @@ def restarting(single, **settings):
 
 
 def test_in_turn_by_hand():
-    """Fourteen steps: after 2, 4, 6, ... the tasks 0, 1, 2, 0, ... go back, memory included."""
+    """Fourteen steps: after 2, 4, 6, ... tasks 0, 1, 2, 0, ... restart, memory included."""
     single = gradhpo.OnlineHypergradientOptimizer(MOMENTUM, STILL)
     optimizer = restarting(single)
     state = optimizer.init(START, HYPERPARAMS)
@@ -71,7 +71,7 @@ class Normalised:
 
 
 def test_a_run_is_a_loop_over_step_and_goes_on_bit_for_bit(tmp_path):
-    """With running state, averaged updates and an Adam for each task; all is compiled once."""
+    """With running state, averaged updates and an Adam for each task; everything compiles once."""
     traces = []
 
     def counted(*given):
@@ -101,7 +101,7 @@ def test_a_run_is_a_loop_over_step_and_goes_on_bit_for_bit(tmp_path):
 
 
 def test_a_task_that_is_not_finite_comes_back():
-    """Every step is refused until its turn; the others keep what they have."""
+    """Its steps are refused until its turn; the others keep their state."""
     optimizer = restarting(gradhpo.OneStepOptimizer(MOMENTUM, OUTER))
     state = optimizer.init(START, HYPERPARAMS)
     state = optimizer.step(state, TARGETS, TARGETS, LOSSES)
@@ -142,7 +142,7 @@ def test_an_adopted_state_restarts_where_it_would_have():
         gradhpo.TaskBatched(optimizer.optimizer, TASKS, restart_every=0)
 
 
-# -- starts that hyperparameters act in ----------------------------------------------------------
+# -- hyperparameters that act in the start -------------------------------------------------------
 
 
 def start_fn(key, h):
@@ -151,7 +151,7 @@ def start_fn(key, h):
 
 @pytest.mark.thorough
 def test_a_task_that_restarts_alone_has_a_new_start_with_its_derivative():
-    """One restart after every step, of two tasks, against `jax.grad` through a loop by hand."""
+    """One of two tasks restarts after every step, against `jax.grad` through a manual loop."""
     single = gradhpo.UnrolledOptimizer(relaxed(optax.sgd(0.1)), relaxed(optax.sgd(0.05)), 2)
     optimizer = gradhpo.TaskBatched(single, 2, restart_every=1)
     targets, key = TARGETS[:2], jax.random.key(7)

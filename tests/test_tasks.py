@@ -95,7 +95,7 @@ def test_finite_differences_agree_with_the_exact_hypergradient(getkey):
 
 
 def test_what_has_no_task_axis_is_shared_and_keys_are_folded():
-    """A scalar serves all tasks; one PRNG key gives every task its own noise."""
+    """All tasks share a scalar; one PRNG key gives every task its own noise."""
 
     def noisy(w, h, batch):
         scale, key = batch
@@ -121,7 +121,7 @@ def folded(key, *numbers):
 @pytest.mark.thorough
 @pytest.mark.parametrize("keep_data", [False, True])
 def test_theta_of_every_task_is_that_of_its_own_run(keep_data):
-    """Three sources of batches; a fixed one has a PRNG key in it."""
+    """Three sources of batches; the fixed one contains a PRNG key."""
     single = gradhpo.OnlineHypergradientOptimizer(optax.sgd(0.05), optax.sgd(0.0), gamma=0.9)
     together = gradhpo.TaskBatched(single, 2)
     table = jax.random.normal(jax.random.key(3), (6, 2, 4), jnp.float64)
@@ -282,7 +282,7 @@ def test_averaged_updates_by_their_formula():
     for t in range(1, 21):
         state = optimizer.step(state, train, target, pulled, distance)
         w = w - 0.1 * curvature * (w - h - centre)
-        g = (w - wanted) * 0.1 * curvature  # of w by h: the rate times the curvature
+        g = (w - wanted) * 0.1 * curvature  # dw/dh is the rate times the curvature
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
         updates = -rate * (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps)
         h = h + np.mean(updates, axis=0)
@@ -300,7 +300,7 @@ def test_averaged_updates_by_their_formula():
     assert optimizer.optimizer.step(of_task, *batch, pulled, distance).step == 21
 
 
-EQUAL = {  # outer optimizer, tasks, and whether they are all alike
+EQUAL = {  # outer optimizer, tasks, and whether they are identical
     "one task": (OUTER, 1, False),
     "alike, each with the shared decay": (relaxed(optax.adamw(0.05, weight_decay=0.3)), 3, True),
     "linear": (relaxed(optax.sgd(0.3, momentum=0.9)), 3, False),
@@ -355,8 +355,8 @@ def test_a_state_of_the_other_average_is_refused_and_adopted():
 def test_the_variance_of_an_update_falls_with_the_number_of_models(monkeypatch):
     """Sine waves of the example: the last update of three steps, over 64 draws of the tasks.
 
-    With one Adam on the mean hypergradient, eight tasks make the step no smaller: Adam divides by
-    the size of its gradient, which has fallen as well.
+    With one Adam on the mean hypergradient, eight tasks do not shrink the step: Adam divides by the
+    size of its gradient, which has fallen as well.
     """
     monkeypatch.syspath_prepend(EXAMPLES)
     example = importlib.import_module("meta_learning_sinusoid")
@@ -387,6 +387,6 @@ def test_the_variance_of_an_update_falls_with_the_number_of_models(monkeypatch):
         return sum(float(jnp.sum(jnp.var(x, axis=0))) for x in jax.tree.leaves(updates))
 
     alone = variance(1, "updates")
-    # Eight independent updates have 1/8, which 64 draws tell to a few percent. Measured: .13, .59.
+    # Eight independent updates give 1/8, which 64 draws show to a few percent. Measured: .13, .59.
     assert variance(8, "updates") < alone / 5
     assert variance(8, "hypergradients") > alone / 3

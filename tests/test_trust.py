@@ -1,4 +1,4 @@
-"""The verdict of `check_hypergradient` on problems whose answer is known, and its numbers."""
+"""The verdict of `check_hypergradient`, and its numbers, on problems with known answers."""
 
 import dataclasses
 import math
@@ -93,7 +93,7 @@ def test_a_trusted_one_and_each_number_by_its_formula():
     keys = jax.random.split(jax.random.key(1), DIRECTIONS)
     deltas = np.asarray(jax.vmap(LEAVE_OUT, (0, None))(keys, ones)) - 1
     rank = lambda a, b: spearmanr(deltas @ np.asarray(a), deltas @ np.asarray(b))[0]
-    # Ties and rounding: the products of equal sets are summed in another order.
+    # Ties and rounding: products of equal sets are summed in another order.
     close = lambda found, expected: np.testing.assert_allclose(found, expected, rtol=1e-6)
     close(measured.agreement["perturbed"], np.mean([rank(gradient, g) for g in near]))
     for name in ("exact", "rounded", "repeated"):
@@ -135,7 +135,7 @@ def test_without_a_perturbation_it_is_one_of_the_step_size():
 
 @pytest.mark.thorough
 def test_chaotic_training_is_not_trusted():
-    """w <- 4 h w (1 - w): after 150 steps every neighbour has another derivative."""
+    """w <- 4 h w (1 - w): after 150 steps every neighbour has a different derivative."""
     loss = lambda w, h, batch: jnp.sum(w**2 / 2 - 4 * h * (w**2 / 2 - w**3 / 3))
     losses = gradhpo.LossFunctions(loss, lambda w, h, batch: jnp.sum(w))
     optimizer = gradhpo.UnrolledOptimizer(relaxed(optax.sgd(1.0)), unroll_steps=150)
@@ -148,7 +148,7 @@ def test_chaotic_training_is_not_trusted():
 
 @pytest.mark.thorough
 def test_training_that_explodes_is_not_trusted():
-    """Its hypergradient is the derivative of the whole training all the same."""
+    """Yet its hypergradient is the derivative of the whole training."""
     report = check(inner=relaxed(optax.sgd(5.0)))
     assert report.trusting.explodes
     assert report.trust == 0
@@ -185,7 +185,7 @@ def test_an_estimator_that_sees_nothing():
 
 @pytest.mark.thorough
 def test_an_estimator_far_from_the_exact_one():
-    """The agreement with the exact one follows its own formula."""
+    """The agreement with the exact one matches its formula."""
     report = check(make=lambda inner, unroll_steps: gradhpo.OneStepOptimizer(inner))
     assert report.trusting.agreement["exact"] < TRUSTED
     keys = jax.random.split(jax.random.key(1), DIRECTIONS)
@@ -204,7 +204,7 @@ def test_an_estimator_far_from_the_exact_one():
 
 
 def dropped(w, weights, batch):
-    """Every example of a batch is dropped with a probability of .7."""
+    """Every example of a batch is dropped with probability .7."""
     ((x, y), index), key = batch
     keep = jax.random.bernoulli(key, 0.3, (4,))
     return jnp.mean(jnp.where(keep, weights[index] * (x @ w - y) ** 2, 0))
@@ -232,7 +232,7 @@ def test_live_dropout_counts():
 
 @pytest.mark.thorough
 def test_random_numbers_from_elsewhere():
-    """Legacy keys in the batches are numbers like others: whether they stay is not known."""
+    """Legacy keys in the batches look like ordinary numbers: whether they repeat is unknown."""
     legacy = gradhpo.BatchStack((BATCHES.batches, jax.random.split(jax.random.PRNGKey(2), 5)))
     report = check(losses=DROPOUT, batches=legacy)
     assert report.verdict == "doubtful"
@@ -246,7 +246,7 @@ def test_random_numbers_from_elsewhere():
 
 @pytest.mark.thorough
 def test_a_loss_with_steps_is_found_out():
-    """Its derivative has the wrong sign, everywhere alike."""
+    """Its derivative has the wrong sign, consistently everywhere."""
 
     def steps(w, weights, batch):
         of_batch, size = error(w, weights, batch), 0.01
@@ -263,14 +263,14 @@ def test_a_loss_with_steps_is_found_out():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_every_parameter_has_a_last_bit(dtype):
-    """A 0 too: linear models start there, and training amplifies its rounding like any other."""
+    """Even 0: linear models start there, and training amplifies its rounding like any other."""
     params = {"w": jnp.array([0.0, 4.0, -1.0, -jnp.inf], dtype), "bias": jnp.zeros(3, dtype)}
     state = gradhpo.UnrolledOptimizer(SGD).init(params, jnp.ones(2))
     moved = _one_bit_on(state).params
     eps = float(jnp.finfo(dtype).eps)
     by = np.abs(np.asarray(moved["w"], np.float64)[:3] - [0.0, 4.0, -1.0])
     assert by[0] == 4 * eps
-    assert by[1] in (4 * eps, 2 * eps)  # towards 0 its neighbour is nearer
+    assert by[1] in (4 * eps, 2 * eps)  # its neighbour towards 0 is nearer
     assert by[2] in (eps, eps / 2)
     assert moved["w"][3] == -jnp.inf
     np.testing.assert_array_equal(np.abs(np.asarray(moved["bias"], np.float64)), eps)
@@ -278,7 +278,7 @@ def test_every_parameter_has_a_last_bit(dtype):
 
 @pytest.mark.thorough
 def test_one_number_has_a_scale():
-    """The order of changes of one number is its sign: a bad estimate of the right sign passes."""
+    """For one number, only the sign orders changes: a bad estimate with the right sign passes."""
 
     def decayed(w, decay, batch):
         return error(w, None, batch) + decay * jnp.sum(w**2)
@@ -302,7 +302,7 @@ def test_one_number_has_a_scale():
 
 @pytest.mark.thorough
 def test_perturbations_of_what_it_does_not_see():
-    """One reason, instead of agreements of nothing with nothing."""
+    """One reason, instead of agreements between zeros."""
     loss = lambda w, h, batch: weighted(w, h["weights"], batch)
     seen = lambda w, h, batch: error(w, None, batch) + jnp.sum(h["seen"] ** 2)
     optimizer = gradhpo.FOOptimizer(SGD)

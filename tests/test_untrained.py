@@ -1,4 +1,4 @@
-"""Parameters that validation reads and training does not train are named."""
+"""Parameters that validation reads but training does not train are reported."""
 
 import equinox as eqx
 import jax
@@ -13,7 +13,7 @@ import gradhpo
 X = jax.random.normal(jax.random.key(0), (16, 4)) * 3 + 2
 Y = jnp.sin(X[:, 0])
 ADAMW = relaxed(optax.adamw(0.1, eps_root=1e-16, weight_decay=0.1))
-# As another framework's BatchNorm comes out, its statistics among the parameters.
+# Like another framework's BatchNorm, with its statistics among the parameters.
 PARAMS = {
     "scale": jnp.ones(4),
     "bias": jnp.zeros(4),
@@ -30,7 +30,7 @@ def predict(p, x, mean, var):
 
 
 def train_loss(p, h, batch):
-    """With the statistics of the batch: the running ones would be written, and are dropped."""
+    """With batch statistics; the running ones, which would be written, are dropped."""
     out = predict(p, X, jnp.mean(X, 0), jnp.var(X, 0))
     return jnp.mean((out - Y) ** 2) + jnp.exp(h) * jnp.sum(p["w"] ** 2)
 
@@ -58,7 +58,7 @@ def test_so_are_those_behind_programs_and_stops():
     jitted = jax.jit(predict)
 
     def within(p, h, batch):
-        """All parameters enter one compiled call, in which the statistics are not used."""
+        """All parameters enter one compiled call, which does not use the statistics."""
         run = jax.checkpoint(
             lambda p, x: jitted(p, x, jax.lax.stop_gradient(p["mean"]), jnp.var(x, 0))
         )

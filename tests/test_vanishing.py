@@ -1,4 +1,4 @@
-"""A hypergradient of exactly 0, of a hyperparameter that is seen, is said with its reason."""
+"""A hypergradient of exactly 0 for a visible hyperparameter is reported with its reason."""
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +83,7 @@ def test_its_own_rate_has_a_derivative():
 
 
 def no_example(w, h, batch):
-    """The weights of examples, none of which counts in this batch."""
+    """Example weights, none of them for an example in this batch."""
     return jnp.sum(h["target"] * batch * w["w"] ** 2) + jnp.sum(w["w"] * h["unused"][0])
 
 
@@ -187,7 +187,7 @@ def test_the_checkup_reports_it():
 
 
 def test_the_norm_of_a_large_hypergradient_is_finite():
-    """Squares of 1e30 are beyond float32."""
+    """Squares of 1e30 overflow float32."""
     optimizer = gradhpo.FOOptimizer(relaxed(optax.sgd(0.1)), optax.sgd(0.1))
     f32 = lambda *x: jnp.asarray(x, jnp.float32)
     state = optimizer.init(f32(1.0), f32(1.0, 1.0))
@@ -203,7 +203,7 @@ def test_the_norm_of_a_large_hypergradient_is_finite():
 
 @pytest.mark.parametrize("size", [1e30, 1e-30])
 def test_a_direction_of_any_length_is_normalized(size):
-    """It was 0 where the norm overflowed: HyperDistill followed it without a word."""
+    """It was 0 when the norm overflowed, and HyperDistill followed it silently."""
     v = {"a": jnp.asarray([3 * size, 4 * size], jnp.float32)}
     unit = gradhpo.tree_normalize(v, np.float32(1e-38))
     np.testing.assert_allclose(unit["a"], [0.6, 0.8], rtol=1e-6)

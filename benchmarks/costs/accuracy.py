@@ -1,7 +1,7 @@
-"""How near the cheap hypergradients come to the exact one: cosines along an episode.
+"""How close cheap hypergradients come to the exact one: cosines along an episode.
 
-For every step count t, all methods look at the same t inner steps from the same start, with the
-hyperparameters held fixed; the exact hypergradient is that of `UnrolledOptimizer` through all t.
+For every step count t, all methods see the same t inner steps from the same start, with fixed
+hyperparameters; `UnrolledOptimizer` through all t gives the exact hypergradient.
 """
 
 import functools
@@ -30,7 +30,7 @@ class Episode(NamedTuple):
     first_order_sees: bool = False
 
 
-# --- Losses and optimizers, made once: all seeds share their compiled programs ------------------
+# --- Losses and optimizers, created once: all seeds share their compiled programs ---------------
 
 MOMENTUM_01, MOMENTUM_02 = optax.sgd(0.01, momentum=0.9), optax.sgd(0.02, momentum=0.9)
 
@@ -69,7 +69,7 @@ def digits(seed: int) -> tuple[tuple, tuple]:
 
 
 def layers_of_digits(seed: int) -> Episode:
-    """The layers beneath the last one of a classifier, minibatches, momentum."""
+    """All layers of a classifier but the last, mini-batches, momentum."""
     train, val = digits(seed)
     net = eqx.nn.MLP(64, 10, 64, 2, key=jax.random.key(seed))
     params, hyperparams = gradhpo.partition(net, lambda net: net.layers[:-1])
@@ -123,7 +123,7 @@ Methods = dict[str, Any]
 
 
 def online_methods(inner: Any, gammas: tuple[float, ...] = (0.9, 0.99)) -> Methods:
-    """Name to optimizer: those that estimate at every step."""
+    """Name to optimizer, for methods that estimate at every step."""
     distilled = {
         f"HyperDistill {gamma:g}".replace("0.", "."): gradhpo.OnlineHypergradientOptimizer(
             inner, gamma=gamma
@@ -136,7 +136,7 @@ def online_methods(inner: Any, gammas: tuple[float, ...] = (0.9, 0.99)) -> Metho
     }
 
 
-# Name to a function of an inner optimizer and a number of steps: those that look at all of them.
+# Name to a function of an inner optimizer and a number of steps, for methods that see all steps.
 OFFLINE = {
     "DrMAD": gradhpo.DrMADOptimizer,
     "greedy .99": functools.partial(gradhpo.GreedyOptimizer, gamma=0.99),
@@ -144,7 +144,7 @@ OFFLINE = {
 
 
 def cosines(episode: Episode, counts: tuple[int, ...]) -> dict[str, list[float]]:
-    """Method to its cosine with the exact hypergradient after each number of steps."""
+    """Each method's cosine with the exact hypergradient after each number of steps."""
     online = online_methods(episode.inner_optimizer)
     if not episode.first_order_sees:
         del online["first order"]
@@ -162,7 +162,7 @@ def followed(
 ) -> dict[str, list[float]]:
     """The same for these methods, with `around` each of them.
 
-    Theta of HyperDistill is fitted on this episode, or on another one.
+    HyperDistill's theta is fitted on this episode, or on another one.
     """
     losses, inner = (episode.train_loss, episode.val_loss), episode.inner_optimizer
     stack_of = lambda of: gradhpo.BatchStack.of([of.batch(t) for t in range(max(counts))])
@@ -172,7 +172,7 @@ def followed(
     begin = lambda optimizer: optimizer.init(
         episode.params, episode.hyperparams, batch=stack.at(0), key=jax.random.key(0)
     )
-    # These remember the episode, and the others follow one of them: fewer programs to compile.
+    # These remember the episode; the others follow one of them, which saves compilation.
     states = {
         name: wrapped[name].estimate_theta(
             begin(wrapped[name]), fitting, fitted_on.val_batch, *losses
@@ -212,7 +212,7 @@ def print_accuracy() -> None:
     counts, seeds = (5, 10, 20, 30, 40, 50), 10
     print(
         "\nCosine to the exact hypergradient, median over 10 seeds and 5 to 50 steps from the start"
-        "\n(beside a name its gamma; first order sees no weights and no rates)"
+        "\n(gamma after the name; first order sees no weights or rates)"
     )
     methods = (
         "DrMAD", "greedy .99", "HyperDistill .9", "HyperDistill .99", "one step", "first order",

@@ -1,4 +1,4 @@
-"""The collectives of a compiled program, with their sizes, and how often each of them runs."""
+"""The collectives of a compiled program, with their sizes and how often each runs."""
 
 import math
 import re
@@ -15,9 +15,9 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
 class Collective(NamedTuple):
-    """One array that devices exchange: `size` numbers of it as a whole, `times` in a program.
+    """One array that devices exchange: `size` numbers in total, `times` per program.
 
-    In a loop whose length is found at run time, such as that of a linear solver, one pass counts.
+    A loop whose length is known only at run time, such as a linear solver's, counts as one pass.
     """
 
     kind: str
@@ -26,7 +26,7 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str) -> list[Collective]:
-    """Read from the text of a program that XLA has compiled."""
+    """Parses them from the text of a compiled XLA program."""
     lines, entry = _computations(text)
     found: list[Collective] = []
 
@@ -59,7 +59,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _sizes(match: re.Match) -> list[int]:
-    """Of each array: of what is put together, of what is taken apart."""
+    """Of each array: the larger of operand and result."""
     made, given = (
         [math.prod(map(int, filter(None, shape.split(",")))) for shape in _SHAPE.findall(text)]
         for text in (match["made"], match["operands"])

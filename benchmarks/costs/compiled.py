@@ -1,7 +1,7 @@
 """The compiler's figures: flops, bytes and temporary memory, against hand-written programs.
 
-The compiler counts the body of a scan once, however long the scan is, so the figure of a step is
-the sum of its loop bodies and of what is outside them. Only compilation is timed here.
+The compiler counts a scan's body once, for any length, so the figure of a step is the sum of its
+loop bodies and the code outside them. Only compilation is timed here.
 """
 
 import math
@@ -49,8 +49,8 @@ def flops_row(name: str, batch_size: int, depth: int) -> dict[str, Any]:
 
 def print_flops(file: Path | None = None) -> None:
     print(
-        "\nThe compiled step, library / hand-written: flops with bodies of loops counted once,\n"
-        "and in all; bytes read and written, bodies once; temporary memory in KiB"
+        "\nThe compiled step, library / hand-written: flops with loop bodies counted once, and\n"
+        "in total; bytes read and written, with bodies once; temporary memory in KiB"
     )
     print(f"  {'':35} {'flops':>19}  ratio in all  bytes {'memory':>15}  ratio")
     rows = []
@@ -137,7 +137,7 @@ COMPILED = {
 
 
 def seconds_to_compile(name: str, steps: int) -> float:
-    """Traces and compiles anew: nothing comes from a cache, since the optax object is new."""
+    """Traces and compiles again: the optax object is new, so no cache applies."""
     optimizer = COMPILED[name](optax.sgd(RATE, momentum=MOMENTUM), steps)
     the_job = job(32, num_weights=8)
     state, batch = optimizer.init(the_job.params, the_job.hyperparams), the_job.train_data(0)

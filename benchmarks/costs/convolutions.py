@@ -33,7 +33,7 @@ def multiplied(x: Array, w: Array) -> Array:
 
 
 def milliseconds(layer: Callable, layout: str) -> list[float]:
-    """Of a gradient and a second-derivative product, each alone and in a loop, per step."""
+    """For a gradient and a second-derivative product, each alone and in a loop, per step."""
     first = layout == "channels first"
     over = (0, 2, 3) if first else (0, 1, 2)
 

@@ -1,4 +1,4 @@
-"""What one device of four does of a step, and what the four exchange, as the compiler counts."""
+"""The work of one device of four in a step, and what the four exchange, as the compiler counts."""
 
 import os
 import subprocess
@@ -18,8 +18,8 @@ from gradhpo.diagnostics.cost import Program
 
 
 DEVICES, TASKS, STEPS = 4, 2, 3
-# Many examples, so that activations outweigh copies of the state; no number of them is that of the
-# hyperparameters, whose collectives are told by their size.
+# Many examples, so that activations outweigh copies of the state. Their number differs from that
+# of the hyperparameters, whose collectives we recognise by size.
 EXAMPLES, WIDTH, WEIGHTS, FEW, ENTRIES = 65_536, 256, 5_000, 8, 1_000_000
 INNER, OUTER = optax.adam(1e-2, eps_root=1e-8), optax.adam(1e-2)
 OPTIMIZERS = {
@@ -74,7 +74,7 @@ def network(num_weights: int) -> Job:
 
 
 def entries(num_penalties: int) -> Job:
-    """A quadratic in a million entries, each with a target and, in turn, one of the penalties."""
+    """A quadratic in a million entries, each with a target; the penalties take turns."""
 
     def train_loss(w, penalties, target):
         each = jnp.exp(penalties)
@@ -90,11 +90,11 @@ def entries(num_penalties: int) -> Job:
 
 
 class Costs(NamedTuple):
-    """Of one device of four, as shares of what one alone has; and what the four exchange."""
+    """Costs of one device of four, as shares of a single device's; and what the four exchange."""
 
     arguments: float
     temporaries: float
-    made: float  # results and temporaries, many of which are kept where results will be
+    made: float  # results and temporaries, which often share the results' memory
     flops: float
     exchanged: list[Collective]
     num_hyperparams: int
@@ -102,7 +102,7 @@ class Costs(NamedTuple):
 
     @property
     def reductions(self) -> int:
-        """Sums over the devices of arrays like the hyperparameters, of each task."""
+        """All-reduces of arrays shaped like the hyperparameters, per task."""
         sums = [x for x in self.exchanged if x.kind in ("all-reduce", "reduce-scatter")]
         sizes = self.num_hyperparams, TASKS * self.num_hyperparams
         return sum(x.times for x in sums if x.size in sizes)
@@ -113,9 +113,9 @@ class Costs(NamedTuple):
 
 
 def step_costs(name: str, kind: str) -> Costs:
-    """Of a compiled `step` of one optimizer; `kind` is one of `KINDS`."""
+    """The costs of a compiled `step` of one optimizer; `kind` is one of `KINDS`."""
     problem, spread = kind.split(", ")
-    few = name == "forward mode"  # which takes work and memory for each hyperparameter
+    few = name == "forward mode"  # its work and memory grow with the hyperparameters
     make, count = (network, WEIGHTS) if problem == "network" else (entries, ENTRIES)
     job = make(FEW if few else count)
     mesh = jax.make_mesh((DEVICES,), ("devices",), axis_types=(AxisType.Auto,))
@@ -152,7 +152,7 @@ def program(
 
 
 def rows() -> None:
-    """Printed in a process that has the devices."""
+    """Prints the rows; runs in a process that has the devices."""
     for kind in KINDS:
         print(f"  {kind}: {KINDS[kind]}")
         for name in OPTIMIZERS:

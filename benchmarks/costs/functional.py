@@ -1,4 +1,4 @@
-"""What a functional hypergradient costs, in training gradients."""
+"""The cost of a functional hypergradient, in training gradients."""
 
 from typing import Any
 
@@ -31,8 +31,8 @@ def val_loss(v: jax.Array, hyperparams: Any, batch: tuple) -> jax.Array:
 def gradients_of_functional(batch_size: int, depth: int) -> tuple[float, float]:
     """Flops in training gradients: of an outer step with one of each, and of an adjoint step.
 
-    The first less a validation gradient of the adjoint, and the loss at the end. The adjoint step
-    is what a second one adds, with that validation gradient in it.
+    The first excludes a validation gradient of the adjoint and the loss at the end. The adjoint
+    step is the cost of adding a second one, with its validation gradient.
     """
     the_job = job(batch_size, depth=depth)
     losses = [gradhpo.PredictionLoss(predict, loss) for loss in (train_loss, val_loss)]
@@ -50,7 +50,7 @@ def gradients_of_functional(batch_size: int, depth: int) -> tuple[float, float]:
 
 
 def _of_adjoint_step(optimizer: gradhpo.FunctionalOptimizer, the_job: Any) -> float:
-    """A program of this alone: predictions, product, and both pullbacks."""
+    """Compiled alone: predictions, product, and both pullbacks."""
     batch, h, val_batch = the_job.train_data(0), the_job.hyperparams, the_job.val_batch
     xi, rest = eqx.partition(optimizer.adjoint, eqx.is_inexact_array)
     on = lambda xi, batch: predict(eqx.combine(xi, rest), h, batch)

@@ -1,4 +1,4 @@
-"""A transformer of the size that GPUs are bought for, as a job: rates and decays of its layers."""
+"""A transformer of realistic size as a job: rates and decays of its layers are tuned."""
 
 import math
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from benchmarks.costs.problem import Job
 
 
 class Size(NamedTuple):
-    """A batch has `rows` rows of `length` tokens, and as many chunks of logits."""
+    """A batch has `rows` rows of `length` tokens; logits come in one chunk per row."""
 
     layers: int
     width: int
@@ -57,9 +57,9 @@ def adamw(hyperparams: Any) -> optax.GradientTransformation:
 
 
 def gpt(size: Size) -> Job:
-    """Random tokens, in one batch for all steps; another one validates.
+    """Random tokens, one batch for all training steps and another for validation.
 
-    The layers are recomputed, and the logits of one row of tokens are there at a time.
+    The layers are recomputed, and logits exist for one row of tokens at a time.
     """
     keys = jax.random.split(jax.random.key(0), 4)
     params, features = decoder(

@@ -1,7 +1,7 @@
-"""What a GPU makes of gradhpo, in minutes: numbers, memory and time of a large model, loops, tests.
+"""gradhpo on a GPU in minutes: correctness, memory and time of a large model, loops, tests.
 
-Every part is a process of its own with a limit on its time: one that runs out of memory, hangs or
-crashes costs its own lines only. Without a GPU, a tiny model runs on the CPU instead.
+Every part runs in a separate process with a time limit: one that runs out of memory, hangs or
+crashes loses only its own lines. Without a GPU, a tiny model runs on the CPU instead.
 """
 
 import importlib.util
@@ -21,8 +21,8 @@ from benchmarks.limited import Clock, Ended, python
 from gradhpo.utils.tables import bytes_of, flops_of
 
 
-# What matters most comes first: states that the device has room for, and those for which only the
-# host has. The first row of each number of steps is what the others are compared with.
+# The most important rows come first: states that fit on the device, then states that fit only on
+# the host. Rows are compared with the first row of the same number of steps.
 ROWS = [
     (16, BY_JAX), (16, ALL), (16, ON_HOST), (64, SQRT), (64, ON_HOST), (64, ALL), (16, SQRT),
     (64, LOG), (16, LOG), (64, BY_JAX), (4, BY_JAX), (4, ALL),
@@ -30,7 +30,7 @@ ROWS = [
 LOOPS = ["OneStepOptimizer", "UnrolledOptimizer(20)", "GreedyOptimizer(20)"]
 TESTS = "tests/test_contract.py"
 
-# The shares of the time in which the parts end, and seconds that they need.
+# The share of the time by which each part must end, and the seconds it needs.
 NUMBERS_END, ROWS_END, LOOPS_END = 0.2, 0.62, 0.75
 A_ROW, A_LOOP, A_TEST = 40, 30, 20
 LONGEST_ROW, LONGEST_TESTS = 130, 180
@@ -53,7 +53,7 @@ def print_gpu(minutes: float = 8.0) -> None:
 
 
 def card() -> str:
-    """Name, memory and driver as the driver says; otherwise what JAX knows."""
+    """Name, memory and driver as reported by the driver; otherwise what JAX knows."""
     asked = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
         said = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout
@@ -69,7 +69,7 @@ def card() -> str:
 def print_part(
     name: str, arguments: Sequence[str], clock: Clock, end: float, needs: float, **environment: str
 ) -> None:
-    """What a process prints, if there are the seconds that it needs before its share is over."""
+    """Prints a process's output, if enough seconds are left in its share of the time."""
     if clock.left(end) < needs:
         print(f"\n({name}: skipped, no time left)")
         return
@@ -114,26 +114,26 @@ def print_rows(size: str, clock: Clock) -> None:
 
 
 def of_rows(folder: str) -> dict[str, str]:
-    """The environment of a row: all of the card and of the host, kernels chosen once for all."""
+    """The environment of a row: the whole card and host memory; kernels are chosen once for all."""
     if jax.default_backend() != "gpu":
         return {}
     found = {
         "JAX_COMPILATION_CACHE_DIR": folder,
-        # No program takes as long: only the choice of kernels is kept.
+        # No compilation takes that long, so only the choice of kernels is cached.
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9",
-        # 64 states need 79 and XLA allows itself 64. It takes this at once: more may not be there.
+        # 64 states need 79 and XLA's limit is 64. It takes all of this at once: ask for no more.
         "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": "88",
-        # Growing as it goes, the allocator found no room for arrays of 22 GiB on 80 GB.
+        # Without preallocation, the allocator found no room for arrays of 22 GiB on 80 GB.
         "XLA_PYTHON_CLIENT_PREALLOCATE": "true",
     }
-    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the old name; both are an error
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the old name; setting both is an error
         found["XLA_CLIENT_MEM_FRACTION"] = "0.92"
     kept = set(found) - {"XLA_PYTHON_CLIENT_PREALLOCATE"}  # `python -m benchmarks` has set it
     return found | {name: os.environ[name] for name in kept if name in os.environ}
 
 
 def row_of(done: Ended) -> dict[str, Any]:
-    """All that it has told, and how it failed."""
+    """Everything it reported, and how it failed."""
     row: dict[str, Any] = {"failed": done.failure} if done.failure else {}
     for line in done.stdout.splitlines():
         if line.startswith("{") and line.endswith("}"):  # the last one may be cut off
@@ -161,7 +161,7 @@ def columns(row: dict[str, Any]) -> str:
 
 
 def print_tests(clock: Clock) -> None:
-    """The contract of all optimizers: the last line of pytest, and what failed."""
+    """The contract tests of all optimizers: pytest's last line, and the failures."""
     limit = min(LONGEST_TESTS, clock.left())
     if importlib.util.find_spec("pytest") is None:
         print(f"\n{TESTS} did not run: there is no pytest")
@@ -171,9 +171,9 @@ def print_tests(clock: Clock) -> None:
         return
     several = importlib.util.find_spec("xdist") is not None
     workers = ["-n", str(min(8, os.cpu_count() or 1))] if several else []
-    # Says to conftest.py that the flags for the CPU's compiler are not wanted.
+    # Tells conftest.py not to set the flags of the CPU compiler.
     platforms = {"JAX_PLATFORMS": "cuda,cpu"} if jax.default_backend() == "gpu" else {}
-    without = ["-p", "no:cacheprovider", "-p", "no:benchmark"]  # the second minds the workers
+    without = ["-p", "no:cacheprovider", "-p", "no:benchmark"]  # the second complains about workers
     command = ("-m", "pytest", "-q", *without, *workers, *TESTS.split())
     done = python(*command, limit=limit, **platforms)
     lines = [line for line in done.stdout.splitlines() if line.strip()]

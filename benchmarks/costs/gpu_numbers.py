@@ -1,4 +1,4 @@
-"""Whether hypergradients are right on this device, before anything is timed there.
+"""Checks that hypergradients are right on this device before anything is timed.
 
 Run it in float64: `JAX_ENABLE_X64=1 python -m benchmarks.costs.gpu_numbers`.
 """
@@ -40,9 +40,9 @@ def adam(model: Model) -> optax.GradientTransformation:
 
 
 def problem() -> tuple[Any, ...]:
-    """What `init` and `compute_hypergradient` take.
+    """The arguments of `init` and `compute_hypergradient`.
 
-    Each inner step has a batch of its own, so that it shows if states are mixed up.
+    Each inner step has a different batch, so that mixed-up states show.
     """
     keys = jax.random.split(jax.random.key(0), 3)
     net = eqx.nn.MLP(8, 2, 16, 2, activation=jnp.tanh, key=keys[0])
@@ -55,7 +55,7 @@ def problem() -> tuple[Any, ...]:
 
 
 class Check(NamedTuple):
-    """`found()` is to be `expected`, but for `limit` times the largest number in it."""
+    """`found()` must equal `expected` to within `limit` times its largest number."""
 
     name: str
     found: Callable[[], Any]
@@ -83,14 +83,14 @@ def checks() -> list[Check]:
     )
     exact = by(unrolled())()
     rows = 1.0 + jnp.arange(STEPS * 1_000.0).reshape(STEPS, 1_000)
-    # Sums in another order, in a few hundred operations one after another.
+    # Rounding: a few hundred operations in sequence, with sums in another order.
     rounding = 1e-10
-    # Differences are off by the square of their step of 6e-6, and by the third derivative.
+    # Differences have an error of the squared step (6e-6) times the third derivative.
     on_host = by(unrolled(store="host"))
     segments_on_host = by(unrolled(store="host", checkpoints="sqrt"))
     return [
         Check('store="host"', on_host, exact, rounding),
-        # What it relies on: if this is wrong, so is the compiler.
+        # What `store="host"` relies on: if this is wrong, the compiler is.
         Check("JAX alone: from the host, backwards", lambda: backwards(rows), rows, 0.0),
         Check("forward mode", by(forward), exact, rounding),
         Check("finite differences", differences, exact, 1e-6),
@@ -102,7 +102,7 @@ def checks() -> list[Check]:
 
 
 def put_away(rows: jax.Array) -> jax.Array:
-    """Twice the rows, on the host, one after another."""
+    """Twice the rows, stored on the host one by one."""
     return jax.lax.scan(lambda carry, row: (carry, to_space(2 * row, "host")), None, rows)[1]
 
 
@@ -126,7 +126,7 @@ def counting(rows: jax.Array) -> jax.Array:
 
 
 def print_numbers() -> None:
-    print(f"\nHypergradients of an MLP over {STEPS} steps of Adam, in float64: beside unrolling")
+    print(f"\nHypergradients of an MLP over {STEPS} steps of Adam, in float64, against unrolling")
     for check in checks():
         print(check, flush=True)
 

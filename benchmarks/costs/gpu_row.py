@@ -1,8 +1,8 @@
-"""A row of the table `gpu`, in a process of its own: the peak of memory is that of a process.
+"""A row of the table `gpu`, in a separate process, because peak memory is counted per process.
 
     python -m benchmarks.costs.gpu_row 110M 16 "all states"
 
-Each line that it prints is JSON, and adds to what is known about the row.
+Each line that it prints is JSON, and adds fields to the row.
 """
 
 import json
@@ -44,7 +44,7 @@ def program(size: str, steps: int, kept: str) -> Program:
 
 
 def peak_bytes() -> int | None:
-    """The most that arrays and programs of this process have held on the device at once."""
+    """Peak device memory of this process's arrays and programs."""
     found = jax.devices()[0].memory_stats()
     return None if found is None else found["peak_bytes_in_use"]
 
@@ -68,14 +68,14 @@ def measure(size: str, steps: int, kept: str) -> None:
     while len(times) < 3 and sum(times) < 6:
         times.append(seconds(made))
     peak = peak_bytes()
-    # The compiler tries kernels out on arrays of its own, and may hold more than the program does.
+    # While it tries out kernels, the compiler may hold more memory than the program does.
     tell(
         seconds=statistics.median(times),
         runs=len(times),
         peak=peak,
         at_most=peak is not None and peak == before,
     )
-    if kept != LOG:  # of its two branches, the more expensive one would count at every visit
+    if kept != LOG:  # every visit would count the more expensive of its two branches
         tell(flops=made.cost.flops)
 
 

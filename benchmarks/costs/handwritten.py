@@ -2,8 +2,7 @@
 
 SGD with momentum inside, gradient descent outside; no optax, no gradhpo. A step takes the losses as
 functions of (weights, hyperparameters, batch), its state and its batches. It has the same metrics
-and the same refusal of non-finite results, so that only the library's own overhead can make a
-difference.
+and the same refusal of non-finite results, so that only the library's overhead differs.
 """
 
 import equinox as eqx
@@ -91,7 +90,7 @@ def t1_t2(train, val, state, batch, val_batch):
 
 
 def hyper_distill(train, val, state, batch, val_batch):
-    """Its memory is w*, the clock of the episode and theta."""
+    """Its memory is w*, the step count of the episode, and theta."""
     discount = 0.99
     w, m, h, (_, _, w_star, t, theta) = state
     t = t + 1

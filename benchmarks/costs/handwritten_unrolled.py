@@ -20,12 +20,12 @@ def length(batches):
 
 
 def at(batches, t):
-    """One of a stack, by its number: a scan over a part of the stack would copy that part."""
+    """One of a stack, by index: a scan over part of the stack would copy that part."""
     return tree(lambda x: x[t], batches)
 
 
 def train_steps(train, h, start, batches):
-    """The end of training, and the losses."""
+    """The final parameters and momentum, and the losses."""
 
     def body(carry, t):
         value, g = jax.value_and_grad(train)(carry[0], h, at(batches, t))
@@ -70,7 +70,7 @@ def greedy(train, val, state, batches, val_batch):
 
 
 def forward_pass(train, h, start, batches, steps):
-    """The end, the last training loss, and the states before each step; `steps` are numbers."""
+    """The end, the last training loss, and the states before each step; `steps` are indices."""
 
     def body(carry, t):
         value, g = jax.value_and_grad(train)(carry[0], h, at(batches, t))
@@ -81,7 +81,7 @@ def forward_pass(train, h, start, batches, steps):
 
 
 def backward_pass(train, h, bar, kept, batches, steps, state_of=lambda kept: kept):
-    """From the cotangents of (w, m, h) at the end to those at the start."""
+    """Takes the cotangents of (w, m, h) at the end to the start."""
 
     def body(carry, kept_at):
         w_bar, m_bar, h_bar = carry
@@ -218,8 +218,8 @@ def plain_unrolled_hypergradient(
     """`jax.grad` through a plain `lax.scan` of optax steps: the obvious way to write it.
 
     `inner_optimizer` may be a function of the hyperparameters. With `checkpoint` the body is under
-    `jax.checkpoint`: what to try next when memory is short. With a `segment`, a divisor of `steps`,
-    so is each segment of this many steps, in a scan over segments.
+    `jax.checkpoint`, the next thing to try when memory is short. With a `segment`, a divisor of
+    `steps`, so is each segment of this many steps, in a scan over segments.
     """
     train, val = losses(job)
     fixed = isinstance(inner_optimizer, optax.GradientTransformation)

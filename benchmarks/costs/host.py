@@ -1,4 +1,4 @@
-"""The host's share of a run: batches from an iterator, logs, checkpoints; and a long run."""
+"""The host's work in a run: batches from an iterator, logs, checkpoints; and a long run."""
 
 import contextlib
 import functools
@@ -26,7 +26,7 @@ BATCH_SIZE = 400  # about a millisecond a step
 
 @contextlib.contextmanager
 def recorders(number: int = 3) -> Iterator[dict]:
-    """Checkpoints, and the first `number` of: a log, another log, the best state."""
+    """Checkpoints, and the first `number` of these: a log, another log, the best state."""
     with tempfile.TemporaryDirectory() as directory:
         callbacks = [
             gradhpo.JSONLinesLogger(f"{directory}/log.jsonl"),
@@ -90,7 +90,7 @@ def print_host() -> None:
 
 
 def print_night(num_steps: int = 10_000) -> None:
-    """Example weights of the digits, with logs and checkpoints: how often is it traced?"""
+    """Example weights on digits, with logs and checkpoints; counts traces."""
     traces = []
 
     def counted(params, hyperparams, batch) -> jax.Array:

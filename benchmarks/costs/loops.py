@@ -1,4 +1,4 @@
-"""Loops by the clock: `gradhpo.run`, loops over `step`, the same by hand, and plain training."""
+"""Timed loops: `gradhpo.run`, loops over `step`, both written by hand, and plain training."""
 
 import itertools
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from benchmarks.rows import measured, measured_when
 from benchmarks.timed import alternating
 
 
-# Work per inner step at most, with the validation gradient, in training gradients;
-# first order takes only the direct part of the validation gradient here.
+# Upper bounds on the work per inner step in training gradients, including the validation gradient.
+# First order takes only the direct part of that gradient here.
 PROMISED = {
     "FOOptimizer": 2.0,
     "OneStepOptimizer": 4.0,

@@ -1,4 +1,4 @@
-"""What single methods cost: beside one step, over a horizon, by hyperparameter and by product."""
+"""Costs of single methods: against one step, over a horizon, per hyperparameter, per product."""
 
 import functools
 import time
@@ -29,7 +29,7 @@ from gradhpo.diagnostics.cost import Program
 from gradhpo.utils.tracing import forget_traces
 
 
-# --- `one_step`: beside one step, as in table 3 of HyperDistill's paper --------------------------
+# --- `one_step`: against one step, as in table 3 of the HyperDistill paper -----------------------
 
 BESIDE_ONE_STEP = {
     "first order": "FOOptimizer",
@@ -40,7 +40,7 @@ BESIDE_ONE_STEP = {
 
 
 def cost_ratios(name: str, batch_size: int, depth: int) -> tuple[float, float, float]:
-    """Flops of an inner step, temporary memory and all memory of a step, in those of one step."""
+    """Flops of an inner step, temporary and total memory of a step, relative to one step."""
     own, one_step = (
         step_programs(which, batch_size, depth)[0].cost for which in (name, "OneStepOptimizer")
     )
@@ -53,7 +53,7 @@ def cost_ratios(name: str, batch_size: int, depth: int) -> tuple[float, float, f
 
 
 def print_beside_one_step(quick: bool = False) -> None:
-    """Compiler's counts, and times of `run` by turns."""
+    """The compiler's counts, and alternating timings of `run`."""
     labels = ["HyperDistill"] if quick else list(BESIDE_ONE_STEP)
     inner_steps, repeats = (200, 3) if quick else (600, 15)
     print(
@@ -78,7 +78,7 @@ def print_beside_one_step(quick: bool = False) -> None:
         print(f"  {label:24} {shallow:>20} {deep:>22} {time_of:>26}", flush=True)
 
 
-# --- `distilled`: HyperDistill, and methods that read an episode ahead -------------------------
+# --- `distilled`: HyperDistill, and methods that use a whole episode ---------------------------
 
 
 @functools.cache
@@ -89,7 +89,7 @@ def step_flops(cls: type, optimizer_name: str, batch_size: int, depth: int) -> f
 
 
 def flops_ratio(optimizer_name: str, batch_size: int, depth: int = 1) -> float:
-    """A step of HyperDistill, in steps of `OneStepOptimizer`."""
+    """A HyperDistill step, in units of a step of `OneStepOptimizer`."""
     ours, one_step = (
         step_flops(cls, optimizer_name, batch_size, depth)
         for cls in (gradhpo.OnlineHypergradientOptimizer, gradhpo.OneStepOptimizer)
@@ -158,13 +158,13 @@ def print_distilled() -> None:
         )
 
 
-# --- `roads`: by the hyperparameter, by the direction, and by the iteration of a solver ---------
+# --- `roads`: per hyperparameter, per direction, and per solver iteration ------------------------
 
 
 def forward_program(count: int, steps: int, *, batch_size: int = 128, depth: int = 1) -> Program:
-    """Forward mode over `steps` steps with `count` learning rates, taken in turn."""
+    """Forward mode over `steps` steps with `count` learning rates in rotation."""
     the_job = job(batch_size, depth=depth)
-    # The example weights are no hyperparameters here; they stay as they are.
+    # The example weights are not hyperparameters here; they stay fixed.
     weights = jax.lax.stop_gradient(the_job.hyperparams)
     inner = lambda rates: optax.sgd(lambda t: rates[t % count], momentum=MOMENTUM)
     return hypergradient_program(
@@ -192,7 +192,7 @@ def gradients_per_direction(cls: type, depth: int = 1) -> float:
         return hypergradient_program(optimizer, job(128, depth=depth)).flops_with_loops_once
 
     train, _ = gradient_programs(128, depth=depth)
-    # A program has the loop over inner steps once, and beside it losses at its end.
+    # The compiler counts the loop over inner steps once, and the losses at the end.
     return (flops(10) - flops(2)) / 8 / train.flops_with_loops_once
 
 
@@ -200,19 +200,19 @@ def implicit_flops(terms: int, depth: int) -> float:
     optimizer = gradhpo.ImplicitOptimizer(
         optax.sgd(RATE), linear_solver=gradhpo.Neumann(terms, RATE)
     )
-    # A whole step: its metrics need a product with H at the end, with a loop before it or not.
+    # A whole step: its metrics need a product with H at the end, with or without a loop.
     return step_program(optimizer, job(128, depth=depth)).flops_with_loops_once
 
 
 def gradients_per_iteration(depth: int = 1) -> float:
     """Flops of one more term of a Neumann series, in training gradients."""
     train, _ = gradient_programs(128, depth=depth)
-    # The body of a loop is counted once, however often it runs.
+    # A loop body is counted once, for any number of iterations.
     return (implicit_flops(3, depth) - implicit_flops(1, depth)) / train.flops_with_loops_once
 
 
 def iterations(outer_rate: float, *, warm: bool, tolerance: float = 1e-3) -> float:
-    """Of CG per outer step, over 30 of them: one penalty for each of 60 features, 30 examples."""
+    """CG iterations per outer step, over 30: one penalty for each of 60 features, 30 examples."""
     forget_traces()
     random = np.random.default_rng(5)
     x, v = jnp.asarray(random.normal(size=(2, 30, 60)))

@@ -1,4 +1,4 @@
-"""What the Fisher matrix stands for, and what it costs, in place of the Hessian of a network."""
+"""How well the Fisher matrix replaces the Hessian of a network, and at what cost."""
 
 import functools
 from typing import Any, NamedTuple
@@ -16,8 +16,8 @@ from benchmarks.costs.natural_flops import STEPS, relative
 from gradhpo.algorithms.fisher import STRUCTURES
 
 
-PENALTY = 1e-3  # of each pixel
-REST = 1e-3  # the penalty of everything but the first layer
+PENALTY = 1e-3  # on each pixel
+REST = 1e-3  # the penalty on everything but the first layer
 RESIDUAL = 1e-5  # norm of the training gradient at the end of training
 BATCH, BATCHES = 128, 2_000
 NEUMANN_STEP = 0.5
@@ -65,7 +65,7 @@ def digits(pooled: bool = False) -> tuple[PyTree, PyTree]:
 
 def network(sizes: tuple[int, int, int], seed: int = 0) -> PyTree:
     keys = jax.random.split(jax.random.key(seed))
-    # Drawn in float32, so that it is the same network in float64.
+    # Drawn in float32, so that the network is the same in float64.
     drawn = lambda key, *size: jax.random.normal(key, size, jnp.float32).astype(float)
     of_layer = lambda key, m, n: drawn(key, m, n) / np.sqrt(m)
     return {
@@ -106,7 +106,8 @@ def fitted() -> Converged:
 def well_specified(copies: int = 100) -> Converged:
     """A network 16-6-10 on 4 x 4 digits, repeated, with labels drawn from the network.
 
-    Their logits come from a network fitted to the digits, halved: a sure model draws one label.
+    The logits come from a network fitted to the digits, halved: a confident model would always draw
+    the same label.
     """
     train, val = digits(pooled=True)
     h = jnp.full(16, np.log(PENALTY), train[0].dtype)
@@ -125,7 +126,7 @@ class Estimate(NamedTuple):
 
 
 def methods() -> dict[str, tuple[Any, int]]:
-    """By name: the optimizer, and the number of training batches it sees (0: one, of all data)."""
+    """By name: the optimizer and its number of training batches (0: one, with all data)."""
     natural = functools.partial(gradhpo.NHGDOptimizer, STILL, penalty=penalty, damping=1e-5)
     batches = functools.partial(natural, inner_steps=BATCHES, decay=1 - 2 / BATCHES)
     found: dict[str, tuple[Any, int]] = {}
@@ -146,7 +147,7 @@ def methods() -> dict[str, tuple[Any, int]]:
 
 
 def estimates(at: Converged, chosen: dict[str, Any]) -> dict[str, Estimate]:
-    """Each method beside the solution with the Hessian of all training data."""
+    """Each method against the solution with the Hessian of all training data."""
     reference = gradhpo.ImplicitOptimizer(STILL, linear_solver=lx.LU())
 
     def hypergradient(optimizer: Any, count: int) -> np.ndarray:
@@ -172,7 +173,7 @@ def print_natural() -> None:
         ("MLP 16-6-10, 100,000 examples with labels that it draws", well_specified()),
     ):
         print(f"\n{title}: one penalty for each pixel, at the optimum")
-        print(f"  {'':26} cosine  length  error  beside the exact implicit hypergradient")
+        print(f"  {'':26} cosine  length  error  against the exact implicit hypergradient")
         for name, found in estimates(at, methods()).items():
             print(f"  {name:26} {found.cosine:6.3f} {found.length:7.3g} {found.error:6.2f}")
     print(f"\nFlops of an outer step / of its {STEPS} inner steps: MLP 64-128-10, batches of 128")

@@ -1,4 +1,4 @@
-"""The work of an outer step with the Fisher matrix, relative to training alone."""
+"""The work of an outer step with the Fisher matrix, relative to plain training."""
 
 import functools
 from typing import Any
@@ -18,7 +18,7 @@ BATCH = 128
 
 
 def of_factorisation(structure: str, w: PyTree) -> float:
-    """By formula: LAPACK does it, and the compiler counts such a call as nothing.
+    """Flops by formula, since the compiler counts LAPACK calls as zero.
 
     `eigh` with eigenvectors as $9 n^3$, Cholesky as $n^3 / 3$ (Golub & Van Loan).
     """
@@ -33,7 +33,7 @@ def of_factorisation(structure: str, w: PyTree) -> float:
 
 @functools.cache
 def program(structure: Any) -> Program:
-    """An outer step (without a structure: of training alone) on the MLP 64-128-10."""
+    """An outer step on the MLP 64-128-10; without a structure, training alone."""
     the_job = job(BATCH)
     if structure is None:
         optimizer = gradhpo.FixedOptimizer(SGD, inner_steps=STEPS)
@@ -47,13 +47,13 @@ def program(structure: Any) -> Program:
 def relative(structure: str, factor_every: int = 1) -> float:
     """Flops of an outer step of 20 inner steps, relative to the inner steps alone.
 
-    The compiler counts the body of the loop once. Here it is training and the products of a
-    gradient, and what else the step has comes once.
+    The compiler counts a loop body once: here, training and the products of one gradient. The rest
+    of the step runs once.
     """
     w = eqx.filter(job(BATCH).params, eqx.is_inexact_array)
     rows = jax.tree.map(lambda x: x[None], w)
     products = Program(STRUCTURES[structure].products, rows).flops_with_loops_once
-    # Decayed and added: two products, a sum and the factor b, for each number that is kept.
+    # Decay and addition: two products, a sum and the factor b, for each stored number.
     kept = jax.eval_shape(STRUCTURES[structure].products, rows)
     products += 4 * sum(x.size for x in jax.tree.leaves(kept))
     inner = program(None).flops_with_loops_once

@@ -1,7 +1,7 @@
-"""Exact hypergradients of three kinds of network, beside `jax.grad` through the loop of training.
+"""Exact hypergradients of three kinds of network, against `jax.grad` through the training loop.
 
-That is written in two ways: as a plain `lax.scan`, and with `jax.checkpoint` on its body, which is
-one line more and keeps states instead of activations, as we do. The second is the one to beat.
+The loop is written in two ways: as a plain `lax.scan`, and with `jax.checkpoint` on its body, which
+is one more line and keeps states instead of activations, as we do. The second is the one to beat.
 """
 
 import math
@@ -35,7 +35,7 @@ class Task(NamedTuple):
 
 
 def weighted(forward: Callable, params: Any, inputs: Any) -> Job:
-    """One weight per example of a batch, as the only hyperparameters; all share the batch."""
+    """One weight per example as the only hyperparameters; all steps share one batch."""
     x, labels = inputs
 
     def mean(w, log_weights, batch):
@@ -81,7 +81,7 @@ def convolutional(batch_size: int = 64, channels: int = 16) -> Task:
 def decoder(
     keys: Array, layers: int, *, width: int, heads: int, words: int, recompute: bool
 ) -> tuple[dict[str, Any], Callable]:
-    """Parameters, and a function of them and of tokens: the last hidden states.
+    """Parameters, and a function from them and tokens to the last hidden states.
 
     The layers are a scan, each under `jax.checkpoint` or not.
     """

@@ -1,4 +1,4 @@
-"""The job that the tables are about: one weight per training example of a small MLP."""
+"""The job of the tables: one weight per training example of a small MLP."""
 
 from typing import Any, NamedTuple
 
@@ -47,7 +47,7 @@ def val_loss(model: Model, batch: tuple[Array, Array]) -> Array:
 
 @gradhpo.model_loss
 def plain_loss(model: Any, batch: tuple[Array, Array]) -> Array:
-    """The same without weights, of any model with a `net`."""
+    """The same without weights, for any model with a `net`."""
     return jnp.mean(cross_entropy(model, *batch))
 
 

@@ -1,4 +1,4 @@
-"""Compiled programs on one job: each algorithm beside its hand-written counterpart, and alone."""
+"""Compiled programs on one job: each algorithm with its hand-written counterpart, and alone."""
 
 import functools
 from collections.abc import Callable
@@ -77,7 +77,7 @@ def call_program(
     call: Callable, the_job: Job, state: Any, batches: Any, **settings: Any
 ) -> Program:
     """`call`, a method of an optimizer that takes batches and losses, compiled for the job."""
-    forget_traces()  # one program for each shape is intended here
+    forget_traces()  # here, compiling for each shape is intended
     return Program(
         lambda state, batches, val_batch: call(
             state, batches, val_batch, the_job.train_loss, the_job.val_loss, **settings
@@ -101,7 +101,7 @@ def hypergradient_program(optimizer: gradhpo.BilevelOptimizer, the_job: Job) -> 
 
 
 class Inputs(NamedTuple):
-    """What a step of the library and a step by hand start from."""
+    """The inputs of a library step and a hand-written step."""
 
     job: Job
     state: gradhpo.BilevelState
@@ -146,20 +146,20 @@ def gradient_programs(batch_size: int, *, depth: int = 1) -> tuple[Program, Prog
 def gradients_per_step(name: str, batch_size: int, depth: int) -> float:
     """Flops of an inner step without its validation gradient, in training gradients."""
     train, val = gradient_programs(batch_size, depth=depth)
-    # Greedy's program has its last step apart from the loop over the others.
+    # In greedy's program the last step is outside the loop over the others.
     bodies = 2 if name.startswith("Greedy") else 1
     flops = step_programs(name, batch_size, depth)[0].flops_with_loops_once / bodies
     return (flops - val.flops_with_loops_once) / train.flops_with_loops_once
 
 
-# Validation gradients in the program of a step, where it is not one at the end.
+# Validation gradients in the program of a step, if not just one at the end.
 VALIDATION_GRADIENTS = {"SOBAOptimizer": 1, "PenaltyOptimizer(20)": 2, "BOMEOptimizer(20)": 1}
 
 
 def gradients_per_outer_step(name: str, batch_size: int, depth: int) -> float:
-    """Flops of an outer step with one inner step, less validation's, in training gradients.
+    """Flops of an outer step with one inner step, in training gradients, without validation.
 
-    Validation takes its gradients, and its loss at the end.
+    That excludes validation gradients and the validation loss at the end.
     """
     train, val = gradient_programs(batch_size, depth=depth)
     the_job = job(batch_size, depth=depth)
@@ -176,7 +176,7 @@ def exact_programs(
     activation: str = "tanh",
     depth: int = 1,
 ) -> tuple[Program, Program, Program]:
-    """Exact unrolling by the library, and by `jax.grad` through a checkpointed and a plain scan."""
+    """Exact unrolling by the library, and `jax.grad` through a checkpointed and a plain scan."""
     inner = INNER[optimizer_name]
     the_job = job(batch_size, activation=activation, depth=depth)
     ours = hypergradient_program(gradhpo.UnrolledOptimizer(inner, unroll_steps=STEPS), the_job)
@@ -198,7 +198,7 @@ def checkpointed_program(steps: int, checkpoints: Any) -> Program:
 
 
 def scanned_program(steps: int, segment: int | None = None) -> Program:
-    """The same by `jax.grad` through a scan with its body, and its segments, under a checkpoint."""
+    """The same by `jax.grad` through a scan, with a checkpoint on its body and its segments."""
     the_job = job(32)
     params = eqx.filter(the_job.params, eqx.is_inexact_array)
     by_hand = unrolled.plain_unrolled_hypergradient(

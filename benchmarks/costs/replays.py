@@ -47,7 +47,7 @@ LOSSES = gradhpo.LossFunctions(train_loss, val_loss)
 
 
 def problem(width: int, batch_size: int) -> tuple:
-    """Optimizer, state, data and a validation batch of as many examples as there are queries."""
+    """Optimizer, state, data and a validation batch with one example per query."""
     random = np.random.default_rng(0)
     draw = lambda n: (random.normal(size=(n, 64)).astype(np.float32), random.integers(10, size=n))
     net = eqx.nn.MLP(64, 10, width, 2, activation=jnp.tanh, key=jax.random.key(0))
@@ -58,13 +58,13 @@ def problem(width: int, batch_size: int) -> tuple:
 
 
 def resident() -> float:
-    """MiB of the process's memory that are in use."""
+    """The process's resident memory in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(x.split()[1]) / 1024 for x in lines if x.startswith("VmRSS"))
 
 
 def measure(num_steps: int) -> dict[str, float]:
-    """Peak of the resident memory, sampled after compilation, and seconds."""
+    """Peak resident memory, sampled after compilation, and seconds."""
     given = problem(WIDTH, BATCH_SIZE)
     settings = {"segment": SEGMENT, "progress": False}
     with tempfile.TemporaryDirectory() as directory:

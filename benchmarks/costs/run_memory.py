@@ -1,8 +1,8 @@
-"""The memory of a chunk of `run`, beside a donated scan by hand and plain training with Adam.
+"""The memory of a chunk of `run`, against a hand-written donated scan and plain training.
 
-Adam inside and outside, one step, and a network whose parameters outweigh its activations. The scan
-by hand refuses non-finite steps too: parameters and both moments are alive twice, old and new,
-until the hypergradient is known.
+Inner and outer Adam, one inner step, and a network whose parameters outweigh its activations. The
+hand-written scan refuses non-finite steps too: parameters and both moments exist twice, old and
+new, until the hypergradient is known.
 """
 
 import functools
@@ -35,7 +35,7 @@ LENGTH = 100  # steps of a chunk
 
 
 class Network(NamedTuple):
-    """Parameters and hyperparameters, one weight decay for each layer; and batches."""
+    """Parameters, hyperparameters (one weight decay per layer), and batches."""
 
     params: list[Array]
     log_decay: Array
@@ -70,7 +70,7 @@ LOSSES = gradhpo.LossFunctions(train_loss, val_loss)
 
 
 class Bytes(NamedTuple):
-    """Memory of a compiled program, and the part that its results share with its arguments."""
+    """Memory of a compiled program, and the part its results share with its arguments."""
 
     held: int
     shared: int
@@ -99,7 +99,7 @@ def of_run(optimizer: gradhpo.BilevelOptimizer, of: Network) -> Bytes:
 def by_hand(of: Network, *, scanned: bool = False) -> Bytes:
     """The same in plain JAX: the exact hypergradient of one step of Adam.
 
-    By `jax.vjp` of the step, or `scanned`: by `jax.grad` through a checkpointed scan of one.
+    By `jax.vjp` of the step, or if `scanned` by `jax.grad` through a checkpointed scan of one step.
     """
 
     def body(of: Network, carry: PyTree, number: Array):
@@ -144,7 +144,7 @@ def _scanned_step(batch: tuple[Array, Array], h: Array, carry: tuple) -> tuple:
 
 
 def plain(of: Network, *, donate: bool) -> Bytes:
-    """Training without hypergradients, and without refusal."""
+    """Training without hypergradients or refusal of non-finite steps."""
 
     def body(of: Network, carry: PyTree, number: Array):
         w, s = carry
@@ -162,9 +162,9 @@ def _scan(body: Callable, *, donate: bool) -> Any:
 
 
 def bytes_alive(of: Network, callback: Callable | None) -> int:
-    """The most that arrays hold during a run at the end of a chunk, the caller's among them.
+    """The most that arrays hold at the end of a chunk of a run, including the caller's.
 
-    Watched by a callback that no state is kept for; `callback` is a user's, or none.
+    Measured by a callback that needs no state; `callback` is a user's, or none.
     """
     optimizer, alive = ALGORITHMS["OneStepOptimizer"], []
     state = optimizer.init(of.params, of.log_decay)

@@ -27,7 +27,7 @@ WIDTHS = (12, 70, 281, 963, 3_125)  # of 64-w-w-10: about 10^3, 10^4, ..., 10^7 
 
 
 class Decayed(eqx.Module):
-    """A network with weight decay: one for all, or one for each array, row or parameter."""
+    """A network with weight decay: one in total, or one per array, row or parameter."""
 
     net: eqx.nn.MLP
     log_decays: list[jax.Array]
@@ -57,7 +57,7 @@ def train_loss(model: Decayed, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def decayed_program(name: str, width: int, for_each: str) -> tuple[Program, int, int]:
-    """A compiled step, its number of parameters, and of hyperparameters."""
+    """A compiled step, and its numbers of parameters and hyperparameters."""
     keys = jax.random.split(jax.random.key(0), 3)
     net = eqx.nn.MLP(64, 10, width, 2, key=keys[0])
     model = Decayed(net, decays(net, for_each))
@@ -71,16 +71,16 @@ def decayed_program(name: str, width: int, for_each: str) -> tuple[Program, int,
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
-    """b of the power law a n^b, by least squares of the logarithms."""
+    """b in the power law a n^b, by least squares on logarithms."""
     return float(np.polyfit(np.log(sizes), np.log(costs), 1)[0])
 
 
 def print_steps() -> None:
-    """In T; beside `jax.grad` through a scan with segments and steps under `jax.checkpoint`."""
+    """In T; against `jax.grad` through a scan, segments and steps under `jax.checkpoint`."""
     print(
         "\nExact hypergradient against inner steps T (MLP 64-128-10, batches of 32):\n"
-        'checkpoints="sqrt", and jax.grad through a scan by hand, segments of about root T and '
-        "steps under jax.checkpoint"
+        'checkpoints="sqrt", and jax.grad through a hand-written scan, segments of about root T '
+        "and steps under jax.checkpoint"
     )
     lengths = [10, 100, 1_000, 10_000, 100_000]
     by_hand = {10: 2, 100: 10, 1_000: 25, 10_000: 100, 100_000: 250}  # steps of a segment

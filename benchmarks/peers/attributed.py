@@ -1,7 +1,7 @@
-"""Weights of examples through a whole training: the problem of the table `bergson`, and ours.
+"""Example weights through a whole training: the problem of the table `bergson`, and our side.
 
-Digits, batches that a file holds, an MLP with tanh, a weight of 1 for each of 1,000 examples. A
-query is one validation example, or the mean over a batch of them.
+Digits, batches from a file, an MLP with tanh, a weight of 1 for each of 1,000 examples. A query is
+one validation example, or the mean over a batch of them.
 """
 
 import functools
@@ -22,7 +22,7 @@ import gradhpo
 
 EXAMPLES, QUERIES = 1_000, 5
 RATE, MOMENTUM = 0.1, 0.9
-# The betas and both epsilons of bergson's own settings.
+# bergson's own betas and epsilons.
 ADAM_RATE, BETAS, EPS, EPS_ROOT, DECAY = 3e-3, (0.95, 0.975), 1e-8, 1e-17, 0.01
 OPTIMIZERS = {
     "SGD": optax.sgd(RATE, momentum=MOMENTUM),
@@ -42,7 +42,7 @@ SIZES = {"small": Size(32, 100, 50), "large": Size(512, 50, 250)}
 
 
 def write_problem(path: Path, size: Size) -> None:
-    """All that both programs start from; three tenths of the training labels are wrong."""
+    """Everything that both programs start from; three tenths of the training labels are wrong."""
     x, y = load_digits(return_X_y=True)
     random = np.random.default_rng(0)
     order = random.permutation(len(x))
@@ -110,7 +110,7 @@ LOSSES = gradhpo.LossFunctions(train_loss, val_loss)
 
 
 def replayed(problem: Problem, optimizer: str, queries: bool) -> Callable[[], Array]:
-    """By `replay` with states in a directory, as bergson keeps its own."""
+    """By `replay` with states in a directory, as in bergson."""
     bilevel = gradhpo.OneStepOptimizer(OPTIMIZERS[optimizer])
     state = bilevel.init(problem.params, problem.weights)
 
@@ -127,7 +127,7 @@ def replayed(problem: Problem, optimizer: str, queries: bool) -> Callable[[], Ar
 
 
 def unrolled(problem: Problem, optimizer: str, queries: bool) -> Callable[[], Array]:
-    """By `UnrolledOptimizer` with checkpoints, in one compiled program; one query alone."""
+    """By `UnrolledOptimizer` with checkpoints, in one compiled program; for one query only."""
     assert not queries
     bilevel = unrolled_optimizer(problem, optimizer)
     state = bilevel.init(problem.params, problem.weights)
@@ -143,7 +143,7 @@ def unrolled_optimizer(problem: Problem, optimizer: str) -> gradhpo.UnrolledOpti
 
 
 def by_jax(problem: Problem, optimizer: str, queries: bool) -> Callable[[], Array]:
-    """By `jax.vjp` of a scan whose segments and steps are under `jax.checkpoint`, by hand."""
+    """By `jax.vjp` of a hand-written scan, segments and steps under `jax.checkpoint`."""
     inner = OPTIMIZERS[optimizer]
     segment = next(n for n in range(int(problem.steps**0.5), 0, -1) if problem.steps % n == 0)
 

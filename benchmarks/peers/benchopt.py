@@ -1,4 +1,4 @@
-"""The same iterates as the solvers of benchopt's benchmark_bilevel."""
+"""Checks for the same iterates as the solvers of benchopt's benchmark_bilevel."""
 
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ NOTES = """\
 
 
 class Row(NamedTuple):
-    """A solver of theirs with its parameters, and the settings of ours."""
+    """One of their solvers with its parameters, and our settings."""
 
     label: str
     name: str

@@ -1,8 +1,9 @@
-"""Against bergson: the same scores of training examples, their order, their time and memory.
+"""Against bergson: the same scores of training examples, their ranking, time and memory.
 
-bergson (EleutherAI) attributes what a network does to its training examples, in PyTorch. Its MAGIC
-is exact: it keeps checkpoints of a training in a directory, and goes back through every step for
-each query. `replay` computes the same; both are checked against trainings without some examples.
+bergson (EleutherAI) attributes a network's behaviour to its training examples, in PyTorch. Its
+MAGIC is exact: it keeps checkpoints of a training in a directory, and goes back through every step
+for each query. `replay` computes the same; both are checked against retraining without some
+examples.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from benchmarks.rows import Row, measured, taken
 
 THEIRS = ("attribution_bergson.py", ("bergson==2.5.1", "torch==2.14.1", "numpy==2.4.6"))
 OURS: tuple[str, tuple[str, ...]] = ("attribution_gradhpo.py", ())
-# One thread each: on a busy machine two that wait for each other measure the wait.
+# One thread each: on a busy machine, two threads would measure their wait for each other.
 ONE_THREAD = {
     "JAX_PLATFORMS": "cpu",
     "OMP_NUM_THREADS": "1",
@@ -64,7 +65,7 @@ def opened(program: tuple[str, tuple[str, ...]], size: str, dtype: str) -> Itera
 
 
 def numbers(setting: Mapping[str, Any]) -> dict[str, Any]:
-    """Differences in float64 from `replay`, and scores against the same trainings."""
+    """Differences from `replay` in float64, and scores against the same trainings."""
     size, optimizer = setting["size"], setting["optimizer"]
     found: dict[str, np.ndarray] = {}
     with opened(OURS, size, "float64") as ours, opened(THEIRS, size, "float64") as theirs:
@@ -114,9 +115,9 @@ def scored(size: str, optimizer: str, hypergradients: dict[str, np.ndarray]) -> 
 
 
 def cost(setting: Mapping[str, Any], repeats: int) -> dict[str, Any]:
-    """Seconds of the processor by turns, and memory of each process before and at its peak.
+    """Alternating CPU seconds, and memory of each process before and at its peak.
 
-    By the clock, a busy machine slows long programs down more than short ones.
+    In wall-clock time, a busy machine slows long programs down more than short ones.
     """
     many = setting["queries"] > 1
     request = {"optimizer": setting["optimizer"], "queries": many}
@@ -140,7 +141,7 @@ def cost(setting: Mapping[str, Any], repeats: int) -> dict[str, Any]:
 
 
 def row(setting: Mapping[str, Any], repeats: int) -> dict[str, Any]:
-    """What is measured, or why bergson cannot be."""
+    """The measurements, or why bergson cannot be measured."""
     try:
         return numbers(setting) if setting["what"] == "numbers" else cost(setting, repeats)
     except PeerError as error:
@@ -150,8 +151,8 @@ def row(setting: Mapping[str, Any], repeats: int) -> dict[str, Any]:
 def print_bergson(quick: bool = False, file: Path | None = None) -> None:
     print(
         f"\nA weight for each of {EXAMPLES:,} examples of digits, through whole trainings, on one "
-        "thread: bergson, gradhpo, and\n`jax.vjp` of a scan by hand whose segments and steps are "
-        "under `jax.checkpoint`. MLP with tanh, three\ntenths of the labels wrong"
+        "thread: bergson, gradhpo, and\n`jax.vjp` of a hand-written scan, segments and steps under "
+        "`jax.checkpoint`. MLP with tanh, three\ntenths of the labels wrong"
     )
     for name, (width, steps, batch) in SIZES.items():
         print(f"  {name}: 64-{width}-{width}-10, {steps} steps with batches of {batch}")
@@ -183,10 +184,9 @@ def print_numbers(rows: list[Row]) -> None:
 
 def print_costs(rows: list[Row]) -> None:
     print(
-        "\nTraining and hypergradient, float32: medians of seconds of the processor (not by the "
-        "clock), in turn, after a\nfirst call that compiles; over the seconds of gradhpo's replay "
-        "(lowest to highest of pairs); MiB of the process\nbefore the first call, and at its peak, "
-        "compilation included"
+        "\nTraining and hypergradient, float32: median CPU seconds (not wall-clock), alternating, "
+        "after a\nfirst call that compiles; relative to gradhpo's replay (lowest to highest of "
+        "pairs); MiB of the process\nbefore the first call, and at its peak, including compilation"
     )
     print(f"    {'':28} {'s':>8} {'ratio':>7} {'':17} {'before':>7} {'peak':>7} {'more':>6}")
     for of in rows:

@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.peers.environment import Worker, clone_of
 
 
-# Set this variable to a copy of the repository where GitHub cannot be reached.
+# Without access to GitHub, set this variable to a copy of the repository.
 SOURCE = os.environ.get("BENCHMARK_BILEVEL", "https://github.com/benchopt/benchmark_bilevel")
 COMMIT = "3ad65dccff5cce27a656630a4f98be52920850b4"
 # Later releases of joblib lack a module that this benchopt imports.
@@ -29,7 +29,7 @@ class Value(NamedTuple):
     start: np.ndarray
 
     def above(self, x: Any) -> np.ndarray:
-        """How far h lies above its minimum, relative to where the search starts.
+        """How far h lies above its minimum, relative to the start of the search.
 
         Exact to the last digit near the minimum, since h is never evaluated there.
         """
@@ -40,7 +40,7 @@ class Value(NamedTuple):
 
 
 def value_of(path: Path) -> Value:
-    """In float64, from the means of the matrices that are solved with."""
+    """In float64, from the means of the matrices of the problem."""
     with np.load(path) as found:
         mean = lambda name: np.mean(np.asarray(found[name], np.float64), axis=0)
         h, c, of_w = (mean(f"inner_{x}") for x in ("hess_inner", "cross", "linear_inner"))
@@ -66,7 +66,7 @@ class Both(NamedTuple):
 def both(x64: bool) -> Iterator[Both]:
     """The two programs, each with the same quadratic.
 
-    Raises `PeerError` where the other one cannot be had: it draws the quadratic.
+    Raises `PeerError` if the other one, which draws the quadratic, is not available.
     """
     root = clone_of(SOURCE, COMMIT)
     settings = {"JAX_ENABLE_X64": str(int(x64)), "JAX_PLATFORMS": "cpu"}

@@ -3,13 +3,13 @@
 gradhpo, random search and Optuna's TPE minimise the same validation loss over the same space, from
 the same first point, with the same training, compiled once. The rules:
 
-- One fit is the steps of one full training. For gradhpo, inner steps are counted; the cost of
-  hypergradients shows in seconds, which leave compilation out.
+- One fit is the number of steps of one full training. For gradhpo we count inner steps; the cost of
+hypergradients shows in seconds, which exclude compilation.
 - A point of a curve is the lowest validation loss so far of fully trained models. Where gradhpo
-  carries its parameters on, that is the model trained online, evaluated once in each fit. Row
-  `retrained`: one more fit, from the start, with the hyperparameters reached by then, whether its
-  loss is the lowest or not.
-- Test losses and accuracies belong to these models; nothing is selected by them.
+keeps training its parameters, that is the model trained online, evaluated once per fit. Row
+`retrained`: one more fit, from the start, with the current hyperparameters, even if its loss is not
+the lowest so far.
+- Test losses and accuracies are those of these models; they select nothing.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ FIGURE = ROOT / "docs" / "images" / "quality_against_budget.png"
 
 
 class Training:
-    """One full training, compiled as one program of hyperparameters and data."""
+    """One full training, compiled as a function of hyperparameters and data."""
 
     def __init__(self, problem: Problem) -> None:
         train_loss, val_loss = problem.losses.train_loss, problem.losses.val_loss
@@ -69,7 +69,7 @@ class Training:
         return self.problem.place(jnp.broadcast_to(jnp.float32(point), self.problem.size))
 
     def at(self, case: Case, point: float) -> Curve:
-        """A single fit with all coordinates alike."""
+        """A single fit with all coordinates equal."""
         started = time.perf_counter()
         params, loss = self.fit(case, self.place(point))
         return self.curve(case, [time.perf_counter() - started], [float(loss)], lambda k: params)
@@ -83,9 +83,9 @@ class Training:
         lowest: bool = True,
         more: int = 0,
     ) -> Curve:
-        """After each look: the lowest loss so far, and the test of its model.
+        """After each evaluation: the lowest loss so far, and its model's test results.
 
-        Without `lowest`, each look by itself. There have been `more` fits than looks.
+        Without `lowest`, each evaluation by itself. There have been `more` fits than evaluations.
         """
         losses = np.where(np.isfinite(losses), losses, np.inf)
         looks = np.arange(len(losses))
@@ -97,20 +97,20 @@ class Training:
         return Curve(fits, np.asarray(seconds), losses[looks], test_losses, accuracies)
 
 
-# Searchers yield points of the unit cube, and are sent the validation loss of each.
+# Searchers yield points of the unit cube, and receive the validation loss of each.
 
 
 def random_search(size: int, seed: int, tied: bool = False) -> Generator:
-    """Uniform in the cube, after its middle; tied, along its diagonal."""
-    random = np.random.default_rng([seed, 1])  # numbers that the data do not use
+    """The middle of the cube, then uniform in it; if tied, along its diagonal."""
+    random = np.random.default_rng([seed, 1])  # a stream that the data do not use
     yield 0.5
     while True:
         yield random.uniform(size=() if tied else size)
 
 
 def tpe(worker: Worker, size: int, seed: int) -> Generator:
-    """Optuna's, in a process of its own; its first trial is the middle as well."""
-    worker.ask("begin", seed=seed, first=[0.5] * size)  # here: before the clock of a search starts
+    """Optuna's, in a separate process; its first trial is the middle as well."""
+    worker.ask("begin", seed=seed, first=[0.5] * size)  # before the clock of a search starts
 
     def suggestions() -> Generator:
         while True:
@@ -135,10 +135,10 @@ def searched(training: Training, case: Case, searcher: Generator, trials: int) -
 def followed(
     training: Training, case: Case, outer_fits: int
 ) -> tuple[Curve, Curve | None, float | None]:
-    """The curve of gradhpo, and that of fresh trainings with its hyperparameters.
+    """The curves of gradhpo and of fresh trainings with its hyperparameters.
 
-    With cold restarts every fit is a fresh training: instead of the second curve, the largest
-    relative difference of plain training from its losses.
+    With cold restarts every fit is a fresh training, so the second result is instead the largest
+    relative difference between its losses and plain training's.
     """
     problem, optimizer = training.problem, training.problem.optimizer
     each = problem.steps // optimizer.num_inner_steps  # outer steps in a fit
@@ -156,7 +156,7 @@ def followed(
         num_steps=each * outer_fits, chunk_size=each, callbacks=[look], progress=False,
         steps_per_episode=1 if problem.cold else None, reptile_rate=0.0 if problem.cold else 1.0,
     )  # fmt: skip
-    # The loss at a look is that of the hyperparameters before its outer update.
+    # The loss of an evaluation belongs to the hyperparameters before the outer update.
     losses = history["val_loss"][each - 1 :: each]
 
     differences = []
@@ -184,7 +184,7 @@ def followed(
 
 
 def first_calls(training: Training, case: Case) -> tuple[float, float]:
-    """Seconds of the first fit, and of the first of gradhpo, with compilation."""
+    """Seconds of the first fit, and of gradhpo's first, with compilation."""
     if training.problem.alone:
         training.at(training.problem.alone(case), 1.0)
     started = time.perf_counter()
@@ -195,7 +195,7 @@ def first_calls(training: Training, case: Case) -> tuple[float, float]:
 
 
 def compared(problem: Problem, seeds: int, worker: Worker | PeerError) -> Results:
-    """Every row for every seed; a row that cannot be made is the reason instead."""
+    """Every row for every seed; the reason where a row cannot be made."""
     training = Training(problem)
     compiled = first_calls(training, problem.case(0))
     rows: dict[str, list[Curve] | str] = {}
@@ -231,7 +231,7 @@ def compared(problem: Problem, seeds: int, worker: Worker | PeerError) -> Result
 
 
 def print_budget(seeds: int = 5, most: int | None = None, figure: Path | None = None) -> None:
-    """With at most `most` fits in a search, and a picture in `figure`.
+    """With at most `most` fits per search, and a picture in `figure`.
 
     `print_budget(2, 3)` is a smoke test.
     """

@@ -1,6 +1,6 @@
 """Three problems on scikit-learn's data, with 2, 109 and 1,000 hyperparameters.
 
-Searchers see a unit cube: `place` turns a point of it into hyperparameters, and all begin at its
+Searchers see a unit cube: `place` turns its points into hyperparameters, and all start in the
 middle. A fit is `steps` steps of the inner optimizer from the given start.
 """
 
@@ -24,7 +24,7 @@ class Case(NamedTuple):
     """Everything that depends on the seed."""
 
     params: PyTree  # at the start of every fit
-    train: Any  # from the index of a step to its batch, or one batch for all steps
+    train: Any  # a function from step index to batch, or one batch for all steps
     val: Any
     test: Any
 
@@ -41,16 +41,16 @@ class Problem(NamedTuple):
     accuracy: Callable | None
     optimizer: gradhpo.BilevelOptimizer
     recipe: str  # that optimizer, in words
-    cold: bool  # restarts each fit from the start, or carries its parameters on
-    trials: int = 100  # of random search, which needs a fit for each
+    cold: bool  # restart every fit, or carry the parameters on
+    trials: int = 100  # of random search, one fit each
     tpe_trials: int = 100
     outer_fits: int = 30  # inner steps of gradhpo, in fits
-    tied: bool = False  # all hyperparameters can be one
+    tied: bool = False  # the hyperparameters can share one value
     alone: Callable[[Case], Case] | None = None  # training on the validation set
 
 
 class Repeated(eqx.Module):
-    """The batches of the first fit again in all others: all fits minimise the same function."""
+    """Repeats the batches of the first fit, so that all fits minimise the same function."""
 
     batches: gradhpo.ArrayData
     period: int = eqx.field(static=True)
@@ -60,12 +60,12 @@ class Repeated(eqx.Module):
 
 
 def between(low: float, high: float) -> Callable[[Array], Array]:
-    """From [0, 1] to logarithms."""
+    """Maps [0, 1] to logarithms."""
     return lambda x: np.log(low) + x * (np.log(high) - np.log(low))
 
 
 def within(place: Callable[[Array], PyTree], size: int) -> optax.GradientTransformation:
-    """Projects the updates of the outer optimizer onto the space that the others search."""
+    """Projects the outer optimizer's updates onto the space that the others search."""
     low, high = place(jnp.zeros(size)), place(jnp.ones(size))
     move = lambda step, x, low, high: jnp.clip(x + step, low, high) - x
     return optax.stateless(lambda steps, x: jax.tree.map(move, steps, x, low, high))
@@ -131,7 +131,7 @@ def rate_and_decay() -> Problem:
 
 
 def quadratic_for_each_sex(x: np.ndarray) -> np.ndarray:
-    """All products of up to two of nine measurements, and of these with the sex: 109 features."""
+    """Products of up to two of nine measurements, alone and times sex: 109 features."""
     measured, sex = np.delete(x, 1, axis=1), x[:, 1:2]
     pairs = combinations_with_replacement(range(measured.shape[1]), 2)
     products = [measured[:, i] * measured[:, j] for i, j in pairs]
@@ -159,7 +159,7 @@ def penalties() -> Problem:
         return (squared_error(w, hyperparams, batch) + penalty) / 2
 
     def inner(hyperparams: PyTree) -> optax.GradientTransformation:
-        """Each weight at a rate that its own penalty allows; the data's curvature is below 30."""
+        """The rate of each weight is set by its penalty; the data's curvature is below 30."""
         rates = 1 / (30 + jnp.exp(hyperparams["log_l2"]))
         scaled = optax.stateless(lambda gradient, _: -rates * gradient)
         return optax.chain(scaled, optax.trace(0.9, nesterov=True))

@@ -1,4 +1,4 @@
-"""The results of `budget.py`: tables, intervals over seeds, the picture."""
+"""The results of `budget.py`: tables, intervals over seeds, and the picture."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -25,20 +25,20 @@ REFERENCES = ("untuned", "val. set alone")  # single fits
 
 
 class Curve(NamedTuple):
-    """One search with one seed: spent and reached after each look."""
+    """One search with one seed: the budget spent and the losses reached after each evaluation."""
 
     fits: np.ndarray
     seconds: np.ndarray
-    losses: np.ndarray  # in validation
+    losses: np.ndarray  # on validation data
     test_losses: np.ndarray  # of the same models
-    accuracies: np.ndarray  # in the test; `nan` where nothing is classified
+    accuracies: np.ndarray  # on test data; `nan` for regression
 
 
 class Results(NamedTuple):
     problem: Problem
-    rows: dict[str, list[Curve] | str]  # a curve for each seed, or the reason why there is none
+    rows: dict[str, list[Curve] | str]  # a curve for each seed, or why there is none
     compiled: tuple[float, float]  # seconds of the first fit, and of gradhpo's first
-    difference: float | None  # largest relative one between plain training and gradhpo's losses
+    difference: float | None  # the largest, relative, between plain training and gradhpo's losses
 
 
 class Mean(NamedTuple):
@@ -52,7 +52,7 @@ class Mean(NamedTuple):
 
 
 def geometric(values: np.ndarray) -> Mean:
-    """Means and intervals of the logarithms, over the first axis."""
+    """Geometric means and intervals, over the first axis."""
     logs = np.log(values)
     middle, half = logs.mean(axis=0), half_interval(logs)
     return Mean(np.exp(middle), np.exp(middle - half), np.exp(middle + half))
@@ -65,7 +65,7 @@ def percent(accuracies: np.ndarray) -> str:
 def reached(
     curves: list[Curve], axis: str, budget: float, what: str = "losses"
 ) -> np.ndarray | str:
-    """The value of every seed when `budget` has been spent."""
+    """Every seed's value once `budget` has been spent."""
     spent = [getattr(curve, axis) for curve in curves]
     if max(each[0] for each in spent) > budget:
         return "-"
@@ -112,7 +112,7 @@ def print_ends(rows: dict[str, list[Curve] | str]) -> None:
 
 
 def print_pairs(rows: dict[str, list[Curve] | str]) -> None:
-    """Within seeds, where the shorter of two searches ends: splits differ in difficulty."""
+    """Compares within seeds, at the end of the shorter search: splits differ in difficulty."""
     whose = "  retrained" if "  retrained" in rows else "gradhpo"
     print(
         f"  validation loss of {whose.strip()} over that of others, within seeds, "
@@ -143,7 +143,7 @@ def print_problem(results: Results) -> None:
         print(f"  plain training gives its losses; largest relative difference: {difference:.1g}")
     print_budgets("validation, fits", rows, "fits", FITS)
     ended = min(curve.seconds[-1] for curve in rows["gradhpo"])
-    beyond = max(4, int(np.searchsorted(TIMES, ended)) + 1)  # gradhpo's end is within them
+    beyond = max(4, int(np.searchsorted(TIMES, ended)) + 1)  # include gradhpo's end
     print_budgets("validation, s", rows, "seconds", TIMES[beyond - 4 : beyond])
     if problem.accuracy is None:
         print_budgets("test loss, fits", rows, "fits", FITS, "test_losses")

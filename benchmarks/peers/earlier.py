@@ -1,8 +1,8 @@
-"""Against the earlier `gradhpo` 0.1.3 of the package index, which shares our names and no code.
+"""Against the earlier `gradhpo` 0.1.3 from the package index, which shares our names but no code.
 
 The job is its tutorial's: a learning rate for each of the 517 parameters of a small network.
 Its own `run` is timed as the tutorial calls it, and once more with the outer rate inside an optax
-optimizer, where its compilations can be found again.
+optimizer, so that compiled programs can be reused.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from benchmarks.timed import by_turns
 
 
 REQUIREMENTS = ["gradhpo==0.1.3", "jax==0.10.2", "jaxlib==0.10.2", "optax==0.2.8"]
-# Each algorithm of 0.1.3, and ours: T1-T2 with differences in the rates, as in 0.1.3, and with
-# differences in the weights.
+# Each algorithm of 0.1.3, and ours: T1-T2 with finite differences in the rates, as in 0.1.3, and in
+# the weights.
 ALGORITHMS = {
     "one step": ["one step"],
     "T1-T2": ["T1-T2", "T1-T2, weights"],
@@ -53,10 +53,9 @@ def print_earlier(limit: float = 60.0) -> None:
         f"  517 learning rates of an MLP 10-32-5, {EPISODES} episodes of {STEPS} inner steps,"
         f" batches of 128\n"
         f"  With {versions} for the peer; both on the CPU\n"
-        f"  in (): as far as it came in {limit:.0f} s, and from there on with the mean of all"
-        " episodes but\n"
-        f"  the first (of that where there is but one); six fits of theta in {EPISODES} episodes of"
-        " HyperDistill\n"
+        f"  in (): scaled up from what it finished in {limit:.0f} s, with the mean of all episodes"
+        " but\n  the first (or that one, if there are no others); HyperDistill fits theta six times"
+        f" in {EPISODES} episodes\n"
         f"    {'':24}{'episodes':>9}{'ms an inner':>13}{'s a whole':>11}"
         f"{'compilations':>14}{'peak':>9}{'MiB per':>9}\n"
         f"    {'':24}{'done':>9}{'step':>13}{'job':>11}"
@@ -120,8 +119,8 @@ def print_own_run(reply: dict) -> float:
 def whole_job(ends: list[float], theta: float) -> float:
     """Seconds of all episodes, from the `ends` of those done and the seconds of a fit of theta.
 
-    One-time costs are in the first episode alone. HyperDistill fits theta in it, and then once in
-    `ESTIMATION_PERIOD` episodes.
+    One-time costs fall only in the first episode. HyperDistill fits theta in it, and then once
+    every `ESTIMATION_PERIOD` episodes.
     """
     more = len(ends) - 1
     if not more:
@@ -173,8 +172,8 @@ def print_row(
 def print_hypergradients() -> None:
     """Relative error and cosine of a step's hypergradient against the formula.
 
-    It is read from what `step` applies, and from what `compute_hypergradient` returns; the columns
-    of float32 show the latter.
+    Taken from the update of `step` and from the result of `compute_hypergradient`; the float32
+    columns show the latter.
     """
     print(
         "\n  Hypergradients against each algorithm's own formula: |error| / |formula|, cosine\n"

@@ -1,10 +1,10 @@
-"""A virtual environment for each peer, and a process in it that answers requests.
+"""A virtual environment for each peer, and a process inside it that answers requests.
 
-Peers pin versions that conflict with each other and with ours, so each has an environment of its
-own, made from the package index on first use and kept in `benchmarks/.peers/`. A process for each
-program also keeps memory apart; and since it stays alive and measures once for each request,
-programs in different environments can be timed by turns. POSIX only: the wait for an answer is
-limited by `select` on a pipe.
+Peers pin versions that conflict with each other and with ours, so each gets a separate environment,
+made from the package index on first use and kept in `benchmarks/.peers/`. Separate processes also
+separate memory; and since a process stays alive and measures once per request, timings of programs
+in different environments can alternate. POSIX only: `select` on a pipe limits the wait for an
+answer.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ class PeerError(Exception):
 def python_of(requirements: Sequence[str]) -> Path:
     """The interpreter of an environment that holds exactly these requirements.
 
-    Raises `PeerError` with the reason, usually pip's last lines, where it cannot be made.
+    Raises `PeerError` with the reason, usually pip's last lines, if that fails.
     """
     digest = hashlib.sha256(" ".join([sys.version, *requirements]).encode()).hexdigest()[:8]
     directory = CACHE / f"{requirements[0].split('=')[0]}-{digest}"
@@ -63,9 +63,9 @@ def python_of(requirements: Sequence[str]) -> Path:
 
 
 def clone_of(url: str, commit: str) -> Path:
-    """A program that no index has: this commit of its repository.
+    """Clones a program that is on no package index, at this commit.
 
-    Raises `PeerError` with the last line of git where it cannot be had.
+    Raises `PeerError` with git's last line if that fails.
     """
     directory = CACHE / f"{Path(url).stem}-{commit[:8]}"
     if (directory / "cloned").exists():
@@ -97,7 +97,7 @@ class Worker:
     """A script of `workers/` in its own process, asked by lines of JSON (see `worker.serve`)."""
 
     def __init__(self, script: str, requirements: Sequence[str] = (), **environment: str) -> None:
-        """Without requirements, this interpreter runs it, and it is ours: it can import gradhpo.
+        """Without requirements it is ours: this interpreter runs it, and it can import gradhpo.
 
         A failure of ours is a bug, raised as `RuntimeError`; a failure of a peer is a `PeerError`,
         reported in the table.
@@ -107,7 +107,7 @@ class Worker:
         self._ended = ""  # the reason, once it has ended
         python = python_of(requirements) if requirements else Path(sys.executable)
         settings = {**os.environ, **environment}
-        # A program from the cache of an earlier run would hide the time of compilation.
+        # A program cached by an earlier run would hide the compilation time.
         settings.pop("JAX_COMPILATION_CACHE_DIR", None)
         # A peer must not find our packages before its own.
         settings["PYTHONPATH"] = "" if requirements else str(ROOT)
@@ -145,7 +145,7 @@ class Worker:
     def _line(self, limit: float) -> str:
         """Everything up to the end of a line, or of the process.
 
-        Read from the descriptor: `select` knows nothing of what the file object has buffered.
+        Read from the descriptor, since `select` does not know what the file object has buffered.
         """
         answers, line = self._process.stdout.fileno(), b""
         end = time.monotonic() + limit

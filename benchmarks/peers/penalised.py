@@ -1,8 +1,8 @@
-"""Penalised regression on real data, with exact hypergradients by NumPy in float64.
+"""Penalised regression on real data, with exact hypergradients in NumPy and float64.
 
 Ridge regression and the elastic net (diabetes, polynomial features) and logistic regression
-(digits), with a penalty for each feature. Ridge and the elastic net, on its support, have closed
-forms; logistic regression is solved by Newton's method and a dense solve.
+(digits), with a penalty for each feature. Ridge, and the elastic net on its support, have closed
+forms; logistic regression uses Newton's method and a dense solve.
 """
 
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class Solved(NamedTuple):
 
 
 def diabetes(degree: int) -> Data:
-    """Half of the patients to fit, half to judge; features of mean 0 and variance 1."""
+    """Half of the patients to fit, half to evaluate; features of mean 0 and variance 1."""
     x, y = load_diabetes(return_X_y=True)
     x = PolynomialFeatures(degree, include_bias=False).fit_transform(x / x.std(0))
     order = np.random.default_rng(0).permutation(len(x))
@@ -81,7 +81,7 @@ class Logistic(NamedTuple):
             norm = np.linalg.norm(gradient)
             if norm < 1e-14:
                 break
-            if factor is None or norm > before / 10:  # a Hessian is kept while it is good
+            if factor is None or norm > before / 10:  # reuse a Hessian while it is good
                 factor = self._factor(p, penalties)
             w, before = w - cho_solve(factor, gradient.ravel()).reshape(w.shape), norm
         factor = self._factor(softmax(x @ w), penalties)
@@ -132,7 +132,7 @@ class ElasticNet(NamedTuple):
         return Solved(w, hypergradient, np.mean(error**2) / 2)
 
     def _support(self, w, gram, target, l1, l2, sweeps: int = 5_000) -> np.ndarray:
-        """Coordinate descent until nothing moves; support and signs are used, not the values."""
+        """Coordinate descent until nothing moves; only its support and signs are used."""
         for _ in range(sweeps):
             before = w.copy()
             for i in range(len(w)):
@@ -146,7 +146,7 @@ class ElasticNet(NamedTuple):
 
 
 def tuned(model: Ridge | Logistic | ElasticNet, h: np.ndarray, rate: float, steps: int) -> Solved:
-    """Exact gradient descent on the penalties: the last `h`, in the place of the weights."""
+    """Exact gradient descent on the penalties; the last `h` takes the place of the weights."""
     w, solved = None, None
     for _ in range(steps):
         solved = model.solved(h, w)

@@ -1,10 +1,9 @@
 """Against PyTorch: the same hypergradients of data cleaning, one process for each library.
 
 Digits, three tenths of the labels wrong, an MLP 64-128-128-10 with relu, one weight for each of
-1,000 examples. All start from a file that is written here. Hypergradients must first agree, in
-float64 and in float32; then they are timed in float32, and their memory is counted: the peak of the
-arrays of a call, by PyTorch's profiler and by XLA. PyTorch runs eagerly, as these libraries do:
-nothing goes through `torch.compile`.
+1,000 examples. All start from a file written here. Hypergradients must first agree, in float64 and
+in float32. Then they are timed in float32, and the peak memory of a call's arrays is counted by
+PyTorch's profiler and by XLA. PyTorch runs eagerly, as these libraries do, without `torch.compile`.
 """
 
 import contextlib
@@ -22,11 +21,11 @@ from benchmarks.timed import by_turns
 
 
 STEPS, REPEATS, CALLS = 20, 11, 3
-# Largest relative difference from ours in float64 that counts as the same number. In float32 Adam
-# loses digits: roots of second moments near 0, and bias corrections that optax computes in float32.
+# Largest relative difference from ours in float64 that counts as equal. In float32 Adam loses
+# digits: roots of second moments near 0, and bias corrections that optax computes in float32.
 SAME = {"float64": 1e-5, "float32": 1e-2}
 TORCH = ("torch==2.14.1", "numpy==2.4.6")
-# hypertorch is on GitHub only; the package index has others as `hypertorch` and `hypergrad`.
+# hypertorch is on GitHub only; `hypertorch` and `hypergrad` on the package index are others.
 HYPERTORCH = (
     "hypergrad @ https://github.com/prolearner/hypertorch/archive/"
     "6241dfafcf37ddaf14e152ba5e5a3aa7165396d3.zip"
@@ -37,13 +36,13 @@ PEERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "higher": ("cleaning_higher.py", ("higher==0.2.1", *TORCH)),
     "torchopt": ("cleaning_torchopt.py", ("torchopt==0.7.3", *TORCH)),
     "hypertorch": ("cleaning_hypertorch.py", (*TORCH, HYPERTORCH)),
-    # It declares Python 3.10 as its newest, but runs on later ones.
+    # It declares support up to Python 3.10, but runs on later versions.
     "betty": ("cleaning_betty.py", ("betty-ml==0.2.1", "--ignore-requires-python", *TORCH)),
 }
 
 
 class Row(NamedTuple):
-    """A method of a peer, and the method of ours that it is compared with."""
+    """A method of a peer, and our method that it is compared with."""
 
     name: str
     peer: str
@@ -51,7 +50,7 @@ class Row(NamedTuple):
     ours: str
     optimizer: str = "sgd"
     steps: int = STEPS
-    exact: bool = True  # else another approximation of the same derivative
+    exact: bool = True  # otherwise another approximation of the same derivative
 
 
 UNROLLED = {
@@ -186,7 +185,7 @@ def print_pytorch() -> None:
                     print(f"  {row.name:33}{error}"[:100], flush=True)
             if rows[0].ours == "unrolled":
                 print_checkpoints(rows[0].optimizer, ours)
-        print("  * approximates the same thing in another way: not the same number")
+        print("  * another approximation of the same derivative: not the same number")
         try:
             print_growth(find("torch"), ours)
         except PeerError as error:
@@ -194,7 +193,7 @@ def print_pytorch() -> None:
 
 
 def print_versions(find: Callable[[str], Library]) -> None:
-    """Versions of the peers that are installed; the rows of a missing one say why."""
+    """Versions of the installed peers; the rows of a missing one say why."""
     found: list[str] = []
     for name in PEERS:
         with contextlib.suppress(PeerError):
@@ -229,7 +228,7 @@ SCANNED = "jax.grad, lax.scan with jax.checkpoint"
 
 
 def print_checkpoints(optimizer: str, ours: Library) -> None:
-    """Two others in JAX against keeping all states: `checkpoints="sqrt"`, and a scan by hand."""
+    """`checkpoints="sqrt"` and a hand-written scan in JAX, against keeping all states."""
     setting = {"optimizer": optimizer, "steps": STEPS}
     kept = {"method": "unrolled", **setting}
     others = {'gradhpo itself, checkpoints="sqrt"': "sqrt", SCANNED: "scanned"}
@@ -247,7 +246,7 @@ def print_checkpoints(optimizer: str, ours: Library) -> None:
 
 
 def print_growth(torch: Library, ours: Library) -> None:
-    """Memory over the number of steps, by PyTorch and by gradhpo."""
+    """Memory over the number of steps, in PyTorch and gradhpo."""
     print(" memory in MiB by steps of SGD with momentum" + "".join(f"{t:8}" for t in (20, 40, 80)))
     of = lambda library, method: [
         library.mib(method=method, optimizer="sgd", steps=t) for t in (20, 40, 80)

@@ -1,4 +1,4 @@
-"""Suboptimality of the value function against time, beside benchopt's benchmark_bilevel."""
+"""Suboptimality of the value function over time, compared with benchopt's benchmark_bilevel."""
 
 import statistics
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from benchmarks.peers.environment import PeerError
 
 SEEDS = (1, 2, 3, 4, 5)
 RATES = {"step_size": 0.1, "outer_ratio": 0.2}  # of every method
-BUDGET = 4_000  # gradients of a batch
+BUDGET = 4_000  # batch gradients
 CHUNKS = 60  # after each, the outer variable is noted
 BATCH, INNER = 64, 10
 TARGETS = (1e-1, 1e-2)
@@ -21,7 +21,7 @@ TEN = {"n_inner_steps": INNER}
 
 
 class Method(NamedTuple):
-    """A method, and what one outer step of it costs in gradients of a batch (a product: two)."""
+    """A method, and the cost of one outer step in batch gradients (a product counts two)."""
 
     label: str
     name: str
@@ -39,7 +39,7 @@ class Method(NamedTuple):
 
 
 def multipliers(steps: int, growth: float) -> list[float]:
-    """1, and then as the benchmark's F2SA lets it grow."""
+    """1, then growing as in the benchmark's F2SA."""
     return [1.0, *(1 + growth * np.cumsum(np.arange(1, steps) ** (-1 / 7))).tolist()]
 
 
@@ -66,16 +66,16 @@ METHODS = [
 class Run(NamedTuple):
     seconds: np.ndarray
     above: np.ndarray  # relative suboptimality at these times
-    cost: float  # gradients of a batch between two of them
+    cost: float  # batch gradients between two times
 
     @property
     def level(self) -> float:
-        """At the end: the median of the last tenth."""
+        """The final level: the median over the last tenth."""
         last = self.above[-max(1, len(self.above) // 10) :]
         return float(np.median(last)) if np.isfinite(last).all() else float("inf")
 
     def reached(self, target: float) -> tuple[float, float]:
-        """Seconds and gradients until it is first below; infinite if it never is."""
+        """Seconds and gradients until it first falls below; infinite if it never does."""
         below = np.flatnonzero(self.above <= target)
         if not len(below):
             return float("inf"), float("inf")

@@ -1,9 +1,9 @@
-"""Does the verdict of `check_hypergradient` come true? Its number beside scores of retrainings.
+"""Does the verdict of `check_hypergradient` come true? Its number against retraining scores.
 
 Every configuration is a training of a small classifier. Its score is that of `retraining_score`:
 the rank correlation, over retrainings with a few percent of the examples left out, of predicted and
-true changes of the validation loss. The thresholds between the verdicts are set on one half of the
-configurations, drawn by a seed, and tested on the other half.
+true changes in the validation loss. The thresholds between the verdicts are set on a random half of
+the configurations and tested on the other.
 """
 
 from collections.abc import Sequence
@@ -26,14 +26,14 @@ GOOD, BAD, EXCELLENT = 0.8, 0.5, 0.95
 
 
 class Thresholds(NamedTuple):
-    """Halfway between the configurations on both sides, in `trust`."""
+    """Values of `trust`, halfway between the configurations on either side."""
 
     trusted: float
     not_trusted: float
 
 
 def print_trust(quick: bool = False, file: Path | None = None) -> None:
-    """Configurations that the file has are not measured again."""
+    """Configurations already in the file are not measured again."""
     configs, retrainings = (QUICK, 8) if quick else (GRID, RETRAININGS)
     rows = measured_of(configs, retrainings, file)
     setting = setting_half(configs)
@@ -57,14 +57,14 @@ def setting_half(configs: Sequence[Config], seed: int = SEED) -> np.ndarray:
 
 
 def measured_of(configs: Sequence[Config], retrainings: int, file: Path | None) -> list[dict]:
-    """Rows of the configurations, each written to the file as soon as it is known."""
+    """The configurations' rows, each written to the file once measured."""
     settings = [vars(config) | {"retrainings": retrainings} for config in configs]
     config_of = lambda row: Config(**{name: row[name] for name in Config.__dataclass_fields__})
     return measured(settings, lambda row: row_of(config_of(row), retrainings), file)
 
 
 def thresholds_of(trust: np.ndarray, scores: np.ndarray) -> Thresholds:
-    """Set so that all above the first have a good score, and all below the second a bad one."""
+    """All trust above the first goes with a good score, all below the second with a bad one."""
     not_good, not_bad = trust[scores < GOOD], trust[scores >= BAD]
     above = trust[trust > np.max(not_good, initial=0.0)]
     below = trust[trust < np.min(not_bad, initial=1.0)]
@@ -75,7 +75,7 @@ def thresholds_of(trust: np.ndarray, scores: np.ndarray) -> Thresholds:
 
 
 def auc(trust: np.ndarray, scores: np.ndarray) -> float:
-    """The probability that a good score has more trust than a bad one; equal ones count half."""
+    """The probability that a good score has more trust than a bad one; ties count half."""
     good, bad = trust[scores >= GOOD][:, None], trust[scores < BAD][None]
     return float(np.mean((good > bad) + 0.5 * (good == bad)))
 

@@ -1,4 +1,4 @@
-"""The configurations that thresholds are set on and tested on."""
+"""The configurations that set and test the thresholds."""
 
 from benchmarks.trust.problems import Config
 
@@ -52,5 +52,5 @@ _CANCER = [
     Config("cancer", estimator="last tenth", steps=200),
 ]
 GRID = [*_DIGITS, *_CANCER]
-# Of `--quick`: enough to see that everything runs.
+# For `--quick`: enough to see that everything runs.
 QUICK = [Config(steps=20), Config(factor=30, steps=50), Config("cancer", steps=20, dropout="live")]

@@ -15,9 +15,9 @@ from sklearn.datasets import load_breast_cancer, load_digits
 import gradhpo
 
 
-QUERIES, OF_A_QUERY = 5, 20  # validation batches of their own, and examples in each
+QUERIES, OF_A_QUERY = 5, 20  # separate validation batches, and examples in each
 TRAINED = 400
-MOST_SEEDS = 101  # of live configurations: the training itself, and retrainings
+MOST_SEEDS = 101  # of live configurations: the training itself and retrainings
 WIDTH = 32
 DROPPED = 0.2
 # Inner learning rates, before the factor of a configuration.
@@ -34,7 +34,7 @@ ESTIMATORS: dict[str, Callable[[Any, int], gradhpo.BilevelOptimizer]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One training: what it is made of, and how many examples a perturbation leaves out."""
+    """One training, and the number of examples that a perturbation leaves out."""
 
     data: str = "digits"
     inner: str = "momentum"
@@ -68,7 +68,7 @@ class Config:
 
     @property
     def replayed(self) -> bool | None:
-        """As `check_hypergradient` has it."""
+        """The argument of `check_hypergradient`."""
         return not self.live if self.dropout else None
 
     @property
@@ -146,7 +146,7 @@ def problem_of(config: Config) -> Problem:
     optimizer = ESTIMATORS[config.estimator](config.optimizer(), config.steps)
     state = optimizer.init(params, jnp.ones(TRAINED, config.dtype))
 
-    # Of every seed that a live configuration may ask for; others ask for the first alone.
+    # For every seed that a live configuration may use; others use only the first.
     rows = np.stack([_order(config, seed) for seed in range(MOST_SEEDS if config.live else 1)])
     rows = jnp.asarray(rows)
 

@@ -1,4 +1,4 @@
-"""One row of the calibration: the score from retrainings, and the check's verdict beside it."""
+"""One row of the calibration: the score from retrainings, and the check's verdict."""
 
 import dataclasses
 import time
@@ -16,7 +16,7 @@ from gradhpo.diagnostics.trust import Trust, verdict_of
 
 
 def row_of(config: Config, retrainings: int) -> dict[str, Any]:
-    """As JSON keeps it: numbers and faults, from which the verdict follows with any thresholds."""
+    """As stored in JSON: numbers and faults, which give the verdict for any thresholds."""
     problem, started = problem_of(config), time.perf_counter()
     score, (low, high), per_query = (scored_live if config.live else scored)(
         config, problem, retrainings
@@ -31,7 +31,7 @@ def row_of(config: Config, retrainings: int) -> dict[str, Any]:
     measured = report.trusting
     return dataclasses.asdict(config) | {
         "retrainings": retrainings,
-        # Without a hypergradient nothing is predicted.
+        # Without a hypergradient there is no prediction.
         "score": 0.0 if np.isnan(score) else score,
         "interval": [low, high],
         "per_query": per_query.tolist(),
@@ -53,7 +53,7 @@ def row_of(config: Config, retrainings: int) -> dict[str, Any]:
 def judged(row: dict[str, Any], config: Config) -> tuple[str, tuple[str, ...]]:
     """Verdict and reasons, by the library's thresholds.
 
-    Rows may lack measurements that the verdict took on later; those cast no doubt.
+    Rows may lack measurements that were added to the verdict later; these cast no doubt.
     """
     first, last = row["training_loss"]
     followed, scale = (row.get(name, float("nan")) for name in ("followed", "scale"))
@@ -66,7 +66,7 @@ def judged(row: dict[str, Any], config: Config) -> tuple[str, tuple[str, ...]]:
 
 
 def scored(config: Config, problem: Problem, retrainings: int) -> tuple:
-    """Score, interval, and the score of every query, of retrainings that repeat the batches."""
+    """Score, interval, and every query's score, from retrainings that repeat the batches."""
     report = gradhpo.retraining_score(
         problem.optimizer, problem.state, problem.batches(0), problem.queries, problem.losses,
         num_steps=config.steps, perturb=problem.perturb, num_retrainings=retrainings,
@@ -77,7 +77,7 @@ def scored(config: Config, problem: Problem, retrainings: int) -> tuple:
 
 
 def scored_live(config: Config, problem: Problem, retrainings: int) -> tuple:
-    """The same of retrainings with other batches and keys, which `retraining_score` never has."""
+    """The same with other batches and keys in retraining, unlike `retraining_score`."""
     weights, w0 = problem.state.hyperparams, problem.state.params
     inner, losses = config.optimizer(), problem.losses
     keys = jax.random.split(jax.random.key(config.seed + 100), retrainings)

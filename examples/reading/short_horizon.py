@@ -36,7 +36,7 @@ HORIZONS = [steps for steps in (1, 3, 10, 30, 100, 300, 1_000) if steps <= LONGE
 # %% [markdown]
 # ## A noisy quadratic
 #
-# The loss is $\frac12\sum_i h_i w_i^2$, and SGD sees the gradient $h_i(w_i - c_i)$ of a minibatch
+# The loss is $\frac12\sum_i h_i w_i^2$, and SGD sees the gradient $h_i(w_i - c_i)$ of a mini-batch
 # whose optimum $c_i$ has mean 0 and variance $1/h_i$. No sampling is needed, since the second
 # moments $m_i = \mathbb{E}\,w_i^2$ follow an exact recursion, $m_i' = (1 - \eta h_i)^2 m_i +
 # \eta^2 h_i$, and the expected loss is $\frac12\sum_i h_i m_i$. The recursion is the inner update,

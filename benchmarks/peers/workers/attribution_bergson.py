@@ -1,7 +1,7 @@
 """Scores of training examples by bergson, for the table of that name.
 
-`magic` is its exact derivative through training: its trainer, its checkpoints, its way back. It is
-driven as its own command does, with a small network in place of a language model.
+`magic` is its exact derivative through training, with its trainer, checkpoints and backward pass.
+We call it as its own command does, with a small network in place of a language model.
 """
 
 import tempfile
@@ -19,7 +19,7 @@ from worker import resident_mib, serve_methods
 
 
 RATE, MOMENTUM = 0.1, 0.9
-# The betas and both epsilons of bergson's own settings.
+# bergson's own betas and epsilons.
 ADAM_RATE, BETAS, EPS, EPS_ROOT, DECAY = 3e-3, (0.95, 0.975), 1e-8, 1e-17, 0.01
 OPTIMIZERS = {
     "SGD": lambda: torchopt.sgd(RATE, momentum=MOMENTUM),
@@ -50,7 +50,7 @@ class Network(nn.Module):
 
 
 class Stream:
-    """The batches of a training, in the form of bergson's `DataStream`, which holds token ids."""
+    """The batches of a training, shaped like bergson's `DataStream` of token ids."""
 
     device = torch.device("cpu")
 
@@ -88,7 +88,7 @@ class Problem:
         self.arrays = [(floats(f"weight{i}"), floats(f"bias{i}")) for i in range(3)]
 
     def groups(self, queries: bool) -> list[tuple[Tensor, Tensor]]:
-        """Each query alone, or one batch of all."""
+        """Each query alone, or all in one batch."""
         x, y = self.queries
         return list(zip(x[:, None], y[:, None], strict=True)) if queries else [(x, y)]
 
@@ -127,9 +127,9 @@ def is_floating(leaf: object) -> bool:
 
 
 def cosine(problem: Problem, optimizer: str, queries: bool) -> Callable[[], Tensor]:
-    """Cosines of the gradients at the end of training, whole and not projected.
+    """Cosines of the full gradients at the end of training, without projection.
 
-    With the sign of a hypergradient: more weight on a similar example lowers the query's loss.
+    They have a hypergradient's sign: more weight on a similar example lowers the query's loss.
     """
 
     def scores() -> Tensor:
@@ -147,7 +147,7 @@ def cosine(problem: Problem, optimizer: str, queries: bool) -> Callable[[], Tens
 
 
 def collected(net: Network, x: Tensor, y: Tensor) -> Tensor:
-    """A gradient for each example by bergson's collector, which takes sequences; of length 1."""
+    """A gradient per example by bergson's collector, which takes sequences (here of length 1)."""
     net.device = x.device
     every = list(range(len(x)))
     collector = InMemoryCollector(model=net, data=every, cfg=IndexConfig(run_path=""))

@@ -1,7 +1,7 @@
 """Solvers of benchopt's benchmark_bilevel on its simulated quadratic, without benchopt's runner.
 
-Its classes are driven step by step; nothing in them is replaced. What a request changes are the
-constants and exponents of the step sizes, in the state that a solver itself starts from.
+Its classes run step by step and unmodified. A request changes only the constants and exponents of
+the step sizes, in the solver's initial state.
 """
 
 import functools
@@ -50,12 +50,12 @@ def solver(name: str, **parameters: Any) -> Any:
 
 @functools.cache
 def kept_solver(name: str, parameters: str) -> Any:
-    """The same one for every seed, which then compiles nothing."""
+    """The same one for every seed, so that only the first compiles."""
     return solver(name, **json.loads(parameters))
 
 
 def started(chosen: Any, changes: dict[str, Any]) -> dict[str, Any]:
-    """Where it begins, with `exponents` of its step sizes in place of its own."""
+    """The initial state, with `exponents` replacing those of its step sizes."""
     carry = chosen.init()
     if "exponents" in changes:
         carry["state_lr"]["exponents"] = jnp.array(changes["exponents"])
@@ -70,7 +70,7 @@ def iterates(
     `changes`: `exponents`; `divide`, whether the rate of the inner variable is divided by the
     multiplier of F2SA.
     """
-    if name == "bome":  # it always takes all of the data, and runs in Python
+    if name == "bome":  # it always uses all of the data, and runs in Python
         return of_bome(steps, parameters)
     chosen = solver(name, batch_size="full", **parameters)
     carry, inner, outer, multipliers = started(chosen, changes), [], [], []

@@ -19,7 +19,7 @@ import gradhpo
 
 
 class Quadratic(eqx.Module):
-    """The mean of the quadratics of a batch, which is a block of neighbouring indices."""
+    """The mean quadratic of a batch, a block of neighbouring indices."""
 
     hess_inner: Float[Array, "n p p"]
     hess_outer: Float[Array, "n q q"]
@@ -38,7 +38,7 @@ class Quadratic(eqx.Module):
 
 
 class Blocks(eqx.Module):
-    """All blocks in random order, again and again, as the benchmark's own sampler has them."""
+    """All blocks in random order, repeatedly, as in the benchmark's sampler."""
 
     starts: Int[Array, " draws"]
     size: int = eqx.field(static=True)
@@ -70,7 +70,7 @@ def load(path: str) -> None:
 
 
 def falling(rate: float, exponent: float, steps: int) -> Callable[[Array], Array]:
-    """A rate for all inner `steps` of an outer one."""
+    """A rate shared by the `steps` inner steps of an outer step."""
     return lambda count: rate / (count // steps + 1) ** exponent
 
 
@@ -85,7 +85,7 @@ def optimizer(
     products: int = 10,
     curvature_batches: int = 1,
 ) -> Any:
-    """`exponents`: with which the inner rate falls, and the outer one."""
+    """`exponents`: the powers with which the inner and the outer rate fall."""
     inner = optax.sgd(falling(step_size, exponents[0], inner_steps))
     outer = optax.sgd(falling(step_size / outer_ratio, exponents[1], 1))
     if name in ("soba", "amigo"):
@@ -112,7 +112,7 @@ def optimizer(
 
 @functools.cache
 def kept_optimizer(name: str, settings: str) -> Any:
-    """The same one for every seed, which then compiles nothing."""
+    """The same one for every seed, so that only the first compiles."""
     return optimizer(name, **json.loads(settings))
 
 

@@ -16,11 +16,11 @@ ADAM_RATE, BETAS, EPS, EPS_ROOT = 1e-3, (0.9, 0.999), 1e-8, 1e-16
 
 
 def peak_mib(function: Callable) -> float:
-    """The peak of what the tensors made by a call hold, as the profiler counts them.
+    """The peak memory of the tensors made by a call, as the profiler counts them.
 
-    The growth of the process would be less: the allocator keeps memory from the call before.
+    The process would grow by less: the allocator keeps memory from the previous call.
     """
-    gc.collect()  # else this call would free what an earlier one left
+    gc.collect()  # otherwise this call would free an earlier one's leftovers
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
         function()
@@ -32,7 +32,7 @@ def peak_mib(function: Callable) -> float:
 
 
 class Cleaning:
-    """Data, first weights and hyperparameters from the file that the parent wrote."""
+    """Data, initial weights and hyperparameters from the file that the parent wrote."""
 
     def __init__(self, path: str, dtype: str) -> None:
         torch.set_default_dtype(getattr(torch, dtype))
@@ -49,14 +49,14 @@ class Cleaning:
         self.names = [name for name, _ in self.net.named_parameters()]
 
     def reset(self) -> nn.Module:
-        """The network with its first weights."""
+        """The network with its initial weights."""
         with torch.no_grad():
             for parameter, first in zip(self.net.parameters(), self.first, strict=True):
                 parameter.copy_(first)
         return self.net
 
     def start(self) -> list[Tensor]:
-        """The first weights as leaves of a graph."""
+        """The initial weights as leaves of a graph."""
         return [first.detach().clone().requires_grad_() for first in self.first]
 
     def logits(self, params: Sequence[Tensor], x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class Weights(nn.Module):
 
 
 def by(kind: type, first_order: bool, **settings: Any) -> Callable:
-    """The hypergradient that the outer problem receives after `steps` steps of the inner one."""
+    """The hypergradient that the outer problem receives after `steps` inner steps."""
 
     def method(problem: Cleaning, optimizer: str, steps: int) -> Callable[[], Tensor]:
         assert optimizer == "sgd"

@@ -1,6 +1,6 @@
-"""Hypergradients of data cleaning by gradhpo, in a process of its own like the peers.
+"""Hypergradients of data cleaning by gradhpo, in a separate process like the peers.
 
-And by `jax.grad` through a checkpointed scan, what a JAX program by hand would do.
+Also by `jax.grad` through a checkpointed scan, as in a hand-written JAX program.
 """
 
 from collections.abc import Callable
@@ -112,9 +112,9 @@ def scanned(problem: Cleaning, optimizer: str, steps: int) -> Scanned:
 
 
 def peak_mib(function: Method | Scanned) -> float:
-    """The memory of the compiled program, with its result and the state that it starts from.
+    """The memory of the compiled program, with its result and its initial state.
 
-    PyTorch's programs make that state in each call: a copy of the weights, zeros of the optimizer.
+    PyTorch's programs make that state in each call: a copy of the weights, the optimizer's zeros.
     """
     if isinstance(function, Method):
         program = Program(function.bilevel.compute_hypergradient, *function.arguments)

@@ -20,7 +20,7 @@ def unrolled(problem: Cleaning, optimizer: str, steps: int) -> Callable[[], Tens
     assert optimizer == "sgd"
 
     def hypergradient() -> Tensor:
-        update = momentum(problem)  # made anew: it holds the last loss, and so the whole graph
+        update = momentum(problem)  # a new one: it holds the last loss, and so the whole graph
         z = update.get_opt_params(problem.start())
         for _ in range(steps):
             z = update(z, [problem.log_odds], create_graph=True)
@@ -36,7 +36,7 @@ def reverse(problem: Cleaning, optimizer: str, steps: int) -> Callable[[], Tenso
     assert optimizer == "sgd"
 
     def hypergradient() -> Tensor:
-        update = momentum(problem)  # made anew: it holds the last loss, and so the whole graph
+        update = momentum(problem)  # a new one: it holds the last loss, and so the whole graph
         history = [update.get_opt_params(problem.start())]
         for _ in range(steps):
             z = [x.detach().requires_grad_() for x in history[-1]]

@@ -1,4 +1,4 @@
-"""Hypergradients of data cleaning in plain PyTorch, written out by hand."""
+"""Hypergradients of data cleaning in plain, hand-written PyTorch."""
 
 import math
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def unrolled(problem: Cleaning, optimizer: str, steps: int) -> Callable[[], Tens
 
 
 def reverse(problem: Cleaning, optimizer: str, steps: int) -> Callable[[], Tensor]:
-    """Keeps only the inner states, and runs each step once more on the way back."""
+    """Keeps only the inner states, and reruns each step on the way back."""
     update, buffers = UPDATES[optimizer]
 
     def step(state: list[Tensor], t: int, create_graph: bool) -> list[Tensor]:

@@ -18,7 +18,7 @@ def same_solver(*, symmetric: bool, beside: int = 0) -> lx.AbstractLinearSolver:
 
 
 def counted(solver: lx.AbstractLinearSolver, beside: int = 0) -> lx.AbstractLinearSolver:
-    """The solver, counting its products and `beside` more for each solve, where they are wanted."""
+    """The solver, counting its products and `beside` more per solve, if counting is on."""
     if not PRODUCTS.wanted:
         return solver
 
@@ -26,7 +26,7 @@ def counted(solver: lx.AbstractLinearSolver, beside: int = 0) -> lx.AbstractLine
         def compute(self, state, vector, options):
             for _ in range(beside):
                 PRODUCTS.count_one()
-            # Here, and not where the solver is made, the operator is transposed already.
+            # Here the operator is already transposed, unlike where the solver is made.
             whole = isinstance(state, tuple)
             operator = state[0] if whole else state
             tags = lx.positive_semidefinite_tag if lx.is_positive_semidefinite(operator) else ()

@@ -1,7 +1,7 @@
-"""Each algorithm's own formula for its hypergradient, written with whole Jacobians.
+"""Each algorithm's own formula for its hypergradient, with full Jacobians.
 
-Meant for float64. All are evaluated at one place: `at_step` inner steps from a start with scattered
-rates, a training batch for each step (greedy: one for all), one validation batch.
+Meant for float64. All are evaluated at one point: `at_step` inner steps from a start with scattered
+rates, with a training batch per step (greedy: one for all) and one validation batch.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from earlier_job import GAMMA, STEPS, arrays, batches, loss, start, update
 from jax.flatten_util import ravel_pytree
 
 
-THETA = 0.55  # given to HyperDistill, which is not to fit it here
+THETA = 0.55  # given to HyperDistill, so that it does not fit its own
 SPREAD = 0.5  # of the rates, in softplus^-1
 
 
@@ -29,7 +29,7 @@ def points(at_step: int, same_batch: bool) -> tuple[list, tuple]:
 
 
 def exact(algorithm: str, at_step: int) -> list[float]:
-    """The algorithm's own formula, with whole Jacobians dPhi/dlambda."""
+    """The algorithm's own formula, with full Jacobians dPhi/dlambda."""
     w, rates = start(SPREAD)
     greedy = algorithm == "greedy"
     at_step = STEPS if greedy else at_step
@@ -63,8 +63,8 @@ def read_hypergradient(
 ) -> list[list[float]]:
     """At the last batch: as `step` applies it, and as `compute_hypergradient` returns it.
 
-    An outer rate of 1 shows the hypergradient in the change of the rates; 0 changes nothing. Greedy
-    has no such argument.
+    With an outer rate of 1, the change of the rates shows the hypergradient; 0 changes nothing.
+    Greedy lacks this argument.
     """
     if not greedy:
         for batch in train[:-1]:

@@ -1,8 +1,8 @@
-"""The job of the earlier package's tutorial, for that package and for ours alike.
+"""The job of the earlier package's tutorial, for that package and ours.
 
 A learning rate for each parameter of an MLP 10-32-5, softplus(lambda), in plain gradient descent:
 five Gaussian clusters, a fifth of the training labels drawn at random, clean validation labels.
-Needs jax and NumPy only.
+Needs only jax and NumPy.
 """
 
 import collections
@@ -37,7 +37,7 @@ def arrays() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarra
 
 
 def batches(data: tuple[np.ndarray, np.ndarray], seed: int) -> Iterator:
-    """Drawn with replacement, by NumPy: the cheapest way outside a compiled program."""
+    """Drawn with replacement by NumPy, the cheapest way outside a compiled program."""
     random = np.random.default_rng(seed)
     while True:
         chosen = random.integers(len(data[1]), size=BATCH_SIZE)
@@ -88,7 +88,7 @@ def count_compilations() -> collections.Counter:
 
 
 def iterators() -> tuple[Callable, Callable]:
-    """Functions without arguments that draw a batch, as the earlier `run` wants them."""
+    """Functions without arguments that draw a batch, as the earlier `run` expects."""
     train, val = arrays()
     first, second = batches(train, seed=1), batches(val, seed=2)
     return lambda: next(first), lambda: next(second)

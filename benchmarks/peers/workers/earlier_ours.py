@@ -52,7 +52,7 @@ def make(algorithm: str, **settings) -> gradhpo.BilevelOptimizer:
 
 @functools.cache
 def prepared(algorithm: str) -> Callable[[], gradhpo.BilevelState]:
-    """The whole job: 60 episodes in `gradhpo.run` from the start, with its defaults."""
+    """The whole job: 60 episodes in `gradhpo.run`, with its defaults."""
     optimizer = make(algorithm)
     greedy = algorithm == "greedy"
     data = [

@@ -1,4 +1,4 @@
-"""The job of its tutorial with `gradhpo` 0.1.3 of the package index, in its own environment."""
+"""The tutorial's job with `gradhpo` 0.1.3 from the package index, in its own environment."""
 
 import functools
 import itertools
@@ -34,7 +34,7 @@ compiled = count_compilations()
 def loss_of_update(w: dict, rates: dict, batch: tuple) -> jax.Array:
     """A loss whose gradient is rate * gradient, for greedy, which takes no `update_fn` there.
 
-    With gradient descent at rate 1 it makes the same steps, and the same dPhi/dlambda.
+    Gradient descent at rate 1 then takes the same steps and has the same dPhi/dlambda.
     """
     gradient = jax.lax.stop_gradient(jax.grad(loss)(w, rates, batch))
     terms = jax.tree.map(lambda w, r, g: jnp.vdot(w, jax.nn.softplus(r) * g), w, rates, gradient)
@@ -56,7 +56,7 @@ def make(algorithm: str, outer: optax.GradientTransformation | None):
 
 
 class Enough(Exception):
-    """The budget of time is spent."""
+    """The time budget is spent."""
 
 
 def prepare(algorithm: str, outer: optax.GradientTransformation | None) -> Callable[..., object]:
@@ -88,7 +88,7 @@ def memory_maps() -> int | None:
 
 
 def seconds_of_theta(state: gradhpo.BilevelState) -> float:
-    """The time of one fit of theta, with everything compiled before."""
+    """The time of one fit of theta, after compilation."""
     optimizer, train_loss = make("HyperDistill", None)
     train, val = iterators()
     data = [train() for _ in range(STEPS)], val()
@@ -98,7 +98,7 @@ def seconds_of_theta(state: gradhpo.BilevelState) -> float:
 def job(algorithm: str, budget: float) -> dict:
     """After each episode: seconds, compilations of `step`, MiB, memory maps.
 
-    No episode begins that would probably not end within `budget` seconds.
+    No episode starts that would probably exceed `budget` seconds.
     """
     episodes: list[tuple[float, int, float | None, int | None]] = []
     began = time.perf_counter()
@@ -135,9 +135,9 @@ def prepared(algorithm: str) -> Callable[..., object]:
 
 
 def again(algorithm: str) -> dict:
-    """The whole job with the outer rate inside an optax optimizer, where `step` does not see it.
+    """The whole job with the outer rate inside an optax optimizer, hidden from `step`.
 
-    Then compiled programs are found again in the next episode, and in the next job.
+    Compiled programs are then reused in the next episode, and in the next job.
     """
     return {"seconds": seconds(prepared(algorithm)), "compiled": compiled["jit(step)"]}
 

@@ -1,8 +1,8 @@
 """Implicit differentiation by gradhpo: `ImplicitOptimizer`.
 
-It takes a fixed number of inner steps, which is searched for first. Cold: the smallest number that
-reaches the tolerance, in multiples of 50 (of 1 for L-BFGS). Warm: the smallest with which all outer
-steps reach it, to 6 % or 50 steps (10 for L-BFGS).
+It takes a fixed number of inner steps, which we search for first. Cold: the smallest number that
+reaches the tolerance, in multiples of 50 (of 1 for L-BFGS). Warm: the smallest that reaches it in
+all outer steps, to 6 % or 50 steps (10 for L-BFGS).
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ import gradhpo
 
 
 MOMENTUM = 0.9
-# Where the search begins and ends, in units of 50 inner steps (10 for L-BFGS) for each outer step.
-# If that is not enough, the error in the table shows it.
+# Where the search begins and ends, in units of 50 inner steps (10 for L-BFGS) per outer step. If
+# that is not enough, the table shows the error.
 MANY_WARM, MOST_WARM = 64, 256
 found: dict[tuple[str, str, str], int] = {}
 
@@ -47,7 +47,7 @@ def default_solver(problem: Problem) -> lx.AbstractLinearSolver:
     settings = {"rtol": tolerance, "atol": tolerance, "norm": gradhpo.tree_l2_norm}
     if problem.losses.step is None:
         return lx.CG(**settings, max_steps=100)
-    # 100 products as well: the first of six cycles only evaluates the start.
+    # Also 100 products: the first of six cycles only evaluates the start.
     return lx.GMRES(**settings, max_steps=6, restart=CYCLE)
 
 
@@ -66,7 +66,7 @@ def check_default(problem: Problem, chosen: gradhpo.ImplicitOptimizer) -> None:
 def optimizer(
     problem: Problem, how: str, inner_steps: int, beside: int = 1
 ) -> gradhpo.ImplicitOptimizer:
-    """`beside` the products of the solver, its start takes one."""
+    """`beside`: products outside the solver; its start takes one."""
     losses, solver = problem.losses, linear_solver(problem, how, beside)
     settings = {"linear_solver": solver, "inner_steps": inner_steps}
     if losses.step is not None:
@@ -76,7 +76,7 @@ def optimizer(
     largest = problem.train.curvature
 
     def descent(h) -> optax.GradientTransformation:
-        """Nesterov's, each weight at a rate that its own penalty allows."""
+        """Nesterov's, with the rate of each weight set by its penalty."""
         rates = 1 / (largest + jnp.exp(h))
         scaled = optax.stateless(lambda gradient, _: -rates * gradient)
         return optax.chain(scaled, optax.trace(MOMENTUM, nesterov=True))
@@ -90,7 +90,7 @@ def derive(problem: Problem, how: str) -> Program:
         check_default(problem, chosen)
 
     def hypergradient(w, h, train, val):
-        # At least one inner step is taken; at the optimum it changes nothing.
+        # At least one inner step is required; at the optimum it changes nothing.
         state = chosen.init(w, h)
         g = chosen.compute_hypergradient(state, train, val, losses.train, losses.val)
         return {"hypergradient": g}
@@ -109,7 +109,7 @@ def stepped(problem: Problem, chosen: gradhpo.ImplicitOptimizer, state, train, v
 
 
 def cold_steps(problem: Problem, how: str) -> int:
-    # L-BFGS empties its memory at the start of a `step`, unless that is one inner step.
+    # L-BFGS clears its memory at the start of a `step`, unless that is a single inner step.
     at_once = 1 if how == "L-BFGS" else 50
     chosen = optimizer(problem, how, at_once)
     state = chosen.init(jnp.zeros_like(problem.optimum), problem.h)
@@ -127,7 +127,7 @@ def warm_steps(problem: Problem, how: str) -> int:
         _, history = tuned(problem, how, units * unit)()
         return reached(problem, history["inner_residual"].max())
 
-    # Each try is a compilation; usually seven are enough.
+    # Each try compiles; seven are usually enough.
     few, many = 0, MANY_WARM
     while not enough(many):
         if many == MOST_WARM:
@@ -161,7 +161,7 @@ def solve(problem: Problem, how: str) -> Program:
 
 
 def tuned(problem: Problem, how: str, count: int) -> Callable:
-    # The residual of the linear system, for the history, takes one more product.
+    # The linear system's residual, recorded in the history, takes one more product.
     chosen = optimizer(problem, how, count, beside=2)
     state = chosen.init(problem.optimum, problem.h)
     losses = gradhpo.LossFunctions(problem.losses.train, problem.losses.val)

@@ -25,7 +25,7 @@ from penalised_losses import Batch
 
 
 def counted(product: Callable, like: jax.Array) -> Callable:
-    """Counts the transpose too, which makes half of the products of the normal equations."""
+    """Counts the transpose too: half of the products of the normal equations."""
     if not PRODUCTS.wanted:
         return product
     transpose = lambda v: jax.linear_transpose(product, like)(v)[0]
@@ -61,7 +61,7 @@ def inner_solver(problem: Problem, how: str) -> jaxopt.LBFGS | jaxopt.ProximalGr
 
 def penalties_of_prox(h: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
     l1, l2 = (jnp.broadcast_to(jnp.exp(x), w.shape) for x in h)
-    return l1, l2 / l1  # the operator takes the second one relative to the first
+    return l1, l2 / l1  # the operator expects l2 relative to l1
 
 
 def derive(problem: Problem, how: str) -> Program:

@@ -50,7 +50,7 @@ def given(inputs):
 
 
 def derive(problem: Problem, how: str) -> Program:
-    """`ImplicitAdjoint` is `implicit_jvp` around a solver; here without the solver."""
+    """`ImplicitAdjoint` wraps `implicit_jvp` around a solver; here there is no solver."""
     losses = problem.losses
     optimality = optimality_of_loss if losses.step is None else optimality_of_step
     tagged, solver = tags(problem, how), linear_solver(problem, how)

@@ -1,13 +1,13 @@
-"""Shared by the workers of the table `implicit`: problems, programs, and requests about them.
+"""Shared by the workers of the table `implicit`: problems, programs and requests.
 
 A library supplies one function for each task, `build(problem, how)`, which returns a program: a
-function without arguments that returns a dict of arrays once they are there.
+function without arguments that returns a dict of arrays when they are ready.
 
 - `derive`: the hypergradient at given weights, the optimum.
-- `solve`: from weights of 0 to the optimum, and the hypergradient there.
-- `tune`: outer steps of gradient descent from the optimum, each from the weights of the one before.
+- `solve`: from zero weights to the optimum, and the hypergradient there.
+- `tune`: outer steps of gradient descent from the optimum, each from the previous weights.
 
-Data are always arguments of a program, never constants in it.
+Data are always arguments of a program, never constants.
 """
 
 from collections.abc import Callable
@@ -52,7 +52,7 @@ class Program:
 
 
 class Products:
-    """Counts products of linear solvers, in programs built for that: counting takes time."""
+    """Counts products of linear solvers, in separate programs, since counting takes time."""
 
     def __init__(self) -> None:
         self.wanted, self.number = False, 0
@@ -68,7 +68,7 @@ class Products:
         return counting
 
     def count_one(self) -> None:
-        """Once for each run of the program at this place."""
+        """Adds one each time the program runs through here."""
         jax.debug.callback(self._add)
 
     def _add(self) -> None:
@@ -99,7 +99,7 @@ def serve_programs(**builders: Callable[[Problem, str], Callable[[], dict]]) -> 
             )
 
     def prepare(name: str, task: str, how: str) -> dict:
-        """The results of the program, its temporary memory, and the number of its products."""
+        """The program's results, its temporary memory, and its number of products."""
         program = builders[task](problems[name], how)
         answer = {key: np.asarray(value).tolist() for key, value in program().items()}
         PRODUCTS.wanted, PRODUCTS.number = True, 0

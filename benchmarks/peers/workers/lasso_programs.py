@@ -1,4 +1,4 @@
-"""Shared by the workers of the table `lasso`: the data, and requests about them. NumPy alone."""
+"""Shared by the workers of the table `lasso`: data and requests. Needs only NumPy."""
 
 import time
 from collections.abc import Callable
@@ -12,7 +12,7 @@ OUTER_RATE = 0.5  # of plain gradient descent on the logarithms
 
 
 class Split(NamedTuple):
-    """Halves to fit and to judge, the penalties `h` (logarithms), and the solution `w` there."""
+    """Halves to fit and to evaluate, the log penalties `h`, and the solution `w` there."""
 
     x: np.ndarray
     y: np.ndarray
@@ -28,7 +28,7 @@ class Split(NamedTuple):
 
 
 def cpu_seconds(program: Callable[[], dict]) -> float:
-    """Of this process: on a busy machine the time of the wall is that of other programs."""
+    """Of this process: on a busy machine, wall-clock time includes other programs."""
     start = time.process_time()
     program()
     return time.process_time() - start
@@ -44,7 +44,7 @@ def serve_searches(**builders: Callable[[Split, str], Callable[[], dict]]) -> No
         splits[name] = Split(**values | {"steps": int(values["steps"])})
 
     def prepare(name: str, task: str, how: str) -> dict:
-        """The results of the program, which has then compiled what it compiles."""
+        """The program's results; this also compiles it."""
         program = builders[task](splits[name], how)
         programs[name, task, how] = program
         return {key: np.asarray(value).tolist() for key, value in program().items()}

@@ -8,11 +8,11 @@ from lasso_programs import OUTER_RATE, Split, serve_searches
 from sparho.adapters import CelerLasso, SklearnLasso, SklearnWeightedLasso
 
 
-CLOSE = 1e-14  # of the inner solver and of CG, where hypergradients are compared
+CLOSE = 1e-14  # tolerance of the inner solver and of CG when comparing hypergradients
 
 
 def problem_of(split: Split) -> sparho.Problem:
-    """Both halves; the criterion cuts out its own."""
+    """Both halves; the criterion selects its part."""
     penalty = sparho.WeightedL1() if split.many else sparho.L1()
     x, y = np.vstack([split.x, split.u]), np.concatenate([split.y, split.v])
     return sparho.Problem(sparho.SquaredLoss(), penalty, np.asfortranarray(x), y)
@@ -38,7 +38,7 @@ def closely(*arguments, **keywords):
 
 
 def derive(split: Split, how: str) -> Callable[[], dict]:
-    """At the solution, which is given."""
+    """At the given solution."""
     whole, penalty = problem_of(split), penalty_of(split)
     x, y, u, v = split.x, split.y, split.u, split.v
     train = sparho.Problem(whole.datafit, whole.penalty, x, y)
@@ -54,7 +54,7 @@ def derive(split: Split, how: str) -> Callable[[], dict]:
 
 
 def solve(split: Split, how: str) -> Callable[[], dict]:
-    """From weights of 0."""
+    """From zero weights."""
     problem, criterion, penalty = problem_of(split), criterion_of(split), penalty_of(split)
     solver = solver_of(split, how, tol=CLOSE)
 
@@ -66,7 +66,7 @@ def solve(split: Split, how: str) -> Callable[[], dict]:
 
 
 def search(split: Split, how: str) -> Callable[[], dict]:
-    """`how`: `descent` at a fixed rate, or the solver within HOAG."""
+    """`how`: `descent` at a fixed rate, or the solver inside HOAG."""
     problem, criterion, penalty = problem_of(split), criterion_of(split), penalty_of(split)
     solver = solver_of(split, how)
 

@@ -1,4 +1,4 @@
-"""Optuna's TPE with its defaults: suggests points of the unit cube, and is told their values."""
+"""Optuna's TPE with its defaults: suggests points of the unit cube and receives their values."""
 
 import optuna
 from worker import serve

@@ -1,7 +1,7 @@
-"""Penalised regression as every library gets it: losses and a proximal step.
+"""Penalised regression, the same for every library: losses and a proximal step.
 
-All functions take `(w, h, batch)`; `h` holds logarithms of penalties and broadcasts against the
-weights. Of the elastic net's `h`, `h[0]` are the l1 and `h[1]` the l2 penalties.
+All functions take `(w, h, batch)`; `h` holds log penalties and broadcasts against the weights. For
+the elastic net, `h[0]` are the l1 and `h[1]` the l2 penalties.
 """
 
 from collections.abc import Callable
@@ -14,11 +14,11 @@ import jax.numpy as jnp
 class Batch(NamedTuple):
     x: jax.Array
     y: jax.Array
-    curvature: jax.Array  # the largest of the loss without its penalty
+    curvature: jax.Array  # the largest of the unpenalised loss
 
 
 class Losses(NamedTuple):
-    """The loss to minimise, or the step whose fixed point is wanted; and the validation loss."""
+    """The loss to minimise or the step whose fixed point we seek, and the validation loss."""
 
     train: Callable
     val: Callable

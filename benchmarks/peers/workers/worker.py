@@ -1,7 +1,7 @@
-"""The loop of every script in this folder; it needs nothing but Python.
+"""The loop of every script in this folder; needs only Python.
 
-A script defines functions and ends with `serve(name=function, ...)`. Each line that comes in is
-`{"do": name, ...keywords}`, each line that goes out `{"answer": ...}` or `{"error": ...}`.
+A script defines functions and ends with `serve(name=function, ...)`. Each line of input is
+`{"do": name, ...keywords}`, each line of output `{"answer": ...}` or `{"error": ...}`.
 """
 
 import functools
@@ -20,7 +20,7 @@ SHORT = 0.2  # seconds
 
 def serve(**functions: Callable[..., Any]) -> None:
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not come between the answers
+    os.dup2(2, 1)  # keeps the libraries' output apart from the answers
     functions = {"versions": versions, **functions}
     for line in sys.stdin:
         request = json.loads(line)
@@ -37,12 +37,11 @@ def serve_methods(
     methods: dict[str, Callable[..., Callable]],
     peak_mib: Callable[[Callable], float],
 ) -> None:
-    """Serves methods of a problem: the result of a call, its seconds by the clock or of a
-    processor, and its memory.
+    """Serves a problem's methods: a call's result, its wall-clock or CPU seconds, and its memory.
 
-    `load(path, dtype)` makes the problem, `methods[name](problem, **setting)` a function without
-    arguments, which returns a flat array once that is there; `peak_mib(function)` is the memory
-    that the arrays of a call hold at once, at most.
+    `load(path, dtype)` makes the problem; `methods[name](problem, **setting)` makes a function
+    without arguments that returns a flat array when it is ready; `peak_mib(function)` is the peak
+    memory of a call's arrays.
     """
     problems: list[Any] = []
 
@@ -52,7 +51,7 @@ def serve_methods(
     @functools.cache
     def made(method: str, **setting: Any) -> Callable:
         function = methods[method](problems[0], **setting)
-        function()  # what happens only once, such as compilation, is not measured
+        function()  # do not measure one-time work such as compilation
         return function
 
     def result(**request: Any) -> list[float]:
@@ -60,11 +59,11 @@ def serve_methods(
 
     def timed(calls: int, **request: Any) -> float:
         function = made(**request)
-        function()  # until now caches and cores belonged to another program
+        function()  # caches and cores belonged to another program until now
         return statistics.median(seconds(function) for _ in range(calls))
 
     def processor(**request: Any) -> float:
-        """Seconds of a processor that a call takes, of all threads: other programs do not count."""
+        """CPU seconds of a call, over all threads: other programs do not count."""
         function = made(**request)
         start = time.process_time()
         function()
@@ -78,7 +77,7 @@ def serve_methods(
 
 
 def versions(names: list[str]) -> list[str]:
-    """`name version` of each of these packages that is installed here."""
+    """`name version` of each of these packages that is installed."""
     found = []
     for name in names:
         try:
@@ -89,7 +88,7 @@ def versions(names: list[str]) -> list[str]:
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    """The time of one call, which must not return before its result is there."""
+    """The time of one call, which must not return before its result is ready."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
@@ -98,7 +97,7 @@ def seconds(function: Callable[[], Any]) -> float:
 def settled_seconds(
     function: Callable[[], Any], clock: Callable[[Callable[[], Any]], float] = seconds
 ) -> float:
-    """Seconds of one call; of three more if it is short, as caches belonged to another program."""
+    """Seconds of one call; if short, of three more, since another program had the caches."""
     once = clock(function)
     return once if once > SHORT else statistics.median(clock(function) for _ in range(3))
 
