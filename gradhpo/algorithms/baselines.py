@@ -18,7 +18,7 @@ from gradhpo.extend import (
 
 @checked
 class FOOptimizer(Algorithm):
-    r"""First order: the direct term, $g = \partial L_{val}/\partial\lambda\,(w_1)$.
+    r"""First order: the direct term, $g = \partial L_{\mathrm{val}}/\partial\lambda\,(w_1)$.
 
     One inner step, then the derivative of the validation loss with the parameters held fixed. It
     sees only hyperparameters that appear in the validation loss itself; if none does, tracing
@@ -83,10 +83,11 @@ class FOOptimizer(Algorithm):
 
 @checked
 class OneStepOptimizer(Algorithm):
-    r"""One step: $g = \partial L_{val}/\partial\lambda + \alpha_1 B_1$, exact through one step.
+    r"""One step, exact: $g = \partial L_{\mathrm{val}}/\partial\lambda + \alpha_1 B_1$.
 
-    $\alpha_1 = \partial L_{val}/\partial w\,(w_1)$ and $B_1 = \partial\Phi/\partial\lambda$ at the
-    step just taken, including the inner optimizer's state and settings.
+    $\alpha_1 = \partial L_{\mathrm{val}}/\partial w\,(w_1)$ and
+    $B_1 = \partial\Phi/\partial\lambda$ at the step just taken, including the inner optimizer's
+    state and settings.
 
     **Arguments:** as for [`FOOptimizer`][gradhpo.FOOptimizer], with the same errors.
 

@@ -41,14 +41,14 @@ class BOMEOptimizer(Algorithm):
     From the parameters $z$, `inner_steps` steps of the inner optimizer, with a fresh state, lead to
     $z_T$, which is thrown away: it only measures how far $z$ is from the inner optimum,
 
-    $$q(z, \lambda) = L_{train}(z, \lambda) - L_{train}(z_T, \lambda),\qquad
-    \lambda_p = \frac{\max(c\,\|\nabla q\|^2 - \langle\nabla L_{val}, \nabla q\rangle,\ 0)}
+    $$q(z, \lambda) = L_{\mathrm{train}}(z, \lambda) - L_{\mathrm{train}}(z_T, \lambda),\qquad
+    \lambda_p = \frac{\max(c\,\|\nabla q\|^2 - \langle\nabla L_{\mathrm{val}}, \nabla q\rangle,\ 0)}
     {\|\nabla q\|^2},$$
 
     with $z_T$ held constant, gradients by $(z, \lambda)$ together, and $c$ = `control`. Then both
-    move along $\nabla L_{val} + \lambda_p \nabla q$: the parameters by *one* update of the inner
-    optimizer (whose own state is kept), the hyperparameters by the outer one. $\lambda_p$ is the
-    least that makes $q$ fall at the rate $c\,\|\nabla q\|^2$; where $\nabla q = 0$ it is 0.
+    move along $\nabla L_{\mathrm{val}} + \lambda_p \nabla q$: the parameters by *one* update of the
+    inner optimizer (whose own state is kept), the hyperparameters by the outer one. $\lambda_p$ is
+    the least that makes $q$ fall at the rate $c\,\|\nabla q\|^2$; where $\nabla q = 0$ it is 0.
 
     Its fixed point has the error of $z_T$: with few `inner_steps` or a small inner rate it stays
     away from the solution (on the quadratic of our tests, with an inner rate of 0.1, by 0.18 with

@@ -67,10 +67,11 @@ class EvolutionOptimizer(Algorithm):
 
     The perturbed runs continue from window to window, so the horizon is the whole episode: the sum
     of $\hat g$ over an episode has the mean $\nabla_\lambda\,\mathbb{E}_\varepsilon \sum_k
-    L_{val}(w_{kT}(\lambda + \varepsilon), \lambda + \varepsilon)$ with $T$ inner steps for each
-    window, exactly if the hyperparameters do not change meanwhile (PES: with an $\varepsilon$ for
-    each window). For the loss at the end of training alone, make the episode one window:
-    `unroll_steps` of all its inner steps, and `run(..., steps_per_episode=1)`.
+    L_{\mathrm{val}}(w_{kT}(\lambda + \varepsilon), \lambda + \varepsilon)$
+    with $T$ inner steps for each window, exactly if the hyperparameters do not change meanwhile
+    (PES: with an $\varepsilon$ for each window). For the loss at the end of training alone, make
+    the episode one window: `unroll_steps` of all its inner steps, and
+    `run(..., steps_per_episode=1)`.
 
     No derivative is taken but the training gradient: the validation loss may be an accuracy or an
     error count, and an `update_fn` may be a simulator (a `jax.pure_callback` with

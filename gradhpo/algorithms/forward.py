@@ -41,7 +41,7 @@ class ForwardModeOptimizer(Algorithm):
     carried along with them,
 
     $$Z_t = A_t Z_{t-1} + B_t,\qquad
-    g = \frac{\partial L_{val}}{\partial\lambda} + \alpha_T Z_T,$$
+    g = \frac{\partial L_{\mathrm{val}}}{\partial\lambda} + \alpha_T Z_T,$$
 
     from `step` to `step`: with `unroll_steps=1` every inner step gives the hypergradient of all
     steps since `init` (or since the start of the episode): real-time hyperparameter optimization.

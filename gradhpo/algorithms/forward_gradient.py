@@ -42,7 +42,7 @@ class ForwardGradientOptimizer(Algorithm):
     The exact derivative is taken along $b$ random directions $v_i$, and the estimate is
 
     $$\hat g = \frac1b \sum_{i=1}^b (g \cdot v_i)\, v_i,\qquad
-    g \cdot v = \frac{\partial L_{val}}{\partial\lambda} \cdot v + \alpha_T \dot z_T,\qquad
+    g \cdot v = \frac{\partial L_{\mathrm{val}}}{\partial\lambda} \cdot v + \alpha_T \dot z_T,\qquad
     \dot z_t = A_t \dot z_{t-1} + B_t v.$$
 
     The entries of $v_i$ are independent and +1 or -1 with equal probability, so that

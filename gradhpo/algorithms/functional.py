@@ -62,10 +62,10 @@ class FunctionalOptimizer(Algorithm):
     data $Q$. The inner problem is solved by a function $h$, which the network only
     parametrises. Its adjoint is another function $a$, the solution of a regression,
 
-    $$\min_a\; \tfrac12 E_P\!\left[a^\top \partial_v^2 \ell_{in}\, a\right] +
-    E_Q\!\left[a^\top \partial_v \ell_{out}\right],\qquad
-    g = E_Q\!\left[\partial_\lambda \ell_{out}\right] +
-    E_P\!\left[(\partial_\lambda \partial_v \ell_{in})^\top a\right].$$
+    $$\min_a\; \tfrac12 E_P\!\left[a^\top \partial_v^2 \ell_{\mathrm{in}}\, a\right] +
+    E_Q\!\left[a^\top \partial_v \ell_{\mathrm{out}}\right],\qquad
+    g = E_Q\!\left[\partial_\lambda \ell_{\mathrm{out}}\right] +
+    E_P\!\left[(\partial_\lambda \partial_v \ell_{\mathrm{in}})^\top a\right].$$
 
     Here $a$ is `predict` with parameters $\xi$ of its own. All second derivatives are by the
     prediction: no product with the Hessian by the weights, which need not be positive, need not be
@@ -80,11 +80,11 @@ class FunctionalOptimizer(Algorithm):
 
     **It assumes** that training finds nearly the best function, that both data have inputs in
     common (where $Q$ has inputs unlike all of $P$, $a$ is an extrapolation), and
-    that $\ell_{in}$ is strictly convex in the prediction. The inner loss is a function of the
-    prediction alone: a penalty on the weights does not fit, unless `predict` returns them beside
-    the output, and the adjoint function then as well. Decay in the inner optimizer is not seen.
-    Nor are hyperparameters *inside* `predict`, as the variable is what it returns; they are found
-    while tracing, and named.
+    that $\ell_{\mathrm{in}}$ is strictly convex in the prediction. The inner loss is a function of
+    the prediction alone: a penalty on the weights does not fit, unless `predict` returns them
+    beside the output, and the adjoint function then as well. Decay in the inner optimizer is not
+    seen. Nor are hyperparameters *inside* `predict`, as the variable is what it returns; they are
+    found while tracing, and named.
 
     **Arguments:**
 

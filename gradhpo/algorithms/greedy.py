@@ -26,8 +26,8 @@ from gradhpo.extend import (
 class GreedyOptimizer(Algorithm):
     r"""Generalized greedy hypergradients, in memory independent of the horizon.
 
-    $$g = \frac{\partial L_{val}}{\partial\lambda}(w_T) + \sum_{t=1}^{T} \gamma^{T-t}\,
-    \alpha_t B_t,\qquad \alpha_t = \frac{\partial L_{val}}{\partial w}(w_t),$$
+    $$g = \frac{\partial L_{\mathrm{val}}}{\partial\lambda}(w_T) + \sum_{t=1}^{T} \gamma^{T-t}\,
+    \alpha_t B_t,\qquad \alpha_t = \frac{\partial L_{\mathrm{val}}}{\partial w}(w_t),$$
 
     the exact sum with each $\alpha_T A_T\cdots A_{t+1}$ replaced by $\gamma^{T-t}\alpha_t$: each
     inner step is judged by the validation gradient right after it. Computed as

@@ -43,27 +43,27 @@ from gradhpo.extend import (
 class ImplicitOptimizer(Algorithm):
     r"""Implicit differentiation at the parameters that `inner_steps` inner steps reach.
 
-    Once training has converged, $\nabla_w L_{train} = 0$ defines $w$ as a function of $\lambda$,
-    and
+    Once training has converged, $\nabla_w L_{\mathrm{train}} = 0$ defines $w$ as a function of
+    $\lambda$, and
 
-    $$g = \frac{\partial L_{val}}{\partial\lambda} -
-    q^\top \frac{\partial^2 L_{train}}{\partial w\,\partial\lambda},\qquad
-    (H + \rho I)\, q = \nabla_w L_{val},\qquad H = \nabla_w^2 L_{train},$$
+    $$g = \frac{\partial L_{\mathrm{val}}}{\partial\lambda} -
+    q^\top \frac{\partial^2 L_{\mathrm{train}}}{\partial w\,\partial\lambda},\qquad
+    (H + \rho I)\, q = \nabla_w L_{\mathrm{val}},\qquad H = \nabla_w^2 L_{\mathrm{train}},$$
 
     with $\rho$ = `damping`. No path is differentiated, so for any number of steps the memory is
     $O(P)$ plus the activations of one training gradient. Each product of the linear solver costs
     two training gradients, and only products with $H$ are needed (unless the solver asks for the
     matrix). With an `update_fn` (a proximal step, a Split Bregman sweep, any contraction
     $w = \Phi(w, \lambda)$) it solves the transposed fixed-point equation
-    $(I + \rho I - \partial\Phi/\partial w)^\top q = \nabla_w L_{val}$ instead, and
-    $g = \partial L_{val}/\partial\lambda + q^\top \partial\Phi/\partial\lambda$.
+    $(I + \rho I - \partial\Phi/\partial w)^\top q = \nabla_w L_{\mathrm{val}}$ instead, and
+    $g = \partial L_{\mathrm{val}}/\partial\lambda + q^\top \partial\Phi/\partial\lambda$.
 
     If a batch has fewer examples than there are parameters, $H$ is singular and $q$ does not exist.
     The default solver and `lineax.CG` then take the least-squares solution of the smallest norm,
-    $q = H^+ \nabla_w L_{val}$, and count a failure; `linear_residual` is the share of
-    $\nabla_w L_{val}$ that the batch does not see. (If the products end first, they take what they
-    have reached; a residual above 1 says so.) If $H$ is singular but some $q$ exists, that is no
-    failure, and $q$ is the solution nearest to where iterations start.
+    $q = H^+ \nabla_w L_{\mathrm{val}}$, and count a failure; `linear_residual` is the share of
+    $\nabla_w L_{\mathrm{val}}$ that the batch does not see. (If the products end first, they take
+    what they have reached; a residual above 1 says so.) If $H$ is singular but some $q$ exists,
+    that is no failure, and $q$ is the solution nearest to where iterations start.
 
     A model state is taken where it settles on the last batch, $r = R(w, \lambda, r)$, with the
     derivative of that point. If the training loss reads it, it is held constant there: a warning
@@ -114,10 +114,10 @@ class ImplicitOptimizer(Algorithm):
 
     The memory, `state.memory`: `adjoint`, the last $q$ (iterative solvers start from its best
     multiple), and its own metrics (`state.get_metric("linear_residual")`): `inner_residual`,
-    $\|\nabla_w L_{train}\|$ (or $\|w - \Phi(w)\|$) at the end of the inner steps;
+    $\|\nabla_w L_{\mathrm{train}}\|$ (or $\|w - \Phi(w)\|$) at the end of the inner steps;
     `linear_residual`, the residual of the linear system relative to its right-hand side;
-    `optimality_gap`, $|q^\top \nabla_w L_{train}| / |L_{val}|$, the relative change of the
-    validation loss, to first order, if training went on to the optimum of the last
+    `optimality_gap`, $|q^\top \nabla_w L_{\mathrm{train}}| / |L_{\mathrm{val}}|$, the relative
+    change of the validation loss, to first order, if training went on to the optimum of the last
     `curvature_batches`; `linear_iterations` as the solver counts them (0 for direct solvers, cycles
     of 20 products for `lineax.GMRES`); `linear_failures`, the number of solves so far that the
     solver itself gave up (singular, diverged), or that ended with a `linear_residual` above 1,

@@ -68,9 +68,9 @@ class NHGDOptimizer(Algorithm):
     the Hessian at the optimum is the Fisher matrix $F$, the covariance of the gradients of single
     examples. Training computes such gradients anyway. After `inner_steps` inner steps
 
-    $$g = \frac{\partial L_{val}}{\partial\lambda} -
-    q^\top \frac{\partial^2 L_{train}}{\partial w\,\partial\lambda},\qquad
-    (F + \rho I + P'')\, q = \nabla_w L_{val},$$
+    $$g = \frac{\partial L_{\mathrm{val}}}{\partial\lambda} -
+    q^\top \frac{\partial^2 L_{\mathrm{train}}}{\partial w\,\partial\lambda},\qquad
+    (F + \rho I + P'')\, q = \nabla_w L_{\mathrm{val}},$$
 
     with $\rho$ = `damping`, the Hessian $P''$ of the `penalty`, and the mixed derivative of the
     last training batch. For the gradient $g_t$ of a mean over $b$ examples and $\beta$ = `decay`,
@@ -116,10 +116,11 @@ class NHGDOptimizer(Algorithm):
     - `factor_every`: outer steps between two factorisations (Cholesky, `eigh`), at least 1; steps
         in between reuse the last factors. Default 1.
 
-    The metric `linear_residual`, $\|(H + \rho I) q - \nabla_w L_{val}\| / \|\nabla_w L_{val}\|$
-    with the Hessian $H$ of the last training batch, says how well $F$ stands for it: above 1 it
-    does worse than no solve. Batches of fewer examples than parameters say little. A matrix that is
-    not positive definite (a penalty that is not convex) makes a step that is refused.
+    The metric `linear_residual`,
+    $\|(H + \rho I) q - \nabla_w L_{\mathrm{val}}\| / \|\nabla_w L_{\mathrm{val}}\|$ with the
+    Hessian $H$ of the last training batch, says how well $F$ stands for it: above 1 it does worse
+    than no solve. Batches of fewer examples than parameters say little. A matrix that is not
+    positive definite (a penalty that is not convex) makes a step that is refused.
 
     **Raises:** `ValueError` for settings outside their range; while tracing, for a batch whose
     arrays do not share their leading axis, and for `per_example` with a model state.

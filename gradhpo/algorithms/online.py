@@ -60,13 +60,13 @@ class OnlineHypergradientOptimizer(Algorithm):
 
     Step $t$ of an episode takes one inner step and estimates
 
-    $$g_t = \frac{\partial L_{val}}{\partial\lambda}(w_t) +
+    $$g_t = \frac{\partial L_{\mathrm{val}}}{\partial\lambda}(w_t) +
     \theta\,\frac{1 - \gamma^t}{1 - \gamma}\,v_t,\qquad
     v_t = \alpha_t\,\frac{\partial\Phi(w^*_t, \lambda; D^*_t)}{\partial\lambda},$$
 
-    where $\alpha_t = \partial L_{val}/\partial w\,(w_t)$. A single product at a distilled point
-    $w^*_t$ (a mean of $w_0, \dots, w_{t-1}$ with weights $\gamma^{t-i}$) and on a distilled batch
-    $D^*_t$ represents the sum over all steps of the episode.
+    where $\alpha_t = \partial L_{\mathrm{val}}/\partial w\,(w_t)$. A single product at a distilled
+    point $w^*_t$ (a mean of $w_0, \dots, w_{t-1}$ with weights $\gamma^{t-i}$) and on a distilled
+    batch $D^*_t$ represents the sum over all steps of the episode.
     [`estimate_theta`][gradhpo.OnlineHypergradientOptimizer.estimate_theta] fits the scalar
     $\theta$; [`run`][gradhpo.run] calls it by itself if you pass `steps_per_episode`. Memory and
     cost of a step do not depend on the length of the episode.
@@ -86,8 +86,9 @@ class OnlineHypergradientOptimizer(Algorithm):
         `estimation_period` episodes, default 50; `None` keeps `distillation_weight`.
     - `normalize`: the paper's rule for a validation loss that does not contain the hyperparameters:
         no $\theta$, but a step along $v_t/\|v_t\|_2$, so
-        $g_t = \partial L_{val}/\partial\lambda + v_t/\|v_t\|_2$. `False` by default: an outer
-        optimizer such as Adam hardly depends on the scale, and plain gradient descent needs it.
+        $g_t = \partial L_{\mathrm{val}}/\partial\lambda + v_t/\|v_t\|_2$. `False` by default: an
+        outer optimizer such as Adam hardly depends on the scale, and plain gradient descent needs
+        it.
 
     Give `init` an example `batch` and a `key` to keep the distilled data set $D^*$. Without them
     $D^*_t = D_t$, which is the same if every step has the same batch.

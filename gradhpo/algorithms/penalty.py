@@ -41,13 +41,14 @@ class PenaltyMemory(Memory):
 class PenaltyOptimizer(Algorithm):
     r"""F2SA, the fully first-order method: no second derivative of anything.
 
-    Beside the parameters $z$, which descend $L_{train}$, it keeps a second copy $y$, which descends
-    $L_{train} + L_{val}/\lambda_p$ by an inner optimizer of the same kind, on the same batches.
-    After `inner_steps` steps of both,
+    Beside the parameters $z$, which descend $L_{\mathrm{train}}$, it keeps a second copy $y$, which
+    descends $L_{\mathrm{train}} + L_{\mathrm{val}}/\lambda_p$ by an inner optimizer of the same
+    kind, on the same batches. After `inner_steps` steps of both,
 
-    $$g = \frac{\partial L_{val}}{\partial\lambda}(y) + \lambda_p \Bigl(
-    \frac{\partial L_{train}}{\partial\lambda}(y) -
-    \frac{\partial L_{train}}{\partial\lambda}(z)\Bigr),\qquad \lambda_p = \mathtt{penalty},$$
+    $$g = \frac{\partial L_{\mathrm{val}}}{\partial\lambda}(y) + \lambda_p \Bigl(
+    \frac{\partial L_{\mathrm{train}}}{\partial\lambda}(y) -
+    \frac{\partial L_{\mathrm{train}}}{\partial\lambda}(z)\Bigr),\qquad \lambda_p =
+    \mathtt{penalty},$$
 
     with the training losses on the last batch. If both have converged, this is the derivative of
     the penalised problem, which differs from the hypergradient at the optimum by a term

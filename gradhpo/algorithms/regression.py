@@ -66,8 +66,8 @@ def _like(predictions: PyTree, made: PyTree) -> PyTree:
 
 
 class Regression(NamedTuple):
-    r"""$\min_\xi\; \tfrac12 E_P[a^\top \partial_v^2 \ell_{in} a] + E_Q[a^\top \partial_v\ell_{out}]
-    + \tfrac\rho2 \|\xi\|^2$ for $a = a_\xi$."""
+    r"""$\min_\xi\; \tfrac12 E_P[a^\top \partial_v^2 \ell_{\mathrm{in}} a] +
+    E_Q[a^\top \partial_v\ell_{\mathrm{out}}] + \tfrac\rho2 \|\xi\|^2$ for $a = a_\xi$."""
 
     hyperparams: PyTree
     outer: OnBatch  # on the validation batch

@@ -48,13 +48,14 @@ class SOBAOptimizer(Algorithm):
     r"""Single-loop implicit differentiation (SOBA), or with several steps of both (AmIGO).
 
     The adjoint $v$ of implicit differentiation solves
-    $H v + \nabla_w L_{val} = 0$, $H = \nabla_w^2 L_{train}$. Here it is a variable like the
-    parameters: it is kept, and moved by `adjoint_optimizer` along the residual of that equation.
-    With one step of each, all three directions are taken at the old $(w, v, \lambda)$ on one batch:
+    $H v + \nabla_w L_{\mathrm{val}} = 0$, $H = \nabla_w^2 L_{\mathrm{train}}$. Here it is a
+    variable like the parameters: it is kept, and moved by `adjoint_optimizer` along the residual of
+    that equation. With one step of each, all three directions are taken at the old
+    $(w, v, \lambda)$ on one batch:
 
-    $$d_w = \nabla_w L_{train},\qquad d_v = H v + \nabla_w L_{val},\qquad
-    g = \frac{\partial L_{val}}{\partial\lambda} +
-    v^\top \frac{\partial^2 L_{train}}{\partial w\,\partial\lambda}.$$
+    $$d_w = \nabla_w L_{\mathrm{train}},\qquad d_v = H v + \nabla_w L_{\mathrm{val}},\qquad
+    g = \frac{\partial L_{\mathrm{val}}}{\partial\lambda} +
+    v^\top \frac{\partial^2 L_{\mathrm{train}}}{\partial w\,\partial\lambda}.$$
 
     With more `inner_steps` or `adjoint_steps`, first the parameters move, then $v$ at the new
     parameters, then the hyperparameters at both. Adjoint step $j$ takes the batch of inner step
@@ -68,9 +69,9 @@ class SOBAOptimizer(Algorithm):
     keep it.
 
     With an `update_fn` the equation is that of the fixed point $w = \Phi(w, \lambda)$,
-    $(I - \partial\Phi/\partial w)^\top v + \nabla_w L_{val} = 0$, and
-    $g = \partial L_{val}/\partial\lambda - v^\top \partial\Phi/\partial\lambda$: the eigenvalues
-    that the rate of $v$ must suit are those of $I - \partial\Phi/\partial w$.
+    $(I - \partial\Phi/\partial w)^\top v + \nabla_w L_{\mathrm{val}} = 0$, and
+    $g = \partial L_{\mathrm{val}}/\partial\lambda - v^\top \partial\Phi/\partial\lambda$: the
+    eigenvalues that the rate of $v$ must suit are those of $I - \partial\Phi/\partial w$.
 
     It sees what moves the optimum, and assumptions and the treatment of a model state are as for
     `ImplicitOptimizer`: settings of the inner optimizer are not seen.
@@ -85,9 +86,9 @@ class SOBAOptimizer(Algorithm):
         the inner problem is a good choice; it must stay below 2 / (largest curvature).
 
     The memory, `state.memory`: `adjoint` and `adjoint_state`, and its metrics
-    (`state.get_metric("linear_residual")`): `inner_residual`, the norm of $\nabla_w L_{train}$ (or
-    of $w - \Phi$), and `linear_residual`, that of $d_v$ relative to the norm of $\nabla_w L_{val}$,
-    both where $g$ is taken.
+    (`state.get_metric("linear_residual")`): `inner_residual`, the norm of
+    $\nabla_w L_{\mathrm{train}}$ (or of $w - \Phi$), and `linear_residual`, that of $d_v$ relative
+    to the norm of $\nabla_w L_{\mathrm{val}}$, both where $g$ is taken.
 
     **Raises:** `ValueError` for `inner_steps < 1` or `adjoint_steps < 1`.
 

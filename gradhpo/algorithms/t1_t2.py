@@ -33,16 +33,16 @@ class T1T2Optimizer(Algorithm):
     r"""T1-T2 with the finite differences of DARTS: no second derivatives.
 
     Takes `inner_steps` inner steps, then the hypergradient through the last one,
-    $g = \partial L_{val}/\partial\lambda + \alpha_T B_T$, with $\alpha_T B_T$ by central
+    $g = \partial L_{\mathrm{val}}/\partial\lambda + \alpha_T B_T$, with $\alpha_T B_T$ by central
     differences.
 
     - `perturb="weights"`: $\alpha_T$ is pulled back through the inner optimizer's own update
         to a direction $v$ in the space of gradients (for SGD with rate $\xi$:
         $v = -\xi\,\alpha_T$), and with $\varepsilon = \mathtt{epsilon}/\|v\|_2$
 
-        $$v^\top\,\partial^2 L_{train}/\partial w\,\partial\lambda \approx
-        \frac{\nabla_\lambda L_{train}(w_{T-1} + \varepsilon v) -
-        \nabla_\lambda L_{train}(w_{T-1} - \varepsilon v)}{2\varepsilon}.$$
+        $$v^\top\,\partial^2 L_{\mathrm{train}}/\partial w\,\partial\lambda \approx
+        \frac{\nabla_\lambda L_{\mathrm{train}}(w_{T-1} + \varepsilon v) -
+        \nabla_\lambda L_{\mathrm{train}}(w_{T-1} - \varepsilon v)}{2\varepsilon}.$$
 
         With Adam inside, this $v$ has the factor $\partial u/\partial g$ of its update $u(g)$, as
         in SAMA (which takes the difference at $w_T$). Effects on $\lambda$ through the inner

@@ -31,7 +31,8 @@ from gradhpo.extend import (
 class UnrolledOptimizer(Algorithm):
     r"""The exact hypergradient of `unroll_steps` inner steps, by reverse mode.
 
-    $$g = \frac{\partial L_{val}}{\partial\lambda} + \alpha_T\sum_{t=1}^{T} A_T\cdots A_{t+1} B_t:$$
+    $$g = \frac{\partial L_{\mathrm{val}}}{\partial\lambda} +
+    \alpha_T\sum_{t=1}^{T} A_T\cdots A_{t+1} B_t:$$
 
     a forward scan keeps the inner states, and a backward scan pulls the cotangent through them, for
     parameters and optimizer state ($g \leftarrow g + \bar z B_t$, then

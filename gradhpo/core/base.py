@@ -29,9 +29,9 @@ class BilevelOptimizer(OuterStep):
     With $z_t = \Phi(z_{t-1}, \lambda; D_t)$ for parameters and inner optimizer state, and its
     derivatives $A_t, B_t$ with respect to $z_{t-1}$ and $\lambda$, each estimates or computes
 
-    $$g = \frac{\mathrm{d} L_{val}}{\mathrm{d}\lambda} = \frac{\partial L_{val}}{\partial\lambda} +
-    \alpha_T \sum_{t=1}^{T} A_T \cdots A_{t+1} B_t,\qquad
-    \alpha_T = \frac{\partial L_{val}}{\partial w}(w_T).$$
+    $$g = \frac{\mathrm{d} L_{\mathrm{val}}}{\mathrm{d}\lambda} =
+    \frac{\partial L_{\mathrm{val}}}{\partial\lambda} + \alpha_T \sum_{t=1}^{T} A_T \cdots A_{t+1}
+    B_t,\qquad \alpha_T = \frac{\partial L_{\mathrm{val}}}{\partial w}(w_T).$$
 
     Algorithms derive from [`gradhpo.extend.Algorithm`][gradhpo.extend.Algorithm], which implements
     the private methods for one inner problem.

@@ -150,7 +150,7 @@ class InnerUpdate(InnerStep):
     ) -> tuple[PyTree, Callable[[PyTree], tuple[PyTree, PyTree]]]:
         r"""What vanishes at the inner optimum, and the products with its derivatives.
 
-        $F = \nabla_w L_{train}$ (or what `grad_fn` returns), or $F = w - \Phi(w, \lambda)$
+        $F = \nabla_w L_{\mathrm{train}}$ (or what `grad_fn` returns), or $F = w - \Phi(w, \lambda)$
         with an `update_fn`; and
         $v \mapsto (v^\top \partial F/\partial w,\; v^\top \partial F/\partial\lambda)$. Both
         are means over the batches of the `count` steps that end with step `last`. The running state

@@ -67,7 +67,7 @@ class Validation(eqx.Module):
     def value_and_grads(
         self, z: InnerState, hyperparams: PyTree
     ) -> tuple[Loss, InnerState, PyTree]:
-        r"""$L_{val}$, its derivative $\alpha$ by z (not by s), and the direct term.
+        r"""$L_{\mathrm{val}}$, its derivative $\alpha$ by z (not by s), and the direct term.
 
         The loss is `Measured` if it has metrics beside it.
         """

@@ -31,7 +31,7 @@ def finite_difference_hypergradient(
     coordinates: Int[ArrayLike, " n"] | Sequence[int] | None = None,
     epsilon: Real[ArrayLike, ""] | None = None,
 ) -> PyTree | Float[Array, " n"]:
-    r"""Central differences of $F(\lambda) = L_{val}(w_T(\lambda), \lambda)$, the whole training.
+    r"""Central differences of $F(\lambda) = L_{\mathrm{val}}(w_T(\lambda), \lambda)$.
 
     $$g_i \approx \frac{F(\lambda + h_i e_i) - F(\lambda - h_i e_i)}{2 h_i},\qquad
     h_i = \mathtt{epsilon}\cdot\max(1, |\lambda_i|).$$

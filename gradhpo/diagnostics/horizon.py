@@ -40,14 +40,15 @@ class Horizon(Report):
     r"""What [`explain_horizon`][gradhpo.explain_horizon] found.
 
     With the contribution $c_t = \alpha_T A_T \cdots A_{t+1} B_t$ of inner step $t$ to the exact
-    hypergradient $g = \partial L_{val}/\partial\lambda + \sum_t c_t$:
+    hypergradient $g = \partial L_{\mathrm{val}}/\partial\lambda + \sum_t c_t$:
 
     - `share[name]`, shape `[steps]`: $x_t \cdot g/\|g\|^2$, where $x_t$ is what `name` keeps of
         step $t$: `"exact"` ($x_t = c_t$), `"one step"` ($c_T$ at the end, otherwise 0), `"greedy"`
         ($\gamma^{T-t}\alpha_t B_t$) and `"HyperDistill"` ($\theta\gamma^{T-t} v_T$). The shares of
         `"exact"` and `direct_share` add up to 1; a negative share pulls the other way.
     - `share_of_leaf[leaf][name]`: the same within one leaf of the hyperparameters.
-    - `direct_share`: the share of $\partial L_{val}/\partial\lambda$, and of what hyperparameters
+    - `direct_share`: the share of $\partial L_{\mathrm{val}}/\partial\lambda$, and of what
+      hyperparameters
         do in the inner optimizer's `init`.
     - `norm`, shape `[steps]`: $\|c_t\|$.
     - `cosine_of_last`, shape `[steps]`: at `[K - 1]` the cosine of $g$ with the hypergradient of
