@@ -15,9 +15,22 @@ _LARGE_GAP = 0.1
 class ImplicitMemory(Memory):
     r"""What [`ImplicitOptimizer`][gradhpo.ImplicitOptimizer] carries over, with its solve metrics.
 
-    - `adjoint`: the last $q$, a tree like the parameters.
-    - `inner_residual`, `optimality_gap`, `linear_residual`, `linear_iterations`,
-        `linear_failures`: shape `()`.
+    - `adjoint`: the last $q$, a tree like the parameters; iterative solvers start from its best
+        multiple.
+    - `inner_residual`: $\|\nabla_w L_{\mathrm{train}}\|$ (or $\|w - \Phi(w)\|$) after the inner
+        steps.
+    - `optimality_gap`: $|q^\top \nabla_w L_{\mathrm{train}}| / |L_{\mathrm{val}}|$, the relative
+        change of the validation loss, to first order, if training went on to the optimum of the
+        last `curvature_batches`.
+    - `linear_residual`: the residual of the linear system relative to its right-hand side.
+    - `linear_iterations`: as the solver counts them (0 for direct solvers, cycles of 20 products
+        for `lineax.GMRES`).
+    - `linear_failures`: how many solves so far the solver gave up (singular, diverged), or ended
+        with a `linear_residual` above 1, which is worse than no solve. Reaching `max_steps` is not
+        a failure; nor is a residual of [`Neumann`][gradhpo.Neumann] or
+        [`Nystrom`][gradhpo.Nystrom], which are not inverses.
+
+    The metrics have the shape `()`.
     """
 
     adjoint: PyTree
