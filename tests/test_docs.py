@@ -20,6 +20,7 @@ from jaxtyping import Array
 from processes import python
 
 import gradhpo
+import gradhpo.extend
 from gradhpo.core.hooks import Hooks
 
 
@@ -144,6 +145,72 @@ def test_docstring_example_runs(name):
             "lx": lx, "Array": Array,
         }  # fmt: skip
         exec(compile(code, name, "exec"), namespace)
+
+
+# A list below "**Arguments:**" ("**Fields:**" of records), or the rest of its line.
+LISTED = re.compile(r"\*\*(?:Arguments|Fields):\*\*(?:\n\n((?:(?:- | +\S).*\n)+)|((?: .+\n)+))")
+ELSEWHERE = re.compile(r"\bas for\b|\b(?:as|like) (?:in|of|with) \[`")
+WITH_METHODS = re.compile(
+    r"^::: gradhpo\.(\w+)\n    options:\n(?:      .*\n)*?      members: \[(.+)\]", re.MULTILINE
+)
+
+
+def arguments_not_documented(parameters, doc):
+    """Those without an entry of their own, or whose entry sends the reader to another docstring."""
+    said = {}
+    for listed, inline in LISTED.findall(inspect.cleandoc(doc) + "\n"):
+        entries = re.split(r"^- ", listed, flags=re.MULTILINE) if listed else inline.split("; ")
+        for names, _, text in (entry.partition(":") for entry in entries):
+            said |= dict.fromkeys(re.findall(r"`(\w+)`", names), " ".join(text.split()))
+    return [name for name in parameters if not said.get(name) or ELSEWHERE.search(said[name])]
+
+
+def called_by_users():
+    """Public classes and functions, and the methods that the reference names on its pages."""
+    text = "".join(page.read_text() for page in sorted((ROOT / "docs" / "api").glob("*.md")))
+    methods = {name: re.findall(r"\w+", names) for name, names in WITH_METHODS.findall(text)}
+    for name in filter(lambda name: callable(getattr(gradhpo, name)), PUBLIC):
+        thing = getattr(gradhpo, name)
+        yield name, thing
+        for method in methods.get(name, []):
+            if callable(getattr(thing, method)):
+                yield f"{name}.{method}", getattr(thing, method)
+
+
+CALLED = dict(called_by_users())
+
+
+def test_docstrings_name_every_argument():
+    """Each in its own docstring, which is all that an editor shows."""
+    missing = {}
+    for name, thing in CALLED.items():
+        parameters = [x for x in inspect.signature(thing).parameters if x != "self"]
+        missing[name] = arguments_not_documented(parameters, inspect.getdoc(thing) or "")
+    assert {"UnrolledOptimizer", "run", "BilevelOptimizer.step"} <= missing.keys()
+    assert {name: found for name, found in missing.items() if found} == {}
+
+
+@pytest.mark.parametrize(
+    ("doc", "missing"),
+    [
+        ("**Arguments:**\n\n- `a`: one.\n- `b`, `c`: two\n    and three.", []),
+        ("**Arguments:** `a`: one; `b`, `c`: two.", []),
+        ("**Arguments:** as for [`run`][gradhpo.run].", ["a", "b", "c"]),
+        ("**Arguments:**\n\n- `a`: one.\n- `b`, `c`: as for\n    [`run`][run].", ["b", "c"]),
+        ("**Arguments:**\n\n- `a`: calls `b`.\n\nAfterwards:\n\n- `b`, `c`: no.", ["b", "c"]),
+        ("`a`, `b`, `c`: these.", ["a", "b", "c"]),
+    ],
+)
+def test_an_argument_that_a_docstring_leaves_out_is_seen(doc, missing):
+    assert arguments_not_documented(["a", "b", "c"], doc) == missing
+
+
+def test_docstrings_begin_in_plain_words():
+    """Search results and editors show the first paragraph as text, formulas included."""
+    others = {f"extend.{name}": getattr(gradhpo.extend, name) for name in gradhpo.extend.__all__}
+    docs = {name: inspect.getdoc(thing) or "" for name, thing in {**CALLED, **others}.items()}
+    assert len(docs) > 150
+    assert [name for name, doc in docs.items() if "$" in doc.split("\n\n")[0]] == []
 
 
 def test_public_methods_are_documented():

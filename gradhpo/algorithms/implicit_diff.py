@@ -94,9 +94,9 @@ class ImplicitOptimizer(Algorithm):
         (with `inner_steps` above 1 its memory is cleared at the start of every `step`).
     - `outer_optimizer`: an optax transformation for the hyperparameters. Default `None`: gradient
         descent with the `lr_hyper` of each `step`.
-    - `linear_solver`: any `lineax` solver (`lineax.CG`, `lineax.GMRES`, `lineax.BiCGStab`,
-        `lineax.LU`, `lineax.Cholesky`, ...), [`Neumann`][gradhpo.Neumann] or
-        [`Nystrom`][gradhpo.Nystrom]. The system is scaled to a right-hand side of length 1: with
+    - `linear_solver`: any `lineax` solver (such as `lineax.CG`, `lineax.GMRES`, `lineax.BiCGStab`,
+        `lineax.LU`, `lineax.Cholesky`), [`Neumann`][gradhpo.Neumann], [`Nystrom`][gradhpo.Nystrom]
+        or [`Support`][gradhpo.Support]. The system is scaled to a right-hand side of length 1: with
         `norm=gradhpo.tree_l2_norm` tolerances are relative to it, with lineax's default every
         component must meet them. Default `None`: `lineax.CG` for a loss, and `lineax.GMRES` for an
         `update_fn` (or a loss with a `custom_vjp`, whose $H$ need not be symmetric), with at most

@@ -245,7 +245,7 @@ class OnlineHypergradientOptimizer(Algorithm):
 
         **Arguments:**
 
-        - `state`, `train_batches`: a state, and a [`BatchStack`][gradhpo.BatchStack] of $T$ batches.
+        - `state`, `train_batches`: a state and a [`BatchStack`][gradhpo.BatchStack] of $T$ batches.
         - `val_batch`: any pytree of arrays.
         - `train_loss_fn`, `val_loss_fn`: `(params, hyperparams, batch) -> scalar`, or one
             [`LossFunctions`][gradhpo.LossFunctions] in place of both.

@@ -210,10 +210,19 @@ class BilevelOptimizer(OuterStep):
     ) -> PyTree:
         """The hypergradient that `step` would follow, a tree like `state.hyperparams`.
 
-        Arguments and errors as for [`step`][gradhpo.BilevelOptimizer.step]; the state is unchanged.
+        **Arguments:**
+
+        - `state`: from `init` or `step`; it is not changed.
+        - `train_batch`: any pytree of arrays, used for every inner step, or a
+            [`BatchStack`][gradhpo.BatchStack] with one batch per inner step.
+        - `val_batch`: any pytree of arrays.
+        - `train_loss_fn`, `val_loss_fn`: `(params, hyperparams, batch) -> scalar`, or one
+            [`LossFunctions`][gradhpo.LossFunctions] in place of both.
 
         **Returns:** the hypergradient $g$, each leaf with the shape and dtype of its
         hyperparameter. Nothing is refused: it may be non-finite.
+
+        **Raises:** what `step` raises while tracing.
         """
         losses = both_losses("compute_hypergradient", train_loss_fn, val_loss_fn)
         check_tunes(self)

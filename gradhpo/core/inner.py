@@ -21,10 +21,10 @@ Pull: TypeAlias = Callable[[InnerState], tuple[InnerState, PyTree]]
 
 
 class InnerUpdate(InnerStep):
-    r"""$\Phi$ on the training data of one outer step.
+    r"""The inner update on the training data of one outer step.
 
-    Built inside the compiled step by `core.problem.make_problem`, and used only there. Inner steps
-    are numbered from `t = 0`.
+    $\Phi$ in formulas. Built inside the compiled step by `core.problem.make_problem`, and used only
+    there. Inner steps are numbered from `t = 0`.
     """
 
     def _linearized(

@@ -225,7 +225,7 @@ def _without_nan(tree: PyTree) -> PyTree:
 
 
 def inner_state(state: BilevelState) -> InnerState:
-    """The $z = (w, s, r)$ of a state; the rest of its params is constant through training."""
+    """The inner state z = (w, s, r) of a state; the rest of its params never changes."""
     return InnerState(trained(state.params), state.inner_opt_state, state.model_state)
 
 

@@ -96,8 +96,7 @@ def cross_validation(
 
     **Arguments:**
 
-    - `params`: of one model, as for [`init`][gradhpo.BilevelOptimizer.init]. Every fold starts from
-        them.
+    - `params`: the parameters of one model, any pytree. Every fold starts from them.
     - `losses`: [`LossFunctions`][gradhpo.LossFunctions] of one model and one batch, without model
         state. Take means over the examples, so that hyperparameters mean the same with K folds and
         on all data.

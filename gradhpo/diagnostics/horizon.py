@@ -135,8 +135,11 @@ def explain_horizon(
 
     - `optimizer`: any; it only defines the inner step, and the number of steps if `train_batch` is
         one batch. Not a `TaskBatched`.
-    - `state`, `train_batch`, `val_batch`, `losses`: as for
-        [`compare_hypergradients`][gradhpo.compare_hypergradients].
+    - `state`: where to start: from `init`, or from the middle of a run.
+    - `train_batch`: a [`BatchStack`][gradhpo.BatchStack], whose length is the horizon; or one batch
+        for all inner steps of the optimizer.
+    - `val_batch`: one validation batch, any pytree of arrays.
+    - `losses`: the [`LossFunctions`][gradhpo.LossFunctions].
     - `greedy_gamma`, `distill_gamma`: the discounts of greedy and of HyperDistill, in [0, 1].
 
     **Returns:** a [`Horizon`][gradhpo.diagnostics.horizon.Horizon], with the equations.
