@@ -165,12 +165,12 @@ class EvolutionOptimizer(Algorithm):
 
     @property
     def carries_start(self) -> bool:
-        """Yes: perturbed runs go on from step to step."""
+        """Yes: perturbed runs continue from step to step."""
         return True
 
     @property
     def may_be_zero(self) -> bool:
-        """Yes: both losses of a pair may be the same, as accuracies are."""
+        """Yes: both losses of a pair may be equal, as accuracies often are."""
         return True
 
     @property
@@ -185,8 +185,8 @@ class EvolutionOptimizer(Algorithm):
             return ""
         return (
             "EvolutionOptimizer(noise='episode') draws its directions at the start of an episode, "
-            "and run has none: all steps follow the same directions. Pass steps_per_episode, or "
-            "take noise='window'"
+            "and this run has no episodes: all steps follow the same directions. Pass "
+            "steps_per_episode, or use noise='window'"
         )
 
     def with_difference_step(self, factor: float) -> "EvolutionOptimizer":
@@ -207,7 +207,7 @@ class EvolutionOptimizer(Algorithm):
         return dataclasses.replace(memory, starts_anew=jnp.ones_like(memory.starts_anew))
 
     def after_refusal(self, old: EvolutionMemory, new: EvolutionMemory) -> EvolutionMemory:
-        """The old one, but the draw is spent: an episode that begins again has other noise."""
+        """The old memory with the draw spent: an episode that starts over gets other noise."""
         return dataclasses.replace(old, draws=new.draws)
 
     def estimate(self, problem: Problem, memory: EvolutionMemory) -> Estimate:

@@ -111,7 +111,7 @@ class ForwardModeOptimizer(Algorithm):
 
     @property
     def carries_start(self) -> bool:
-        """Yes: `Z` goes on from step to step."""
+        """Yes: `Z` is carried from step to step."""
         return True
 
     @property

@@ -37,7 +37,7 @@ from gradhpo.extend import (
 )
 
 
-# Above this many parameters of a closed form it warns: as many products, and a decomposition.
+# A closed form warns above this many parameters: it takes as many products, and an SVD.
 _MANY = 2_000
 
 
@@ -186,7 +186,7 @@ class FunctionalOptimizer(Algorithm):
 
     @property
     def differentiates_gradient(self) -> bool:
-        """False: second derivatives are by the prediction, and not by the parameters."""
+        """False: second derivatives are with respect to the prediction, not the parameters."""
         return False
 
     @property
@@ -196,7 +196,7 @@ class FunctionalOptimizer(Algorithm):
 
     @property
     def may_be_zero(self) -> bool:
-        """True: the adjoint may start at 0. What is never seen is found while tracing."""
+        """True: the adjoint may start at 0. Tracing finds hyperparameters that are never seen."""
         return True
 
     @property
@@ -209,10 +209,10 @@ class FunctionalOptimizer(Algorithm):
         """The adjoint."""
         if self.closed_form:
             return "the regression of the adjoint: use a larger ridge"
-        return "an adjoint that diverges: take a smaller rate in adjoint_optimizer"
+        return "an adjoint that diverges: use a smaller rate in adjoint_optimizer"
 
     def _parts(self) -> tuple[PyTree, PyTree]:
-        """The initial parameters of the adjoint, and what else is in its tree."""
+        """The initial parameters of the adjoint, and the rest of its tree."""
         arrays = jax.tree.map(lambda x: jnp.asarray(x) if eqx.is_array(x) else x, self.adjoint)
         return trained(arrays), not_trained(arrays)
 
@@ -270,7 +270,7 @@ class FunctionalOptimizer(Algorithm):
     def remarks(
         self, before: MetricDict, metrics: Mapping[str, np.ndarray], copies: int = 1
     ) -> str:
-        """An adjoint that leaves too much of its equation."""
+        """Says if the adjoint leaves too much of its equation unsolved."""
         residuals = metrics["linear_residual"]
         left = np.median(residuals[-max(1, len(residuals) // 4) :])
         if self.closed_form and left > 0.1:

@@ -178,8 +178,8 @@ class ImplicitOptimizer(Algorithm):
             )
         if self.curvature_batches > 1 and getattr(self.linear_solver, "fresh_batches", False):
             raise ValueError(
-                f"curvature_batches={self.curvature_batches} has all products take the same "
-                "batches, and the solver's fresh_batches=True another one each: leave one out"
+                f"curvature_batches={self.curvature_batches} uses the same batches for every "
+                "product, and the solver's fresh_batches=True a different one: leave one out"
             )
         check_setting("damping", self.damping, lambda x: x >= 0, "at least 0")
 
@@ -291,7 +291,7 @@ class ImplicitOptimizer(Algorithm):
     def remarks(
         self, before: MetricDict, metrics: Mapping[str, np.ndarray], copies: int = 1
     ) -> str:
-        """Solves that failed or left a larger residual than they began with; steps too few."""
+        """Reports failed solves, and training that has not converged."""
         failures = copies * float(metrics["linear_failures"][-1] - before["linear_failures"])
         solves = remark_on_solves(failures, metrics["linear_residual"], self.linear_solver)
         remedy = "more inner_steps, larger batches, or curvature_batches"

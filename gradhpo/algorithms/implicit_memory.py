@@ -8,7 +8,7 @@ from jaxtyping import Array, PyTree
 from gradhpo.extend import Memory, accumulation_dtype
 
 
-# The share of itself by which the validation loss may still change, before the report says so.
+# The relative change of the validation loss above which the report speaks up.
 _LARGE_GAP = 0.1
 
 
@@ -56,8 +56,8 @@ def on_training(gaps: np.ndarray, remedy: str) -> str:
     if not gap > _LARGE_GAP:
         return ""
     return (
-        "Training has not converged, or its last batch does not represent the others (nor may "
-        f"the model state have settled): training on that batch to its optimum would change the "
-        f"validation loss by {gap:.0%} (optimality_gap, median of the last quarter of the steps), "
-        f"so the hypergradient may be wrong by any factor: use {remedy}."
+        "Training has not converged, or its last batch does not represent the others, or the model "
+        "state has not settled: training on that batch to its optimum would change the validation "
+        f"loss by {gap:.0%} (optimality_gap, median of the last quarter of the steps), so the "
+        f"hypergradient may be wrong by any factor: use {remedy}."
     )

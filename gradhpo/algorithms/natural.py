@@ -37,7 +37,7 @@ from gradhpo.extend import (
 )
 
 
-# Above this many parameters, "dense" is warned about: 100 MB in float32, 4e10 flops per solve.
+# "dense" warns above this many parameters: 100 MB in float32, 4e10 flops per solve.
 _MANY = 5_000
 _READS_STATE = (
     "NHGDOptimizer holds the model state constant in the training loss, which reads it: the "

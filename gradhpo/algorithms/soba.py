@@ -62,7 +62,7 @@ class SOBAOptimizer(Algorithm):
     $j \bmod \mathtt{inner\_steps}$, and $g$ the last one.
 
     An outer step costs one training gradient per inner step, two more per product (and one more
-    where an adjoint step has a batch of its own), and one validation gradient. Unlike
+    where an adjoint step uses another batch), and one validation gradient. Unlike
     [`ImplicitOptimizer`][gradhpo.ImplicitOptimizer], it solves no linear system at each step, but
     all three step sizes must suit each other: $v$ follows only if the hyperparameters move slowly.
     $v$ starts at 0, so the first hypergradients are short. It is kept when an episode restarts the
@@ -216,7 +216,7 @@ class SOBAOptimizer(Algorithm):
 def _left_over(
     products: Callable[[PyTree], tuple[PyTree, PyTree]], adjoint: PyTree, alpha: PyTree
 ) -> tuple[PyTree, PyTree]:
-    """What is left of the adjoint's equation, and the mixed term of the hypergradient."""
+    """The residual of the adjoint's equation, and the mixed term of the hypergradient."""
     by_w, mixed = products(cast_like(adjoint, alpha))
     add = lambda v, x, y: x.astype(v.dtype) + y.astype(v.dtype)
     return jax.tree.map(add, adjoint, by_w, alpha), mixed

@@ -117,7 +117,7 @@ class UnrolledOptimizer(Algorithm):
 
     @property
     def differentiates_init(self) -> bool:
-        """Unless the first updates are left out."""
+        """Yes, unless `truncation` leaves out the first updates."""
         return self._differentiated_steps == self.unroll_steps
 
     @property
@@ -137,7 +137,7 @@ class UnrolledOptimizer(Algorithm):
     def with_less_memory(self) -> "UnrolledOptimizer | None":
         """The next in this order: all states, √T of them, log T, all on the host.
 
-        The host counts only where it has a memory of its own.
+        The host counts only where its memory is separate.
         """
         host_apart = jax.default_backend() != "cpu"
         if host_apart and (self.store == "host" or self.checkpoints == "log"):

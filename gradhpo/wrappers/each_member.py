@@ -54,18 +54,18 @@ class EachMember(Wrapper):
         return with_part(state, jax.tree.map(lambda x: entry(x, number), own))
 
     def finite_part(self, memory: PopulationMemory) -> PyTree:
-        """That of every member's memory."""
+        """The finite part of every member's memory."""
         return self.optimizer.finite_part(memory.of_each)
 
     def after_refusal(self, old: PopulationMemory, new: PopulationMemory) -> PopulationMemory:
-        """What `optimizer` keeps of every member."""
+        """The memory that `optimizer` keeps for every member."""
         select = jax.vmap(self.optimizer.after_refusal, axis_size=self.num_members)
         return dataclasses.replace(new, of_each=select(old.of_each, new.of_each))
 
     def remarks(
         self, before: MetricDict, metrics: Mapping[str, np.ndarray], copies: int = 1
     ) -> str:
-        """Those of `optimizer`, over all members."""
+        """The remarks of `optimizer`, over all members."""
         before = {name: jnp.mean(x) for name, x in before.items()}
         mean = lambda x: np.mean(x, axis=1) if np.ndim(x) == 2 else x
         means = {name: mean(x) for name, x in metrics.items()}

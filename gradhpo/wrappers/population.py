@@ -126,7 +126,7 @@ class Population(EachMember):
             raise ValueError("Population(optimizer) got a population; one member axis is enough")
         if not 0 < self.fraction <= 0.5:
             raise ValueError(
-                f"fraction={self.fraction} must be in (0, 0.5]: the worst members copy as many best"
+                f"fraction={self.fraction} must be in (0, 0.5]: at most half copy the other half"
             )
         if self.exploit_every is not None:
             check_count("exploit_every", self.exploit_every)
@@ -135,7 +135,7 @@ class Population(EachMember):
         if self.mutation.learns and not self.optimizer.tunes:
             raise ValueError(
                 f"{type(self.mutation).__name__} learns from hypergradients, and "
-                f"{type(self.optimizer).__name__} computes none: take RandomMutation"
+                f"{type(self.optimizer).__name__} computes none: use RandomMutation"
             )
 
     @checked
@@ -184,8 +184,8 @@ class Population(EachMember):
     def best(self, state: BilevelState) -> BilevelState:
         """The member with the lowest validation loss of the last step, for the wrapped `optimizer`.
 
-        Members that were replaced at the end of that step are not measured yet, and those whose
-        step was refused have not moved: both do not count.
+        Members that were replaced at the end of that step, which are not measured yet, do not
+        count, nor do those whose step was refused.
 
         **Arguments:** `state`: from this optimizer.
 

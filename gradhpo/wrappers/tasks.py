@@ -130,8 +130,8 @@ class TaskBatched(TaskProblems):
         if self.optimizer.num_members is not None:
             name = type(self.optimizer).__name__
             raise ValueError(
-                f"TaskBatched(optimizer) got a {name}, whose members have hyperparameters of their "
-                f"own: write {name}(TaskBatched(optimizer, num_tasks), num_members)"
+                f"TaskBatched(optimizer) got a {name}, whose members have their own "
+                f"hyperparameters: write {name}(TaskBatched(optimizer, num_tasks), num_members)"
             )
 
     def estimate_theta(
@@ -182,18 +182,18 @@ class TaskBatched(TaskProblems):
         return state_of_one(state, jax.tree.map(lambda x: x[number], each))
 
     def finite_part(self, memory: TaskMemory) -> PyTree:
-        """That of every task's memory."""
+        """The finite part of every task's memory."""
         return self.optimizer.finite_part(memory.of_each)
 
     def after_refusal(self, old: TaskMemory, new: TaskMemory) -> TaskMemory:
-        """What `optimizer` keeps of every task: one refused task refuses the step for all."""
+        """The memories that `optimizer` keeps: one refused task refuses the step for all."""
         select = jax.vmap(self.optimizer.after_refusal, axis_size=self.num_tasks)
         return dataclasses.replace(old, of_each=select(old.of_each, new.of_each))
 
     def remarks(
         self, before: MetricDict, metrics: Mapping[str, np.ndarray], copies: int = 1
     ) -> str:
-        """Those of `optimizer`, over all tasks."""
+        """The remarks of `optimizer`, over all tasks."""
         return self.optimizer.remarks(before, metrics, copies * self.num_tasks)
 
     def _init_state(
