@@ -70,8 +70,8 @@ class OnlineHypergradientOptimizer(Algorithm):
     batch $D^*_t$ represents the sum over all steps of the episode.
     [`estimate_theta`][gradhpo.OnlineHypergradientOptimizer.estimate_theta] fits the scalar
     $\theta$; [`run`][gradhpo.run] calls it automatically if you pass `steps_per_episode`. Memory
-    and cost of a step do not depend on the length of the episode. `HyperDistillOptimizer` is this
-    class under the name of its paper.
+    and cost of a step do not depend on the length of the episode. `HyperDistillOptimizer` is the
+    same class, by the paper's name.
 
     **Arguments:**
 

@@ -51,7 +51,7 @@ def vjp_wrt_both(
 def vjp_wrt_lambda(
     update_fn: Callable, params: PyTree, hyperparams: PyTree, batch: PyTree, cotangent: PyTree
 ) -> PyTree:
-    r"""The product of a cotangent with the Jacobian of an update by the hyperparameters.
+    r"""A cotangent times an update's Jacobian with respect to the hyperparameters.
 
     The second part of [`vjp_wrt_both`][gradhpo.vjp_wrt_both] alone,
     $v^\top \partial\Phi/\partial\lambda$.

@@ -168,7 +168,8 @@ class Population(EachMember):
             Default `None`.
 
         **Raises:** `ValueError` for an array without the member axis, another structure or shape
-        from `spread`, or values that no optimizer takes (`TypeError` for their types).
+        from `spread`, NaN, or nothing to train or to tune; `TypeError` for complex leaves, or
+        hyperparameters that are not floating-point arrays.
         """
         given = params, hyperparams, model_state, batch, key
         if spread is None:
