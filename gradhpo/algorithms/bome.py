@@ -124,7 +124,7 @@ class BOMEOptimizer(Algorithm):
 
     @property
     def may_be_zero(self) -> bool:
-        r"""True: $\lambda_p$ is 0 where the validation gradient alone lowers $q$ fast enough."""
+        """True: the multiplier is 0 where the validation gradient alone lowers q fast enough."""
         return True
 
     def init_memory(

@@ -28,7 +28,7 @@ from gradhpo.extend import (
 
 
 class ForwardMemory(Memory):
-    """`Z`, the derivative of $z$: shaped like its floating-point leaves, `[hyperparams, ...]`."""
+    """`Z`, the derivative of the inner state, in its floating-point leaves `[hyperparams, ...]`."""
 
     Z: InnerState
 

@@ -95,8 +95,8 @@ class FunctionalOptimizer(Algorithm):
         descent with the `lr_hyper` of each `step`.
     - `predict`: the adjoint function, `(adjoint, hyperparams, batch) -> predictions`, arrays of the
         shapes of the predictions. Default `None`: the `predict` of the training loss.
-    - `adjoint`: the initial $\xi$, a pytree, by keyword. Initialise a network like the parameters:
-        with all weights 0, only the last layer learns.
+    - `adjoint`: the initial $\xi$, a pytree, required, by keyword. Initialise a network like the
+        parameters: with all weights 0, only the last layer learns.
     - `adjoint_optimizer`: an optax transformation for $\xi$, by keyword; required without
         `closed_form`, else `None` (the default).
     - `inner_steps`: inner steps per `step`, at least 1; default 1.

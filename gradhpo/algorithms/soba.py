@@ -86,8 +86,9 @@ class SOBAOptimizer(Algorithm):
         descent with the `lr_hyper` of each `step`.
     - `inner_steps`: inner steps per `step`, at least 1; default 1.
     - `adjoint_steps`: steps on $v$ per `step`, at least 1; default 1.
-    - `adjoint_optimizer`: an optax transformation for $v$, by keyword. `optax.sgd` with the rate of
-        the inner problem is a good choice; the rate must be below 2 / (largest curvature).
+    - `adjoint_optimizer`: an optax transformation for $v$, required, by keyword. `optax.sgd` with
+        the rate of the inner problem is a good choice; the rate must be below 2 / (largest
+        curvature).
     - `grad_fn`: `(params, hyperparams, batch) -> gradient`, a tree like the parameters, which
         replaces the gradient of the training loss (DP-SGD, SAM, semi-gradients); the loss is then
         only a metric. Default `None`.

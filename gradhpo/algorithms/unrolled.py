@@ -217,7 +217,7 @@ class DrMADOptimizer(Algorithm):
 
     @property
     def differentiates_init(self) -> bool:
-        """Yes: the line starts at the true $z_0$."""
+        """Yes: the line starts at the true initial state."""
         return True
 
     def estimate(self, problem: Problem, memory: None) -> Estimate:

@@ -59,10 +59,11 @@ class InnerUpdate(InnerStep):
     def vjp(
         self, z: InnerState, hyperparams: PyTree, t: ArrayLike
     ) -> tuple[InnerState, Loss, Pull]:
-        r"""`(z', loss, pull)`, where `pull(z_bar)` is $(\bar z A_t, \bar z B_t)$.
+        r"""One inner step, with a function that pulls cotangents back through it.
 
-        First the optimizer's own update is transposed, which is element-wise and carries the
-        effects on $\lambda$ through it. That leaves a cotangent on the training gradient, whose
+        Returns `(z', loss, pull)`, where `pull(z_bar)` is $(\bar z A_t, \bar z B_t)$. First the
+        optimizer's own update is transposed, which is element-wise and carries the effects on
+        $\lambda$ through it. That leaves a cotangent on the training gradient, whose
         second-derivative products come from one linearization, shared with the gradient that the
         step needs anyway. A cotangent on the running state is pulled back on its own.
         """

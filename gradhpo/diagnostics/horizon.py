@@ -68,7 +68,7 @@ class Horizon(Report):
 
     @property
     def num_steps(self) -> int:
-        """Inner steps $T$ of the horizon."""
+        """The number of inner steps of the horizon."""
         return len(self.norm)
 
     def steps_needed(self, cosine: float = 0.99) -> int:
