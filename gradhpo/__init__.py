@@ -75,6 +75,10 @@ from gradhpo.wrappers.tasks import TaskBatched
 
 __version__ = "1.0.0.dev0"
 
+HyperDistillOptimizer = OnlineHypergradientOptimizer
+"""The same class as [`OnlineHypergradientOptimizer`][gradhpo.OnlineHypergradientOptimizer], by the
+name of the method in its paper (Lee et al., ICLR 2022)."""
+
 
 __all__ = [
     "ArrayData",
@@ -97,6 +101,7 @@ __all__ = [
     "GradFn",
     "GreedyOptimizer",
     "History",
+    "HyperDistillOptimizer",
     "ImplicitOptimizer",
     "InnerOptimizer",
     "InnerSolver",

@@ -1,4 +1,4 @@
-"""The public interface for extensions, which every algorithm is written against.
+"""The public interface for extensions.
 
 The library's own algorithms use nothing else, and neither does the page that [writes a new
 one](../own_algorithm.md) from a paper's equation to its tests.

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import io
 import os
+import pydoc
 import re
 import textwrap
 from pathlib import Path
@@ -20,6 +21,7 @@ from jaxtyping import Array
 from processes import python
 
 import gradhpo
+import gradhpo.extend
 from gradhpo.core.hooks import Hooks
 
 
@@ -146,6 +148,82 @@ def test_docstring_example_runs(name):
         exec(compile(code, name, "exec"), namespace)
 
 
+# A list below "**Arguments:**" ("**Fields:**" of records), or the rest of its line.
+LISTED = re.compile(r"\*\*(?:Arguments|Fields):\*\*(?:\n\n((?:(?:- | +\S).*\n)+)|((?: .+\n)+))")
+ELSEWHERE = re.compile(r"\bas for\b|\b(?:as|like) (?:in|of|with) \[`")
+WITH_METHODS = re.compile(
+    r"^::: gradhpo\.(\w+)\n    options:\n(?:      .*\n)*?      members: \[(.+)\]", re.MULTILINE
+)
+
+
+def arguments_not_documented(parameters, doc):
+    """Those without an entry of their own, or whose entry sends the reader to another docstring."""
+    said = {}
+    for listed, inline in LISTED.findall(inspect.cleandoc(doc) + "\n"):
+        entries = re.split(r"^- ", listed, flags=re.MULTILINE) if listed else inline.split("; ")
+        for names, _, text in (entry.partition(":") for entry in entries):
+            said |= dict.fromkeys(re.findall(r"`(\w+)`", names), " ".join(text.split()))
+    return [name for name in parameters if not said.get(name) or ELSEWHERE.search(said[name])]
+
+
+def called_by_users():
+    """Public classes and functions, and the methods that the reference names on its pages."""
+    text = "".join(page.read_text() for page in sorted((ROOT / "docs" / "api").glob("*.md")))
+    methods = {name: re.findall(r"\w+", names) for name, names in WITH_METHODS.findall(text)}
+    for name in filter(lambda name: callable(getattr(gradhpo, name)), PUBLIC):
+        thing = getattr(gradhpo, name)
+        yield name, thing
+        for method in methods.get(name, []):
+            if callable(getattr(thing, method)):
+                yield f"{name}.{method}", getattr(thing, method)
+
+
+CALLED = dict(called_by_users())
+
+
+def test_docstrings_name_every_argument():
+    """Each in its own docstring, which is all that an editor shows."""
+    missing = {}
+    for name, thing in CALLED.items():
+        parameters = [x for x in inspect.signature(thing).parameters if x != "self"]
+        missing[name] = arguments_not_documented(parameters, inspect.getdoc(thing) or "")
+    assert {"UnrolledOptimizer", "run", "BilevelOptimizer.step"} <= missing.keys()
+    assert {name: found for name, found in missing.items() if found} == {}
+
+
+@pytest.mark.parametrize(
+    ("doc", "missing"),
+    [
+        ("**Arguments:**\n\n- `a`: one.\n- `b`, `c`: two\n    and three.", []),
+        ("**Arguments:** `a`: one; `b`, `c`: two.", []),
+        ("**Arguments:** as for [`run`][gradhpo.run].", ["a", "b", "c"]),
+        ("**Arguments:**\n\n- `a`: one.\n- `b`, `c`: as for\n    [`run`][run].", ["b", "c"]),
+        ("**Arguments:**\n\n- `a`: calls `b`.\n\nAfterwards:\n\n- `b`, `c`: no.", ["b", "c"]),
+        ("`a`, `b`, `c`: these.", ["a", "b", "c"]),
+    ],
+)
+def test_an_argument_that_a_docstring_leaves_out_is_seen(doc, missing):
+    assert arguments_not_documented(["a", "b", "c"], doc) == missing
+
+
+def in_reference():
+    """Everything that has a heading on a page of the reference, by its full name."""
+    for page in sorted((ROOT / "docs" / "api").glob("*.md")):
+        for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE):
+            thing = pydoc.locate(name)
+            yield name, thing
+            if inspect.isclass(thing):
+                own = [method for method in vars(thing) if not method.startswith("_")]
+                yield from ((f"{name}.{method}", getattr(thing, method)) for method in own)
+
+
+def test_docstrings_begin_in_plain_words():
+    """Search results and editors show the first paragraph as text, formulas included."""
+    docs = {name: inspect.getdoc(thing) or "" for name, thing in in_reference()}
+    assert {"gradhpo.run", "gradhpo.extend.InnerUpdate.step"} <= docs.keys()
+    assert [name for name, doc in docs.items() if "$" in doc.split("\n\n")[0]] == []
+
+
 def test_public_methods_are_documented():
     for name in PUBLIC:
         thing = getattr(gradhpo, name)
@@ -163,10 +241,21 @@ def test_reference_has_every_public_name_once():
     )
 
 
-def test_reference_of_algorithm_has_all_that_it_may_override():
-    hooks = [name for name in vars(Hooks) if not name.startswith("_")]
+def test_reference_has_every_name_for_extensions():
+    documented_as_ours = {*gradhpo.__all__, "SINGULAR"}
     page = (ROOT / "docs" / "api" / "extend.md").read_text()
-    assert f"inherited_members: [{', '.join(hooks)}]" in page
+    names = re.findall(r"^::: gradhpo\.extend\.(\w+)$", page, re.MULTILINE)
+    assert sorted(names) == sorted({*gradhpo.extend.__all__} - documented_as_ours)
+    hooks = [name for name in vars(Hooks) if not name.startswith("_")]
+    named = re.findall(r"^::: gradhpo\.extend\.Algorithm\.(\w+)$", page, re.MULTILINE)
+    assert sorted(named) == sorted(hooks)
+
+
+def test_reference_has_short_groups():
+    """A list that nobody reads to its end needs headings."""
+    for page in sorted((ROOT / "docs" / "api").glob("*.md")):
+        for group in re.split(r"^#+ ", page.read_text(), flags=re.MULTILINE):
+            assert len(re.findall(r"^::: ", group, re.MULTILINE)) <= 7, f"{page.name}: {group}"
 
 
 def test_displayed_formulas_stand_alone():

@@ -260,7 +260,7 @@ def test_a_run_of_nres_without_episodes_is_warned_about():
     optimizer = gradhpo.EvolutionOptimizer(optax.sgd(0.1), OUTER)
     state = optimizer.init(jnp.zeros(3), jnp.ones(3))
     arguments = state, gradhpo.LossFunctions(towards, distance), None, None
-    with pytest.warns(UserWarning, match="Pass steps_per_episode, or take noise='window'"):
+    with pytest.warns(UserWarning, match="Pass steps_per_episode, or use noise='window'"):
         gradhpo.run(optimizer, *arguments, num_steps=1, progress=False)
     assert dataclasses.replace(optimizer, noise="window").without_episodes == ""
 

@@ -463,7 +463,7 @@ def test_recomputed_activations_change_nothing(name, inner):
 # -- the contract ------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:.*takes the model state as it is")
+@pytest.mark.filterwarnings("ignore:.*uses the model state as it is")
 @pytest.mark.parametrize(
     "name",
     quick(list(OF_ANY_LOSS), keep=["greedy", "HyperDistill", "tasks", "implicit", "unrolled"]),
@@ -512,7 +512,7 @@ def test_training_without_tuning_and_sophia():
 
 
 @pytest.mark.filterwarnings("ignore:.*Training has not converged")
-@pytest.mark.filterwarnings("ignore:.*takes the model state as it is")
+@pytest.mark.filterwarnings("ignore:.*uses the model state as it is")
 @pytest.mark.parametrize("name", quick(list(OF_ANY_LOSS), keep=["tasks"]))
 def test_a_run_is_a_loop_over_step(name, tmp_path):
     """With episodes from a `start_fn`, each with the run's initial state."""

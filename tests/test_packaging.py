@@ -25,6 +25,11 @@ REQUIREMENTS = [
 ALWAYS_IN_SDIST = {"pyproject.toml", "README.md", "LICENSE", ".gitignore"}
 
 
+def test_the_name_of_the_paper_is_the_same_class():
+    assert gradhpo.HyperDistillOptimizer is gradhpo.OnlineHypergradientOptimizer
+    assert gradhpo.HyperDistillOptimizer.__name__ == "OnlineHypergradientOptimizer"
+
+
 @pytest.mark.parametrize(
     ("file", "pattern"),
     [

@@ -266,7 +266,7 @@ def test_a_model_state_is_taken_as_it_is():
         return jnp.sum((w - h) ** 2), 0.9 * r + 0.1 * w
 
     val_loss = lambda w, h, batch, r: jnp.sum((w - 2) ** 2) + 0.1 * jnp.sum(r**2)
-    with pytest.warns(UserWarning, match="PenaltyOptimizer takes the model state as it is"):
+    with pytest.warns(UserWarning, match="PenaltyOptimizer uses the model state as it is"):
         state = optimizer.step(state, None, None, train_loss, val_loss, lr_hyper=0.1)
     state = optimizer.step(state, None, None, train_loss, val_loss, lr_hyper=0.1)
     assert np.all(state.memory.penalised.r > state.model_state)

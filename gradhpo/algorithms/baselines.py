@@ -18,33 +18,29 @@ from gradhpo.extend import (
 
 @checked
 class FOOptimizer(Algorithm):
-    r"""First order: the direct term, $g = \partial L_{val}/\partial\lambda\,(w_1)$.
+    r"""First order: the direct derivative of the validation loss, and nothing through training.
 
-    One inner step, then the derivative of the validation loss with the parameters held fixed. It
-    sees only hyperparameters that appear in the validation loss itself; if none does, tracing
-    raises `ValueError`.
+    Takes one inner step, then $g = \partial L_{\mathrm{val}}/\partial\lambda\,(w_1)$ with the
+    parameters held fixed. It sees only hyperparameters that appear in the validation loss itself.
 
     **Arguments:**
 
-    - `inner_optimizer`: an optax transformation, or a function of the hyperparameters that returns
-        one. Optimizers that need the loss (`optax.lbfgs`, `optax.polyak_sgd`) get its `value`,
-        `grad` and `value_fn` from this class, from
-        [`ImplicitOptimizer`][gradhpo.ImplicitOptimizer], and from
-        [`T1T2Optimizer`][gradhpo.T1T2Optimizer] with `perturb="hyperparams"`; the other algorithms
-        differentiate the inner update and refuse them.
-    - `outer_optimizer`: an optax transformation for the hyperparameters; `None` (the default)
-        means plain gradient descent with the `lr_hyper` given to `step`.
-    - `grad_fn`: replaces the gradient of the training loss that `inner_optimizer` takes,
-        `(params, hyperparams, batch) -> gradient`, a tree like the parameters: clipped per example
-        (DP-SGD), taken at another point (SAM), a semi-gradient. The training loss is then only a
-        metric.
-    - `update_fn`: replaces `inner_optimizer`, `(params, hyperparams, batch) -> params`.
-        With a [model state](../how_to/running_state.md) both take it as fourth argument, and return
-        the new one as well.
+    - `inner_optimizer`: an optax transformation for the parameters, or a function
+        `hyperparams -> transformation`. Default `None`: pass `update_fn` instead. It may need the
+        loss (`optax.lbfgs`, `optax.polyak_sgd`).
+    - `outer_optimizer`: an optax transformation for the hyperparameters. Default `None`: gradient
+        descent with the `lr_hyper` of each `step`.
+    - `grad_fn`: `(params, hyperparams, batch) -> gradient`, a tree like the parameters, which
+        replaces the gradient of the training loss (DP-SGD, SAM, semi-gradients); the loss is then
+        only a metric. Default `None`.
+    - `update_fn`: `(params, hyperparams, batch) -> params`, one inner step, which replaces
+        `inner_optimizer`. Default `None`. With a [model state](../how_to/running_state.md),
+        `grad_fn` and `update_fn` take it as a fourth argument and also return the new one.
 
-    **Raises:** `ValueError` for both or neither of `inner_optimizer` and `update_fn`, or a
-    `grad_fn` without an `inner_optimizer`; `TypeError` if one of them is neither an optax
-    transformation nor a function. The same holds for all optimizers.
+    **Raises:** `ValueError` for both or neither of `inner_optimizer` and `update_fn`, a `grad_fn`
+    without an `inner_optimizer`; `TypeError` for an optimizer that is not an optax transformation,
+    or a function that is not callable. While tracing, `ValueError` if no hyperparameter appears in
+    the validation loss.
 
     ```python
     loss = lambda w, h, batch: jnp.sum((w - h) ** 2)
@@ -83,12 +79,30 @@ class FOOptimizer(Algorithm):
 
 @checked
 class OneStepOptimizer(Algorithm):
-    r"""One step: $g = \partial L_{val}/\partial\lambda + \alpha_1 B_1$, exact through one step.
+    r"""One step: exact differentiation through the inner step just taken.
 
-    $\alpha_1 = \partial L_{val}/\partial w\,(w_1)$ and $B_1 = \partial\Phi/\partial\lambda$ at the
-    step just taken, including the inner optimizer's state and settings.
+    $g = \partial L_{\mathrm{val}}/\partial\lambda + \alpha_1 B_1$ with
+    $\alpha_1 = \partial L_{\mathrm{val}}/\partial w\,(w_1)$ and
+    $B_1 = \partial\Phi/\partial\lambda$ at that step, including the inner optimizer's state and
+    settings.
 
-    **Arguments:** as for [`FOOptimizer`][gradhpo.FOOptimizer], with the same errors.
+    **Arguments:**
+
+    - `inner_optimizer`: an optax transformation for the parameters, or a function
+        `hyperparams -> transformation`. Default `None`: pass `update_fn` instead. Transformations
+        that need the loss (`optax.lbfgs`, `optax.polyak_sgd`) are refused.
+    - `outer_optimizer`: an optax transformation for the hyperparameters. Default `None`: gradient
+        descent with the `lr_hyper` of each `step`.
+    - `grad_fn`: `(params, hyperparams, batch) -> gradient`, a tree like the parameters, which
+        replaces the gradient of the training loss (DP-SGD, SAM, semi-gradients); the loss is then
+        only a metric. Default `None`.
+    - `update_fn`: `(params, hyperparams, batch) -> params`, one inner step, which replaces
+        `inner_optimizer`. Default `None`. With a [model state](../how_to/running_state.md),
+        `grad_fn` and `update_fn` take it as a fourth argument and also return the new one.
+
+    **Raises:** `ValueError` for both or neither of `inner_optimizer` and `update_fn`, a `grad_fn`
+    without an `inner_optimizer`; `TypeError` for an optimizer that is not an optax transformation,
+    or a function that is not callable.
 
     ```python
     train_loss = lambda w, h, batch: jnp.sum((w - h) ** 2)

@@ -38,43 +38,52 @@ class BOMEMemory(Memory):
 class BOMEOptimizer(Algorithm):
     r"""BOME, "bilevel optimization made easy": no second derivative of anything.
 
-    From the parameters $z$, `inner_steps` steps of the inner optimizer, with a fresh state, lead to
-    $z_T$, which is thrown away: it only measures how far $z$ is from the inner optimum,
+    `inner_steps` steps of the inner optimizer, with a fresh state, lead from the parameters $z$ to
+    $z_T$. It only measures how far $z$ is from the inner optimum, and is then discarded:
 
-    $$q(z, \lambda) = L_{train}(z, \lambda) - L_{train}(z_T, \lambda),\qquad
-    \lambda_p = \frac{\max(c\,\|\nabla q\|^2 - \langle\nabla L_{val}, \nabla q\rangle,\ 0)}
+    $$q(z, \lambda) = L_{\mathrm{train}}(z, \lambda) - L_{\mathrm{train}}(z_T, \lambda),\qquad
+    \lambda_p = \frac{\max(c\,\|\nabla q\|^2 - \langle\nabla L_{\mathrm{val}}, \nabla q\rangle,\ 0)}
     {\|\nabla q\|^2},$$
 
-    with $z_T$ held constant, gradients by $(z, \lambda)$ together, and $c$ = `control`. Then both
-    move along $\nabla L_{val} + \lambda_p \nabla q$: the parameters by *one* update of the inner
-    optimizer (whose own state is kept), the hyperparameters by the outer one. $\lambda_p$ is the
-    least that makes $q$ fall at the rate $c\,\|\nabla q\|^2$; where $\nabla q = 0$ it is 0.
+    with $z_T$ held constant, gradients with respect to $(z, \lambda)$ together, and $c$ =
+    `control`. Then both move along $\nabla L_{\mathrm{val}} + \lambda_p \nabla q$: the parameters
+    by *one* update of the inner optimizer (whose own state is kept), the hyperparameters by the
+    outer one. $\lambda_p$ is the smallest multiplier that makes $q$ fall at the rate
+    $c\,\|\nabla q\|^2$; where $\nabla q = 0$ it is 0.
 
-    Its fixed point has the error of $z_T$: with few `inner_steps` or a small inner rate it stays
-    away from the solution (on the quadratic of our tests, with an inner rate of 0.1, by 0.18 with
-    10 steps and by 0.04 with 100). $q$ and its gradients use the last batch. An inner step
-    costs one gradient, and the end three more.
+    Its fixed point inherits the error of $z_T$: with few `inner_steps` or a small inner rate it
+    misses the solution (on the quadratic of our tests, with an inner rate of 0.1, by 0.18 with 10
+    steps and by 0.04 with 100). $q$ and its gradients use the last batch. An inner step costs one
+    gradient, and the outer step three more.
 
-    `state.params` are $z$, which the validation loss pulls too: train to the end with
-    [`FixedOptimizer`][gradhpo.FixedOptimizer]. What it follows is a direction for both together, no
-    estimate of the hypergradient: away from the inner optimum they have little in common. The inner
-    optimizer's state in `state` advances once per `step`. It sees what moves the optimum. A model
-    state is taken as it is: what hyperparameters do to it is left out.
+    `state.params` is $z$, which the validation loss pulls on too: finish training with
+    [`FixedOptimizer`][gradhpo.FixedOptimizer]. The method follows a joint direction for both, not
+    an estimate of the hypergradient: away from the inner optimum the two have little in common. The
+    inner optimizer's state in `state` advances once per `step`. The method sees hyperparameters
+    that move the optimum. A model state is used as it is: the effect of hyperparameters on it is
+    left out.
 
     **Arguments:**
 
-    - `inner_optimizer`, `outer_optimizer`: as for [`FOOptimizer`][gradhpo.FOOptimizer]. Optimizers
-        that need the loss (`optax.lbfgs`) do not fit. The rates of both should be alike: the
-        ratio of the two directions is part of the method.
+    - `inner_optimizer`: an optax transformation for the parameters, or a function
+        `hyperparams -> transformation`; required. Transformations that need the loss
+        (`optax.lbfgs`, `optax.polyak_sgd`) are refused.
+    - `outer_optimizer`: an optax transformation for the hyperparameters. Choose its rate close to
+        the inner one: the ratio of the two directions is part of the method. Default `None`:
+        gradient descent with the `lr_hyper` of each `step`.
     - `inner_steps`: steps to $z_T$ per `step`, at least 1; default 10.
     - `control`: $c$, positive, shape `()`, default 0.5.
-    - `grad_fn`: another way to compute the gradient of the training loss by the parameters. The
-        loss is still needed for its derivative by the hyperparameters.
-    - `update_fn`: refused, since it has no loss.
+    - `grad_fn`: `(params, hyperparams, batch) -> gradient`, a tree like the parameters: another way
+        to compute the gradient of the training loss. The loss is still needed for its derivative
+        with respect to the hyperparameters. With a [model state](../how_to/running_state.md),
+        `grad_fn` takes it as a fourth argument and also returns the new one. Default `None`.
+    - `update_fn`: refused, since it has no loss; leave it `None`.
 
-    The memory, `state.memory`: `multiplier`, $\lambda_p$, a metric.
+    The memory, `state.memory`, holds a metric: `multiplier`, the $\lambda_p$ of the last step.
 
-    **Raises:** `ValueError` for `control <= 0`, `inner_steps < 1`, or an `update_fn`.
+    **Raises:** `ValueError` for an `update_fn`, no `inner_optimizer`, `control <= 0`, or
+    `inner_steps < 1`; `TypeError` for an optimizer that is not an optax transformation, or a
+    function that is not callable.
 
     ```python
     train_loss = lambda w, h, batch: jnp.sum((w - h) ** 2)
@@ -115,7 +124,7 @@ class BOMEOptimizer(Algorithm):
 
     @property
     def may_be_zero(self) -> bool:
-        r"""True: $\lambda_p$ is 0 where descending validation alone lowers $q$ fast enough."""
+        """True: the multiplier is 0 where the validation gradient alone lowers q fast enough."""
         return True
 
     def init_memory(

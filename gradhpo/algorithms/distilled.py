@@ -33,7 +33,7 @@ from gradhpo.extend import (
 class Distilled(eqx.Module):
     r"""$w^*$, a discounted mean of the parameters, and $D^*$, examples drawn in the same shares.
 
-    `w_star` is kept in float32 or float64: bfloat16 would lose steps of a hundredth of a
+    `w_star` is kept in float32 or float64: bfloat16 would round away steps of a hundredth of the
     difference. Without `d_star` (and `key`) the current batch is used instead. `key` holds the
     numbers of a PRNG key, so that a state can be serialised.
     """
@@ -62,9 +62,9 @@ class Distilled(eqx.Module):
     def add(self, w: PyTree, batch: PyTree, share: Float[Array, ""]) -> "Distilled":
         r"""Keeps `share` of the earlier content and takes `1 - share` from `(w, batch)`.
 
-        Every slot of the data is replaced with probability `1 - share`, independently: the sizes
-        stay fixed and the expected shares are those of $w^*$. Rounding the shares to whole numbers
-        of examples would stop at the first share below half an example.
+        Each slot of the data is replaced independently with probability `1 - share`: sizes stay
+        fixed, and the expected shares match those of $w^*$. With shares rounded to whole examples,
+        nothing would be replaced once a share is below half an example.
         """
         wide = jax.tree.map(lambda x, like: x.astype(like.dtype), w, self.w_star)
         w_star = tree_lerp(wide, self.w_star, share)
@@ -94,8 +94,8 @@ class Distilled(eqx.Module):
     ) -> PyTree:
         r"""$\alpha\,\partial\Phi(w^*, \lambda; D^*)/\partial\lambda$ at `z`, except for $w^*$.
 
-        Of `alpha`, only the part on the parameters is used, not that on the running state. Anything
-        in a batch that is not an example (a PRNG key) is taken from step `t`.
+        Only the part of `alpha` on the parameters is used, not the part on the running state.
+        Anything in a batch that is not an example (a PRNG key) comes from step `t`.
         """
         if self.d_star is not None:
             batch = eqx.combine(self.d_star, phi.batch(t))
@@ -110,8 +110,8 @@ def regress(
 ) -> tuple[Array, Array, Array | None]:
     r"""$\sum_s x_s y_s$ and $\sum_s x_s^2$ of one episode (algorithm 4), and the next key.
 
-    Going back along the line, after s steps `bar` holds the hypergradient $g^{SO}_s$ of the last s
-    steps, and `distilled` what their distilled point and data would be.
+    Goes back along the line. After s steps, `bar` holds the hypergradient $g^{SO}_s$ of the last s
+    steps, and `distilled` their distilled point and data.
     """
     phi, validation, z, hyperparams = problem
     last, end, _, line, kept = along_a_line(phi, z, hyperparams, num_steps)

@@ -32,14 +32,14 @@ from gradhpo.extend import (
 
 
 class EvolutionMemory(Memory):
-    r"""What lasts from window to window of an episode.
+    r"""What carries over from window to window of an episode.
 
     - `perturbed`: $z$ of both runs of every direction, at $\lambda + \varepsilon$ and then at
         $\lambda - \varepsilon$: leaves `[2, directions, ...]`.
-    - `noise`: $\varepsilon/\sigma$, or with one noise for each window its sum over the
-        episode: like the hyperparameters, leaves `[directions, ...]`.
+    - `noise`: $\varepsilon/\sigma$, or its sum over the episode so far with `noise="window"`: a
+        tree like the hyperparameters with leaves `[directions, ...]`.
     - `starts_anew`: whether the next step begins an episode, with new perturbed runs.
-    - `draws`: the key of the noise, and how often it was drawn from.
+    - `draws`: the key of the noise, and the number of draws from it.
     """
 
     perturbed: InnerState
@@ -52,51 +52,62 @@ class EvolutionMemory(Memory):
 class EvolutionOptimizer(Algorithm):
     r"""NRES and PES: the hypergradient of a smoothed episode, from values of the validation loss.
 
-    Every direction has two runs of its own beside the unperturbed one, trained at
-    $\lambda + \varepsilon$ and $\lambda - \varepsilon$ with $\varepsilon \sim
-    \mathcal{N}(0, \sigma^2 I)$, on the same batches. One `step` trains all of them for a window of
-    `unroll_steps` inner steps, and with the validation losses $L^\pm$ at its end the estimate is
-    the mean over directions of
+    Beside the unperturbed run, each direction has two more, trained at $\lambda + \varepsilon$ and
+    $\lambda - \varepsilon$ with $\varepsilon \sim \mathcal{N}(0, \sigma^2 I)$, on the same batches.
+    One `step` trains all of them for a window of `unroll_steps` inner steps. With the validation
+    losses $L^\pm$ at its end, the estimate is the mean over directions of
 
     $$\hat g = \frac{L^+ - L^-}{2\sigma^2}\,\xi.$$
 
     - `noise="episode"` (NRES): $\varepsilon$ is drawn once for each episode, and
         $\xi = \varepsilon$.
-    - `noise="window"` (PES): $\varepsilon$ is drawn for each window, and $\xi$ is the sum of those
-        of the episode so far.
+    - `noise="window"` (PES): a new $\varepsilon$ is drawn for each window, and $\xi$ is the sum of
+        all $\varepsilon$ of the episode so far.
 
-    The perturbed runs continue from window to window, so the horizon is the whole episode: the sum
-    of $\hat g$ over an episode has the mean $\nabla_\lambda\,\mathbb{E}_\varepsilon \sum_k
-    L_{val}(w_{kT}(\lambda + \varepsilon), \lambda + \varepsilon)$ with $T$ inner steps for each
-    window, exactly if the hyperparameters do not change meanwhile (PES: with an $\varepsilon$ for
-    each window). For the loss at the end of training alone, make the episode one window:
-    `unroll_steps` of all its inner steps, and `run(..., steps_per_episode=1)`.
+    The perturbed runs continue from window to window, so the horizon is the whole episode. Summed
+    over an episode, $\hat g$ has the expectation $\nabla_\lambda\,\mathbb{E}_\varepsilon \sum_k
+    L_{\mathrm{val}}(w_{kT}(\lambda + \varepsilon), \lambda + \varepsilon)$ with $T$ inner steps per
+    window (PES: with an $\varepsilon$ per window), exactly if the hyperparameters do not change
+    during the episode. For the loss at the end of training alone, make the episode one window: set
+    `unroll_steps` to all of its inner steps, and pass `steps_per_episode=1` to `run`.
 
-    No derivative is taken but the training gradient: the validation loss may be an accuracy or an
-    error count, and an `update_fn` may be a simulator (a `jax.pure_callback` with
-    `vmap_method="sequential"`). The variance grows with the number of hyperparameters, about
-    $H\|g\|^2$ over the number of directions. Time is that of `2 * num_directions + 1` trainings,
-    memory that many states $(w, s, r)$, for any horizon.
+    The training gradient is the only derivative: the validation loss may be an accuracy or an error
+    count, and an `update_fn` may be a simulator (a `jax.pure_callback` with
+    `vmap_method="sequential"`). For $H$ hyperparameters the variance is about $H\|g\|^2$ divided by
+    the number of directions. It takes the time of `2 * num_directions + 1` trainings and the memory
+    of as many states $(w, s, r)$, for any horizon.
 
     **Arguments:**
 
-    - `inner_optimizer`, `outer_optimizer`, `grad_fn`, `update_fn`: as for
-        [`FOOptimizer`][gradhpo.FOOptimizer].
+    - `inner_optimizer`: an optax transformation for the parameters, or a function
+        `hyperparams -> transformation`. Default `None`: pass `update_fn` instead. It may need the
+        loss (`optax.lbfgs`, `optax.polyak_sgd`).
+    - `outer_optimizer`: an optax transformation for the hyperparameters. Default `None`: gradient
+        descent with the `lr_hyper` of each `step`.
     - `unroll_steps`: inner steps $T$ per `step`, at least 1; default 1.
     - `num_directions`: pairs of perturbed runs, at least 1; default 8. They run together.
-    - `sigma`: $\sigma$, positive, shape `()`; default 0.01. One number for all hyperparameters:
-        scale these alike (tune the logarithm of a rate). A change that is lost in rounding, as one
-        of 1e-4 in bfloat16, measures nothing: the hypergradient is 0, and nothing warns.
-    - `noise`: `"episode"`, the default, whose steps have less variance, or `"window"`, whose sum
-        over an episode has less where training forgets within a window.
+    - `sigma`: the standard deviation $\sigma$ of the perturbations, positive, shape `()`; default
+        0.01. It is the same for all hyperparameters, so scale these alike (tune the logarithm of a
+        rate). A perturbation lost to rounding, such as 1e-4 in bfloat16, measures nothing: the
+        hypergradient is 0, without a warning.
+    - `noise`: `"episode"` (the default) has less variance per step; `"window"` has less in the sum
+        over an episode if training forgets within a window.
+    - `grad_fn`: `(params, hyperparams, batch) -> gradient`, a tree like the parameters, which
+        replaces the gradient of the training loss (DP-SGD, SAM, semi-gradients); the loss is then
+        only a metric. Default `None`.
+    - `update_fn`: `(params, hyperparams, batch) -> params`, one inner step, which replaces
+        `inner_optimizer`. Default `None`. With a [model state](../how_to/running_state.md),
+        `grad_fn` and `update_fn` take it as a fourth argument and also return the new one.
 
     `init` takes the `key` of the noise, by default `jax.random.key(0)`. Pass `steps_per_episode` to
-    [`run`][gradhpo.run], which starts new perturbed runs with each episode. Without episodes NRES
-    keeps the directions that it drew first; `run` warns.
+    [`run`][gradhpo.run], which starts new perturbed runs with each episode. Without episodes, NRES
+    keeps its first directions, and `run` warns.
 
-    The memory, `state.memory`: `perturbed` runs, `noise`, `starts_anew` and `draws`.
+    The memory, `state.memory`, holds the `perturbed` runs, `noise`, `starts_anew` and `draws`.
 
-    **Raises:** `ValueError` for counts below 1, or `sigma <= 0`.
+    **Raises:** `ValueError` for both or neither of `inner_optimizer` and `update_fn`, a `grad_fn`
+    without an `inner_optimizer`, counts below 1, or `sigma <= 0`; `TypeError` for an optimizer that
+    is not an optax transformation, a function that is not callable, or another `noise`.
 
     ```python
     x = jax.random.normal(jax.random.key(0), (50, 3))
@@ -154,12 +165,12 @@ class EvolutionOptimizer(Algorithm):
 
     @property
     def carries_start(self) -> bool:
-        """Yes: perturbed runs go on from step to step."""
+        """Yes: perturbed runs continue from step to step."""
         return True
 
     @property
     def may_be_zero(self) -> bool:
-        """Yes: both losses of a pair may be the same, as accuracies are."""
+        """Yes: both losses of a pair may be equal, as accuracies often are."""
         return True
 
     @property
@@ -174,8 +185,8 @@ class EvolutionOptimizer(Algorithm):
             return ""
         return (
             "EvolutionOptimizer(noise='episode') draws its directions at the start of an episode, "
-            "and run has none: all steps follow the same directions. Pass steps_per_episode, or "
-            "take noise='window'"
+            "and this run has no episodes: all steps follow the same directions. Pass "
+            "steps_per_episode, or use noise='window'"
         )
 
     def with_difference_step(self, factor: float) -> "EvolutionOptimizer":
@@ -196,7 +207,7 @@ class EvolutionOptimizer(Algorithm):
         return dataclasses.replace(memory, starts_anew=jnp.ones_like(memory.starts_anew))
 
     def after_refusal(self, old: EvolutionMemory, new: EvolutionMemory) -> EvolutionMemory:
-        """The old one, but the draw is spent: an episode that begins again has other noise."""
+        """The old memory with the draw spent: an episode that starts over gets other noise."""
         return dataclasses.replace(old, draws=new.draws)
 
     def estimate(self, problem: Problem, memory: EvolutionMemory) -> Estimate:

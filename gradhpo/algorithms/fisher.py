@@ -1,4 +1,4 @@
-r"""Structures of a Fisher matrix: which products of gradients make it, and how to solve with it."""
+r"""Structures of a Fisher matrix: which products of gradients to keep, and how to solve with it."""
 
 import abc
 import math
@@ -16,7 +16,7 @@ from gradhpo.extend import accumulation_dtype, ravel, unravel
 # A penalty as a function of the parameters alone.
 PenaltyOf: TypeAlias = Callable[[PyTree], Array]
 
-# Kronecker factors of longer sides would be larger than the matrix that they are for.
+# Kronecker factors of longer sides would be larger than the matrix that they approximate.
 LONGEST_SIDE = 5_000
 
 
@@ -29,7 +29,7 @@ class FisherStructure(eqx.Module):
 
     @abc.abstractmethod
     def factorised(self, mean: PyTree, damping: Array, penalty: PenaltyOf | None, w: PyTree) -> Any:
-        """What `solve` needs of the Fisher matrix plus `damping` and the penalty's Hessian."""
+        """The factors of the Fisher matrix plus `damping` and the penalty's Hessian."""
 
     @abc.abstractmethod
     def solve(self, factors: Any, a: PyTree) -> PyTree:
@@ -100,8 +100,8 @@ class Kronecker(FisherStructure):
             left, right = kept
             total = jnp.trace(left)
             total = jnp.where(total > 0, total, 1)  # no gradient yet: a unit that is never active
-            # The rest of the matrix is a number s times a number for each row and each column;
-            # divided by the roots of these, the matrix is a Kronecker product plus s.
+            # Damping and penalty are s times a number per row and a number per column. Divided by
+            # the roots of these numbers, the matrix is a Kronecker product plus s.
             s, row, column = separable(damping + added.reshape(len(left), -1).astype(left.dtype))
             row, column = jax.lax.rsqrt(row), jax.lax.rsqrt(column)
             of_left, u = jnp.linalg.eigh(jnp.outer(row, row) * left)
@@ -134,10 +134,10 @@ STRUCTURES: dict[str, FisherStructure] = {
 
 
 def sides_of(shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """The matrix that a leaf is taken for, `None` if none: a vector, or with too long a side.
+    """The shape of a leaf as a matrix; `None` for a vector, or if a side is too long.
 
-    A kernel has its outputs along its first axis (Equinox) or its last (Flax): what makes the
-    smaller factors.
+    A kernel has its outputs along its first axis (Equinox) or its last (Flax). The smaller factors
+    decide.
     """
     if len(shape) < 2 or math.prod(shape) == 0:
         return None
@@ -149,8 +149,8 @@ def sides_of(shape: tuple[int, ...]) -> tuple[int, int] | None:
 def diagonal_of_hessian(penalty: PenaltyOf | None, w: PyTree) -> PyTree:
     r"""The diagonal of a penalty's Hessian, $s \odot (\nabla^2 p)\,s$ with random signs $s$.
 
-    Exact if the Hessian is diagonal, otherwise an estimate whose mean is right. Negative entries
-    count as 0, so that what they are added to stays positive.
+    Exact if the Hessian is diagonal, otherwise an unbiased estimate. Negative entries count as 0,
+    so that the sum with the Fisher matrix stays positive.
     """
     if penalty is None:
         return jax.tree.map(jnp.zeros_like, w)
@@ -165,7 +165,7 @@ def diagonal_of_hessian(penalty: PenaltyOf | None, w: PyTree) -> PyTree:
 
 
 def separable(x: Array) -> tuple[Array, Array, Array]:
-    """`s`, `row` and `column` with `x` = s * row * column, by geometric means if it is no product.
+    """`s`, `row` and `column` with `x` = s * row * column, by geometric means if `x` is no product.
 
     The geometric means of `row` and `column` are 1. All entries of `x` are positive.
     """
@@ -176,7 +176,7 @@ def separable(x: Array) -> tuple[Array, Array, Array]:
 
 
 def _product(subscripts: str, *factors: Array) -> Array:
-    """In full precision: less would make a matrix that is not positive."""
+    """In full precision: with less, the matrix would not be positive."""
     return jnp.einsum(subscripts, *factors, precision=jax.lax.Precision.HIGHEST)
 
 

@@ -19,19 +19,30 @@ from gradhpo.extend import (
 class FixedOptimizer(Algorithm):
     r"""Trains and leaves the hyperparameters unchanged.
 
-    It offers everything that [`run`][gradhpo.run] does, without tuning: the untuned baseline on the
-    same batches, a warm-up before another optimizer takes over with its
+    Gives everything that [`run`][gradhpo.run] offers, without tuning: the untuned baseline on the
+    same batches, a warm-up before another optimizer takes over with
     [`adopt`][gradhpo.BilevelOptimizer.adopt], the final training with tuned hyperparameters.
 
     **Arguments:**
 
-    - `inner_optimizer`, `grad_fn`, `update_fn`: as for [`FOOptimizer`][gradhpo.FOOptimizer].
+    - `inner_optimizer`: an optax transformation for the parameters, or a function
+        `hyperparams -> transformation`. Default `None`: pass `update_fn` instead. It may need the
+        loss (`optax.lbfgs`, `optax.polyak_sgd`).
     - `inner_steps`: inner steps per `step`, at least 1; default 1. The validation loss is computed
         once per `step`.
+    - `grad_fn`: `(params, hyperparams, batch) -> gradient`, a tree like the parameters, which
+        replaces the gradient of the training loss (DP-SGD, SAM, semi-gradients); the loss is then
+        only a metric. Default `None`.
+    - `update_fn`: `(params, hyperparams, batch) -> params`, one inner step, which replaces
+        `inner_optimizer`. Default `None`. With a [model state](../how_to/running_state.md),
+        `grad_fn` and `update_fn` take it as a fourth argument and also return the new one.
 
     There is no outer optimizer, `lr_hyper` is refused, and the metric `hypergrad_norm` is 0.
 
-    **Raises:** `ValueError` for `inner_steps < 1`; `TypeError` from `compute_hypergradient`.
+    **Raises:** `ValueError` for both or neither of `inner_optimizer` and `update_fn`, a `grad_fn`
+    without an `inner_optimizer`, or `inner_steps < 1`; `TypeError` for an optimizer that is not an
+    optax transformation, or a function that is not callable. `compute_hypergradient` raises
+    `TypeError`.
 
     ```python
     train_loss = lambda w, h, batch: jnp.sum((w - h) ** 2)

@@ -28,7 +28,7 @@ from gradhpo.extend import (
 
 
 class ForwardMemory(Memory):
-    """`Z`, the derivative of $z$: shaped like its floating-point leaves, `[hyperparams, ...]`."""
+    """`Z`, the derivative of the inner state, in its floating-point leaves `[hyperparams, ...]`."""
 
     Z: InnerState
 
@@ -41,30 +41,40 @@ class ForwardModeOptimizer(Algorithm):
     carried along with them,
 
     $$Z_t = A_t Z_{t-1} + B_t,\qquad
-    g = \frac{\partial L_{val}}{\partial\lambda} + \alpha_T Z_T,$$
+    g = \frac{\partial L_{\mathrm{val}}}{\partial\lambda} + \alpha_T Z_T,$$
 
-    from `step` to `step`: with `unroll_steps=1` every inner step gives the hypergradient of all
+    from `step` to `step`. With `unroll_steps=1`, every inner step gives the hypergradient of all
     steps since `init` (or since the start of the episode): real-time hyperparameter optimization.
     Earlier steps, and their derivatives, used the hyperparameters of that time.
 
     Memory is $O(P \cdot H)$ for $P$ parameters and $H$ hyperparameters, regardless of the number of
     inner steps; time is one training gradient and at most two more per hyperparameter. Use it for a
     few hyperparameters and long horizons: learning rates, momenta and their schedules. `Z` has the
-    dtype of the parameters: in bfloat16 it loses the contribution of further steps after some
-    hundreds of them. Updates need only a forward derivative (an `update_fn` may contain a
-    `while_loop`).
+    dtype of the parameters: in bfloat16, rounding swallows the contributions of new steps after a
+    few hundred. Updates need only a forward derivative (an `update_fn` may contain a `while_loop`).
 
     **Arguments:**
 
-    - `inner_optimizer`, `outer_optimizer`, `grad_fn`, `update_fn`: as for
-        [`FOOptimizer`][gradhpo.FOOptimizer].
+    - `inner_optimizer`: an optax transformation for the parameters, or a function
+        `hyperparams -> transformation`. Default `None`: pass `update_fn` instead. Transformations
+        that need the loss (`optax.lbfgs`, `optax.polyak_sgd`) are refused.
+    - `outer_optimizer`: an optax transformation for the hyperparameters. Default `None`: gradient
+        descent with the `lr_hyper` of each `step`.
     - `unroll_steps`: inner steps $T$ per `step`, at least 1; default 1.
+    - `grad_fn`: `(params, hyperparams, batch) -> gradient`, a tree like the parameters, which
+        replaces the gradient of the training loss (DP-SGD, SAM, semi-gradients); the loss is then
+        only a metric. Default `None`.
+    - `update_fn`: `(params, hyperparams, batch) -> params`, one inner step, which replaces
+        `inner_optimizer`. Default `None`. With a [model state](../how_to/running_state.md),
+        `grad_fn` and `update_fn` take it as a fourth argument and also return the new one.
 
     The memory, `state.memory`: `Z`, with `Z.w` like the parameters and `Z.s` like the optimizer
     state (the floating-point part of both), each leaf with a leading axis of length $H$ over the
     hyperparameters in the order of their leaves; 0 at `init` and at the start of an episode.
 
-    **Raises:** `ValueError` for `unroll_steps < 1`.
+    **Raises:** `ValueError` for both or neither of `inner_optimizer` and `update_fn`, a `grad_fn`
+    without an `inner_optimizer`, or `unroll_steps < 1`; `TypeError` for an optimizer that is not an
+    optax transformation, or a function that is not callable.
 
     ```python
     loss = lambda w, h, batch: jnp.sum(w**2 * jnp.arange(1.0, 4.0))
@@ -101,7 +111,7 @@ class ForwardModeOptimizer(Algorithm):
 
     @property
     def carries_start(self) -> bool:
-        """Yes: `Z` goes on from step to step."""
+        """Yes: `Z` is carried from step to step."""
         return True
 
     @property

@@ -42,12 +42,12 @@ class ForwardGradientOptimizer(Algorithm):
     The exact derivative is taken along $b$ random directions $v_i$, and the estimate is
 
     $$\hat g = \frac1b \sum_{i=1}^b (g \cdot v_i)\, v_i,\qquad
-    g \cdot v = \frac{\partial L_{val}}{\partial\lambda} \cdot v + \alpha_T \dot z_T,\qquad
+    g \cdot v = \frac{\partial L_{\mathrm{val}}}{\partial\lambda} \cdot v + \alpha_T \dot z_T,\qquad
     \dot z_t = A_t \dot z_{t-1} + B_t v.$$
 
     The entries of $v_i$ are independent and +1 or -1 with equal probability, so that
     $\mathbb{E}\,\hat g = g$. With one hyperparameter every draw is $g$ itself; with $H$, the
-    squared distance to $g$ is $(H - 1)\|g\|^2/b$ in the mean.
+    expected squared distance to $g$ is $(H - 1)\|g\|^2/b$.
 
     Memory is $O(P \cdot b)$ for $P$ parameters, for any number of inner steps and of
     hyperparameters; time is one training gradient and at most two more per direction. An
@@ -56,16 +56,27 @@ class ForwardGradientOptimizer(Algorithm):
 
     **Arguments:**
 
-    - `inner_optimizer`, `outer_optimizer`, `grad_fn`, `update_fn`: as for
-        [`FOOptimizer`][gradhpo.FOOptimizer].
+    - `inner_optimizer`: an optax transformation for the parameters, or a function
+        `hyperparams -> transformation`. Default `None`: pass `update_fn` instead. Transformations
+        that need the loss (`optax.lbfgs`, `optax.polyak_sgd`) are refused.
+    - `outer_optimizer`: an optax transformation for the hyperparameters. Default `None`: gradient
+        descent with the `lr_hyper` of each `step`.
     - `unroll_steps`: inner steps $T$ per `step`, at least 1; default 1.
-    - `num_directions`: $b$, at least 1; default 1. The directions are pushed forward together.
+    - `num_directions`: $b$, at least 1; default 1. All directions are pushed forward together.
+    - `grad_fn`: `(params, hyperparams, batch) -> gradient`, a tree like the parameters, which
+        replaces the gradient of the training loss (DP-SGD, SAM, semi-gradients); the loss is then
+        only a metric. Default `None`.
+    - `update_fn`: `(params, hyperparams, batch) -> params`, one inner step, which replaces
+        `inner_optimizer`. Default `None`. With a [model state](../how_to/running_state.md),
+        `grad_fn` and `update_fn` take it as a fourth argument and also return the new one.
 
-    `init` takes the `key` that the directions are drawn from, by default `jax.random.key(0)`; the
-    memory, `state.memory`, has its numbers and the count of draws, and every `step` draws anew. In
-    a [`TaskBatched`][gradhpo.TaskBatched], tasks draw alike without a `key`.
+    `init` takes the `key` of the directions, by default `jax.random.key(0)`; the memory,
+    `state.memory`, holds its numbers and the count of draws. Every `step` draws new directions. In
+    a [`TaskBatched`][gradhpo.TaskBatched] without a `key`, all tasks draw the same ones.
 
-    **Raises:** `ValueError` for `unroll_steps < 1` or `num_directions < 1`.
+    **Raises:** `ValueError` for both or neither of `inner_optimizer` and `update_fn`, a `grad_fn`
+    without an `inner_optimizer`, `unroll_steps < 1`, or `num_directions < 1`; `TypeError` for an
+    optimizer that is not an optax transformation, or a function that is not callable.
 
     ```python
     train_loss = lambda w, h, batch: jnp.sum((w - h) ** 2)

@@ -37,7 +37,7 @@ from gradhpo.extend import (
 )
 
 
-# Above this many parameters of a closed form it warns: as many products, and a decomposition.
+# A closed form warns above this many parameters: it takes as many products, and an SVD.
 _MANY = 2_000
 
 
@@ -59,60 +59,72 @@ class FunctionalOptimizer(Algorithm):
     r"""Functional hypergradients (FuncID): implicit differentiation in the space of functions.
 
     Both losses are losses of the prediction $v = h(x)$, means over training data $P$ and validation
-    data $Q$. The inner problem is solved by a function $h$, which the network only
-    parametrises. Its adjoint is another function $a$, the solution of a regression,
+    data $Q$ (pass each as a [`PredictionLoss`][gradhpo.PredictionLoss]). The inner problem is
+    solved by a function $h$, which the network merely parametrises. Its adjoint is another function
+    $a$, the solution of a regression,
 
-    $$\min_a\; \tfrac12 E_P\!\left[a^\top \partial_v^2 \ell_{in}\, a\right] +
-    E_Q\!\left[a^\top \partial_v \ell_{out}\right],\qquad
-    g = E_Q\!\left[\partial_\lambda \ell_{out}\right] +
-    E_P\!\left[(\partial_\lambda \partial_v \ell_{in})^\top a\right].$$
+    $$\min_a\; \tfrac12 E_P\!\left[a^\top \partial_v^2 \ell_{\mathrm{in}}\, a\right] +
+    E_Q\!\left[a^\top \partial_v \ell_{\mathrm{out}}\right],\qquad
+    g = E_Q\!\left[\partial_\lambda \ell_{\mathrm{out}}\right] +
+    E_P\!\left[(\partial_\lambda \partial_v \ell_{\mathrm{in}})^\top a\right].$$
 
-    Here $a$ is `predict` with parameters $\xi$ of its own. All second derivatives are by the
-    prediction: no product with the Hessian by the weights, which need not be positive, need not be
-    regular, and need not exist. With functions that are linear in their parameters and a closed
-    form, $g$ is exactly that of [`ImplicitOptimizer`][gradhpo.ImplicitOptimizer].
+    Here $a$ is `predict` with parameters $\xi$ of its own. All second derivatives are with respect
+    to the prediction. The Hessian with respect to the weights is never used: it need not be
+    positive or regular, nor exist. If both functions are linear in their parameters, with
+    `closed_form`, $g$ is exactly that of [`ImplicitOptimizer`][gradhpo.ImplicitOptimizer].
 
     After `inner_steps` of training, $\xi$ takes `adjoint_steps` at the new prediction, step $j$ on
-    the batch of inner step $j \bmod \mathtt{inner\_steps}$, and on the validation batch. $g$ takes
-    the last batch. Or, with `closed_form`, $\xi$ is solved for on the last batch. Parameters of
-    the prediction and of the adjoint are where the next step starts, and $\xi$ survives episodes:
-    the best function does not depend on where training starts.
+    the batch of inner step $j \bmod \mathtt{inner\_steps}$ and on the validation batch; with
+    `closed_form`, it is solved for on the last batch. $g$ uses the last batch. The next step starts
+    from the parameters of both functions. $\xi$ is kept across episodes: the best function does not
+    depend on where training starts.
 
-    **It assumes** that training finds nearly the best function, that both data have inputs in
-    common (where $Q$ has inputs unlike all of $P$, $a$ is an extrapolation), and
-    that $\ell_{in}$ is strictly convex in the prediction. The inner loss is a function of the
-    prediction alone: a penalty on the weights does not fit, unless `predict` returns them beside
-    the output, and the adjoint function then as well. Decay in the inner optimizer is not seen.
-    Nor are hyperparameters *inside* `predict`, as the variable is what it returns; they are found
-    while tracing, and named.
+    **It assumes** that training finds nearly the best function, that training and validation data
+    have inputs in common (where $Q$ has inputs unlike any in $P$, $a$ extrapolates), and that
+    $\ell_{in}$ is strictly convex in the prediction. The inner loss depends on the prediction
+    alone: for a penalty on the weights, `predict` must return them beside the output, and so must
+    the adjoint function. It does not see decay in the inner optimizer, nor hyperparameters *inside*
+    `predict`, whose output is the variable; tracing names the latter.
 
     **Arguments:**
 
-    - `inner_optimizer`, `outer_optimizer`, `grad_fn`, `update_fn`: as for
-        [`FOOptimizer`][gradhpo.FOOptimizer]. The losses are two
-        [`PredictionLoss`][gradhpo.PredictionLoss].
-    - `predict`: the adjoint function, `(adjoint, hyperparams, batch) -> predictions`, with arrays
-        shaped like the predictions; `None`, the default, takes `predict` of the training loss.
-    - `adjoint`: the initial $\xi$, a pytree. For a network, draw it like the parameters; where all
-        weights are 0, only the last layer learns.
-    - `adjoint_optimizer`: an optax transformation for $\xi$, required without `closed_form`.
+    - `inner_optimizer`: an optax transformation for the parameters, or a function
+        `hyperparams -> transformation`. Default `None`: pass `update_fn` instead. It may need the
+        loss (`optax.lbfgs`, `optax.polyak_sgd`).
+    - `outer_optimizer`: an optax transformation for the hyperparameters. Default `None`: gradient
+        descent with the `lr_hyper` of each `step`.
+    - `predict`: the adjoint function, `(adjoint, hyperparams, batch) -> predictions`, arrays of the
+        shapes of the predictions. Default `None`: the `predict` of the training loss.
+    - `adjoint`: the initial $\xi$, a pytree, required, by keyword. Initialise a network like the
+        parameters: with all weights 0, only the last layer learns.
+    - `adjoint_optimizer`: an optax transformation for $\xi$, by keyword; required without
+        `closed_form`, else `None` (the default).
     - `inner_steps`: inner steps per `step`, at least 1; default 1.
-    - `adjoint_steps`: steps of the adjoint's parameters per `step`, at least 1; default 1.
-    - `closed_form`: the adjoint function is linear in $\xi$, and solved for: a dense system of its
-        number of parameters, by a singular value decomposition; warns above 2,000. If it is
-        singular, this is the least-squares solution of the smallest norm. Default `False`.
+    - `adjoint_steps`: steps of $\xi$ per `step`, at least 1; default 1.
+    - `closed_form`: whether to solve for $\xi$, if the adjoint function is linear in it: a dense
+        system with as many unknowns as $\xi$ has entries, by singular value decomposition; warns
+        above 2,000. If it is singular, $\xi$ is the least-squares solution of the smallest norm.
+        Default `False`.
     - `ridge`: $\rho \ge 0$, which adds $\tfrac\rho2 \|\xi\|^2$ to the regression, shape `()`,
-        default 0. With fewer examples in a batch than $\xi$ has parameters, it keeps $a$ small
-        where only $Q$ has examples.
+        default 0. If a batch has fewer examples than $\xi$ has entries, it keeps $a$ small where
+        only $Q$ has examples.
+    - `grad_fn`: `(params, hyperparams, batch) -> gradient`, a tree like the parameters, which
+        replaces the gradient of the training loss in the inner steps (DP-SGD, SAM, semi-gradients);
+        the adjoint still uses the loss. Default `None`.
+    - `update_fn`: `(params, hyperparams, batch) -> params`, one inner step, which replaces
+        `inner_optimizer`. Default `None`.
 
-    The memory, `state.memory`: `adjoint`, `adjoint_state`, and the metric `linear_residual`, the
-    gradient of the regression relative to that of its second term: before the last adjoint step,
-    or at the solution. There, more than 0 is what validation asks for and the batch does not show.
+    The memory, `state.memory`, holds `adjoint`, `adjoint_state`, and the metric `linear_residual`:
+    the gradient of the regression, before the last adjoint step or at the closed-form solution,
+    relative to the gradient of its second term. At the solution, it is the share of what validation
+    asks for that the batch does not show.
 
-    **Raises:** `ValueError` for counts below 1, a negative `ridge`, both or neither of
-    `adjoint_optimizer` and `closed_form`; while tracing, for an adjoint function that
-    returns other shapes than `predict` of the losses, `closed_form` with a function that is not
-    linear, or a model state; `TypeError` for a loss that is not a `PredictionLoss`.
+    **Raises:** `ValueError` for both or neither of `inner_optimizer` and `update_fn`, a `grad_fn`
+    without an `inner_optimizer`, both or neither of `adjoint_optimizer` and `closed_form`, counts
+    below 1, or a negative `ridge`; while tracing, for an adjoint function whose shapes are not
+    those of the losses' predictions, `closed_form` with a function that is not linear, or a model
+    state. `TypeError` for an optimizer that is not an optax transformation, a function that is not
+    callable or takes other arguments, or a loss that is not a `PredictionLoss`.
 
     ```python
     predict = lambda w, h, batch: batch[0] @ w
@@ -174,7 +186,7 @@ class FunctionalOptimizer(Algorithm):
 
     @property
     def differentiates_gradient(self) -> bool:
-        """False: second derivatives are by the prediction, and not by the parameters."""
+        """False: second derivatives are with respect to the prediction, not the parameters."""
         return False
 
     @property
@@ -184,7 +196,7 @@ class FunctionalOptimizer(Algorithm):
 
     @property
     def may_be_zero(self) -> bool:
-        """True: the adjoint may start at 0. What is never seen is found while tracing."""
+        """True: the adjoint may start at 0. Tracing finds hyperparameters that are never seen."""
         return True
 
     @property
@@ -197,10 +209,10 @@ class FunctionalOptimizer(Algorithm):
         """The adjoint."""
         if self.closed_form:
             return "the regression of the adjoint: use a larger ridge"
-        return "an adjoint that diverges: take a smaller rate in adjoint_optimizer"
+        return "an adjoint that diverges: use a smaller rate in adjoint_optimizer"
 
     def _parts(self) -> tuple[PyTree, PyTree]:
-        """The initial parameters of the adjoint, and what else is in its tree."""
+        """The initial parameters of the adjoint, and the rest of its tree."""
         arrays = jax.tree.map(lambda x: jnp.asarray(x) if eqx.is_array(x) else x, self.adjoint)
         return trained(arrays), not_trained(arrays)
 
@@ -258,7 +270,7 @@ class FunctionalOptimizer(Algorithm):
     def remarks(
         self, before: MetricDict, metrics: Mapping[str, np.ndarray], copies: int = 1
     ) -> str:
-        """An adjoint that leaves too much of its equation."""
+        """Says if the adjoint leaves too much of its equation unsolved."""
         residuals = metrics["linear_residual"]
         left = np.median(residuals[-max(1, len(residuals) // 4) :])
         if self.closed_form and left > 0.1:

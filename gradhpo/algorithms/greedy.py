@@ -26,13 +26,13 @@ from gradhpo.extend import (
 class GreedyOptimizer(Algorithm):
     r"""Generalized greedy hypergradients, in memory independent of the horizon.
 
-    $$g = \frac{\partial L_{val}}{\partial\lambda}(w_T) + \sum_{t=1}^{T} \gamma^{T-t}\,
-    \alpha_t B_t,\qquad \alpha_t = \frac{\partial L_{val}}{\partial w}(w_t),$$
+    $$g = \frac{\partial L_{\mathrm{val}}}{\partial\lambda}(w_T) + \sum_{t=1}^{T} \gamma^{T-t}\,
+    \alpha_t B_t,\qquad \alpha_t = \frac{\partial L_{\mathrm{val}}}{\partial w}(w_t),$$
 
     the exact sum with each $\alpha_T A_T\cdots A_{t+1}$ replaced by $\gamma^{T-t}\alpha_t$: each
-    inner step is judged by the validation gradient right after it. Computed as
-    $h \leftarrow \gamma h + \alpha_t B_t$ in one forward scan, with one product and one validation
-    gradient per step.
+    inner step is judged by the validation gradient right after it. It is computed in one forward
+    scan, $h \leftarrow \gamma h + \alpha_t B_t$, with one product and one validation gradient per
+    step.
 
     It works well if parameters carry over from `step` to `step` and the validation gradient turns
     slowly. If that gradient turns within the horizon (a long `unroll_steps` from a starting point
@@ -41,13 +41,24 @@ class GreedyOptimizer(Algorithm):
 
     **Arguments:**
 
-    - `inner_optimizer`, `outer_optimizer`, `grad_fn`, `update_fn`: as for
-        [`FOOptimizer`][gradhpo.FOOptimizer].
+    - `inner_optimizer`: an optax transformation for the parameters, or a function
+        `hyperparams -> transformation`. Default `None`: pass `update_fn` instead. Transformations
+        that need the loss (`optax.lbfgs`, `optax.polyak_sgd`) are refused.
+    - `outer_optimizer`: an optax transformation for the hyperparameters. Default `None`: gradient
+        descent with the `lr_hyper` of each `step`.
     - `unroll_steps`: inner steps $T$ per `step`, at least 1; default 1.
     - `gamma`: the discount $\gamma \in [0, 1]$, shape `()`, default 0.9. At 0 only the last step
-        counts, as in [`T1T2Optimizer`][gradhpo.T1T2Optimizer]; at 1 all steps count equally.
+        counts; at 1 all steps count equally.
+    - `grad_fn`: `(params, hyperparams, batch) -> gradient`, a tree like the parameters, which
+        replaces the gradient of the training loss (DP-SGD, SAM, semi-gradients); the loss is then
+        only a metric. Default `None`.
+    - `update_fn`: `(params, hyperparams, batch) -> params`, one inner step, which replaces
+        `inner_optimizer`. Default `None`. With a [model state](../how_to/running_state.md),
+        `grad_fn` and `update_fn` take it as a fourth argument and also return the new one.
 
-    **Raises:** `ValueError` for `gamma` outside [0, 1] or `unroll_steps < 1`.
+    **Raises:** `ValueError` for both or neither of `inner_optimizer` and `update_fn`, a `grad_fn`
+    without an `inner_optimizer`, `unroll_steps < 1`, or `gamma` outside [0, 1]; `TypeError` for an
+    optimizer that is not an optax transformation, or a function that is not callable.
 
     ```python
     train_loss = lambda w, h, batch: jnp.sum((w - h) ** 2)

@@ -43,93 +43,93 @@ from gradhpo.extend import (
 class ImplicitOptimizer(Algorithm):
     r"""Implicit differentiation at the parameters that `inner_steps` inner steps reach.
 
-    Once training has converged, $\nabla_w L_{train} = 0$ defines $w$ as a function of $\lambda$,
-    and
+    Once training has converged, $\nabla_w L_{\mathrm{train}} = 0$ defines $w$ as a function of
+    $\lambda$, and
 
-    $$g = \frac{\partial L_{val}}{\partial\lambda} -
-    q^\top \frac{\partial^2 L_{train}}{\partial w\,\partial\lambda},\qquad
-    (H + \rho I)\, q = \nabla_w L_{val},\qquad H = \nabla_w^2 L_{train},$$
+    $$g = \frac{\partial L_{\mathrm{val}}}{\partial\lambda} -
+    q^\top \frac{\partial^2 L_{\mathrm{train}}}{\partial w\,\partial\lambda},\qquad
+    (H + \rho I)\, q = \nabla_w L_{\mathrm{val}},\qquad H = \nabla_w^2 L_{\mathrm{train}},$$
 
-    with $\rho$ = `damping`. No path is differentiated, so for any number of steps the memory is
-    $O(P)$ plus the activations of one training gradient. Each product of the linear solver costs
-    two training gradients, and only products with $H$ are needed (unless the solver asks for the
+    with $\rho$ = `damping`. No path is differentiated, so the memory is $O(P)$ plus the activations
+    of one training gradient, for any number of steps. Each product of the linear solver costs two
+    training gradients, and only products with $H$ are needed (unless the solver asks for the
     matrix). With an `update_fn` (a proximal step, a Split Bregman sweep, any contraction
-    $w = \Phi(w, \lambda)$) it solves the transposed fixed-point equation
-    $(I + \rho I - \partial\Phi/\partial w)^\top q = \nabla_w L_{val}$ instead, and
-    $g = \partial L_{val}/\partial\lambda + q^\top \partial\Phi/\partial\lambda$.
+    $w = \Phi(w, \lambda)$) it solves the transposed fixed-point equation $(I + \rho I -
+    \partial\Phi/\partial w)^\top q = \nabla_w L_{\mathrm{val}}$ instead, and $g = \partial
+    L_{\mathrm{val}}/\partial\lambda + q^\top \partial\Phi/\partial\lambda$.
 
     If a batch has fewer examples than there are parameters, $H$ is singular and $q$ does not exist.
     The default solver and `lineax.CG` then take the least-squares solution of the smallest norm,
-    $q = H^+ \nabla_w L_{val}$, and count a failure; `linear_residual` is the share of
-    $\nabla_w L_{val}$ that the batch does not see. (If the products end first, they take what they
-    have reached; a residual above 1 says so.) If $H$ is singular but some $q$ exists, that is no
-    failure, and $q$ is the solution nearest to where iterations start.
-
-    A model state is taken where it settles on the last batch, $r = R(w, \lambda, r)$, with the
-    derivative of that point. If the training loss reads it, it is held constant there: a warning
-    says so.
+    $q = H^+ \nabla_w L_{\mathrm{val}}$, and count a failure; `linear_residual` is the share of
+    $\nabla_w L_{\mathrm{val}}$ that the batch does not see. (If they run out of products first,
+    they return what they have; a residual above 1 says so.) If $H$ is singular but some $q$ exists,
+    that is not a failure: $q$ is the solution nearest to the starting point of the iterations.
 
     It does not see hyperparameters that only change the path to the optimum: learning rates and
     other settings of the inner optimizer. It assumes that training ends at the minimum of the
-    training loss. Decay that the inner optimizer adds by itself (`optax.adamw`) moves that point,
-    so write it into the loss, or into an `update_fn`. A starting point ($w = w_0 + \delta$) has a
-    hypergradient of 0. Far from the optimum the hypergradient is biased: look at `inner_residual`.
+    training loss. Decay inside the inner optimizer (`optax.adamw`) moves that minimum: write it
+    into the loss or an `update_fn` instead. The hypergradient of a starting point
+    ($w = w_0 + \delta$) is 0. Far from the optimum the hypergradient is biased: watch
+    `inner_residual`. A model state is differentiated where it settles on the last batch,
+    $r = R(w, \lambda, r)$; if the training loss reads it, it is held constant, with a warning.
 
     `inner_solver` replaces the inner steps by any function that solves the inner problem: a solver
-    of another library, a `while_loop`, a callback to scikit-learn. It is called once per `step`,
-    from the current parameters, which a solver may start from or ignore, and no derivative enters
-    it. The hypergradient is that of its solution, by the equation above: of the training loss, or
-    of `grad_fn` or `update_fn` beside it. `inner_residual` and `optimality_gap` say how well it has
-    solved that equation; metrics and `train_loss` are at its solution. Under `vmap`
+    of another library, a `while_loop`, a callback to scikit-learn. It is called once per `step`
+    with the current parameters, which it may start from or ignore, and is not differentiated. The
+    hypergradient is that of its solution, by the equation above: of the training loss, or of the
+    `grad_fn` or `update_fn` beside it. `inner_residual` and `optimality_gap` say how well it has
+    solved that equation; metrics and `train_loss` are those at its solution. Under `vmap`
     (`TaskBatched`, `Population`) a `jax.pure_callback` needs its `vmap_method`.
 
-    The hypergradient can itself be differentiated, in forward and reverse mode, for outer
-    Hessians. The derivative is that of the computation: through the `inner_steps` from the given
-    state, and of the solution of the linear system. If the inner steps converge, that is the
-    derivative of the optimum. If the solve fails, as for a small batch, the derivative is NaN. With
-    an `inner_solver` it is refused.
+    The hypergradient can itself be differentiated, in forward and reverse mode, for outer Hessians:
+    through the `inner_steps` from the given state and the solution of the linear system. If the
+    inner steps converge, that is the derivative of the optimum. It is NaN if the solve fails, as
+    for a small batch, and refused with an `inner_solver`.
 
     **Arguments:**
 
-    - `inner_optimizer`, `outer_optimizer`, `grad_fn`, `update_fn`: as for
-        [`FOOptimizer`][gradhpo.FOOptimizer]. On a whole data set, `optax.lbfgs()` needs the fewest
-        steps; with `inner_steps` above 1 its memory is cleared at the start of every `step`.
-    - `linear_solver`: any `lineax` solver (`lineax.CG`, `lineax.GMRES`, `lineax.BiCGStab`,
-        `lineax.LU`, `lineax.Cholesky`, ...), [`Neumann`][gradhpo.Neumann] or
-        [`Nystrom`][gradhpo.Nystrom]. The system is scaled to a right-hand side of length 1; with
+    - `inner_optimizer`: an optax transformation for the parameters, or a function
+        `hyperparams -> transformation`. Default `None`: pass `update_fn` or `inner_solver`
+        instead. It may need the loss: `optax.lbfgs()` takes the fewest steps on a whole data set
+        (with `inner_steps` above 1 its memory is cleared at the start of every `step`).
+    - `outer_optimizer`: an optax transformation for the hyperparameters. Default `None`: gradient
+        descent with the `lr_hyper` of each `step`.
+    - `linear_solver`: any `lineax` solver (such as `lineax.CG`, `lineax.GMRES`, `lineax.BiCGStab`,
+        `lineax.LU`, `lineax.Cholesky`), [`Neumann`][gradhpo.Neumann], [`Nystrom`][gradhpo.Nystrom]
+        or [`Support`][gradhpo.Support]. The system is scaled to a right-hand side of length 1: with
         `norm=gradhpo.tree_l2_norm` tolerances are relative to it, with lineax's default every
-        component must meet them. `None` means `lineax.CG` for a loss, and `lineax.GMRES` for an
+        component must meet them. Default `None`: `lineax.CG` for a loss, and `lineax.GMRES` for an
         `update_fn` (or a loss with a `custom_vjp`, whose $H$ need not be symmetric), with at most
         about 100 products and tolerances of about 2e-5 in float32, 4e-11 in float64.
     - `inner_steps`: inner steps per `step`, at least 1; default 1.
     - `damping`: $\rho \ge 0$, shape `()`, default 0, for an $H$ that is singular or not positive.
-    - `curvature_batches`: over how many training batches $H$ and the mixed derivative (or $\Phi$)
-        are means, the last ones of a `step`; from 1, the default, to `inner_steps`. They cost as
-        much as one batch of that size, in work and memory. One batch that serves every inner step
-        counts once.
-    - `inner_solver`: `(params, hyperparams, batch) -> params`, new ones of the structure, shapes
-        and dtypes of those that it gets; with a model state `(params, hyperparams, batch,
-        model_state) -> (params, new_model_state)`. It takes the place of `inner_optimizer` and of
-        all inner steps: `num_inner_steps` is 1, the inner optimizer's state `()`.
+    - `curvature_batches`: number of training batches, the last of a `step`, over which to average
+        $H$ and the mixed derivative (or $\Phi$); from 1 (the default) to `inner_steps`. They cost
+        as much as one batch of their total size. A batch that serves every inner step counts once.
+    - `inner_solver`: `(params, hyperparams, batch) -> params`, of the same structure, shapes and
+        dtypes; with a model state `(params, hyperparams, batch, model_state) -> (params,
+        new_model_state)`. Replaces `inner_optimizer` and all inner steps: `num_inner_steps` is 1,
+        the inner optimizer's state `()`. Default `None`.
+    - `grad_fn`: `(params, hyperparams, batch) -> gradient`, a tree like the parameters, which
+        replaces the gradient of the training loss (DP-SGD, SAM, semi-gradients); the loss is then
+        only a metric. Default `None`.
+    - `update_fn`: `(params, hyperparams, batch) -> params`, one inner step, which replaces
+        `inner_optimizer`. Default `None`. With a [model state](../how_to/running_state.md),
+        `grad_fn` and `update_fn` take it as a fourth argument and also return the new one.
 
-    The memory, `state.memory`: `adjoint`, the last $q$ (iterative solvers start from its best
-    multiple), and its own metrics (`state.get_metric("linear_residual")`): `inner_residual`,
-    $\|\nabla_w L_{train}\|$ (or $\|w - \Phi(w)\|$) at the end of the inner steps;
-    `linear_residual`, the residual of the linear system relative to its right-hand side;
-    `optimality_gap`, $|q^\top \nabla_w L_{train}| / |L_{val}|$, the relative change of the
-    validation loss, to first order, if training went on to the optimum of the last
-    `curvature_batches`; `linear_iterations` as the solver counts them (0 for direct solvers, cycles
-    of 20 products for `lineax.GMRES`); `linear_failures`, the number of solves so far that the
-    solver itself gave up (singular, diverged), or that ended with a `linear_residual` above 1,
-    which is worse than no solve. ([`Neumann`][gradhpo.Neumann] and [`Nystrom`][gradhpo.Nystrom]
-    are not inverses: with them that is not a failure.) Nor is reaching `max_steps`. Nothing is
-    raised: a finite hypergradient of a failed solve is followed like any other. The report of `run`
-    mentions failures, and an `optimality_gap` above 0.1.
+    The memory, `state.memory`, is an
+    [`ImplicitMemory`][gradhpo.algorithms.implicit_memory.ImplicitMemory] with metrics of the solve,
+    such as `state.get_metric("linear_residual")`. Nothing is raised: a finite hypergradient of a
+    failed solve is followed like any other. The report of `run` mentions failures, and an
+    `optimality_gap` above 0.1.
 
-    **Raises:** `ValueError` for `inner_steps < 1`, `curvature_batches` outside 1 to `inner_steps`,
-    a negative `damping`, or an `inner_solver` beside an `inner_optimizer` or `inner_steps`; while
-    tracing, for a linear solver that does not fit the operator, or an `inner_solver` that returns
-    another structure, shape or dtype.
+    **Raises:** `ValueError` for none or several of `inner_optimizer`, `update_fn` and
+    `inner_solver` (a `grad_fn` or an `update_fn` beside an `inner_solver` is its equation), a
+    `grad_fn` alone, `inner_steps < 1` (above 1 with an `inner_solver`), `curvature_batches` outside
+    1 to `inner_steps`, or a negative `damping`; while tracing, for a linear solver that does not
+    fit the operator, or an `inner_solver` that returns another structure, shape or dtype.
+    `TypeError` for an optimizer that is not an optax transformation, or a function that is not
+    callable.
 
     ```python
     train_loss = lambda w, h, batch: jnp.sum((w - 1.0) ** 2 + jnp.exp(h) * w**2)
@@ -178,8 +178,8 @@ class ImplicitOptimizer(Algorithm):
             )
         if self.curvature_batches > 1 and getattr(self.linear_solver, "fresh_batches", False):
             raise ValueError(
-                f"curvature_batches={self.curvature_batches} has all products take the same "
-                "batches, and the solver's fresh_batches=True another one each: leave one out"
+                f"curvature_batches={self.curvature_batches} uses the same batches for every "
+                "product, and the solver's fresh_batches=True a different one: leave one out"
             )
         check_setting("damping", self.damping, lambda x: x >= 0, "at least 0")
 
@@ -199,10 +199,7 @@ class ImplicitOptimizer(Algorithm):
         return f"the linear system: {SINGULAR}"
 
     def with_num_steps(self, num_steps: int) -> "ImplicitOptimizer | None":
-        """The same optimizer with other `inner_steps`, and at most as many `curvature_batches`.
-
-        `None` with an `inner_solver`.
-        """
+        """Lowers `curvature_batches` to this number if need be. `None` with an `inner_solver`."""
         if self.inner_solver is not None:
             return None
         batches = min(self.curvature_batches, num_steps)
@@ -294,7 +291,7 @@ class ImplicitOptimizer(Algorithm):
     def remarks(
         self, before: MetricDict, metrics: Mapping[str, np.ndarray], copies: int = 1
     ) -> str:
-        """Solves that failed or left a larger residual than they began with; steps too few."""
+        """Reports failed solves, and training that has not converged."""
         failures = copies * float(metrics["linear_failures"][-1] - before["linear_failures"])
         solves = remark_on_solves(failures, metrics["linear_residual"], self.linear_solver)
         remedy = "more inner_steps, larger batches, or curvature_batches"

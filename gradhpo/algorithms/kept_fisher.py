@@ -25,12 +25,12 @@ _COUNTED = (
 
 
 class KeptFisher(eqx.Module):
-    r"""A mean in which what came $k$ additions ago has the weight $(1 - \beta)\beta^k$.
+    r"""A running mean: the term of $k$ additions ago has the weight $(1 - \beta)\beta^k$.
 
     - `second_moments`: the weighted sum; its form depends on the structure.
     - `mass`: shape `()`, the sum of the weights, $1 - \beta^{additions}$.
     - `factors`: what the last factorisation made; `None` if every step makes its own.
-    - `factor_age`: steps that they have served, counted anew where others are due, shape `()`.
+    - `factor_age`: steps that they have served, back to 0 when new ones are due, shape `()`.
     """
 
     second_moments: PyTree
@@ -54,11 +54,11 @@ class KeptFisher(eqx.Module):
         return KeptFisher(second_moments, mass, zeros(factors), jnp.zeros((), jnp.int32))
 
     def mean(self) -> PyTree:
-        """The estimate, without bias towards the 0 that it began with."""
+        """The estimate, corrected for starting at 0."""
         return jax.tree.map(lambda x: x / self.mass, self.second_moments)
 
     def add(self, new: PyTree, decay: Array) -> "KeptFisher":
-        """With the products of one more batch."""
+        """Adds the products of one more batch."""
         mixed = lambda x, y: decay * x + (1 - decay) * y.astype(x.dtype)
         second_moments = jax.tree.map(mixed, self.second_moments, new)
         mass = mixed(self.mass, jnp.ones_like(self.mass))
@@ -73,7 +73,7 @@ class KeptFisher(eqx.Module):
         w: PyTree,
         factor_every: int,
     ) -> tuple[PyTree, "KeptFisher"]:
-        """The solution for a right-hand side `a`, and what is kept of the factorisation."""
+        """The solution for a right-hand side `a`, and this mean with the factors to keep."""
         anew = lambda: structure.factorised(self.mean(), damping, penalty, w)
         if self.factor_age is None:
             return structure.solve(anew(), a), self

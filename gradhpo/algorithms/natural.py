@@ -37,7 +37,7 @@ from gradhpo.extend import (
 )
 
 
-# Above this many parameters, "dense" is warned about: 100 MB in float32, 4e10 flops per solve.
+# "dense" warns above this many parameters: 100 MB in float32, 4e10 flops per solve.
 _MANY = 5_000
 _READS_STATE = (
     "NHGDOptimizer holds the model state constant in the training loss, which reads it: the "
@@ -64,13 +64,13 @@ class NHGDMemory(Memory):
 class NHGDOptimizer(Algorithm):
     r"""Natural hypergradient descent: the Fisher matrix in place of the Hessian.
 
-    Where the training loss is a mean of negative log-likelihoods, and the model describes the data,
-    the Hessian at the optimum is the Fisher matrix $F$, the covariance of the gradients of single
+    If the training loss is a mean of negative log-likelihoods and the model describes the data, the
+    Hessian at the optimum is the Fisher matrix $F$, the covariance of the gradients of single
     examples. Training computes such gradients anyway. After `inner_steps` inner steps
 
-    $$g = \frac{\partial L_{val}}{\partial\lambda} -
-    q^\top \frac{\partial^2 L_{train}}{\partial w\,\partial\lambda},\qquad
-    (F + \rho I + P'')\, q = \nabla_w L_{val},$$
+    $$g = \frac{\partial L_{\mathrm{val}}}{\partial\lambda} -
+    q^\top \frac{\partial^2 L_{\mathrm{train}}}{\partial w\,\partial\lambda},\qquad
+    (F + \rho I + P'')\, q = \nabla_w L_{\mathrm{val}},$$
 
     with $\rho$ = `damping`, the Hessian $P''$ of the `penalty`, and the mixed derivative of the
     last training batch. For the gradient $g_t$ of a mean over $b$ examples and $\beta$ = `decay`,
@@ -78,51 +78,65 @@ class NHGDOptimizer(Algorithm):
     $$S \leftarrow \beta S + (1 - \beta)\, b\, g_t g_t^\top \text{ from } S = 0,\qquad
     F = S / (1 - \beta^k) \text{ after } k \text{ inner steps}$$
 
-    of all outer steps and episodes. This convention is ours: the update as published divides by 0
-    at $\beta = 0$, and an inverse that is kept by rank-one updates gives the matrix that it begins
-    with the weight $\beta^k$, which vanishes.
+    of all outer steps and episodes. This convention is ours: the published update divides by 0 at
+    $\beta = 0$, and an inverse kept by rank-one updates gives its initial matrix a weight $\beta^k$
+    that vanishes.
 
-    **It assumes** what [Natural hypergradients](../implicit.md#natural-hypergradients) explains: a
-    *mean* loss in the units of a log-likelihood (cross-entropy; squared errors over twice their
-    variance); a model that describes the data, which a network that fits its training data does
-    not; training that has converged; batches that are small beside the data. Like implicit
-    differentiation, it does not see learning rates, and takes a model state where it settles.
+    **It assumes** (see [Natural hypergradients](../implicit.md#natural-hypergradients)) a *mean*
+    loss in the units of a log-likelihood (cross-entropy; squared errors over twice their variance);
+    a model that describes the data, which a network that fits its training data perfectly does not;
+    converged training; and batches much smaller than the data set. Like implicit differentiation,
+    it does not see learning rates, and differentiates a model state at the point where it settles.
 
     **Arguments:**
 
-    - `inner_optimizer`, `outer_optimizer`, `grad_fn`, `update_fn`: as for
-        [`FOOptimizer`][gradhpo.FOOptimizer]. What `grad_fn` returns makes $F$ as well. With an
-        `update_fn` the gradient of the loss is one more for each inner step.
+    - `inner_optimizer`: an optax transformation for the parameters, or a function
+        `hyperparams -> transformation`. Default `None`: pass `update_fn` instead. It may need the
+        loss (`optax.lbfgs`, `optax.polyak_sgd`).
+    - `outer_optimizer`: an optax transformation for the hyperparameters. Default `None`: gradient
+        descent with the `lr_hyper` of each `step`.
     - `inner_steps`: inner steps per `step`, at least 1; default 1.
-    - `decay`: $\beta$ in [0, 1), shape `()`, default 0.99. $F$ is a mean over about
-        $1/(1 - \beta)$ inner steps: let these be several times the parameters of a dense one.
+    - `decay`: $\beta$ in [0, 1), shape `()`, default 0.99. $F$ averages about $1/(1 - \beta)$ inner
+        steps; a dense $F$ needs several times as many as there are parameters.
     - `damping`: $\rho > 0$, shape `()`, default 1e-3.
-    - `structure`: what is kept of $F$ for $P$ parameters. `"dense"`, the default: all of it, in
-        $O(P^2)$ per inner step and $P^3/3$ per outer step; warns above 5,000. `"kronecker"`: for
-        each matrix of weights with the gradient $G$ of size $m \times n$ the means $L$ of
+    - `structure`: which part of $F$ to keep, for $P$ parameters. `"dense"` (the default): all of
+        it, in $O(P^2)$ per inner step and $P^3/3$ per outer step; warns above 5,000. `"kronecker"`:
+        for each weight matrix with the gradient $G$ of size $m \times n$ the means $L$ of
         $b\,GG^\top$ and $R$ of $b\,G^\top G$, for $F \approx L \otimes R / \mathrm{tr}\,L$, in
-        $O(mn(m + n))$ and $O(m^3 + n^3)$. Kernels of convolutions are matrices of outputs by the
-        rest; vectors and what has a side above 5,000 keep squares alone. `"diagonal"`: squares.
-    - `penalty`: `(params, hyperparams) -> scalar`, the part of the training loss that is no
-        likelihood (write it there as well), with a Hessian that need not be estimated. `"dense"`
+        $O(mn(m + n))$ and $O(m^3 + n^3)$. Convolution kernels count as matrices of outputs by the
+        rest; vectors, and matrices with a side above 5,000, keep squares alone. `"diagonal"`:
+        squares.
+    - `penalty`: `(params, hyperparams) -> scalar`, the part of the training loss that is not a
+        likelihood (keep it in the loss as well), whose Hessian need not be estimated. `"dense"`
         adds the Hessian. The others add its diagonal: exact for a sum over parameters, otherwise
-        estimated with random signs; in `"kronecker"` as a product of a number per row and one per
+        estimated with random signs; `"kronecker"` as a product of a number per row and one per
         column, exact for a penalty per layer, input or output. Gradients keep the penalty's part:
         with it their mean is 0 at the optimum, and without it $F$ would gain $b$ times the square
-        of that part.
-    - `per_example`: $F$ is the mean of $g_i g_i^\top$ over the examples of each batch, without the
-        factor $b$ and with far less noise. It takes another pass, in batches of one, and the memory
-        of $b$ gradients.
-    - `factor_every`: outer steps between two factorisations (Cholesky, `eigh`), at least 1; steps
-        in between reuse the last factors. Default 1.
+        of that part. Default `None`.
+    - `per_example`: whether $F$ is the mean of $g_i g_i^\top$ over the examples of each batch,
+        without the factor $b$ and with far less noise. It takes another pass, in batches of one,
+        and the memory of $b$ gradients. Default `False`.
+    - `factor_every`: outer steps between two factorisations (Cholesky, `eigh`), at least 1; the
+        steps in between reuse the factors. Default 1.
+    - `grad_fn`: `(params, hyperparams, batch) -> gradient`, a tree like the parameters, which
+        replaces the gradient of the training loss (DP-SGD, SAM, semi-gradients); the loss is then
+        only a metric. $F$ is made of it as well. Default `None`.
+    - `update_fn`: `(params, hyperparams, batch) -> params`, one inner step, which replaces
+        `inner_optimizer`. The gradient of the loss is then extra work. Default `None`. With a
+        [model state](../how_to/running_state.md), `grad_fn` and `update_fn` take it as a fourth
+        argument and also return the new one.
 
-    The metric `linear_residual`, $\|(H + \rho I) q - \nabla_w L_{val}\| / \|\nabla_w L_{val}\|$
-    with the Hessian $H$ of the last training batch, says how well $F$ stands for it: above 1 it
-    does worse than no solve. Batches of fewer examples than parameters say little. A matrix that is
-    not positive definite (a penalty that is not convex) makes a step that is refused.
+    The metric `linear_residual`, $\|(H + \rho I) q - \nabla_w L_{\mathrm{val}}\| / \|\nabla_w
+    L_{\mathrm{val}}\|$ with the Hessian $H$ of the last training batch, says how well $F$
+    approximates $H$: above 1 it does worse than no solve. It says little if batches have fewer
+    examples than there are parameters. If the matrix is not positive definite (a penalty that is
+    not convex), the step is refused.
 
-    **Raises:** `ValueError` for settings outside their range; while tracing, for a batch whose
-    arrays do not share their leading axis, and for `per_example` with a model state.
+    **Raises:** `ValueError` for both or neither of `inner_optimizer` and `update_fn`, a `grad_fn`
+    without an `inner_optimizer`, or a setting outside its range; `TypeError` for an optimizer that
+    is not an optax transformation, a function that is not callable, or another `structure`. While
+    tracing, `ValueError` for a batch whose arrays do not share their leading axis, and for
+    `per_example` with a model state.
 
     ```python
     error = lambda w, h, batch: jnp.mean(jax.nn.softplus(-batch[1] * (batch[0] @ w)))

@@ -42,7 +42,8 @@ class HyperDistillMemory(Memory):
 
     - `distilled`: `w_star` and, with a distilled data set, `d_star` and `key`.
     - `t`: steps of the episode so far, shape `()`, int32.
-    - `theta`, `theta_rejected`: the coefficient, and how many estimates of it were refused; `()`.
+    - `theta`, `theta_rejected`: the coefficient, and how many of its estimates were refused as
+        non-finite; shape `()`.
     - `sum_xy`, `sum_xx`: from the last estimations, shape `[memory_size]`, newest first.
     """
 
@@ -60,45 +61,56 @@ class OnlineHypergradientOptimizer(Algorithm):
 
     Step $t$ of an episode takes one inner step and estimates
 
-    $$g_t = \frac{\partial L_{val}}{\partial\lambda}(w_t) +
+    $$g_t = \frac{\partial L_{\mathrm{val}}}{\partial\lambda}(w_t) +
     \theta\,\frac{1 - \gamma^t}{1 - \gamma}\,v_t,\qquad
     v_t = \alpha_t\,\frac{\partial\Phi(w^*_t, \lambda; D^*_t)}{\partial\lambda},$$
 
-    where $\alpha_t = \partial L_{val}/\partial w\,(w_t)$. A single product at a distilled point
-    $w^*_t$ (a mean of $w_0, \dots, w_{t-1}$ with weights $\gamma^{t-i}$) and on a distilled batch
-    $D^*_t$ represents the sum over all steps of the episode.
+    where $\alpha_t = \partial L_{\mathrm{val}}/\partial w\,(w_t)$. A single product at a distilled
+    point $w^*_t$ (a mean of $w_0, \dots, w_{t-1}$ with weights $\gamma^{t-i}$) and on a distilled
+    batch $D^*_t$ represents the sum over all steps of the episode.
     [`estimate_theta`][gradhpo.OnlineHypergradientOptimizer.estimate_theta] fits the scalar
-    $\theta$; [`run`][gradhpo.run] calls it by itself if you pass `steps_per_episode`. Memory and
-    cost of a step do not depend on the length of the episode.
+    $\theta$; [`run`][gradhpo.run] calls it automatically if you pass `steps_per_episode`. Memory
+    and cost of a step do not depend on the length of the episode. `HyperDistillOptimizer` is the
+    same class, by the paper's name.
 
     **Arguments:**
 
-    - `inner_optimizer`, `outer_optimizer`, `grad_fn`, `update_fn`: as for
-        [`FOOptimizer`][gradhpo.FOOptimizer].
-    - `distillation_weight`: $\theta$ before its first estimate, shape `()`, default 0.1. To set
-        $\theta$ by hand, set this; a value written into the memory is overwritten.
-    - `memory_size`: the number of past estimations that $\theta$ is fitted to; default 10 (1: the
-        paper).
+    - `inner_optimizer`: an optax transformation for the parameters, or a function
+        `hyperparams -> transformation`. Default `None`: pass `update_fn` instead. Transformations
+        that need the loss (`optax.lbfgs`, `optax.polyak_sgd`) are refused.
+    - `outer_optimizer`: an optax transformation for the hyperparameters. Default `None`: gradient
+        descent with the `lr_hyper` of each `step`.
+    - `distillation_weight`: $\theta$ until its first estimate, finite, shape `()`, default 0.1. To
+        set $\theta$ by hand, set this; a value written into the memory is overwritten.
+    - `memory_size`: number of past estimations that $\theta$ is fitted to, at least 1; default 10
+        (the paper: 1).
     - `gamma`: the discount $\gamma \in [0, 1]$, shape `()`, default 0.99. At 0, with
         `distillation_weight=1`, this is [`OneStepOptimizer`][gradhpo.OneStepOptimizer]; at 1 the
-        factor is $t$ and $w^*_t$ the plain mean.
+        factor is $t$, and $w^*_t$ the plain mean.
     - `estimation_period`: `run` fits $\theta$ before the first episode and again every
         `estimation_period` episodes, default 50; `None` keeps `distillation_weight`.
-    - `normalize`: the paper's rule for a validation loss that does not contain the hyperparameters:
-        no $\theta$, but a step along $v_t/\|v_t\|_2$, so
-        $g_t = \partial L_{val}/\partial\lambda + v_t/\|v_t\|_2$. `False` by default: an outer
-        optimizer such as Adam hardly depends on the scale, and plain gradient descent needs it.
+    - `normalize`: whether to follow the paper's rule for a validation loss that does not contain
+        the hyperparameters: no $\theta$, but a step along $v_t/\|v_t\|_2$, so $g_t = \partial
+        L_{\mathrm{val}}/\partial\lambda + v_t/\|v_t\|_2$. Default `False`: an outer optimizer such
+        as Adam hardly depends on the scale, and plain gradient descent needs it.
+    - `grad_fn`: `(params, hyperparams, batch) -> gradient`, a tree like the parameters, which
+        replaces the gradient of the training loss (DP-SGD, SAM, semi-gradients); the loss is then
+        only a metric. Default `None`.
+    - `update_fn`: `(params, hyperparams, batch) -> params`, one inner step, which replaces
+        `inner_optimizer`. Default `None`. With a [model state](../how_to/running_state.md),
+        `grad_fn` and `update_fn` take it as a fourth argument and also return the new one.
 
     Give `init` an example `batch` and a `key` to keep the distilled data set $D^*$. Without them
-    $D^*_t = D_t$, which is the same if every step has the same batch.
+    $D^*_t = D_t$, which makes no difference if all batches are the same.
 
-    The memory, `state.memory`: the episode clock `t`, `theta`, `sum_xy` and `sum_xx` of the last
-    estimations, `theta_rejected` (estimates refused as non-finite), and `distilled` with `w_star`
-    and, with a distilled data set, `d_star` and `key`. `state.get_metric("theta")` finds any of
-    them.
+    The memory, `state.memory`, is a
+    [`HyperDistillMemory`][gradhpo.algorithms.online.HyperDistillMemory];
+    `state.get_metric("theta")` finds any of its entries.
 
-    **Raises:** `ValueError` for `gamma` outside [0, 1], a `distillation_weight` that is not finite,
-    or counts below 1.
+    **Raises:** `ValueError` for both or neither of `inner_optimizer` and `update_fn`, a `grad_fn`
+    without an `inner_optimizer`, counts below 1, `gamma` outside [0, 1], or a `distillation_weight`
+    that is not finite; `TypeError` for an optimizer that is not an optax transformation, or a
+    function that is not callable.
 
     ```python
     train_loss = lambda w, h, batch: jnp.mean((w - h) ** 2 * batch)
@@ -184,7 +196,7 @@ class OnlineHypergradientOptimizer(Algorithm):
         return eqx.tree_at(lambda m: m.t, memory, jnp.zeros_like(memory.t))
 
     def finite_part(self, memory: HyperDistillMemory) -> PyTree:
-        """What a step changes; not the examples, in which a missing value or a mask may be NaN."""
+        """What a step changes, except the examples, which may contain NaN (a missing value)."""
         return memory.theta, memory.distilled.w_star
 
     def estimate(self, problem: Problem, memory: HyperDistillMemory) -> Estimate:
@@ -222,7 +234,7 @@ class OnlineHypergradientOptimizer(Algorithm):
         train_loss_fn: LossFn | LossFunctions,
         val_loss_fn: LossFn | None = None,
     ) -> BilevelState:
-        r"""Fits $\theta$ on the training steps that `train_batches` make. Compiled.
+        r"""Fits the coefficient theta on the training steps that `train_batches` make. Compiled.
 
         Trains from `state` through all $T$ batches, goes back along the straight line between the
         two ends (DrMAD), and regresses the second-order part $g^{SO}_s$ of the hypergradient of the
@@ -231,14 +243,18 @@ class OnlineHypergradientOptimizer(Algorithm):
         $y_s = v_s^\top g^{SO}_s/\|v_s\|_2$, summed over the last `memory_size` estimations. Memory
         does not depend on $T$.
 
-        **Arguments:** `train_batches` is a [`BatchStack`][gradhpo.BatchStack] of $T$ batches; the
-        rest as for [`step`][gradhpo.BilevelOptimizer.step].
+        **Arguments:**
 
-        **Returns:** the state with a new `memory.theta`. The parameters are unchanged. An estimate
-        without information ($v_s = 0$) leaves $\theta$ unchanged; so does a non-finite one, which
-        `memory.theta_rejected` counts.
+        - `state`, `train_batches`: a state and a [`BatchStack`][gradhpo.BatchStack] of $T$ batches.
+        - `val_batch`: any pytree of arrays.
+        - `train_loss_fn`, `val_loss_fn`: `(params, hyperparams, batch) -> scalar`, or one
+            [`LossFunctions`][gradhpo.LossFunctions] in place of both.
 
-        **Raises:** as `step`; `TypeError` if `train_batches` is not a `BatchStack`.
+        **Returns:** the state with a new `memory.theta`; parameters stay. An estimate that is not
+        finite, or without information ($v_s = 0$), leaves $\theta$ unchanged.
+
+        **Raises:** `TypeError` if `train_batches` is not a `BatchStack`, or a loss has other
+        arguments; `ValueError` for a loss that is not a real scalar, or another optimizer's state.
 
         ```python
         loss = lambda w, h, batch: jnp.sum((w - h) ** 2 * batch)
@@ -257,10 +273,9 @@ class OnlineHypergradientOptimizer(Algorithm):
         """Theta is fitted on every `estimation_period`-th episode."""
         assert self.estimation_period is not None
         due = step % (self.estimation_period * num_steps) == 0
-        steps = num_steps * self.num_inner_steps
         # The branches return only what they change: everything else would be copied.
         changed = lambda m: (m.theta, m.theta_rejected, m.sum_xy, m.sum_xx, m.distilled.key)
-        anew = lambda: changed(self.fit(problem, memory, steps))
+        anew = lambda: changed(self.fit(problem, memory, num_steps * self.num_inner_steps))
         fitted = jax.lax.cond(due, anew, lambda: changed(memory))
         return eqx.tree_at(changed, memory, fitted, is_leaf=lambda x: x is None)
 

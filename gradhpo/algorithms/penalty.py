@@ -41,39 +41,48 @@ class PenaltyMemory(Memory):
 class PenaltyOptimizer(Algorithm):
     r"""F2SA, the fully first-order method: no second derivative of anything.
 
-    Beside the parameters $z$, which descend $L_{train}$, it keeps a second copy $y$, which descends
-    $L_{train} + L_{val}/\lambda_p$ by an inner optimizer of the same kind, on the same batches.
-    After `inner_steps` steps of both,
+    Beside the parameters $z$, which descend $L_{\mathrm{train}}$, it keeps a second copy $y$, which
+    descends $L_{\mathrm{train}} + L_{\mathrm{val}}/\lambda_p$ by an inner optimizer of the same
+    kind, on the same batches. After `inner_steps` steps of both,
 
-    $$g = \frac{\partial L_{val}}{\partial\lambda}(y) + \lambda_p \Bigl(
-    \frac{\partial L_{train}}{\partial\lambda}(y) -
-    \frac{\partial L_{train}}{\partial\lambda}(z)\Bigr),\qquad \lambda_p = \mathtt{penalty},$$
+    $$g = \frac{\partial L_{\mathrm{val}}}{\partial\lambda}(y) + \lambda_p \Bigl(
+    \frac{\partial L_{\mathrm{train}}}{\partial\lambda}(y) -
+    \frac{\partial L_{\mathrm{train}}}{\partial\lambda}(z)\Bigr),\qquad \lambda_p =
+    \mathtt{penalty},$$
 
     with the training losses on the last batch. If both have converged, this is the derivative of
     the penalised problem, which differs from the hypergradient at the optimum by a term
-    proportional to $1/\lambda_p$. A large penalty has its price: $y - z$ shrinks with it, so what
-    is not yet converged in either of them, the noise of the batch and rounding (in float32)
-    are multiplied by it. An inner step costs three gradients (two of the training loss and one of
-    the validation loss), and the hypergradient three more; nothing is differentiated twice, so it
-    works where second derivatives do not exist or do not fit into memory.
+    proportional to $1/\lambda_p$. A large penalty has a price: $y - z$ shrinks as the penalty
+    grows, so convergence errors, batch noise and rounding (in float32) are amplified. An inner step
+    costs three gradients (two of the training loss and one of the validation loss), and the
+    hypergradient three more; nothing is differentiated twice, so it works where second derivatives
+    do not exist or do not fit into memory.
 
-    `state.params` are $z$, and the metric `val_loss` is theirs. $y$ starts from the parameters, at
-    the start of every episode. It sees what moves the optimum. A model state is taken as it is at
-    $z$ and at $y$: what hyperparameters do to it is left out.
+    `state.params` is $z$, and the metric `val_loss` is measured there. $y$ starts from the
+    parameters at the start of every episode. The method sees hyperparameters that move the optimum.
+    A model state is used as it is at $z$ and at $y$: the effect of hyperparameters on it is left
+    out.
 
     **Arguments:**
 
-    - `inner_optimizer`, `outer_optimizer`: as for [`FOOptimizer`][gradhpo.FOOptimizer]. Optimizers
-        that need the loss (`optax.lbfgs`) do not fit, since $y$ descends another one.
+    - `inner_optimizer`: an optax transformation for the parameters, or a function
+        `hyperparams -> transformation`; required. Transformations that need the loss
+        (`optax.lbfgs`, `optax.polyak_sgd`) are refused.
+    - `outer_optimizer`: an optax transformation for the hyperparameters. Default `None`: gradient
+        descent with the `lr_hyper` of each `step`.
     - `penalty`: $\lambda_p$, positive, shape `()`, default 10; or a schedule, a function of the
-        number of steps taken, as `optax.linear_schedule(1.0, 100.0, 1_000)`. A new number does not
-        compile again, a new schedule does.
+        number of steps taken, such as `optax.linear_schedule(1.0, 100.0, 1_000)`. A new number does
+        not recompile; a new schedule does.
     - `inner_steps`: inner steps of $z$ and of $y$ per `step`, at least 1; default 1.
-    - `grad_fn`: another way to compute the gradient of the training loss by the parameters. The
-        loss is still needed for its derivative by the hyperparameters.
-    - `update_fn`: refused, since it has no loss.
+    - `grad_fn`: `(params, hyperparams, batch) -> gradient`, a tree like the parameters: another way
+        to compute the gradient of the training loss. The loss is still needed for its derivative
+        with respect to the hyperparameters. With a [model state](../how_to/running_state.md),
+        `grad_fn` takes it as a fourth argument and also returns the new one. Default `None`.
+    - `update_fn`: refused, since it has no loss; leave it `None`.
 
-    **Raises:** `ValueError` for `penalty <= 0`, `inner_steps < 1`, or an `update_fn`.
+    **Raises:** `ValueError` for an `update_fn`, no `inner_optimizer`, `penalty <= 0`, or
+    `inner_steps < 1`; `TypeError` for an optimizer that is not an optax transformation, or a
+    function that is not callable.
 
     ```python
     train_loss = lambda w, h, batch: jnp.sum((w - h) ** 2)

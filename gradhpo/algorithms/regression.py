@@ -40,7 +40,7 @@ class AdjointFunction(NamedTuple):
     """The adjoint as a function of its parameters and of a batch."""
 
     predict: Callable[..., Any]
-    rest: PyTree  # of its tree: what is no parameter
+    rest: PyTree  # of its tree, except the parameters
     hyperparams: PyTree
 
     def on(self, loss: Any, params: PyTree, batch: PyTree) -> OnBatch:
@@ -53,7 +53,7 @@ class AdjointFunction(NamedTuple):
 
 
 def _like(predictions: PyTree, made: PyTree) -> PyTree:
-    """What the adjoint function made, as an array for each of the predictions."""
+    """The output of the adjoint function, as an array for each of the predictions."""
     a = eqx.filter(made, eqx.is_inexact_array)
     described = lambda tree: jax.tree.map(lambda x: np.broadcast_to(0.0, x.shape), tree)
     check_same_structure(
@@ -66,8 +66,8 @@ def _like(predictions: PyTree, made: PyTree) -> PyTree:
 
 
 class Regression(NamedTuple):
-    r"""$\min_\xi\; \tfrac12 E_P[a^\top \partial_v^2 \ell_{in} a] + E_Q[a^\top \partial_v\ell_{out}]
-    + \tfrac\rho2 \|\xi\|^2$ for $a = a_\xi$."""
+    r"""$\min_\xi\; \tfrac12 E_P[a^\top \partial_v^2 \ell_{\mathrm{in}} a] +
+    E_Q[a^\top \partial_v\ell_{\mathrm{out}}] + \tfrac\rho2 \|\xi\|^2$ for $a = a_\xi$."""
 
     hyperparams: PyTree
     outer: OnBatch  # on the validation batch
@@ -83,9 +83,9 @@ class Regression(NamedTuple):
         adjoint: PyTree,
         state: PyTree,
     ) -> tuple[PyTree, PyTree, Array]:
-        """After steps of its optimizer: the parameters, its state, and what they leave.
+        """The parameters and the optimizer's state after its steps, and the relative residual.
 
-        That is the gradient before the last step, relative to its part by validation.
+        That is the gradient before the last step, over the part of it that comes from validation.
         """
 
         def body(carry, j):
@@ -103,9 +103,9 @@ class Regression(NamedTuple):
         return *moved, residuals[-1]
 
     def solved(self, inner: OnBatch, like: PyTree) -> tuple[PyTree, Array]:
-        """The solution on a batch, where $a$ is linear, and what is left of the equation.
+        """The solution on a batch, for a linear $a$, and its relative residual.
 
-        Of several solutions the smallest; without one, that of the least squares.
+        The smallest solution if there are several, the least-squares solution if there is none.
         """
         nothing = tree_zeros_like(like)
         constant, push = jax.linearize(inner.adjoint, nothing)

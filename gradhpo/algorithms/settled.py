@@ -22,9 +22,9 @@ from gradhpo.extend import (
 
 
 class ThroughState(NamedTuple):
-    """Cotangents on w and the hyperparameters, with what acts on validation by way of r.
+    """Cotangents on w and the hyperparameters, including effects on validation through r.
 
-    And `change`, that of the validation loss if r were to settle, to first order.
+    `change` is the change of the validation loss if r settled, to first order.
     """
 
     w: PyTree
@@ -72,7 +72,7 @@ def through_state(
 
 
 def warn_if_training_reads_it(name: str, problem: Problem) -> None:
-    """What the formula of the optimum leaves out, if training follows the running state."""
+    """Warns of what the formula leaves out if the training loss reads the running state."""
     if problem.phi.reads_state:
         warn_once(
             f"{name} holds the model state constant in the training loss, which reads it: the "

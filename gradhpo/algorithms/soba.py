@@ -45,51 +45,65 @@ class SOBAMemory(Memory):
 
 @checked
 class SOBAOptimizer(Algorithm):
-    r"""Single-loop implicit differentiation (SOBA), or with several steps of both (AmIGO).
+    r"""Single-loop implicit differentiation: SOBA, or with several steps of each kind AmIGO.
 
     The adjoint $v$ of implicit differentiation solves
-    $H v + \nabla_w L_{val} = 0$, $H = \nabla_w^2 L_{train}$. Here it is a variable like the
-    parameters: it is kept, and moved by `adjoint_optimizer` along the residual of that equation.
-    With one step of each, all three directions are taken at the old $(w, v, \lambda)$ on one batch:
+    $H v + \nabla_w L_{\mathrm{val}} = 0$, $H = \nabla_w^2 L_{\mathrm{train}}$. Here it is a
+    variable like the parameters: it is kept, and moved by `adjoint_optimizer` along the residual of
+    that equation. With one step of each, all three directions are taken at the old
+    $(w, v, \lambda)$ on one batch:
 
-    $$d_w = \nabla_w L_{train},\qquad d_v = H v + \nabla_w L_{val},\qquad
-    g = \frac{\partial L_{val}}{\partial\lambda} +
-    v^\top \frac{\partial^2 L_{train}}{\partial w\,\partial\lambda}.$$
+    $$d_w = \nabla_w L_{\mathrm{train}},\qquad d_v = H v + \nabla_w L_{\mathrm{val}},\qquad
+    g = \frac{\partial L_{\mathrm{val}}}{\partial\lambda} +
+    v^\top \frac{\partial^2 L_{\mathrm{train}}}{\partial w\,\partial\lambda}.$$
 
     With more `inner_steps` or `adjoint_steps`, first the parameters move, then $v$ at the new
     parameters, then the hyperparameters at both. Adjoint step $j$ takes the batch of inner step
     $j \bmod \mathtt{inner\_steps}$, and $g$ the last one.
 
     An outer step costs one training gradient per inner step, two more per product (and one more
-    where an adjoint step has a batch of its own), and one validation gradient. There is no linear
-    system to converge at each step, as in [`ImplicitOptimizer`][gradhpo.ImplicitOptimizer], but
+    where an adjoint step uses another batch), and one validation gradient. Unlike
+    [`ImplicitOptimizer`][gradhpo.ImplicitOptimizer], it solves no linear system at each step, but
     all three step sizes must suit each other: $v$ follows only if the hyperparameters move slowly.
-    $v$ starts at 0, so the first hypergradients are short. Episodes that restart the parameters
-    keep it.
+    $v$ starts at 0, so the first hypergradients are short. It is kept when an episode restarts the
+    parameters.
 
-    With an `update_fn` the equation is that of the fixed point $w = \Phi(w, \lambda)$,
-    $(I - \partial\Phi/\partial w)^\top v + \nabla_w L_{val} = 0$, and
-    $g = \partial L_{val}/\partial\lambda - v^\top \partial\Phi/\partial\lambda$: the eigenvalues
-    that the rate of $v$ must suit are those of $I - \partial\Phi/\partial w$.
+    With an `update_fn` the equation is that of the fixed point $w = \Phi(w, \lambda)$, $(I -
+    \partial\Phi/\partial w)^\top v + \nabla_w L_{\mathrm{val}} = 0$, and $g = \partial
+    L_{\mathrm{val}}/\partial\lambda - v^\top \partial\Phi/\partial\lambda$: the step size of $v$
+    must suit the eigenvalues of $I - \partial\Phi/\partial w$.
 
-    It sees what moves the optimum, and assumptions and the treatment of a model state are as for
-    `ImplicitOptimizer`: settings of the inner optimizer are not seen.
+    Like `ImplicitOptimizer`, it sees hyperparameters that move the optimum, not settings of the
+    inner optimizer; it assumes that training ends at the minimum of the training loss, and
+    differentiates a model state at the point where it settles.
 
     **Arguments:**
 
-    - `inner_optimizer`, `outer_optimizer`, `grad_fn`, `update_fn`: as for
-        [`FOOptimizer`][gradhpo.FOOptimizer].
-    - `inner_steps`, `adjoint_steps`: steps on the parameters and on $v$ per `step`, at least 1;
-        default 1.
-    - `adjoint_optimizer`: an optax transformation for $v$, by name. `optax.sgd` with the rate of
-        the inner problem is a good choice; it must stay below 2 / (largest curvature).
+    - `inner_optimizer`: an optax transformation for the parameters, or a function
+        `hyperparams -> transformation`. Default `None`: pass `update_fn` instead. It may need the
+        loss (`optax.lbfgs`, `optax.polyak_sgd`).
+    - `outer_optimizer`: an optax transformation for the hyperparameters. Default `None`: gradient
+        descent with the `lr_hyper` of each `step`.
+    - `inner_steps`: inner steps per `step`, at least 1; default 1.
+    - `adjoint_steps`: steps on $v$ per `step`, at least 1; default 1.
+    - `adjoint_optimizer`: an optax transformation for $v$, required, by keyword. `optax.sgd` with
+        the rate of the inner problem is a good choice; the rate must be below 2 / (largest
+        curvature).
+    - `grad_fn`: `(params, hyperparams, batch) -> gradient`, a tree like the parameters, which
+        replaces the gradient of the training loss (DP-SGD, SAM, semi-gradients); the loss is then
+        only a metric. Default `None`.
+    - `update_fn`: `(params, hyperparams, batch) -> params`, one inner step, which replaces
+        `inner_optimizer`. Default `None`. With a [model state](../how_to/running_state.md),
+        `grad_fn` and `update_fn` take it as a fourth argument and also return the new one.
 
-    The memory, `state.memory`: `adjoint` and `adjoint_state`, and its metrics
-    (`state.get_metric("linear_residual")`): `inner_residual`, the norm of $\nabla_w L_{train}$ (or
-    of $w - \Phi$), and `linear_residual`, that of $d_v$ relative to the norm of $\nabla_w L_{val}$,
-    both where $g$ is taken.
+    The memory, `state.memory`, holds `adjoint`, `adjoint_state` and metrics
+    (`state.get_metric("linear_residual")`): `inner_residual`, the norm of
+    $\nabla_w L_{\mathrm{train}}$ (or of $w - \Phi$), and `linear_residual`, the norm of $d_v$
+    relative to that of $\nabla_w L_{\mathrm{val}}$, both where $g$ is taken.
 
-    **Raises:** `ValueError` for `inner_steps < 1` or `adjoint_steps < 1`.
+    **Raises:** `ValueError` for both or neither of `inner_optimizer` and `update_fn`, a `grad_fn`
+    without an `inner_optimizer`, `inner_steps < 1`, or `adjoint_steps < 1`; `TypeError` for an
+    optimizer that is not an optax transformation, or a function that is not callable.
 
     ```python
     train_loss = lambda w, h, batch: jnp.sum((w - 1.0) ** 2 + jnp.exp(h) * w**2)
@@ -203,7 +217,7 @@ class SOBAOptimizer(Algorithm):
 def _left_over(
     products: Callable[[PyTree], tuple[PyTree, PyTree]], adjoint: PyTree, alpha: PyTree
 ) -> tuple[PyTree, PyTree]:
-    """What is left of the adjoint's equation, and the mixed term of the hypergradient."""
+    """The residual of the adjoint's equation, and the mixed term of the hypergradient."""
     by_w, mixed = products(cast_like(adjoint, alpha))
     add = lambda v, x, y: x.astype(v.dtype) + y.astype(v.dtype)
     return jax.tree.map(add, adjoint, by_w, alpha), mixed

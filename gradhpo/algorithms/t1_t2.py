@@ -33,16 +33,16 @@ class T1T2Optimizer(Algorithm):
     r"""T1-T2 with the finite differences of DARTS: no second derivatives.
 
     Takes `inner_steps` inner steps, then the hypergradient through the last one,
-    $g = \partial L_{val}/\partial\lambda + \alpha_T B_T$, with $\alpha_T B_T$ by central
+    $g = \partial L_{\mathrm{val}}/\partial\lambda + \alpha_T B_T$, with $\alpha_T B_T$ by central
     differences.
 
     - `perturb="weights"`: $\alpha_T$ is pulled back through the inner optimizer's own update
         to a direction $v$ in the space of gradients (for SGD with rate $\xi$:
         $v = -\xi\,\alpha_T$), and with $\varepsilon = \mathtt{epsilon}/\|v\|_2$
 
-        $$v^\top\,\partial^2 L_{train}/\partial w\,\partial\lambda \approx
-        \frac{\nabla_\lambda L_{train}(w_{T-1} + \varepsilon v) -
-        \nabla_\lambda L_{train}(w_{T-1} - \varepsilon v)}{2\varepsilon}.$$
+        $$v^\top\,\partial^2 L_{\mathrm{train}}/\partial w\,\partial\lambda \approx
+        \frac{\nabla_\lambda L_{\mathrm{train}}(w_{T-1} + \varepsilon v) -
+        \nabla_\lambda L_{\mathrm{train}}(w_{T-1} - \varepsilon v)}{2\varepsilon}.$$
 
         With Adam inside, this $v$ has the factor $\partial u/\partial g$ of its update $u(g)$, as
         in SAMA (which takes the difference at $w_T$). Effects on $\lambda$ through the inner
@@ -57,25 +57,37 @@ class T1T2Optimizer(Algorithm):
         $$\frac{\Phi(w, \lambda + \varepsilon e_i) - \Phi(w, \lambda - \varepsilon e_i)}
         {2\varepsilon}.$$
 
-        It takes two inner steps per coordinate, but needs no derivative of $\Phi$, so `update_fn`
-        may be opaque (a `jax.pure_callback` with `vmap_method="sequential"`).
+        This takes two inner steps per coordinate but no derivative of $\Phi$, so an `update_fn` may
+        be opaque (a `jax.pure_callback` with `vmap_method="sequential"`).
 
     **Arguments:**
 
-    - `inner_optimizer`, `outer_optimizer`, `grad_fn`: as for [`FOOptimizer`][gradhpo.FOOptimizer].
+    - `inner_optimizer`: an optax transformation for the parameters, or a function
+        `hyperparams -> transformation`. Default `None`: pass `update_fn` instead. Transformations
+        that need the loss (`optax.lbfgs`, `optax.polyak_sgd`) need `perturb="hyperparams"`.
+    - `outer_optimizer`: an optax transformation for the hyperparameters. Default `None`: gradient
+        descent with the `lr_hyper` of each `step`.
     - `inner_steps`: inner steps $T$ per `step`, at least 1; default 1.
     - `epsilon`: length of the perturbation of the weights (default 0.01, as in DARTS), or of one
-        hyperparameter (there 1e-4 is better in float64); positive, shape `()`. A perturbation that
-        is lost in rounding, as in bfloat16, measures nothing.
-    - `perturb`: `"weights"` (the default) or `"hyperparams"`.
-    - `update_fn`: replaces `inner_optimizer`; needs `perturb="hyperparams"`.
+        hyperparameter (there 1e-4 is better in float64); positive, shape `()`. A perturbation lost
+        to rounding, as in bfloat16, measures nothing.
+    - `perturb`: what to perturb, `"weights"` (the default) or `"hyperparams"`.
+    - `grad_fn`: `(params, hyperparams, batch) -> gradient`, a tree like the parameters, which
+        replaces the gradient of the training loss (DP-SGD, SAM, semi-gradients); the loss is then
+        only a metric. Default `None`.
+    - `update_fn`: `(params, hyperparams, batch) -> params`, one inner step, which replaces
+        `inner_optimizer`. Needs `perturb="hyperparams"`. Default `None`. With a [model
+        state](../how_to/running_state.md), `grad_fn` and `update_fn` take it as a fourth argument
+        and also return the new one.
 
     With Adam in float32 use `eps_root=1e-8`, not less: where a gradient is exactly 0, the update's
     derivative is about `1 / sqrt(eps_root)`, and the other components of $v$ would drown in
     rounding.
 
-    **Raises:** `ValueError` for `epsilon <= 0`, `inner_steps < 1`, or an `update_fn` with
-    `perturb="weights"`.
+    **Raises:** `ValueError` for both or neither of `inner_optimizer` and `update_fn`, a `grad_fn`
+    without an `inner_optimizer`, an `update_fn` with `perturb="weights"`, `inner_steps < 1`, or
+    `epsilon <= 0`; `TypeError` for an optimizer that is not an optax transformation, a function
+    that is not callable, or another `perturb`.
 
     ```python
     train_loss = lambda w, h, batch: jnp.sum((w - h) ** 2)

@@ -31,7 +31,8 @@ from gradhpo.extend import (
 class UnrolledOptimizer(Algorithm):
     r"""The exact hypergradient of `unroll_steps` inner steps, by reverse mode.
 
-    $$g = \frac{\partial L_{val}}{\partial\lambda} + \alpha_T\sum_{t=1}^{T} A_T\cdots A_{t+1} B_t:$$
+    $$g = \frac{\partial L_{\mathrm{val}}}{\partial\lambda} +
+    \alpha_T\sum_{t=1}^{T} A_T\cdots A_{t+1} B_t:$$
 
     a forward scan keeps the inner states, and a backward scan pulls the cotangent through them, for
     parameters and optimizer state ($g \leftarrow g + \bar z B_t$, then
@@ -40,23 +41,35 @@ class UnrolledOptimizer(Algorithm):
 
     **Arguments:**
 
-    - `inner_optimizer`, `outer_optimizer`, `grad_fn`, `update_fn`: as for
-        [`FOOptimizer`][gradhpo.FOOptimizer].
+    - `inner_optimizer`: an optax transformation for the parameters, or a function
+        `hyperparams -> transformation`. Default `None`: pass `update_fn` instead. Transformations
+        that need the loss (`optax.lbfgs`, `optax.polyak_sgd`) are refused.
+    - `outer_optimizer`: an optax transformation for the hyperparameters. Default `None`: gradient
+        descent with the `lr_hyper` of each `step`.
     - `unroll_steps`: inner steps $T$ per `step`, at least 1; default 1.
-    - `truncation`: keep only the last K terms of the sum; `None` (the default) keeps all.
-    - `checkpoints`: which inner states are kept. `None` (the default) keeps all, memory
+    - `truncation`: keep only the last K terms of the sum, from 1 to `unroll_steps`; `None` (the
+        default) keeps all.
+    - `checkpoints`: which inner states to keep. `None` (the default) keeps all, memory
         $O(P \cdot T)$. A number of segments, or `"sqrt"` for $\lceil\sqrt T\rceil$ of them, keeps
         the first state of each segment and runs each segment once more on the backward pass: memory
         $O(P\sqrt T)$ with `"sqrt"`, for one more forward pass. `"log"` keeps
         $\lfloor\log_2 T\rfloor + 1$ states and takes about $T(\tfrac12\log_2 T - 1)$ more steps.
         Applies to the steps that `truncation` leaves.
-    - `store`: where they are kept: `"device"` (the default), or `"host"`, the memory of the host,
-        with transfers inside the compiled program; not with `checkpoints="log"`, whose few states
-        fit on the device. On a CPU both are the same memory. With `"host"` the hypergradient can be
-        differentiated in forward mode only.
+    - `store`: where to keep them: `"device"` (the default), or `"host"`, the memory of the host,
+        with transfers inside the compiled program. On a CPU both are the same memory. With `"host"`
+        the hypergradient can be differentiated in forward mode only. Not with `checkpoints="log"`,
+        whose few states fit on the device.
+    - `grad_fn`: `(params, hyperparams, batch) -> gradient`, a tree like the parameters, which
+        replaces the gradient of the training loss (DP-SGD, SAM, semi-gradients); the loss is then
+        only a metric. Default `None`.
+    - `update_fn`: `(params, hyperparams, batch) -> params`, one inner step, which replaces
+        `inner_optimizer`. Default `None`. With a [model state](../how_to/running_state.md),
+        `grad_fn` and `update_fn` take it as a fourth argument and also return the new one.
 
-    **Raises:** `ValueError` for counts below 1, `truncation > unroll_steps`, more checkpoints than
-    steps, or `store="host"` with `checkpoints="log"`; `TypeError` for any other value.
+    **Raises:** `ValueError` for both or neither of `inner_optimizer` and `update_fn`, a `grad_fn`
+    without an `inner_optimizer`, counts below 1, `truncation > unroll_steps`, more checkpoints than
+    steps, or `store="host"` with `checkpoints="log"`; `TypeError` for an optimizer that is not an
+    optax transformation, a function that is not callable, or any other `checkpoints` or `store`.
 
     ```python
     train_loss = lambda w, h, batch: jnp.sum((w - h) ** 2)
@@ -104,7 +117,7 @@ class UnrolledOptimizer(Algorithm):
 
     @property
     def differentiates_init(self) -> bool:
-        """Unless the first updates are left out."""
+        """Yes, unless `truncation` leaves out the first updates."""
         return self._differentiated_steps == self.unroll_steps
 
     @property
@@ -124,7 +137,7 @@ class UnrolledOptimizer(Algorithm):
     def with_less_memory(self) -> "UnrolledOptimizer | None":
         """The next in this order: all states, √T of them, log T, all on the host.
 
-        The host counts only where it has a memory of its own.
+        The host counts only where its memory is separate.
         """
         host_apart = jax.default_backend() != "cpu"
         if host_apart and (self.store == "host" or self.checkpoints == "log"):
@@ -146,23 +159,34 @@ class UnrolledOptimizer(Algorithm):
 
 @checked
 class DrMADOptimizer(Algorithm):
-    r"""The hypergradient of `unroll_steps` inner steps along a straight line, in memory $O(P)$.
+    r"""Reverse mode along the straight line from the first inner state to the last.
 
-    The backward pass of [`UnrolledOptimizer`][gradhpo.UnrolledOptimizer], but the inner states that
-    it would have to keep are replaced by points on the line from the first to the last,
+    The backward pass of [`UnrolledOptimizer`][gradhpo.UnrolledOptimizer] in memory $O(P)$: points
+    on that line replace the inner states that it would have to keep,
 
     $$\hat z_t = (1 - t/T)\,z_0 + (t/T)\,z_T,$$
 
-    for parameters and optimizer state alike (step counts are exact). It is an approximation, as
-    good as the training path is straight.
+    for parameters and optimizer state alike (step counts are exact). The straighter the training
+    path, the better the approximation.
 
     **Arguments:**
 
-    - `inner_optimizer`, `outer_optimizer`, `grad_fn`, `update_fn`: as for
-        [`FOOptimizer`][gradhpo.FOOptimizer].
-    - `unroll_steps`: inner steps $T$ per `step`, at least 1; with 1, the default, it is exact.
+    - `inner_optimizer`: an optax transformation for the parameters, or a function
+        `hyperparams -> transformation`. Default `None`: pass `update_fn` instead. Transformations
+        that need the loss (`optax.lbfgs`, `optax.polyak_sgd`) are refused.
+    - `outer_optimizer`: an optax transformation for the hyperparameters. Default `None`: gradient
+        descent with the `lr_hyper` of each `step`.
+    - `unroll_steps`: inner steps $T$ per `step`, at least 1. With 1, the default, it is exact.
+    - `grad_fn`: `(params, hyperparams, batch) -> gradient`, a tree like the parameters, which
+        replaces the gradient of the training loss (DP-SGD, SAM, semi-gradients); the loss is then
+        only a metric. Default `None`.
+    - `update_fn`: `(params, hyperparams, batch) -> params`, one inner step, which replaces
+        `inner_optimizer`. Default `None`. With a [model state](../how_to/running_state.md),
+        `grad_fn` and `update_fn` take it as a fourth argument and also return the new one.
 
-    **Raises:** `ValueError` for `unroll_steps < 1`.
+    **Raises:** `ValueError` for both or neither of `inner_optimizer` and `update_fn`, a `grad_fn`
+    without an `inner_optimizer`, or `unroll_steps < 1`; `TypeError` for an optimizer that is not an
+    optax transformation, or a function that is not callable.
 
     ```python
     train_loss = lambda w, h, batch: jnp.sum((w - h) ** 2)
@@ -193,7 +217,7 @@ class DrMADOptimizer(Algorithm):
 
     @property
     def differentiates_init(self) -> bool:
-        """Yes: the line starts at the true $z_0$."""
+        """Yes: the line starts at the true initial state."""
         return True
 
     def estimate(self, problem: Problem, memory: None) -> Estimate:

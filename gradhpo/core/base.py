@@ -29,9 +29,9 @@ class BilevelOptimizer(OuterStep):
     With $z_t = \Phi(z_{t-1}, \lambda; D_t)$ for parameters and inner optimizer state, and its
     derivatives $A_t, B_t$ with respect to $z_{t-1}$ and $\lambda$, each estimates or computes
 
-    $$g = \frac{\mathrm{d} L_{val}}{\mathrm{d}\lambda} = \frac{\partial L_{val}}{\partial\lambda} +
-    \alpha_T \sum_{t=1}^{T} A_T \cdots A_{t+1} B_t,\qquad
-    \alpha_T = \frac{\partial L_{val}}{\partial w}(w_T).$$
+    $$g = \frac{\mathrm{d} L_{\mathrm{val}}}{\mathrm{d}\lambda} =
+    \frac{\partial L_{\mathrm{val}}}{\partial\lambda} + \alpha_T \sum_{t=1}^{T} A_T \cdots A_{t+1}
+    B_t,\qquad \alpha_T = \frac{\partial L_{\mathrm{val}}}{\partial w}(w_T).$$
 
     Algorithms derive from [`gradhpo.extend.Algorithm`][gradhpo.extend.Algorithm], which implements
     the private methods for one inner problem.
@@ -210,10 +210,19 @@ class BilevelOptimizer(OuterStep):
     ) -> PyTree:
         """The hypergradient that `step` would follow, a tree like `state.hyperparams`.
 
-        Arguments and errors as for [`step`][gradhpo.BilevelOptimizer.step]; the state is unchanged.
+        **Arguments:**
+
+        - `state`: from `init` or `step`; it is not changed.
+        - `train_batch`: any pytree of arrays, used for every inner step, or a
+            [`BatchStack`][gradhpo.BatchStack] with one batch per inner step.
+        - `val_batch`: any pytree of arrays.
+        - `train_loss_fn`, `val_loss_fn`: `(params, hyperparams, batch) -> scalar`, or one
+            [`LossFunctions`][gradhpo.LossFunctions] in place of both.
 
         **Returns:** the hypergradient $g$, each leaf with the shape and dtype of its
         hyperparameter. Nothing is refused: it may be non-finite.
+
+        **Raises:** what `step` raises while tracing.
         """
         losses = both_losses("compute_hypergradient", train_loss_fn, val_loss_fn)
         check_tunes(self)

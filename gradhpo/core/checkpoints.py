@@ -156,5 +156,5 @@ def _segments(first: int, steps: int, count: int) -> list[tuple[Array, int]]:
 
 
 def square_root(steps: int) -> int:
-    r"""$\lceil\sqrt T\rceil$, the number of segments with the least memory."""
+    """The number of segments with the least memory: the square root, rounded up."""
     return math.ceil(math.sqrt(steps))

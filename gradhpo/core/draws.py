@@ -58,8 +58,10 @@ def random_directions(
 
 
 def mean_along(weights: Array, directions: PyTree) -> PyTree:
-    r"""$\frac1n \sum_i c_i v_i$: the mean of directions `[n, ...]`, weighted by $c$ of shape
-    `[n]`."""
+    r"""The mean of directions `[n, ...]`, each times its weight of shape `[n]`.
+
+    This is $\frac1n \sum_i c_i v_i$.
+    """
     mean = lambda v: jnp.tensordot(weights.astype(v.dtype), v, 1) / weights.shape[0]
     return jax.tree.map(mean, directions)
 

@@ -60,8 +60,9 @@ def push_step(
     *,
     from_rest: bool = False,
 ) -> tuple[InnerState, Loss, Push]:
-    r"""`(z', loss, push)`, where `push(z_dot, hyper_dot)` is $A_t \dot z + B_t \dot\lambda$.
+    r"""One inner step, with a function that pushes tangents through it.
 
+    Returns `(z', loss, push)`, where `push(z_dot, hyper_dot)` is $A_t \dot z + B_t \dot\lambda$.
     `z_dot` is a tree like the floating-point part of $z$. With `from_rest` (for an optimizer that
     is `infinite_at_rest`), a $\dot z$ of exactly 0 contributes nothing, for any $A_t$.
     """

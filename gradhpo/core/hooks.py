@@ -97,7 +97,7 @@ class Hooks(eqx.Module):
 
     @property
     def differentiates_init(self) -> bool:
-        """Whether the hypergradient includes how $s_0$ depends on the hyperparameters.
+        """Whether the hypergradient includes how `init` depends on the hyperparameters.
 
         With `False`, the default, hyperparameters that act in the inner optimizer's `init` are
         named while tracing. [`unrolled`][gradhpo.extend.unrolled] from step 0 includes this

@@ -21,10 +21,10 @@ Pull: TypeAlias = Callable[[InnerState], tuple[InnerState, PyTree]]
 
 
 class InnerUpdate(InnerStep):
-    r"""$\Phi$ on the training data of one outer step.
+    r"""The inner update on the training data of one outer step.
 
-    Built inside the compiled step by `core.problem.make_problem`, and used only there. Inner steps
-    are numbered from `t = 0`.
+    $\Phi$ in formulas. Built inside the compiled step by `core.problem.make_problem`, and used only
+    there. Inner steps are numbered from `t = 0`.
     """
 
     def _linearized(
@@ -59,10 +59,11 @@ class InnerUpdate(InnerStep):
     def vjp(
         self, z: InnerState, hyperparams: PyTree, t: ArrayLike
     ) -> tuple[InnerState, Loss, Pull]:
-        r"""`(z', loss, pull)`, where `pull(z_bar)` is $(\bar z A_t, \bar z B_t)$.
+        r"""One inner step, with a function that pulls cotangents back through it.
 
-        First the optimizer's own update is transposed, which is element-wise and carries the
-        effects on $\lambda$ through it. That leaves a cotangent on the training gradient, whose
+        Returns `(z', loss, pull)`, where `pull(z_bar)` is $(\bar z A_t, \bar z B_t)$. First the
+        optimizer's own update is transposed, which is element-wise and carries the effects on
+        $\lambda$ through it. That leaves a cotangent on the training gradient, whose
         second-derivative products come from one linearization, shared with the gradient that the
         step needs anyway. A cotangent on the running state is pulled back on its own.
         """
@@ -150,7 +151,7 @@ class InnerUpdate(InnerStep):
     ) -> tuple[PyTree, Callable[[PyTree], tuple[PyTree, PyTree]]]:
         r"""What vanishes at the inner optimum, and the products with its derivatives.
 
-        $F = \nabla_w L_{train}$ (or what `grad_fn` returns), or $F = w - \Phi(w, \lambda)$
+        $F = \nabla_w L_{\mathrm{train}}$ (or what `grad_fn` returns), or $F = w - \Phi(w, \lambda)$
         with an `update_fn`; and
         $v \mapsto (v^\top \partial F/\partial w,\; v^\top \partial F/\partial\lambda)$. Both
         are means over the batches of the `count` steps that end with step `last`. The running state

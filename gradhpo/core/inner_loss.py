@@ -42,7 +42,7 @@ class InnerLoss(eqx.Module):
     passes_loss: bool = eqx.field(static=True, default=False)
 
     def batch(self, t: ArrayLike) -> PyTree:
-        """$D_t$."""
+        """The batch of inner step `t`."""
         return batch_of_step(self.train_batch, t)
 
     @property

@@ -13,7 +13,9 @@ from gradhpo.utils.freezing import like_trained
 
 
 class InnerState(NamedTuple):
-    r"""$z = (w, s, r)$, or a cotangent of it, in which `None` parts count as 0.
+    r"""The inner state, or a cotangent of it, in which `None` parts count as 0.
+
+    In formulas $z = (w, s, r)$:
 
     - `w`: the floating-point part of the parameters.
     - `s`: the inner optimizer's state; `()` with an `update_fn`.

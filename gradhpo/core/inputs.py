@@ -14,9 +14,9 @@ from gradhpo.utils.typecheck import checked
 
 @checked
 class LossFunctions(eqx.Module):
-    r"""The two losses of a bilevel problem, $\min_\lambda L_{val}(w_T(\lambda), \lambda)$.
+    r"""The training loss and the validation loss of a bilevel problem.
 
-    $w_T(\lambda)$ is the result of training on $L_{train}$ for $T$ inner steps.
+    $w_T(\lambda)$ is the result of training on $L_{\mathrm{train}}$ for $T$ inner steps.
 
     **Arguments:**
 

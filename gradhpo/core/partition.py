@@ -255,8 +255,8 @@ def model_loss(fn: Callable) -> Callable:
 
     **Arguments:**
 
-    - `fn`: `(model, batch) -> scalar`, a real array of shape `()`, or `-> (scalar, metrics)` as in
-        [`LossFunctions`][gradhpo.LossFunctions]; with running state
+    - `fn`: `(model, batch) -> scalar`, a real array of shape `()`, or `-> (scalar, metrics)` with a
+        dict of scalars; with running state
         `(model, batch, model_state) -> (scalar, new_model_state)`, for validation the scalar alone.
 
     **Returns:** a loss for trees from [`partition`][gradhpo.partition], which combines them again;

@@ -19,19 +19,20 @@ from gradhpo.utils.warn import place_of, warn_once
 
 @checked
 class PredictionLoss(eqx.Module):
-    r"""A loss of the prediction, $L(w, \lambda) = \ell(\lambda, h_w(x), x, y)$.
+    r"""A loss of the prediction: a function `predict`, and a loss of what it returns.
 
-    Called as any loss is, `(params, hyperparams, batch)`, it returns
-    `loss(predict(params, hyperparams, batch), hyperparams, batch)`. So every optimizer and every
-    diagnostic takes it, and [`FunctionalOptimizer`][gradhpo.FunctionalOptimizer] can see the
-    prediction in between, which it needs.
+    This is $L(w, \lambda) = \ell(\lambda, h_w(x), x, y)$. Called as any loss is,
+    `(params, hyperparams, batch)`, it returns `loss(predict(params, hyperparams, batch),
+    hyperparams, batch)`. So every optimizer and every diagnostic takes it, and
+    [`FunctionalOptimizer`][gradhpo.FunctionalOptimizer] can see the prediction in between, which it
+    needs.
 
     **Arguments:**
 
     - `predict`: `(params, hyperparams, batch) -> predictions`, a pytree of arrays. Return the
         parameters beside the output if the loss has a penalty on them.
-    - `loss`: `(predictions, hyperparams, batch) -> scalar`, or `(scalar, metrics)` as in
-        [`LossFunctions`][gradhpo.LossFunctions].
+    - `loss`: `(predictions, hyperparams, batch) -> scalar`, or `-> (scalar, metrics)` with a dict
+        of scalars.
 
     If the state has a `model_state`, `predict` takes it as fourth argument and returns
     `(predictions, new_model_state)`; `loss` is called as without.

@@ -67,9 +67,9 @@ class Validation(eqx.Module):
     def value_and_grads(
         self, z: InnerState, hyperparams: PyTree
     ) -> tuple[Loss, InnerState, PyTree]:
-        r"""$L_{val}$, its derivative $\alpha$ by z (not by s), and the direct term.
+        r"""The validation loss, its derivative by z (not by s), and the direct term.
 
-        The loss is `Measured` if it has metrics beside it.
+        The derivative is $\alpha$. The loss is `Measured` if it has metrics beside it.
         """
         at, evaluate = self.of_differentiated(z)
         both = jax.value_and_grad(evaluate, argnums=(0, 1), has_aux=True)
@@ -77,7 +77,7 @@ class Validation(eqx.Module):
         return measured(loss, aux), alpha, direct
 
     def alpha(self, z: InnerState, hyperparams: PyTree) -> InnerState:
-        r"""$\alpha$ alone."""
+        """The derivative of the validation loss by z alone."""
         at, evaluate = self.of_differentiated(z)
         return jax.grad(evaluate, has_aux=True)(at, hyperparams)[0]
 

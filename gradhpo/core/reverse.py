@@ -16,7 +16,10 @@ from gradhpo.utils.trees import accumulation_dtype, tree_lerp, tree_zeros_like
 
 
 class Cotangent(NamedTuple):
-    r"""$(\bar z, \bar\lambda)$ on the backward pass."""
+    r"""The cotangents that the backward pass carries.
+
+    $\bar z$ on the inner state, and $\bar\lambda$ on the hyperparameters.
+    """
 
     z: InnerState
     hyperparams: PyTree
@@ -57,10 +60,10 @@ def pull_step(
     bar: Cotangent,
     over: Callable[[Pull], Pull] = lambda pull: pull,
 ) -> PulledStep:
-    r"""Adds $\bar z B_t$ to $\bar\lambda$ and takes $\bar z$ to $\bar z A_t$.
+    r"""The backward pass through one inner step.
 
-    With `over=jax.vmap` for many cotangents at once, which then have one more leading axis: the
-    step is linearized once.
+    Adds $\bar z B_t$ to $\bar\lambda$ and takes $\bar z$ to $\bar z A_t$. With `over=jax.vmap` for
+    many cotangents at once, which then have one more leading axis: the step is linearized once.
     """
     new_z, _, pull = phi.vjp(z, hyperparams, t)
     pull = over(pull)

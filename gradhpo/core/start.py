@@ -34,10 +34,11 @@ def started(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> InnerState:
 
 
 def pull_start(phi: InnerUpdate, z: InnerState, hyperparams: PyTree, bar: InnerState) -> PyTree:
-    r"""$\bar z_0\,\partial z_0/\partial\lambda$ where z is fresh, otherwise 0.
+    r"""Pulls a cotangent back through the start of training, to the hyperparameters.
 
-    `z` is where the inner steps start, and `bar` a cotangent on its floating-point part; the result
-    is a tree like the hyperparameters.
+    $\bar z_0\,\partial z_0/\partial\lambda$ where z is fresh, otherwise 0. `z` is where the inner
+    steps start, and `bar` a cotangent on its floating-point part; the result is a tree like the
+    hyperparameters.
     """
     nothing = tree_zeros_like(hyperparams)
     if phi.fresh is None:
@@ -49,8 +50,9 @@ def pull_start(phi: InnerUpdate, z: InnerState, hyperparams: PyTree, bar: InnerS
 def push_start(
     phi: InnerUpdate, z: InnerState, hyperparams: PyTree, direction: PyTree
 ) -> tuple[PyTree, PyTree]:
-    r"""$\partial z_0/\partial\lambda\cdot v$ where z is fresh, otherwise 0: for $w$ and $s$.
+    r"""Pushes a direction of the hyperparameters forward through the start of training.
 
+    $\partial z_0/\partial\lambda\cdot v$ where z is fresh, otherwise 0: for $w$ and $s$.
     `direction` is a tree like the hyperparameters.
     """
     nothing = tree_zeros_like(eqx.filter((z.w, z.s), eqx.is_inexact_array))

@@ -87,9 +87,17 @@ class BilevelState(eqx.Module):
     ) -> "BilevelState":
         """A state at step 0, with metrics `nan` and nothing rejected.
 
-        **Arguments:** the fields of the same names; without an optimizer state pass `()`. Memory
-        and model state default to `None`, and `fresh` to `False`. They are not checked: an
-        optimizer's [`init`][gradhpo.BilevelOptimizer.init] does that, and makes the memory.
+        **Arguments:**
+
+        - `params`, `hyperparams`: two pytrees.
+        - `inner_opt_state`, `outer_opt_state`: optax states; `()` if there is none.
+        - `memory`: what the algorithm carries from step to step; default `None`.
+        - `model_state`: running state of the model; default `None`.
+        - `fresh`: whether `inner_opt_state` is what `init` makes at these hyperparameters; default
+            `False`.
+
+        Nothing is checked: an optimizer's [`init`][gradhpo.BilevelOptimizer.init] does that, and
+        makes the memory.
 
         ```python
         state = gradhpo.BilevelState.create(jnp.ones(3), jnp.zeros(3), (), ())
@@ -124,10 +132,16 @@ class BilevelState(eqx.Module):
     ) -> "BilevelState":
         """A new state with some fields replaced.
 
-        **Arguments:** the fields of the same names; the default `None` keeps a field. Numbers and
-        NumPy arrays become arrays of JAX. Entries of `metadata` are added to the old ones or
-        replace them. With another `inner_opt_state` the state is no longer `fresh`. Frozen leaves
-        stay frozen, even if `params` has plain arrays in their place.
+        The default `None` keeps a field. Numbers and NumPy arrays become JAX arrays.
+
+        **Arguments:**
+
+        - `params`: new parameters. Frozen leaves stay frozen, even if plain arrays replace them.
+        - `hyperparams`, `outer_opt_state`, `memory`, `model_state`: trees like the old ones.
+        - `inner_opt_state`: a tree like the old one; the state is then no longer `fresh`.
+        - `step`: the number of steps, shape `()`, int32.
+        - `metadata`: notes by name, added to the old ones or in place of them.
+        - `fresh`: whether the inner optimizer's state is what `init` makes at the hyperparameters.
 
         **Returns:** a new state; this one is unchanged.
 
@@ -225,7 +239,7 @@ def _without_nan(tree: PyTree) -> PyTree:
 
 
 def inner_state(state: BilevelState) -> InnerState:
-    """The $z = (w, s, r)$ of a state; the rest of its params is constant through training."""
+    """The inner state z = (w, s, r) of a state; the rest of its params never changes."""
     return InnerState(trained(state.params), state.inner_opt_state, state.model_state)
 
 

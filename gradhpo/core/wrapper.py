@@ -41,7 +41,7 @@ class Wrapper(BilevelOptimizer):
 
     @property
     def reads_ahead(self) -> bool:
-        """As for `optimizer`."""
+        """As `optimizer`."""
         return self.optimizer.reads_ahead
 
 

@@ -78,14 +78,14 @@ def cross_validation(
 ) -> CrossValidation:
     r"""K-fold cross-validation: K inner problems with one outer loss, for any optimizer.
 
-    $$\min_\lambda \frac 1K \sum_{k=1}^K L_{val}(w^k(\lambda), \lambda; D_k),\qquad
+    $$\min_\lambda \frac 1K \sum_{k=1}^K L_{\mathrm{val}}(w^k(\lambda), \lambda; D_k),\qquad
     w^k(\lambda) \text{ trained on all examples but } D_k.$$
 
     The K models are trained side by side as one. Their training loss is the *sum*
-    $\sum_k L_{train}(w^k, \lambda)$, so that the gradient of each model is its own and inner rates
-    mean what they mean for one model. The outer loss is the *mean* of the K held-out losses, and
-    its hypergradient is the mean of K hypergradients. Every example is held out once. Fold sizes
-    differ by one at most.
+    $\sum_k L_{\mathrm{train}}(w^k, \lambda)$, so that the gradient of each model is its own and
+    inner rates mean what they mean for one model. The outer loss is the *mean* of the K held-out
+    losses, and its hypergradient is the mean of K hypergradients. Every example is held out once.
+    Fold sizes differ by one at most.
 
     What acts on all parameters at once acts on all folds together: the inner optimizer's clipping
     by a global norm or line search (`optax.lbfgs`), and the linear solve of implicit
@@ -96,8 +96,7 @@ def cross_validation(
 
     **Arguments:**
 
-    - `params`: of one model, as for [`init`][gradhpo.BilevelOptimizer.init]. Every fold starts from
-        them.
+    - `params`: the parameters of one model, any pytree. Every fold starts from them.
     - `losses`: [`LossFunctions`][gradhpo.LossFunctions] of one model and one batch, without model
         state. Take means over the examples, so that hyperparameters mean the same with K folds and
         on all data.

@@ -53,7 +53,7 @@ def compare_hypergradients(
     - `state`: where to start: from `init` of any of them, or from the middle of a run.
     - `train_batch`: a [`BatchStack`][gradhpo.BatchStack], whose length is the horizon; or one batch
         for all steps, where the longest optimizer sets the horizon.
-    - `val_batch`: one batch, as for [`step`][gradhpo.BilevelOptimizer.step].
+    - `val_batch`: one validation batch, any pytree of arrays.
     - `losses`: the [`LossFunctions`][gradhpo.LossFunctions].
     - `reference`: what to compare with: an optimizer, or a tree like the hyperparameters (a closed
         form, finite differences). `None` (the default): the exact hypergradient of the whole

@@ -31,7 +31,9 @@ def finite_difference_hypergradient(
     coordinates: Int[ArrayLike, " n"] | Sequence[int] | None = None,
     epsilon: Real[ArrayLike, ""] | None = None,
 ) -> PyTree | Float[Array, " n"]:
-    r"""Central differences of $F(\lambda) = L_{val}(w_T(\lambda), \lambda)$, the whole training.
+    r"""The hypergradient by central differences of the whole inner training.
+
+    For $F(\lambda) = L_{\mathrm{val}}(w_T(\lambda), \lambda)$
 
     $$g_i \approx \frac{F(\lambda + h_i e_i) - F(\lambda - h_i e_i)}{2 h_i},\qquad
     h_i = \mathtt{epsilon}\cdot\max(1, |\lambda_i|).$$
@@ -45,8 +47,13 @@ def finite_difference_hypergradient(
 
     **Arguments:**
 
-    - `optimizer`, `state`, `train_batch`, `val_batch`, `train_loss_fn`, `val_loss_fn`: as for
-        [`step`][gradhpo.BilevelOptimizer.step].
+    - `optimizer`: any.
+    - `state`: from its `init` or `step`.
+    - `train_batch`: any pytree of arrays, used for every inner step, or a
+        [`BatchStack`][gradhpo.BatchStack] with one batch per inner step.
+    - `val_batch`: any pytree of arrays.
+    - `train_loss_fn`, `val_loss_fn`: `(params, hyperparams, batch) -> scalar`, or one
+        [`LossFunctions`][gradhpo.LossFunctions] in place of both.
     - `coordinates`: indices into the hyperparameters flattened in the order of
         `jax.tree.leaves`, shape `[n]`; `None` (the default) takes all of them.
     - `epsilon`: step relative to $\max(1, |\lambda_i|)$, shape `()`; `None` (the default) is the

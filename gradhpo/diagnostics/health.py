@@ -65,14 +65,17 @@ def check_hypergradient(
     **Arguments:**
 
     - `optimizer`: any except `TaskBatched`.
-    - `state`, `train_batch`, `val_batch`, `losses`: as for
-        [`compare_hypergradients`][gradhpo.compare_hypergradients]. The losses must also run on
-        float64 inputs; arrays that they hold in float32 themselves stay float32.
+    - `state`: where to start: from `init`, or from the middle of a run.
+    - `train_batch`: a [`BatchStack`][gradhpo.BatchStack], whose length is the number of inner
+        steps; or one batch for all inner steps of the optimizer.
+    - `val_batch`: one validation batch, any pytree of arrays.
+    - `losses`: the [`LossFunctions`][gradhpo.LossFunctions]. They must also run on float64 inputs;
+        arrays that they hold in float32 themselves stay float32.
     - `step_size`: size of an outer step, for the metasmoothness; positive, default 0.1.
-    - `perturb`: `(key, hyperparams) -> hyperparams`, the changes of which the hypergradient should
-        predict the effect, such as [`leave_out(0.01)`][gradhpo.leave_out]; as for
-        `retraining_score`. The verdict holds for changes of this size. `None` (the default): every
-        number moves by a normal one times `step_size`, as in an outer step in a random direction.
+    - `perturb`: `(key, hyperparams) -> hyperparams`, the changes whose effect the hypergradient
+        should predict, such as [`leave_out(0.01)`][gradhpo.leave_out]. The verdict holds for
+        changes of this size. `None` (the default): every number moves by a normal one times
+        `step_size`, as in an outer step in a random direction.
     - `replayed`: whether a retraining repeats the random keys in the batches and the order of the
         batches, as `retraining_score` and [`replay`][gradhpo.replay] do. `False`: their effect
         counts. `None` (the default): it does not count, but keys that matter cast doubt, since the

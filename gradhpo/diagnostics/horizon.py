@@ -40,14 +40,15 @@ class Horizon(Report):
     r"""What [`explain_horizon`][gradhpo.explain_horizon] found.
 
     With the contribution $c_t = \alpha_T A_T \cdots A_{t+1} B_t$ of inner step $t$ to the exact
-    hypergradient $g = \partial L_{val}/\partial\lambda + \sum_t c_t$:
+    hypergradient $g = \partial L_{\mathrm{val}}/\partial\lambda + \sum_t c_t$:
 
     - `share[name]`, shape `[steps]`: $x_t \cdot g/\|g\|^2$, where $x_t$ is what `name` keeps of
         step $t$: `"exact"` ($x_t = c_t$), `"one step"` ($c_T$ at the end, otherwise 0), `"greedy"`
         ($\gamma^{T-t}\alpha_t B_t$) and `"HyperDistill"` ($\theta\gamma^{T-t} v_T$). The shares of
         `"exact"` and `direct_share` add up to 1; a negative share pulls the other way.
     - `share_of_leaf[leaf][name]`: the same within one leaf of the hyperparameters.
-    - `direct_share`: the share of $\partial L_{val}/\partial\lambda$, and of what hyperparameters
+    - `direct_share`: the share of $\partial L_{\mathrm{val}}/\partial\lambda$, and of what
+      hyperparameters
         do in the inner optimizer's `init`.
     - `norm`, shape `[steps]`: $\|c_t\|$.
     - `cosine_of_last`, shape `[steps]`: at `[K - 1]` the cosine of $g$ with the hypergradient of
@@ -67,7 +68,7 @@ class Horizon(Report):
 
     @property
     def num_steps(self) -> int:
-        """Inner steps $T$ of the horizon."""
+        """The number of inner steps of the horizon."""
         return len(self.norm)
 
     def steps_needed(self, cosine: float = 0.99) -> int:
@@ -134,8 +135,11 @@ def explain_horizon(
 
     - `optimizer`: any; it only defines the inner step, and the number of steps if `train_batch` is
         one batch. Not a `TaskBatched`.
-    - `state`, `train_batch`, `val_batch`, `losses`: as for
-        [`compare_hypergradients`][gradhpo.compare_hypergradients].
+    - `state`: where to start: from `init`, or from the middle of a run.
+    - `train_batch`: a [`BatchStack`][gradhpo.BatchStack], whose length is the horizon; or one batch
+        for all inner steps of the optimizer.
+    - `val_batch`: one validation batch, any pytree of arrays.
+    - `losses`: the [`LossFunctions`][gradhpo.LossFunctions].
     - `greedy_gamma`, `distill_gamma`: the discounts of greedy and of HyperDistill, in [0, 1].
 
     **Returns:** a [`Horizon`][gradhpo.diagnostics.horizon.Horizon], with the equations.

@@ -79,8 +79,12 @@ def metasmoothness(
 
     **Arguments:**
 
-    - `optimizer`, `state`, `train_batch`, `val_batch`, `losses`: as for
-        [`compare_hypergradients`][gradhpo.compare_hypergradients]; not a `TaskBatched`.
+    - `optimizer`: any except `TaskBatched`.
+    - `state`: where to start: from `init`, or from the middle of a run.
+    - `train_batch`: a [`BatchStack`][gradhpo.BatchStack], whose length is the number of inner
+        steps; or one batch for all inner steps of the optimizer.
+    - `val_batch`: one validation batch, any pytree of arrays.
+    - `losses`: the [`LossFunctions`][gradhpo.LossFunctions].
     - `direction`: $v$, a tree like the hyperparameters. `None`: minus the signs of the optimizer's
         hypergradient, the direction of the first step of an outer Adam.
     - `step_size`: $h > 0$, the size of an outer step; pass your own: 0.1 (the default) is usual for

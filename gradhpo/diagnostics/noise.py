@@ -14,10 +14,10 @@ from gradhpo.utils.tables import Report, aligned, number
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    r"""Statistics of one estimate over draws of the data; lengths are relative to $\|\bar r\|$.
+    r"""Statistics of one estimate over draws of the data.
 
-    With $\bar g$ the mean, $\Sigma$ the covariance between draws, and $\bar r$ the mean of the
-    reference:
+    Lengths are relative to $\|\bar r\|$. With $\bar g$ the mean, $\Sigma$ the covariance between
+    draws, and $\bar r$ the mean of the reference:
 
     - `mean`, `standard_error`: trees like the hyperparameters; the error of the mean.
     - `cosine`: of $\bar g$ with $\bar r$.

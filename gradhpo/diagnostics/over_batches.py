@@ -48,11 +48,12 @@ def compare_over_batches(
 
     **Arguments:**
 
-    - `optimizers`, `state`, `losses`: as for
-        [`compare_hypergradients`][gradhpo.compare_hypergradients].
-    - `train_data`, `val_data`: sources as for [`run`][gradhpo.run]: an
-        [`ArrayData`][gradhpo.ArrayData] or another function `index -> batch`, an iterator, or
-        one fixed batch (whose noise is 0).
+    - `optimizers`: name to optimizer. All must have the inner optimizer (or `update_fn`) that the
+        state was made with; outer optimizers do not matter.
+    - `state`: where to start: from `init` of any of them, or from the middle of a run.
+    - `losses`: the [`LossFunctions`][gradhpo.LossFunctions].
+    - `train_data`, `val_data`: an [`ArrayData`][gradhpo.ArrayData] or another function
+        `index -> batch`, an iterator, or one fixed batch (whose noise is 0).
     - `num_draws`: $n$, at least 2; default 32.
     - `num_steps`: inner steps of the horizon; `None` (the default): as the longest optimizer.
     - `reference`: an optimizer; `None` (the default): the exact hypergradient of the horizon.

@@ -139,10 +139,11 @@ def plan(
     **Arguments:**
 
     - `optimizers`: name to optimizer.
-    - `state`, `train_batch`, `val_batch`: as for [`step`][gradhpo.BilevelOptimizer.step]; `losses`:
-        the [`LossFunctions`][gradhpo.LossFunctions]. The length of a
-        [`BatchStack`][gradhpo.BatchStack] does not matter: each horizon takes the length that it
-        needs.
+    - `state`: from `init` of any of them.
+    - `train_batch`: one batch, or a [`BatchStack`][gradhpo.BatchStack], whose length does not
+        matter: each horizon takes the length that it needs.
+    - `val_batch`: one validation batch.
+    - `losses`: the [`LossFunctions`][gradhpo.LossFunctions].
     - `horizons`: inner steps per `step` to try, in `unroll_steps` or `inner_steps`; optimizers
         without such a setting appear once. If empty, every optimizer keeps its own number.
     - `max_bytes`: the available memory, for arguments, results and temporaries together. An

@@ -80,9 +80,9 @@ def retraining_score(
         the hyperparameters, each leaf with one more leading axis, the queries. They may come from
         [`replay(queries=True)`][gradhpo.replay], for trainings of any length.
     - `state`: where training starts: from `init` of one of them, or a later one.
-    - `train_data`: as for [`replay`][gradhpo.replay]; inner step t gets batch
-        `state.step * num_inner_steps + t`, with the inner steps of the first optimizer. The batches
-        of a loader are all in memory at once.
+    - `train_data`: a function `index -> batch` such as [`ArrayData`][gradhpo.ArrayData], one batch
+        for all steps, or a loader, whose batches are all in memory at once. Inner step t gets batch
+        `state.step * num_inner_steps + t`, with the inner steps of the first optimizer.
     - `queries`: validation examples, a batch `[queries, ...]`. `val_loss` gets each as a batch of
         one; PRNG keys of shape `()` are shared.
     - `losses`: the [`LossFunctions`][gradhpo.LossFunctions].

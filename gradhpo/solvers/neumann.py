@@ -82,7 +82,7 @@ class Neumann(lx.AbstractLinearSolver[_State]):
     def compute(
         self, state: _State, vector: PyTree, options: dict[str, Any]
     ) -> tuple[PyTree, lx.RESULTS, dict[str, Any]]:
-        r"""The sum for $v$ = `vector`, the result, and `{"num_steps": K, "max_steps": K}`.
+        """The sum for `vector`, the result, and `{"num_steps": K, "max_steps": K}`.
 
         The result is `lineax.RESULTS.breakdown` if the terms grow at the end. With `fresh_batches`,
         `options["numbered"](v, k)` is product $k$.

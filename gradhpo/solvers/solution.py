@@ -56,10 +56,11 @@ def implicit_solution(
         `init_params`.
     - `optimality`: `(params, *args)` to a tree like `params`, 0 at the solution. It needs as many
         derivatives as are taken of the solution.
-    - `linear_solver`: as for [`ImplicitOptimizer`][gradhpo.ImplicitOptimizer]. `None` is
-        `lineax.GMRES`, with at most about 100 products. If `optimality` is a gradient, the system
-        is symmetric: `lineax.CG` and `lineax.Cholesky`, which need that, are then right, and the
-        system is taken to be symmetric with them and with [`Nystrom`][gradhpo.Nystrom].
+    - `linear_solver`: any `lineax` solver, [`Neumann`][gradhpo.Neumann] or
+        [`Nystrom`][gradhpo.Nystrom]. Default `None`: `lineax.GMRES`, with at most about 100
+        products. If `optimality` is a gradient, the system is symmetric: `lineax.CG` and
+        `lineax.Cholesky`, which need that, are then right, and the system is taken to be symmetric
+        with them and with `Nystrom`.
 
     **Returns:** `solution(init_params, *args) -> params`. Leaves of the arguments that are not
     floating-point arrays (functions, counts) may be anything.

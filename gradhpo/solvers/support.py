@@ -84,7 +84,7 @@ class Support(lx.AbstractLinearSolver[_State]):
     def compute(
         self, state: _State, vector: PyTree, options: dict[str, Any]
     ) -> tuple[PyTree, lx.RESULTS, dict[str, Any]]:
-        r"""The answer for $b$ = `vector`; iterations are the number of parameters in the support.
+        r"""The answer for `vector`; iterations are the number of parameters in the support.
 
         `options["point"]` are the parameters, `options["shift"]` the multiple of $I$ beside
         $I - \Phi_w$. The operator may also be the transpose, whose rows outside of $S$ are those of

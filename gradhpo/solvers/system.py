@@ -46,14 +46,15 @@ def solve_system(
     numbered: Callable[[PyTree, Array], PyTree] | None = None,
     point: PyTree | None = None,
 ) -> LinearSolution:
-    r"""$q = A^{-1} b$ for $A v$ = `product(v)` and $b$ = `rhs`, which may be differentiated.
+    r"""Solves a linear system of trees; the solution may be differentiated.
 
-    Where $A$ and $b$ depend on something, so does $q$, with $q' = A^{-1}(b' - A' q)$: one more
-    solve by the same solver, whose steps are not gone through. (A solve that is cut short is
-    therefore differentiated as what it approaches.) A solve that failed has the derivative NaN:
-    that of $A^+ b$ has other terms as well. Solvers that are meant as something else
-    than $A^{-1}$, [`Neumann`][gradhpo.Neumann] and [`Nystrom`][gradhpo.Nystrom], say so by
-    `approximates = True`; their own operations are differentiated.
+    This is $q = A^{-1} b$ for $A v$ = `product(v)` and $b$ = `rhs`. Where $A$ and $b$ depend on
+    something, so does $q$, with $q' = A^{-1}(b' - A' q)$: one more solve by the same solver, whose
+    steps are not gone through. (A solve that is cut short is therefore differentiated as what it
+    approaches.) A solve that failed has the derivative NaN: that of $A^+ b$ has other terms as
+    well. Solvers that are meant as something else than $A^{-1}$, [`Neumann`][gradhpo.Neumann] and
+    [`Nystrom`][gradhpo.Nystrom], say so by `approximates = True`; their own operations are
+    differentiated.
 
     **Arguments:**
 

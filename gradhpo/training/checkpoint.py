@@ -94,7 +94,7 @@ def load_checkpoint(
         folder `step-....orbax`.
     - `state`: any state of the same optimizer and model, from `optimizer.init`: it gives the
         structure and is not changed.
-    - `callbacks`: those whose memory you want, made as for the run: `best = gradhpo.BestState()` in
+    - `callbacks`: those whose memory you want, made as in the run: `best = gradhpo.BestState()` in
         `callbacks=[best]` has `best.state` afterwards. Default: none.
 
     **Returns:** `(state, history)` at that checkpoint. If only the history is damaged, a warning

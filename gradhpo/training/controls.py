@@ -153,13 +153,15 @@ class EarlyStopping:
     - `patience`: steps without a new lowest value after which the run stops (at the end of a
         chunk), at least 1. It looks once per chunk, so make it several times the `chunk_size` of
         the run.
-    - `metric`: as for [`BestState`][gradhpo.BestState]; lower is better.
+    - `metric`: the name of a metric, default `"val_loss"`, or a function `state -> number`. Lower
+        is better.
     - `min_delta`: by how much a value must be below the lowest one to count, default 0.
 
     **Afterwards:** `.best`, a [`BestState`][gradhpo.BestState], and `.stopped`. The `stop_reason`
     of the history is `"early stopping"`.
 
-    **Raises:** `ValueError` for `patience < 1` or a negative `min_delta`, and as `BestState`.
+    **Raises:** `ValueError` for `patience < 1` or a negative `min_delta`, and within a run for a
+    name that is not one of its metrics; `TypeError` for a `metric` of another kind.
 
     ```python
     loss = lambda w, h, batch: jnp.sum((w - h) ** 2 * batch)

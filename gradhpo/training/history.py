@@ -24,6 +24,7 @@ class History(Mapping[str, np.ndarray]):
 
     **Fields:**
 
+    - `metrics` (of the constructor alone): name to array, what the mapping holds.
     - `stop_reason`: `"num_steps"`; a callback's `stop_reason` (`"early stopping"`, `"time limit"`)
         or `"callback"`; `"interrupted"`; `"rejected"`; `"data exhausted"`; or what failed: `"data
         error"`, `"callback error"`, `"loss error"` (`eqx.error_if` in one), `"device error"`,

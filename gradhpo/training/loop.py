@@ -119,7 +119,6 @@ def run(
     - `checkpoint`: a directory (or a [`Checkpoint`][gradhpo.Checkpoint]) to save the run in;
         default `None`. If it already holds a run, `run` resumes it, and the result is bit for bit
         that of an uninterrupted run; `state` must then be the state that the run started from.
-
     - `record`: a traceable function `state -> {name: array}`, evaluated after each outer update and
         stacked in the history, shape `[steps, ...]`; default `None`. Hyperparameters of shape `()`
         are recorded without it, as `hyperparams.decay`, or as `hyperparams` if there is only one.

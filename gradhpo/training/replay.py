@@ -99,12 +99,11 @@ def replay(
     - `optimizer`: any algorithm on one inner problem; only its `inner_optimizer`, `grad_fn` and
         `update_fn` are used.
     - `state`: where training starts, from `init` or a later one.
-    - `train_data`: as for [`run`][gradhpo.run], except that the data are gone through again on the
-        way back: a function `index -> batch` such as [`ArrayData`][gradhpo.ArrayData] (inner step t
-        gets batch `state.step * optimizer.num_inner_steps + t`); one batch for all steps; or a
-        loader, from which `iter` makes a new iterator that yields the same batches again. A loader
-        that cannot seek (see [`iterate`][gradhpo.iterate]) is read from its start for every
-        segment.
+    - `train_data`: a function `index -> batch` such as [`ArrayData`][gradhpo.ArrayData] (inner step
+        t gets batch `state.step * optimizer.num_inner_steps + t`); one batch for all steps; or a
+        loader, from which `iter` makes a new iterator that yields the same batches again on the way
+        back. A loader that cannot seek (see [`iterate`][gradhpo.iterate]) is read from its start
+        for every segment.
     - `val_batch`: one validation batch.
     - `losses`: the [`LossFunctions`][gradhpo.LossFunctions].
     - `num_steps`: *inner* steps to take, T, at least 1.
@@ -116,9 +115,11 @@ def replay(
     - `queries`: one hypergradient for each validation example, all in the same pass. `val_loss`
         gets each example as a batch of one; PRNG keys of shape `()` are shared. Default `False`.
     - `progress`: show a progress bar, which counts every step twice; a text is its label.
-    - `data_sharding`: how the arrays of every training batch are spread over devices, as for
-        [`run`][gradhpo.run]: where several processes share the state, each of them passes its part
-        of every batch, and loaders need this.
+    - `data_sharding`: how the arrays of every training batch are spread over devices, such as
+        `NamedSharding(mesh, PartitionSpec("data"))`, which divides the examples. Default `None`:
+        every device gets whole batches, unless your function of the index spreads them. Where
+        several processes share the state, each passes its part of every batch, and loaders need
+        this.
 
     **Returns:** a [`Replay`][gradhpo.Replay]. If training diverges, the replay stops there: the
     hypergradient is `nan`, and report and a warning say where.

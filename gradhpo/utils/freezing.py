@@ -102,7 +102,7 @@ def _all_marked(tree: PyTree) -> PyTree:
 
 
 def trained(tree: PyTree) -> PyTree:
-    """The $w$ of params: the floating-point arrays that are not frozen, `None` elsewhere.
+    """The trained part w of params: floating-point arrays that are not frozen, else `None`.
 
     ```python
     params = {"w": jnp.ones(3), "embedding": gradhpo.frozen(jnp.ones(5)), "act": jnp.tanh}

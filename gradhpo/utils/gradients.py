@@ -51,9 +51,21 @@ def vjp_wrt_both(
 def vjp_wrt_lambda(
     update_fn: Callable, params: PyTree, hyperparams: PyTree, batch: PyTree, cotangent: PyTree
 ) -> PyTree:
-    r"""The product $v^\top \partial\Phi/\partial\lambda$ alone, a tree like `hyperparams`.
+    r"""A cotangent times an update's Jacobian with respect to the hyperparameters.
 
-    Arguments and errors as in [`vjp_wrt_both`][gradhpo.vjp_wrt_both]; this is its second part.
+    The second part of [`vjp_wrt_both`][gradhpo.vjp_wrt_both] alone,
+    $v^\top \partial\Phi/\partial\lambda$.
+
+    **Arguments:**
+
+    - `update_fn`: $\Phi$, `(params, hyperparams, batch) -> params`.
+    - `params`, `hyperparams`, `batch`: where to differentiate.
+    - `cotangent`: $v$, a tree like `params`.
+
+    **Returns:** a tree like `hyperparams` with `None` for leaves that are frozen or not
+    floating-point arrays.
+
+    **Raises:** `ValueError` for a cotangent that is not a tree like `params`.
 
     ```python
     update = lambda w, rate, batch: w - rate * 2 * w

@@ -249,8 +249,22 @@ class CSVLogger(_FileLogger):
 
     Numbers are formatted by Python, including `nan` and `inf`. Written at the end of every chunk.
 
-    **Arguments:** as for [`JSONLinesLogger`][gradhpo.JSONLinesLogger], with the same errors, and
-    `ValueError` for a file whose header has other columns.
+    **Arguments:**
+
+    - `path`: the file; its directory is created if it does not exist. A relative path starts at the
+        current directory, even if the program leaves that later.
+    - `every`: write a line every `every` steps, default 1.
+    - `append`: whether to add to an existing file; default `False`: an existing file is an error. A
+        run that is resumed from a checkpoint continues its own file.
+    - `extra`: a function `state -> {name: number}`, called at the end of a chunk, for values that
+        are not metrics, such as the hyperparameters. They go into the line of the last step of the
+        chunk, under names that no metric has. Default `None`.
+    - `label`: a text that every line has as `label`, to tell the runs in one file apart. Default
+        `None`.
+
+    **Raises:** `ValueError` for a `path` that is a directory or `every < 1`; when `run` starts, for
+    a file that already has content, without `append=True`, or whose header has other columns; after
+    the first chunk, for a name in `extra` that is a metric.
 
     ```python
     logger = gradhpo.CSVLogger("runs/digits/log.csv", every=10)

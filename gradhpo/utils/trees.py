@@ -41,7 +41,10 @@ def _map_inexact(function: Callable, tree: PyTree, *rest: PyTree) -> PyTree:
 def tree_zeros_like(tree: PyTree) -> PyTree:
     """Zeros with the shape and dtype of every array leaf, integer arrays included.
 
-    Leaves that are neither arrays nor numbers (functions, strings) stay unchanged.
+    **Arguments:**
+
+    - `tree`: any pytree. Leaves that are neither arrays nor numbers (functions, strings) stay
+        unchanged.
 
     ```python
     zeros = gradhpo.tree_zeros_like({"w": jnp.ones(3)})
@@ -52,10 +55,14 @@ def tree_zeros_like(tree: PyTree) -> PyTree:
 
 @checked
 def tree_l2_norm(tree: PyTree) -> Real[Array, ""]:
-    r"""Euclidean norm over all floating-point leaves together, $\sqrt{\sum_i x_i^2}$.
+    r"""Euclidean norm over all floating-point leaves together.
 
-    Accumulated in float32, or float64 if a leaf is float64, which is also the dtype of the result,
-    shape `()`. An empty tree has norm 0.
+    **Arguments:**
+
+    - `tree`: any pytree. An empty one has norm 0.
+
+    **Returns:** $\sqrt{\sum_i x_i^2}$, shape `()`, accumulated in float32, or in float64 if a leaf
+    is float64.
 
     ```python
     assert gradhpo.tree_l2_norm({"a": jnp.array([3.0]), "b": jnp.array(4.0)}) == 5.0
@@ -99,9 +106,14 @@ def random_like(tree: PyTree, random: np.random.Generator) -> PyTree:
 
 @checked
 def tree_normalize(tree: PyTree, eps: Real[ArrayLike, ""] = 1e-8) -> PyTree:
-    r"""Divides by the norm: $x / \max(\|x\|_2, \mathtt{eps})$, so that 0 stays 0.
+    r"""Scales a tree to length 1; a tree of zeros stays 0.
 
-    `eps` is positive, shape `()`, default 1e-8. Leaves that are not floating-point arrays stay.
+    **Arguments:**
+
+    - `tree`: any pytree. Leaves that are not floating-point arrays stay.
+    - `eps`: the smallest norm to divide by, positive, shape `()`, default 1e-8.
+
+    **Returns:** $x / \max(\|x\|_2, \mathtt{eps})$, a tree like `tree`.
 
     ```python
     unit = gradhpo.tree_normalize({"a": jnp.array([3.0]), "b": jnp.array(4.0)})
@@ -114,10 +126,16 @@ def tree_normalize(tree: PyTree, eps: Real[ArrayLike, ""] = 1e-8) -> PyTree:
 
 @checked
 def tree_dot(a: PyTree, b: PyTree) -> Real[Array, ""]:
-    r"""Inner product over all floating-point leaves together, $\sum_i a_i b_i$.
+    r"""Inner product over all floating-point leaves together.
 
-    Accumulated like [`tree_l2_norm`][gradhpo.tree_l2_norm], shape `()`. Raises `ValueError` for
-    trees of different structure.
+    **Arguments:**
+
+    - `a`, `b`: two trees of the same structure and shapes.
+
+    **Returns:** $\sum_i a_i b_i$, shape `()`, accumulated in float32, or in float64 if a leaf is
+    float64.
+
+    **Raises:** `ValueError` for trees of different structure.
 
     ```python
     assert gradhpo.tree_dot({"a": jnp.array([1.0, 2.0])}, {"a": jnp.array([3.0, 4.0])}) == 11.0
@@ -133,12 +151,18 @@ def tree_dot(a: PyTree, b: PyTree) -> Real[Array, ""]:
 
 @checked
 def tree_lerp(a: PyTree, b: PyTree, t: Real[ArrayLike, ""]) -> PyTree:
-    r"""Straight line from `a` (at `t = 0`) to `b` (at `t = 1`): $(1 - t)\,a + t\,b$.
+    r"""A point on the straight line from one tree to another.
 
-    Returns a tree like `a`, with its dtypes; leaves that are not floating-point arrays come from
-    `a`. If both ends are the same number, so is every point between, including an infinity; at
-    `t = 0` nothing in `b` is read. `t` has the shape `()`. Raises `ValueError` for trees of
-    different structure.
+    **Arguments:**
+
+    - `a`, `b`: the ends at `t = 0` and `t = 1`, two trees of the same structure and shapes.
+    - `t`: where on the line, shape `()`.
+
+    **Returns:** $(1 - t)\,a + t\,b$, a tree like `a`, with its dtypes; leaves that are not
+    floating-point arrays come from `a`. If both ends are the same number, so is every point
+    between, including an infinity; at `t = 0` nothing in `b` is read.
+
+    **Raises:** `ValueError` for trees of different structure.
 
     ```python
     middle = gradhpo.tree_lerp({"w": jnp.zeros(2)}, {"w": jnp.ones(2)}, 0.5)

@@ -1,4 +1,4 @@
-"""What a population does by doing it for each of its members."""
+"""What a population does for each of its members."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ from gradhpo.wrappers.members import (
 
 
 class EachMember(Wrapper):
-    """The wrapped optimizer, mapped over members with states and hyperparameters of their own."""
+    """The wrapped optimizer, mapped over members with their own states and hyperparameters."""
 
     if TYPE_CHECKING:
         num_members = Declared[int]()
@@ -54,18 +54,18 @@ class EachMember(Wrapper):
         return with_part(state, jax.tree.map(lambda x: entry(x, number), own))
 
     def finite_part(self, memory: PopulationMemory) -> PyTree:
-        """As for `optimizer`."""
+        """The finite part of every member's memory."""
         return self.optimizer.finite_part(memory.of_each)
 
     def after_refusal(self, old: PopulationMemory, new: PopulationMemory) -> PopulationMemory:
-        """As for `optimizer`."""
+        """The memory that `optimizer` keeps for every member."""
         select = jax.vmap(self.optimizer.after_refusal, axis_size=self.num_members)
         return dataclasses.replace(new, of_each=select(old.of_each, new.of_each))
 
     def remarks(
         self, before: MetricDict, metrics: Mapping[str, np.ndarray], copies: int = 1
     ) -> str:
-        """As for `optimizer`, over all members."""
+        """The remarks of `optimizer`, over all members."""
         before = {name: jnp.mean(x) for name, x in before.items()}
         mean = lambda x: np.mean(x, axis=1) if np.ndim(x) == 2 else x
         means = {name: mean(x) for name, x in metrics.items()}

@@ -80,7 +80,7 @@ def first_members(
         num_losses=none,
         parent=number,
         origin=number,
-        # Folded: `spread` has drawn with the keys that a split of this one gives.
+        # Folded, because `spread` has drawn with the keys that a split gives.
         mutation=mutation.init(jax.random.fold_in(learns, 0), of_first),
         of_each=own.memory,
     )

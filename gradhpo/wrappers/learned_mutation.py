@@ -53,19 +53,19 @@ class LearnedMutation(Mutation):
 
     With `kind="additive"`: $\lambda \leftarrow \lambda + \mathtt{scale}\cdot\tanh(W\,
     \mathrm{softmax}(V^\top\lambda))$, for hyperparameters that are logarithms or of either sign.
-    The multiplicative form favours an optimum at 0. Close to a local optimum $g_k \approx 0$
-    teaches nothing: a slow teacher then does no better than members on their own.
+    The multiplicative form favours an optimum at 0. Close to a local optimum, $g_k \approx 0$
+    teaches nothing: members with a slow teacher then do no better than without.
 
     **Arguments:**
 
-    - `units`: M, at least 1, default 8.
-    - `optimizer`: of the teacher, an optax transformation, default `optax.adam(0.1)`.
-    - `kind`: `"multiplicative"`, the default, or `"additive"`.
-    - `scale`: of the additive kind, positive, shape `()`, default 1.
+    - `units`: $M$, at least 1, default 8.
+    - `optimizer`: an optax transformation for the teacher, default `optax.adam(0.1)`.
+    - `kind`: `"multiplicative"` (the default) or `"additive"`.
+    - `scale`: the largest change of the additive kind, positive, shape `()`, default 1.
 
     **Raises:** `ValueError` for `units < 1` or a `scale` that is not positive; `TypeError` for an
-    `optimizer` that is not an optax transformation; around an optimizer without hypergradients, a
-    `ValueError` of [`Population`][gradhpo.Population].
+    `optimizer` that is not an optax transformation. [`Population`][gradhpo.Population] raises
+    `ValueError` if its optimizer has no hypergradients.
 
     ```python
     mutation = gradhpo.LearnedMutation(kind="additive")
@@ -111,7 +111,7 @@ class LearnedMutation(Mutation):
     def teacher_gradient(
         self, teacher: Teacher, hypergradients: PyTree, hyperparams: PyTree
     ) -> Teacher:
-        """What the teacher descends; both trees have the members first."""
+        """The gradient that the teacher descends; both trees have the members first."""
         dtype = teacher.W.dtype
         rows = jax.vmap(lambda tree: ravel(tree, dtype))
         g, h = rows(hypergradients), rows(hyperparams)

@@ -1,4 +1,4 @@
-"""What each member of a population has of its own, and what all of them share."""
+"""What each member of a population owns, and what all of them share."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from gradhpo.core.types import METRICS
 class PopulationMemory(MemoryOfEach):
     """What [`Population`][gradhpo.Population] carries over.
 
-    - `key`: the numbers of the PRNG key that exploiting draws with.
+    - `key`: the numbers of the PRNG key for exploits.
     - `mean_val_loss`: the running mean of the validation loss that members are ranked by, shape
         `[members]`; infinite for a member whose last step was refused.
     - `num_losses`: the number of losses in that mean, shape `[members]`, int32.
@@ -50,7 +50,7 @@ class Member(NamedTuple):
 
 
 def memory_of(memory: Any, num_members: int) -> PopulationMemory:
-    """The memory of a state made for this number of members; its arrays alone would not tell."""
+    """The memory, if the state was made for this many members, which its arrays do not show."""
     if isinstance(memory, PopulationMemory) and memory.parent.shape == (num_members,):
         return memory
     found = "without a member axis"
@@ -63,7 +63,7 @@ def memory_of(memory: Any, num_members: int) -> PopulationMemory:
 
 
 def part_of(state: BilevelState, memory: Any) -> Member:
-    """What a member has of its own in a state of the wrapped optimizer; or of all, stacked."""
+    """A member's own part of a state of the wrapped optimizer, or all members' parts, stacked."""
     notes = [name for name in state.metadata if name not in (*METRICS, *state.metadata.aux)]
     own = state.hyperparams, state.outer_opt_state, memory, state.fresh
     return Member(inner_state(state), *own, state.metadata.without(notes))
@@ -85,7 +85,7 @@ def with_part(state: BilevelState, own: Member, memory: Any = ...) -> BilevelSta
 
 
 def check_member_axis(tree: PyTree, what: str, num_members: int) -> None:
-    """Every array has one entry for each member, in front."""
+    """Checks that every array has a leading member axis."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if eqx.is_array(leaf) and leaf.shape[:1] != (num_members,):
             raise ValueError(

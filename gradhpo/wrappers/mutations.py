@@ -1,4 +1,4 @@
-r"""How the hyperparameters of a member change when it has copied another one."""
+r"""How the hyperparameters of a member change after it has copied another member."""
 
 import abc
 from collections.abc import Callable
@@ -21,7 +21,7 @@ class Mutation(eqx.Module):
     """Base class of mutations that learn, or have settings.
 
     A function `(key, hyperparams) -> hyperparams` of one member is a mutation as well. A subclass
-    supplies `mutate`; with a `memory` of its own also `init` and `learn`.
+    supplies `mutate`, and `init` and `learn` if it has a `memory`.
 
     ```python
     class Jitter(gradhpo.extend.Mutation):
@@ -38,20 +38,20 @@ class Mutation(eqx.Module):
     """Whether `learn` reads hypergradients."""
 
     def init(self, key: Array, hyperparams: PyTree) -> PyTree:
-        """What it remembers at first, a pytree of arrays; `hyperparams` of one member."""
+        """The first memory, a pytree of arrays; `hyperparams` are those of one member."""
         return ()
 
     def learn(self, memory: PyTree, hypergradients: PyTree, hyperparams: PyTree) -> PyTree:
-        """The memory after a step: both trees have the members first; NaN where a step failed."""
+        """The memory after a step; both trees have the members first, NaN where a step failed."""
         return memory
 
     @abc.abstractmethod
     def mutate(self, memory: PyTree, key: Array, hyperparams: PyTree) -> PyTree:
-        """The new hyperparameters of one member, which has copied these."""
+        """The new hyperparameters of one member, which has just copied these."""
 
 
 class FunctionMutation(Mutation):
-    """A function of the user's, `(key, hyperparams) -> hyperparams`."""
+    """A user's function, `(key, hyperparams) -> hyperparams`."""
 
     function: Callable[[Array, PyTree], PyTree]
 
@@ -62,7 +62,7 @@ class FunctionMutation(Mutation):
 
 
 def check_returned(made: PyTree, given: PyTree, name: str) -> None:
-    """A function made hyperparameters like the ones it was given."""
+    """Checks that a function returned hyperparameters like the given ones."""
     if not have_same_structure(made, given):
         raise ValueError(
             f"{name}(key, hyperparams) must return hyperparameters with the structure, shapes and "
@@ -71,7 +71,7 @@ def check_returned(made: PyTree, given: PyTree, name: str) -> None:
 
 
 def as_mutation(mutation: Any) -> Mutation:
-    """A function of the user's as a mutation."""
+    """The mutation, or a user's function as one."""
     if isinstance(mutation, Mutation):
         return mutation
     if not callable(mutation) or isinstance(mutation, type):
@@ -92,17 +92,18 @@ def _factors(value: Any) -> Array:
 class RandomMutation(Mutation):
     r"""Multiplies every hyperparameter by a factor drawn at random, or adds noise.
 
-    $\lambda_i \leftarrow \alpha_i\lambda_i$ with $\alpha_i$ drawn uniformly from `factors`, for
-    every entry on its own; with `scale`, $\lambda_i \leftarrow \lambda_i + \mathtt{scale}\cdot
-    \mathcal N(0, 1)$.
+    $\lambda_i \leftarrow \alpha_i\lambda_i$ with $\alpha_i$ drawn uniformly from `factors`,
+    independently for every entry; with `scale`,
+    $\lambda_i \leftarrow \lambda_i + \mathtt{scale}\cdot \mathcal N(0, 1)$.
 
     Factors suit positive hyperparameters, and favour an optimum at 0. Hyperparameters that are
-    logarithms, logits or of either sign take a `scale`.
+    logarithms, logits or of either sign need a `scale`.
 
     **Arguments:**
 
-    - `factors`: shape `[n]`, n at least 1, default (0.8, 1.2).
-    - `scale`: standard deviation of the noise, shape `()`, positive; default `None`, factors.
+    - `factors`: to draw from, shape `[n]` with n at least 1, default (0.8, 1.2).
+    - `scale`: standard deviation of the noise, positive, shape `()`, which replaces the factors.
+        Default `None`: no noise.
 
     **Raises:** `ValueError` for no factors, or a `scale` that is not positive.
 
@@ -143,7 +144,7 @@ class RandomMutation(Mutation):
 
 @checked
 class ResampleMutation(Mutation):
-    r"""Draws hyperparameters anew, each entry with a probability of its own.
+    r"""Redraws hyperparameters, each entry independently with a given probability.
 
     $\lambda_i \leftarrow \lambda'_i$ with `probability`, where $\lambda'$ is a draw of `sampler`;
     otherwise $\lambda_i$ stays.
@@ -151,7 +152,7 @@ class ResampleMutation(Mutation):
     **Arguments:**
 
     - `sampler`: `(key, hyperparams) -> hyperparams`, such as the `spread` that `init` was given.
-    - `probability`: in [0, 1], shape `()`, default 0.25.
+    - `probability`: of redrawing an entry, in [0, 1], shape `()`, default 0.25.
 
     **Raises:** `ValueError` for a `probability` outside [0, 1]; while tracing, for a draw with
     another structure or other shapes.

@@ -40,26 +40,25 @@ from gradhpo.wrappers.mutations import Mutation, RandomMutation, as_mutation
 
 @checked
 class Population(EachMember):
-    r"""Runs `num_members` copies of any optimizer, each with hyperparameters of its own.
+    r"""Runs `num_members` copies of any optimizer, each with its own hyperparameters.
 
-    Every member follows its own hypergradient. After every `exploit_every`-th step the worst
-    members become copies of better ones, and their hyperparameters mutate: descent inside,
-    exploration outside. All members see the same batches and are compiled as one program.
+    Every member follows its own hypergradient. After every `exploit_every` steps the worst members
+    become copies of the best, and their hyperparameters mutate: descent inside, exploration
+    outside. All members see the same batches and are compiled as one program.
 
     The worst are the $\max(1, \mathrm{round}(\mathtt{fraction} \cdot K))$ members, at most half of
-    all, with the highest running mean (decay 0.9) of the validation loss. Each becomes a
-    copy of one of the same number of best members, chosen at random: parameters, inner and outer
-    optimizer state, model state, memory, running mean, and hyperparameters, which then mutate. A
-    member whose last step was refused as non-finite counts as the worst, is always replaced, and
-    does not hold up the others.
+    all, with the highest running mean (decay 0.9) of the validation loss. Each copies one of as
+    many best members, chosen at random: parameters, inner and outer optimizer state, model state,
+    memory, running mean, and hyperparameters, which then mutate. A member whose last step was
+    refused as non-finite counts as the worst, is always replaced, and does not hold up the others.
 
     **Arguments:**
 
     - `optimizer`: any other optimizer, `TaskBatched` included.
     - `num_members`: $K$, at least 1.
-    - `exploit_every`: steps between two exploits, at least 1; default `None`: never, independent
-        descents.
-    - `fraction`: the share of members that are replaced, in (0, 0.5], default 0.2.
+    - `exploit_every`: steps between two exploits, at least 1. Default `None`: members descend
+        independently.
+    - `fraction`: the share of members to replace, in (0, 0.5], default 0.2.
     - `mutation`: a function `(key, hyperparams) -> hyperparams` of one member, or
         [`RandomMutation`][gradhpo.RandomMutation] (the default),
         [`ResampleMutation`][gradhpo.ResampleMutation] or
@@ -71,8 +70,8 @@ class Population(EachMember):
     or its own. Metrics are measured before an exploit: a copy still shows the metrics of the
     member that it replaced. `best(state)` and `of_member(state, number)` are states of `optimizer`.
 
-    Hyperparameters of several kinds (positive ones and logarithms) take a mutation function of your
-    own. Around [`FixedOptimizer`][gradhpo.FixedOptimizer] it is population based training without
+    Hyperparameters of several kinds (positive ones and logarithms) need a mutation that you write.
+    Around [`FixedOptimizer`][gradhpo.FixedOptimizer] it is population based training without
     hypergradients.
 
     In [`run`][gradhpo.run] the history has metrics `[steps, members]`, and `history["parent"]` if
@@ -80,8 +79,8 @@ class Population(EachMember):
     of them under `members.<name>`. `max_rejections` counts steps in which all members were refused.
     Episodes restart every member where it began, and a copy where its source began.
 
-    To spread members over devices, pass arrays that are sharded along their first axis: only
-    exploiting, and a mutation that learns, exchange anything.
+    To spread members over devices, pass arrays that are sharded along their first axis: devices
+    communicate only for exploits, and for a mutation that learns.
 
     **Raises:** `ValueError` for `num_members < 1`, `exploit_every < 1` or with one member, a
     `fraction` outside (0, 0.5], a `Population` in a `Population`, a mutation that learns around an
@@ -127,7 +126,7 @@ class Population(EachMember):
             raise ValueError("Population(optimizer) got a population; one member axis is enough")
         if not 0 < self.fraction <= 0.5:
             raise ValueError(
-                f"fraction={self.fraction} must be in (0, 0.5]: the worst members copy as many best"
+                f"fraction={self.fraction} must be in (0, 0.5]: at most half copy the other half"
             )
         if self.exploit_every is not None:
             check_count("exploit_every", self.exploit_every)
@@ -136,7 +135,7 @@ class Population(EachMember):
         if self.mutation.learns and not self.optimizer.tunes:
             raise ValueError(
                 f"{type(self.mutation).__name__} learns from hypergradients, and "
-                f"{type(self.optimizer).__name__} computes none: take RandomMutation"
+                f"{type(self.optimizer).__name__} computes none: use RandomMutation"
             )
 
     @checked
@@ -159,17 +158,18 @@ class Population(EachMember):
         - `params`, `hyperparams`, `model_state`: with `spread`, for one member; without,
             every array that is trained or tuned, and all of `model_state`, has the leading axis
             `[members]`.
-        - `spread`: `(key, hyperparams) -> hyperparams`, which makes the hyperparameters of each
-            member from the given ones. Parameters and model state are the same for all. Default
-            `None`.
-        - `key`: a PRNG key, for `spread` and for exploiting, kept in the memory; the wrapped
-            optimizer gets it as well. Default `None`: `jax.random.key(0)`, and none for the wrapped
-            optimizer.
-        - `batch`, `losses`, `val_batch`: as for any
-            [`init`][gradhpo.BilevelOptimizer.init]; batches have no member axis.
+        - `spread`: `(key, hyperparams) -> hyperparams`, makes the hyperparameters of each member
+            from the given ones. Parameters and model state are the same for all. Default `None`.
+        - `key`: a PRNG key, for `spread`, exploits and the wrapped optimizer, kept in the memory.
+            Default `None`: `jax.random.key(0)`, and none for the wrapped optimizer.
+        - `batch`: an example of a training batch, for the wrapped optimizer. Default `None`.
+        - `losses`, `val_batch`: [`LossFunctions`][gradhpo.LossFunctions] and an example of a
+            validation batch, to name the metrics that losses return. Batches have no member axis.
+            Default `None`.
 
-        **Raises:** as for any `init`; `ValueError` for an array without the member axis, or for
-        hyperparameters of another structure or shape from `spread`.
+        **Raises:** `ValueError` for an array without the member axis, another structure or shape
+        from `spread`, NaN, or nothing to train or to tune; `TypeError` for complex leaves, or
+        hyperparameters that are not floating-point arrays.
         """
         given = params, hyperparams, model_state, batch, key
         if spread is None:
@@ -185,8 +185,8 @@ class Population(EachMember):
     def best(self, state: BilevelState) -> BilevelState:
         """The member with the lowest validation loss of the last step, for the wrapped `optimizer`.
 
-        Members that were replaced at the end of that step are not measured yet, and those whose
-        step was refused have not moved: both do not count.
+        Members that were replaced at the end of that step, which are not measured yet, do not
+        count, nor do those whose step was refused.
 
         **Arguments:** `state`: from this optimizer.
 

@@ -1,4 +1,4 @@
-"""How a batch of all tasks divides into one for each task."""
+"""Divides a batch of all tasks into one for each task."""
 
 import dataclasses
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def per_task(
 
 
 def _check_task_axis(tree: PyTree, name: str, num_tasks: int, *, axis: int) -> None:
-    """Every array of a batch has one entry per task."""
+    """Checks that every array of a batch has one entry per task."""
     layout = "[tasks, ...]" if axis == 0 else "[inner steps, tasks, ...]"
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if leaf.shape[axis] != num_tasks:

@@ -20,9 +20,10 @@ class TaskMemory(MemoryOfEach):
 
 
 class RestartingMemory(TaskMemory):
-    """The same of tasks that restart one after another.
+    """The memory of tasks that restart in turn.
 
-    - `restart_from`: where they do, initial parameters and model state, without a task axis.
+    - `restart_from`: the parameters and the model state that they restart from, without a task
+        axis.
     - `restarted_at`: the outer step at which a task restarted, -1 once it has taken a step since;
         shape `[tasks]`, int32.
     """
@@ -32,7 +33,7 @@ class RestartingMemory(TaskMemory):
 
 
 def memory_of(memory: Any, num_tasks: int, restarting: bool = False) -> TaskMemory:
-    """The memory of a state made for this number of tasks; its parameters alone would not tell.
+    """The memory, if the state was made for this many tasks, which its arrays do not show.
 
     `restarting`: it must also know where tasks restart.
     """

@@ -1,4 +1,4 @@
-"""What is asked of all tasks at once: the wrapped optimizer, mapped over them."""
+"""The wrapped optimizer, mapped over all tasks."""
 
 import dataclasses
 from collections.abc import Callable
@@ -38,7 +38,7 @@ class TaskProblems(Wrapper):
 
     @property
     def _apart(self) -> bool:
-        """Whether every task has an outer optimizer's state of its own."""
+        """Whether every task has its own outer optimizer state."""
         return self.average == "updates"
 
     def _seen(self, inputs: Inputs) -> list[bool]:
@@ -121,5 +121,5 @@ class TaskProblems(Wrapper):
 
 
 def mean(tree: PyTree) -> PyTree:
-    """Of all tasks."""
+    """The mean over all tasks."""
     return jax.tree.map(lambda x: jnp.mean(x, axis=0), tree)

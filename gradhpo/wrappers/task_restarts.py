@@ -1,4 +1,4 @@
-"""Tasks that restart one after another."""
+"""Tasks that restart in turn."""
 
 import dataclasses
 
@@ -14,12 +14,12 @@ from gradhpo.wrappers.task_states import Own, own_of_one, state_of_all, state_of
 
 
 def restarting(memory: TaskMemory, start: InnerState) -> RestartingMemory:
-    """A first memory: none of the tasks has restarted, and this is where they will."""
+    """The first memory: no task has restarted yet, and all will restart from `start`."""
     return RestartingMemory(memory.task, memory.of_each, start, jnp.full_like(memory.task, -1))
 
 
 def side_by_side(memory: TaskMemory, w: PyTree = None) -> TaskMemory:
-    """The memory once all tasks have taken a step, or have restarted, together; from `w` then."""
+    """The memory after a step of all tasks, or after all of them have restarted, from `w`."""
     if not isinstance(memory, RestartingMemory):
         return memory
     start = memory.restart_from if w is None else memory.restart_from._replace(w=w)
@@ -29,11 +29,11 @@ def side_by_side(memory: TaskMemory, w: PyTree = None) -> TaskMemory:
 def next_restarted(
     optimizer: BilevelOptimizer, state: BilevelState, each: Own, start: Start | None, every: int
 ) -> BilevelState:
-    """After every `every`-th outer step, the state with the next task in turn at its start.
+    """The state after an outer step; every `every` steps, the next task in turn restarts.
 
-    All restart, and one of them is taken: a task is not looked up where they are spread over
-    devices. `optimizer` tunes one task, `each` is what tasks have of their own, and `start`
-    that of the episode.
+    All tasks restart, and one of them is selected: indexing one would move tasks that are spread
+    over devices. `optimizer` tunes one task, `each` are the tasks' own parts, and `start` is the
+    start of the episode.
     """
     memory = state.memory
     assert isinstance(memory, RestartingMemory)

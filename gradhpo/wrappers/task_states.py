@@ -1,4 +1,4 @@
-"""How the state of all tasks divides into one for each task."""
+"""Divides the state of all tasks into one for each task."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from gradhpo.wrappers.task_memory import RestartingMemory, TaskMemory
 
 
 class Own(NamedTuple):
-    """What a task does not share with the others. Of all tasks: with a leading task axis."""
+    """What a task does not share; for all tasks, with a leading task axis."""
 
     z: InnerState
     memory: Any
@@ -26,7 +26,7 @@ class Own(NamedTuple):
 
 
 def own_of_each(state: BilevelState, memory: TaskMemory, apart: bool) -> Own:
-    """Of all tasks. `apart`: each has an outer optimizer's state of its own."""
+    """The parts of all tasks. `apart`: each has its own outer optimizer state."""
     restarted_at = memory.restarted_at if isinstance(memory, RestartingMemory) else None
     outer = state.outer_opt_state if apart else None
     return Own(inner_state(state), memory.of_each, outer, restarted_at)
@@ -35,7 +35,7 @@ def own_of_each(state: BilevelState, memory: TaskMemory, apart: bool) -> Own:
 def check_outer_states(
     state: BilevelState, outer_optimizer: optax.GradientTransformation | None, num_tasks: int
 ) -> None:
-    """Every task has an outer optimizer's state of its own."""
+    """Checks that every task has its own outer optimizer state."""
     made = lambda _: init_outer_state(outer_optimizer, state.hyperparams)
     expected = eqx.filter_eval_shape(jax.vmap(made), jnp.arange(num_tasks, dtype=jnp.int32))
     remedy = (
@@ -47,7 +47,7 @@ def check_outer_states(
 
 
 def own_of_one(state: BilevelState, apart: bool) -> Own:
-    """Of the state of one task."""
+    """The own part of one task's state."""
     return Own(inner_state(state), state.memory, state.outer_opt_state if apart else None)
 
 
@@ -75,7 +75,7 @@ def state_of_all(state: BilevelState, own: Own, memory: TaskMemory) -> BilevelSt
 
 
 def start_of(start: Start | None, number: Array, restarted_at: Array | None) -> Start | None:
-    """The start of a task: of the episode, or since then at a step at which it alone restarted."""
+    """The start of a task: the start of the episode, or the step at which it restarted in turn."""
     if start is None:
         return None
     if restarted_at is not None:

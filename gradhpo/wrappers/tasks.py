@@ -56,19 +56,19 @@ class TaskBatched(TaskProblems):
     - `optimizer`: any other optimizer; its `outer_optimizer` updates the hyperparameters.
     - `num_tasks`: how many tasks, at least 1.
     - `average`: what is averaged over the tasks. `"hypergradients"`, the default: one update by
-        their mean. `"updates"`: every task has an outer optimizer state of its own, which makes an
-        update $u_i$ of $g_i$, and the hyperparameters move by the mean,
+        their mean. `"updates"`: every task has its own outer optimizer state, which turns $g_i$
+        into an update $u_i$, and the hyperparameters move by the mean,
         $\lambda \leftarrow \lambda + \frac 1N \sum_i u_i$. With an outer Adam, all tasks then have
-        the same weight, and the variance of a step falls with $N$. It costs N outer states. Where
+        the same weight, and the variance of a step falls with $N$. It costs N outer states. If
         $u_i$ is linear in $g_i$ (SGD, `lr_hyper`), both are the same.
-    - `restart_every`: after every `restart_every`-th outer step one task restarts, each in its
-        turn: after step $s$ (`state.step`), refused or not, task
+    - `restart_every`: after every `restart_every` outer steps one task restarts, each in turn:
+        after step $s$ (`state.step`), refused or not, task
         $(s/\mathtt{restart\_every} - 1) \bmod N$. So there are models of every age, up to
-        `num_tasks * restart_every` steps. The parameters are again those that `init` was given, or
-        those from which all tasks last restarted together
+        `num_tasks * restart_every` steps. The task starts again from the parameters that `init` was
+        given, or from which all tasks last restarted together
         ([`restart`][gradhpo.BilevelOptimizer.restart], episodes of `run`). With a `start_fn`, `run`
         makes new ones; `steps_per_episode=num_steps` then leaves no other restarts. Inner optimizer
-        state, model state and the memory of the episode begin anew; metrics and outer optimizer
+        state, model state and the memory of the episode are reset; metrics and outer optimizer
         state stay. Default `None`: no task restarts alone.
 
     The state: `params` and `inner_opt_state` have the task axis, `hyperparams` do not;
@@ -130,8 +130,8 @@ class TaskBatched(TaskProblems):
         if self.optimizer.num_members is not None:
             name = type(self.optimizer).__name__
             raise ValueError(
-                f"TaskBatched(optimizer) got a {name}, whose members have hyperparameters of their "
-                f"own: write {name}(TaskBatched(optimizer, num_tasks), num_members)"
+                f"TaskBatched(optimizer) got a {name}, whose members have their own "
+                f"hyperparameters: write {name}(TaskBatched(optimizer, num_tasks), num_members)"
             )
 
     def estimate_theta(
@@ -144,12 +144,21 @@ class TaskBatched(TaskProblems):
     ) -> BilevelState:
         """Fits the coefficient of every task of a wrapped `OnlineHypergradientOptimizer`.
 
-        Works like [its own method][gradhpo.OnlineHypergradientOptimizer.estimate_theta], on a
-        `BatchStack` of `[inner steps, tasks, ...]` arrays.
+        Calls [its own method][gradhpo.OnlineHypergradientOptimizer.estimate_theta] for every task.
+
+        **Arguments:**
+
+        - `state`, `train_batches`: where training starts, and a [`BatchStack`][gradhpo.BatchStack]
+            of `[inner steps, tasks, ...]` arrays.
+        - `val_batch`: any pytree of arrays `[tasks, ...]`.
+        - `train_loss_fn`, `val_loss_fn`: `(params, hyperparams, batch) -> scalar`, or one
+            [`LossFunctions`][gradhpo.LossFunctions] in place of both.
 
         **Returns:** the state with a new `memory.of_each.theta`, shape `[tasks]`.
 
-        **Raises:** `TypeError` if it wraps any other optimizer.
+        **Raises:** `TypeError` if it wraps any other optimizer, `train_batches` is not a
+        `BatchStack`, or a loss has other arguments or outputs; `ValueError` for a loss that is not
+        a real scalar, or a state of another optimizer.
         """
         losses = train_loss_fn, val_loss_fn
         return fit_memory(self, state, train_batches, val_batch, *losses, "estimate_theta")
@@ -173,18 +182,18 @@ class TaskBatched(TaskProblems):
         return state_of_one(state, jax.tree.map(lambda x: x[number], each))
 
     def finite_part(self, memory: TaskMemory) -> PyTree:
-        """As for `optimizer`."""
+        """The finite part of every task's memory."""
         return self.optimizer.finite_part(memory.of_each)
 
     def after_refusal(self, old: TaskMemory, new: TaskMemory) -> TaskMemory:
-        """As for `optimizer`: one refused task refuses the step for all."""
+        """The memories that `optimizer` keeps: one refused task refuses the step for all."""
         select = jax.vmap(self.optimizer.after_refusal, axis_size=self.num_tasks)
         return dataclasses.replace(old, of_each=select(old.of_each, new.of_each))
 
     def remarks(
         self, before: MetricDict, metrics: Mapping[str, np.ndarray], copies: int = 1
     ) -> str:
-        """As for `optimizer`, over all tasks."""
+        """The remarks of `optimizer`, over all tasks."""
         return self.optimizer.remarks(before, metrics, copies * self.num_tasks)
 
     def _init_state(

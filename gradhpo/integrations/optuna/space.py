@@ -146,7 +146,7 @@ def add_end_point(
     **Arguments:**
 
     - `study`, `trial`: `trial.study` and the trial, in the objective, before it returns.
-    - `space`: as for [`suggest`][gradhpo.integrations.optuna.suggest].
+    - `space`: the pytree of [`Start`][gradhpo.integrations.optuna.Start] that `suggest` was given.
     - `hyperparams`: at the end, in the structure of `space`: `state.hyperparams`, or a part of it.
     - `value`: of the objective, or one for each of several. The last validation loss costs nothing
         more, but the hyperparameters were moving while it trained. To record what another trial
