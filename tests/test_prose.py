@@ -32,6 +32,7 @@ MARKERS = {
     "anew": "again, from scratch",
     "is known by": "is identified by",
     "finds? its way": "gets into, reaches",
+    "by heart": "memorised",
     "besides": "in addition, apart from, also",
     "likewise": "also, in the same way",
     "makes? out of": "makes of, turns into",
