@@ -112,6 +112,26 @@ def test_pages_show_pictures_that_are_there(page):
         assert (file.parent / picture).is_file(), picture
 
 
+# A link, in a text, to a file of the repository; a code block may hold `list[int](x)`.
+LINKED = re.compile(r"\]\((?!\w+:)([^()\s#]+)(?:#[^()\s]*)?\)")
+FENCED = re.compile(r"^( *)```.*?^\1```", re.MULTILINE | re.DOTALL)
+TEXTS = [
+    *ROOT.glob("*.md"),
+    *(x for room in (".github", "docs", "examples") for x in ROOT.glob(f"{room}/**/*.md")),
+    *ROOT.glob("benchmarks/*.md"),
+    *ROOT.glob("benchmarks/[!.]*/*.md"),
+]
+
+
+def test_links_lead_to_files():
+    """In a clone too: the site's build turns them into links between pages, and checks those."""
+    links = [
+        (path, link) for path in TEXTS for link in LINKED.findall(FENCED.sub("", path.read_text()))
+    ]
+    assert len(links) > 100
+    assert not [f"{path}: {link}" for path, link in links if not (path.parent / link).exists()]
+
+
 def test_readme_example_is_short():
     first = blocks((ROOT / "README.md").read_text())[0]
     assert len([line for line in first.splitlines() if line.strip()]) <= 25
