@@ -51,6 +51,7 @@ FIGURES = {
     "first_hypergradient": Figure("reading/first_hypergradient.py", others=("_levels",)),
     "short_horizon": Figure("reading/short_horizon.py"),
     # examples
+    "annotators": Figure("annotators.py"),
     "data_hypercleaning": Figure("data_hypercleaning.py", others=("_weights",)),
     "penalty_methods": Figure("penalty_methods.py"),
     "data_attribution": Figure("data_attribution.py"),

@@ -122,23 +122,24 @@ def train_for(steps: int, params, opt_state, hyperparams, data: Callable, start:
     return eqx.combine(arrays, static), opt_state
 
 
-def train_untuned(arrays: tuple[Array, Array], data: Data, inner_steps: int, seed: int) -> Result:
-    """All examples have the same weight."""
+def train_untuned(phases: list[tuple[tuple[Array, Array], int]], data: Data, seed: int) -> Result:
+    """All examples have the same weight; each phase is some examples and a number of steps."""
     params, hyperparams = gradhpo.partition(new_model(seed), lambda m: m.example_weights)
     opt_state = INNER_OPTIMIZER.init(eqx.filter(params, eqx.is_inexact_array))
-    source = gradhpo.ArrayData(arrays, min(BATCH_SIZE, len(arrays[0])), jax.random.key(seed))
-    piece = max(1, inner_steps // 20)
-    taken, accuracies, val_losses, seconds = [], [], [], []
+    piece = max(1, sum(steps for _, steps in phases) // 20)
+    taken, accuracies, val_losses, seconds = [0], [], [], []
     started = time.perf_counter()
-    for start in range(0, inner_steps, piece):
-        before = time.perf_counter()
-        params, opt_state = train_for(
-            piece, params, opt_state, hyperparams, source, jnp.asarray(start)
-        )
-        accuracies.append(float(accuracy(eqx.combine(params, hyperparams), *data.test)))
-        val_losses.append(float(evaluate(params, hyperparams, data.val)))
-        seconds.append(time.perf_counter() - before)
-        taken.append(start + piece)
+    for arrays, steps in phases:
+        source = gradhpo.ArrayData(arrays, min(BATCH_SIZE, len(arrays[0])), jax.random.key(seed))
+        for start in range(0, steps, piece):
+            before = time.perf_counter()
+            params, opt_state = train_for(
+                piece, params, opt_state, hyperparams, source, jnp.asarray(start)
+            )
+            accuracies.append(float(accuracy(eqx.combine(params, hyperparams), *data.test)))
+            val_losses.append(float(evaluate(params, hyperparams, data.val)))
+            seconds.append(time.perf_counter() - before)
+            taken.append(taken[-1] + piece)
     return Result(
         accuracy=accuracies[-1],
         auroc=float("nan"),
@@ -146,7 +147,7 @@ def train_untuned(arrays: tuple[Array, Array], data: Data, inner_steps: int, see
         milliseconds_per_inner_step=1e3 * float(np.median(seconds[1:])) / piece,
         accuracies=np.asarray(accuracies),
         val_losses=np.asarray(val_losses),
-        inner_steps=np.asarray(taken),
+        inner_steps=np.asarray(taken[1:]),
         example_weights=None,
     )
 
@@ -200,9 +201,14 @@ def train_tuned(
 
 
 def stopped_early(result: Result) -> Result:
-    """The same training, ended where its validation loss was lowest."""
+    """The same training, stopped where its validation loss was lowest."""
     best = int(np.argmin(result.val_losses))
     return result._replace(accuracy=result.accuracies[best])
+
+
+def at_its_best(result: Result) -> Result:
+    """The same training, stopped where its *test* accuracy was highest: no one can know where."""
+    return result._replace(accuracy=float(np.max(result.accuracies)))
 
 
 OPTIMIZERS = {
@@ -226,12 +232,17 @@ EPISODES = {"tuned, HyperDistill": 20}
 def experiment(data: Data, inner_steps: int, seed: int) -> dict[str, Result | str]:
     """Every row of the table for one seed; if a row is not possible, the reason."""
     both = tuple(jnp.concatenate(pair) for pair in zip(data.train, data.val, strict=True))
-    untuned = train_untuned(data.train, data, inner_steps, seed)
+    half = inner_steps // 2
+    trained = lambda *phases: train_untuned(list(phases), data, seed)
+    untuned = trained((data.train, inner_steps))
+    together = trained((both, inner_steps))
     rows: dict[str, Result | str] = {
         "untuned, training set": untuned,
         "  stopped early": stopped_early(untuned),
-        "untuned, validation set alone": train_untuned(data.val, data, inner_steps, seed),
-        "untuned, both together": train_untuned(both, data, inner_steps, seed),
+        "untuned, validation set alone": trained((data.val, inner_steps)),
+        "untuned, both together": together,
+        "  stopped at its best in the test": at_its_best(together),
+        "training set, then validation set": trained((data.train, half), (data.val, half)),
     }
     for name, optimizer in OPTIMIZERS.items():
         try:
@@ -247,19 +258,19 @@ def table(runs: list[dict[str, Result | str]]) -> str:
     """Means over seeds; the cost of a step is relative to plain training in the same run."""
     baseline = np.mean([run["untuned, training set"].milliseconds_per_inner_step for run in runs])
     lines = [
-        f"{'':31}{'test accuracy':>16}{'AUROC':>15}{'seconds':>9}{'cost of a step':>16}",
+        f"{'':33}{'test accuracy':>16}{'AUROC':>15}{'seconds':>9}{'cost of a step':>16}",
     ]
     for name in runs[0]:
         rows = [run[name] for run in runs]
         if isinstance(rows[0], str):
-            lines.append(f"{name:31}{rows[0]:>16}")
+            lines.append(f"{name:33}{rows[0]:>16}")
             continue
         percent = 100 * np.asarray([row.accuracy for row in rows])
         auroc = np.asarray([row.auroc for row in rows])
         shown = "" if np.isnan(auroc).any() else f"{auroc.mean():.3f} ± {auroc.std():.3f}"
         cost = np.mean([row.milliseconds_per_inner_step for row in rows]) / baseline
         lines.append(
-            f"{name:31}{f'{percent.mean():.1f} ± {percent.std():.1f} %':>16}{shown:>15}"
+            f"{name:33}{f'{percent.mean():.1f} ± {percent.std():.1f} %':>16}{shown:>15}"
             f"{np.mean([row.seconds for row in rows]):>9.1f}{f'{cost:.1f} x':>16}"
         )
     return "\n".join(lines)
@@ -268,9 +279,9 @@ def table(runs: list[dict[str, Result | str]]) -> str:
 # What the picture shows: a row of the table, what it is called there, and where.
 SHOWN = {
     "tuned, exact over 20 steps": ("1,000 example weights tuned by gradhpo", (2_000, 95)),
-    "untuned, validation set alone": ("100 clean digits alone", (2_000, 90)),
-    "untuned, both together": ("all digits, untuned", (2_000, 86.2)),
-    "untuned, training set": ("noisy digits, untuned", (1_150, 75)),
+    "training set, then validation set": ("fine-tuned on the clean digits", (2_000, 91.5)),
+    "untuned, validation set alone": ("100 clean digits alone", (2_000, 86.5)),
+    "untuned, training set": ("all digits, untuned", (1_150, 75)),
 }
 
 

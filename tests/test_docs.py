@@ -55,9 +55,23 @@ def blocks(text):
 def test_readme_runs_as_shown(capsys):
     readme = (ROOT / "README.md").read_text()
     codes = blocks(readme)
-    assert len(codes) == 2
+    first, model, loop = codes
     namespace: dict = {}
-    for code in codes:
+    exec(compile(first, "README.md", "exec"), namespace)
+    rest = namespace["x"][120:], namespace["y"][120:]
+    fixed = gradhpo.FixedOptimizer(optax.adam(0.01), inner_steps=20)
+    untuned = fixed.init(jnp.zeros(10), jnp.full(10, -3.0))
+    untuned, _ = gradhpo.run(
+        fixed, untuned, namespace["losses"], namespace["train"], namespace["val"],
+        num_steps=200, progress=False,
+    )  # fmt: skip
+    errors = [
+        float(namespace["error"](s.params, None, rest)) for s in (namespace["state"], untuned)
+    ]
+    assert f"is {errors[0]:.3f}, and {errors[1]:.3f} with the" in readme
+
+    namespace = {}
+    for code in (model, loop):
         exec(compile(code, "README.md", "exec"), namespace)
     # README: "It prints -3.1 and 0.47".
     assert abs(float(namespace["history"]["val_loss"][-1]) - 0.47) < 0.1
