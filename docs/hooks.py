@@ -1,4 +1,4 @@
-"""Site pages from outside this folder (README, examples, their results), and formulas.
+"""Site pages from outside this folder (README, examples, their results), formulas, and the header.
 
 Texts elsewhere in the repository become pages, so that nothing is written twice, and links between
 files of the repository become links between pages. Formulas become MathML while the site is built:
@@ -10,6 +10,8 @@ import html
 import itertools
 import posixpath
 import re
+import textwrap
+import tomllib
 from pathlib import Path
 
 from latex2mathml import converter
@@ -17,6 +19,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+from gradhpo import __version__
 
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +46,24 @@ PAGES = {
     **{f"examples/reading/{name}.py": f"examples/reading/{name}.md" for name in READING},
 }
 LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?\)")
+LETTER = re.compile(r'<mi mathvariant="normal">(\w)</mi>')
+WORD = re.compile(rf"(?:{LETTER.pattern}){{2,}}")  # the letters of \mathrm{val}
+PARAGRAPH = re.compile(r"<p>(.*?)</p>", re.DOTALL)
+DESCRIPTION = 160  # characters: a search engine cuts the rest
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """The version, and the addresses that pyproject.toml has, if it has any."""
+    config.site_name = f"{config.site_name} {__version__}"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    addresses = project.get("urls", {})
+    if not config.site_url and "Documentation" in addresses:
+        config.site_url = addresses["Documentation"].rstrip("/") + "/"
+    config.repo_url = config.repo_url or addresses.get("Repository")
+    if config.repo_url:
+        config.repo_name = config.repo_name or project["name"]
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -65,12 +86,23 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    page.meta.setdefault("description", _description(content) or config.site_description)
     return FORMULA.sub(_mathml, content)
+
+
+def _description(content: str) -> str:
+    """The first paragraph of a page that is text, without its markup and cut at a word."""
+    for paragraph in PARAGRAPH.findall(content):
+        text = " ".join(html.unescape(re.sub(r"<[^>]+>", "", paragraph)).split())
+        if text and not FORMULA.search(paragraph):
+            return html.escape(textwrap.shorten(text, DESCRIPTION, placeholder=" ..."))
+    return ""
 
 
 def _mathml(found: re.Match[str]) -> str:
     formula, inline = html.unescape(found[2]).strip()[2:-2], found[1] == "span"
     written = converter.convert(formula, display="inline" if inline else "block")
+    written = WORD.sub(lambda word: "<mi>" + LETTER.sub(r"\1", word[0]) + "</mi>", written)
     if "<mi>\\" in written:
         raise PluginError(f"a command that latex2mathml does not know in {formula}")
     return written if inline else f'<div class="formula">{written}</div>'
