@@ -49,6 +49,11 @@ LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?\)")
 LETTER = re.compile(r'<mi mathvariant="normal">(\w)</mi>')
 WORD = re.compile(rf"(?:{LETTER.pattern}){{2,}}")  # the letters of \mathrm{val}
 PARAGRAPH = re.compile(r"<p>(.*?)</p>", re.DOTALL)
+CELL = re.compile(r"<td([^>]*)>([-+<>~.]{0,2}\d[^<]{0,22})</td>")  # with a number and its interval
+NO_BREAK = "&nbsp;"
+PROGRESS = re.compile(r"(?:seed|split) \d.*|.*: \d+ s|pictures? in .*")
+TIMED = re.compile(r" \(\d+ s\)$")
+LONG = 60  # lines of output that hide the program
 DESCRIPTION = 160  # characters: a search engine cuts the rest
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
 
@@ -87,7 +92,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     page.meta.setdefault("description", _description(content) or config.site_description)
-    return FORMULA.sub(_mathml, content)
+    return CELL.sub(_on_one_line, FORMULA.sub(_mathml, content))
 
 
 def _description(content: str) -> str:
@@ -97,6 +102,10 @@ def _description(content: str) -> str:
         if text and not FORMULA.search(paragraph):
             return html.escape(textwrap.shorten(text, DESCRIPTION, placeholder=" ..."))
     return ""
+
+
+def _on_one_line(found: re.Match[str]) -> str:
+    return f"<td{found[1]}>{found[2].replace(' ', NO_BREAK)}</td>"
 
 
 def _mathml(found: re.Match[str]) -> str:
@@ -121,41 +130,57 @@ def _relinked(text: str, source: str, page: str) -> str:
 
 
 def _example(source: str, code: str) -> str:
-    """The page of an example: its topic, picture, results, and the program itself."""
+    """The page of an example: its picture and result, the problem, and the program itself."""
     name = Path(source).stem
     title, about = (ast.get_docstring(ast.parse(code)) or "").split("\n", 1)
     results = (ROOT / "examples" / "README.md").read_text().split("\n## ")[1:]
     link = f"[`{name}.py`]({name}.py)"
     heading, found = next((x.split("\n", 1) for x in results if link in x), (title[:-1], ""))
-    picture, printed = _results(name, "..")
+    pictures, printed = _results(name, "..")
     parts = [
         f"# {heading}",
         f"*{title}*" if found else "",
-        about,
-        picture,
+        pictures,
         found.replace(link, ""),
-        printed,
-        f"## The program\n\n`{source}`\n\n```py\n{code}```",
+        _folded(printed) if found or printed.count("\n") > LONG else printed,
+        f"## The problem\n\n{about}",
+        f"## The program {{ data-search-exclude }}\n\n`{source}`\n\n```py\n{code}```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _results(name: str, root: str) -> tuple[str, str]:
-    """The picture and the output of a script, as docs/figures.py saved them."""
-    picture, printed = (ROOT / "docs" / "images" / f"{name}.{ending}" for ending in ("png", "txt"))
-    return (
-        f"![The program's picture]({root}/docs/images/{picture.name})" if picture.exists() else "",
-        f"## Output\n\n{_printed(printed.read_text())}" if printed.exists() else "",
-    )
+    """The pictures and the output of a script, as docs/figures.py saved them."""
+    images = ROOT / "docs" / "images"
+    pictures = [f"{name}.png", *sorted(path.name for path in images.glob(f"{name}_*.png"))]
+    shown = [
+        f"![The program's picture]({root}/docs/images/{picture})"
+        for picture in pictures
+        if (images / picture).exists()
+    ]
+    printed = images / f"{name}.txt"
+    return "\n\n".join(shown), _printed(printed.read_text()) if printed.exists() else ""
+
+
+def _folded(printed: str) -> str:
+    return '??? note "What it prints"\n\n' + textwrap.indent(printed, "    ")
 
 
 def _printed(text: str) -> str:
-    """The output of a program: tables as tables, the rest verbatim."""
+    """The output of a program without its progress: tables as tables, the rest verbatim."""
+    blocks = [_without_progress(block.splitlines()) for block in text.split("\n\n")]
+    lines = [line for block in blocks if block for line in (*block, "")]
     parts = []
-    for is_table, lines in itertools.groupby(text.splitlines(), lambda x: x.startswith("|")):
-        block = "\n".join(lines).strip("\n")
+    for is_table, group in itertools.groupby(lines, lambda x: x.startswith("|")):
+        block = "\n".join(group).strip("\n")
         parts.append(block if is_table else f"```text\n{block}\n```" if block else "")
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
+
+
+def _without_progress(block: list[str]) -> list[str]:
+    """Without what reports progress, and what comes again with each report."""
+    kept = [TIMED.sub("", line) for line in block if not PROGRESS.fullmatch(line)]
+    return kept if len(kept) == len(block) else [x for x in kept if kept.count(x) == 1]
 
 
 def _reading(source: str, code: str) -> str:
@@ -167,5 +192,6 @@ def _reading(source: str, code: str) -> str:
             parts.append(re.sub(r"^# ?", "", body.strip(), flags=re.MULTILINE))
         else:
             parts.append(f"```py\n{body.strip()}\n```")
-    parts += [*_results(Path(source).stem, "../.."), f"*The script: `{source}`*"]
+    pictures, printed = _results(Path(source).stem, "../..")
+    parts += [pictures, f"## Output\n\n{printed}", f"*The script: `{source}`*"]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -177,3 +177,15 @@ def test_displayed_formulas_stand_alone():
         for before, formula, after in zip(parts[:-2:2], parts[1::2], parts[2::2], strict=True):
             alone = before.rstrip(" ").endswith("\n\n") and re.match(r'\n\n|\n *"""', after)
             assert alone, f"{file}: a blank line before and after $${formula}$$"
+
+
+def test_navigation_has_every_page_in_groups_of_at_most_seven():
+    nav = (ROOT / "mkdocs.yml").read_text().split("\nnav:\n")[1].split("\n\n")[0]
+    open_groups: dict[int, int] = {}  # entries so far, by depth
+    for line in nav.splitlines():
+        depth = len(line) - len(line.lstrip())
+        open_groups = {x: count for x, count in open_groups.items() if x <= depth}
+        open_groups[depth] = open_groups.get(depth, 0) + 1
+        assert open_groups[depth] <= 7, line
+    named = {re.split(r"[ -]+", line)[-1] for line in nav.splitlines()}
+    assert not set(PAGES) - named
