@@ -46,8 +46,12 @@ PAGES = {
     **{f"examples/reading/{name}.py": f"examples/reading/{name}.md" for name in READING},
 }
 LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?\)")
-LETTER = re.compile(r'<mi mathvariant="normal">(\w)</mi>')
-WORD = re.compile(rf"(?:{LETTER.pattern}){{2,}}")  # the letters of \mathrm{val}
+# latex2mathml writes \mathrm{d} as the code of its letter, which is shown italic like d, and the
+# letters of \mathrm{val} one by one.
+ROMAN = re.compile(r"<mi>(&#x000[4-7][0-9A-F];)</mi>")
+LETTER = r'<mi mathvariant="{}">[^<]+</mi>'
+WORD = re.compile(LETTER.format("(normal|monospace)") + "(?:" + LETTER.format(r"\1") + ")+")
+PICTURE = re.compile(r'<p>(<img [^>]*src="([^"]+)"[^>]*>)</p>')  # a link to it, for small screens
 PARAGRAPH = re.compile(r"<p>(.*?)</p>", re.DOTALL)
 CELL = re.compile(r"<td([^>]*)>([-+<>~.]{0,2}\d[^<]{0,22})</td>")  # with a number and its interval
 NO_BREAK = "&nbsp;"
@@ -91,16 +95,20 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    page.meta.setdefault("description", _description(content) or config.site_description)
+    description = "" if page.is_homepage else _description(content)
+    page.meta.setdefault("description", description or config.site_description)
+    content = PICTURE.sub(r'<p><a href="\2">\1</a></p>', content)
     return CELL.sub(_on_one_line, FORMULA.sub(_mathml, content))
 
 
 def _description(content: str) -> str:
-    """The first paragraph of a page that is text, without its markup and cut at a word."""
+    """The first paragraph of a page that is text, without markup: its first sentences, or words."""
     for paragraph in PARAGRAPH.findall(content):
         text = " ".join(html.unescape(re.sub(r"<[^>]+>", "", paragraph)).split())
         if text and not FORMULA.search(paragraph):
-            return html.escape(textwrap.shorten(text, DESCRIPTION, placeholder=" ..."))
+            short = textwrap.shorten(text, DESCRIPTION, placeholder=" ...")
+            sentences = re.match(r".+[.?](?=\s|$)", short.removesuffix(" ..."))
+            return html.escape(sentences[0] if sentences else short)
     return ""
 
 
@@ -110,8 +118,10 @@ def _on_one_line(found: re.Match[str]) -> str:
 
 def _mathml(found: re.Match[str]) -> str:
     formula, inline = html.unescape(found[2]).strip()[2:-2], found[1] == "span"
+    formula = formula.replace(r"\operatorname{", r"\mathrm{")  # italic otherwise
     written = converter.convert(formula, display="inline" if inline else "block")
-    written = WORD.sub(lambda word: "<mi>" + LETTER.sub(r"\1", word[0]) + "</mi>", written)
+    written = ROMAN.sub(lambda x: f'<mi mathvariant="normal">{html.unescape(x[1])}</mi>', written)
+    written = WORD.sub(lambda x: f'<mi class="{x[1]}">{re.sub("<[^>]+>", "", x[0])}</mi>', written)
     if "<mi>\\" in written:
         raise PluginError(f"a command that latex2mathml does not know in {formula}")
     return written if inline else f'<div class="formula">{written}</div>'
@@ -135,11 +145,14 @@ def _example(source: str, code: str) -> str:
     title, about = (ast.get_docstring(ast.parse(code)) or "").split("\n", 1)
     results = (ROOT / "examples" / "README.md").read_text().split("\n## ")[1:]
     link = f"[`{name}.py`]({name}.py)"
-    heading, found = next((x.split("\n", 1) for x in results if link in x), (title[:-1], ""))
+    heading, found = next((x.split("\n", 1) for x in results if link in x), ("", ""))
+    if not found:
+        heading, *rest = re.split(r"(?<=\?) |: ", title.removesuffix("."), maxsplit=1)
+        title = "".join(f"{x[0].upper()}{x[1:]}." for x in rest)
     pictures, printed = _results(name, "..")
     parts = [
         f"# {heading}",
-        f"*{title}*" if found else "",
+        f"*{title}*" if title else "",
         pictures,
         found.replace(link, ""),
         _folded(printed) if found or printed.count("\n") > LONG else printed,
