@@ -107,7 +107,7 @@ def _description(content: str) -> str:
         text = " ".join(html.unescape(re.sub(r"<[^>]+>", "", paragraph)).split())
         if text and not FORMULA.search(paragraph):
             short = textwrap.shorten(text, DESCRIPTION, placeholder=" ...")
-            sentences = re.match(r".+[.?](?=\s|$)", short.removesuffix(" ..."))
+            sentences = re.match(r".+\.(?=\s|$)", short.removesuffix(" ..."))
             return html.escape(sentences[0] if sentences else short)
     return ""
 
