@@ -45,6 +45,7 @@ PAGES = {
     **{f"examples/{name}.py": f"examples/{name}.md" for name in EXAMPLES},
     **{f"examples/reading/{name}.py": f"examples/reading/{name}.md" for name in READING},
 }
+UNSEARCHED = {"changelog.md", "benchmarks_notes.md"}  # they name everything, and explain nothing
 LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?\)")
 # latex2mathml writes \mathrm{d} as the code of its letter, which is shown italic like d, and the
 # letters of \mathrm{val} one by one.
@@ -97,6 +98,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     description = "" if page.is_homepage else _description(content)
     page.meta.setdefault("description", description or config.site_description)
+    if page.file.src_uri in UNSEARCHED:
+        page.meta["search"] = {"exclude": True}
     content = PICTURE.sub(r'<p><a href="\2">\1</a></p>', content)
     return CELL.sub(_on_one_line, FORMULA.sub(_mathml, content))
 
