@@ -5,6 +5,7 @@ import inspect
 import io
 import os
 import re
+import runpy
 import textwrap
 from pathlib import Path
 
@@ -189,3 +190,18 @@ def test_navigation_has_every_page_in_groups_of_at_most_seven():
         assert open_groups[depth] <= 7, line
     named = {re.split(r"[ -]+", line)[-1] for line in nav.splitlines()}
     assert not set(PAGES) - named
+
+
+def test_pages_of_examples_have_the_result_before_the_program_and_no_progress():
+    pytest.importorskip("mkdocs")  # of the extra `docs`
+    pytest.importorskip("latex2mathml")
+    hooks = runpy.run_path(str(ROOT / "docs" / "hooks.py"))
+    for name in hooks["EXAMPLES"]:
+        source = f"examples/{name}.py"
+        shown, program = hooks["_example"](source, (ROOT / source).read_text()).split(
+            "\n## The program"
+        )
+        assert "![" not in program
+        assert shown.index("![") < shown.index("\n|" if "\n|" in shown else "```text"), name
+        assert not re.search(r"^ *(seed \d|pictures? in )|\(\d+ s\)$", shown, re.MULTILINE), name
+    assert "T1-T2 with Adam (SAMA), fused: " not in hooks["_results"]("penalty_methods", "..")[1]
