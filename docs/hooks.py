@@ -8,6 +8,7 @@ a browser needs neither a script nor the network for them.
 import ast
 import html
 import itertools
+import json
 import posixpath
 import re
 import textwrap
@@ -26,6 +27,7 @@ from gradhpo import __version__
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 READING = sorted(path.stem for path in (ROOT / "examples" / "reading").glob("*.py"))
+NOTEBOOKS = sorted(path.stem for path in (ROOT / "examples" / "notebook").glob("*.ipynb"))
 RESULTS = sorted(str(x.relative_to(ROOT)) for x in (ROOT / "benchmarks/results").rglob("*.txt"))
 # Files of the repository that become pages, or parts of pages.
 PAGES = {
@@ -44,6 +46,7 @@ PAGES = {
     "examples/README.md": "examples/index.md",
     **{f"examples/{name}.py": f"examples/{name}.md" for name in EXAMPLES},
     **{f"examples/reading/{name}.py": f"examples/reading/{name}.md" for name in READING},
+    **{f"examples/notebook/{name}.ipynb": f"examples/notebook/{name}.md" for name in NOTEBOOKS},
 }
 UNSEARCHED = {"changelog.md", "benchmarks_notes.md"}  # they name everything, and explain nothing
 LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?\)")
@@ -52,7 +55,7 @@ LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?\)")
 ROMAN = re.compile(r"<mi>(&#x000[4-7][0-9A-F];)</mi>")
 LETTER = r'<mi mathvariant="{}">[^<]+</mi>'
 WORD = re.compile(LETTER.format("(normal|monospace)") + "(?:" + LETTER.format(r"\1") + ")+")
-PICTURE = re.compile(r'<p>(<img [^>]*src="([^"]+)"[^>]*>)</p>')  # a link to it, for small screens
+PICTURE = re.compile(r'<p>(<img [^>]*src="((?!data:)[^"]+)"[^>]*>)</p>')  # a link to it, for small screens
 PARAGRAPH = re.compile(r"<p>(.*?)</p>", re.DOTALL)
 CELL = re.compile(r"<td([^>]*)>([-+<>~.]{0,2}\d[^<]{0,22})</td>")  # with a number and its interval
 NO_BREAK = "&nbsp;"
@@ -83,6 +86,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             text = text.split("\n## ")[0] + "\n"
         elif source.startswith("examples/reading/"):
             text = _reading(source, text)
+        elif source.endswith(".ipynb"):
+            text = _notebook(source, text)
         elif source.startswith("examples/"):
             text = _example(source, text)
         files.append(File.generated(config, page, content=_relinked(text, source, page)))
@@ -211,3 +216,20 @@ def _reading(source: str, code: str) -> str:
     pictures, printed = _results(Path(source).stem, "../..")
     parts += [pictures, f"## Output\n\n{printed}", f"*The script: `{source}`*"]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _notebook(source: str, text: str) -> str:
+    """A notebook as a page: its cells, and what they printed or drew."""
+    parts = []
+    for cell in json.loads(text)["cells"]:
+        written = "".join(cell["source"])
+        parts.append(written if cell["cell_type"] == "markdown" else f"```py\n{written}\n```")
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if "image/png" in data:
+                picture = "".join(data["image/png"]).replace("\n", "")
+                parts.append(f"![The picture of this cell](data:image/png;base64,{picture})")
+            elif output.get("name") != "stderr":  # where progress is shown
+                printed = "".join(output.get("text", data.get("text/plain", "")))
+                parts.append(f"```text\n{printed.rstrip()}\n```")
+    return "\n\n".join([*parts, f"*The notebook: `{source}`*"]) + "\n"
