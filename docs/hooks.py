@@ -55,7 +55,7 @@ LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?\)")
 ROMAN = re.compile(r"<mi>(&#x000[4-7][0-9A-F];)</mi>")
 LETTER = r'<mi mathvariant="{}">[^<]+</mi>'
 WORD = re.compile(LETTER.format("(normal|monospace)") + "(?:" + LETTER.format(r"\1") + ")+")
-PICTURE = re.compile(r'<p>(<img [^>]*src="((?!data:)[^"]+)"[^>]*>)</p>')  # a link to it, for small screens
+PICTURE = re.compile(r'<p>(<img [^>]*src="((?!data:)[^"]+)"[^>]*>)</p>')  # for a link
 PARAGRAPH = re.compile(r"<p>(.*?)</p>", re.DOTALL)
 CELL = re.compile(r"<td([^>]*)>([-+<>~.]{0,2}\d[^<]{0,22})</td>")  # with a number and its interval
 NO_BREAK = "&nbsp;"
