@@ -5,7 +5,8 @@
 - DrMAD where the training path is not straight: example weights, by inner learning rate.
 - One step through a fresh Adam: the result depends on `eps_root`.
 
-docs/which_algorithm.md discusses these tables; the problems are those in which_algorithm.py.
+docs/which_algorithm/more_problems.md discusses these tables; which_algorithm.py has the same
+problems.
 
     python examples/where_algorithms_fail.py            # half a minute on 2 slow cores
     python examples/where_algorithms_fail.py --help

@@ -6,6 +6,7 @@ import io
 import os
 import pydoc
 import re
+import runpy
 import textwrap
 from pathlib import Path
 
@@ -300,3 +301,30 @@ def test_displayed_formulas_stand_alone():
         for before, formula, after in zip(parts[:-2:2], parts[1::2], parts[2::2], strict=True):
             alone = before.rstrip(" ").endswith("\n\n") and re.match(r'\n\n|\n *"""', after)
             assert alone, f"{file}: a blank line before and after $${formula}$$"
+
+
+def test_navigation_has_every_page_in_groups_of_at_most_seven():
+    nav = (ROOT / "mkdocs.yml").read_text().split("\nnav:\n")[1].split("\n\n")[0]
+    open_groups: dict[int, int] = {}  # entries so far, by depth
+    for line in nav.splitlines():
+        depth = len(line) - len(line.lstrip())
+        open_groups = {x: count for x, count in open_groups.items() if x <= depth}
+        open_groups[depth] = open_groups.get(depth, 0) + 1
+        assert open_groups[depth] <= 7, line
+    named = {re.split(r"[ -]+", line)[-1] for line in nav.splitlines()}
+    assert not set(PAGES) - named
+
+
+def test_pages_of_examples_have_the_result_before_the_program_and_no_progress():
+    pytest.importorskip("mkdocs")  # of the extra `docs`
+    pytest.importorskip("latex2mathml")
+    hooks = runpy.run_path(str(ROOT / "docs" / "hooks.py"))
+    for name in hooks["EXAMPLES"]:
+        source = f"examples/{name}.py"
+        shown, program = hooks["_example"](source, (ROOT / source).read_text()).split(
+            "\n## The program"
+        )
+        assert "![" not in program
+        assert shown.index("![") < shown.index("\n|" if "\n|" in shown else "```text"), name
+        assert not re.search(r"^ *(seed \d|pictures? in )|\(\d+ s\)$", shown, re.MULTILINE), name
+    assert "T1-T2 with Adam (SAMA), fused: " not in hooks["_results"]("penalty_methods", "..")[1]

@@ -304,7 +304,7 @@ print("RESULT" + json.dumps([
 
 @pytest.mark.slow
 def test_each_algorithm_fails_where_the_guide_says(tmp_path):
-    """docs/which_algorithm.md: the parts of its tables that hold for any seed."""
+    """docs/which_algorithm/more_problems.md: the parts of its tables that hold for any seed."""
     program = f"""
 import json, where_algorithms_fail, which_algorithm
 output = ["--output", {str(tmp_path / "picture.png")!r}]
