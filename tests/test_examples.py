@@ -70,14 +70,17 @@ for name in {ALL!r}:
     with contextlib.suppress(SystemExit):
         importlib.import_module(name).main(["--help"])
 """
-    assert interpreter("-c", program).stdout.count("usage:") == len(ALL) == 18
+    assert interpreter("-c", program).stdout.count("usage:") == len(ALL) == 19
 
 
 # The others are above and below.
 @pytest.mark.parametrize(
     "name",
     quick(
-        sorted(set(ALL) - {"data_hypercleaning", "learned_learning_rates", "regularisation"}),
+        sorted(
+            set(ALL)
+            - {"annotators", "data_hypercleaning", "learned_learning_rates", "regularisation"}
+        ),
         keep=[],
     ),
 )
@@ -129,6 +132,46 @@ def test_short_horizons_want_small_rates(tmp_path):
     assert closed < 0.3 < number(r"^ +100 +(0\.\S+) ", told)
     assert number(r"^ +10 +([+-]\S+)$", told) > 0.3
     assert number(r"^ +100 +([+-]\S+)$", told) < 0
+
+
+def trusted(tmp_path, *arguments, compiled):
+    """Row to the mean accuracy of `annotators.py`, and the mean weights of the annotators."""
+    arguments = [*arguments, "--output", str(tmp_path / "picture.png")]
+    program = f"""
+import json, annotators
+runs = annotators.main({arguments!r})
+mean = lambda values: sum(values) / len(runs)
+rows = {{name: mean([float(run[name][0]) for run in runs]) for name in runs[0]}}
+rows["trust"] = mean([run[annotators.EXACT][1].trust for run in runs]).tolist()
+print("RESULT" + json.dumps(rows))
+"""
+    rows = json.loads(python("-c", program, compiled=compiled).stdout.split("RESULT")[1])
+    trust = rows.pop("trust")
+    assert max(trust[:10]) < 0.3 < 0.5 < min(trust[10:])
+    exact, reliable = (
+        rows["tuned, exact over 20 steps"],
+        rows["reliable annotators alone (unknown)"],
+    )
+    assert exact > rows["untuned, all labels, then checked digits"] + 0.05
+    assert exact > reliable - 0.04
+    assert rows["  stopped at its best in the test"] < 0.75
+    for name in (name for name in rows if name.startswith("tuned")):
+        assert rows[name] > rows["untuned, checked digits alone"] + 0.05
+    return rows
+
+
+@pytest.mark.thorough
+def test_annotators_who_are_wrong_lose_their_weight(tmp_path):
+    trusted(tmp_path, "--seeds=1", "--inner-steps=1600", compiled=QUICKLY)
+
+
+@pytest.mark.slow
+def test_annotators_reach_what_readme_says(tmp_path):
+    rows = trusted(tmp_path, compiled=LIGHTLY)
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    exact = rows["tuned, exact over 20 steps"]
+    # Rounding in other compilations moves single digits of the 767 in the test.
+    assert abs(100 * exact - float(re.search(r"\*\*(\S+) %\*\* test accuracy", readme)[1])) < 1
 
 
 def cleaned(tmp_path, *arguments, compiled):
