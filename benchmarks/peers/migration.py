@@ -44,12 +44,13 @@ class Pair(NamedTuple):
 
     @property
     def changed(self) -> int:
-        """How many lines of ours are not in theirs; those that we leave out do not count."""
-        lines = [
-            [line for line in code.splitlines() if line.strip()]
+        """How many lines differ: new ones, or those of theirs that are gone, if these are more."""
+        theirs, ours = (
+            [line for line in code.splitlines() if line.strip() and line != f"# {self.library}"]
             for code in (self.theirs, self.ours[-1])
-        ]
-        return sum(line.startswith("+ ") for line in difflib.ndiff(*lines))
+        )
+        signs = [line[0] for line in difflib.ndiff(theirs, ours)]
+        return max(signs.count("+"), signs.count("-"))
 
     @property
     def settings(self) -> dict[str, str]:
@@ -84,6 +85,8 @@ def by_gradhpo(page: str) -> dict[str, list[float]]:
     with jax.enable_x64(True):
         for pair in pairs_of(page):
             for code in pair.ours[done:]:
+                # Else the rest of this process would have it, too.
+                code = code.replace('jax.config.update("jax_enable_x64", True)', "")
                 exec(compile(code, page, "exec"), namespace)
             done = len(pair.ours)
             found[pair.title] = flat(namespace["gradient"])
@@ -92,7 +95,8 @@ def by_gradhpo(page: str) -> dict[str, list[float]]:
 
 def off(found: list[float], expected: list[float]) -> float:
     """The largest difference, relative to the largest number."""
-    return float(np.abs(np.subtract(found, expected)).max() / np.abs(expected).max())
+    difference = [x - y for x, y in zip(found, expected, strict=True)]
+    return float(np.abs(difference).max() / np.abs(expected).max())
 
 
 def kept(file: Path | Kept | None) -> list[dict[str, Any]]:
@@ -113,8 +117,8 @@ def print_migration(file: Path | Kept | None = None) -> None:
     """Runs our programs now; those of others only where their rows are missing."""
     rows = kept(file)
     ours = {page: by_gradhpo(page) for page in PAGES}
-    print("\nPrograms on the pages docs/how_to/from_*.md: how many lines of ours are new beside")
-    print("theirs, and the largest difference of the hypergradients, relative, in float64\n")
+    print("\nPrograms on the pages docs/how_to/from_*.md: how many lines differ between theirs and")
+    print("ours, and the largest difference of the hypergradients, relative, in float64\n")
     print(f"    {'':44}   lines  difference")
     pairs = [pair for page in PAGES for pair in pairs_of(page)]
     for pair in pairs:

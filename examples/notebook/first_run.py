@@ -121,8 +121,8 @@ gradhpo.check_hypergradient(optimizer, start, train.stack(0, 5), val, losses)
 # %% [markdown]
 # The run ends where the hypergradient of *five* steps is small. Over 20 steps it is not:
 # `compare_hypergradients` puts estimates beside the exact one, by direction (the cosine), length
-# and cost. What [a short horizon](../../docs/concepts/short_horizon_bias.md) cannot see is the topic
-# of another page.
+# and cost. [A page](../../docs/concepts/short_horizon_bias.md) explains what a short horizon cannot
+# see.
 
 # %%
 methods = {
