@@ -44,7 +44,7 @@ class Pair(NamedTuple):
 
     @property
     def changed(self) -> int:
-        """How many lines differ: new ones, or those of theirs that are gone, if these are more."""
+        """How many lines differ: added or removed, the larger number."""
         theirs, ours = (
             [line for line in code.splitlines() if line.strip() and line != f"# {self.library}"]
             for code in (self.theirs, self.ours[-1])
@@ -114,7 +114,7 @@ def kept(file: Path | Kept | None) -> list[dict[str, Any]]:
 
 
 def print_migration(file: Path | Kept | None = None) -> None:
-    """Runs our programs now; those of others only where their rows are missing."""
+    """Runs our programs now, and others only if their rows are missing."""
     rows = kept(file)
     ours = {page: by_gradhpo(page) for page in PAGES}
     print("\nPrograms on the pages docs/how_to/from_*.md: how many lines differ between theirs and")
