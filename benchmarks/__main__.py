@@ -45,6 +45,7 @@ from benchmarks.peers import (
     earlier,
     implicit,
     lasso,
+    migration,
     pytorch,
     suboptimality,
 )
@@ -122,6 +123,7 @@ PEERS = {
     "torch": Table(pytorch.print_pytorch),
     "implicit": Table(implicit.print_implicit),
     "lasso": in_rows("lasso", lasso.print_lasso),
+    "migration": going_on("migration", migration.print_migration),
     "bergson": in_rows("bergson", bergson.print_bergson),
     "benchopt": Table(benchopt.print_benchopt),
     "suboptimality": Table(suboptimality.print_suboptimality),

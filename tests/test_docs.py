@@ -32,6 +32,8 @@ CODE = re.compile(r"^( *)```python\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 TIMED = {"diagnostics.md", "training.md"}
 # Pages that show memory as the compiler counts it, which jax 0.12 does up to 8 % lower than 0.10.
 COMPILED = {"how_to/scaling.md"}
+# Pages that switch float64 on, which the fixture below would prevent.
+IN_FLOAT64 = {"how_to/from_a_scan.md", "how_to/from_jaxopt.md", "how_to/from_maml.md"}
 ON_FOUR_DEVICES = {"how_to/population.md", "how_to/scaling.md"}
 # Names for annotations: they are documented where they are used.
 ALIASES = {
@@ -100,7 +102,8 @@ def test_pages_run_as_shown(page):
         flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
         python("-c", f"import test_docs; test_docs.run_as_shown({page!r})", compiled=flags)
     else:
-        run_as_shown(page)
+        with jax.enable_x64(page in IN_FLOAT64):
+            run_as_shown(page)
 
 
 def run_as_shown(page):
