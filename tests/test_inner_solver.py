@@ -387,7 +387,7 @@ def test_settings_that_contradict_each_other(settings, error, said):
         (lambda w, h, batch: w[:3], "inner_solver must return params of the structure and shapes"),
         (lambda w, h, batch: {"w": w}, "inner_solver must return params of the structure"),
         (lambda w, h, batch: (w, 3), "return the new params alone"),
-        (lambda w, h, batch: w.astype(jnp.float32), "of the dtypes that it was given"),
+        (lambda w, h, batch: w.astype(jnp.float32), "of the dtypes that it got"),
         (lambda w, h: w, r"inner_solver .*batch"),
     ],
 )

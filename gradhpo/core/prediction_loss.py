@@ -1,4 +1,4 @@
-"""Losses of the prediction, for methods that look at functions and not at their parameters."""
+"""Losses of the prediction, for methods in function space instead of parameter space."""
 
 import itertools
 from collections.abc import Callable
@@ -21,20 +21,20 @@ from gradhpo.utils.warn import place_of, warn_once
 class PredictionLoss(eqx.Module):
     r"""A loss of the prediction, $L(w, \lambda) = \ell(\lambda, h_w(x), x, y)$.
 
-    Called as any loss is, `(params, hyperparams, batch)`, it returns
+    Called like any loss, `(params, hyperparams, batch)`, it returns
     `loss(predict(params, hyperparams, batch), hyperparams, batch)`. So every optimizer and every
-    diagnostic takes it, and [`FunctionalOptimizer`][gradhpo.FunctionalOptimizer] can see the
-    prediction in between, which it needs.
+    diagnostic takes it, and [`FunctionalOptimizer`][gradhpo.FunctionalOptimizer] sees the
+    prediction, which it needs.
 
     **Arguments:**
 
     - `predict`: `(params, hyperparams, batch) -> predictions`, a pytree of arrays. Return the
-        parameters beside the output if the loss has a penalty on them.
+        parameters along with the output if the loss has a penalty on them.
     - `loss`: `(predictions, hyperparams, batch) -> scalar`, or `(scalar, metrics)` as in
         [`LossFunctions`][gradhpo.LossFunctions].
 
-    If the state has a `model_state`, `predict` takes it as fourth argument and returns
-    `(predictions, new_model_state)`; `loss` is called as without.
+    If the state has a `model_state`, `predict` takes it as its fourth argument and returns
+    `(predictions, new_model_state)`; `loss` is called in the same way.
 
     **Raises:** `TypeError` for functions that do not take these arguments.
 
@@ -60,14 +60,14 @@ class PredictionLoss(eqx.Module):
     def __call__(
         self, params: PyTree, hyperparams: PyTree, batch: PyTree, *model_state: PyTree
     ) -> Any:
-        """The loss, as any other is called."""
+        """The loss, called like any other."""
         predictions = self.predict(params, hyperparams, batch, *model_state)
         if not model_state:
             return self.loss(predictions, hyperparams, batch)
         if not (isinstance(predictions, tuple) and len(predictions) == 2):
             raise ValueError(
-                "predict got a model state, as the state has one, and must return (predictions, "
-                f"new_model_state), not a {type(predictions).__name__}"
+                "predict got a model state, so it must return (predictions, new_model_state), "
+                f"not a {type(predictions).__name__}"
             )
         predictions, new = predictions
         returned = self.loss(predictions, hyperparams, batch)
@@ -85,25 +85,25 @@ class PredictionLoss(eqx.Module):
 def prediction_losses(name: str, problem: Problem) -> tuple[PredictionLoss, PredictionLoss]:
     """The training and the validation loss of a problem, both of them losses of the prediction.
 
-    Also says which hyperparameters act on the prediction itself: in the space of functions, where
-    the prediction is the variable, they have no derivative.
+    Warns about hyperparameters that act on the prediction itself: in function space, where the
+    prediction is the variable, they have no derivative.
 
-    **Arguments:**
+        **Arguments:**
 
-    - `name`: of the optimizer, for the messages.
-    - `problem`: the problem of one outer step.
+        - `name`: of the optimizer, for the messages.
+        - `problem`: the problem of one outer step.
 
-    **Returns:** two [`PredictionLoss`][gradhpo.PredictionLoss].
+        **Returns:** two [`PredictionLoss`][gradhpo.PredictionLoss].
 
-    **Raises:** `TypeError` for another loss; `ValueError` for a problem with a model state, and if
-    all hyperparameters act on the prediction alone.
+        **Raises:** `TypeError` for other losses; `ValueError` for a problem with a model state, and
+        if all hyperparameters act only on the prediction.
 
-    ```python
-    from gradhpo.extend import prediction_losses
+        ```python
+        from gradhpo.extend import prediction_losses
 
-    def estimate(self, problem, memory):  # of your own algorithm
-        train, val = prediction_losses(type(self).__name__, problem)
-    ```
+        def estimate(self, problem, memory):  # of your own algorithm
+            train, val = prediction_losses(type(self).__name__, problem)
+        ```
     """
     phi, validation, z, hyperparams = problem
     train = _of_prediction(name, "train", phi.train_loss_fn)
@@ -137,20 +137,20 @@ def _of_prediction(name: str, which: str, loss: Any) -> PredictionLoss:
     if isinstance(loss, PredictionLoss):
         return loss
     raise TypeError(
-        f"{name} takes losses of the prediction, and {which}_loss_fn is {place_of(loss)}. Write "
+        f"{name} takes losses of the prediction, but {which}_loss_fn is {place_of(loss)}. Write "
         f"{which}_loss = gradhpo.PredictionLoss(predict, loss) with predict(params, hyperparams, "
         "batch) -> predictions and loss(predictions, hyperparams, batch) -> scalar; all other "
-        "optimizers take that too"
+        "optimizers take it too"
     )
 
 
 def _check_seen(name: str, problem: Problem, seen: list[bool], inside: list[bool]) -> None:
-    """Names the hyperparameters that act `inside` the prediction, for which it is no variable."""
+    """Names the hyperparameters that act `inside` the prediction, where no derivative sees them."""
     names = leaf_names(problem.hyperparams)
     inside_names = list(itertools.compress(names, inside))
     why = (
-        f"the prediction is the variable of {name}, and how predict makes it from hyperparameters "
-        f"has no derivative there. {WHO_SEES['optimum']} see it, with the same losses"
+        f"the prediction is the variable of {name}, so the effect of hyperparameters on it inside "
+        f"predict has no derivative. {WHO_SEES['optimum']} see it, with the same losses"
     )
     if not any(seen):
         acting = f" ({', '.join(inside_names)}: inside predict)" if inside_names else ""
@@ -165,22 +165,22 @@ def _check_seen(name: str, problem: Problem, seen: list[bool], inside: list[bool
         warn_once(f"{zero}inside predict alone: {why}", *problem.functions())
     if partly:
         warn_once(
-            f"{name} leaves out what hyperparams {', '.join(partly)} do inside predict: {why}",
+            f"{name} ignores the effect of hyperparams {', '.join(partly)} inside predict: {why}",
             *problem.functions(),
         )
 
 
 def is_linear(function: Callable[[PyTree], PyTree], x: PyTree) -> bool:
-    """Whether a function is linear, up to a constant, by its traced program: no test of values.
+    """Whether a function is linear, up to a constant, judged by its traced program, not by values.
 
     **Arguments:**
 
     - `function`: of one tree of floating-point arrays.
     - `x`: such a tree.
 
-    **Returns:** `True` if nothing in the traced derivative reads where it is taken, not even a
-    comparison, as that of `jax.nn.relu` does. A function without a forward derivative counts as not
-    linear, and so does a loop (`lax.scan`), into which it does not look.
+    **Returns:** `True` if the traced derivative does not read the point where it is taken, not even
+    in a comparison, as with `jax.nn.relu`. A function without a forward derivative counts as not
+    linear, and so does a loop (`lax.scan`), which is not examined.
 
     ```python
     from gradhpo.extend import is_linear

@@ -52,7 +52,7 @@ METRICS = (
 """The metrics of every step, by name."""
 
 MEMBERS = "members."
-"""In front of a metric's name: that of all members of a population, beside their lowest."""
+"""Prefix of a metric's values for all members of a population; without it, the lowest."""
 
 _T = TypeVar("_T")
 
