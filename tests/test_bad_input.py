@@ -68,7 +68,7 @@ RUN = {
     "a class": (
         lambda: run(callbacks=[gradhpo.BestState]),
         TypeError,
-        r"make one of it: callbacks=\[gradhpo.BestState\(...\)\]",
+        r"create an instance: callbacks=\[gradhpo.BestState\(...\)\]",
     ),
     "another signature": (
         lambda: run(callbacks=[lambda state: None]),
@@ -518,7 +518,7 @@ LATER = {
     ),
     "structure": (lambda: batches(X, good=4), "data error", "differs from the first in its str"),
     "text": (lambda: batches("end", good=4), "data error", r"\(batch 4\) holds a str"),
-    "ends": (lambda: batches(good=4), "data exhausted", r"gradhpo.iterate\(loader\) starts a load"),
+    "ends": (lambda: batches(good=4), "data exhausted", r"gradhpo.iterate\(loader\) restarts a lo"),
 }
 
 

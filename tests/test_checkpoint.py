@@ -494,7 +494,7 @@ def flipped(content):
 DAMAGES = [
     (damaged(lambda content: content[:-10]), r"is damaged .it has \d+ of \d+ bytes.*Move it away"),
     (damaged(lambda content: content[:25]), "is damaged"),
-    (damaged(flipped), "is damaged .its checksum does not fit"),
+    (damaged(flipped), "is damaged .its checksum does not match"),
     (damaged(lambda content: b""), "is not a checkpoint of gradhpo"),
     (damaged(lambda content: b"PK\x03\x04 an archive"), "is not a checkpoint of gradhpo"),
     (
@@ -575,7 +575,7 @@ OTHERS = [
     ({"data": gradhpo.ArrayData((X, -Y), 4, jax.random.key(1))}, "function.arrays holds other val"),
     ({"data": iter(BATCHES)}, "train_data was Generated, and is an iterator"),
     ({"steps_per_episode": 3}, "steps_per_episode was None, and is 3"),
-    ({"num_steps": 6}, "has taken 12 steps, and num_steps=6 asks for fewer"),
+    ({"num_steps": 6}, "has taken 12 steps, but num_steps=6 asks for fewer"),
 ]
 
 
@@ -608,7 +608,7 @@ def test_directories_that_cannot_serve(tmp_path):
     with pytest.raises(ValueError, match="is a file; pass a directory"):
         run(file)
     (tmp_path / "metrics.bin").write_text("mine")
-    with pytest.raises(ValueError, match=r"metrics.bin is there, without a checkpoint beside it"):
+    with pytest.raises(ValueError, match=r"metrics.bin exists without a checkpoint next to it"):
         run(tmp_path)
     assert (tmp_path / "metrics.bin").read_text() == "mine"
     with pytest.raises(ValueError, match="holds no checkpoint"):

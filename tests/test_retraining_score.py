@@ -868,7 +868,7 @@ BAD = {
     "no axis": ({"queries": jnp.ones(())}, "queries along axis 0 .* has no leading axis"),
     "dtype": ({"perturb": to_float32}, r"\['weights'\]: expected f64\[40\], found f32\[40\]"),
     "leaf": ({"perturb": lambda key, h: {"rate": h["rate"]}}, r"\['weights'\]: .* found nothing"),
-    "same": ({"perturb": lambda key, h: h}, "returns the hyperparameters as they are"),
+    "same": ({"perturb": lambda key, h: h}, "returns the hyperparameters unchanged"),
     "no key": (
         {"perturb": lambda key, h: jax.tree.map(lambda x: x + 1, h)},
         "returns the same for 7 keys",

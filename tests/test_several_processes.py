@@ -87,7 +87,7 @@ def test_a_whole_run_is_replayed(source, tmp_path):
         assert {x.returncode for x in done} == {-signal.SIGKILL}
     again, other = on(2, "replays", source, tmp_path, 100)
     assert again["digest"] == other["digest"] == first["queries"]["digest"]
-    assert "went on on the way back" in again["report"]
+    assert "resumed on the way back" in again["report"]
 
 
 @pytest.mark.thorough

@@ -21,7 +21,7 @@ def mean_over_steps(
     """The mean of `function` over the last `count` steps, in a loop: programs do not grow with it.
 
     `function` returns what to average, and more, which is returned only for a single step.
-        Sums, of cotangents too, are in float32 at least.
+    Sums, of cotangents too, are in float32 at least.
     """
     if count == 1:
         return function(w, hyperparams, last)

@@ -25,9 +25,9 @@ class Advance(NamedTuple):
     """The result of a step.
 
     - `state`: the next state.
-        - `moving`: for each leaf of the hyperparameters, whether its hypergradient is not 0, shape
-            `[leaves]`; in a population `[members, leaves]`.
-        - `hypergradient`: a tree like the hyperparameters, finite or not.
+    - `moving`: for each leaf of the hyperparameters, whether its hypergradient is not 0, shape
+        `[leaves]`; in a population `[members, leaves]`.
+    - `hypergradient`: a tree like the hyperparameters, finite or not.
     """
 
     state: BilevelState

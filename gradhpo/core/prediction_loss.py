@@ -88,22 +88,22 @@ def prediction_losses(name: str, problem: Problem) -> tuple[PredictionLoss, Pred
     Warns about hyperparameters that act on the prediction itself: in function space, where the
     prediction is the variable, they have no derivative.
 
-        **Arguments:**
+    **Arguments:**
 
-        - `name`: of the optimizer, for the messages.
-        - `problem`: the problem of one outer step.
+    - `name`: of the optimizer, for the messages.
+    - `problem`: the problem of one outer step.
 
-        **Returns:** two [`PredictionLoss`][gradhpo.PredictionLoss].
+    **Returns:** two [`PredictionLoss`][gradhpo.PredictionLoss].
 
-        **Raises:** `TypeError` for other losses; `ValueError` for a problem with a model state, and
-        if all hyperparameters act only on the prediction.
+    **Raises:** `TypeError` for other losses; `ValueError` for a problem with a model state, and if
+    all hyperparameters act only on the prediction.
 
-        ```python
-        from gradhpo.extend import prediction_losses
+    ```python
+    from gradhpo.extend import prediction_losses
 
-        def estimate(self, problem, memory):  # of your own algorithm
-            train, val = prediction_losses(type(self).__name__, problem)
-        ```
+    def estimate(self, problem, memory):  # of your own algorithm
+        train, val = prediction_losses(type(self).__name__, problem)
+    ```
     """
     phi, validation, z, hyperparams = problem
     train = _of_prediction(name, "train", phi.train_loss_fn)

@@ -39,7 +39,7 @@ class Setting(eqx.Module):
         return self.part.batches.drawn(self.step, jnp.zeros((), jnp.int32), self.part.per_step)
 
     def case(self, start: BilevelState) -> Case:
-        """What follows an estimator along these steps."""
+        """The case that follows an estimator along these steps."""
         return Case(start, self.batches, self.queries, self.losses, self.num_steps)
 
     def inputs(self, start: BilevelState, query: PyTree) -> Inputs:

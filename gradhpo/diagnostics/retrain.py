@@ -24,7 +24,7 @@ from gradhpo.utils.tracing import count_trace
 from gradhpo.utils.trees import all_finite
 
 
-# Small trainings gain nothing from more, and blocks are what a bar shows and a directory keeps.
+# Small trainings gain nothing from more; bars and directories count in blocks.
 _MOST_AT_ONCE = 32
 
 
@@ -52,7 +52,7 @@ def losses_of_block(
 ) -> tuple[Array, Array]:
     """The losses of one training for each key, `[trainings, queries]`, and which are finite.
 
-    Each starts anew at the changed hyperparameters; where not `moved`, at the ones of `start`.
+    Each starts afresh at the changed hyperparameters; where not `moved`, at those of `start`.
     """
     count_trace()
     given = setting.inputs(start, setting.query(0)), setting.num_steps
@@ -141,7 +141,7 @@ class Blocks:
         return moved, self._keys[np.where(moved, numbers - 1, 0)]
 
     def run(self, bar: ProgressBar, num_steps: int) -> Retrained:
-        """All blocks; what an earlier call kept is not trained again."""
+        """Trains all blocks, except those that an earlier call kept."""
         earlier, blocks = set(self._kept.numbers("losses")), []
         for first in range(0, self._count, self.size):
             count = min(self.size, self._count - first)
