@@ -212,7 +212,7 @@ NEEDS_A_VALUE = (
 )
 DRAWS = (
     r"train_data\(index\) made another batch of the same index .* Pass gradhpo.ArrayData\("
-    r"arrays, batch_size, key\) for random minibatches"
+    r"arrays, batch_size, key\) for random mini-batches"
 )
 FUNCTIONS = {
     "a slice": (lambda i: X[i * 2 : (i + 1) * 2], NEEDS_A_VALUE),
@@ -374,7 +374,7 @@ DATA = {
     "one iterator twice": (
         lambda: (lambda data: run(train_data=data, val_data=data))(batches(good=20)),
         ValueError,
-        "train_data and val_data are one and the same iterator",
+        "train_data and val_data are the same iterator",
     ),
     "iterate(5)": (lambda: gradhpo.iterate(5), TypeError, r"loader must be .*got 5"),
 }

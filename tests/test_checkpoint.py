@@ -454,7 +454,7 @@ def test_an_iterator_that_was_used_is_refused(tmp_path):
     run(tmp_path / "class", data=again, num_steps=3)
     with pytest.raises(ValueError, match="train_data has been drawn from already"):
         run(tmp_path / "class", data=again)
-    with pytest.raises(ValueError, match="ended after 2 batches, and the run that is resumed had"):
+    with pytest.raises(ValueError, match="ended after 2 batches, but the resumed run had"):
         run(tmp_path, data=iter(BATCHES[:2]))
     other = gradhpo.iterate(BATCHES[::-1])
     with pytest.raises(ValueError, match="batch 5 of train_data is not the batch that"):
@@ -747,7 +747,7 @@ def test_a_loader_that_shuffles_every_pass_anew_seeks(tmp_path):
     expected = run(None, data=gradhpo.iterate(Shuffling()))
     data = gradhpo.iterate(Shuffling())
     run(tmp_path, data=data, callbacks=[stop_at(6)])
-    with pytest.raises(ValueError, match="pass one of a loader that has not"):
+    with pytest.raises(ValueError, match="call it on a loader that has not"):
         run(tmp_path, data=data)
     assert_same_run(run(tmp_path, data=gradhpo.iterate(Shuffling())), expected)
 

@@ -442,7 +442,7 @@ def test_under_debug_nans():
 
 def test_iterators_are_refused():
     for data in (iter(Loader()), gradhpo.iterate(iter(Loader()))):
-        with pytest.raises(TypeError, match="can be gone through once"):
+        with pytest.raises(TypeError, match="can be read only once"):
             replayed(data)
     begun = gradhpo.iterate(Loader())
     next(begun)

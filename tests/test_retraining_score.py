@@ -895,7 +895,7 @@ def test_arguments_of_another_kind():
     state = EXACT.init(PARAMS, HYPERPARAMS)
     with pytest.raises(TypeError, match="several inner problems"):
         scored(tasks, state=state)
-    with pytest.raises(TypeError, match="can be gone through once"):
+    with pytest.raises(TypeError, match="can be read only once"):
         scored(train_data=iter(Loader()))
     with pytest.raises(TypeError, match=r"perturb is called as perturb.key, hyperparams."):
         scored(perturb=lambda key: key)

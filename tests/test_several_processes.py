@@ -112,7 +112,7 @@ def test_what_ends_a_run_in_one_process_ends_it_in_all(tmp_path):
         "rate": "lr_hyper differs: 0.5 in process 0, 0.25 in process 1",
         "key": "ArrayData(key) differs: checksum",
         "parts": "float64[2, 3] in process 0 and batches PyTreeDef(*) of float64[4, 3] in process",
-        "whole": "yield the part of this one alone",
+        "whole": "yield only the part of this one",
         "uneven": "of shape (3, 3) in each process",
         "orbax": 'pip install "gradhpo[orbax]"',
     }

@@ -25,8 +25,8 @@ class LinearSolution(NamedTuple):
     """What [`solve_system`][gradhpo.extend.solve_system] returns.
 
     - `value`: a tree like the right-hand side.
-    - `failed`: whether the solver gave up (singular, diverged), shape `()`. To be cut short is no
-        failure.
+    - `failed`: whether the solver gave up (singular, diverged), shape `()`. Being cut short is not
+        a failure.
     - `iterations`: as the solver counts them, 0 for direct ones, shape `()`.
     """
 
@@ -49,11 +49,11 @@ def solve_system(
     r"""$q = A^{-1} b$ for $A v$ = `product(v)` and $b$ = `rhs`, which may be differentiated.
 
     Where $A$ and $b$ depend on something, so does $q$, with $q' = A^{-1}(b' - A' q)$: one more
-    solve by the same solver, whose steps are not gone through. (A solve that is cut short is
-    therefore differentiated as what it approaches.) A solve that failed has the derivative NaN:
-    that of $A^+ b$ has other terms as well. Solvers that are meant as something else
-    than $A^{-1}$, [`Neumann`][gradhpo.Neumann] and [`Nystrom`][gradhpo.Nystrom], say so by
-    `approximates = True`; their own operations are differentiated.
+    solve by the same solver, whose steps are not differentiated. (A solve that is cut short is
+    therefore differentiated as its limit.) A failed solve has the derivative NaN: that of $A^+ b$
+    has more terms. Solvers that are not meant as $A^{-1}$, [`Neumann`][gradhpo.Neumann] and
+    [`Nystrom`][gradhpo.Nystrom], declare `approximates = True`; their own operations are
+    differentiated.
 
     **Arguments:**
 
@@ -119,7 +119,7 @@ def solve_linearly(
 
 
 class _Square(lx.FunctionLinearOperator):
-    """An operator on one space, which is told and not traced: a trace would lose shardings."""
+    """An operator on one space, which is given and not traced: a trace would lose shardings."""
 
     def __init__(self, product: Callable, structure: PyTree, tags: Any):
         super().__init__(product, structure, tags, closure_convert=False)
@@ -130,7 +130,7 @@ class _Square(lx.FunctionLinearOperator):
 
 
 class _Solve(eqx.Module):
-    """A solver with what it is told of the system."""
+    """A solver with what it is told about the system."""
 
     solver: lx.AbstractLinearSolver
     symmetric: bool = eqx.field(static=True)
@@ -159,7 +159,7 @@ class _Solve(eqx.Module):
         return jax.tree.map(lambda x: scale * x, value), failed, iterations
 
     def _found(self, product: Callable, rhs: PyTree) -> tuple[PyTree, tuple[Array, Array]]:
-        """From the guess as it is."""
+        """The answer from the guess itself."""
         tags = lx.positive_semidefinite_tag if self.symmetric else ()
         operator = _Square(product, jax.eval_shape(lambda: rhs), tags)
         options = {"y0": self.guess, "image": self.image, "shift": self.shift}
