@@ -789,7 +789,7 @@ MISUSES = {
     ),
     "a module as hyperparameters": (
         lambda: init(W, eqx.nn.MLP(2, 2, 2, 1, key=jax.random.key(0))), TypeError,
-        r"hyperparams\.activation is.*only the arrays can be tuned, and gradhpo\.partition\(model",
+        r"hyperparams\.activation is.*Only the arrays of a module .*gradhpo\.partition\(model",
     ),
     "labels that are text": (
         lambda: step(train_batch=(B, TEXT)), TypeError,
@@ -930,4 +930,4 @@ def test_what_differs_comes_after_the_remedy_in_few_lines():
     assert lines[9:] == ["  and 32 more"]
     lacking = where_they_differ({"a": 1.0}, {"a": 1.0, "b": jnp.ones(2)})
     assert lacking == "  ['b']: expected f64[2], found nothing"
-    assert "what holds them" in where_they_differ((jnp.ones(2),), [jnp.ones(2)])
+    assert "their containers" in where_they_differ((jnp.ones(2),), [jnp.ones(2)])

@@ -372,7 +372,7 @@ def test_hyperparameters_that_its_equation_lacks_are_named():
     [
         ({"inner_optimizer": optax.sgd(0.1)}, ValueError, "both inner_optimizer and inner_solver"),
         ({"inner_steps": 5}, ValueError, "called once per step"),
-        ({"grad_fn": penalised, "update_fn": proximal}, ValueError, "either alone says which eq"),
+        ({"grad_fn": penalised, "update_fn": proximal}, ValueError, "either alone defines the eq"),
         ({"inner_solver": 3}, TypeError, "inner_solver must be a function, got 3.*optimistix"),
     ],
 )

@@ -347,7 +347,7 @@ def test_batches_of_one_process_beside_a_state_of_all_are_refused():
     }
     for lines in (first, second):
         for what, where in refused.items():
-            expected = f"{what} refuses {where} is an array of this process alone, and the state is"
+            expected = f"{what} refuses {where} is an array of this process alone, but the state is"
             assert lines[what].startswith(expected), lines[what]
             assert "jax.make_array_from_process_local_data(sharding, part)" in lines[what]
             assert "independent state in every process" in lines[what]
