@@ -450,7 +450,7 @@ CONTROLS = {
     "a metric that is not there": (
         lambda: run(callbacks=[gradhpo.BestState("third_loss")]),
         ValueError,
-        "metric='third_loss' is not a metric of this run; there are .*val_loss",
+        "metric='third_loss' is not a metric of this run; available: .*val_loss",
     ),
     "a memory without a start": (
         lambda: run(callbacks=[Remembering()]),

@@ -620,7 +620,7 @@ def test_more_and_fewer_with_blocks_larger_than_all(tmp_path):
     # Five trainings, of which the second block has one of its four.
     assert_same(scored(**settings, num_retrainings=4).true, scored(**settings).true[:4])
     assert times() == after
-    with pytest.raises(ValueError, match="block_size=99, and there are blocks of 4 trainings"):
+    with pytest.raises(ValueError, match="block_size=99 differs from the blocks of 4 trainings"):
         scored(**settings | {"block_size": 99})
 
 
@@ -653,7 +653,7 @@ def test_a_directory_holds_one_optimizer_of_a_name(tmp_path):
             EXACT, EXACT.init(PARAMS, HYPERPARAMS), DATA, QUERIES, LOSSES, num_steps=STEPS,
             store=tmp_path, progress=False,
         )  # fmt: skip
-    with pytest.raises(ValueError, match="block_size=4, and there are blocks of 3 trainings"):
+    with pytest.raises(ValueError, match="block_size=4 differs from the blocks of 3 trainings"):
         scored({"it": greedy(0.9)}, directory=tmp_path, block_size=4)
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"directory=.* is a file"):

@@ -380,7 +380,7 @@ def test_history_plots(tmp_path):
     np.testing.assert_array_equal(axes.lines[1].get_ydata(), history["val_loss"])
     assert history.plot("hypergrad_norm", ax=axes) is axes
     assert "7 steps" in repr(history)
-    with pytest.raises(KeyError, match=r"no metric 'valloss'; there are .*val_loss"):
+    with pytest.raises(KeyError, match=r"no metric 'valloss'; available: .*val_loss"):
         history.plot("valloss")
 
 

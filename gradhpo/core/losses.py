@@ -115,7 +115,7 @@ def _is_like(x: Any, r: PyTree) -> bool:
 
 
 def _metrics(which: str, aux: Any) -> dict[str, Array]:
-    """The metrics beside a loss, by their names in the history."""
+    """The metrics of a loss, by their names in the history."""
     if aux is None:
         return {}
     name = f"{which}_loss_fn"

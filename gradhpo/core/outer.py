@@ -50,7 +50,7 @@ def check_estimate(name: str, found: Any, state: BilevelState, problem: Problem)
         ("memory", found.memory, state.memory),
     )
     for part, value, like in parts:
-        what, remedy = f"the {part} that {made}", f"To go on from there, {write}."
+        what, remedy = f"the {part} that {made}", f"To continue from there, {write}."
         check_same_structure(value, like, what, remedy)
     for part, value in (("train_loss", found.train_loss), ("val_loss", found.val_loss)):
         loss = loss_of(value)

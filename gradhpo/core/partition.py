@@ -138,7 +138,7 @@ def _check_apart(tuned: PyTree, frozen_leaves: PyTree) -> None:
 
 
 def _flattened(where: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """The same selection, with the nodes of a list inside a tuple beside the others."""
+    """The same selection, with a list inside a tuple replaced by its nodes."""
 
     def select(model: Any) -> Any:
         is_node = lambda x: any(y is x for y in jax.tree.leaves(model, is_leaf=lambda y: y is x))

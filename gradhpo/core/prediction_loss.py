@@ -110,7 +110,7 @@ def prediction_losses(name: str, problem: Problem) -> tuple[PredictionLoss, Pred
     val = _of_prediction(name, "val", validation.val_loss_fn)
     if z.r is not None:
         raise ValueError(
-            f"{name} takes no model_state: the function beside the model would need one too. "
+            f"{name} takes no model_state: the function it fits to the model would need one too. "
             "Normalise without running state (LayerNorm, GroupNorm)"
         )
     params = eqx.combine(z.w, phi.frozen)

@@ -206,7 +206,7 @@ class BilevelState(eqx.Module):
         if default is not ...:
             return default
         names = ", ".join(map(str, [*self.metadata, *entries]))
-        raise KeyError(f"no metric {key!r}; there are {names}")
+        raise KeyError(f"no metric {key!r}; available: {names}")
 
     @property
     def model(self) -> PyTree:

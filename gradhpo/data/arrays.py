@@ -148,7 +148,7 @@ class ArrayData(eqx.Module):
 
 
 def with_key_beside(data: ArrayData) -> ArrayData:
-    """The data with the key placed beside arrays that several processes share."""
+    """The data with the key on the devices of arrays that several processes share."""
     if not any(map(is_of_several, jax.tree.leaves(data.arrays))):
         return data
     check_alike(**{"ArrayData(key)": f"checksum {checksum(data.key)}"})

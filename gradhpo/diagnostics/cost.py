@@ -168,7 +168,7 @@ def _is_array(x: Any) -> bool:
 
 
 def _flops(program: Any) -> float:
-    """As the compiler counts them; `nan` if it does not."""
+    """The compiler's count; `nan` if it has none."""
     analysis = program.cost_analysis()
     return float("nan") if analysis is None else float(analysis.get("flops", 0.0))
 

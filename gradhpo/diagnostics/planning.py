@@ -73,7 +73,7 @@ class Plan(Report):
         for row in self.rows:
             if (row.name, row.num_steps) == (name, num_steps):
                 return row
-        raise KeyError(f"{key}: there are {[(row.name, row.num_steps) for row in self.rows]}")
+        raise KeyError(f"{key}: available: {[(row.name, row.num_steps) for row in self.rows]}")
 
     def __str__(self) -> str:
         head = [

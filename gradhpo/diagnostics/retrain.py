@@ -103,7 +103,7 @@ class Blocks:
             # A block of all trainings is smaller than was asked for.
             if block_size not in (None, self.size, self._asked):
                 raise ValueError(
-                    f"block_size={block_size}, and there are blocks of {self.size} trainings "
+                    f"block_size={block_size} differs from the blocks of {self.size} trainings "
                     f"{kept.where}: pass block_size={self.size}, or another directory"
                 )
         elif block_size is None:
@@ -116,7 +116,7 @@ class Blocks:
         return math.ceil(self._count / math.ceil(self._count / most))
 
     def _make_fit(self) -> None:
-        """As many as fit into memory, by the compiler's figure for the number before."""
+        """Shrinks the block until it fits into memory, by the compiler's figures."""
         self.size, limit = self._even(_MOST_AT_ONCE), free_bytes(self._given[1])
         self._program = self._compiled()
         while self.size > 1 and self._program.temporary_bytes > limit:

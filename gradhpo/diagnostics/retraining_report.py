@@ -174,7 +174,7 @@ class RetrainingScore(Report):
             name = next(iter(self.hypergradients), "")
         if name not in self.hypergradients:
             there = ", ".join(map(repr, self.hypergradients)) or "none"
-            raise KeyError(f"no estimator {name!r} with hypergradients; there are {there}")
+            raise KeyError(f"no estimator {name!r} with hypergradients; available: {there}")
         num_queries = self.true.shape[1]
         if not -num_queries <= query < num_queries:
             raise IndexError(f"query={query} is out of range: there are {num_queries} queries")
@@ -190,7 +190,7 @@ def report_of(
     random: np.random.Generator,
     num_steps: int,
 ) -> RetrainingScore:
-    """The report, from the losses of trainings of which the first is without a change."""
+    """The report, from the losses of trainings, the first without a change."""
     base, after = retrained.losses[0], retrained.losses[1:]
     known = np.isfinite(base)
     finite = retrained.finite[1:] & np.all(np.isfinite(after[:, known]), axis=1)

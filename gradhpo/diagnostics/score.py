@@ -83,7 +83,7 @@ def _interval(means: np.ndarray) -> tuple[float, float]:
 
 
 def _centred_ranks(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Ranks minus their mean, for values of which a sample has `counts`: `[samples, values]`.
+    """Ranks minus their mean; a sample has each value `counts` times, `[samples, values]`.
 
     Without sorting every sample: the rank of a value is the number of those below it and half of
     its equals.

@@ -105,7 +105,7 @@ class ConjugateGradients(lx.AbstractLinearSolver[_State]):
             return jax.lax.cond(is_start, lambda: options["image"], lambda: state.mv(at.y))
 
         def stretch(at: _Iterates) -> _Iterates:
-            # The residual computed anew, since the one of the iterations drifts by rounding.
+            # The residual is recomputed, since that of the iterations drifts by rounding.
             at = _smoothed_if(~goes_on(at), at)
             at = _with_residual(at, image(at), vector)
             until = at.step + (steps if every is None else every)

@@ -196,7 +196,7 @@ def are_one(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 
 
 def _check_can_be_kept(callback: Any) -> None:
-    """Functions are part of the program; what is no array in a state, the run has itself."""
+    """Functions are part of the program; the run itself has the rest of a state."""
     is_state = lambda x: isinstance(x, BilevelState)
     for path, leaf in jax.tree_util.tree_leaves_with_path(callback.memory, is_leaf=is_state):
         if not (eqx.is_array_like(leaf) or is_key(leaf) or is_state(leaf) or callable(leaf)):

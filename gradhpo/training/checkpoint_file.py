@@ -29,7 +29,7 @@ _REMEDY = "Move it away to continue from the previous checkpoint, if there is on
 def write_file(path: Path, header: str, tree: PyTree) -> None:
     """Writes a temporary file and renames it: readers find all of it or nothing.
 
-    `header` is JSON, in one line. Frozen leaves are left out: they have a file of their own.
+    `header` is JSON, in one line. Frozen leaves are left out: they have their own file.
     """
     body = io.BytesIO()
     body.write(header.encode() + b"\n")

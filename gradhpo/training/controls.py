@@ -41,7 +41,7 @@ def watched_value(
             return float(metric(state))
     if metric not in metrics:
         raise ValueError(
-            f"metric={metric!r} is not a metric of this run; there are {', '.join(metrics)}"
+            f"metric={metric!r} is not a metric of this run; available: {', '.join(metrics)}"
         )
     return float(metrics[metric][-1])
 

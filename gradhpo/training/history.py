@@ -50,7 +50,7 @@ class History(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self._metrics:
-            raise KeyError(f"no metric {name!r}; there are {', '.join(self._metrics)}")
+            raise KeyError(f"no metric {name!r}; available: {', '.join(self._metrics)}")
         return self._metrics[name]
 
     def __iter__(self) -> Iterator[str]:

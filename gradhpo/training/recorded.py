@@ -20,7 +20,7 @@ RecordFn: TypeAlias = Callable[[BilevelState], dict[str, Array]]
 def scalar_hyperparams(optimizer: BilevelOptimizer, hyperparams: PyTree) -> dict[str, Array]:
     """Hyperparameters of shape `()`, by name: `hyperparams.decay`, or `hyperparams` alone.
 
-    Of shape `[members]` in a population.
+    In a population their shape is `[members]`.
     """
     shape = () if optimizer.num_members is None else (optimizer.num_members,)
     return {

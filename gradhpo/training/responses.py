@@ -181,7 +181,7 @@ def _function(
     made, is_params = optimizer._function_response(here, batch)
     if not is_params:
         return _entries(made)
-    # With a share of the parameters, so that their rounding is no difference.
+    # With a share of the parameters, so that their rounding makes no difference.
     moves = _entries(jax.tree.map(jnp.subtract, made, w))
     pairs = zip(moves, _entries(w), strict=True)
     return [jnp.concatenate([move, 0.01 * x]) for move, x in pairs]

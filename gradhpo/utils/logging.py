@@ -201,7 +201,7 @@ class JSONLinesLogger(_FileLogger):
     """Writes metrics as JSON Lines, `{"step": 1, "train_loss": 0.5, ...}`: a callback for `run`.
 
     `nan` and `inf`, which JSON lacks, become `null`. Written at the end of every chunk; if that
-    fails (a full disk), the run goes on, a warning says so, and the lines are written later.
+    fails (a full disk), the run continues, a warning says so, and the lines are written later.
 
     **Arguments:**
 

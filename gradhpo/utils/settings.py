@@ -38,7 +38,7 @@ def setting_or_schedule(value: Real[ArrayLike, ""] | Callable) -> Array | Callab
 
 
 def check_setting(name: str, value: Array, good: Callable[[np.ndarray], Any], rule: str) -> None:
-    """`good` must hold for a setting whose value is known (a traced one is trusted)."""
+    """Checks that `good` accepts a setting whose value is known (a traced one is trusted)."""
     if isinstance(value, Tracer) or not eqx.is_array(value):
         return
     if not np.all(good(np.asarray(value))):

@@ -24,7 +24,7 @@ LEFT_OUT = "left out"  # how many entries there was no room for
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
-    """As `run` records it, without the prefix: `layers.0.decay`, or `hyperparams` if it is all."""
+    """As `run` records it, without the prefix: `layers.0.decay`, or `hyperparams` for one leaf."""
     return jax.tree_util.keystr(path, simple=True, separator=".") or "hyperparams"
 
 
