@@ -65,7 +65,7 @@ def mean_along(weights: Array, directions: PyTree) -> PyTree:
 
 
 def redrawn(memory: PyTree, number: ArrayLike) -> PyTree:
-    """The memory with other random numbers, for every `number`; 0 leaves it as it is.
+    """The memory with other random numbers for every `number`; 0 leaves it unchanged.
 
     Works under wrappers, which add axes.
     """

@@ -15,7 +15,7 @@ from gradhpo.core.visibility import Sees
 from gradhpo.utils.tracing import TAKES_ALL
 
 
-Same = TypeVar("Same")  # typing.Self, which beartype knows in classes alone
+Same = TypeVar("Same")  # typing.Self, which beartype knows only in classes
 
 
 class Hooks(eqx.Module):

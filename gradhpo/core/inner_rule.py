@@ -1,4 +1,4 @@
-"""The rules that change parameters: optax, `grad_fn`, `update_fn`, and a solver of all of it."""
+"""The rules that change parameters: optax, `grad_fn`, `update_fn`, and a solver of the whole."""
 
 from collections.abc import Callable
 from typing import Any

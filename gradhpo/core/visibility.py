@@ -71,7 +71,7 @@ def _seen_by_step(
     What an update leaves in s must act later, for example: its sign has no derivative.
     """
     inexact, rest = eqx.partition(z, eqx.is_inexact_array)
-    if not read["r"]:  # the parameters are read themselves: what they do later tells no more
+    if not read["r"]:  # the parameters are read directly: their later effects add nothing
         inexact, rest = inexact._replace(w=None), rest._replace(w=z.w)
 
     def step(at):
@@ -106,7 +106,7 @@ def _sees_its_gradient(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> 
 
 
 def where_it_is_cut(problem: Problem) -> str:
-    """Where the derivative of what acts on training may be lost."""
+    """Where the derivative of hyperparameters that act on training may be lost."""
     phi, _, z, hyperparams = problem
     steps = phi.update_fn is phi.inner_solver is None
     if steps and not _sees_its_gradient(phi, z, hyperparams):

@@ -1,4 +1,4 @@
-"""What a compiled program costs: work and memory as the compiler counts, time by the clock."""
+"""What a compiled program costs: work and memory by the compiler's count, and wall time."""
 
 import contextlib
 import dataclasses

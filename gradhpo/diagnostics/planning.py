@@ -274,7 +274,7 @@ def _cost_of_step(
 
 
 def _has_horizon(optimizer: BilevelOptimizer) -> bool:
-    """Whether it can take another number of inner steps per `step`."""
+    """Whether the number of inner steps per `step` can change."""
     algorithm = algorithm_of(optimizer)
     return algorithm.with_num_steps(algorithm.num_inner_steps) is not None
 

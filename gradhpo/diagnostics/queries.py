@@ -75,8 +75,8 @@ def hypergradients_of_queries(
 ) -> tuple[PyTree, Array]:
     """An optimizer's hypergradients at the end of the inner steps, and the validation losses.
 
-    Both have a leading axis, the queries. The hyperparameters stay as they are. Steps before the
-    last take all queries as one validation batch, which matters only to an algorithm with a memory.
+    Both have a leading axis, the queries. The hyperparameters stay fixed. Steps before the last
+    take all queries as one validation batch, which matters only to an algorithm with a memory.
     """
     count_trace()
     case, per_step = setting.case(start), optimizer.num_inner_steps

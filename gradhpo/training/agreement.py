@@ -23,7 +23,7 @@ _ALONE = (
 
 
 class _Outcome(NamedTuple):
-    """How something ended in this process, if not well."""
+    """How something ended in this process, if it failed."""
 
     reason: str = ""
     error: Exception | None = None
@@ -81,7 +81,7 @@ def go_together(
                 **data.said("data"),
             }
         )
-        # A chunk that has not ended well in all of them is not kept.
+        # A chunk that failed in any of them is not kept.
         seen = [x["seen"] and x["taken"] == said[0]["taken"] for x in said]
         driver._callbacks_saw_all = all(seen)
         stopped = _ending(said, "chunk", outcome)

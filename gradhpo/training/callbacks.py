@@ -140,7 +140,7 @@ class Callbacks:
         _end([c for c in self._all if callable(getattr(c, "end", None))], state, history)
 
     def _stops(self, number: int, answer: Any) -> bool:
-        """Comparing metrics gives a NumPy boolean, comparing states one of JAX."""
+        """Accepts NumPy's and JAX's booleans, which comparisons of metrics and states give."""
         if answer is None:
             return False
         is_boolean = isinstance(answer, bool) or (

@@ -83,7 +83,7 @@ def read_kept(
 
 
 class Stored:
-    """The leaves in a folder, to be read one after another, as the leaves of a file are."""
+    """The leaves in a folder, to be read one after another, like those in a file."""
 
     def __init__(self, path: Path, empty: Leaves):
         self._path, self._next = path, 0

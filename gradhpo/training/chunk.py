@@ -138,7 +138,7 @@ class Chunk(eqx.Module):
         return state, None, None, *others
 
     def may_raise(self, *arguments: Any) -> bool:
-        """Whether `launch` of these calls a function of Python, as `eqx.error_if` in a loss does.
+        """Whether `launch` of these calls a Python function, as `eqx.error_if` in a loss does.
 
         They are traced.
         """

@@ -113,7 +113,7 @@ class Keeper:
         if upgrades:
             warn(
                 f"the run in {self._directory} continues with other versions: "
-                f"{'; '.join(upgrades)}. Its results may differ from a run with one version"
+                f"{'; '.join(upgrades)}. Its results may not match one version's bit for bit"
             )
 
     def begin(self, state: BilevelState) -> None:

@@ -23,7 +23,7 @@ from gradhpo.utils.sums import checksum, float_sums, whole_sums
 from gradhpo.utils.validation import leaf_names
 
 
-# Stands for what is unknown, and so differs from nothing.
+# Stands for an unknown description, which differs from nothing.
 UNKNOWN = {"unknown": True}
 # No field of a module has such a name.
 _LEAVES, _FUNCTION = "@leaves", "@function"

@@ -57,7 +57,7 @@ RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "random_gamma")
 STOP_GRADIENT = "stop_gradient"
 MAXIMA = ("reduce_max", "reduce_min", "argmax", "argmin", "cummax", "pmax")
 LOOPS, BRANCHES = ("scan", "while"), ("cond",)
-# Functions of Python that a program calls, and that may raise: `eqx.error_if` is one.
+# Python functions that a program calls, and that may raise: `eqx.error_if` is one.
 CALLBACKS = ("pure_callback", "io_callback")
 
 

@@ -76,7 +76,7 @@ def _gathered(row: np.ndarray, size: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def together(shared: bool) -> Iterator[None]:
-    """What fails inside in one process fails in all that share a state, at the end of the block.
+    """A failure inside, in one process, fails all that share a state, at the end of the block.
 
     For work on the host alone: a program that some of the devices do not start would never end.
     """

@@ -17,7 +17,7 @@ from gradhpo.utils.typecheck import checked
 
 
 class TrialCallback:
-    """Reports a run to a trial of Optuna, and prunes it: a callback for `run`.
+    """Reports a run to an Optuna trial, and prunes it: a callback for `run`.
 
     After a chunk it reports the metric under the number of the outer step. If the pruner says so,
     the run stops cleanly (with its checkpoint), and `run` raises `optuna.TrialPruned`, which the
