@@ -68,7 +68,7 @@ RUN = {
     "a class": (
         lambda: run(callbacks=[gradhpo.BestState]),
         TypeError,
-        r"make one of it: callbacks=\[gradhpo.BestState\(...\)\]",
+        r"create an instance: callbacks=\[gradhpo.BestState\(...\)\]",
     ),
     "another signature": (
         lambda: run(callbacks=[lambda state: None]),
@@ -212,7 +212,7 @@ NEEDS_A_VALUE = (
 )
 DRAWS = (
     r"train_data\(index\) made another batch of the same index .* Pass gradhpo.ArrayData\("
-    r"arrays, batch_size, key\) for random minibatches"
+    r"arrays, batch_size, key\) for random mini-batches"
 )
 FUNCTIONS = {
     "a slice": (lambda i: X[i * 2 : (i + 1) * 2], NEEDS_A_VALUE),
@@ -374,7 +374,7 @@ DATA = {
     "one iterator twice": (
         lambda: (lambda data: run(train_data=data, val_data=data))(batches(good=20)),
         ValueError,
-        "train_data and val_data are one and the same iterator",
+        "train_data and val_data are the same iterator",
     ),
     "iterate(5)": (lambda: gradhpo.iterate(5), TypeError, r"loader must be .*got 5"),
 }
@@ -450,7 +450,7 @@ CONTROLS = {
     "a metric that is not there": (
         lambda: run(callbacks=[gradhpo.BestState("third_loss")]),
         ValueError,
-        "metric='third_loss' is not a metric of this run; there are .*val_loss",
+        "metric='third_loss' is not a metric of this run; available: .*val_loss",
     ),
     "a memory without a start": (
         lambda: run(callbacks=[Remembering()]),
@@ -518,7 +518,7 @@ LATER = {
     ),
     "structure": (lambda: batches(X, good=4), "data error", "differs from the first in its str"),
     "text": (lambda: batches("end", good=4), "data error", r"\(batch 4\) holds a str"),
-    "ends": (lambda: batches(good=4), "data exhausted", r"gradhpo.iterate\(loader\) starts a load"),
+    "ends": (lambda: batches(good=4), "data exhausted", r"gradhpo.iterate\(loader\) restarts a lo"),
 }
 
 

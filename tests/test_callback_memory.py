@@ -124,8 +124,8 @@ def test_another_metric_begins_anew(tmp_path):
     run([gradhpo.BestState(rising)], tmp_path)
     best = gradhpo.BestState(lambda state: 100.0 + falling(state))
     lost, new = said_by([best], tmp_path)
-    assert re.search(r"has the memory of BestState\(metric=rising\), and no callback to", lost)
-    assert re.search(r"BestState\(metric=<lambda>\) was not among .*rising.*begins anew", new)
+    assert re.search(r"has the memory of BestState\(metric=rising\), but no callback takes", lost)
+    assert re.search(r"BestState\(metric=<lambda>\) was not among .*rising.*starts empty", new)
     assert (best.value, best.step) == (88.0, 12)
 
 
@@ -198,13 +198,13 @@ def test_callbacks_of_the_users_say_who_they_are(tmp_path):
     run([Counting("a"), Counting("b")], tmp_path)
     b, c = Counting("b"), Counting("c")
     lost, new = said_by([c, b], tmp_path)
-    assert "has the memory of Counting(what=a), and no callback" in lost
+    assert "has the memory of Counting(what=a), but no callback" in lost
     assert "Counting(what=c) was not among the callbacks" in new
     assert (b.memory, c.memory) == (4, 2)
     state = OPTIMIZER.init(jnp.zeros(3), jnp.zeros(3))
     with pytest.raises(ValueError, match=r"no memory of Counting\(what=d\); .* Counting\(what=c\)"):
         gradhpo.load_checkpoint(tmp_path, state, callbacks=[Counting("d")])
-    with pytest.raises(TypeError, match="identity of Counting must be of numbers and texts"):
+    with pytest.raises(TypeError, match="identity of Counting must consist of numbers and"):
         run([Counting(object())])
 
 

@@ -454,7 +454,7 @@ def test_an_iterator_that_was_used_is_refused(tmp_path):
     run(tmp_path / "class", data=again, num_steps=3)
     with pytest.raises(ValueError, match="train_data has been drawn from already"):
         run(tmp_path / "class", data=again)
-    with pytest.raises(ValueError, match="ended after 2 batches, and the run that is resumed had"):
+    with pytest.raises(ValueError, match="ended after 2 batches, but the resumed run had"):
         run(tmp_path, data=iter(BATCHES[:2]))
     other = gradhpo.iterate(BATCHES[::-1])
     with pytest.raises(ValueError, match="batch 5 of train_data is not the batch that"):
@@ -494,7 +494,7 @@ def flipped(content):
 DAMAGES = [
     (damaged(lambda content: content[:-10]), r"is damaged .it has \d+ of \d+ bytes.*Move it away"),
     (damaged(lambda content: content[:25]), "is damaged"),
-    (damaged(flipped), "is damaged .its checksum does not fit"),
+    (damaged(flipped), "is damaged .its checksum does not match"),
     (damaged(lambda content: b""), "is not a checkpoint of gradhpo"),
     (damaged(lambda content: b"PK\x03\x04 an archive"), "is not a checkpoint of gradhpo"),
     (
@@ -575,7 +575,7 @@ OTHERS = [
     ({"data": gradhpo.ArrayData((X, -Y), 4, jax.random.key(1))}, "function.arrays holds other val"),
     ({"data": iter(BATCHES)}, "train_data was Generated, and is an iterator"),
     ({"steps_per_episode": 3}, "steps_per_episode was None, and is 3"),
-    ({"num_steps": 6}, "has taken 12 steps, and num_steps=6 asks for fewer"),
+    ({"num_steps": 6}, "has taken 12 steps, but num_steps=6 asks for fewer"),
 ]
 
 
@@ -608,7 +608,7 @@ def test_directories_that_cannot_serve(tmp_path):
     with pytest.raises(ValueError, match="is a file; pass a directory"):
         run(file)
     (tmp_path / "metrics.bin").write_text("mine")
-    with pytest.raises(ValueError, match=r"metrics.bin is there, without a checkpoint beside it"):
+    with pytest.raises(ValueError, match=r"metrics.bin exists without a checkpoint next to it"):
         run(tmp_path)
     assert (tmp_path / "metrics.bin").read_text() == "mine"
     with pytest.raises(ValueError, match="holds no checkpoint"):
@@ -747,7 +747,7 @@ def test_a_loader_that_shuffles_every_pass_anew_seeks(tmp_path):
     expected = run(None, data=gradhpo.iterate(Shuffling()))
     data = gradhpo.iterate(Shuffling())
     run(tmp_path, data=data, callbacks=[stop_at(6)])
-    with pytest.raises(ValueError, match="pass one of a loader that has not"):
+    with pytest.raises(ValueError, match="call it on a loader that has not"):
         run(tmp_path, data=data)
     assert_same_run(run(tmp_path, data=gradhpo.iterate(Shuffling())), expected)
 

@@ -291,7 +291,7 @@ def test_progress_in_a_log_is_lines(capsys, monkeypatch):
     first, compiled, *lines = shown.splitlines()
     assert first == "gradhpo.run: 12 steps, compiling"
     assert compiled.startswith("gradhpo.run: 3 of 12 steps after ")
-    assert compiled.endswith(" s, compilation included")
+    assert compiled.endswith(" s, including compilation")
     assert [line.split()[1] for line in lines] == ["3/12", "6/12", "9/12", "12/12"]
     assert all("|hypergrad|=" in line for line in lines)
 

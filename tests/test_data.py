@@ -325,7 +325,7 @@ def test_iterate_is_advised_for_what_yields_batches_alone():
     with pytest.raises(TypeError, match=r"wrap it: gradhpo.iterate\(train_data\)"):
         fit(Loader())
     for data, message in [
-        ([*ROWS], r"ArrayData\(tuple\(train_data\), .*only where each is a batch by itself"),
+        ([*ROWS], r"ArrayData\(tuple\(train_data\), .*only if each is a batch by itself"),
         ((Loader(), Loader()), r"train_data\[0\] is a Loader, which is not an array"),
         ("digits.npz", "is a str, which is not a source of batches; pass gradhpo.ArrayData"),
         ((object(),), r"train_data\[0\] is a object, which is not an array"),
@@ -334,7 +334,7 @@ def test_iterate_is_advised_for_what_yields_batches_alone():
             fit(data)
         assert "wrap it" not in str(caught.value)
     for names in ({"x": ROWS[0]}, Frame(ROWS[0]), "digits.npz"):
-        with pytest.raises(TypeError, match="from which come names or letters and not batches"):
+        with pytest.raises(TypeError, match="which yields names or letters and not batches"):
             gradhpo.iterate(names)
 
 

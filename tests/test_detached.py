@@ -145,7 +145,7 @@ def test_a_stop_in_the_validation_loss_is_named(stop):
     shared = lambda p, h, batch: val_loss(stop(p), h, batch) + val_loss(p, h, batch)
     optimizer = gradhpo.OneStepOptimizer(SGD)
     state = optimizer.init(START, jnp.array(-2.0))
-    with pytest.warns(UserWarning, match="val_loss_fn .*: leave the stop out of it"):
+    with pytest.warns(UserWarning, match="val_loss_fn .*: remove the stop"):
         optimizer.compute_hypergradient(state, None, None, semi_gradient(gradhpo.detach), shared)
 
 

@@ -128,7 +128,7 @@ def test_what_explicit_axes_exclude_is_refused():
     said = on_devices("refused", program=OF_SUMS)
     assert set(said) == {"pieces", "words"}
     assert all("the 2 examples of a piece" in text for text in said.values())
-    assert all("choose a num that leaves pieces" in text for text in said.values())
+    assert all("choose a num whose pieces" in text for text in said.values())
 
 
 @pytest.mark.thorough

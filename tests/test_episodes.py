@@ -230,7 +230,7 @@ def test_the_report_says_what_was_refused_and_what_was_restarted():
     bad = jnp.full_like(X[:8].astype(float), jnp.nan)
     with pytest.warns(RuntimeWarning, match="1 estimates of theta"):
         _, history = run(optimizer, source=bad, num_steps=6, max_rejections=3, reptile_rate=0.0)
-    assert "next episode starts from" in history.report
+    assert "at the start of the next episode" in history.report
 
 
 def test_estimation_period_none_keeps_the_weight():

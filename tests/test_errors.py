@@ -234,7 +234,7 @@ MISUSES = {
     ),
     "loss returns auxiliary output": (
         lambda: step(tl=lambda w, h, b: (train_loss(w, h, b), w)), TypeError,
-        r"train_loss_fn returned a loss and an array: .*a dict of scalars.*model_state",
+        r"train_loss_fn returned a loss and an array: .*dict of scalar metrics.*model_state",
     ),
     "loss takes two arguments": (
         lambda: step(tl=lambda model, batch: 0.0), TypeError,
@@ -606,7 +606,7 @@ MISUSES = {
     ),
     "a validation loss that sees nothing": (
         lambda: step(vl=lambda w, h, b: jnp.sum(b)), ValueError,
-        "depends on neither the parameters nor on them",
+        "depends neither on the parameters nor on them",
     ),
     "coordinate out of range": (
         lambda: gradhpo.finite_difference_hypergradient(
@@ -763,11 +763,11 @@ MISUSES = {
     ),
     "losses in one, and another": (
         lambda: one_step().step(init(), B, B, LOSSES, val_loss), TypeError,
-        r"step got LossFunctions, which hold both losses, and beside them.*step\(\.\.\., gradhpo\.",
+        r"step got LossFunctions, which hold both losses, followed by.*step\(\.\.\., gradhpo\.",
     ),
     "losses in one and a positional rate": (
         lambda: one_step(outer_optimizer=None).step(init(), B, B, LOSSES, 0.1), TypeError,
-        r"and beside them 0\.1.*by name, lr_hyper=0\.1",
+        r"followed by 0\.1.*by name, lr_hyper=0\.1",
     ),
     "one loss": (
         lambda: one_step().compute_hypergradient(init(), B, B, train_loss), TypeError,
@@ -779,7 +779,7 @@ MISUSES = {
     ),
     "no validation batch": (
         lambda: step(val_batch=None, vl=lambda w, h, b: jnp.sum(b["x"] * w)), TypeError,
-        r"val_batch \(val_data in run\) is None, and val_loss_fn fails with that \('NoneType' obje",
+        r"val_batch \(val_data in run\) is None, and val_loss_fn fails with it \('NoneType' obje",
     ),
     "no validation data": (
         lambda: run(val_data=None), TypeError, r"val_batch \(val_data in run\) is None.*sum requir",
@@ -789,7 +789,7 @@ MISUSES = {
     ),
     "a module as hyperparameters": (
         lambda: init(W, eqx.nn.MLP(2, 2, 2, 1, key=jax.random.key(0))), TypeError,
-        r"hyperparams\.activation is.*only the arrays can be tuned, and gradhpo\.partition\(model",
+        r"hyperparams\.activation is.*Only the arrays of a module .*gradhpo\.partition\(model",
     ),
     "labels that are text": (
         lambda: step(train_batch=(B, TEXT)), TypeError,
@@ -930,4 +930,4 @@ def test_what_differs_comes_after_the_remedy_in_few_lines():
     assert lines[9:] == ["  and 32 more"]
     lacking = where_they_differ({"a": 1.0}, {"a": 1.0, "b": jnp.ones(2)})
     assert lacking == "  ['b']: expected f64[2], found nothing"
-    assert "what holds them" in where_they_differ((jnp.ones(2),), [jnp.ones(2)])
+    assert "their containers" in where_they_differ((jnp.ones(2),), [jnp.ones(2)])

@@ -337,9 +337,9 @@ def test_new_params_are_frozen_as_the_old_ones_were():
     assert not np.array_equal(after["head"]["w"], plain["head"]["w"])
     back = optimizer.restart(state, start=plain, reptile_rate=0.0)
     assert_same(gradhpo.unfrozen(back.params), plain)
-    with pytest.raises(ValueError, match=r"update\(params=...\) has another structure"):
+    with pytest.raises(ValueError, match=r"update\(params=...\) differs in structure"):
         state.update(params=HEAD)
-    with pytest.raises(ValueError, match="start has another structure"):
+    with pytest.raises(ValueError, match="start differs in structure"):
         optimizer.restart(state, start=HEAD, reptile_rate=0.5)
 
 

@@ -202,7 +202,7 @@ def of_another_run(path):
     ("change", "message"),
     [
         (lambda path: path.unlink(), "frozen.ckpt, the frozen leaves of the run, is missing"),
-        (flipped, "frozen.ckpt is damaged .its checksum does not fit.*restore it from a copy"),
+        (flipped, "frozen.ckpt is damaged .its checksum does not match.*restore it from a copy"),
         (lambda path: path.write_bytes(path.read_bytes()[:-9]), "frozen.ckpt is damaged .it has"),
         (lambda path: path.write_bytes(b"PK"), "frozen.ckpt is not a checkpoint of gradhpo"),
         (of_another_run, "frozen.ckpt holds the frozen leaves of another run"),

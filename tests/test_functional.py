@@ -433,7 +433,7 @@ def test_hyperparameters_inside_predict_are_named():
     assert_same(found["scale"], jnp.zeros(4))
     forget_warnings()
     both = lambda v, h, batch: weighted(v, h, batch) + jnp.sum(h["scale"]) * jnp.mean(v**2)
-    with pytest.warns(UserWarning, match=r"leaves out what hyperparams \['scale'\] do inside"):
+    with pytest.warns(UserWarning, match=r"ignores the effect of hyperparams \['scale'\] inside"):
         hypergradient(gradhpo.PredictionLoss(scaled, both), losses[1], h)
     alone = gradhpo.PredictionLoss(scaled, error)
     with pytest.raises(ValueError, match=r"sees none.*depends on them .*scale.*: inside predict"):

@@ -546,6 +546,6 @@ def test_an_inner_training_that_diverges_is_not_the_solvers_fault():
     optimizer = gradhpo.ImplicitOptimizer(optax.sgd(30.0), optax.sgd(0.1), inner_steps=500)
     state, *_ = at(problem, optimizer)
     losses = gradhpo.LossFunctions(problem.train_loss, problem.val_loss)
-    with pytest.warns(RuntimeWarning, match="learning rate too high"):
+    with pytest.warns(RuntimeWarning, match="learning rate is too high"):
         _, history = gradhpo.run(optimizer, state, losses, None, None, num_steps=3, progress=False)
     assert "linear" not in history.report

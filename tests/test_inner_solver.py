@@ -372,7 +372,7 @@ def test_hyperparameters_that_its_equation_lacks_are_named():
     [
         ({"inner_optimizer": optax.sgd(0.1)}, ValueError, "both inner_optimizer and inner_solver"),
         ({"inner_steps": 5}, ValueError, "called once per step"),
-        ({"grad_fn": penalised, "update_fn": proximal}, ValueError, "either alone says which eq"),
+        ({"grad_fn": penalised, "update_fn": proximal}, ValueError, "either alone defines the eq"),
         ({"inner_solver": 3}, TypeError, "inner_solver must be a function, got 3.*optimistix"),
     ],
 )
@@ -387,7 +387,7 @@ def test_settings_that_contradict_each_other(settings, error, said):
         (lambda w, h, batch: w[:3], "inner_solver must return params of the structure and shapes"),
         (lambda w, h, batch: {"w": w}, "inner_solver must return params of the structure"),
         (lambda w, h, batch: (w, 3), "return the new params alone"),
-        (lambda w, h, batch: w.astype(jnp.float32), "of the dtypes that it was given"),
+        (lambda w, h, batch: w.astype(jnp.float32), "of the dtypes that it got"),
         (lambda w, h: w, r"inner_solver .*batch"),
     ],
 )

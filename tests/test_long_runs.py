@@ -326,7 +326,7 @@ def test_a_linked_history_is_not_written_through(tmp_path, link):
 
 def test_a_link_to_nothing_is_not_written_through(tmp_path):
     os.symlink(tmp_path / "elsewhere", tmp_path / "metrics.bin")
-    with pytest.raises(ValueError, match=r"metrics.bin is there, without a checkpoint beside it"):
+    with pytest.raises(ValueError, match=r"metrics.bin exists without a checkpoint next to it"):
         run(tmp_path)
     assert not (tmp_path / "elsewhere").exists()
 
@@ -376,7 +376,7 @@ CRAFTED = {
     "leaves missing": (crafted(change_body=lambda body: body[:200]), "is damaged"),
     "other leaves": (crafted(change_body=lambda body: b"\x80\x04" + body), "is damaged"),
     "a description": (inside("description", "state.params", value={"@leaves": 3}), "gradhpo writ"),
-    "a directory": (a_directory, "is not a file, and so no checkpoint of gradhpo"),
+    "a directory": (a_directory, "is not a file, so not a checkpoint of gradhpo"),
 }
 
 

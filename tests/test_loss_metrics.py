@@ -325,16 +325,20 @@ def returning(beside):
 
 
 BAD = {
-    "not a dict": (returning(lambda w: jnp.sum(w)), TypeError, r"a dict of scalars.*'accuracy'"),
+    "not a dict": (returning(lambda w: jnp.sum(w)), TypeError, r"dict of scalar metrics.*'acc"),
     "another pytree": (
         returning(lambda w: [w]),
         TypeError,
-        "a loss and a list: .*a dict of scalars",
+        "a loss and a list: .*dict of scalar metrics",
     ),
-    "keys that are no texts": (returning(lambda w: {0: w[0]}), TypeError, "a dict of scalars"),
+    "keys that are no texts": (
+        returning(lambda w: {0: w[0]}),
+        TypeError,
+        "a dict of scalar metrics",
+    ),
     "an array": (returning(lambda w: {"x": w}), ValueError, r"'x', shape \(2,\).*record="),
-    "a text": (returning(lambda w: {"x": "good"}), ValueError, "'x', a str, beside the loss"),
-    "None": (returning(lambda w: {"x": None}), ValueError, "'x', a NoneType, beside the loss"),
+    "a text": (returning(lambda w: {"x": "good"}), ValueError, "'x', a str, as a metric"),
+    "None": (returning(lambda w: {"x": None}), ValueError, "'x', a NoneType, as a metric"),
     "no name": (returning(lambda w: {"": w[0]}), ValueError, "without a name"),
     "a complex number": (returning(lambda w: {"x": 1j}), ValueError, "'x'.*complex"),
     "a metric of every step": (returning(lambda w: {"loss": w[0]}), ValueError, "train_loss"),
@@ -363,7 +367,7 @@ def test_names_that_are_taken():
     optimizer = build("one step")
     state = optimizer.init(W, H)
     noted = state.update(metadata={"val_twice": jnp.asarray(1.0)})
-    with pytest.raises(ValueError, match=r"a note of that name: take it out, .*'val_twice'"):
+    with pytest.raises(ValueError, match=r"a note of that name: remove the note, .*'val_twice'"):
         optimizer.step(noted, BATCH, BATCH, LOSSES)
     record = lambda state: {"val_twice": state.hyperparams}
     monitor = gradhpo.Monitor({"val_twice": lambda state: 1.0})

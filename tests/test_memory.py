@@ -43,9 +43,9 @@ def test_what_has_moved_says_where_to():
 
 def test_unknown_metrics_are_named():
     state = online().init(jnp.zeros(3), jnp.zeros(3))
-    with pytest.raises(KeyError, match=r"no metric 'valloss'; there are .*val_loss.*theta"):
+    with pytest.raises(KeyError, match=r"no metric 'valloss'; available: .*val_loss.*theta"):
         state.get_metric("valloss")
-    with pytest.raises(KeyError, match=r"no 'valloss'; there are"):
+    with pytest.raises(KeyError, match=r"no 'valloss'; it has"):
         state.metadata["valloss"]
     assert state.get_metric("valloss", None) is None
     assert state.metadata.get("valloss", 3) == 3

@@ -569,7 +569,7 @@ def test_misuse_is_named():
         step(val=gradhpo.model_loss(lambda model, batch: jnp.sum(model)))
     with pytest.raises(ValueError, match=r"must return \(loss, new_model_state\)"):
         step(train=lambda w, h, batch, r: average_train(w, h, batch, r)[0])
-    with pytest.raises(ValueError, match=r"(?s)structure of the first.*count"):
+    with pytest.raises(ValueError, match=r"(?s)structure of the state.*count"):
         step(train=lambda w, h, batch, r: (jnp.sum(w), {"average": w}))
     with pytest.raises(ValueError, match=r"(?s)shapes and kinds.*average"):
         step(train=lambda w, h, batch, r: (jnp.sum(w * h), r | {"average": jnp.zeros(4)}))

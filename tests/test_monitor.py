@@ -230,7 +230,7 @@ def test_objects_print_what_they_are():
 
 @pytest.mark.parametrize("name", ["acc", "test_accuracy", "F1", "roc_auc", "score"])
 def test_a_score_to_be_minimised_warns(name):
-    with pytest.warns(UserWarning, match="reads like a score, and the lowest value counts"):
+    with pytest.warns(UserWarning, match="looks like a score, but the lowest value counts"):
         gradhpo.EarlyStopping(3, metric=name)
 
 
@@ -252,16 +252,14 @@ def test_the_report_speaks_of_over_fitting():
     assert "test_loss has risen from 1 after 4 steps to 1.4, while the validation" in history.report
     assert "EarlyStopping(metric='test_loss')" in history.report
     assert "4 validation examples for 4 hyperparameters, 1 for each" in history.report
-    assert (
-        "Monitor looked only 4 times: it looks more often with run(chunk_size=1)" in history.report
-    )
+    assert "Monitor looked only 4 times: run(chunk_size=1) makes it look" in history.report
 
 
 def test_early_stopping_says_what_it_saw():
     test = gradhpo.Monitor({"test_loss": rising_from(4)})
     stopping = gradhpo.EarlyStopping(patience=4, metric="test_loss")
     _, history = run(callbacks=[test, stopping], chunk_size=2, num_steps=60)
-    said = "no new lowest test_loss in 4 steps: the lowest was 1, after step 4, and .best.state has"
+    said = "no lower test_loss in 4 steps. The lowest was 1, after step 4; .best.state has that"
     assert said in history.report
     assert stopping.best.state.step == 4
 

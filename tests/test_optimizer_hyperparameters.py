@@ -209,7 +209,7 @@ def test_unseen_leaves_are_named_with_the_methods_that_see_them(getkey):
     [said] = found["OneStepOptimizer"]
     assert said.startswith(
         "OneStepOptimizer gives a hypergradient of 0 for hyperparams ['nothing']: neither the "
-        "validation loss nor the inner update has a derivative by them"
+        "validation loss nor the inner update has a derivative with respect to them"
     )
 
 

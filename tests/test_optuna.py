@@ -289,7 +289,7 @@ def test_ends_out_of_range_are_said_and_kept():
     assert added.params["log_decay"] == 1.0
     json.dumps(added.user_attrs, allow_nan=False)
     for end, value in ((ends | {"target": jnp.asarray(jnp.nan)}, 1.0), (ends, float("nan"))):
-        with pytest.warns(RuntimeWarning, match="not finite, and not in the study"):
+        with pytest.warns(RuntimeWarning, match="not finite: it is not recorded"):
             assert add_end_point(study, trial, SPACE, end, value) is None
     assert len(study.trials) == 3
 

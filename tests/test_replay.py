@@ -333,7 +333,7 @@ def test_goes_on_where_it_was_bit_for_bit(tmp_path, monkeypatch, queries, source
     for writes in (0, 2, 3, 1, 2):  # of 6 states and 5 cotangents
         killed_after(monkeypatch, writes, train_data=of(), **settings)
     found = replayed(of(), **settings)
-    assert "went on on the way back" in found.report
+    assert "resumed on the way back" in found.report
     assert_same(found.hypergradient, whole.hypergradient)
     assert_same(found.state, whole.state)
     again = replayed(of(), **settings)
@@ -364,7 +364,7 @@ def test_killed_five_times(tmp_path):
     with jax.numpy_dtype_promotion("standard"):  # as in the other processes
         found = killed_run.replay(tmp_path / "killed", 200)
         expected = killed_run.replay(tmp_path / "whole", 200)
-    assert "went on on the way back" in found.report
+    assert "resumed on the way back" in found.report
     assert_same(found.hypergradient, expected.hypergradient)
     assert_same(found.state, expected.state)
 
@@ -404,7 +404,7 @@ def test_a_damaged_file_is_made_again(tmp_path, monkeypatch, damaged):
     path = tmp_path / f"{damaged}.ckpt"
     path.write_bytes(path.read_bytes()[:-8])
     if damaged != "state-0000000010" or not list(tmp_path.glob("bar-*")):
-        with pytest.raises(ValueError, match="Move it away, and the replay makes it again"):
+        with pytest.raises(ValueError, match="Move it away, and the replay recreates it"):
             replayed(store=tmp_path)
     path.unlink()
     assert_same(replayed(store=tmp_path).hypergradient, replayed().hypergradient)
@@ -442,7 +442,7 @@ def test_under_debug_nans():
 
 def test_iterators_are_refused():
     for data in (iter(Loader()), gradhpo.iterate(iter(Loader()))):
-        with pytest.raises(TypeError, match="can be gone through once"):
+        with pytest.raises(TypeError, match="can be read only once"):
             replayed(data)
     begun = gradhpo.iterate(Loader())
     next(begun)

@@ -620,7 +620,7 @@ def test_more_and_fewer_with_blocks_larger_than_all(tmp_path):
     # Five trainings, of which the second block has one of its four.
     assert_same(scored(**settings, num_retrainings=4).true, scored(**settings).true[:4])
     assert times() == after
-    with pytest.raises(ValueError, match="block_size=99, and there are blocks of 4 trainings"):
+    with pytest.raises(ValueError, match="block_size=99 differs from the blocks of 4 trainings"):
         scored(**settings | {"block_size": 99})
 
 
@@ -653,7 +653,7 @@ def test_a_directory_holds_one_optimizer_of_a_name(tmp_path):
             EXACT, EXACT.init(PARAMS, HYPERPARAMS), DATA, QUERIES, LOSSES, num_steps=STEPS,
             store=tmp_path, progress=False,
         )  # fmt: skip
-    with pytest.raises(ValueError, match="block_size=4, and there are blocks of 3 trainings"):
+    with pytest.raises(ValueError, match="block_size=4 differs from the blocks of 3 trainings"):
         scored({"it": greedy(0.9)}, directory=tmp_path, block_size=4)
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"directory=.* is a file"):
@@ -868,7 +868,7 @@ BAD = {
     "no axis": ({"queries": jnp.ones(())}, "queries along axis 0 .* has no leading axis"),
     "dtype": ({"perturb": to_float32}, r"\['weights'\]: expected f64\[40\], found f32\[40\]"),
     "leaf": ({"perturb": lambda key, h: {"rate": h["rate"]}}, r"\['weights'\]: .* found nothing"),
-    "same": ({"perturb": lambda key, h: h}, "returns the hyperparameters as they are"),
+    "same": ({"perturb": lambda key, h: h}, "returns the hyperparameters unchanged"),
     "no key": (
         {"perturb": lambda key, h: jax.tree.map(lambda x: x + 1, h)},
         "returns the same for 7 keys",
@@ -895,7 +895,7 @@ def test_arguments_of_another_kind():
     state = EXACT.init(PARAMS, HYPERPARAMS)
     with pytest.raises(TypeError, match="several inner problems"):
         scored(tasks, state=state)
-    with pytest.raises(TypeError, match="can be gone through once"):
+    with pytest.raises(TypeError, match="can be read only once"):
         scored(train_data=iter(Loader()))
     with pytest.raises(TypeError, match=r"perturb is called as perturb.key, hyperparams."):
         scored(perturb=lambda key: key)

@@ -87,7 +87,7 @@ def test_a_whole_run_is_replayed(source, tmp_path):
         assert {x.returncode for x in done} == {-signal.SIGKILL}
     again, other = on(2, "replays", source, tmp_path, 100)
     assert again["digest"] == other["digest"] == first["queries"]["digest"]
-    assert "went on on the way back" in again["report"]
+    assert "resumed on the way back" in again["report"]
 
 
 @pytest.mark.thorough
@@ -112,7 +112,7 @@ def test_what_ends_a_run_in_one_process_ends_it_in_all(tmp_path):
         "rate": "lr_hyper differs: 0.5 in process 0, 0.25 in process 1",
         "key": "ArrayData(key) differs: checksum",
         "parts": "float64[2, 3] in process 0 and batches PyTreeDef(*) of float64[4, 3] in process",
-        "whole": "yield the part of this one alone",
+        "whole": "yield only the part of this one",
         "uneven": "of shape (3, 3) in each process",
         "orbax": 'pip install "gradhpo[orbax]"',
     }
@@ -347,7 +347,7 @@ def test_batches_of_one_process_beside_a_state_of_all_are_refused():
     }
     for lines in (first, second):
         for what, where in refused.items():
-            expected = f"{what} refuses {where} is an array of this process alone, and the state is"
+            expected = f"{what} refuses {where} is an array of this process alone, but the state is"
             assert lines[what].startswith(expected), lines[what]
             assert "jax.make_array_from_process_local_data(sharding, part)" in lines[what]
             assert "independent state in every process" in lines[what]

@@ -250,7 +250,7 @@ LEFT_OUT = {
 def test_methods_that_leave_it_out_name_the_coordinates(name):
     optimizer = LEFT_OUT[name](adagrad)
     state = optimizer.init(W, INNER["adagrad"][1])
-    said = rf"{name} leaves out what hyperparams \[1\] do in the init of the inner optimizer"
+    said = rf"{name} ignores the effect of hyperparams \[1\] in the init of the inner optimizer"
     with pytest.warns(UserWarning, match=said):
         optimizer.compute_hypergradient(state, None, None, *LOSSES)
 
@@ -389,7 +389,7 @@ def test_differences_of_updates_leave_out_init_and_say_so():
     optimizer = gradhpo.T1T2Optimizer(inner, perturb="hyperparams")
     loss = lambda w, h, batch: jnp.sum((w - 1.0) ** 2)
     state = optimizer.init(jnp.zeros(3), jnp.array(-1.0))
-    with pytest.warns(UserWarning, match="T1T2Optimizer leaves out .* in the init of the inner"):
+    with pytest.warns(UserWarning, match="T1T2Optimizer ignores .* in the init of the inner"):
         optimizer.compute_hypergradient(state, None, None, loss, loss)
 
 

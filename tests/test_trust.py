@@ -421,7 +421,7 @@ def test_bad_perturbations():
     for perturb, message in (
         (lambda key, weights: {"weights": weights}, "must return hyperparameters of the structure"),
         (lambda key, weights: weights[:3], r"expected f64\[12\]"),
-        (lambda key, weights: weights, "returns the hyperparameters as they are"),
+        (lambda key, weights: weights, "returns the hyperparameters unchanged"),
     ):
         with pytest.raises(ValueError, match=message):
             check(perturb=perturb)

@@ -37,8 +37,8 @@ from gradhpo.utils.trees import tree_l2_norm, tree_lerp
 
 
 _MADE_HERE = (
-    "Make the state with this optimizer's init(params, hyperparams), or take over that of another "
-    "optimizer with adopt(state)."
+    "Make the state with this optimizer's init(params, hyperparams), or convert another "
+    "optimizer's state with adopt(state)."
 )
 
 
@@ -136,7 +136,7 @@ class Algorithm(Hooks, OneOuterStep, BilevelOptimizer):
             check_same_structure(state.memory, memory, "state.memory", _MADE_HERE)
 
     def _check_inner_state(self, state: BilevelState) -> None:
-        """All that matters for training at fixed hyperparameters."""
+        """Checks the part of the state that training at fixed hyperparameters uses."""
         z = inner_state(state)
         args = self.inner_optimizer, z.w, state.hyperparams
         inner = eqx.filter_eval_shape(init_inner_state, *args)
@@ -187,8 +187,8 @@ class Algorithm(Hooks, OneOuterStep, BilevelOptimizer):
         taken = sorted(made.metadata.in_memory.intersection(state.metadata))
         if taken:
             raise ValueError(
-                f"the state has notes called {', '.join(taken)}, and {type(self).__name__} keeps "
-                "these in its memory: take them out first, "
+                f"the state has notes called {', '.join(taken)}, which {type(self).__name__} keeps "
+                "in its memory: remove the notes first, "
                 f"dataclasses.replace(state, metadata=state.metadata.without({taken!r}))"
             )
         return with_metrics(made.update(step=state.step), state.metadata)

@@ -76,13 +76,13 @@ class BilevelOptimizer(OuterStep):
             `(params, hyperparams, batch, model_state)`; a training loss returns
             `(scalar, new_model_state)`, and a validation loss the scalar (or both; then the state
             is dropped). Hypergradients of exact methods go through it. Default `None`: none.
-        - `losses`, `val_batch`: the [`LossFunctions`][gradhpo.LossFunctions], and an example of a
-            validation batch, as `batch` is of a training batch. With `losses` the state has the
-            names of the metrics that they return, as `nan`: needed for losses with metrics if
-            `step` is inside a `scan`, `jit` or `vmap` of your own. Default `None`.
+        - `losses`, `val_batch`: the [`LossFunctions`][gradhpo.LossFunctions] and an example
+            validation batch. With them the state has an entry, `nan`, for every metric that the
+            losses return: needed for losses with metrics if you call `step` inside your own `scan`,
+            `jit` or `vmap`. Default `None`.
 
         **Returns:** a [`BilevelState`][gradhpo.BilevelState] whose structure, shapes and dtypes
-        every `step` keeps (but for metrics that losses return, without `losses`).
+        every `step` keeps (except for metrics that losses return, if `losses` was not given).
 
         **Raises:** `TypeError` for complex leaves, hyperparameters that are not floating-point
         arrays, a `batch` that is a data source or a `BatchStack`, or a `model_state` with leaves
@@ -105,7 +105,7 @@ class BilevelOptimizer(OuterStep):
 
         **Returns:** a state for this optimizer's `step` and [`run`][gradhpo.run].
 
-        **Raises:** `ValueError` for a state with another number of inner problems
+        **Raises:** `ValueError` for a state with a different number of inner problems
         ([`TaskBatched`][gradhpo.TaskBatched]).
 
         ```python
@@ -127,15 +127,15 @@ class BilevelOptimizer(OuterStep):
     ) -> BilevelState:
         r"""A new episode, for your own loops: what [`run`][gradhpo.run] does between two episodes.
 
-        The parameters move to $\phi - \mathtt{reptile\_rate}\,(\phi - w)$; inner optimizer state
-        and the memory of the episode are reset; the model state is that of the start if the rate is
-        0, and otherwise stays, as the rest does.
+        The parameters move to $\phi - \mathtt{reptile\_rate}\,(\phi - w)$; the inner optimizer's
+        state and the memory of the episode are reset; the model state returns to that of the start
+        if the rate is 0. Everything else stays.
 
         **Arguments:**
 
-        - `state`: at the end of an episode; its parameters are $w$.
-        - `start`: $\phi$, the state at its start, or its `params` if there is no model state;
-            needed unless the rate is 1.
+        - `state`: the state at the end of an episode, with parameters $w$.
+        - `start`: the state at its start, with parameters $\phi$, or only these if there is no
+            model state; needed unless the rate is 1.
         - `reptile_rate`: in [0, 1], default 1. 1 continues from $w$, 0 goes back to $\phi$.
 
         **Returns:** the state at the start of the next episode.
@@ -193,7 +193,7 @@ class BilevelOptimizer(OuterStep):
         or no hyperparameter that this method can see; `TypeError` for a loss with other arguments
         or outputs, or a data source as a batch. At each call, `ValueError` for an `lr_hyper` that
         is missing, refused or negative, and `TypeError` for one that is not a number; with several
-        processes, `ValueError` for a batch of one process beside a state that all of them share.
+        processes, `ValueError` for a batch of one process with a state that all of them share.
         """
         losses = both_losses("step", train_loss_fn, val_loss_fn)
         check_outer_rate(self, lr_hyper)

@@ -100,7 +100,7 @@ class BatchStack(eqx.Module):
 
     @property
     def num_steps(self) -> int:
-        """Length of the leading axis: the number of inner steps that it serves."""
+        """Length of the leading axis: the number of inner steps that it covers."""
         return jax.tree.leaves(self.batches)[0].shape[0]
 
     def at(self, t: ArrayLike) -> PyTree:
@@ -138,7 +138,7 @@ def is_same_each_step(train_batch: PyTree) -> bool:
 
 
 def num_examples(batch: PyTree, what: str) -> int:
-    """How many examples a batch has: the length of axis 0, on which all of its arrays agree.
+    """The number of examples in a batch: the length of axis 0, the same for all its arrays.
 
     PRNG keys and numbers of shape `()` have no examples. `what` begins the error if there are none.
     """
@@ -148,9 +148,9 @@ def num_examples(batch: PyTree, what: str) -> int:
 
 
 def by_example(batch: PyTree, what: str) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
-    """The examples of a batch along axis 0, to `jax.vmap` over, and what makes one a batch of one.
+    """The examples of a batch along axis 0, for `jax.vmap`, and a function that makes one a batch.
 
-    Every example gets a PRNG key of its own. `what` is that of `num_examples`.
+    Every example gets its own PRNG key. `what` is as in `num_examples`.
     """
     size = num_examples(batch, what)
     arrays, shared = _with_examples(batch)

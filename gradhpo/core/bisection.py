@@ -39,7 +39,7 @@ class Bisection(NamedTuple):
 def bisection(num_steps: int) -> Bisection:
     """The schedule for `num_steps`, which is fixed when a program is compiled."""
     visits = _visits(num_steps, {})
-    # Before its first pull the pass would repeat the way forward, which fills the same slots.
+    # Before its first pull the pass would repeat the forward run, which fills the same slots.
     descent, backward = visits[:, : num_steps - 1], visits[:, num_steps - 1 :]
     step, source, target, pulls = backward
     small = lambda x: x.astype(np.int8)
@@ -49,7 +49,7 @@ def bisection(num_steps: int) -> Bisection:
 
 
 def _visits(num_steps: int, known: dict[int, np.ndarray]) -> Int[np.ndarray, "4 visits"]:
-    """Of `num_steps` steps from the state in slot 0; at most two lengths per level differ."""
+    """Visits of `num_steps` steps from slot 0; a level has at most two different lengths."""
     if num_steps == 1:
         return np.array([[0], [0], [0], [1]])
     if num_steps not in known:

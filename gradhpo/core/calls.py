@@ -32,9 +32,9 @@ def call(
     val_loss_fn: Callable,
     *more: Any,
 ) -> Any:
-    """The result of a compiled call, after what is checked at every one of them.
+    """The result of a compiled call, after the checks that every call needs.
 
-    A function: Equinox makes a module of every method that is looked up, in 50 us.
+    A function, not a method: looking up a method makes an Equinox module, in 50 us.
     """
     train_batch = as_batch(train_batch, "train_batch")
     val_batch = as_batch(val_batch, "val_batch")

@@ -1,4 +1,4 @@
-"""What is checked of batches and losses while tracing, and what is found wrong in them."""
+"""Checks of batches and losses while tracing."""
 
 import dataclasses
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from gradhpo.utils.warn import place_of, warn_once
 
 
 def check_stops(phi: InnerUpdate, of_training: Jaxpr, z: InnerState, hyperparams: PyTree) -> None:
-    """What is stopped as a function of the parameters is missing in later derivatives."""
+    """Warns of stopped functions of the parameters, which are missing from later derivatives."""
     of_w = _trained(z, hyperparams)
     found = "of something that depends on the parameters"
     compare = "gradhpo.check_hypergradient shows whether it matters"
@@ -35,16 +35,17 @@ def check_stops(phi: InnerUpdate, of_training: Jaxpr, z: InnerState, hyperparams
         if stops_a_function_of(result_of(of_training, 0), of_w):
             warn_once(
                 f"train_loss_fn ({place_of(phi.train_loss_fn)}) stops the gradient {found} "
-                "(jax.lax.stop_gradient), so its second derivatives are wrong, and so may be the "
-                "hypergradient: write gradhpo.detach(x), which the training gradient treats as a "
-                f"constant too. {compare}"
+                "(jax.lax.stop_gradient), so its second derivatives are wrong, and perhaps the "
+                "hypergradient: write gradhpo.detach(x) instead, which is also constant in the "
+                f"training gradient. {compare}"
             )
         of_state = result_of(of_training, slice(1, None))
         if stops_a_function_of(of_state, of_w, (STOP_GRADIENT, DETACHED)):
             warn_once(
                 f"train_loss_fn ({place_of(phi.train_loss_fn)}) stops the gradient {found} on the "
-                "way to the new model state, and the hypergradient leaves out what hyperparameters "
-                "do to it: the training gradient has no part of it, so leave out the stop. "
+                "way to the new model state, so the hypergradient misses the effect of "
+                "hyperparameters on it. The training gradient does not include it anyway: remove "
+                "the stop. "
                 f"{compare}"
             )
         return
@@ -55,13 +56,13 @@ def check_stops(phi: InnerUpdate, of_training: Jaxpr, z: InnerState, hyperparams
         given = z._replace(s=None), hyperparams
         program = jax.make_jaxpr(lambda z, h: rule(z, h, 0))(*given).jaxpr
     except NO_DERIVATIVE:
-        return  # it takes one itself, of what has none: explained where the step is taken
+        return  # it differentiates what has no derivative: explained where the step is taken
     if stops_a_function_of(program, of_w, (STOP_GRADIENT, DETACHED)):
         warn_once(
             f"{name} ({place_of(function)}) stops the gradient {found} (jax.lax.stop_gradient, or "
-            "gradhpo.detach outside of jax.grad), so its derivatives are wrong, and so may be the "
-            "hypergradient: what it computes outside of jax.grad needs no stop, so leave that out; "
-            "in a loss that it differentiates, write gradhpo.detach(x) in place of stop_gradient. "
+            "gradhpo.detach outside of jax.grad), so its derivatives are wrong, and perhaps the "
+            "hypergradient: code outside of jax.grad needs no stop, so remove it; in a loss that "
+            "it differentiates, replace stop_gradient by gradhpo.detach(x). "
             f"{compare}"
         )
 
@@ -74,9 +75,9 @@ def check_validation(
     if stops_a_function_of(of_validation, of_w, (STOP_GRADIENT, DETACHED)):
         warn_once(
             f"val_loss_fn ({place_of(val_loss_fn)}) stops the gradient of something that depends "
-            "on the parameters (jax.lax.stop_gradient or gradhpo.detach): the hypergradient leaves "
-            "out what hyperparameters do to it. A validation loss is differentiated once: leave "
-            "the stop out of it"
+            "on the parameters (jax.lax.stop_gradient or gradhpo.detach), so the hypergradient "
+            "misses the effect of hyperparameters on it. A validation loss is differentiated only "
+            "once: remove the stop"
         )
 
 
@@ -99,7 +100,7 @@ def check_trained(
     z: InnerState,
     hyperparams: PyTree,
 ) -> None:
-    """What validation reads is trained: running statistics of another framework are not."""
+    """Warns of params that validation reads and training does not change, as foreign BatchNorms."""
     names = leaf_names(z.w)
     trained = inputs_read(result_of(of_training, 0), by_derivative=True)
     read = inputs_read(of_validation, by_derivative=False)
@@ -109,9 +110,10 @@ def check_trained(
     if untrained:
         shown = ", ".join(untrained[:5]) + (", ..." if len(untrained) > 5 else "")
         warn_once(
-            f"val_loss_fn reads params {shown}, and train_loss_fn has no derivative by them: they "
-            "keep their first values, but for the inner optimizer's weight decay. Running "
-            "statistics of a BatchNorm are not parameters; freeze what should stay constant: "
+            f"val_loss_fn reads params {shown}, and train_loss_fn has no derivative with respect "
+            "to them: they keep their first values, apart from the inner optimizer's weight "
+            "decay. Running statistics of a BatchNorm are not parameters; freeze what should stay "
+            "constant: "
             "gradhpo.partition(model, where, frozen=), or gradhpo.frozen"
         )
 
@@ -141,8 +143,8 @@ def check_keys(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> None:
         if draws_with(program, [other == name for other in names]):
             warn_once(
                 f"train_batch{name.removeprefix(THE_WHOLE_TREE)} is a key made by "
-                "jax.random.PRNGKey, which is not folded with the number of the inner step: all of "
-                "them draw the same random numbers. Make it with jax.random.key, which is, or pass "
+                "jax.random.PRNGKey, which is not folded with the inner step's number, so all "
+                "inner steps draw the same random numbers: make it with jax.random.key, or pass "
                 "a BatchStack with a key for each inner step"
             )
 
@@ -156,7 +158,7 @@ def check_batches(inputs: Inputs, num_steps: int) -> None:
             "(not a BatchStack) to reuse it for every inner step"
         )
     if isinstance(val_batch, BatchStack):
-        raise ValueError("val_batch is a BatchStack; pass one batch: validation is done once")
+        raise ValueError("val_batch is a BatchStack; pass one batch: a step validates once")
     check_single_batch(train_batch, "train_batch")
     check_single_batch(val_batch, "val_batch")
 
@@ -183,13 +185,13 @@ def trace_loss(
     """
     name = f"{which}_loss_fn"
     remedy = (
-        "; a loss fn(model, batch) becomes one of these by gradhpo.model_loss(fn), and with "
-        "running state, init(params, hyperparams, model_state=...), there is a fourth argument"
+        "; gradhpo.model_loss(fn) converts a loss fn(model, batch); with running state, "
+        "init(params, hyperparams, model_state=...), losses take a fourth argument"
     )
     if z.r is not None:
         remedy = (
-            "; the state has a model_state, which losses take as fourth argument. A loss "
-            "fn(model, batch, model_state) becomes one of these by gradhpo.model_loss(fn)"
+            "; the state has a model_state, which losses take as their fourth argument. "
+            "gradhpo.model_loss(fn) converts a loss fn(model, batch, model_state)"
         )
     check_arity(function, name, arguments_of(z.r), remedy)
 
@@ -200,7 +202,7 @@ def trace_loss(
             if batch is not None:
                 raise
             raise TypeError(
-                f"{which}_batch ({which}_data in run) is None, and {name} fails with that "
+                f"{which}_batch ({which}_data in run) is None, and {name} fails with it "
                 f"({error}): pass the batch that it reads"
             ) from error
         return parse(returned)

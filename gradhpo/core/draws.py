@@ -37,7 +37,7 @@ class Draws(eqx.Module):
         return cls(jax.random.bits(key, (2,), jnp.uint32), jnp.zeros((), jnp.int32))
 
     def next(self) -> tuple[Array, "Draws"]:
-        """A typed key, and what comes after it."""
+        """A typed key, and the stream after it."""
         key = jax.random.fold_in(key_of_numbers(self.numbers), self.count)
         return key, dataclasses.replace(self, count=self.count + 1)
 
@@ -67,9 +67,9 @@ def mean_along(weights: Array, directions: PyTree) -> PyTree:
 
 
 def redrawn(memory: PyTree, number: ArrayLike) -> PyTree:
-    """The memory with other random numbers, for every `number`; 0 leaves it as it is.
+    """The memory with other random numbers for every `number`; 0 leaves it unchanged.
 
-    Also where wrappers have added axes.
+    Works under wrappers, which add axes.
     """
     is_draws = lambda x: isinstance(x, Draws)
     offset = jnp.asarray(number, jnp.int32) * _APART

@@ -52,6 +52,6 @@ def with_its_update(
 
 
 def check_has_path(name: str, algorithm: Algorithm) -> None:
-    """Training is a path of inner steps, which can be differentiated."""
+    """Checks that training is a path of inner steps, which can be differentiated."""
     if algorithm.inner_solver is not None:
         raise ValueError(f"{name} differentiates a path of inner steps. {NOT_DIFFERENTIATED}")

@@ -21,11 +21,11 @@ Push: TypeAlias = Callable[[InnerState, PyTree], InnerState]
 
 
 def infinite_at_rest(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> bool:
-    """Whether the derivative of an optimizer's update is infinite at the state that it starts from.
+    """Whether the derivative of an optimizer's update is infinite at the optimizer's first state.
 
-    There (square roots of 0), a tangent of exactly 0 becomes NaN, while reverse mode never looks at
-    it. Found from one product at random values, computed while tracing; so it may be if the update
-    depends on other values that are traced, as Sophia's does on the batch.
+    There (square roots of 0), a tangent of exactly 0 becomes NaN; reverse mode never meets it.
+    Found from one product at random values, computed while tracing; assumed if the update depends
+    on other traced values, as Sophia's does on the batch.
     """
     if phi.inner_optimizer is None:
         return False

@@ -1,4 +1,4 @@
-"""What an algorithm may say of itself, and do beside its estimate: everything has a default."""
+"""What an algorithm may declare, and do besides its estimate: everything has a default."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from gradhpo.core.visibility import Sees
 from gradhpo.utils.tracing import TAKES_ALL
 
 
-Same = TypeVar("Same")  # typing.Self, which beartype knows in classes alone
+Same = TypeVar("Same")  # typing.Self, which beartype knows only in classes
 
 
 class Hooks(eqx.Module):
@@ -27,7 +27,7 @@ class Hooks(eqx.Module):
     # -- inner steps ---------------------------------------------------------------------------
 
     steps_field: ClassVar[str | None] = None
-    """The name of the field that counts the inner steps of a `step`, from 1 on.
+    """The name of the field that sets the number of inner steps of a `step`, at least 1.
 
     `None`, the default, is for algorithms that have their own `num_inner_steps`.
     """
@@ -36,7 +36,7 @@ class Hooks(eqx.Module):
     def num_inner_steps(self) -> int:
         """How many inner steps, and so training batches, one `step` takes.
 
-        By default the number in the field that `steps_field` names.
+        By default, the value of the field that `steps_field` names.
         """
         if self.steps_field is None:
             raise TypeError(
@@ -77,8 +77,8 @@ class Hooks(eqx.Module):
     def differentiates_gradient(self) -> bool:
         """Whether the method takes derivatives of the training gradient, or of `update_fn`.
 
-        By default, unless it `sees` only validation, or everything. If not, checks that trace such
-        derivatives are left out: a method of first derivatives works where no others exist.
+        By default `True`, unless it `sees` only validation, or everything. With `False`, no check
+        traces such derivatives: a first-order method works where second derivatives do not exist.
         """
         return self.sees not in ("validation", "everything")
 
@@ -89,9 +89,9 @@ class Hooks(eqx.Module):
 
     @property
     def may_be_zero(self) -> bool:
-        """Whether a hypergradient of exactly 0 may be right, and is no sign of a mistake.
+        """Whether a hypergradient of exactly 0 may be right rather than a sign of a mistake.
 
-        With `False`, the default, zeros of hyperparameters that the method sees are warned about.
+        With `False`, the default, a warning names visible hyperparameters whose hypergradient is 0.
         """
         return False
 
@@ -99,8 +99,8 @@ class Hooks(eqx.Module):
     def differentiates_init(self) -> bool:
         """Whether the hypergradient includes how `init` depends on the hyperparameters.
 
-        With `False`, the default, hyperparameters that act in the inner optimizer's `init` are
-        named while tracing. [`unrolled`][gradhpo.extend.unrolled] from step 0 includes this
+        With `False`, the default, a warning while tracing names hyperparameters that act in the
+        inner optimizer's `init`. [`unrolled`][gradhpo.extend.unrolled] from step 0 includes this
         dependence; [`pull_start`][gradhpo.extend.pull_start] and
         [`push_start`][gradhpo.extend.push_start] are for other algorithms.
         """
@@ -111,8 +111,8 @@ class Hooks(eqx.Module):
         """Whether every step of an episode sees how the episode's start depends on the
         hyperparameters, as tangents carried from step to step do.
 
-        With `False`, the default, only its first step does, and hyperparameters that act there
-        alone are named while tracing.
+        With `False`, the default, only its first step does, and a warning while tracing names
+        hyperparameters that act only there.
         """
         return False
 
@@ -121,16 +121,16 @@ class Hooks(eqx.Module):
         """Whether optax also gets the loss, which `optax.lbfgs` needs.
 
         Correct only if the inner update is not differentiated: its derivative would miss what optax
-        does with the loss. By default, if the method `sees` only validation, or everything, or
-        tunes nothing.
+        does with the loss. By default `True` if the method `sees` only validation, or everything,
+        or tunes nothing.
         """
         return not self.tunes or self.sees in ("validation", "everything")
 
     @property
     def derivatives(self) -> str:
-        """The derivatives that the method takes, for the error if one of them does not exist.
+        """The derivatives that the method takes, for the error message if one does not exist.
 
-        The default follows from the above: from what the method differentiates, and `sees`.
+        The default follows from what the method differentiates and `sees`.
         """
         if not (self.tunes and self.differentiates_validation):
             return "first derivatives of the training loss"
@@ -177,18 +177,18 @@ class Hooks(eqx.Module):
         return memory
 
     def fit(self, problem: Problem, memory: Any, num_steps: int) -> Any:
-        """The memory with an estimate from an episode, for methods that do so on request."""
+        """The memory with an estimate from an episode, for methods that estimate on request."""
         raise TypeError(f"{type(self).__name__} has nothing to estimate from an episode")
 
     def finite_part(self, memory: Any) -> PyTree:
         """The part of a new memory that must be finite to accept a step; by default all of it.
 
-        Only selects: under a wrapper every array has one more axis.
+        May only select leaves: under a wrapper every array has one more axis.
         """
         return memory
 
     def after_refusal(self, old: Any, new: Any) -> Any:
-        """The memory after a refused step; by default the old one. Only selects."""
+        """The memory after a refused step; by default the old one. May only select leaves."""
         return old
 
     # -- what others ask -----------------------------------------------------------------------

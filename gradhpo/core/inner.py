@@ -32,9 +32,9 @@ class InnerUpdate(InnerStep):
     ) -> tuple[Loss, PyTree, PyTree, Callable[[PyTree], tuple[PyTree, tuple[PyTree, PyTree]]]]:
         """The loss, the gradient, the new r, and products of a cotangent with the derivatives.
 
-        These are by the parameters, and by (hyperparameters, running state). Loss and gradient are
-        means over the batches of the `count` steps that end with step `last`; the running state is
-        that of one step, if `count` is 1.
+        The derivatives are with respect to the parameters, and to (hyperparameters, running state).
+        Loss and gradient are means over the batches of the `count` steps that end with step `last`;
+        there is a new running state only if `count` is 1.
         """
         of_r, rest = differentiated(z.r)
         at = lambda w, others: (InnerState(w, None, eqx.combine(others[1], rest)), others[0])
@@ -48,7 +48,7 @@ class InnerUpdate(InnerStep):
             mean = lambda w, others: mean_over_steps(evaluate, w, others, last, count)
             kind = {"symmetric": self.symmetric, "shared": not self.recomputes}
             loss, gradient, beside, pull = linearize_gradient(mean, *given, **kind)
-            r, aux = beside or (None, {})  # none of a mean over several steps
+            r, aux = beside or (None, {})  # a mean over several steps has none
             return measured(loss, aux), gradient, r, pull
         by_hand = lambda w, others, t: self.gradient_and_state(*at(w, others), t)
         mean = lambda w, others: mean_over_steps(by_hand, w, others, last, count)
@@ -103,7 +103,7 @@ class InnerUpdate(InnerStep):
     ) -> tuple[PyTree, Callable[[PyTree], tuple[PyTree, tuple[PyTree, PyTree]]]]:
         """The floating-point part of the new running state, and its pullback.
 
-        That takes a cotangent on it to w, and to (hyperparameters, running state).
+        The pullback takes a cotangent on it to w, and to (hyperparameters, running state).
         """
         of_r, rest = differentiated(z.r)
 
@@ -181,7 +181,7 @@ class InnerUpdate(InnerStep):
     def _linearized_by_hand(
         self, z: InnerState, hyperparams: PyTree, last: ArrayLike, count: int = 1
     ) -> tuple[PyTree, PyTree, Callable[[PyTree], tuple[PyTree, PyTree]]]:
-        """What `update_fn` makes of w, the new r (of one step alone), and the pullback of w'."""
+        """The w' of `update_fn`, the new r (only for a single step), and the pullback of w'."""
         by_hand = lambda w, h, t: self.updated_by_hand(z._replace(w=w), h, t)
         update = lambda w, h: mean_over_steps(by_hand, w, h, last, count)
         new, pull, r = jax.vjp(update, z.w, hyperparams, has_aux=True)
@@ -208,7 +208,7 @@ def _of_fixed_point(pull: Callable) -> Callable[[PyTree], tuple[PyTree, PyTree]]
 
 
 def _differentiable(tree: PyTree) -> tuple[PyTree, PyTree]:
-    """The leaves that a derivative can come from, and the rest: empty arrays among it.
+    """The leaves that a derivative can come from, and the rest, including empty arrays.
 
     A cotangent on an empty array is 0, and optax divides by means over it: 0 times NaN.
     """

@@ -27,7 +27,7 @@ class InnerLoss(eqx.Module):
     train_batch: PyTree
     symmetric: bool = eqx.field(static=True)
     recomputes: bool = eqx.field(static=True, default=False)  # products recompute activations
-    metrics: tuple[str, ...] = eqx.field(static=True, default=())  # beside the training loss
+    metrics: tuple[str, ...] = eqx.field(static=True, default=())  # of the training loss
     reads_state: bool = eqx.field(static=True, default=False)  # the training loss reads z.r
     differentiated: bool = eqx.field(static=True, default=True)  # so is the training gradient
     # Whether `z.s` is what the optimizer's `init` made at these hyperparameters, shape `()`; `None`
@@ -37,8 +37,8 @@ class InnerLoss(eqx.Module):
     start: Start | None = None
     # Takes the place of all inner steps; `update_fn` is then the equation that it solves.
     inner_solver: InnerSolver | None = None
-    # Whether `step` also gives the loss to optax. `vjp` never does: the derivative would miss how
-    # what optax does with the loss depends on w and the hyperparameters.
+    # Whether `step` also gives the loss to optax. `vjp` never does: the derivative would miss that
+    # the loss depends on w and the hyperparameters.
     passes_loss: bool = eqx.field(static=True, default=False)
 
     def batch(self, t: ArrayLike) -> PyTree:
@@ -64,7 +64,7 @@ class InnerLoss(eqx.Module):
         return self.evaluate(z, hyperparams, t).loss
 
     def gradient(self, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> PyTree:
-        """What the inner optimizer is given: the training gradient, or what `grad_fn` returns."""
+        """The inner optimizer's input: the training gradient, or what `grad_fn` returns."""
         return self.gradient_and_state(z, hyperparams, t)[0]
 
     def gradient_and_state(
@@ -96,7 +96,7 @@ class InnerLoss(eqx.Module):
     def loss_and_gradient(
         self, z: InnerState, hyperparams: PyTree, t: ArrayLike
     ) -> tuple[Loss, PyTree, PyTree]:
-        """The loss, what the inner optimizer is given, and the new running state."""
+        """The loss, the inner optimizer's input, and the new running state."""
         if self.grad_fn is None:
             of_w = self._of_w(z, hyperparams, t)
             (loss, (r, aux)), gradient = jax.value_and_grad(of_w, has_aux=True)(z.w)
@@ -107,9 +107,9 @@ class InnerLoss(eqx.Module):
     def value_and_grads(
         self, z: InnerState, hyperparams: PyTree, t: ArrayLike
     ) -> tuple[Loss, PyTree, PyTree, PyTree]:
-        """As `loss_and_gradient`, with the derivative by the hyperparameters after the gradient.
+        """As `loss_and_gradient`, with the loss's hyperparameter derivative after the gradient.
 
-        That is the derivative of the training loss, with a `grad_fn` too.
+        It is the derivative of the training loss even with a `grad_fn`.
         """
         if self.grad_fn is not None:
             by_hyperparams = jax.grad(self.train_loss, argnums=1)(z, hyperparams, t)
@@ -125,6 +125,6 @@ class InnerLoss(eqx.Module):
         return measured(loss, aux), *gradients, r
 
     def _loss_alone(self, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> Loss:
-        """The loss as a metric, of which nothing is differentiated; nor need it be possible."""
+        """The loss as a metric: never differentiated, so it need not be differentiable."""
         loss, _, aux = self.evaluate(*jax.lax.stop_gradient((z, hyperparams)), t)
         return measured(loss, aux)

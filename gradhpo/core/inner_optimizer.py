@@ -79,8 +79,8 @@ def inner_response(
 ) -> tuple[PyTree, PyTree]:
     """The updates for any gradient at z, and the optimizer's next state."""
     rule = optax.with_extra_args_support(resolve(inner_optimizer, hyperparams))
-    # For those that need the loss: a parabola with this gradient here. Its value is the norm, so
-    # that the ratio of both, a Polyak step, is of as many sizes as the gradients.
+    # For optimizers that need the loss: a parabola with this gradient at z. Its value there is the
+    # gradient's norm, so that a Polyak step, their ratio, varies in size as the gradients do.
     value = tree_l2_norm(gradient)
 
     def parabola(w):
@@ -91,25 +91,25 @@ def inner_response(
 
 
 def _check_which_parameters(state: PyTree, w: PyTree) -> None:
-    """Of optimizers with two kinds of parameters: one is trained, the other to be validated."""
+    """Checks optimizers that train one set of parameters and validate another."""
     if looks_ahead(state) and not isinstance(w, optax.LookaheadParams):
         raise ValueError(
-            "optax.lookahead trains fast parameters and validates slow ones, so params are both: "
+            "optax.lookahead trains fast parameters and validates slow ones, so params hold both: "
             "optimizer.init(optax.LookaheadParams.init_synced(params), hyperparams), with losses "
             "train_loss(params.fast, hyperparams, batch) and val_loss(params.slow, hyperparams, "
             "batch)"
         )
     if any(jax.tree.structure(z) == jax.tree.structure(w) for z in averages(state)):
         warn_once(
-            "optax.contrib.schedule_free trains at one point, which params are, and is meant to be "
-            "validated at another, its average, which params are not: the hypergradient is that of "
-            "the validation loss at the first. docs/hyperparameters.md has the lines that keep "
-            'both ("Optimizers that need more than a gradient")'
+            "optax.contrib.schedule_free trains at one point, params, and should be validated at "
+            "another, the average: this hypergradient is that of the validation loss at params. "
+            "docs/hyperparameters.md shows how to keep both "
+            '("Optimizers that need more than a gradient")'
         )
 
 
 def gradient_for(s: PyTree, gradient: PyTree) -> PyTree:
-    """The gradient as the optimizer wants it: `optax.lookahead` that of its fast parameters."""
+    """The gradient that the optimizer expects: `optax.lookahead` that of its fast parameters."""
     if isinstance(gradient, optax.LookaheadParams) and looks_ahead(s):
         return gradient.fast
     return gradient
@@ -164,6 +164,6 @@ def explained(which: str = "inner") -> Iterator[None]:
         if not is_missing_argument(error):
             raise
         raise ValueError(
-            f"the {which} optimizer cannot be called with what it is given here: {error}. "
+            f"the {which} optimizer cannot be called with the arguments it gets here: {error}. "
             f"{NEEDS_THE_LOSS}"
         ) from error

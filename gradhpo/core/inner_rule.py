@@ -1,4 +1,4 @@
-"""The rules that change parameters: optax, `grad_fn`, `update_fn`, and a solver of all of it."""
+"""The rules that change parameters: optax, `grad_fn`, `update_fn`, and a solver of the whole."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +27,7 @@ def updated_by_optax(
     objective: Callable[[PyTree], Any],
     **of_loss: Any,
 ) -> tuple[PyTree, PyTree]:
-    """`(w', s')`. What Sophia does with the objective is differentiated, as all of this."""
+    """`(w', s')`. Sophia's use of the objective is differentiated, like everything here."""
     transformation = resolve(inner_optimizer, hyperparams)
     if takes_objective(s):
         of_loss["obj_fn"] = objective
@@ -75,10 +75,10 @@ def function_response(
 
 # What is not differentiated, where something would have to be.
 NOT_DIFFERENTIATED = (
-    "inner_solver is called and not differentiated, so that there is no path to differentiate: "
-    "the derivative of its solution is that of the equation which it solves. Differences need no "
-    "derivative (gradhpo.finite_difference_hypergradient), and a path is there with an "
-    "inner_optimizer in as many inner steps as it needs"
+    "inner_solver is called and not differentiated, so there is no path of inner steps: the "
+    "derivative of its solution comes from the equation that it solves. Finite differences need no "
+    "derivative (gradhpo.finite_difference_hypergradient); for a path, use an inner_optimizer with "
+    "as many inner steps as it needs"
 )
 
 
@@ -98,25 +98,25 @@ def solved_by(
     numbers, rest = eqx.partition(given, eqx.is_inexact_array)
     held = eqx.combine(jax.lax.stop_gradient(numbers), rest)
     found = _new_params("inner_solver", called(inner_solver, *held), params, w, r, exactly=True)
-    # Beside what it was given: to that a derivative would go.
+    # With its arguments, since a derivative would go to them.
     return undifferentiable((jax.lax.stop_gradient(found), numbers), NOT_DIFFERENTIATED)[0]
 
 
 def _new_params(
     name: str, given: Any, params: PyTree, w: PyTree, r: PyTree, *, exactly: bool = False
 ) -> Result:
-    """What a rule of the user's returned: new params, and the running state."""
+    """What a user's rule returned: new params, and the running state."""
     returned, r = with_state(name, "params", given, r)
     new = like_trained(w, returned)
     if not _have_same_shapes(new, w):
         alone = _alone("new params", returned, w, {})
         raise ValueError(
-            f"{name} must return params of the structure and shapes that it was given{alone}\n"
+            f"{name} must return params of the structure and shapes that it got{alone}\n"
             f"{where_they_differ(new, w)}"
         )
     if exactly and jax.tree.map(jnp.result_type, new) != jax.tree.map(jnp.result_type, w):
         raise ValueError(
-            f"{name} must return params of the dtypes that it was given: convert them there, "
+            f"{name} must return params of the dtypes that it got: convert them there, "
             f"jnp.asarray(x, params.dtype)\n{where_they_differ(new, w)}"
         )
     rest, constant = (
@@ -126,7 +126,7 @@ def _new_params(
     if any(x is not y for x, y in zip(rest, constant, strict=True)):
         raise ValueError(
             f"{name} changes a leaf of params that is not a floating-point array (a counter?); "
-            "such leaves stay as they are: keep it as a float, or out of params"
+            "such leaves must stay constant: make it a float, or keep it out of params"
         )
     return Result(cast_like(new, w), r)
 

@@ -35,7 +35,7 @@ def differentiated(r: PyTree) -> tuple[PyTree, PyTree]:
 def restarted(start: PyTree, end: PyTree, rate: ArrayLike) -> PyTree:
     """Running state for the next episode: from the start of the last one if the `rate` is 0.
 
-    Otherwise that of its end: a point between two averages with different counts is neither's.
+    Otherwise from its end: averages with different counts cannot be interpolated.
     """
     return jax.tree.map(lambda x, y: jnp.where(jnp.asarray(rate) > 0, y, x), start, end)
 
@@ -56,14 +56,14 @@ class Start(eqx.Module):
         return like_trained(w, self.function(self.key, hyperparams))
 
     def at(self, step: Array) -> "Start":
-        """That of the episode to which an outer step belongs."""
+        """The start of the episode that an outer step belongs to."""
         return self.folded(step // self.steps_per_episode)
 
     def folded(self, number: ArrayLike) -> "Start":
-        """With a key of its own for every number."""
+        """The same with another key for every number."""
         return dataclasses.replace(self, key=jax.random.fold_in(self.key, number))
 
     def of_one(self, number: ArrayLike) -> "Start":
-        """That of one of many inner problems: with a key and the running state of its own."""
+        """The start of one of many inner problems, with its own key and running state."""
         r = jax.tree.map(lambda x: x[number], self.r)
         return dataclasses.replace(self.folded(number), r=r)

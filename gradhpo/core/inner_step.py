@@ -31,8 +31,8 @@ from gradhpo.utils.gradients import undifferentiable
 
 _LINE_SEARCH = (
     "a hypergradient cannot be differentiated through a line search, as in optax.lbfgs: the "
-    "derivative would be that of how the search ends, in rounding; for this take gradient descent "
-    "as inner_optimizer, optax.sgd(0.1), in as many inner steps as it needs"
+    "derivative would depend on the rounding errors that end the search. Use gradient descent as "
+    "inner_optimizer, optax.sgd(0.1), with as many inner steps as it needs"
 )
 
 
@@ -46,7 +46,7 @@ class InnerStep(InnerLoss):
     def at_new_hyperparams(self, z: InnerState, num_steps: int) -> InnerState:
         """The z that `num_steps` inner steps start from once the hyperparameters have moved.
 
-        L-BFGS remembers differences of gradients, the first of which would be between two losses.
+        L-BFGS remembers differences of gradients; the first would be between two different losses.
         """
         if self.passes_loss and num_steps > 1:
             return z._replace(s=forget_secants(z.s))
@@ -58,8 +58,8 @@ class InnerStep(InnerLoss):
         """`(z', training loss before the update)`, the loss as `Measured` if it has metrics.
 
         It comes free with its gradient. With a `grad_fn` or an `update_fn` it is extra work,
-        done only if `want_loss`; otherwise it is `nan`. With an `inner_solver` it is that at the
-        solution.
+        done only if `want_loss`; otherwise it is `nan`. With an `inner_solver` it is the loss at
+        the solution.
         """
         if self.inner_solver is not None:
             new = self.solved(z, hyperparams, t)
@@ -146,8 +146,8 @@ class InnerStep(InnerLoss):
     ) -> tuple[InnerState, Loss, PyTree]:
         """Inner steps from number 0 on: `(z', last loss, total)`.
 
-        Each of them makes `total = add(total, z, gradient, t)` of the gradient that it takes at z
-        anyway. With an `update_fn` that is the gradient of the loss, and extra work.
+        Each sets `total = add(total, z, gradient, t)`, with the gradient that it takes at z anyway.
+        With an `update_fn` that is the gradient of the loss, and extra work.
         """
         z, evaluated = self._evaluated(z, hyperparams, 0)
 
@@ -176,8 +176,8 @@ class InnerStep(InnerLoss):
         """`z` with the loss at `w` in its line search, and whether every step finds it there.
 
         The search has evaluated the parameters that it ends at: half of the work of most steps. The
-        first evaluation is always made, since hyperparameters and batch have changed. Metrics
-        beside the loss, and running state, are not in the search.
+        first evaluation is always made, since hyperparameters and batch have changed. The search
+        does not hold the loss's metrics or running state.
         """
         reusable = self.passes_loss and self.repeats_batch and z.r is None
         last = last_evaluation(z.s) if reusable else None
@@ -196,14 +196,14 @@ class InnerStep(InnerLoss):
         t: ArrayLike,
         of_loss: Any = (),
     ) -> tuple[PyTree, PyTree]:
-        """`of_loss` must not be differentiated. The objective of Sophia is, as all of this."""
+        """`of_loss` must not be differentiated. Sophia's objective is, like everything here."""
         assert self.inner_optimizer is not None
         objective = lambda w: self.train_loss(z._replace(w=w), hyperparams, t)
         given = gradient, z.s, z.w, hyperparams, objective
         return updated_by_optax(self.inner_optimizer, *given, **dict(of_loss))
 
     def solved(self, z: InnerState, hyperparams: PyTree, t: ArrayLike) -> InnerState:
-        """What `inner_solver` makes of the parameters and the running state, as a constant."""
+        """The parameters and running state that `inner_solver` returns, as constants."""
         assert self.inner_solver is not None
         params, batch = eqx.combine(z.w, self.frozen), self.batch(t)
         w, r = solved_by(self.inner_solver, params, z.w, hyperparams, batch, z.r)

@@ -26,13 +26,13 @@ class LossFunctions(eqx.Module):
         optimizer over the hyperparameters.
 
     Either may return `(scalar, metrics)`, where `metrics` is a dict of scalars such as
-    `{"accuracy": accuracy}`: they are in the history, the logs and the metadata of the state, as
+    `{"accuracy": accuracy}`: they appear in the history, the logs and the state's metadata as
     `train_accuracy` (of the last inner step, before its update) and `val_accuracy` (at $w_T$). They
-    do not affect any derivative. Every evaluation of the loss computes them, in all inner steps:
-    use [`Monitor`][gradhpo.Monitor] for metrics that cost more than an accuracy. Wrap the arguments
-    of a function that JAX cannot differentiate (a callback) in `jax.lax.stop_gradient`.
+    affect no derivative. All inner steps compute them: use [`Monitor`][gradhpo.Monitor] for metrics
+    that cost more than an accuracy. Wrap the arguments of a function that JAX cannot differentiate
+    (a callback) in `jax.lax.stop_gradient`.
 
-    If the state has a `model_state`, both take it as fourth argument, and `train_loss` returns
+    If the state has a `model_state`, both take it as their fourth argument; `train_loss` returns
     `(scalar, new_model_state)` or `(scalar, (new_model_state, metrics))`. A second result with the
     structure of the model state is taken as the model state, so a dict of metrics needs other keys.
 
@@ -59,7 +59,7 @@ class Inputs(eqx.Module):
     losses: LossFunctions
     start: Start | None = None  # of the episode, if `run` has a start_fn
     repeats: bool = eqx.field(static=True, default=False)  # the next step gets the same batches
-    continues: bool = eqx.field(static=True, default=False)  # most steps begin where one has ended
+    continues: bool = eqx.field(static=True, default=False)  # most steps begin where the last ended
 
     def at(self, state: BilevelState, **batches: Any) -> "Inputs":
         """The same inputs with another state, and with other batches if given."""
@@ -73,21 +73,21 @@ def inputs_of(
     train_loss_fn: Callable,
     val_loss_fn: Callable,
 ) -> Inputs:
-    """From what `step` is called with."""
+    """The inputs, from the arguments of `step`."""
     return Inputs(state, train_batch, val_batch, LossFunctions(train_loss_fn, val_loss_fn))
 
 
 def both_losses(call: str, train_loss_fn: Any, val_loss_fn: Any) -> tuple[Any, Any]:
     """The two losses of a call that takes both, or one `LossFunctions` in their place."""
     write = (
-        f"write {call}(..., train_loss_fn, val_loss_fn), or with both in one "
+        f"write {call}(..., train_loss_fn, val_loss_fn), or "
         f"{call}(..., gradhpo.LossFunctions(train_loss, val_loss))"
     )
     if isinstance(train_loss_fn, LossFunctions):
         if val_loss_fn is not None:
             raise TypeError(
-                f"{call} got LossFunctions, which hold both losses, and beside them "
-                f"{val_loss_fn!r}: {write}; what comes after them is passed by name, lr_hyper=0.1"
+                f"{call} got LossFunctions, which hold both losses, followed by "
+                f"{val_loss_fn!r}: {write}; pass later arguments by name, lr_hyper=0.1"
             )
         return train_loss_fn.train_loss, train_loss_fn.val_loss
     if val_loss_fn is None:

@@ -26,7 +26,7 @@ class InnerProblems(eqx.Module):
         num_members = Declared[int | None]()
     else:
         num_members = None
-    """How many sets of hyperparameters a state holds, in front of all arrays; `None`: one alone."""
+    """How many sets of hyperparameters lead all arrays of a state; `None` for a single set."""
 
     @property
     @abc.abstractmethod
@@ -62,7 +62,7 @@ class InnerProblems(eqx.Module):
     ) -> str:
         """What the report of a run should add; metrics are means over `copies` problems."""
 
-    # What wrappers and the other parts of the library ask of an optimizer with any number of inner
+    # What wrappers and the rest of the library need from an optimizer with any number of inner
     # problems.
 
     @abc.abstractmethod
@@ -90,7 +90,7 @@ class InnerProblems(eqx.Module):
 
     @abc.abstractmethod
     def _recomputes(self, inputs: Inputs) -> bool:
-        """Whether second-derivative products start anew, and keep no activations."""
+        """Whether second-derivative products recompute activations instead of keeping them."""
 
     @abc.abstractmethod
     def _outer_loss(self, inputs: Inputs) -> Array:
@@ -98,7 +98,7 @@ class InnerProblems(eqx.Module):
 
     @abc.abstractmethod
     def _begin_episode(self, inputs: Inputs, num_steps: int) -> BilevelState:
-        """The state after the algorithm has read ahead an episode of `num_steps` steps."""
+        """The state after the algorithm has read an episode of `num_steps` steps ahead."""
 
     @abc.abstractmethod
     def _fit(self, inputs: Inputs) -> BilevelState:
@@ -128,4 +128,4 @@ class InnerProblems(eqx.Module):
 
     @abc.abstractmethod
     def _scalars(self, memory: PyTree) -> MetricDict:
-        """The part of the memory that counts as metrics: its scalars."""
+        """The part of the memory that serves as metrics: its scalars."""

@@ -17,7 +17,7 @@ from gradhpo.utils.validation import check_scalar
 def called(function: Callable, params: PyTree, hyperparams: PyTree, batch: PyTree, r: Any) -> Any:
     """`function(params, hyperparams, batch)`, and with a running state if there is one.
 
-    On a copy of it: `eqx.nn.State` may be used once.
+    It gets a copy: `eqx.nn.State` may be used only once.
     """
     if r is None:
         return function(params, hyperparams, batch)
@@ -25,7 +25,7 @@ def called(function: Callable, params: PyTree, hyperparams: PyTree, batch: PyTre
 
 
 class Result(NamedTuple):
-    """What a function of the user's returned, and the new running state."""
+    """What a user's function returned, and the new running state."""
 
     value: Any
     r: PyTree
@@ -55,8 +55,8 @@ def with_state(name: str, what: str, returned: Any, r: PyTree) -> Result:
         if fits:
             differs = f"\n{where_they_differ(returned[1], r)}"
         raise ValueError(
-            f"{name} got a model state, as the state has one, and must return ({what}, "
-            f"new_model_state), the second with the structure of the first{differs}{metrics}"
+            f"{name} got a model state, so it must return ({what}, new_model_state), with the "
+            f"structure of the state that it got{differs}{metrics}"
         )
     value, new = returned
     if list(map(_kind, jax.tree.leaves(new))) != list(map(_kind, jax.tree.leaves(r))):
@@ -68,7 +68,7 @@ def with_state(name: str, what: str, returned: Any, r: PyTree) -> Result:
 
 
 def _kind(x: Any) -> tuple:
-    """Shape and dtype, but for the width of a floating-point number."""
+    """Shape and dtype, ignoring the width of floating-point numbers."""
     dtype = jnp.result_type(x)
     return jnp.shape(x), "float" if jnp.issubdtype(dtype, jnp.floating) else dtype
 
@@ -115,16 +115,16 @@ def _is_like(x: Any, r: PyTree) -> bool:
 
 
 def _metrics(which: str, aux: Any) -> dict[str, Array]:
-    """The metrics beside a loss, by their names in the history."""
+    """The metrics of a loss, by their names in the history."""
     if aux is None:
         return {}
     name = f"{which}_loss_fn"
     if not isinstance(aux, dict) or not all(isinstance(key, str) for key in aux):
         kind = "an array" if eqx.is_array(aux) else f"a {type(aux).__name__}"
         raise TypeError(
-            f"{name} returned a loss and {kind}: beside the loss it may return a dict "
-            "of scalars, return loss, {'accuracy': accuracy}, which are metrics; running state "
-            "goes into init(model_state=...)"
+            f"{name} returned a loss and {kind}: only a dict of scalar metrics may follow the "
+            "loss, return loss, {'accuracy': accuracy}; running state goes into "
+            "init(model_state=...)"
         )
     metrics = {}
     for key, value in aux.items():
@@ -133,18 +133,18 @@ def _metrics(which: str, aux: Any) -> dict[str, Array]:
             kind = f"shape {jnp.shape(value)} and dtype {jnp.result_type(value)}"
         if not eqx.is_array_like(value) or jnp.shape(value) != ():
             raise ValueError(
-                f"{name} returned {key!r}, {kind}, beside the loss, where metrics are: scalars of "
-                "shape (), such as a mean over the examples. An array of every step is recorded "
-                "by run(record=...)"
+                f"{name} returned {key!r}, {kind}, as a metric: metrics are scalars of shape (), "
+                "such as a mean over the examples. To record an array at every step, use "
+                "run(record=...)"
             )
         if jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
-            raise ValueError(f"{name} returned {key!r} beside the loss, which is complex")
+            raise ValueError(f"{name} returned the metric {key!r}, which is complex")
         if not key:
             raise ValueError(f"{name} returned a metric without a name, {{'': ...}}: give it one")
         if f"{which}_{key}" in METRICS:
             raise ValueError(
-                f"{name} returned {key!r} beside the loss: it would be the metric {which}_{key}, "
-                "which every step has. Give it another name"
+                f"{name} returned the metric {key!r}, which would be called {which}_{key}, as a "
+                "metric that every step has: choose another name"
             )
         metrics[f"{which}_{key}"] = as_number(value)
     return metrics

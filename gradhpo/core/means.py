@@ -18,9 +18,9 @@ def mean_over_steps(
     last: ArrayLike,
     count: int,
 ) -> tuple[PyTree, PyTree]:
-    """Of `function` at the last `count` steps, in a loop: a program does not grow with them.
+    """The mean of `function` over the last `count` steps, in a loop: programs do not grow with it.
 
-    `function` returns what to average, and more, which comes back where there is one step alone.
+    `function` returns what to average, and more, which is returned only for a single step.
     Sums, of cotangents too, are in float32 at least.
     """
     if count == 1:

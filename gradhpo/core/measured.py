@@ -1,4 +1,4 @@
-"""Metrics that losses return beside their values, on their way into the metadata of a state."""
+"""Metrics that losses return with their values, on their way into the metadata of a state."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -19,7 +19,7 @@ from gradhpo.utils.trees import accumulation_dtype
 
 
 class Measured(eqx.Module):
-    """A loss with the metrics beside it, on its way through an algorithm as one value.
+    """A loss with its metrics, passed through an algorithm as one value.
 
     `jnp.asarray(value)` is the loss alone.
     """
@@ -39,7 +39,7 @@ Loss: TypeAlias = Array | Measured
 
 
 def measured(loss: Array, aux: dict[str, Array]) -> Any:
-    """A loss as algorithms carry it: alone, if nothing was measured beside it."""
+    """A loss as algorithms carry it: alone, if it has no metrics."""
     return Measured(loss, aux) if aux else loss
 
 
@@ -49,7 +49,7 @@ def loss_of(value: Any) -> Any:
 
 
 def aux_of(*values: Any) -> dict[str, Any]:
-    """What was measured beside losses."""
+    """The metrics of losses."""
     found: dict[str, Any] = {}
     for value in values:
         found |= value.aux if isinstance(value, Measured) else {}
@@ -63,7 +63,7 @@ def with_aux(state: BilevelState, aux: Mapping[str, Any]) -> BilevelState:
 
 
 def without_aux(state: Any) -> Any:
-    """A state without them, the same for any losses; anything else as it is."""
+    """A state without them, the same for any losses; anything else unchanged."""
     if not isinstance(state, BilevelState) or not state.metadata.aux:
         return state
     return dataclasses.replace(state, metadata=state.metadata.without(state.metadata.aux))
@@ -94,14 +94,14 @@ def check_free(aux: Mapping[str, Any], state: BilevelState) -> None:
     for name in aux:
         if name in state.metadata:
             raise ValueError(
-                f"a loss returns the metric {name}, and the state has a note of that name: take "
-                "it out, dataclasses.replace(state, metadata=state.metadata.without("
-                f"[{name!r}])), or give one of them another name"
+                f"a loss returns the metric {name}, and the state has a note of that name: remove "
+                "the note, dataclasses.replace(state, metadata=state.metadata.without("
+                f"[{name!r}])), or rename one of them"
             )
         if name in entries_of(state.memory):
             raise ValueError(
-                f"a loss returns the metric {name}, which is also what the algorithm keeps in "
-                "its memory: give yours another name"
+                f"a loss returns the metric {name}, but the algorithm keeps an entry of that name "
+                "in its memory: rename the metric"
             )
 
 

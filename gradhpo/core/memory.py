@@ -1,4 +1,4 @@
-"""The memory of an algorithm, seen from outside: its entries, and which parts fit another one."""
+"""An algorithm's memory from outside: its entries, and which of its parts fit another one."""
 
 import dataclasses
 from typing import Any, NoReturn
@@ -29,7 +29,7 @@ class Memory(eqx.Module):
 
 
 class MemoryOfEach(Memory):
-    """The memory of a wrapper, around that of the wrapped optimizer; other fields are its own.
+    """The memory of a wrapper, around the wrapped optimizer's memory; other fields are its own.
 
     - `of_each`: the memory of the wrapped optimizer, every leaf with one more leading axis.
     """
@@ -62,8 +62,8 @@ def check_memory(name: str, memory: PyTree) -> None:
         return
     if not isinstance(memory, eqx.Module):
         raise TypeError(
-            f"{made} returned a {type(memory).__name__}: return a gradhpo.extend.Memory with its "
-            "entries as fields, by which they are found in state.memory and in the history"
+            f"{made} returned a {type(memory).__name__}: return a gradhpo.extend.Memory, whose "
+            "field names are those in state.memory and in the history"
         )
     for path, leaf in jax.tree_util.tree_leaves_with_path(memory):
         if not eqx.is_array(leaf):
@@ -75,7 +75,7 @@ def check_memory(name: str, memory: PyTree) -> None:
     if taken:
         raise ValueError(
             f"{made} returned a memory with the field {taken[0]}, which is the name of a metric of "
-            "every step: give it another one"
+            "every step: rename the field"
         )
 
 

@@ -12,8 +12,8 @@ from jaxtyping import Array, DTypeLike
 class Metadata(dict[str, Any]):
     """Metrics of the last step and the user's notes: a dict that knows where other entries went.
 
-    `in_memory` names what the algorithm keeps in `state.memory`, as the state says; `aux` those
-    entries that are metrics which a loss returned.
+    `in_memory` names the entries that the algorithm keeps in `state.memory`; `aux` the metrics
+    that a loss returned.
     """
 
     def __init__(
@@ -30,12 +30,12 @@ class Metadata(dict[str, Any]):
         if key in self.in_memory:
             raise KeyError(
                 f"{key} is not in metadata, which holds metrics and your own notes: write "
-                f'state.get_metric("{key}"); all that the algorithm keeps is in state.memory'
+                f'state.get_metric("{key}"); what the algorithm keeps is in state.memory'
             )
         raise KeyError(
-            f"metadata has no {key!r}; there are {', '.join(map(str, self))}. What an algorithm "
-            "keeps is in state.memory; the metrics that a loss returns are there after a step, and "
-            "before it with init(params, hyperparams, losses=..., batch=..., val_batch=...)"
+            f"metadata has no {key!r}; it has {', '.join(map(str, self))}. What an algorithm "
+            "keeps is in state.memory; metrics that a loss returns appear after the first step, or "
+            "at once with init(params, hyperparams, losses=..., batch=..., val_batch=...)"
         )
 
     def get(self, key: str, default: Any = None) -> Any:

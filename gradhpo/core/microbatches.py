@@ -61,9 +61,9 @@ class Microbatched(eqx.Module):
 def microbatched(loss: LossFn, num: int) -> LossFn:
     """A mean loss, computed on `num` pieces of the batch, one after another.
 
-    Each piece is recomputed where a derivative needs it (`jax.checkpoint`), so that the activations
-    of one piece are kept, not of a whole batch: for a training gradient, and for every product
-    of an algorithm that differentiates training. The work grows by one more forward pass. Losses
+    Each piece is recomputed where a derivative needs it (`jax.checkpoint`), so that only one
+    piece's activations are kept, not a whole batch's: for a training gradient, and for every
+    product of an algorithm that differentiates training. The work grows by one forward pass. Losses
     add up in float32 at least, gradients in the dtype of their parameters: keep these in float32,
     and cast to bfloat16 inside the loss.
 
@@ -164,19 +164,19 @@ def chunked_cross_entropy(
 ) -> Float[Array, "*tokens"]:
     r"""Cross-entropy over a large vocabulary, without all logits at once.
 
-    The logits $x_i W^\top$ are computed for one of `num` chunks of the tokens after another, and
-    again where a derivative needs them: they need the memory of one chunk. It can be differentiated
-    as often as you like.
+    The logits $x_i W^\top$ are computed one chunk of the tokens after another, in `num` chunks, and
+    again where a derivative needs them, so they take the memory of one chunk. Derivatives of any
+    order exist.
 
     **Arguments:**
 
     - `features`: the last hidden state of each token, shape `[..., width]`.
     - `head`: the matrix $W$ of the output layer, shape `[vocabulary, width]`; that of the embedding
         if they are tied.
-    - `labels`: the next token of each, integers of shape `[...]` from 0 to `vocabulary - 1`: give
-        what is masked the label 0, and its loss the weight 0.
+    - `labels`: the next token of each, integers of shape `[...]` from 0 to `vocabulary - 1`; for
+        masked tokens, pass 0 and weight their losses by 0.
     - `num`: number of chunks, at least 1; must divide the number of tokens.
-    - `label_smoothing`: the share of the target that is spread over the whole vocabulary, in
+    - `label_smoothing`: the share of the target spread over the whole vocabulary, in
         [0, 1], a number or one for each token (or what broadcasts to that); default 0.
 
     **Returns:** the loss of every token, shape `[...]`, in float32 at least. Take their mean, or a

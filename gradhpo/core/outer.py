@@ -24,9 +24,9 @@ class Estimate(eqx.Module):
 
     - `z`: the $(w, s, r)$ after the inner steps.
     - `hypergradient`: a tree like the hyperparameters.
-    - `train_loss`, `val_loss`: at the last inner step, before its update; and at the end. As
-        `problem` gives them: then metrics that a loss has beside it come along (`jnp.asarray` of
-        such a value is the loss alone).
+    - `train_loss`, `val_loss`: at the last inner step, before its update; and at the end. Pass
+        them as `problem` gives them, so that a loss's metrics come along (`jnp.asarray` of such a
+        value is the loss alone).
     - `memory`: the algorithm's memory after the step, with the structure, shapes and dtypes that
         `init_memory` gave it.
     """
@@ -50,7 +50,7 @@ def check_estimate(name: str, found: Any, state: BilevelState, problem: Problem)
         ("memory", found.memory, state.memory),
     )
     for part, value, like in parts:
-        what, remedy = f"the {part} that {made}", f"To go on from there, {write}."
+        what, remedy = f"the {part} that {made}", f"To continue from there, {write}."
         check_same_structure(value, like, what, remedy)
     for part, value in (("train_loss", found.train_loss), ("val_loss", found.val_loss)):
         loss = loss_of(value)
@@ -60,7 +60,7 @@ def check_estimate(name: str, found: Any, state: BilevelState, problem: Problem)
     lost = [x for x in (*problem.phi.metrics, *problem.validation.metrics) if x not in measured]
     if lost:
         warn_once(
-            f"{made} losses without the metrics beside them ({', '.join(lost)}): return them as "
+            f"{made} losses without their metrics ({', '.join(lost)}): return the losses as "
             "phi.step(...) and validation.value_and_grads(...) give them",
             *problem.functions(),
         )
@@ -92,7 +92,7 @@ def averaged_update(
     state: BilevelState,
     hypergradients: PyTree,
 ) -> tuple[PyTree, PyTree]:
-    """The same by the mean of several updates, for as many hypergradients and optimizer states."""
+    """The same with the mean of the updates for several hypergradients and optimizer states."""
     return _moved(state, *averaged_outer_response(outer_optimizer, state, hypergradients, 0))
 
 

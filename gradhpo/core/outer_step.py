@@ -1,4 +1,4 @@
-"""One outer step: what it makes of a state, which is refused if it is not finite."""
+"""One outer step, whose result is refused if it is not finite."""
 
 import abc
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,11 +22,11 @@ from gradhpo.utils.trees import accumulation_dtype, scaled_norm, scaled_norm_and
 
 
 class Advance(NamedTuple):
-    """What a step makes of a state.
+    """The result of a step.
 
-    - `state`: the next one.
+    - `state`: the next state.
     - `moving`: for each leaf of the hyperparameters, whether its hypergradient is not 0, shape
-        `[leaves]`; of a population `[members, leaves]`.
+        `[leaves]`; in a population `[members, leaves]`.
     - `hypergradient`: a tree like the hyperparameters, finite or not.
     """
 
@@ -46,13 +46,13 @@ class OuterStep(InnerProblems):
 
     @abc.abstractmethod
     def _attempt(self, inputs: Inputs, lr_hyper: RealScalarLike | None) -> Attempt:
-        """What a step makes, finite or not."""
+        """The result of a step, finite or not."""
 
     @abc.abstractmethod
     def _advance(self, inputs: Inputs, lr_hyper: RealScalarLike | None) -> Advance:
         """One outer step, for use inside a compiled program. Refuses non-finite results.
 
-        Takes a state without the metrics that losses return, and adds the ones of this step.
+        Takes a state without the metrics that losses return, and adds those of this step.
         """
 
     @abc.abstractmethod
@@ -60,7 +60,7 @@ class OuterStep(InnerProblems):
         """The updates of the outer optimizer for a hypergradient, and its next state."""
 
     def _why_refused(self, inputs: Inputs, lr_hyper: ArrayLike | None) -> str:
-        """Why a step on these inputs is refused, if that is not in its metrics."""
+        """Why a step on these inputs is refused, if its metrics do not show it."""
         return why_refused(jax.tree.map(np.asarray, _finite_parts(self, inputs, lr_hyper)))
 
 

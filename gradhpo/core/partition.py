@@ -53,7 +53,7 @@ def partition(
     - `where`: `model -> node`, or a tuple or list of nodes, as in `eqx.tree_at`. A node is
         one leaf or a whole subtree (a layer, a list of layers).
     - `frozen`: like `where`, for the part that is neither trained nor tuned (a pretrained
-        backbone). It gets no gradient, no optimizer state and no decay, and is in memory once,
+        backbone). It gets no gradient, no optimizer state and no decay, and is stored once,
         however many inner states are kept. Default `None`, nothing.
 
     **Returns:** `(params, hyperparams)`, two trees with the structure of `model`, each with `None`
@@ -104,7 +104,7 @@ def partition(
 
 
 def _check_is_function(name: str, given: Any, model: PyTree) -> None:
-    """A model can be called too, and so can a mask that is made of it."""
+    """A model is callable too, and so is a mask made from it."""
     if isinstance(given, eqx.Module) and isinstance(given, type(model)):
         raise TypeError(
             f"{name} must be a function of the model, not a {type(given).__name__} (a model, or a "
@@ -138,7 +138,7 @@ def _check_apart(tuned: PyTree, frozen_leaves: PyTree) -> None:
 
 
 def _flattened(where: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """The same selection, with the nodes of a list inside a tuple beside the others."""
+    """The same selection, with a list inside a tuple replaced by its nodes."""
 
     def select(model: Any) -> Any:
         is_node = lambda x: any(y is x for y in jax.tree.leaves(model, is_leaf=lambda y: y is x))
@@ -212,7 +212,7 @@ def combine(params: PyTree, hyperparams: PyTree) -> PyTree:
     if _with_holes(params)[1] != _with_holes(hyperparams)[1]:
         raise ValueError(
             "params and hyperparams are not two halves of one model: state.model and model_loss "
-            "go with gradhpo.partition(model, where); for separate trees write the loss as "
+            "need those of gradhpo.partition(model, where); for separate trees write the loss as "
             "(params, hyperparams, batch) -> scalar"
         )
     return eqx.combine(params, hyperparams)
@@ -226,7 +226,7 @@ class _ModelLoss(eqx.Module):
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """What `fn` takes: `inspect` looks here, so that a loss with too few arguments is named."""
+        """What `fn` takes, for `inspect`, so that errors name a loss with too few arguments."""
         names = ["params", "hyperparams", "batch"]
         if has_arity(self.fn, _STATEFUL):
             names.append("model_state")
@@ -249,7 +249,7 @@ class _ModelLoss(eqx.Module):
 def model_loss(fn: Callable) -> Callable:
     """Turns `fn(model, batch) -> scalar` into a loss `(params, hyperparams, batch) -> scalar`.
 
-    And `fn(model, batch, model_state)` into a loss of a model with running state.
+    It also turns `fn(model, batch, model_state)` into a loss of a model with running state.
 
     Create it once, outside the training loop: a new loss object triggers a new compilation.
 

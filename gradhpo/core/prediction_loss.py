@@ -1,4 +1,4 @@
-"""Losses of the prediction, for methods that look at functions and not at their parameters."""
+"""Losses of the prediction, for methods in function space instead of parameter space."""
 
 import itertools
 from collections.abc import Callable
@@ -34,8 +34,8 @@ class PredictionLoss(eqx.Module):
     - `loss`: `(predictions, hyperparams, batch) -> scalar`, or `-> (scalar, metrics)` with a dict
         of scalars.
 
-    If the state has a `model_state`, `predict` takes it as fourth argument and returns
-    `(predictions, new_model_state)`; `loss` is called as without.
+    If the state has a `model_state`, `predict` takes it as its fourth argument and returns
+    `(predictions, new_model_state)`; `loss` is called in the same way.
 
     **Raises:** `TypeError` for functions that do not take these arguments.
 
@@ -61,14 +61,14 @@ class PredictionLoss(eqx.Module):
     def __call__(
         self, params: PyTree, hyperparams: PyTree, batch: PyTree, *model_state: PyTree
     ) -> Any:
-        """The loss, as any other is called."""
+        """The loss, called like any other."""
         predictions = self.predict(params, hyperparams, batch, *model_state)
         if not model_state:
             return self.loss(predictions, hyperparams, batch)
         if not (isinstance(predictions, tuple) and len(predictions) == 2):
             raise ValueError(
-                "predict got a model state, as the state has one, and must return (predictions, "
-                f"new_model_state), not a {type(predictions).__name__}"
+                "predict got a model state, so it must return (predictions, new_model_state), "
+                f"not a {type(predictions).__name__}"
             )
         predictions, new = predictions
         returned = self.loss(predictions, hyperparams, batch)
@@ -86,8 +86,8 @@ class PredictionLoss(eqx.Module):
 def prediction_losses(name: str, problem: Problem) -> tuple[PredictionLoss, PredictionLoss]:
     """The training and the validation loss of a problem, both of them losses of the prediction.
 
-    Also says which hyperparameters act on the prediction itself: in the space of functions, where
-    the prediction is the variable, they have no derivative.
+    Warns about hyperparameters that act on the prediction itself: in function space, where the
+    prediction is the variable, they have no derivative.
 
     **Arguments:**
 
@@ -96,8 +96,8 @@ def prediction_losses(name: str, problem: Problem) -> tuple[PredictionLoss, Pred
 
     **Returns:** two [`PredictionLoss`][gradhpo.PredictionLoss].
 
-    **Raises:** `TypeError` for another loss; `ValueError` for a problem with a model state, and if
-    all hyperparameters act on the prediction alone.
+    **Raises:** `TypeError` for other losses; `ValueError` for a problem with a model state, and if
+    all hyperparameters act only on the prediction.
 
     ```python
     from gradhpo.extend import prediction_losses
@@ -111,7 +111,7 @@ def prediction_losses(name: str, problem: Problem) -> tuple[PredictionLoss, Pred
     val = _of_prediction(name, "val", validation.val_loss_fn)
     if z.r is not None:
         raise ValueError(
-            f"{name} takes no model_state: the function beside the model would need one too. "
+            f"{name} takes no model_state: the function it fits to the model would need one too. "
             "Normalise without running state (LayerNorm, GroupNorm)"
         )
     params = eqx.combine(z.w, phi.frozen)
@@ -138,20 +138,20 @@ def _of_prediction(name: str, which: str, loss: Any) -> PredictionLoss:
     if isinstance(loss, PredictionLoss):
         return loss
     raise TypeError(
-        f"{name} takes losses of the prediction, and {which}_loss_fn is {place_of(loss)}. Write "
+        f"{name} takes losses of the prediction, but {which}_loss_fn is {place_of(loss)}. Write "
         f"{which}_loss = gradhpo.PredictionLoss(predict, loss) with predict(params, hyperparams, "
         "batch) -> predictions and loss(predictions, hyperparams, batch) -> scalar; all other "
-        "optimizers take that too"
+        "optimizers take it too"
     )
 
 
 def _check_seen(name: str, problem: Problem, seen: list[bool], inside: list[bool]) -> None:
-    """Names the hyperparameters that act `inside` the prediction, for which it is no variable."""
+    """Names the hyperparameters that act `inside` the prediction, where no derivative sees them."""
     names = leaf_names(problem.hyperparams)
     inside_names = list(itertools.compress(names, inside))
     why = (
-        f"the prediction is the variable of {name}, and how predict makes it from hyperparameters "
-        f"has no derivative there. {WHO_SEES['optimum']} see it, with the same losses"
+        f"the prediction is the variable of {name}, so the effect of hyperparameters on it inside "
+        f"predict has no derivative. {WHO_SEES['optimum']} see it, with the same losses"
     )
     if not any(seen):
         acting = f" ({', '.join(inside_names)}: inside predict)" if inside_names else ""
@@ -166,22 +166,22 @@ def _check_seen(name: str, problem: Problem, seen: list[bool], inside: list[bool
         warn_once(f"{zero}inside predict alone: {why}", *problem.functions())
     if partly:
         warn_once(
-            f"{name} leaves out what hyperparams {', '.join(partly)} do inside predict: {why}",
+            f"{name} ignores the effect of hyperparams {', '.join(partly)} inside predict: {why}",
             *problem.functions(),
         )
 
 
 def is_linear(function: Callable[[PyTree], PyTree], x: PyTree) -> bool:
-    """Whether a function is linear, up to a constant, by its traced program: no test of values.
+    """Whether a function is linear, up to a constant, judged by its traced program, not by values.
 
     **Arguments:**
 
     - `function`: of one tree of floating-point arrays.
     - `x`: such a tree.
 
-    **Returns:** `True` if nothing in the traced derivative reads where it is taken, not even a
-    comparison, as that of `jax.nn.relu` does. A function without a forward derivative counts as not
-    linear, and so does a loop (`lax.scan`), into which it does not look.
+    **Returns:** `True` if the traced derivative does not read the point where it is taken, not even
+    in a comparison, as with `jax.nn.relu`. A function without a forward derivative counts as not
+    linear, and so does a loop (`lax.scan`), which is not examined.
 
     ```python
     from gradhpo.extend import is_linear

@@ -32,8 +32,8 @@ from gradhpo.utils.programs import bytes_computed, contains, inputs_read, readin
 from gradhpo.utils.validation import check_arity
 
 
-# Bytes of intermediate values of a training loss. Above, second-derivative products do not share
-# the activations of the gradient. Where the layers are a `lax.scan`, an exact hypergradient then
+# Bytes of intermediate values of a training loss. Above this, second-derivative products do not
+# share the gradient's activations. Where the layers are a `lax.scan`, an exact hypergradient then
 # takes half the memory and a fifth more flops; elsewhere the compiler finds the same program.
 _LARGE = 2**28
 
@@ -44,15 +44,15 @@ class Validation(eqx.Module):
     val_loss_fn: LossFn
     frozen: PyTree
     val_batch: PyTree
-    metrics: tuple[str, ...] = eqx.field(static=True, default=())  # beside the loss
-    reads_state: bool = eqx.field(static=True, default=False)  # the loss has a derivative by z.r
+    metrics: tuple[str, ...] = eqx.field(static=True, default=())  # of the loss
+    reads_state: bool = eqx.field(static=True, default=False)  # the loss depends on z.r
 
     def loss(self, z: InnerState, hyperparams: PyTree) -> Array:
         """The validation loss at the parameters and the running state of `z`."""
         return self.evaluate(z, hyperparams)[0]
 
     def measured(self, z: InnerState, hyperparams: PyTree) -> Loss:
-        """The validation loss, as `Measured` if it has metrics beside it."""
+        """The validation loss, as `Measured` if it has metrics."""
         return measured(*self.evaluate(z, hyperparams))
 
     def evaluate(self, z: InnerState, hyperparams: PyTree) -> tuple[Array, dict[str, Array]]:
@@ -82,7 +82,7 @@ class Validation(eqx.Module):
         return jax.grad(evaluate, has_aux=True)(at, hyperparams)[0]
 
     def of_differentiated(self, z: InnerState) -> tuple[InnerState, Callable]:
-        """What the loss is differentiated by, and loss and metrics as a function of it."""
+        """The variables of the derivative, and loss and metrics as a function of them."""
         of_r, rest = differentiated(z.r)
         full = lambda at: at._replace(r=eqx.combine(at.r, rest))
         return InnerState(z.w, None, of_r), lambda at, h: self.evaluate(full(at), h)
@@ -103,7 +103,7 @@ class Problem(NamedTuple):
     hyperparams: PyTree
 
     def functions(self) -> list[Any]:
-        """The user's functions in it, which a warning is about."""
+        """The user's functions in it, which warnings refer to."""
         phi = self.phi
         rule = phi.inner_solver or phi.update_fn or phi.grad_fn or phi.inner_optimizer
         return [phi.train_loss_fn, self.validation.val_loss_fn, rule]

@@ -1,4 +1,4 @@
-"""A step whose results are not finite is refused as a whole: which of them those are."""
+"""A step with non-finite results is refused as a whole; this finds which results they are."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from gradhpo.utils.validation import THE_WHOLE_TREE, leaf_names
 
 
 class Attempt(NamedTuple):
-    """What a step would make of a state."""
+    """The result of a step, before it is accepted or refused."""
 
     estimate: Estimate
     hyperparams: PyTree
@@ -40,7 +40,7 @@ def finite_parts(
 
 
 def why_refused(finite: dict[str, PyTree]) -> str:
-    """The reason if it is nothing but the state of an optimizer; otherwise empty."""
+    """The reason if only a model state or optimizer states are non-finite; otherwise empty."""
     bad = [
         f"{part}{name.removeprefix(THE_WHOLE_TREE)}"
         for part, leaves in finite.items()
@@ -49,13 +49,13 @@ def why_refused(finite: dict[str, PyTree]) -> str:
     ]
     if bad and all(name.startswith("model_state") for name in bad):
         return (
-            "From the first step on everything else is finite, and the new model state that "
-            f"train_loss_fn returns is not: {', '.join(bad[:5])}."
+            "From the first step on, only the new model state that train_loss_fn returns is not "
+            f"finite: {', '.join(bad[:5])}."
         )
     if not bad or not all(name.startswith(("inner_opt_state", "outer_opt_state")) for name in bad):
         return ""
     return (
-        "From the first step on everything else is finite, and the optimizer's own state is not: "
-        f"{', '.join(bad[:5])}. Its init or its update makes a NaN or an infinity there; only an "
-        "infinity that stays as it is is accepted: start from a finite number."
+        f"From the first step on, only the optimizer's own state is not finite: "
+        f"{', '.join(bad[:5])}. Its init or update produces a NaN or an infinity there; only an "
+        "infinity that never changes is accepted: start from a finite number."
     )

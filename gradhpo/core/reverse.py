@@ -85,9 +85,9 @@ def pull_through(
 ) -> tuple[Cotangent, Any]:
     """The whole backward pass through steps `first`, `first + 1`, ..., with `kept` stacked.
 
-    `state_at(kept of one step, its number)` is the state before that step; `over` is that of
-    `pull_step`. Returns the cotangent at
-    the start, and the results of `observe` for every step, stacked in the order of the steps.
+    `state_at(kept of one step, its number)` is the state before that step; `over` is as in
+    `pull_step`. Returns the cotangent at the start, and the results of `observe` for every step,
+    stacked in the order of the steps.
     """
 
     def body(bar, at):
@@ -102,7 +102,7 @@ def pull_through(
 def through_start(
     phi: InnerUpdate, z: InnerState, hyperparams: PyTree, bar: Cotangent
 ) -> Cotangent:
-    """The last part of the backward pass: what hyperparameters do in the optimizer's `init`."""
+    """The last part of the backward pass: the hyperparameters' effect in the optimizer's `init`."""
     if phi.fresh is None:
         return bar
     term = pull_start(phi, z, hyperparams, bar.z)

@@ -14,7 +14,7 @@ from gradhpo.utils.keys import is_key
 from gradhpo.utils.validation import THE_WHOLE_TREE, leaf_names
 
 
-# A longer array is shown by its shape, and more hyperparameters than this by their number.
+# Longer arrays are shown by their shape, and further hyperparameters by their number.
 _MOST_NUMBERS, _MOST_LEAVES = 6, 10
 _METRICS = ("train_loss", "val_loss", "hypergrad_norm", "rejected")
 

@@ -1,4 +1,4 @@
-r"""Where an inner training starts, if the hyperparameters act there: $z_0(\lambda)$.
+r"""The start of an inner training, if the hyperparameters act there: $z_0(\lambda)$.
 
 They may act in the inner optimizer's `init`, $s_0 = \mathrm{init}(w_0, \lambda)$, or in the initial
 parameters of an episode, $w_0 = \mathtt{start\_fn}(\mathtt{key}, \lambda)$. If they act in neither

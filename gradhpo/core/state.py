@@ -25,9 +25,9 @@ class BilevelState(eqx.Module):
     r"""State of a bilevel optimization: an immutable pytree.
 
     Made by an optimizer's `init`, advanced by its `step`. Structure, shapes and dtypes never change
-    between steps, so that loops compile once and `jax.lax.scan` can carry it. Only metrics that
-    losses return are added by the first step, unless `init(losses=...)` has made their names: do
-    that for a `scan`, `jit` or `vmap` of your own, and for a state that you deserialise into.
+    between steps, so that loops compile once and `jax.lax.scan` can carry it. The one exception:
+    the first step adds the metrics that losses return, unless `init` got `losses=`. Pass them if
+    you call `step` in your own `scan`, `jit` or `vmap`, or deserialise into the state.
 
     **Fields:**
 
@@ -38,21 +38,21 @@ class BilevelState(eqx.Module):
     - `step`: how often `step` was called, shape `()`, int32.
     - `metadata`: the metrics of the last step, and your own notes, which you add with `update` and
         which stay with the state. Store numbers that change as arrays, `jnp.asarray(epoch)`: every
-        new text or Python number compiles `step` again.
-    - `memory`: what the algorithm itself carries from step to step, an object of its own type (see
-        its docstring); `None` if it carries nothing.
+        new string or Python number compiles `step` again.
+    - `memory`: what the algorithm carries from step to step, an object of its own type (see the
+        algorithm's docstring); `None` if it carries nothing.
     - `model_state`: running state of the model, such as batch statistics; `None` if it has none.
     - `fresh`: whether the inner optimizer's state is what its `init` made at these hyperparameters,
         shape `()`, or `[members]` in a population, bool: true after `init` and `restart`, false
-        after a `step` and after `update(inner_opt_state=...)`. `eqx.tree_at` leaves it true: a
-        state of your own that is set that way is made again where hyperparameters act in `init`.
+        after a `step` and after `update(inner_opt_state=...)`. `eqx.tree_at` leaves it true: an
+        `inner_opt_state` set that way is recomputed where hyperparameters act in `init`.
     - `model` (property): the model that `partition` split, combined again, with plain arrays.
 
     The metrics are scalars, float32 (float64 if a parameter is float64), and `nan` before the first
     step: `train_loss` (last inner step, before its update), `val_loss` (at $w_T$, before the outer
     update), `hypergrad_norm`, `param_norm`, `hyperparam_norm` (Euclidean), and `rejected` (how many
-    steps so far were refused for a non-finite value; initially 0). After a step also what losses
-    returned beside their values, as `train_<name>` and `val_<name>`.
+    steps so far were refused for a non-finite value; initially 0). After a step there are also the
+    metrics that losses return, as `train_<name>` and `val_<name>`.
 
     ```python
     optimizer = gradhpo.FOOptimizer(optax.sgd(0.1), optax.sgd(0.1))
@@ -145,8 +145,8 @@ class BilevelState(eqx.Module):
 
         **Returns:** a new state; this one is unchanged.
 
-        **Raises:** `ValueError` for a field of another structure, shape or dtype, and for an entry
-        of `metadata` that is a metric, or in the algorithm's `memory`.
+        **Raises:** `ValueError` for a field with a different structure, shape or dtype, and for an
+        entry of `metadata` that is a metric, or in the algorithm's `memory`.
 
         ```python
         state = gradhpo.BilevelState.create(jnp.ones(3), jnp.zeros(3), (), ())
@@ -184,7 +184,7 @@ class BilevelState(eqx.Module):
             if name in METRICS or name in self.metadata.aux:
                 raise ValueError(
                     f"update(metadata=...) has {name}, which is a metric that every step writes: "
-                    "call your note by another name"
+                    "rename your note"
                 )
             if name in self.metadata.in_memory:
                 raise ValueError(
@@ -197,7 +197,7 @@ class BilevelState(eqx.Module):
         return shown(self.params, self.hyperparams, self.step, self.metadata, self.memory)
 
     def __eq__(self, other: object) -> Any:
-        """As for any module, but `nan` equals `nan`: metrics are `nan` before the first step."""
+        """As for any module, except that `nan` equals `nan`: metrics start as `nan`."""
         return eqx.tree_equal(_without_nan(self), _without_nan(other))
 
     __hash__ = eqx.Module.__hash__
@@ -220,7 +220,7 @@ class BilevelState(eqx.Module):
         if default is not ...:
             return default
         names = ", ".join(map(str, [*self.metadata, *entries]))
-        raise KeyError(f"no metric {key!r}; there are {names}")
+        raise KeyError(f"no metric {key!r}; available: {names}")
 
     @property
     def model(self) -> PyTree:
@@ -232,7 +232,7 @@ class BilevelState(eqx.Module):
 
 
 def _without_nan(tree: PyTree) -> PyTree:
-    """The same with 0 for `nan`, and with the places where one was."""
+    """The same with 0 for `nan`, and a mask of where it was."""
     places = jax.tree.map(lambda x: jnp.isnan(x) if eqx.is_inexact_array(x) else None, tree)
     zeroed = lambda x, here: x if here is None else jnp.where(here, 0, x)
     return places, jax.tree.map(zeroed, tree, places)

@@ -13,7 +13,7 @@ RealScalarLike: TypeAlias = Real[ArrayLike, ""]
 LossFn: TypeAlias = Callable[..., Any]
 """A loss, `(params, hyperparams, batch) -> scalar`: a real array of shape `()`.
 
-Or `-> (scalar, metrics)`, a dict of scalars beside it. With running state,
+Or `-> (scalar, metrics)`, with a dict of scalars. With running state,
 `(params, hyperparams, batch, model_state) -> (scalar, new_model_state)` or
 `-> (scalar, (new_model_state, metrics))`."""
 
@@ -52,7 +52,7 @@ METRICS = (
 """The metrics of every step, by name."""
 
 MEMBERS = "members."
-"""In front of a metric's name: that of all members of a population, beside their lowest."""
+"""Prefix of a metric's values for all members of a population; without it, the lowest."""
 
 _T = TypeVar("_T")
 

@@ -66,12 +66,12 @@ def seen_by(sees: Sees, problem: Problem, with_init: bool = False) -> list[bool]
 def _seen_by_step(
     sees: Sees, phi: InnerUpdate, z: InnerState, hyperparams: PyTree, read: dict[str, bool]
 ) -> list[bool]:
-    """The same by an inner step: on the parts of z that are `read` after it, or after later steps.
+    """The same for an inner step: by the parts of z that are `read` after it, or after later steps.
 
-    What an update leaves in s must come back, for example: signs of it have no derivative.
+    What an update leaves in s must act later, for example: its sign has no derivative.
     """
     inexact, rest = eqx.partition(z, eqx.is_inexact_array)
-    if not read["r"]:  # the parameters are read themselves: what they do later tells no more
+    if not read["r"]:  # the parameters are read directly: their later effects add nothing
         inexact, rest = inexact._replace(w=None), rest._replace(w=z.w)
 
     def step(at):
@@ -90,7 +90,7 @@ def _seen_by_step(
 
 
 def _sees_its_gradient(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> bool:
-    """Whether parameters have a derivative by the training gradient, also by way of the state.
+    """Whether the parameters depend on the training gradient by a derivative, also via the state.
 
     It may act one step late, as momentum may; what follows has gradients that are held.
     """
@@ -106,7 +106,7 @@ def _sees_its_gradient(phi: InnerUpdate, z: InnerState, hyperparams: PyTree) -> 
 
 
 def where_it_is_cut(problem: Problem) -> str:
-    """Where the derivative of what acts on training may be lost."""
+    """Where the derivative of hyperparameters that act on training may be lost."""
     phi, _, z, hyperparams = problem
     steps = phi.update_fn is phi.inner_solver is None
     if steps and not _sees_its_gradient(phi, z, hyperparams):
@@ -118,7 +118,7 @@ def where_it_is_cut(problem: Problem) -> str:
 
 
 def check_visible(name: str, sees: Sees, problem: Problem, with_init: bool) -> None:
-    """Names the hyperparameters whose hypergradient by this method is identically 0, or in part."""
+    """Names the hyperparameters whose hypergradient by this method is identically or partly 0."""
     seen = seen_by(sees, problem, with_init)
     if not with_init and sees in ("last update", "updates", "everything"):
         _check_init(name, problem, seen)
@@ -155,7 +155,7 @@ def check_later_steps(name: str, sees: Sees, problem: Problem) -> None:
     if names:
         warn_once(
             f"hyperparams {', '.join(names)} act {_where(problem)} alone, as far as {name} sees: "
-            "their hypergradient is 0 in all steps of an episode but the first. Pass "
+            "their hypergradient is 0 in all but the first step of an episode. Pass "
             "steps_per_episode=1 to run, with the inner steps of a whole episode in each step",
             *problem.functions(),
         )
@@ -174,7 +174,7 @@ def _check_init(name: str, problem: Problem, seen: Sequence[bool]) -> None:
     ]
     if entries:
         warn_once(
-            f"{name} leaves out what hyperparams {', '.join(entries)} do {_where(problem)}; "
+            f"{name} ignores the effect of hyperparams {', '.join(entries)} {_where(problem)}; "
             f"{WHO_SEES[_INIT]} see it",
             *problem.functions(),
         )
@@ -198,22 +198,22 @@ _NARROWER: tuple[Sees, ...] = ("optimum", "last update", "updates")
 _LOOKS_ELSEWHERE: dict[Sees, str] = {
     "validation": "the validation loss does not depend on them, and this method looks nowhere else",
     "optimum": "the optimum of the training loss does not depend on them (settings of the inner "
-    "optimizer change the way to it; a weight decay goes into the loss)",
-    "last update": "they act on later updates alone, through what an update leaves for the next",
+    "optimizer only change the way to it; put a weight decay into the loss)",
+    "last update": "they act only on later updates, through what an update leaves for the next",
 }
 
 
 def _why(sees: Sees, acts_through: Sequence[str], blind: bool, problem: Problem) -> str:
     """Why a leaf is not seen, and what would see it; `blind` validation sees no parameter."""
     if blind:
-        return "the validation loss depends on neither the parameters nor on them"
+        return "the validation loss depends neither on the parameters nor on them"
     if acts_through == [_INIT]:
         return f"they act {_where(problem)} alone; {WHO_SEES[_INIT]} see them"
     cut = acts_through == ["optimum"] and sees != "validation"
     if not acts_through or cut or sees not in _LOOKS_ELSEWHERE:
         return (
-            "neither the validation loss nor the inner update has a derivative by them. If they "
-            f"should act: {where_it_is_cut(problem)}"
+            "neither the validation loss nor the inner update has a derivative with respect to "
+            f"them. If it should: {where_it_is_cut(problem)}"
         )
     others = ", ".join(WHO_SEES[kind] for kind in acts_through)
     return f"{_LOOKS_ELSEWHERE[sees]}; {others} {'see' if ',' in others else 'sees'} them"

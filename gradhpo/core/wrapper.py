@@ -26,17 +26,17 @@ class Wrapper(BilevelOptimizer):
 
     @property
     def num_inner_steps(self) -> int:
-        """Inner steps per `step`, of every inner problem, as `optimizer` takes them."""
+        """Inner steps per `step` of every inner problem: those of `optimizer`."""
         return self.optimizer.num_inner_steps
 
     @property
     def tunes(self) -> bool:
-        """As `optimizer`."""
+        """As for `optimizer`."""
         return self.optimizer.tunes
 
     @property
     def may_be_zero(self) -> bool:
-        """As `optimizer`."""
+        """As for `optimizer`."""
         return self.optimizer.may_be_zero
 
     @property

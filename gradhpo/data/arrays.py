@@ -23,14 +23,14 @@ from gradhpo.utils.validation import check_leading_axis
 
 
 def on_device(tree: PyTree, which: str = "ArrayData(arrays)") -> PyTree:
-    """All leaves of a batch, or of a data set, as arrays of JAX."""
+    """All leaves of a batch, or of a data set, as JAX arrays."""
     put = lambda x: x if is_key(x) else jnp.asarray(as_array(x, which))
     return jax.tree.map(put, tree)
 
 
 @checked
 class ArrayData(eqx.Module):
-    """Minibatches of arrays that fit on the device, reshuffled in every epoch.
+    """Mini-batches of arrays that fit on the device, reshuffled in every epoch.
 
     A traceable `index -> batch`, a pure function of `(key, index)`: a run can be replayed or
     resumed exactly. Every example is drawn once per epoch; a batch may span two epochs, so no
@@ -40,8 +40,8 @@ class ArrayData(eqx.Module):
     **Arguments:**
 
     - `arrays`: pytree of arrays `[examples, ...]` that agree on the first axis: NumPy or JAX
-        arrays, PyTorch tensors on the CPU, pandas objects. Beside a state of several processes,
-        arrays of all of them, `jax.make_array_from_process_local_data(sharding, part)`.
+        arrays, PyTorch tensors on the CPU, pandas objects. With a state of several processes,
+        arrays of all of them, from `jax.make_array_from_process_local_data(sharding, part)`.
     - `batch_size`: examples per batch, at most the number of examples (unless with
         `replacement`).
     - `key`: PRNG key of the draws. Two sources with the same key and the same number of examples
@@ -96,7 +96,7 @@ class ArrayData(eqx.Module):
         if not self.replacement and self.num_examples * self.batch_size >= 2**32:
             raise ValueError(
                 f"batch_size={self.batch_size} times {self.num_examples} examples exceeds 2**32, "
-                "up to which positions are counted: use a smaller batch_size"
+                "the largest position that can be counted: use a smaller batch_size"
             )
 
     @property
@@ -148,7 +148,7 @@ class ArrayData(eqx.Module):
 
 
 def with_key_beside(data: ArrayData) -> ArrayData:
-    """The data with the key placed beside arrays that several processes share."""
+    """The data with the key on the devices of arrays that several processes share."""
     if not any(map(is_of_several, jax.tree.leaves(data.arrays))):
         return data
     check_alike(**{"ArrayData(key)": f"checksum {checksum(data.key)}"})

@@ -1,4 +1,4 @@
-"""Room for batches of the host: where they wait, and where the device reads them."""
+"""Buffers on the host, where batches wait and the device reads them."""
 
 import math
 from collections.abc import Sequence
@@ -59,7 +59,7 @@ class Buffer:
         return jax.tree.unflatten(self._structure, leaves)
 
     def stacked(self, *lead: int) -> Any:
-        """The first batches as one, with these leading axes: again as views."""
+        """The first batches as one, with these leading axes: views again."""
         leaves = [_reshaped(rows[: math.prod(lead)], lead) for rows in self._rows]
         return jax.tree.unflatten(self._structure, leaves)
 

@@ -45,7 +45,7 @@ class _OfFolds(eqx.Module):
     combine: Callable = eqx.field(static=True)
 
     def __call__(self, params: PyTree, hyperparams: PyTree, batch: Any) -> Any:
-        """Metrics beside the loss are means over the folds."""
+        """Metrics of the loss are averaged over the folds."""
 
         def of_one(params: PyTree, hyperparams: PyTree, batch: PyTree) -> Any:
             returned = self.loss(params, hyperparams, batch)
@@ -82,14 +82,14 @@ def cross_validation(
     w^k(\lambda) \text{ trained on all examples but } D_k.$$
 
     The K models are trained side by side as one. Their training loss is the *sum*
-    $\sum_k L_{\mathrm{train}}(w^k, \lambda)$, so that the gradient of each model is its own and
-    inner rates mean what they mean for one model. The outer loss is the *mean* of the K held-out
-    losses, and its hypergradient is the mean of K hypergradients. Every example is held out once.
-    Fold sizes differ by one at most.
+    $\sum_k L_{\mathrm{train}}(w^k, \lambda)$, so that each model gets its own gradient and inner learning
+    rates mean the same as for one model. The outer loss is the *mean* of the K held-out losses, and
+    its hypergradient is the mean of K hypergradients. Every example is held out once. Fold sizes
+    differ by at most one.
 
-    What acts on all parameters at once acts on all folds together: the inner optimizer's clipping
-    by a global norm or line search (`optax.lbfgs`), and the linear solve of implicit
-    differentiation, whose matrix has K blocks. Adam and SGD act on every number by itself. Metrics
+    Operations on all parameters at once act on all folds together: clipping by a global norm or a
+    line search (`optax.lbfgs`) in the inner optimizer, and the linear solve of implicit
+    differentiation, whose matrix has K blocks. Adam and SGD act on every number separately. Metrics
     of the run describe the whole: `train_loss` is the sum, `val_loss` the mean.
 
     Data take K − 1 times their memory, parameters K times; frozen ones are shared.
@@ -145,7 +145,7 @@ def cross_validation(
     if callable(data):
         raise TypeError(
             f"data is a {type(data).__name__}, not the examples: pass all of them, (x, y); "
-            "minibatches are drawn from what cross_validation returns, train.sample(key, size)"
+            "mini-batches are drawn from what cross_validation returns, train.sample(key, size)"
         )
     data = on_device(data, "data")
     size = num_examples(data, "data")
@@ -170,8 +170,8 @@ def _drawn(folds: int, key: Array | None, size: int) -> list[_Split]:
         raise ValueError("folds must be at least 2: one fold leaves nothing to train on")
     if key is None:
         raise ValueError(
-            f"folds={folds} are drawn at random: pass key=jax.random.key(0), or in place of "
-            f"{folds} the number of each example's fold, an array of shape ({size},)"
+            f"folds={folds} are drawn at random: pass key=jax.random.key(0), or, instead of "
+            f"{folds}, an array of shape ({size},) with the number of each example's fold"
         )
     order = jax.random.permutation(key, size)
     ends = np.cumsum([0, *(size // folds + (k < size % folds) for k in range(folds))])
@@ -192,12 +192,12 @@ def _given(folds: Any, key: Array | None, size: int) -> list[_Split]:
             "of folds, folds=5"
         )
     if len(numbers) != size:
-        raise ValueError(f"folds has {len(numbers)} numbers for {size} examples: one for each")
+        raise ValueError(f"folds has {len(numbers)} numbers for {size} examples: pass one for each")
     found = np.unique(numbers[numbers != -1])
     if len(found) < 2 or not np.array_equal(found, np.arange(len(found))):
         raise ValueError(
             f"folds has the numbers {found[:10].tolist()}; folds are numbered 0 to K - 1, at least "
-            "2 of them, and -1 marks what is never held out. Number others by "
+            "2 of them, and -1 marks what is never held out. Renumber others with "
             "np.unique(folds, return_inverse=True)[1]"
         )
     return [_Split(np.flatnonzero(numbers != k), np.flatnonzero(numbers == k)) for k in found]

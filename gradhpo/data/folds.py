@@ -56,10 +56,10 @@ class Folds(eqx.Module):
         - `hyperparams`: shared by all folds.
 
         **Returns:** arrays of shape `[folds, ...]`, in the order of the folds. Parts of params that
-        the folds share are returned as they are.
+        the folds share are returned unchanged.
 
         **Raises:** `ValueError` if params lack the axis of folds, or if a stack has lost folds
-        (a minibatch of folds; [`sample`][gradhpo.data.folds.Folds.sample] draws examples).
+        (a mini-batch of folds; [`sample`][gradhpo.data.folds.Folds.sample] draws examples).
         """
         leaves, structure = jax.tree.flatten(unfrozen(params))
         self._check(leaves)
@@ -88,9 +88,9 @@ class Folds(eqx.Module):
         return eqx.combine(self._in_order(found), kept[0])
 
     def sample(self, key: Array, size: int) -> "Folds":
-        """A minibatch: `size` random examples of every fold, each at most once.
+        """A mini-batch: `size` random examples of every fold, each at most once.
 
-        For minibatches in [`run`][gradhpo.run], pass
+        For mini-batches in [`run`][gradhpo.run], pass
         `lambda i: train.sample(jax.random.fold_in(key, i), size)` in place of `train`.
 
         **Arguments:** `key`: a PRNG key; `size`: examples per fold, at most the smallest fold.
@@ -120,7 +120,7 @@ class Folds(eqx.Module):
                 raise ValueError(
                     f"a batch has {found} of {len(members)} folds of equal size: folds are not "
                     "examples, so no source can draw from them. Pass the data of cross_validation "
-                    "whole, or minibatches of every fold, "
+                    "whole, or mini-batches of every fold, "
                     "lambda i: train.sample(jax.random.fold_in(key, i), size)"
                 )
         wanted = [own if own is None else (self.num_folds, *own) for own in self.own]
@@ -129,7 +129,7 @@ class Folds(eqx.Module):
         ]
         if len(leaves) != len(wanted) or found != wanted:
             raise ValueError(
-                f"params have no axis of {self.num_folds} folds in front: pass the params that "
+                f"params lack the leading axis of {self.num_folds} folds: pass the params that "
                 "cross_validation returned to init, params, losses, data = "
                 "gradhpo.cross_validation(params, losses, data, folds, key)"
             )

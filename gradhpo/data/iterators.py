@@ -63,9 +63,9 @@ class FromIterator(Source):
         if self._sharding is None or self._sharding.is_fully_addressable:
             raise ValueError(
                 f"{self.name} yields batches one by one, and the state is shared by several "
-                "processes, each of which yields its part of every batch: say how the whole batch "
-                'is spread, data_sharding=NamedSharding(mesh, PartitionSpec("data")) with the mesh '
-                "of the state; or make an independent state in every process"
+                "processes, each of which yields its part of every batch: pass "
+                'data_sharding=NamedSharding(mesh, PartitionSpec("data")), with the mesh of the '
+                "state, to spread the whole batch; or make an independent state in every process"
             )
 
     def draw(self, steps: int, *, in_part: bool) -> int:
@@ -118,8 +118,8 @@ class FromIterator(Source):
         leaves = [as_array(x, which) for x in leaves]
         if any(map(is_of_several, leaves)):
             raise ValueError(
-                f"{which} holds an array of several processes: yield the part of this one alone, "
-                "from which the whole is made as data_sharding says"
+                f"{which} holds an array of several processes: yield only the part of this one; "
+                "data_sharding says how the parts make the whole"
             )
         kind = Kind(structure, [x.shape for x in leaves], [x.dtype for x in leaves])
         if self._waiting is None:
@@ -132,7 +132,7 @@ class FromIterator(Source):
             if found != expected:
                 raise ValueError(
                     f"{which} differs from the first in its {what}: {found}, not {expected}. All "
-                    f"batches of a compiled step are alike: {_ALIKE[what]}"
+                    f"batches of a compiled step must be alike: {_ALIKE[what]}"
                 )
         return leaves, self._waiting
 
@@ -159,8 +159,8 @@ class FromIterator(Source):
         if not self._untouched:
             raise ValueError(
                 f"{self.name} has been drawn from already, and cannot seek: a run with a "
-                "checkpoint draws the earlier batches again where it is resumed, so give it an "
-                "iterator made anew"
+                "checkpoint draws the earlier batches again when it is resumed, so pass a new "
+                "iterator"
             )
 
     def resume(self, position: dict[str, Any]) -> None:
@@ -179,14 +179,14 @@ class FromIterator(Source):
                     batch = next(self._iterator)
                 except StopIteration:
                     raise ValueError(
-                        f"{self.name} ended after {self._drawn} batches, and the run that is "
-                        f"resumed had drawn {position['drawn']}: pass the same data as before"
+                        f"{self.name} ended after {self._drawn} batches, but the resumed run "
+                        f"had drawn {position['drawn']}: pass the same data as before"
                     ) from None
                 self._drawn += 1
             if batch is not None and differences(last, self._described(batch)):
                 raise ValueError(
                     f"batch {self._drawn - 1} of {self.name} is not the batch that the run drew "
-                    "before: to resume it, pass an iterator that yields the same batches (its seed)"
+                    "before: to resume it, pass an iterator that yields the same batches (a seed)"
                 )
         self._position = position
 

@@ -21,12 +21,12 @@ def iterate(loader: Iterable[Any]) -> Iterator[Any]:
     **Arguments:**
 
     - `loader`: anything that `iter` accepts: a list of batches, a `torch.utils.data.DataLoader`, a
-        `grain` data set. A generator can be passed through only once; `run` stops at its end.
+        `grain` data set. A generator can be read only once; `run` stops at its end.
 
     **Returns:** an iterator to pass to [`run`][gradhpo.run].
 
-    **Raises:** `TypeError` for a `loader` that cannot be iterated over, or only by names and
-    letters (a dict, a pandas object, text).
+    **Raises:** `TypeError` for a `loader` that cannot be iterated over, or only over names or
+    letters (a dict, a pandas object, a string).
 
     A resumed run seeks to its position if the loader (or the iterator that it makes) has
     `get_state` and `set_state`, or `state_dict` and `load_state_dict`, with a state that can be
@@ -40,9 +40,9 @@ def iterate(loader: Iterable[Any]) -> Iterator[Any]:
     """
     if isinstance(loader, (str, bytes)) or callable(getattr(loader, "keys", None)):
         raise TypeError(
-            f"iterate(loader) got a {type(loader).__name__}, from which come names or letters and "
-            "not batches: pass a list of batches or a data loader; one batch, or data for "
-            "gradhpo.ArrayData, is passed as it is"
+            f"iterate(loader) got a {type(loader).__name__}, which yields names or letters and not "
+            "batches: pass a list of batches or a data loader; pass one batch, or data for "
+            "gradhpo.ArrayData, without iterate"
         )
     return Repeated(loader)
 
@@ -77,7 +77,7 @@ class Repeated(Iterator[Any]):
         return self._pass
 
     def give_back(self, batches: list[Any]) -> None:
-        """The batches that were drawn last and not used come next again."""
+        """Returns the unused batches that were drawn last; they come next again."""
         self._returned = batches + self._returned
         self.drawn -= len(batches)
 
@@ -90,7 +90,7 @@ class Repeated(Iterator[Any]):
         return {"passes": 0 if of_loader else self._passes, "place": place}
 
     def set_state(self, state: Any) -> None:
-        """Back to the `get_state` position, from a newly created loader or from the same one."""
+        """Goes back to the position of `get_state`, with a new loader or the same one."""
         self._returned, self._pass = [], None
         if _seeking(self.loader):
             seek(self.loader, state["place"])
@@ -98,7 +98,7 @@ class Repeated(Iterator[Any]):
         # A loader may reshuffle for every pass: it is asked for that many, and never for more.
         if self._passes >= state["passes"]:
             raise ValueError(
-                "gradhpo.iterate(loader) has been drawn from already: to resume a run pass one of "
+                "gradhpo.iterate(loader) has been drawn from already: to resume a run, call it on "
                 "a loader that has not been drawn from"
             )
         while self._passes < state["passes"]:

@@ -22,9 +22,8 @@ from gradhpo.utils.processes import check_alike, together
 
 _NAME = "train_data"
 _DIFFERS = (
-    f"batch {{}} of {_NAME} differs on the way back from what it was on the way forward: a replay "
-    "needs the same batches in every pass, so pass a loader that shuffles by a seed of its own, or "
-    "gradhpo.ArrayData"
+    f"batch {{}} of {_NAME} differs on the way back from the way forward: a replay needs the same "
+    "batches in every pass, so pass a loader that shuffles with a fixed seed, or gradhpo.ArrayData"
 )
 
 
@@ -40,14 +39,14 @@ class Part(eqx.Module):
 
 
 class Passes(abc.ABC):
-    """A source of training batches that can be gone through again."""
+    """A source of training batches that can be read again."""
 
     source: Source
-    """For what distinguishes these data from others."""
+    """What distinguishes these data from others."""
 
     @abc.abstractmethod
     def part(self, start: int, length: int) -> Part:
-        """The batches of the inner steps `start`, `start + 1`, ...; the last part is done with."""
+        """The batches of inner steps `start`, `start + 1`, ...; ends the use of the last part."""
 
     # Only a loader has positions.
 
@@ -56,7 +55,7 @@ class Passes(abc.ABC):
         return None
 
     def resume(self, positions: Any) -> None:  # noqa: B027
-        """Goes on from the `positions` of an earlier call."""
+        """Continues from the `positions` of an earlier call."""
 
 
 class ByNumber(Passes):
@@ -77,7 +76,7 @@ class _Reading(NamedTuple):
 
 
 class ByLoader(Passes):
-    """A loader, of which a new iterator is made for every part that does not follow the last.
+    """A loader: every part that does not follow the last one gets a new iterator.
 
     If several processes have the state `shared`, each reads its part of every batch.
     """
@@ -120,7 +119,7 @@ class ByLoader(Passes):
         return source
 
     def _note(self, end: str, position: dict[str, Any]) -> None:
-        """A loader that draws other batches the next time is found out by the last of each part."""
+        """The last batch of each part exposes a loader that draws other batches the next time."""
         before = self._positions.setdefault(end, position)
         found, expected = position.get("last"), before.get("last")
         if found is not None and expected is not None and differences(expected, found):
@@ -152,19 +151,19 @@ def as_passes(
 
 
 _ON_ITERATOR = (
-    f"{_NAME} is a {{}}, an iterator, which can be gone through once, and its batches are needed "
-    "again: pass gradhpo.ArrayData, a function index -> batch, or the "
-    "loader itself, from which iter(loader) makes a new iterator every time"
+    f"{_NAME} is a {{}}, an iterator, which can be read only once, but its batches are needed "
+    "again: pass gradhpo.ArrayData, a function index -> batch, or the loader itself, which "
+    "iter(loader) can read again"
 )
 
 
 def _unread(loader: Any, given: Any) -> Any:
-    """The loader, from which another iterator begins with the first batch."""
+    """The loader, whose new iterators begin with the first batch."""
     if hasattr(loader, "__next__"):
         raise TypeError(_ON_ITERATOR.format(type(loader).__name__))
     if isinstance(given, Repeated) and given.drawn:
         raise ValueError(
-            f"{_NAME} has been drawn from already, and a replay begins with its first batch: pass "
-            "gradhpo.iterate(loader) made anew, or the loader itself"
+            f"{_NAME} has been drawn from already, but a replay begins with its first batch: pass "
+            "a new gradhpo.iterate(loader), or the loader itself"
         )
     return loader

@@ -117,7 +117,7 @@ class Source(abc.ABC):
         """What distinguishes these data from others, as far as possible, as JSON can hold it."""
 
     def example(self) -> PyTree:
-        """The first batch, or `None` where it can be had by drawing only."""
+        """The first batch, or `None` if it can only be drawn."""
         return None
 
     def bytes_per_step(self) -> int:
@@ -141,24 +141,24 @@ class Source(abc.ABC):
         """The steps of the oldest `fetch` are done: nothing reads its batches any more."""
 
     def close(self) -> None:  # noqa: B027
-        """Batches that were drawn and not used go back, if possible."""
+        """Returns batches that were drawn and not used, if possible."""
 
     def position(self) -> dict[str, Any] | None:
         """Where the steps handed out so far end, as JSON can hold it; `None` if nothing moves."""
         return None
 
     def check_can_resume(self) -> None:  # noqa: B027
-        """A run that keeps checkpoints must start with a source that can be restored."""
+        """Checks that the source can be restored, as a run that keeps checkpoints needs."""
 
     def check_spread(self) -> None:  # noqa: B027
-        """A source beside a state of several processes says where its batches are to be."""
+        """Checks that the source places its batches, as a state of several processes needs."""
 
     def resume(self, position: dict[str, Any]) -> None:  # noqa: B027
         """Brings the source to a `position`."""
 
     @property
     def num_examples(self) -> int | None:
-        """How many examples there are in all, or `None` if that is not known."""
+        """The total number of examples, or `None` if it is unknown."""
         return None
 
     def draws_like(self, other: "Source") -> bool:

@@ -57,12 +57,12 @@ def _on_list(data: list | tuple, name: str) -> str:
         return (
             f"{name} is a {type(data).__name__} of {len(data)} items: pass gradhpo.iterate({name}) "
             "to draw its batches in turn, gradhpo.ArrayData(arrays, batch_size, key) to draw "
-            "minibatches of arrays, or a tuple of arrays for one fixed batch"
+            "mini-batches of arrays, or a tuple of arrays for one fixed batch"
         )
     return (
         f"{name} is a list of {len(data)} arrays: pass gradhpo.ArrayData(tuple({name}), batch_size,"
-        f" key) to draw minibatches of them, tuple({name}) for one fixed batch of them all; only "
-        f"where each is a batch by itself gradhpo.iterate({name})"
+        f" key) to draw mini-batches of them, tuple({name}) for one fixed batch of them all; only "
+        f"if each is a batch by itself, gradhpo.iterate({name})"
     )
 
 
@@ -88,8 +88,8 @@ class Feed:
     def __init__(self, train: Source, val: Source):
         if train.draws_like(val):
             raise ValueError(
-                "train_data and val_data are one and the same iterator: which batch goes where "
-                "would depend on chunk_size; pass two"
+                "train_data and val_data are the same iterator: which batch goes where would "
+                "depend on chunk_size; pass two"
             )
         self._train, self._val = train, val
         self._sources = {"train_data": train, "val_data": val}
@@ -117,7 +117,7 @@ class Feed:
     def draw_chunk(
         self, steps: int, multiple: int, *, in_part: bool
     ) -> tuple[Batches, Batches, int] | None:
-        """What a chunk of up to `steps` steps gets from each source, and how many steps that is.
+        """What a chunk of up to `steps` steps gets from each source, and for how many steps.
 
         Fewer if an iterator has ended, or (`in_part`) before one that has failed; `None` for less
         than `multiple` of them.
@@ -136,12 +136,12 @@ class Feed:
             source.release_oldest()
 
     def close(self) -> None:
-        """Batches that were drawn and not used go back, if possible."""
+        """Returns batches that were drawn and not used, if possible."""
         for source in self._sources.values():
             source.close()
 
     def check_spread(self) -> None:
-        """Where several processes share the state, each has a part of every batch."""
+        """If several processes share the state, each has a part of every batch."""
         for source in self._sources.values():
             source.check_spread()
 
@@ -154,7 +154,7 @@ class Feed:
         return {name: source.described() for name, source in self._sources.items()}
 
     def train_example(self) -> Any:
-        """The first training batch, or `None` where it can be had by drawing only."""
+        """The first training batch, or `None` if it can only be drawn."""
         return self._train.example()
 
     def positions(self) -> dict[str, Any]:

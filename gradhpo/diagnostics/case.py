@@ -28,7 +28,7 @@ from gradhpo.utils.validation import batches_explained, check_single_batch
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Where to start, on which data, and how far: everything that is the same for every estimator.
+    """The start, the data and the horizon: everything that all estimators share.
 
     Programs are functions of `(optimizer, start, train_batch, val_batch, ...)`; `start` is the
     state of the optimizer at the start of an episode.
@@ -52,8 +52,8 @@ class Case:
         """The horizon is the length of a stack, or the inner steps of the longest optimizer."""
         if isinstance(train_batch, list):
             raise TypeError(
-                f"train_batch is a list of {len(train_batch)}: with one batch for each inner step "
-                "write gradhpo.BatchStack.of(train_batch); one batch of several arrays is a tuple"
+                f"train_batch is a list of {len(train_batch)}: for one batch per inner step write "
+                "gradhpo.BatchStack.of(train_batch); a single batch of several arrays is a tuple"
             )
         check_single_batch(train_batch, "train_batch")
         check_single_batch(val_batch, "val_batch")
@@ -139,7 +139,7 @@ class Case:
             # The inner problem continues; nothing is refused.
             state = with_inner_state(state, estimate.z).update(memory=estimate.memory)
             arrays, _ = carried(state)
-            # Of a population the sum, as in `_outer_loss`.
+            # For a population the sum, as in `_outer_loss`.
             val_loss = jnp.sum(loss_of(estimate.val_loss))
             return (arrays, estimate.hypergradient), val_loss
 
@@ -196,7 +196,7 @@ def check_optimizers(optimizers: Mapping[str, BilevelOptimizer]) -> BilevelOptim
 
 
 def check_horizon(optimizers: Mapping[str, BilevelOptimizer], num_steps: int) -> None:
-    """Every optimizer takes a whole number of its steps."""
+    """Checks that every optimizer takes a whole number of its steps."""
     for name, optimizer in optimizers.items():
         if num_steps % optimizer.num_inner_steps:
             raise ValueError(
@@ -207,7 +207,7 @@ def check_horizon(optimizers: Mapping[str, BilevelOptimizer], num_steps: int) ->
 
 
 def check_one_problem(name: str, optimizer: BilevelOptimizer) -> None:
-    """Some diagnostics look into one inner problem."""
+    """Refuses several inner problems, for diagnostics that look into one."""
     if optimizer is not algorithm_of(optimizer):
         raise TypeError(
             f"{name}(optimizer={type(optimizer).__name__}(...)) would look at several inner "
@@ -217,7 +217,7 @@ def check_one_problem(name: str, optimizer: BilevelOptimizer) -> None:
 
 
 def _around(optimizer: BilevelOptimizer) -> str:
-    """What is wrapped around the algorithm, for a message."""
+    """The wrapper around the algorithm, for a message."""
     if optimizer is algorithm_of(optimizer):
         return "one"
     settings = {

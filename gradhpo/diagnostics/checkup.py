@@ -43,8 +43,8 @@ class HypergradientCheck(Report):
     - `unseen`: leaves that this optimizer does not see, though others might.
     - `vanishing`: leaves that it sees but whose hypergradient is exactly 0.
     - `val_loss`: the validation loss at the end.
-    - `uphill_share`: the share of inner steps whose rule (with a new optimizer state) increases its
-        own training loss.
+    - `uphill_share`: the share of inner steps that increase their own training loss (taken with a
+        new optimizer state).
     - `step_error`: for an estimate that itself takes finite differences (`T1T2Optimizer`).
     - `metasmoothness`: see [`metasmoothness`][gradhpo.metasmoothness], at `step_size`; `diverges`
         if one of its trainings ends with a NaN or an infinity.
@@ -90,7 +90,7 @@ class HypergradientCheck(Report):
         return float("nan") if self.precision is None else self.precision.relative_error["narrow"]
 
     def _is_narrow(self, check: FiniteDifference) -> bool:
-        """Whether a derivative that matters holds for very small steps alone."""
+        """Whether a derivative that matters holds only for very small steps."""
         matters = abs(check.derivative) * LEAST_WIDTH > 1e-6 * abs(self.val_loss)
         return 0 < check.width < LEAST_WIDTH and matters
 
@@ -114,7 +114,7 @@ class HypergradientCheck(Report):
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """What stands against trust, in words, each with the remedy.
+        """The reasons for doubt, in words, each with the remedy.
 
         An agreement below 0.97, training that gets worse, what could not be measured, and findings
         of faults: not finite, detached, exactly 0, contradicted by differences, uphill, or a step
@@ -146,7 +146,7 @@ class HypergradientCheck(Report):
                 yield (
                     "narrow",
                     f"{leaf}: its derivative holds (to 10 %) only for steps up to "
-                    f"{check.width:.0e}, and outer steps are larger. {self.why_narrow}",
+                    f"{check.width:.0e}, but outer steps are larger. {self.why_narrow}",
                 )
             elif check.contradicts:
                 yield (
@@ -185,14 +185,15 @@ class HypergradientCheck(Report):
             yield (
                 "diverges",
                 f"training diverges within two outer steps of {self.step_size:g} down the "
-                "hypergradient: smaller outer steps, or bounds (a sigmoid) on what drives it",
+                "hypergradient: use smaller outer steps, or bound what drives it (a sigmoid)",
             )
         if self.metasmoothness < LEAST_SMOOTHNESS:
             yield (
                 "rough",
                 f"training is not smooth in the hyperparameters at steps of {self.step_size:g} "
-                f"(metasmoothness {self.metasmoothness:.2f}; pass your own step_size=): smaller "
-                "outer steps, larger batches, smooth activations or a smaller inner learning rate",
+                f"(metasmoothness {self.metasmoothness:.2f}; pass your own step_size=): use "
+                "smaller outer steps, larger batches, smooth activations or a smaller inner "
+                "learning rate",
             )
 
     def __str__(self) -> str:

@@ -76,7 +76,7 @@ def compare_hypergradients(
     with the reason.
 
     **Raises:** `ValueError` for a horizon that is not a multiple of an optimizer's inner steps, no
-    optimizers, an optimizer called `"reference"` or `"training alone"`, different numbers of tasks,
+    optimizers, an optimizer named `"reference"` or `"training alone"`, different numbers of tasks,
     or a `reference` of other shapes; `TypeError` for a list of batches; and what
     [`step`][gradhpo.BilevelOptimizer.step] raises for losses and batches.
 
@@ -172,10 +172,10 @@ def _estimated(case: Case, optimizer: BilevelOptimizer) -> _Estimated:
 
 
 def _remark(name: str, made: _Estimated, trained_loss: float) -> dict[str, str]:
-    """What the numbers alone would not say about an estimate."""
+    """What the numbers alone do not show about an estimate."""
     leaves = jax.tree.leaves(made.hypergradient)
     if not all(np.all(np.isfinite(leaf)) for leaf in leaves):
-        return {name: "not finite; gradhpo.check_hypergradient says where that comes from"}
+        return {name: "not finite; gradhpo.check_hypergradient finds the source"}
     if trains_otherwise(made.val_loss, trained_loss):
         return {name: another_training(made.val_loss, trained_loss)}
     return {}
@@ -191,7 +191,7 @@ def another_training(val_loss: float, expected: float) -> str:
     """A remark if two losses differ at the end of what should be the same training."""
     return (
         f"reaches another validation loss ({val_loss:.4g}) than the first optimizer "
-        f"({expected:.4g}); unless both have the same inner update, comparing them means nothing"
+        f"({expected:.4g}); comparing them is meaningless unless both have the same inner update"
     )
 
 

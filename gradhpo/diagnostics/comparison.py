@@ -135,7 +135,7 @@ class HypergradientComparison(Report):
 
     @property
     def cosine(self) -> dict[str, float]:
-        """Of the angle with the reference; `nan` if one of the two is 0."""
+        """Cosine of the angle with the reference; `nan` if one of the two is 0."""
         return self.overall.cosine
 
     @property
@@ -175,7 +175,7 @@ class HypergradientComparison(Report):
     def __str__(self) -> str:
         parts = [
             f"Hypergradients after {self.num_steps} inner steps"
-            f"{' on one and the same batch' * self.on_one_batch}, compared with "
+            f"{' on a single batch' * self.on_one_batch}, compared with "
             f"{self.reference_name}; costs cover the whole horizon, with an estimate at "
             "every step of an optimizer",
             aligned([_HEADER, *map(self._row, self._names())]),

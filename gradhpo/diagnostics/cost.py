@@ -1,4 +1,4 @@
-"""What a compiled program costs: work and memory as the compiler counts, time by the clock."""
+"""What a compiled program costs: work and memory by the compiler's count, and wall time."""
 
 import contextlib
 import dataclasses
@@ -23,9 +23,9 @@ from gradhpo.utils.freezing import carried
 class Cost:
     """The costs of one program.
 
-    - `flops`: floating-point operations. Loops count as often as they run; of several branches, the
-        most expensive counts, taken or not. A loop inside a linear solver, or one whose length is
-        found only at run time, counts once: then `at_least` is true.
+    - `flops`: floating-point operations. Loop bodies are multiplied by their trip count; of a
+        conditional's branches the most expensive one counts, taken or not. A loop inside a linear
+        solver, or one with a length known only at run time, counts once: then `at_least` is true.
     - `temporary_bytes`: memory that the program needs in addition to its arguments and results.
     - `total_bytes`: the same, including them.
     - `seconds`: for one run, `nan` if it was not run.
@@ -72,7 +72,7 @@ class Program:
 
     @property
     def flops_with_loops_once(self) -> float:
-        """As the compiler counts: the body of a loop counts once, however often it runs."""
+        """The compiler's count, in which the body of a loop counts once."""
         return _flops(self._compiled)
 
     @property
@@ -82,7 +82,7 @@ class Program:
 
     @property
     def host_bytes(self) -> int:
-        """Temporary memory on the host, where it has a memory of its own."""
+        """Temporary memory on the host, if its memory is separate."""
         return self._memory.host_temp_size_in_bytes
 
     @property
@@ -137,14 +137,14 @@ class Program:
         )
 
 
-# Of a processor, which does not say how much is free.
+# For a CPU, which does not report how much is free.
 _FREE_BYTES = 2.0**31
 
 
 def free_bytes(tree: PyTree) -> float:
-    """Memory that a program on a tree may take: half of what is left, as far as devices say.
+    """Memory that a program on a tree may take: half of what its devices report as free.
 
-    Of the devices of its arrays, the one with the least counts.
+    The device with the least free memory counts.
     """
     arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
     devices = set().union(*(x.sharding.addressable_devices for x in arrays))
@@ -168,7 +168,7 @@ def _is_array(x: Any) -> bool:
 
 
 def _flops(program: Any) -> float:
-    """As the compiler counts them; `nan` if it does not."""
+    """The compiler's count; `nan` if it has none."""
     analysis = program.cost_analysis()
     return float("nan") if analysis is None else float(analysis.get("flops", 0.0))
 
@@ -200,7 +200,7 @@ def _of_operation(eqn: Any) -> float:
 def _once(program: ClosedJaxpr, lowered: Any = None) -> float:
     """The flops of a traced program, which may be `lowered` already, with loops once.
 
-    Before optimisation, which the compilers for GPUs do not count: then that for the CPU does.
+    Before optimisation. Compilers for GPUs do not count these: then the one for the CPU does.
     """
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in program.in_avals]
     lower = lambda: jax.jit(jaxpr_as_fun(program)).lower(*shapes)

@@ -45,14 +45,14 @@ def check_hypergradient(
     perturb: Callable[[Array, PyTree], PyTree] | None = None,
     replayed: bool | None = None,
 ) -> HypergradientCheck:
-    r"""Whether a hypergradient can be trusted, and what makes it wrong without making it fail.
+    r"""Checks whether a hypergradient can be trusted, and finds errors that raise no exception.
 
-    The verdict says whether the hypergradient can be expected to predict training again at other
+    The verdict says whether the hypergradient can be expected to predict retraining at other
     hyperparameters, as [`retraining_score`][gradhpo.retraining_score] would measure with a hundred
     trainings. It takes about ten more hypergradients, by the program of the first: at four
     perturbed hyperparameters; with the last bit of every initial parameter changed; on batches in
-    another order and with other random keys; and the same again. What they predict is compared over
-    500 random perturbations, which costs only products.
+    another order and with other random keys; and unchanged. Their predictions are compared over 500
+    random perturbations, which costs only products.
 
     One call also checks: the estimate in the precision of the parameters against float64; the exact
     hypergradient of the same inner steps against finite differences of the whole training, along a
@@ -87,7 +87,7 @@ def check_hypergradient(
     `str(report)` shows all of it.
 
     **Raises:** `TypeError` for `TaskBatched`; `ValueError` for `step_size <= 0` and for a `perturb`
-    that changes structure, shapes or dtypes, returns the hyperparameters as they are or ignores its
+    that changes structure, shapes or dtypes, returns the hyperparameters unchanged or ignores its
     key; what [`step`][gradhpo.BilevelOptimizer.step] raises for losses and batches.
 
     ```python

@@ -1,4 +1,4 @@
-"""Where the hypergradient comes from: what each inner step contributes, and what others keep."""
+"""Where the hypergradient comes from: the share of each inner step, and what methods keep."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ from gradhpo.utils.validation import leaf_names
 from gradhpo.utils.warn import without_warnings
 
 
-_LOOK_AT = "gradhpo.check_hypergradient says where that comes from"
+_LOOK_AT = "gradhpo.check_hypergradient finds the source"
 # Rows of the table in the report's text.
 _MOST_ROWS = 12
 
@@ -72,7 +72,7 @@ class Horizon(Report):
         return len(self.norm)
 
     def steps_needed(self, cosine: float = 0.99) -> int:
-        """The smallest truncation from which on the cosine stays at least `cosine` (default 0.99).
+        """The smallest truncation from which the cosine stays at least `cosine` (default 0.99).
 
         This is about the direction, not the length: see `length_of_last`. Raises `ValueError` if
         the hypergradient is not finite.
@@ -97,11 +97,11 @@ class Horizon(Report):
         if not np.any(self.share["exact"]) and not self.direct_share:
             return f"The exact hypergradient of {self.num_steps} inner steps is 0"
         return (
-            f"Shares of {self.num_steps} inner steps in the exact hypergradient, and what is kept "
-            "of them (1 in all, with the direct term)\n\n"
+            f"Shares of {self.num_steps} inner steps in the exact hypergradient (1 in total, with "
+            "the direct term), and what each method keeps of them\n\n"
             + aligned([["inner steps", *names], *rows, ["all", *total]])
-            + f"\n\ndirect term {number(self.direct_share)}\nkept for a cosine of 0.9 with all of "
-            f"them: {self._kept(0.9)}; of 0.99: {self._kept(0.99)}"
+            + f"\n\ndirect term {number(self.direct_share)}\nneeded for a cosine of 0.9 with the "
+            f"whole: {self._kept(0.9)}; of 0.99: {self._kept(0.99)}"
         )
 
     def _kept(self, cosine: float) -> str:
@@ -125,7 +125,7 @@ def explain_horizon(
     greedy_gamma: RealScalarLike = 0.9,
     distill_gamma: RealScalarLike = 0.99,
 ) -> Horizon:
-    r"""What each inner step contributes to the exact hypergradient, and what others keep of it.
+    r"""What each inner step contributes to the exact hypergradient, and what other methods keep.
 
     A short-horizon method keeps the last bars of this diagram. If the early ones matter, or point
     the other way, its hypergradient is biased: short-horizon bias, which makes learning rates too

@@ -1,4 +1,4 @@
-"""How training responds to a step of the hyperparameters: smoothly, and as the derivative says?"""
+"""Whether training responds to a step of the hyperparameters smoothly, as its derivative says."""
 
 from typing import Any, NamedTuple
 
@@ -22,10 +22,10 @@ from gradhpo.utils.validation import leaf_names
 from gradhpo.utils.warn import without_warnings
 
 
-# Steps of the differences, relative to the largest number of a leaf (at least 1). Of the pairs of
-# neighbouring steps, the one that agrees best is believed, up to ten times its disagreement.
+# Steps of the differences, relative to the largest number of a leaf (at least 1). The pair of
+# neighbouring steps that agrees best is used, with ten times its disagreement as uncertainty.
 _EPSILONS = np.array([1e-3, 1e-4, 1e-5, 1e-6])
-# Steps that only show how far the derivative holds.
+# Steps that only show up to where the derivative holds.
 _WIDE = np.array([1e-1, 1e-2])
 _HOLDS = 0.1  # within this share of the larger of the two
 
@@ -216,7 +216,7 @@ def train_around(case: Case, optimizer: Any, hypergradient: PyTree, step_size: f
 
 
 def compared(around: Any, hypergradient: PyTree) -> dict[str, FiniteDifference]:
-    """Maps each leaf to the derivative by the exact hypergradient and the differences."""
+    """Maps each leaf to its derivative from the exact hypergradient and from differences."""
     rows = zip(
         leaf_names(hypergradient),
         jax.tree.leaves(hypergradient),

@@ -1,4 +1,4 @@
-"""Hypergradients near the one that is checked: other hyperparameters, draws, and last bits."""
+"""Hypergradients near the checked one: at other hyperparameters, draws, and last bits."""
 
 import dataclasses
 import functools
@@ -58,7 +58,7 @@ class Nearby:
 
 
 def look_nearby(run: Estimated, perturb: Perturb, others: Mapping[str, PyTree]) -> Nearby:
-    """All of them, by the program of the estimate; `others` are compared as well."""
+    """All nearby hypergradients, by the estimate's program; `others` are compared as well."""
     state, case = run.case.state, run.case
     hyperparams = state.hyperparams
     moved = _perturbed(perturb, hyperparams)
@@ -96,9 +96,9 @@ def look_nearby(run: Estimated, perturb: Perturb, others: Mapping[str, PyTree]) 
     )
 
 
-@functools.cache  # one function, for which nothing is compiled again
+@functools.cache  # one function, so that nothing is compiled again
 def by_steps(step_size: float) -> Perturb:
-    """The perturbation where the user names none: every number by a normal one of this size."""
+    """The default perturbation: every number moves by a normal one of this size."""
 
     def perturb(key: Array, hyperparams: PyTree) -> PyTree:
         leaves, treedef = jax.tree.flatten(hyperparams)
@@ -152,13 +152,13 @@ def _many(perturb: Perturb, hyperparams: PyTree) -> Iterator[np.ndarray]:
 
 
 def _change(new: np.ndarray, old: np.ndarray) -> np.ndarray:
-    """An infinity that stays is no change."""
+    """The difference; an infinity that stays is no change."""
     with np.errstate(invalid="ignore"):
         return np.where(new == old, 0, new - old)
 
 
 def _products(g: np.ndarray, deltas: np.ndarray) -> np.ndarray:
-    """Of what moves alone: what is not finite counts only there."""
+    """Products over the numbers that move: non-finite numbers elsewhere do not count."""
     finite = np.isfinite(g)
     if np.all(finite):
         return deltas @ g
@@ -167,7 +167,7 @@ def _products(g: np.ndarray, deltas: np.ndarray) -> np.ndarray:
 
 
 def _one_bit_on(state: BilevelState) -> BilevelState:
-    """Every parameter by its last bit, up or down at random."""
+    """Changes every parameter by its last bit, up or down at random."""
     random = np.random.default_rng(0)
 
     def move(x: Array) -> Array:
@@ -186,7 +186,7 @@ def _one_bit_on(state: BilevelState) -> BilevelState:
 
 
 def _redrawn(batches: tuple[PyTree, PyTree], number: int) -> tuple[PyTree, PyTree]:
-    """With other random keys, and the batches of a stack in another order."""
+    """The batches with other random keys, and those of a stack in another order."""
     train, val = fold_keys(batches, number)
     if isinstance(train, BatchStack):
         order = np.random.default_rng(number).permutation(train.num_steps)

@@ -45,7 +45,7 @@ _FORWARD = {
 _VALIDATION = {
     "val_loss": ("the validation loss", _RANGE),
     "alpha": ("the validation gradient", _FIRST),
-    "direct": ("the derivative of the validation loss by the hyperparameters", _FIRST),
+    "direct": ("the hyperparameter derivative of the validation loss", _FIRST),
 }
 _ON_THE_WAY = {"alpha": ("the validation gradient right after the step", _FIRST)}
 _BACKWARD = {

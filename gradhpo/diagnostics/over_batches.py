@@ -42,9 +42,8 @@ def compare_over_batches(
 
     An estimator may be biased with little noise, or exact and almost all noise; one batch does not
     tell the two apart. Each of `num_draws` draws has its own training batches and its own
-    validation batch, the same for all estimators; all start from `state`. An estimator that
-    draws random numbers of its own draws others each time: its noise is part of the report, also on
-    fixed batches.
+    validation batch, the same for all estimators; all start from `state`. An estimator that draws
+    random numbers draws new ones each time: its noise is part of the report, even on fixed batches.
 
     **Arguments:**
 
@@ -94,7 +93,7 @@ def compare_over_batches(
     """
     check_count("num_draws", num_draws)
     if num_draws < 2:
-        raise ValueError("num_draws must be at least 2: one draw says nothing of noise")
+        raise ValueError("num_draws must be at least 2: one draw says nothing about noise")
     first = check_optimizers(optimizers)
     everyone = {**optimizers} | ({} if reference is None else {"reference": reference})
     if num_steps is None:
@@ -114,7 +113,7 @@ def compare_over_batches(
         def over_draws(optimizer, start, train, val):
             def one(i):
                 batches = train.stack(i, i, num_steps), val.batch(i, i)
-                # A method that draws random numbers has others in each draw: its noise counts too.
+                # A method that draws random numbers gets new ones each time: its noise counts too.
                 again = start.update(memory=redrawn(start.memory, i))
                 begun = case.begin(optimizer, again, *batches)
                 return case.at_end(optimizer, begun, *batches)[:2]
@@ -176,7 +175,7 @@ def _all_of(name: str, source: Source, num_draws: int) -> Batches:
     available = source.draw(num_draws, in_part=False)
     if available < num_draws:
         raise ValueError(
-            f"{name} ended after the batches of {available} draws; num_draws={num_draws} "
-            "were asked for: pass gradhpo.iterate(loader), or fewer draws"
+            f"{name} ended after the batches of {available} draws, before "
+            f"num_draws={num_draws}: pass gradhpo.iterate(loader), or fewer draws"
         )
     return source.fetch(num_draws)

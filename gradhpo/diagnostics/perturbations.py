@@ -1,4 +1,4 @@
-"""Changes of hyperparameters: random ones to retrain with, and what is checked of them."""
+"""Random changes of hyperparameters to retrain with, and their checks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -39,10 +39,10 @@ def leave_out(
     **Arguments:**
 
     - `fraction`: which share of the entries, shape `()`, above 0 and at most 1.
-    - `where`: selects the leaf among the hyperparameters, an array `[n, ...]`. By default it is the
-        only one there is.
+    - `where`: selects the leaf among the hyperparameters, an array `[n, ...]`; by default the only
+        leaf.
     - `value`: what leaves an example out, shape `()`, default 0. A weight that goes through a
-        sigmoid needs a value of its own: one that the sigmoid takes to 0, such as -20.
+        sigmoid needs a value that the sigmoid takes to 0, such as -20.
 
     **Returns:** `(key, hyperparams) -> hyperparams`, which JAX can trace.
 
@@ -83,25 +83,25 @@ def selected(
     if not eqx.is_array(leaf):
         names = ", ".join(leaf_names(hyperparams))
         raise TypeError(
-            f"{name} selected a {type(found).__name__}, and must select one array, with an entry "
+            f"{name} selected a {type(found).__name__}, but must select one array, with an entry "
             f"for each example: where=lambda h: ..., with one of h's leaves {names}"
         )
     if leaf.ndim == 0 or len(leaf) == 0:
         raise ValueError(
-            f"{name} selected an array of shape {leaf.shape}, and must select one with an entry "
+            f"{name} selected an array of shape {leaf.shape}, but must select one with an entry "
             "for each example along axis 0"
         )
     return leaf
 
 
 def _only(tree: PyTree) -> Any:
-    """Its leaf, if there is one alone."""
+    """The leaf, if there is only one."""
     leaves = jax.tree.leaves(tree)
     return leaves[0] if len(leaves) == 1 else tree
 
 
 def check_perturb(change: Callable, keys: Array, hyperparams: PyTree) -> None:
-    """It gives other hyperparameters of the same kind, which depend on the key."""
+    """Checks that it changes hyperparameters, depending on the key, and keeps their structure."""
     check_arity(change, "perturb", "key, hyperparams")
     check_repeatable(
         change,
@@ -124,14 +124,14 @@ def check_perturb(change: Callable, keys: Array, hyperparams: PyTree) -> None:
     moves, differ = map(bool, _effects(change, keys, hyperparams))
     if not moves:
         raise ValueError(
-            "perturb(key, hyperparams) returns the hyperparameters as they are, for "
+            "perturb(key, hyperparams) returns the hyperparameters unchanged, for "
             f"{len(keys)} keys: it must change them, as gradhpo.leave_out(0.01) does for weights "
             "that are not 0"
         )
     if not differ:
         raise ValueError(
-            f"perturb(key, hyperparams) returns the same for {len(keys)} keys, and all retrainings "
-            "would be one: draw the change with the key"
+            f"perturb(key, hyperparams) returns the same for {len(keys)} keys, so all retrainings "
+            "would be the same: draw the change with the key"
         )
 
 

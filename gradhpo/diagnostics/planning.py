@@ -73,7 +73,7 @@ class Plan(Report):
         for row in self.rows:
             if (row.name, row.num_steps) == (name, num_steps):
                 return row
-        raise KeyError(f"{key}: there are {[(row.name, row.num_steps) for row in self.rows]}")
+        raise KeyError(f"{key}: available: {[(row.name, row.num_steps) for row in self.rows]}")
 
     def __str__(self) -> str:
         head = [
@@ -133,8 +133,8 @@ def plan(
 
     Every step is compiled for the shapes that are passed. Memory is the compiler's own figure for
     the program that a `step` then runs; flops are its count for that program before optimisation,
-    multiplied by the trip counts of loops. Of a conditional's branches the most expensive counts,
-    so the figure for `checkpoints="log"`, which chooses at every visit of a step, is too high.
+    multiplied by the trip counts of loops. Of a conditional's branches the most expensive one
+    counts, so the figure for `checkpoints="log"`, which chooses at every visit, is too high.
 
     **Arguments:**
 
@@ -149,8 +149,8 @@ def plan(
     - `max_bytes`: the available memory, for arguments, results and temporaries together. An
         `UnrolledOptimizer` that does not fit is tried with `checkpoints="sqrt"` (one more forward
         pass, the least memory of any number of segments), then with `"log"`, then with
-        `store="host"` where the host has a memory of its own. If nothing fits, the plan shows the
-        one with the least memory.
+        `store="host"` if the host's memory is separate. If nothing fits, the plan shows the one
+        with the least memory.
 
     **Returns:** a [`Plan`][gradhpo.diagnostics.planning.Plan]: `plan[name, steps].cost.flops`,
     `.cost.temporary_bytes`, `.fits`, `.checkpoints`, and `.optimizer`, ready for use; `.failed`
@@ -201,7 +201,7 @@ def _planned(
     losses: LossFunctions,
     max_bytes: int | None,
 ) -> Planned:
-    """At one horizon, with less memory and more work if it does not fit."""
+    """One optimizer at one horizon, with less memory and more work if it does not fit."""
     num_steps = optimizer.num_inner_steps if horizon is None else horizon
     algorithm = algorithm_of(optimizer)
     try:
@@ -230,15 +230,15 @@ def _planned(
 def _that_fits(
     algorithm: Algorithm, cost: Cost, max_bytes: int, cost_of: Callable[[Algorithm], Cost]
 ) -> tuple[Algorithm, Cost, dict[str, int]]:
-    """The first of the algorithm and those with less memory that fits, or the smallest.
+    """The first that fits of the algorithm and its variants with less memory, or the smallest.
 
-    With what the others take.
+    Also returns what the others take.
     """
     named = lambda algorithm: _settings_of(algorithm) or "as it is"
     best, smaller = (algorithm, cost), algorithm.with_less_memory()
     tried = {named(algorithm): cost.total_bytes}
     while smaller is not None and best[1].total_bytes > max_bytes:
-        with contextlib.suppress(*FAILURES):  # the algorithm's own is known
+        with contextlib.suppress(*FAILURES):  # the algorithm's own failure is known
             found = cost_of(smaller)
             tried[named(smaller)] = found.total_bytes
             if found.total_bytes < best[1].total_bytes:
@@ -275,7 +275,7 @@ def _cost_of_step(
 
 
 def _has_horizon(optimizer: BilevelOptimizer) -> bool:
-    """Whether it can take another number of inner steps per `step`."""
+    """Whether the number of inner steps per `step` can change."""
     algorithm = algorithm_of(optimizer)
     return algorithm.with_num_steps(algorithm.num_inner_steps) is not None
 

@@ -1,4 +1,4 @@
-"""An optimizer's estimate in one precision, which can be computed again near where it was."""
+"""An optimizer's estimate in one precision, which can be computed again nearby."""
 
 import dataclasses
 import math
@@ -64,7 +64,7 @@ class Estimated:
             self.val_loss = jnp.asarray(jnp.nan)
 
     def cast(self, dtype: Any) -> "Estimated":
-        """With all floating-point arrays in one precision."""
+        """The same with all floating-point arrays in one precision."""
         is_floating = lambda x: eqx.is_inexact_array(x) or _is_floats(x)
         # Placed, not computed: metrics may be NaN, which jax_debug_nans refuses.
         cast = lambda x: jax.device_put(np.asarray(x, dtype)) if is_floating(x) else x
@@ -132,7 +132,7 @@ class Estimated:
 
 
 def _placed_as(x: Any, like: Any) -> Any:
-    """Compiled programs take arrays where those were with which they were compiled."""
+    """Places arrays as those that a program was compiled with."""
     return jax.device_put(x, like.sharding) if isinstance(like, jax.Array) else x
 
 

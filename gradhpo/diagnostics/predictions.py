@@ -31,7 +31,7 @@ from gradhpo.utils.warn import without_warnings
 
 @dataclasses.dataclass
 class Predictions:
-    """Hypergradients `[queries, ...]` by estimator name, and what the report says of each.
+    """Hypergradients `[queries, ...]` by estimator name, and what the report says about each.
 
     `val_losses[name]` is the mean over the queries at the end of the estimator's own training.
     """
@@ -121,7 +121,7 @@ def _of_queries(optimizer: BilevelOptimizer, start: BilevelState, setting: Setti
 
 
 def _earlier(name: str, about: Any, like: PyTree, kept: Boundaries) -> _Made | None:
-    """What an earlier call has kept of an optimizer of this name, if it is the one `about`."""
+    """What an earlier call kept of the optimizer of this name, if it is the same one."""
     if _number_of(name) not in kept.numbers("estimate"):
         return None
     made, header = kept.get("estimate", _number_of(name), like)
@@ -129,7 +129,7 @@ def _earlier(name: str, about: Any, like: PyTree, kept: Boundaries) -> _Made | N
     if header["name"] != name or differing:
         raise ValueError(
             f"there are hypergradients of another optimizer {kept.where}: "
-            f"{'; '.join(differing)}: give this one another name, or pass another directory"
+            f"{'; '.join(differing)}: rename this one, or pass another directory"
         )
     return made, header["seconds"]
 
@@ -140,7 +140,7 @@ def _number_of(name: str) -> int:
 
 
 def _program(optimizer: BilevelOptimizer, start: BilevelState, setting: Setting) -> Program:
-    """For as many queries at once as fit into memory; for one at a time if `vmap` fails."""
+    """A program for as many queries as fit into memory; for one at a time if `vmap` fails."""
     of = lambda num: Program(
         functools.partial(hypergradients_of_queries, at_once=num), optimizer, start, setting
     )
@@ -159,14 +159,14 @@ def _program(optimizer: BilevelOptimizer, start: BilevelState, setting: Setting)
 def _like(name: str, given: Any, state: BilevelState, num_queries: int) -> PyTree:
     """Hypergradients that were given, which may have another precision."""
     given = jax.tree.map(np.asarray, given)
-    # Of one dtype: that of the hyperparameters is what they get.
+    # Dtypes are not compared: they get those of the hyperparameters.
     shaped = lambda shape: jax.ShapeDtypeStruct(shape, np.float32)
     expected = jax.tree.map(lambda x: shaped((num_queries, *x.shape)), state.hyperparams)
     found = jax.tree.map(lambda x: shaped(x.shape), given)
     if not have_same_structure(found, expected):
         raise ValueError(
             f"optimizers[{name!r}] must be an optimizer, or hypergradients like the "
-            "hyperparameters, with the queries as one more axis in front.\n"
+            "hyperparameters, with an extra leading axis, the queries.\n"
             f"{where_they_differ(found, expected)}"
         )
     return jax.tree.map(lambda x, like: x.astype(like.dtype), given, state.hyperparams)

@@ -39,7 +39,7 @@ class Setting(eqx.Module):
         return self.part.batches.drawn(self.step, jnp.zeros((), jnp.int32), self.part.per_step)
 
     def case(self, start: BilevelState) -> Case:
-        """What follows an estimator along these steps."""
+        """The case that follows an estimator along these steps."""
         return Case(start, self.batches, self.queries, self.losses, self.num_steps)
 
     def inputs(self, start: BilevelState, query: PyTree) -> Inputs:
@@ -75,8 +75,8 @@ def hypergradients_of_queries(
 ) -> tuple[PyTree, Array]:
     """An optimizer's hypergradients at the end of the inner steps, and the validation losses.
 
-    Both have a leading axis, the queries. The hyperparameters stay as they are. Steps before the
-    last take all queries as one validation batch, which matters only to an algorithm with a memory.
+    Both have a leading axis, the queries. The hyperparameters stay fixed. Steps before the last
+    take all queries as one validation batch, which matters only to an algorithm with a memory.
     """
     count_trace()
     case, per_step = setting.case(start), optimizer.num_inner_steps

@@ -24,7 +24,7 @@ from gradhpo.utils.tracing import count_trace
 from gradhpo.utils.trees import all_finite
 
 
-# Small trainings gain nothing from more, and blocks are what a bar shows and a directory keeps.
+# Small trainings gain nothing from more; bars and directories count in blocks.
 _MOST_AT_ONCE = 32
 
 
@@ -52,7 +52,7 @@ def losses_of_block(
 ) -> tuple[Array, Array]:
     """The losses of one training for each key, `[trainings, queries]`, and which are finite.
 
-    Each starts anew at the changed hyperparameters; where not `moved`, at the ones of `start`.
+    Each starts afresh at the changed hyperparameters; where not `moved`, at those of `start`.
     """
     count_trace()
     given = setting.inputs(start, setting.query(0)), setting.num_steps
@@ -103,7 +103,7 @@ class Blocks:
             # A block of all trainings is smaller than was asked for.
             if block_size not in (None, self.size, self._asked):
                 raise ValueError(
-                    f"block_size={block_size}, and there are blocks of {self.size} trainings "
+                    f"block_size={block_size} differs from the blocks of {self.size} trainings "
                     f"{kept.where}: pass block_size={self.size}, or another directory"
                 )
         elif block_size is None:
@@ -116,7 +116,7 @@ class Blocks:
         return math.ceil(self._count / math.ceil(self._count / most))
 
     def _make_fit(self) -> None:
-        """As many as fit into memory, by the compiler's figure for the number before."""
+        """Shrinks the block until it fits into memory, by the compiler's figures."""
         self.size, limit = self._even(_MOST_AT_ONCE), free_bytes(self._given[1])
         self._program = self._compiled()
         while self.size > 1 and self._program.temporary_bytes > limit:
@@ -141,7 +141,7 @@ class Blocks:
         return moved, self._keys[np.where(moved, numbers - 1, 0)]
 
     def run(self, bar: ProgressBar, num_steps: int) -> Retrained:
-        """All blocks; what an earlier call kept is not trained again."""
+        """Trains all blocks, except those that an earlier call kept."""
         earlier, blocks = set(self._kept.numbers("losses")), []
         for first in range(0, self._count, self.size):
             count = min(self.size, self._count - first)

@@ -53,19 +53,18 @@ def retraining_score(
     directory: str | Path | None = None,
     progress: bool | str = True,
 ) -> RetrainingScore:
-    r"""Whether a hypergradient predicts what training again at other hyperparameters does.
+    r"""Measures how well a hypergradient predicts retraining at other hyperparameters.
 
-    It trains again at $\lambda + \Delta_j$ for random changes $\Delta_j$ of the hyperparameters:
-    without some of the examples, say. Each time it compares, for every query $q$,
+    It retrains at $\lambda + \Delta_j$ for random changes $\Delta_j$ of the hyperparameters,
+    for example without some of the examples. Each time it compares, for every query $q$,
 
     $$\mathtt{true}_{jq} = L_q(w_T(\lambda + \Delta_j), \lambda + \Delta_j) - L_q(w_T(\lambda),
     \lambda)\quad\text{with}\quad \mathtt{predicted}_{jq} = g_q\cdot\Delta_j,$$
 
     where $L_q$ is the validation loss of the query and $g_q$ its hypergradient. The score is
     Spearman's rank correlation of the two over the retrainings $j$, as a mean over the queries: 1
-    if the hypergradient puts all changes into the right order, and about 0 if it says nothing. With
-    weights of examples, and [`leave_out`][gradhpo.leave_out], this is the linear datamodeling
-    score.
+    if the hypergradient orders all changes correctly, and about 0 if it tells nothing. With
+    example weights and [`leave_out`][gradhpo.leave_out], this is the linear datamodeling score.
 
     Retrainings are exact: they take the same batches in the same order, and start from the inner
     optimizer's state as it is at $\lambda + \Delta_j$. Estimators follow the inner steps with the
@@ -89,17 +88,17 @@ def retraining_score(
     - `num_steps`: inner steps of a training, T, a multiple of every optimizer's.
     - `perturb`: `(key, hyperparams) -> hyperparams`, the changed hyperparameters, of the same
         structure, shapes and dtypes; JAX must be able to trace it.
-    - `num_retrainings`: how often to train again, at least 3, default 100.
-    - `key`: PRNG key of the changes, of which number j gets `jax.random.fold_in(key, j)`, and of
-        the resamples for the intervals.
+    - `num_retrainings`: number of retrainings, at least 3, default 100.
+    - `key`: PRNG key of the changes (change j gets `jax.random.fold_in(key, j)`) and of the
+        resamples for the intervals.
     - `block_size`: how many trainings run at once, in one compiled program, at least 1. Default
-        `None`: up to 32, as many as fit into half of the memory that the device has left, by what
-        the compiler says (2 GiB on a processor). Results do not depend on it, up to rounding.
+        `None`: up to 32, as many as fit into half of the device's free memory by the compiler's
+        figures (2 GiB on a CPU). Results do not depend on it, up to rounding.
     - `directory`: where each block and each estimator's hypergradients are kept once they are done,
-        a file for each. A call that was killed goes on from there when it is made again, with the
-        same result bit for bit. A call with more estimators or more retrainings goes on too, and
-        computes only what is new. Default `None`: nothing is kept.
-    - `progress`: show a progress bar, which counts inner steps; a text is its label.
+        a file for each. A killed call continues from there when it is repeated, with the same
+        result bit for bit. A call with more estimators or retrainings continues too, and computes
+        only what is new. Default `None`: nothing is kept.
+    - `progress`: show a progress bar, which counts inner steps; a string labels it.
 
     **Returns:** a [report][gradhpo.diagnostics.retraining_report.RetrainingScore]: `.score[name]`,
     `.interval[name]` (95 %, by bootstrap over the retrainings, with the same resamples for all
@@ -115,7 +114,7 @@ def retraining_score(
 
     **Raises:** `ValueError` for `num_retrainings` below 3, a `num_steps` that is not a multiple of
     an optimizer's inner steps, no optimizer, hypergradients of other shapes, a `perturb` that
-    changes structure, shapes or dtypes, returns the hyperparameters as they are or ignores its key,
+    changes structure, shapes or dtypes, returns the hyperparameters unchanged or ignores its key,
     a `directory` that holds something else, a state that several processes share, and as
     [`step`][gradhpo.BilevelOptimizer.step] for losses and batches; `TypeError` for an optimizer
     with several inner problems, or an iterator as `train_data`.
@@ -177,13 +176,13 @@ def retraining_score(
     state = without_aux(state)
     if is_shared(state):
         raise ValueError(
-            f"retraining_score runs in one process, and the state is shared by "
-            f"{jax.process_count()}: pass a state of this process alone, in every one of them"
+            f"retraining_score runs in one process, but the state is shared by "
+            f"{jax.process_count()}: pass, in each of them, a state of that process alone"
         )
     key = key if is_key(key) else jax.random.wrap_key_data(key)
     if key.ndim:
         raise ValueError(f"key must be one key such as jax.random.key(0), got shape {key.shape}")
-    # Keys of some kinds fold otherwise under `vmap`.
+    # Keys of some kinds fold differently under `vmap`.
     keys = jax.lax.map(lambda number: jax.random.fold_in(key, number), np.arange(num_retrainings))
     keys = beside(keys, state)
     check_perturb(perturb, keys, state.hyperparams)
@@ -214,7 +213,6 @@ def _named(optimizers: Any) -> dict[str, Any]:
         return {type(optimizers).__name__: optimizers}
     if not any(isinstance(x, BilevelOptimizer) for x in optimizers.values()):
         raise ValueError(
-            "optimizers has no optimizer, whose inner update would train: pass one, or a dict of "
-            "name to optimizer"
+            "optimizers has no optimizer to train with: pass one, or a dict of name to optimizer"
         )
     return dict(optimizers)

@@ -1,4 +1,4 @@
-"""What a call of `retraining_score` keeps in a directory, and which other calls may go on from."""
+"""What a call of `retraining_score` keeps in a directory for other calls to continue from."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -39,7 +39,7 @@ def kept_in(
     """Blocks of losses, and hypergradients by the name of their optimizer.
 
     They belong to one training, from one state on the same data, and to one sequence of changes;
-    not to the number of these, nor to the estimators beside them.
+    the number of changes and the other estimators may differ.
     """
     if directory is None:
         return InMemory()
@@ -49,7 +49,7 @@ def kept_in(
     about = identity(exact, start, feed, None, None, num_steps=setting.num_steps)
     training = Training(exact, setting.losses, setting.queries, queries=True)
     about["losses"] = described_arrays(training.responses(start, setting.part))
-    # As long as the changes are the same: two keys tell.
+    # Two keys show whether the changes are the same.
     changed = [change(keys[number], state.hyperparams) for number in range(2)]
     about["the changed hyperparameters"] = described_arrays(changed)
     return InDirectory(Path(directory), about, False, _CALLER)
@@ -69,7 +69,7 @@ def estimator_of(
             batch = setting.batches.at(jnp.zeros((), jnp.int32))
             response = function_response(optimizer, start, batch)
             found[name] = described_function(function) if response == UNKNOWN else response
-    # An outer optimizer makes no hypergradient, and the others are told above.
+    # The outer optimizer has no part in a hypergradient, and the others are described above.
     told = {"inner_optimizer", "outer_optimizer", *functions}
     found |= {name: described_function(x) for name, x in _functions(algorithm) if name not in told}
     if not type(algorithm).__module__.startswith("gradhpo."):

@@ -80,7 +80,7 @@ class RetrainingScore(Report):
         if unmeasured:
             notes.append(
                 f"{unmeasured} of {count} queries are left out: all retrainings change their loss "
-                "alike, or it is not finite"
+                "equally, or it is not finite"
             )
         notes += [
             f"{name} does not see {', '.join(leaves)}"
@@ -108,7 +108,7 @@ class RetrainingScore(Report):
         return draw_retraining(self)
 
     def on_nonfinite(self) -> str:
-        """What is said of retrainings that are not finite."""
+        """The note on retrainings that are not finite."""
         return (
             f"{len(self.nonfinite)} of {self.num_retrainings} retrainings are not finite and left "
             "out; the score covers the others"
@@ -127,7 +127,7 @@ class RetrainingScore(Report):
 
         - `query`: its number.
         - `count`: how many, default 10: fewer if fewer help.
-        - `name`: the estimator whose hypergradient says so; default: the first.
+        - `name`: the estimator whose hypergradient to use; default: the first.
         - `where`: selects the leaf of the hyperparameters with an entry for each example along axis
             0; further axes are summed over. By default it is the only leaf.
 
@@ -151,7 +151,7 @@ class RetrainingScore(Report):
 
         - `query`: its number.
         - `count`: how many, default 10: fewer if fewer harm.
-        - `name`: the estimator whose hypergradient says so; default: the first.
+        - `name`: the estimator whose hypergradient to use; default: the first.
         - `where`: selects the leaf of the hyperparameters with an entry for each example along axis
             0; further axes are summed over. By default it is the only leaf.
 
@@ -169,12 +169,12 @@ class RetrainingScore(Report):
         return order[effect[order] > 0][:count]
 
     def _effect(self, query: int, name: str | None, where: Callable) -> np.ndarray:
-        """The derivative of the loss of a query by the weight of every example."""
+        """The derivative of a query's loss with respect to the weight of every example."""
         if name is None:
             name = next(iter(self.hypergradients), "")
         if name not in self.hypergradients:
             there = ", ".join(map(repr, self.hypergradients)) or "none"
-            raise KeyError(f"no estimator {name!r} with hypergradients; there are {there}")
+            raise KeyError(f"no estimator {name!r} with hypergradients; available: {there}")
         num_queries = self.true.shape[1]
         if not -num_queries <= query < num_queries:
             raise IndexError(f"query={query} is out of range: there are {num_queries} queries")
@@ -190,7 +190,7 @@ def report_of(
     random: np.random.Generator,
     num_steps: int,
 ) -> RetrainingScore:
-    """The report, from the losses of trainings of which the first is without a change."""
+    """The report, from the losses of trainings, the first without a change."""
     base, after = retrained.losses[0], retrained.losses[1:]
     known = np.isfinite(base)
     finite = retrained.finite[1:] & np.all(np.isfinite(after[:, known]), axis=1)
@@ -228,7 +228,7 @@ def _remarks(
     predicted: dict[str, np.ndarray],
     base: np.ndarray,
 ) -> Iterator[str]:
-    """What the numbers alone would not say about an estimator."""
+    """What the numbers alone do not show about an estimator."""
     columns = predicted[name].T[scores.measurable]
     broken = sum(not np.all(np.isfinite(column)) for column in columns)
     constant = sum(not varies(column) for column in columns) - broken
@@ -240,7 +240,7 @@ def _remarks(
         if 0 < count < len(columns):
             yield f"{what} in {count} of {len(base)} queries, which count{'s' * (count == 1)} as 0"
         elif count:
-            yield f"{what}, and so it has no score"
+            yield f"{what}, so it has no score"
     expected = float(np.mean(base))
     if name in found.val_losses and np.isfinite(expected):
         reached = found.val_losses[name]

@@ -64,7 +64,7 @@ def varies(x: np.ndarray) -> bool:
 
 
 def _means(rows: np.ndarray) -> np.ndarray:
-    """Over the queries that a resample tells something about."""
+    """Means over the queries for which a resample has a correlation."""
     there = ~np.isnan(rows)
     with np.errstate(invalid="ignore"):
         return np.sum(np.where(there, rows, 0), axis=1) / np.sum(there, axis=1)
@@ -73,7 +73,7 @@ def _means(rows: np.ndarray) -> np.ndarray:
 def _interval(means: np.ndarray) -> tuple[float, float]:
     """The interval of the first number, by the spread of the others.
 
-    They lie lower: a resample has some retrainings twice, and its ranks are coarser.
+    The others lie lower: a resample has some retrainings twice, and its ranks are coarser.
     """
     if np.isnan(means[0]):
         return np.nan, np.nan
@@ -83,7 +83,7 @@ def _interval(means: np.ndarray) -> tuple[float, float]:
 
 
 def _centred_ranks(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Ranks minus their mean, for values of which a sample has `counts`: `[samples, values]`.
+    """Ranks minus their mean; a sample has each value `counts` times, `[samples, values]`.
 
     Without sorting every sample: the rank of a value is the number of those below it and half of
     its equals.
@@ -99,7 +99,7 @@ def _centred_ranks(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _correlations(true: np.ndarray, predicted: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Of each sample: `nan` if the true changes in it are equal, 0 if only the predicted are."""
+    """For each sample: `nan` if its true changes are equal, 0 if only the predicted ones are."""
     both, of_true, of_predicted = (
         np.sum(counts * x * y, axis=1)
         for x, y in ((true, predicted), (true, true), (predicted, predicted))

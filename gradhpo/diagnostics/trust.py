@@ -16,7 +16,7 @@ from gradhpo.utils.freezing import trained
 from gradhpo.utils.tables import aligned, number
 
 
-# Of `trust`: from here on a hypergradient is trusted, below the second it is not.
+# Thresholds of `trust`: a hypergradient is trusted from the first on, and not below the second.
 # `python -m benchmarks trust` sets them on one half of its configurations and tests the other.
 TRUSTED, NOT_TRUSTED = 0.97, 0.75
 # Training explodes if its loss rises by more than this many times its first value, and the length
@@ -25,7 +25,7 @@ MOST_RISE, LEAST_GROWTH = 100.0, 10.0
 LEAST_FOLLOWED, MOST_SCALE = 0.5, 2.0
 # Dtypes whose rounding a check in float64 must see.
 HALF = ("bfloat16", "float16")
-# The agreements: how a table calls them, and how a sentence does, with the remedy.
+# The agreements: their names in a table and in a sentence, and the remedy.
 _WORDS = {
     "perturbed": (
         "after a perturbation",
@@ -41,7 +41,7 @@ _WORDS = {
     ),
     "float64": (
         "in float64",
-        "with the same in float64",
+        "with those in float64",
         'use a wider dtype (jax.config.update("jax_enable_x64", True)) or a shorter horizon',
     ),
     "exact": (
@@ -50,8 +50,8 @@ _WORDS = {
         "use an optimizer that comes closer: gradhpo.compare_hypergradients shows which",
     ),
     "repeated": (
-        "of the same call again",
-        "with the same call again",
+        "of the same call repeated",
+        "with those of the same call repeated",
         "something draws random numbers outside of JAX; draw them from PRNG keys in the batches",
     ),
     "redrawn": (
@@ -94,7 +94,7 @@ class Trust:
         both ends. Below 0.5 it casts doubt: then the loss has steps that no derivative sees. `nan`
         if the changes are lost in the rounding of the loss.
     - `scale`: length of the predicted changes over the length of the true ones, if
-        perturbations move one number alone; otherwise `nan`. Between 0.5 and 2 it casts no doubt.
+        perturbations move a single number; otherwise `nan`. Between 0.5 and 2 it casts no doubt.
     - `signal_to_noise`: over the draws of `"redrawn"`, as in
         [`Moments`][gradhpo.diagnostics.noise.Moments]; `nan` if there is nothing to draw.
     - `first_loss`, `last_loss`: mean training loss of the first and the last tenth of the steps.
@@ -129,7 +129,7 @@ class Trust:
 
     @property
     def counted(self) -> dict[str, float]:
-        """The agreements that make the number; what a retraining repeats does not count."""
+        """The agreements behind the number; what a retraining repeats does not count."""
         left_out = {"other keys"} | ({"redrawn"} if self.replayed is not False else set())
         return {name: x for name, x in self.agreement.items() if name not in left_out}
 
@@ -141,7 +141,7 @@ class Trust:
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        """Why it is not fully trusted, in words, with the remedy."""
+        """The reasons for doubt, in words, with the remedy."""
         found = []
         if self.explodes:
             found.append(
@@ -162,7 +162,7 @@ class Trust:
             )
         if self.scale < 1 / MOST_SCALE or self.scale > MOST_SCALE:
             found.append(
-                "perturbations move one number, so that agreement is about the sign alone, and "
+                "perturbations move one number, so agreement is only about the sign, and "
                 f"predicted changes are {self.scale:.2g} times the true ones: use smaller "
                 "perturbations, or an optimizer that comes closer to the exact hypergradient"
             )
@@ -257,7 +257,7 @@ def unmeasured_of(
     found = []
     if wide is None:
         found.append(
-            "float64 does not run, so that the error of rounding is not known: let the losses take "
+            "float64 does not run, so the rounding error is unknown: let the losses take "
             "float64 inputs (see the notes)"
         )
     if own.program is None:
@@ -269,10 +269,10 @@ def unmeasured_of(
             "float64 cannot be compared: part of the loss computes in half precision even then, or "
             "draws random numbers. Check once in float32 throughout, without dropout"
         )
-    if watched is None and own.optimizer.inner_solver is None:  # which differences confirm
+    if watched is None and own.optimizer.inner_solver is None:  # differences confirm a solver
         found.append(
-            "there is no exact hypergradient to compare with, so that the estimator's own error is "
-            "not known: gradhpo.retraining_score measures it"
+            "there is no exact hypergradient to compare with, so the estimator's own error is "
+            "unknown: gradhpo.retraining_score measures it"
         )
     is_free = not has_keys((own.case.train_batch, own.case.val_batch))
     if own.draws_random_numbers and is_free and replayed is not True:

@@ -1,4 +1,4 @@
-r"""Conjugate gradients that end in something of use where the operator is singular."""
+r"""Conjugate gradients with a useful answer where the operator is singular."""
 
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
@@ -12,12 +12,12 @@ from gradhpo.utils.trees import accumulation_dtype, tree_dot, tree_zeros_like
 
 
 _State: TypeAlias = lx.AbstractLinearOperator
-# The share of A's norm below which it hardly sees a residual, which has begun to settle.
+# The share of A's norm below which A hardly sees a residual: it has begun to settle.
 _SEEN = 0.1
 
 
 class _Iterates(NamedTuple):
-    """Where the iterations are, and what else is known of them.
+    """The state of the iterations.
 
     `y`, its residual `r` and the direction `p`, with `gamma` = |r|^2 and `length` = |p|^2; the sums
     of `y` / gamma and of 1 / gamma so far; the largest curvature so far, and whether the last one
@@ -44,17 +44,17 @@ class ConjugateGradients(lx.AbstractLinearSolver[_State]):
 
     A symmetric $A$ that is singular has no solution where $b$ has a part outside its range: the
     iterates $y_j$ of conjugate gradients grow until the curvature along their direction vanishes.
-    There it ends, and the answer is the mean of all iterates with weights $1/\|r_j\|^2$,
-    $r_j = b - A y_j$, which are the iterates of least residual (as in MINRES). The same mean is
-    the answer where `max_steps` are over and the last residual is larger than $b$, as happens
-    with negative curvature. Of a residual $r$ that $A$ hardly sees, $\|A r\| \ll \|A\| \|r\|$, the
-    answer keeps no part along it. Once $r$ has settled, $A r = 0$, that is $A^+ b$, the
-    least-squares solution of the smallest norm (from a start of 0); before, it is an
-    approximation that was cut short, with errors where the curvature is small and a residual that
-    may be larger than $b$. Elsewhere the iterates equal those of `lineax.CG`, which end where the
-    residual meets the tolerances, after one at least.
+    There they end, and the answer is the mean of all iterates with weights $1/\|r_j\|^2$,
+    $r_j = b - A y_j$, the iterate of least residual (as in MINRES). The same mean is the answer
+    if `max_steps` run out and the last residual is larger than $b$, as happens with negative
+    curvature. If $A$ hardly sees the residual $r$, $\|A r\| \ll \|A\| \|r\|$, the answer keeps no
+    part along $r$. Once $r$ has settled, $A r = 0$, the answer is $A^+ b$, the least-squares
+    solution of the smallest norm (from a start of 0); before, it is an approximation that was cut
+    short, with errors where the curvature is small and a residual that may be larger than $b$.
+    Otherwise the iterates equal those of `lineax.CG`, which end when the residual meets the
+    tolerances, after at least one.
 
-    It costs two products more where it fails, and otherwise one vector.
+    It costs two more products if it fails, and otherwise one vector.
 
     **Arguments:**
 
@@ -105,7 +105,7 @@ class ConjugateGradients(lx.AbstractLinearSolver[_State]):
             return jax.lax.cond(is_start, lambda: options["image"], lambda: state.mv(at.y))
 
         def stretch(at: _Iterates) -> _Iterates:
-            # The residual by itself: what iterations make of it drifts by rounding.
+            # The residual is recomputed, since that of the iterations drifts by rounding.
             at = _smoothed_if(~goes_on(at), at)
             at = _with_residual(at, image(at), vector)
             until = at.step + (steps if every is None else every)
@@ -136,7 +136,7 @@ class ConjugateGradients(lx.AbstractLinearSolver[_State]):
         return state, {}
 
     def assume_full_rank(self) -> bool:
-        """As `lineax.CG`."""
+        """As for `lineax.CG`."""
         return True
 
 
@@ -148,7 +148,7 @@ def _start(y0: PyTree | None, vector: PyTree) -> _Iterates:
 
 
 def _with_residual(at: _Iterates, image: PyTree, vector: PyTree) -> _Iterates:
-    """With the residual of `y` as it is, of this image, which the direction takes over."""
+    """With the true residual of `y`, from its image; the direction changes by the same."""
     r = jax.tree.map(jnp.subtract, vector, image)
     p = jax.tree.map(lambda p, new, old: p + (new - old), at.p, r, at.r)
     gamma, first = tree_dot(r, r), at.step == 0

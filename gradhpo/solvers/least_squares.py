@@ -11,7 +11,7 @@ from gradhpo.utils.trees import accumulation_dtype, all_finite, tree_dot, tree_z
 
 
 _State: TypeAlias = lx.AbstractLinearOperator
-# The share of the right-hand side below which an answer of GMRES is one.
+# GMRES has found an answer if it leaves less than this share of the right-hand side.
 _ENOUGH = 0.1
 
 
@@ -20,19 +20,19 @@ class GuardedGMRES(lx.AbstractLinearSolver[_State]):
 
     Where $A$ is singular the answer of GMRES may have any length, and its residual does not show
     it. If it breaks down, or has not met its tolerances and leaves more than a tenth of $b$,
-    conjugate gradients are tried on $A^\top A q = A^\top b$ from 0. With every step they become
+    conjugate gradients are tried on $A^\top A q = A^\top b$ from 0. With every step they grow
     longer and leave less, on the way to $A^+ b$, the least-squares solution of the smallest norm.
     They are the answer if GMRES broke down, left more than $b$, or is more than twice as long. The
-    result is `lineax.RESULTS.breakdown` then, unless they leave less than that tenth.
+    result is then `lineax.RESULTS.breakdown`, unless they leave less than that tenth.
 
-    It costs one product with $A$ where the tolerances are not met, and for each of those steps
-    one with $A$ and one with $A^\top$.
+    It costs one product with $A$ if the tolerances are not met, and for each step of conjugate
+    gradients one with $A$ and one with $A^\top$.
 
     **Arguments:**
 
     - `settings`: the `lineax.GMRES`.
     - `rtol`: $\|A^\top r\|$ relative to $\|A^\top b\|$ at which the least squares are solved.
-    - `most_steps`: of the iterations for them.
+    - `most_steps`: the most steps of conjugate gradients.
 
     ??? cite "Reference"
 
@@ -104,15 +104,15 @@ class GuardedGMRES(lx.AbstractLinearSolver[_State]):
         return at.x, at.r
 
     def transpose(self, state: _State, options: dict[str, Any]) -> tuple[_State, dict[str, Any]]:
-        """As `lineax.GMRES`."""
+        """As for `lineax.GMRES`."""
         return self.settings.transpose(state, options)
 
     def conj(self, state: _State, options: dict[str, Any]) -> tuple[_State, dict[str, Any]]:
-        """As `lineax.GMRES`."""
+        """As for `lineax.GMRES`."""
         return self.settings.conj(state, options)
 
     def assume_full_rank(self) -> bool:
-        """As `lineax.GMRES`."""
+        """As for `lineax.GMRES`."""
         return self.settings.assume_full_rank()
 
 

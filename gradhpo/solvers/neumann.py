@@ -25,7 +25,7 @@ class Neumann(lx.AbstractLinearSolver[_State]):
 
     which equals that number of gradient descent steps with rate $\eta$ = `step_size` on the linear
     system; it takes exactly $K$ products with $A$. It converges if all eigenvalues of $A$ lie
-    between 0 and $2/\eta$. It is meant for short series: they forget directions in which $A$ is
+    between 0 and $2/\eta$. It is meant for short series: they ignore directions in which $A$ is
     flat, as training for a few steps would.
 
     **Arguments:**
@@ -36,11 +36,11 @@ class Neumann(lx.AbstractLinearSolver[_State]):
         `lineax.RESULTS.breakdown`.
     - `fresh_batches`: whether every product takes another training batch of the `step`, as in
         stocBiO: product $k$ of $K$ that of inner step $k \bmod \mathtt{inner\_steps}$, counted
-        from 0. That costs one training gradient more per product. By default all products take the
+        from 0. That costs one more training gradient per product. By default all products take the
         batches that `ImplicitOptimizer` has for its system.
 
     **Raises:** `ValueError` for `terms < 1` or `step_size <= 0`; while solving, for
-    `fresh_batches=True` in another place than `ImplicitOptimizer(linear_solver=...)`.
+    `fresh_batches=True` outside `ImplicitOptimizer(linear_solver=...)`.
 
     ```python
     optimizer = gradhpo.ImplicitOptimizer(
@@ -66,7 +66,7 @@ class Neumann(lx.AbstractLinearSolver[_State]):
     """What to do if its solutions cannot be trusted."""
 
     approximates: ClassVar[bool] = True
-    """It is not the inverse, and has derivatives of its own."""
+    """It is not the inverse, and has its own derivatives."""
     keeps_shardings: ClassVar[bool] = True
     """It works on vectors that explicit mesh axes spread over devices."""
 

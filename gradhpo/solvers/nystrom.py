@@ -85,7 +85,7 @@ class Nystrom(lx.AbstractLinearSolver[_LowRank]):
     """What to do if its solutions cannot be trusted."""
 
     approximates: ClassVar[bool] = True
-    """It is not the inverse, and has derivatives of its own."""
+    """It is not the inverse, and has its own derivatives."""
 
     needs_symmetry: ClassVar[bool] = True
     """It takes the operator to be symmetric."""
@@ -164,7 +164,7 @@ def _inverse(state: _LowRank, v: Array) -> Array:
 
 @_inverse.defjvp
 def _inverse_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    """Of C and M, not of M's eigenvectors, which have no derivative where two values are equal."""
+    """Differentiates C and M, not M's eigenvectors, which need distinct eigenvalues."""
     (state, v), (dot, v_dot) = primals, tangents
     x = _inverse(state, v)
     pseudo_inverse = lambda u: state.w.T @ (state.signs * (state.w @ u))

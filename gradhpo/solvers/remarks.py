@@ -1,4 +1,4 @@
-"""What the report of a run says of its linear solves."""
+"""What the report of a run says about its linear solves."""
 
 import lineax as lx
 import numpy as np
@@ -16,7 +16,7 @@ def remark_on_solves(
 ) -> str:
     """How many solves of a run failed, or left a larger residual than they began with.
 
-    A solver may say what to do by an attribute `advice`, as [`Neumann`][gradhpo.Neumann] does.
+    A solver's attribute `advice` may say what to do, as that of [`Neumann`][gradhpo.Neumann].
 
     **Arguments:**
 
@@ -39,8 +39,8 @@ def remark_on_solves(
             f"The linear solver failed {failures:.0f} times: {SINGULAR}. lineax.CG and the default "
             "then take the least-squares solution of the smallest norm, without what the batch "
             f"does not see (by the median of linear_residual, {np.median(residuals):.0%} of "
-            "the validation gradient; above 100%, that solution was cut short); what other "
-            "solvers give is not to be trusted."
+            "the validation gradient; above 100%, that solution was cut short). Do not trust "
+            "the answers of other solvers."
         )
     why = advice or SINGULAR
     if failures:

@@ -24,31 +24,30 @@ def implicit_solution(
     optimality: Callable[..., PyTree],
     linear_solver: lx.AbstractLinearSolver | None = None,
 ) -> Callable[..., PyTree]:
-    r"""A solver of an inner problem as a function that JAX can differentiate, in your own program.
+    r"""Makes a solver of an inner problem differentiable for JAX, for your own programs.
 
     The solution $w$ of $F(w, \theta) = 0$ has the derivative
 
     $$\frac{\partial w}{\partial\theta} =
     -\Bigl(\frac{\partial F}{\partial w}\Bigr)^{-1}\frac{\partial F}{\partial\theta},$$
 
-    no matter how it was found. $F$ = `optimality` is the gradient of a training loss, or what is
-    left of a fixed point, $w - \Phi(w, \theta)$. The solver is called as it is, and no derivative
-    enters it: it may be a `while_loop`, a callback, or a program of another library.
+    no matter how it was found. $F$ = `optimality` is the gradient of a training loss, or the
+    residual of a fixed point, $w - \Phi(w, \theta)$. The solver is only called, never
+    differentiated: it may be a `while_loop`, a callback, or a program of another library.
 
-    Forward and reverse mode work, in any combination, up to third derivatives, also inside of
+    Forward and reverse mode work, in any combination, up to third derivatives, also inside
     `jax.jit`, `jax.vmap`, `jax.lax.scan` and `jax.checkpoint`. $\theta$ is all that `optimality`
     reads: `args`, and traced arrays that it takes from outside. The value is what the solver
-    returns, to its last bit, and derivatives are taken there: as far as it is from the solution,
-    they are off too. The derivative by `init_params` is 0.
+    returns, bit for bit, and derivatives are taken there, so its error carries over to them. The
+    derivative with respect to `init_params` is 0.
 
-    Call it inside of `jax.jit`: outside, every call traces and compiles again. It does not check
-    that the solver has converged; `optimality` at the solution says so.
+    Call it inside `jax.jit`: outside, every call traces and compiles again. It does not check that
+    the solver has converged; `optimality` at the solution shows it.
 
-    A call costs two evaluations of `optimality` beside the solver. A derivative costs one linear
-    solve for each tangent, or each cotangent, and the products with
-    $\partial F/\partial w$ that it takes. Where the solver gives up (a singular system, a series
-    that diverges), the derivative is NaN. An iterative one that is cut short is no failure, and its
-    answer is taken.
+    A call costs the solver and two evaluations of `optimality`. A derivative costs one linear
+    solve for each tangent, or each cotangent, with its products with $\partial F/\partial w$. If
+    the linear solver gives up (a singular system, a series that diverges), the derivative is NaN.
+    An iterative one that is cut short has not failed, and its answer is used.
 
     **Arguments:**
 
@@ -87,7 +86,7 @@ def implicit_solution(
     """
 
     def solution(init_params: PyTree, *args: Any) -> PyTree:
-        """The solution of `solver`, with its derivative by everything that `optimality` reads."""
+        """The solution of `solver`, with derivatives for everything that `optimality` reads."""
         found = jax.tree.map(_strong, _found(solver, init_params, args))
         start = jax.tree.map(_strong, init_params)
         if not have_same_structure(found, start):
@@ -126,7 +125,7 @@ def _found(solver: Callable, init_params: PyTree, args: tuple) -> PyTree:
     except Exception as error:
         if not needs_a_value(error):
             raise
-        called = solver  # it wants numbers, which are there unless somebody else traces
+        called = solver  # it needs numbers, which are there unless somebody else traces
     return _constant(called(*held))
 
 
@@ -141,7 +140,7 @@ _STEPS = 2
 
 @eqx.filter_custom_jvp
 def _root(residual: Callable, w: PyTree, *, how: lx.AbstractLinearSolver | None) -> PyTree:
-    """`w` itself, with derivatives of its own.
+    """`w` itself, with its own derivatives.
 
     JAX forgets the rule below where it divides a program in two, as it does with the body of a scan
     in reverse mode, and higher derivatives then come from this: from Newton steps on a residual

@@ -14,13 +14,13 @@ from gradhpo.utils.typecheck import checked
 
 
 _State: TypeAlias = lx.AbstractLinearOperator
-# The share of the right-hand side that may be left: more says that the system is another one.
+# The share of the right-hand side that may be left: more means that the system is not like this.
 _MOST_LEFT = 1e-2
 
 
 @checked
 class Support(lx.AbstractLinearSolver[_State]):
-    r"""Solves the system of a sparse fixed point on its support alone, a solver for `lineax`.
+    r"""Solves the system of a sparse fixed point only on its support, a solver for `lineax`.
 
     At a fixed point $w = \Phi(w, \lambda)$ of a proximal step (the lasso), the parameters outside
     the support $S = \{i : w_i \ne 0\}$ stay 0 nearby: the rows of $\Phi_w$ for them are 0, and so
@@ -30,17 +30,17 @@ class Support(lx.AbstractLinearSolver[_State]):
 
     the first with as many unknowns as there are parameters in $S$. It is solved directly, by LU,
     even if it is ill-conditioned. That takes `max_active` + 3 products with the whole operator, and
-    memory for `max_active` squared, not for the square of all coordinates. Iterations find
-    the same answer with a product each, in about as many as there are parameters in $S$ or fewer:
-    take this solver where they end too early, not to save products.
+    memory for `max_active` squared, not for the square of all coordinates. Iterative solvers find
+    the same answer with one product a step, in about as many steps as $S$ has parameters or fewer:
+    use this solver if they end too early, not to save products.
 
     **Arguments:**
 
     - `max_active`: the most parameters that may be in the support, at least 1; default 256. If
-        there are more, the solve counts as failed. So it does if the rows of others are not 0: more
-        than 1 % of $b$ is left then.
+        there are more, the solve counts as failed; so it does if the rows of others are not 0,
+        which leaves more than 1 % of $b$.
 
-    **Raises:** `ValueError` for `max_active < 1`; while solving, in another place than
+    **Raises:** `ValueError` for `max_active < 1`; while solving, outside
     `ImplicitOptimizer(linear_solver=...)`.
 
     ```python
@@ -86,9 +86,9 @@ class Support(lx.AbstractLinearSolver[_State]):
     ) -> tuple[PyTree, lx.RESULTS, dict[str, Any]]:
         r"""The answer for `vector`; iterations are the number of parameters in the support.
 
-        `options["point"]` are the parameters, `options["shift"]` the multiple of $I$ beside
-        $I - \Phi_w$. The operator may also be the transpose, whose rows outside of $S$ are those of
-        the identity: the same steps solve that.
+        `options["point"]` are the parameters, `options["shift"]` the multiple of $I$ added to
+        $I - \Phi_w$. The operator may also be the transpose, whose rows outside $S$ are those of
+        the identity: the same steps solve it.
         """
         dtype, size = accumulation_dtype(vector), num_coordinates(vector)
         b, w = ravel(vector, dtype), ravel(options["point"], dtype)

@@ -25,8 +25,8 @@ class LinearSolution(NamedTuple):
     """What [`solve_system`][gradhpo.extend.solve_system] returns.
 
     - `value`: a tree like the right-hand side.
-    - `failed`: whether the solver gave up (singular, diverged), shape `()`. To be cut short is no
-        failure.
+    - `failed`: whether the solver gave up (singular, diverged), shape `()`. Being cut short is not
+        a failure.
     - `iterations`: as the solver counts them, 0 for direct ones, shape `()`.
     """
 
@@ -120,7 +120,7 @@ def solve_linearly(
 
 
 class _Square(lx.FunctionLinearOperator):
-    """An operator on one space, which is told and not traced: a trace would lose shardings."""
+    """An operator on one space, which is given and not traced: a trace would lose shardings."""
 
     def __init__(self, product: Callable, structure: PyTree, tags: Any):
         super().__init__(product, structure, tags, closure_convert=False)
@@ -131,7 +131,7 @@ class _Square(lx.FunctionLinearOperator):
 
 
 class _Solve(eqx.Module):
-    """A solver with what it is told of the system."""
+    """A solver with what it is told about the system."""
 
     solver: lx.AbstractLinearSolver
     symmetric: bool = eqx.field(static=True)
@@ -160,7 +160,7 @@ class _Solve(eqx.Module):
         return jax.tree.map(lambda x: scale * x, value), failed, iterations
 
     def _found(self, product: Callable, rhs: PyTree) -> tuple[PyTree, tuple[Array, Array]]:
-        """From the guess as it is."""
+        """The answer from the guess itself."""
         tags = lx.positive_semidefinite_tag if self.symmetric else ()
         operator = _Square(product, jax.eval_shape(lambda: rhs), tags)
         options = {"y0": self.guess, "image": self.image, "shift": self.shift}

@@ -1,6 +1,6 @@
-"""A run of several processes that share a state: each chunk is taken, and the end reached, by all.
+"""A run of several processes that share a state: all take the same chunks and end together.
 
-What only one of them knows or fails at, they exchange once before each chunk.
+Before each chunk they exchange what only one of them knows, or failed at.
 """
 
 import collections
@@ -15,15 +15,15 @@ from gradhpo.utils.processes import error_of_others, exchanged, is_first, said_o
 from gradhpo.utils.progress import ProgressBar
 
 
-# Nor can it tell them: their devices are at work on that chunk, and would take a word for its part.
+# It cannot tell them: their devices work on that chunk, and would take a message for its part.
 _ALONE = (
-    "raised, and not returned with the steps so far: the other processes may have begun this chunk "
-    "of the run, which cannot end without this process; let it end, and start all of them again"
+    "raised instead of returning the steps so far: the other processes may have begun this chunk, "
+    "which cannot finish without this process; let it end, and restart all of them"
 )
 
 
 class _Outcome(NamedTuple):
-    """How something ended in this process, if not well."""
+    """How something ended in this process, if it failed."""
 
     reason: str = ""
     error: Exception | None = None
@@ -57,9 +57,9 @@ def go_together(
 ) -> Stopped:
     """`Driver.go`, where several processes share the state.
 
-    The answers of callbacks, the clock and the interrupts of the first process count. An error in
-    any of them ends all, and so do data that end. The devices work on one chunk while the hosts
-    draw batches for another one.
+    The callbacks, clock and interrupts of the first process count. An error, or the end of the
+    data, in any process ends all. The devices work on one chunk while the hosts draw batches for
+    the next.
     """
     shapes, flying = iter(shapes), collections.deque[Flight]()
     following, ending = next(shapes, None), None
@@ -81,7 +81,7 @@ def go_together(
                 **data.said("data"),
             }
         )
-        # A chunk that has not ended well in all of them is not kept.
+        # A chunk that failed in any of them is not kept.
         seen = [x["seen"] and x["taken"] == said[0]["taken"] for x in said]
         driver._callbacks_saw_all = all(seen)
         stopped = _ending(said, "chunk", outcome)
@@ -145,7 +145,7 @@ def _draw(driver: Driver, episodes: int, length: int, before: list[Flight]) -> t
 
 
 def _ending(said: list[dict[str, Any]], about: str, mine: _Outcome) -> Stopped | None:
-    """The one that all processes come to; raises where there is nothing to return."""
+    """The ending that all processes agree on; raises if there is nothing to return."""
     failed = [x[f"{about} failed"] for x in said]
     numbers = [number for number, text in enumerate(failed) if text is not None]
     if not numbers:

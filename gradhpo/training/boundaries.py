@@ -1,4 +1,4 @@
-"""What a long call keeps on its way, the states of a replay's segments: in memory or on disk."""
+"""Storage for a long call, such as the states between a replay's segments: memory or disk."""
 
 import abc
 import json
@@ -26,7 +26,7 @@ from gradhpo.utils.processes import exchanged, is_first, together
 
 
 class Boundaries(abc.ABC):
-    """Keeps trees by number and kind, a word of the caller's.
+    """Keeps trees by number and kind, a name that the caller chooses.
 
     A replay uses `"state"` on the way forward and `"bar"` on the way back.
     """
@@ -49,7 +49,7 @@ class Boundaries(abc.ABC):
         """Forgets a tree, if it is there."""
 
     def numbers(self, kind: str) -> list[int]:
-        """What an earlier process has kept, in order."""
+        """The numbers that an earlier process has kept, in order."""
         return []
 
     def about(self, kind: str, number: int) -> Any:
@@ -57,11 +57,11 @@ class Boundaries(abc.ABC):
         raise KeyError((kind, number))
 
     def close(self) -> None:  # noqa: B027
-        """Another call may keep its trees here."""
+        """Lets another call keep its trees here."""
 
 
 class InMemory(Boundaries):
-    """In the memory of the host, for as long as the replay lasts."""
+    """In host memory, for as long as the replay lasts."""
 
     where = "in memory"
 
@@ -79,7 +79,7 @@ class InMemory(Boundaries):
 
 
 def _in_parts(tree: PyTree) -> PyTree:
-    """In place of each array the list of its pieces that this process has; of keys the numbers."""
+    """Each array replaced by the list of this process's pieces; keys by their numbers."""
 
     def parts(x: Any) -> Any:
         x = jax.random.key_data(x) if is_key(x) else x
@@ -89,7 +89,7 @@ def _in_parts(tree: PyTree) -> PyTree:
 
 
 def _joined(parts: PyTree, like: PyTree) -> PyTree:
-    """From `_in_parts`. An array that was not placed comes back so, or programs compile again."""
+    """The inverse of `_in_parts`. Unplaced arrays stay unplaced, or programs compile again."""
 
     def joined(like: Any, parts: Any) -> Any:
         if is_key(like):
@@ -109,18 +109,18 @@ class Caller(NamedTuple):
 
     @property
     def remedy(self) -> str:
-        return f"Move it away, and the {self.what} makes it again"
+        return f"Move it away, and the {self.what} recreates it"
 
 
 _REPLAY = Caller("replay", "replay", "store")
-# By kind and number. The checkpoints of a run are `step-0000001000.ckpt`, and none of these.
+# By kind and number. The checkpoints of a run, `step-0000001000.ckpt`, do not match.
 _NAME = re.compile(r"(?!step-)(\w+)-(\d{10})(?:-(\d+)of(\d+))?\.ckpt")
 
 
 class InDirectory(Boundaries):
-    """One file each, `state-0000000071.ckpt`, complete or absent: a later process goes on.
+    """One file each, `state-0000000071.ckpt`, complete or absent: a later process can continue.
 
-    Of several processes that share the states, each writes and reads its own pieces.
+    If several processes share the states, each writes and reads its own pieces.
     """
 
     lasts = True
@@ -140,7 +140,7 @@ class InDirectory(Boundaries):
             if directory.exists() and not directory.is_dir():
                 raise ValueError(
                     f"{caller.argument}={str(directory)!r} is a file; pass a directory, which is "
-                    "made if it is not there"
+                    "created if it does not exist"
                 )
             directory.mkdir(parents=True, exist_ok=True)
             if is_first(shared):
@@ -159,7 +159,7 @@ class InDirectory(Boundaries):
                 continue
             if (name[4] or "") != self._whose[1]:
                 raise ValueError(
-                    f"{self._directory} holds a {self._caller.what} of another number of "
+                    f"{self._directory} holds a {self._caller.what} by a different number of "
                     "processes: pass a new directory"
                 )
             header, _ = read_file(path, is_boundary_header, self._caller.remedy)

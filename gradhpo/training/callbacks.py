@@ -24,9 +24,9 @@ class Callbacks:
 
     A callback with a memory also has `start(state, resumed) -> memory` and the attribute `memory`,
     a pytree of arrays with a fixed structure. It may have `identity`, which distinguishes its
-    memory from other memories of its class; `stopped`, whether it has stopped the run for
-    good; `stop_reason`; `why`, which the report says of it then; `reads_states`, false for one that
-    reads scalars alone and never stops a run, which then keeps no state for it; and a method
+    memory from other memories of its class; `stopped`, whether it has stopped the run for good;
+    `stop_reason`; `why`, the report's explanation of the stop; `reads_states`, false if it reads
+    only scalars and never stops a run, so that the run keeps no state for it; and a method
     `end(state, history)`, called with what `run` is about to return.
     """
 
@@ -34,7 +34,7 @@ class Callbacks:
         for number, callback in enumerate(callbacks):
             if not callable(callback) or isinstance(callback, type):
                 name = getattr(callback, "__name__", "")
-                hint = f"; make one of it: callbacks=[gradhpo.{name}(...)]"
+                hint = f"; create an instance: callbacks=[gradhpo.{name}(...)]"
                 raise TypeError(
                     f"callbacks[{number}] must be a function (state, metrics) -> bool | None, got "
                     f"{callback!r}{hint if isinstance(callback, type) else ''}"
@@ -43,7 +43,7 @@ class Callbacks:
             if hasattr(callback, "memory") and not callable(getattr(callback, "start", None)):
                 raise TypeError(
                     f"callbacks[{number}] has the attribute memory, which run keeps in checkpoints,"
-                    " and no method start(state, resumed) that returns the first one: add it, or "
+                    " but no method start(state, resumed) that returns its first value: add it, or "
                     "rename the attribute"
                 )
         self._all: list[Any] = list(callbacks)
@@ -112,7 +112,7 @@ class Callbacks:
         return next((_reason(c) for c in self._all if getattr(c, "stopped", False)), None)
 
     def why(self, reason: str) -> str | None:
-        """What the callback that stopped a run has to say of it."""
+        """The explanation of the callback that stopped a run."""
         stopping = [c for c in self._all if getattr(c, "stopped", False) and _reason(c) == reason]
         said = getattr(stopping[0], "why", None) if stopping else None
         return said if isinstance(said, str) else None
@@ -136,11 +136,11 @@ class Callbacks:
         return _reason(stopping[0]) if stopping else None
 
     def end(self, state: BilevelState, history: History) -> None:
-        """After everything else: what one of them raises, `run` raises, and none misses it."""
+        """Called last: all are called, and then `run` raises what one of them raised."""
         _end([c for c in self._all if callable(getattr(c, "end", None))], state, history)
 
     def _stops(self, number: int, answer: Any) -> bool:
-        """Comparing metrics gives a NumPy boolean, comparing states one of JAX."""
+        """Accepts NumPy's and JAX's booleans, which comparisons of metrics and states give."""
         if answer is None:
             return False
         is_boolean = isinstance(answer, bool) or (
@@ -152,7 +152,7 @@ class Callbacks:
             which = f"callbacks[{number}] ({_name(self._all[number])})"
             raise TypeError(
                 f"{which} returned {_short(answer)}: return True to stop the run, and False or "
-                "None to go on; what it measures belongs in extra= of a logger, or in metric= of "
+                "None to continue; measurements belong in extra= of a logger, or in metric= of "
                 "gradhpo.BestState or gradhpo.EarlyStopping"
             )
         return bool(answer)
@@ -176,8 +176,8 @@ def _identity(callback: Any) -> dict[str, Any]:
         return {"kind": kind, "identity": json.loads(json.dumps(own))}
     except (TypeError, ValueError) as error:
         raise TypeError(
-            f"the attribute identity of {kind} must be of numbers and texts, which JSON can hold "
-            f"({error}): it tells the memories of two callbacks of one class apart"
+            f"the attribute identity of {kind} must consist of numbers and strings, which JSON can "
+            f"hold ({error}): it distinguishes the memories of two callbacks of the same class"
         ) from None
 
 
@@ -191,20 +191,20 @@ def called(identity: Mapping[str, Any]) -> str:
 
 
 def are_one(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether two callbacks remember the same."""
+    """Whether two callbacks have the same memory."""
     return a["kind"] == b["kind"] and not differences(a["identity"], b["identity"])
 
 
 def _check_can_be_kept(callback: Any) -> None:
-    """Functions are in the program; a state, with what is no array in it, the run has itself."""
+    """Functions are part of the program; the run itself has the rest of a state."""
     is_state = lambda x: isinstance(x, BilevelState)
     for path, leaf in jax.tree_util.tree_leaves_with_path(callback.memory, is_leaf=is_state):
         if not (eqx.is_array_like(leaf) or is_key(leaf) or is_state(leaf) or callable(leaf)):
             raise TypeError(
                 f"the memory of {type(callback).__name__} holds {_short(leaf)} at "
-                f"{jax.tree_util.keystr(path) or 'its root'}, which a checkpoint cannot keep: it "
-                "is a pytree of arrays; leave texts and objects out of it (of a model, "
-                "eqx.filter(model, eqx.is_array) are the arrays)"
+                f"{jax.tree_util.keystr(path) or 'its root'}, which a checkpoint cannot keep: a "
+                "memory must be a pytree of arrays, without strings and objects (for a model, "
+                "eqx.filter(model, eqx.is_array))"
             )
 
 

@@ -38,18 +38,18 @@ class Checkpoint:
     `run(..., checkpoint="runs/digits")` is short for `checkpoint=Checkpoint("runs/digits")`. `run`
     writes a checkpoint before the first step, then at the end of the first chunk after
     `every_steps` or `every_seconds`, whichever comes first, and at the end of the run (unless a
-    callback failed, which has not seen all of the last chunk). Each is one file
+    callback failed and so missed part of the last chunk). Each is one file
     `step-0000001000.ckpt`, written atomically; next to them are the history, in `metrics.bin`, and
-    frozen leaves, written once, in `frozen.ckpt`. Where several processes share the state, it is a
+    frozen leaves, written once, in `frozen.ckpt`. If several processes share the state, it is a
     folder `step-0000001000.orbax`, in which each writes its part of the arrays with Orbax
-    (`pip install "gradhpo[orbax]"`): give them a directory that all of them see.
+    (`pip install "gradhpo[orbax]"`): use a directory that all of them see.
 
     **Arguments:**
 
     - `directory`: a path, created if it does not exist; a relative one starts at the current
         directory. One directory holds one run. Other files in it, such as a log, are left alone.
-    - `every_steps`: steps between two checkpoints, at least 1; default `None`, by the clock alone.
-    - `every_seconds`: seconds between two, default 60; `float("inf")` for by steps alone.
+    - `every_steps`: steps between two checkpoints, at least 1; default `None`, only by the clock.
+    - `every_seconds`: seconds between two, default 60; `float("inf")`: only by steps.
     - `keep`: how many of the newest to keep, at least 1; default 2.
 
     **Raises:** `ValueError` for an empty `directory`, `every_steps < 1`, `keep < 1` or negative
@@ -73,7 +73,7 @@ class Checkpoint:
         check_count("keep", self.keep)
         if not self.every_seconds >= 0:
             raise ValueError(f"every_seconds must be at least 0, got {self.every_seconds!r}")
-        # Where it is now: the program may change its directory.
+        # Absolute: the program may change its working directory.
         object.__setattr__(self, "directory", Path(self.directory).absolute())
 
     @classmethod
@@ -153,18 +153,18 @@ def read_memories(
     callbacks: Callbacks,
     all_of_them: bool = True,
 ) -> None:
-    """Gives each callback the memory of the one that is the same, wherever that stood."""
+    """Gives each callback the memory of the same callback, at any position in the list."""
     found = header["callbacks"]
     left = list(zip(callbacks.remembering, callbacks.identities, strict=True))
-    there = f"states of {', '.join(map(called, found))}" if found else "none"
+    there = ", ".join(map(called, found)) if found else "none"
     for identity, leaves in zip(found, header["leaves"]["memories"], strict=True):
         mine = next((x for x in left if are_one(identity, x[1])), None)
         if mine is None:
             body.skip(len(leaves))
             if all_of_them:
                 warn(
-                    f"{path} has the memory of {called(identity)}, and no callback to take it: it "
-                    "is lost"
+                    f"{path} has the memory of {called(identity)}, but no callback takes it: it is "
+                    "lost"
                 )
             continue
         left.remove(mine)
@@ -173,11 +173,11 @@ def read_memories(
     for _, identity in left:
         if not all_of_them:
             raise ValueError(
-                f"{path} has no memory of {called(identity)}; the memories there are {there}"
+                f"{path} has no memory of {called(identity)}; it has memories of: {there}"
             )
         warn(
-            f"{called(identity)} was not among the callbacks of {path} (the memories there are "
-            f"{there}): it begins anew where the run goes on"
+            f"{called(identity)} was not among the callbacks of {path} (which has memories of: "
+            f"{there}): it starts empty where the run resumes"
         )
 
 
@@ -188,7 +188,7 @@ def checkpoints_in(directory: Path) -> list[Path]:
 
 
 def check_leaves(path: Path, found: list, expected: list) -> None:
-    """The contents of a checkpoint have the structure that they are read into."""
+    """Checks that a checkpoint has the structure that it is read into."""
     if found == expected:
         return
     theirs, ours = ({name: rest for name, *rest in leaves} for leaves in (found, expected))
@@ -201,7 +201,7 @@ def check_leaves(path: Path, found: list, expected: list) -> None:
     remedy = (
         "Pass a state with the same notes, state.update(metadata={...})"
         if only_notes
-        else "Pass the state that the same optimizer.init makes of the same model, in the same "
+        else "Pass a state from the same optimizer.init for the same model, in the same "
         "precision and with the same leaves frozen"
     )
     raise ValueError(

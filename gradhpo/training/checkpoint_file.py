@@ -23,13 +23,13 @@ from gradhpo.utils.validation import leaf_names
 
 _MAGIC = b"gradhpo-checkpoint"
 _FORMAT = 3
-_REMEDY = "Move it away to go on from the checkpoint before it, if there is one"
+_REMEDY = "Move it away to continue from the previous checkpoint, if there is one"
 
 
 def write_file(path: Path, header: str, tree: PyTree) -> None:
     """Writes a temporary file and renames it: readers find all of it or nothing.
 
-    `header` is JSON, in one line. Frozen leaves are left out: they have a file of their own.
+    `header` is JSON, in one line. Frozen leaves are left out: they have their own file.
     """
     body = io.BytesIO()
     body.write(header.encode() + b"\n")
@@ -71,7 +71,7 @@ class Leaves(io.BytesIO):
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
-        """What fails inside does so because of the file, in spite of its checksum."""
+        """A failure inside means that the file is damaged, in spite of its checksum."""
         try:
             yield
         except jax.errors.JaxRuntimeError:  # the device's, not the file's
@@ -98,11 +98,11 @@ def read_file(
     `ValueError` if anything is missing or not what gradhpo writes.
     """
     if not path.is_file():
-        raise ValueError(f"{path} is not a file, and so no checkpoint of gradhpo: move it away")
+        raise ValueError(f"{path} is not a file, so not a checkpoint of gradhpo: move it away")
     with open(path, "rb") as file:
         first, content = file.readline(200).split(), file.read()
     if not first or first[0] != _MAGIC:
-        raise ValueError(f"{path} is not a checkpoint of gradhpo: it is left as it is")
+        raise ValueError(f"{path} is not a checkpoint of gradhpo: it was left unchanged")
     body = Leaves(content, path, remedy)
     try:
         version, length, checksum = map(int, first[1:])
@@ -116,7 +116,7 @@ def read_file(
     if len(content) != length:
         raise body.damaged(f"it has {len(content)} of {length} bytes")
     if zlib.crc32(content) != checksum:
-        raise body.damaged("its checksum does not fit")
+        raise body.damaged("its checksum does not match")
     with body.reading():
         header = json.loads(body.readline())
     if not is_header(header):

@@ -1,7 +1,7 @@
 """A checkpoint of several processes: a folder in which each writes its part, by Orbax.
 
-Arrays first, then the header of a checkpoint file, by the first process alone: a folder without it
-is not complete, and counts for nothing. Any number of processes can read it.
+Arrays come first, then the header of a checkpoint file, by the first process alone: a folder
+without it is incomplete, and ignored. Any number of processes can read it.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ def orbax() -> Any:
 def write_folder(path: Path, header: str, tree: PyTree) -> None:
     """Writes one checkpoint; called in all processes at once. Frozen leaves are left out."""
     leaves = [x for x in jax.tree.leaves(without_frozen(tree)) if eqx.is_array_like(x) or is_key(x)]
-    if from_first(True, lambda: is_folder(path)):  # of the same step: only what is said of it
+    if from_first(True, lambda: is_folder(path)):  # of the same step: only the header is new
         with together(shared=True):
             if is_first(shared=True):
                 write_file(path / _HEADER, header, None)
@@ -66,7 +66,7 @@ def is_folder(path: Path) -> bool:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a checkpoint; from the first moment on it is not complete."""
+    """Removes a checkpoint, which is incomplete from the first moment on."""
     (path / _HEADER).unlink(missing_ok=True)
     if path.exists():
         shutil.rmtree(path)
@@ -83,7 +83,7 @@ def read_kept(
 
 
 class Stored:
-    """The leaves in a folder, to be read one after another, as the leaves of a file are."""
+    """The leaves in a folder, to be read one after another, like those in a file."""
 
     def __init__(self, path: Path, empty: Leaves):
         self._path, self._next = path, 0
@@ -137,7 +137,7 @@ def _checkpointer(alone: bool) -> Any:
 
 
 def _as_stored(x: Any) -> Any:
-    """Arrays of one process alone are stored as the first process has them."""
+    """Arrays of a single process are stored as the first process has them."""
     x = _data(x)
     return x if is_of_several(x) else np.asarray(x)
 

@@ -34,8 +34,8 @@ _OF_STEPS = 2  # arguments of `run_steps`
 class Chunk(eqx.Module):
     """A piece of a run: the optimizer with its losses, its data and its rate.
 
-    Its calls give the state up that they are passed, and the start of the episode. `refused` is
-    counted on to the next chunk; without it every step is taken.
+    Its calls use up the state that they are given, and the start of the episode. `refused` carries
+    the count on to the next chunk; without it every step is taken.
     """
 
     optimizer: BilevelOptimizer
@@ -54,8 +54,8 @@ class Chunk(eqx.Module):
     ) -> tuple[BilevelState, dict[str, Array], Bool[Array, "*members leaves"], Refused | None]:
         """`length` outer steps, their stacked metrics, and which hyperparameters ever moved.
 
-        The device may still be at work. The state comes without the metrics that losses return,
-        and goes with the results of its last step.
+        The device may still be working. The state comes without the metrics that losses return,
+        and leaves with those of its last step.
         """
         self._record(state, f"run (chunks of {length})")
 
@@ -87,8 +87,8 @@ class Chunk(eqx.Module):
         """`episodes` times `length` outer steps; either part of one episode, or whole ones.
 
         `start` holds the initial parameters and model state of the current episode. Returns the
-        state, the same of the next (or still the same) episode, the same as the last step reached
-        them, the stacked metrics, and which hyperparameters ever moved.
+        state; parameters and model state at the start of the next (or still the same) episode, and
+        as the last step left them; the stacked metrics; and which hyperparameters ever moved.
         """
         self._record(state, f"run (chunks of {episodes} x {length})")
 
@@ -138,7 +138,7 @@ class Chunk(eqx.Module):
         return state, None, None, *others
 
     def may_raise(self, *arguments: Any) -> bool:
-        """Whether `launch` of these calls a function of Python, as `eqx.error_if` in a loss does.
+        """Whether `launch` of these calls a Python function, as `eqx.error_if` in a loss does.
 
         They are traced.
         """
@@ -146,7 +146,7 @@ class Chunk(eqx.Module):
         return contains(traced(call, self, *arguments).jaxpr.jaxpr, CALLBACKS.__contains__)
 
     def _unless_over(self, function: Callable, carry: PyTree) -> tuple[Any, Any]:
-        """Nothing is done behind a chunk whose refused steps end the run."""
+        """Does nothing after a chunk whose refused steps end the run."""
         return (
             function(carry) if self.refused is None else unless(self.refused.over, function, carry)
         )
@@ -191,7 +191,7 @@ class Chunk(eqx.Module):
     def _steps(
         self, state: BilevelState, first: Array, length: int
     ) -> tuple[BilevelState, dict[str, Array], dict[str, Array], Bool[Array, "*members leaves"]]:
-        """Steps whose batches are at `first` and after in the data of this chunk.
+        """Steps whose batches start at `first` in the data of this chunk.
 
         Returns the state, the stacked metrics, those that the losses returned, and which
         hyperparameters ever moved.

@@ -2,7 +2,7 @@
 
 A callback with a memory has `start(state, resumed) -> memory`, called before the first step, and
 the attribute `memory`, a pytree of arrays with a fixed structure: `run` sets it, checkpoints keep
-it. A resumed run gives it back to a callback with the same `identity` only.
+it. A resumed run gives it back only to a callback with the same `identity`.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from gradhpo.utils.typecheck import checked
 from gradhpo.utils.warn import noted, warn
 
 
-# Names of metrics of which a higher value is better, unless it is minus one of them.
+# Names of metrics for which higher is better, unless negated.
 _IS_SCORE = re.compile(
     r"^(?!.*(neg|minus|error|loss)).*(\b|_)(acc|accuracy|auc|auroc|score|f1)(\b|_)"
 )
@@ -35,13 +35,13 @@ def watched_value(
     metrics: Mapping[str, np.ndarray],
     of: str,
 ) -> float:
-    """A metric, or a function of the state, at the end of a chunk; `of` is who looks at it."""
+    """A metric, or a function of the state, at the end of a chunk; `of` names the reader."""
     if callable(metric):
         with noted(f"metric of {of}, called as metric(state)"):
             return float(metric(state))
     if metric not in metrics:
         raise ValueError(
-            f"metric={metric!r} is not a metric of this run; there are {', '.join(metrics)}"
+            f"metric={metric!r} is not a metric of this run; available: {', '.join(metrics)}"
         )
     return float(metrics[metric][-1])
 
@@ -59,8 +59,8 @@ class BestState:
     """Keeps the state with the lowest validation loss: a callback for `run`.
 
     Looks only at the ends of chunks, where the state that belongs to the last loss is known (its
-    parameters; the hyperparameters are one outer update ahead). Values that are not finite and
-    rejected steps do not count.
+    parameters; the hyperparameters are one outer update ahead). Non-finite values and rejected
+    steps do not count.
 
     **Arguments:**
 
@@ -89,7 +89,7 @@ class BestState:
     def __init__(self, metric: str | Callable[[BilevelState], Any] = "val_loss"):
         if isinstance(metric, str) and _IS_SCORE.search(metric.lower()):
             warn(
-                f"metric={metric!r} reads like a score, and the lowest value counts as the best: "
+                f"metric={metric!r} looks like a score, but the lowest value counts as the best: "
                 'measure the error rate, or minus the score under another name ("minus_score")'
             )
         self._metric = metric
@@ -109,7 +109,7 @@ class BestState:
 
     @property
     def identity(self) -> Any:
-        """What the memory is of."""
+        """What the memory is about."""
         metric = self._metric
         return {"metric": described_function(metric) if callable(metric) else metric}
 
@@ -194,7 +194,7 @@ class EarlyStopping:
 
     @property
     def identity(self) -> Any:
-        """What the memory is of; patience and `min_delta` may change where a run is resumed."""
+        """What the memory is about; patience and `min_delta` may change when a run is resumed."""
         return self.best.identity
 
     def __repr__(self) -> str:
@@ -228,12 +228,12 @@ class EarlyStopping:
     @property
     def why(self) -> str:
         """For the report."""
-        best, waited = self.best, f"no new lowest {self.best.watched} in {self._patience} steps"
+        best, waited = self.best, f"no lower {self.best.watched} in {self._patience} steps"
         if best.state is None:
-            return f"EarlyStopping saw {waited}, and no finite one at all."
+            return f"EarlyStopping: {waited}, and no finite value at all."
         return (
-            f"EarlyStopping saw {waited}: the lowest was {best.value:.3g}, after step {best.step}, "
-            "and .best.state has that state."
+            f"EarlyStopping: {waited}. The lowest was {best.value:.3g}, after step {best.step}; "
+            ".best.state has that state."
         )
 
     @property

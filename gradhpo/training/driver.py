@@ -41,7 +41,7 @@ from gradhpo.utils.validation import refuse_text
 
 @dataclasses.dataclass
 class Driver:
-    """How far a run has come. `state`, `start` and `record` change only at the end of a chunk."""
+    """The progress of a run. `state`, `start` and `record` change only at the end of a chunk."""
 
     optimizer: BilevelOptimizer
     losses: LossFunctions
@@ -78,11 +78,11 @@ class Driver:
         self.lost = ""  # which states are, if any
         reads = self.callbacks.read_states or self.shared
         self._handover = Handover(self.state, reads, self.feed.from_host)
-        self._callbacks_saw_all = True  # of what the record holds
+        self._callbacks_saw_all = True  # all that the record holds
         self._advice = how_to_save_memory(algorithm_of(self.optimizer))
 
     def begin(self, num_steps: int) -> None:
-        """A new run, or the one in the checkpoints."""
+        """Starts a new run, or resumes the one in the checkpoints."""
         if self.keeper is None or not self.keeper.holds_a_run:
             with together(self.shared):
                 if self.keeper is not None:
@@ -114,9 +114,9 @@ class Driver:
     ) -> Stopped:
         """Takes the steps, and says why it stopped.
 
-        The device has a chunk to work on while the host draws batches for another one, logs and
-        saves. If a chunk stops the run, the next one is discarded: the state is the one that the
-        callbacks have seen.
+        The device works on one chunk while the host draws batches for the next, logs and saves. If
+        a chunk stops the run, the next one is discarded: the state is the one that the callbacks
+        have seen.
         """
         shapes = iter(shapes)
         following = next(shapes, None)
@@ -133,7 +133,7 @@ class Driver:
                 if flying:
                     landed = self._land(flying, bar)
                     over = ending is not None or interrupts.asked
-                    # Else the end is kept, which is the same.
+                    # Otherwise the end is saved, which is the same.
                     if (flying or (following and not over)) and self._is_due(landed):
                         self.save("")
                     del landed  # and its state
@@ -152,10 +152,10 @@ class Driver:
     def _settled(
         self, ending: Stopped, flying: collections.deque[Flight], bar: ProgressBar
     ) -> Stopped:
-        """The ending, once there is a state to return: the last one may be given up.
+        """The ending, once there is a state to return: the last one may have been given up.
 
-        The chunk behind has the same one if the run is over for it; else it is waited for. If it
-        fails, what is left is the state that the run was given.
+        The next chunk holds the same state if the run ended before it; otherwise it is waited for.
+        If it fails, only the state that the run was given is left.
         """
         if ending.reason == "rejected" and is_given_up(self.state) and flying:
             aux = {name: self.state.metadata[name] for name in self.state.metadata.aux}
@@ -174,7 +174,7 @@ class Driver:
         return ending
 
     def finish(self, ending: Stopped) -> None:
-        """Keeps the end."""
+        """Saves the end."""
         # The steps that a failing callback missed are repeated from the previous checkpoint.
         if self._callbacks_saw_all and self.record.may_return:
             self.save(ending.reason)
@@ -204,7 +204,7 @@ class Driver:
     def _launch(
         self, episodes: int, length: int, before: "list[Flight]", at_most: int | None = None
     ) -> "tuple[list[Flight], Stopped | None]":
-        """Hands a chunk to the device, behind those it works on; and why it is the last, if so.
+        """Hands a chunk to the device, after those it works on; and why it is the last, if it is.
 
         `at_most`: the steps for which all processes have data.
         """

@@ -16,14 +16,14 @@ from gradhpo.utils.processes import numbers
 
 
 def on_host(x: Array) -> np.ndarray:
-    """A copy: a view of an array of the device, which a CPU gives, would keep all of it alive."""
+    """A copy: a view of a device array, as a CPU gives, would keep the whole array alive."""
     copy = np.array(numbers(x))
     copy.flags.writeable = False  # several callbacks are given it
     return copy
 
 
 def at_the_end(values: Mapping[str, float], length: int) -> dict[str, np.ndarray]:
-    """One value for each step of a chunk: `nan` but for the last."""
+    """One value for each step of a chunk: `nan` except for the last."""
     return {name: np.array([*[np.nan] * (length - 1), x]) for name, x in values.items()}
 
 

@@ -69,8 +69,8 @@ class FrozenFile:
         path = self._file
         if path.exists() and not (path.is_file() and is_checkpoint(path)):
             raise ValueError(
-                f"{path} exists and was not written by gradhpo, but the frozen leaves of a "
-                "run are kept under this name: move it away, or pass another directory"
+                f"{path} exists and was not written by gradhpo, which uses this name for the "
+                "frozen leaves of a run: move the file away, or pass another directory"
             )
         path.unlink(missing_ok=True)
         if is_folder(self._folder):
@@ -112,15 +112,15 @@ def _checksum(part: PyTree, of_bits: bool) -> int | None:
 
 
 def _check_leaves(path: Path, found: list, expected: list) -> None:
-    """The run and the state have frozen the same leaves."""
+    """Checks that the run and the state have frozen the same leaves."""
     there, here = ([name for name, *_ in leaves] for leaves in (found, expected))
     if there != here:
         differing = sorted(set(there) ^ set(here))
         where = "there" if differing[0] in there else "here"
         raise ValueError(
             f"{path} is from a run that froze other leaves: {differing[0]} is frozen only {where}. "
-            "Pass the state that the same optimizer.init makes of the same model, with the same "
-            "leaves frozen"
+            "Pass a state from the same optimizer.init for the same model, with the same leaves "
+            "frozen"
         )
     for (name, *then), (_, *now) in zip(found, expected, strict=True):
         if then != now:

@@ -17,10 +17,9 @@ class History(Mapping[str, np.ndarray]):
 
     `"train_loss"`, `"val_loss"`, `"hypergrad_norm"`, `"param_norm"`, `"hyperparam_norm"` and
     `"rejected"` (how many so far) as in [`BilevelState`][gradhpo.BilevelState], `[steps, members]`
-    for a [`Population`][gradhpo.Population]; the scalars in the
-    memory of the algorithm (`"theta"`, `"linear_residual"`); and what losses return beside their
-    values, `"train_accuracy"` and `"val_accuracy"` for `{"accuracy": ...}`. Looking up another name
-    raises `KeyError`.
+    for a [`Population`][gradhpo.Population]; the scalars in the algorithm's memory (`"theta"`,
+    `"linear_residual"`); and the metrics that losses return, `"train_accuracy"` and
+    `"val_accuracy"` for `{"accuracy": ...}`. Looking up another name raises `KeyError`.
 
     **Fields:**
 
@@ -52,7 +51,7 @@ class History(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self._metrics:
-            raise KeyError(f"no metric {name!r}; there are {', '.join(self._metrics)}")
+            raise KeyError(f"no metric {name!r}; available: {', '.join(self._metrics)}")
         return self._metrics[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -66,7 +65,7 @@ class History(Mapping[str, np.ndarray]):
         return f"History({steps} steps, {', '.join(self)}; stopped: {self.stop_reason})"
 
     def plot(self, *metrics: str, ax: "Axes | None" = None, **kwargs: Any) -> "Axes":
-        """Draws metrics over steps with matplotlib: of a population, a fan of its members.
+        """Plots metrics over steps with matplotlib; for a population, a fan of its members.
 
         **Arguments:** names of `metrics`, by default both losses; `ax` to draw into, by default a
         new one; everything else goes to `ax.plot`.

@@ -58,11 +58,11 @@ def identity(
 def _of_own_functions(
     optimizer: BilevelOptimizer, state: BilevelState, feed: Feed
 ) -> dict[str, Any]:
-    """The user's part in an inner update: by what comes of a batch, or else by its code."""
+    """The user's functions in an inner update, by their results on a batch, or else by code."""
     algorithm = algorithm_of(optimizer)
     functions = {"grad_fn": algorithm.grad_fn, "update_fn": algorithm.update_fn}
     there = {name: function for name, function in functions.items() if function is not None}
-    # By its code alone: it may take minutes.
+    # By its code alone: calling it may take minutes.
     solver = algorithm.inner_solver
     found = {} if solver is None else {"inner_solver": described_function(solver)}
     batch = feed.train_example() if there else None

@@ -73,11 +73,11 @@ class Keeper:
             raise
 
     def _open(self) -> str | None:
-        """Takes the directory, and says what the newest checkpoint there is called."""
+        """Locks the directory, and returns the name of the newest checkpoint in it."""
         if self._directory.exists() and not self._directory.is_dir():
             raise ValueError(
                 f"checkpoint={str(self._settings.directory)!r} is a file; pass a directory, which "
-                "is made if it is not there"
+                "is created if it does not exist"
             )
         self._directory.mkdir(parents=True, exist_ok=True)
         self._lock = DirectoryLock(self._directory / ".lock")
@@ -94,7 +94,7 @@ class Keeper:
         return self._found is not None
 
     def check_resumable(self, num_steps: int) -> None:
-        """The checkpoint belongs to the requested run."""
+        """Checks that the checkpoint belongs to the requested run."""
         assert self._found is not None
         differing = differences(*map(_said, (self._header["description"], self._description)))
         upgrades = differences(self._header["versions"], _versions())
@@ -107,13 +107,13 @@ class Keeper:
             )
         if taken > num_steps:
             raise ValueError(
-                f"the run in {self._directory} has taken {taken} steps, and num_steps={num_steps} "
-                "asks for fewer: gradhpo.load_checkpoint(directory, state) returns what it has"
+                f"the run in {self._directory} has taken {taken} steps, but num_steps={num_steps} "
+                "asks for fewer: gradhpo.load_checkpoint(directory, state) returns its results"
             )
         if upgrades:
             warn(
-                f"the run in {self._directory} goes on with other versions: {'; '.join(upgrades)}. "
-                "It may not come out bit for bit as with one version throughout"
+                f"the run in {self._directory} continues with other versions: "
+                f"{'; '.join(upgrades)}. Its results may not match one version's bit for bit"
             )
 
     def begin(self, state: BilevelState) -> None:
@@ -134,7 +134,7 @@ class Keeper:
         return read_tree(self._body, like)
 
     def read_memories(self, callbacks: Callbacks) -> None:
-        """What the callbacks remembered, which is the part after the state."""
+        """Reads the callbacks' memories, which follow the state."""
         assert self._found is not None
         read_memories(self._found, self._header, self._body, callbacks)
 
@@ -145,7 +145,7 @@ class Keeper:
         return metrics, self._positions(), self._header.get("aux", [])
 
     def _positions(self) -> dict[str, Any]:
-        """Where the data of this process are, if as many go on as there were: each had a part."""
+        """The data positions of this process; for iterators the number of processes must agree."""
         found = self._header["positions"]
         of_each = found if isinstance(found, list) else [found]
         here = jax.process_count() if self._shared else 1
@@ -155,9 +155,9 @@ class Keeper:
             raise ValueError(
                 f"{self._found} is of a run whose {' and '.join(of_each[0])} came from iterators "
                 f"in {len(of_each)} processes, each with a part of every batch, and {here} "
-                f"cannot go on with them: resume it in {len(of_each)}, or load its state with "
+                f"cannot continue them: resume it in {len(of_each)}, or load its state with "
                 "gradhpo.load_checkpoint(directory, state) for a new run. Runs on "
-                "gradhpo.ArrayData or on functions of the index go on in any number"
+                "gradhpo.ArrayData or on functions of the index resume in any number"
             )
         return of_each[jax.process_index() if self._shared else 0]
 
@@ -217,7 +217,7 @@ class Keeper:
             del self._there[0]
 
     def _check_alone(self) -> None:
-        """If there is no lock, another run shows by its checkpoints."""
+        """Without a lock, another run shows by its checkpoints."""
         if self._lock is not None and self._lock.held:
             return
         other = set(checkpoints_in(self._directory)) - self._known
@@ -231,11 +231,11 @@ class Keeper:
 
 
 def _check_seen(path: Path) -> None:
-    """The first process has found a checkpoint."""
+    """Checks that this process sees the checkpoint that the first process found."""
     if not path.exists():
         raise ValueError(
-            f"{path} is not there for process {jax.process_index()}: pass checkpoint= a directory "
-            "that all processes see"
+            f"process {jax.process_index()} does not see {path}: pass checkpoint= a directory that "
+            "all processes see"
         )
 
 
@@ -245,7 +245,7 @@ def _versions() -> dict[str, str]:
 
 
 def _said(description: Any) -> Any:
-    """With what is recorded as a message says it."""
+    """The description, with recordings worded for messages."""
     kinds = {"record": "a function that returns", "monitored": "a Monitor of"}
     if not isinstance(description, dict):
         return description

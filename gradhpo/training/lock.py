@@ -36,7 +36,7 @@ class DirectoryLock:
             pass
 
     def close(self) -> None:
-        """Another run may have the directory, even if a child process inherited the file."""
+        """Lets another run have the directory, even if a child process inherited the file."""
         if self.held and fcntl is not None and not self._file.closed:
             with contextlib.suppress(OSError):
                 fcntl.flock(self._file, fcntl.LOCK_UN)

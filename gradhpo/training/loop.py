@@ -77,9 +77,9 @@ def run(
     r"""Runs many outer steps, as chunks of one compiled `lax.scan` each.
 
     Every step draws `optimizer.num_inner_steps` training batches (as a `BatchStack`) and one
-    validation batch. Python runs only between chunks; the caller's state is left intact. Every
-    chunk writes over the state before it, as a donated scan does, unless something may still read
-    that one: a callback, a checkpoint that is due, or `run` itself, which returns it after an
+    validation batch. Python runs only between chunks; the caller's state is left intact. Each chunk
+    overwrites the state before it, as a donated scan does, unless something may still read that
+    state: a callback, a checkpoint that is due, or `run` itself, which returns it after an
     `eqx.error_if` in a loss.
 
     **Arguments:**
@@ -90,7 +90,7 @@ def run(
     - `train_data`, `val_data`: a traceable function `index -> batch` such as
         [`ArrayData`][gradhpo.ArrayData]; an iterator (see [`iterate`][gradhpo.iterate]); or a
         pytree of arrays, one batch for all steps.
-    - `num_steps`: outer steps to take, at least 1; steps of a checkpoint count.
+    - `num_steps`: outer steps to take, at least 1, including those of a resumed checkpoint.
     - `steps_per_episode`: restart the inner problem after this number of steps, a divisor of
         `num_steps`. The initial parameters of an episode move by
         $\phi \leftarrow \phi - \mathtt{reptile\_rate}\,(\phi - w)$ towards its final ones, all
@@ -107,15 +107,15 @@ def run(
         that looks ahead, [`OnlineHypergradientOptimizer`][gradhpo.OnlineHypergradientOptimizer]).
     - `callbacks`: called as `callback(state, metrics)` after each chunk, where `metrics` is a dict
         of arrays `[steps in the chunk]`; `True` stops the run, `False` and `None` continue it, and
-        anything else is an error. A state stays valid after the call. One with a method
-        `end(state, history)` is called with what `run` returns, when everything is saved; what it
-        raises, `run` raises. Built-in:
+        anything else is an error. A state stays valid after the call. A callback's method
+        `end(state, history)`, if it has one, is called with what `run` returns, when everything is
+        saved; `run` raises what it raises. Built-in:
         [`EarlyStopping`][gradhpo.EarlyStopping], [`BestState`][gradhpo.BestState],
         [`TimeLimit`][gradhpo.TimeLimit], [`JSONLinesLogger`][gradhpo.JSONLinesLogger],
         [`CSVLogger`][gradhpo.CSVLogger].
     - `max_rejections`: stop after this many consecutive steps were rejected as non-finite; default
         10.
-    - `progress`: show a progress bar, default `True`; a text is its label.
+    - `progress`: show a progress bar, default `True`; a string labels it.
     - `checkpoint`: a directory (or a [`Checkpoint`][gradhpo.Checkpoint]) to save the run in;
         default `None`. If it already holds a run, `run` resumes it, and the result is bit for bit
         that of an uninterrupted run; `state` must then be the state that the run started from.
@@ -130,16 +130,16 @@ def run(
     - `data_sharding`: how the arrays of every batch are spread over devices, such as
         `NamedSharding(mesh, PartitionSpec("data"))`, which divides the examples; default `None`:
         every device gets whole batches, unless [`ArrayData`][gradhpo.ArrayData] or your function of
-        the index spreads them. Where several processes (`jax.distributed`) share the state, each
-        passes its part of every batch, and iterators need this: it says how the whole is spread.
+        the index spreads them. If several processes (`jax.distributed`) share the state, each
+        passes its part of every batch, and iterators need this argument to spread the whole.
 
     **Returns:** `(state, history)`, see [`History`][gradhpo.History]. Ctrl-C also returns them,
-    after the chunks that the device has, two at most; a second one raises.
+    after at most two chunks that the device has already; a second Ctrl-C raises.
 
     **Raises:** `TypeError` or `ValueError` for misuse, before the first step is taken, and any
     failure within the first chunk. A later failure (an iterator, a callback, the device) ends the
     run: a warning says so, and `run` returns the state and history so far. If the device fails
-    while it writes over the last state, they are the given state and an empty history.
+    while overwriting the last state, they are the given state and an empty history.
 
     ```python
     train_loss = lambda w, h, batch: jnp.mean((w - h) ** 2 * batch)
@@ -271,7 +271,7 @@ def _history(driver: Driver, ending: Stopped, num_steps: int, seconds: float) ->
         driver.callbacks.why(ending.reason),
     )
     if driver.reptile_rate != 1 and record.taken % (driver.steps_per_episode or 1) == 0:
-        said += " The parameters are those that the next episode starts from."
+        said += " The parameters are those at the start of the next episode."
     said += driver.lost
     if driver.zeros:
         said += f" In every step, {explain_zeros(driver.optimizer, driver.state, driver.zeros)}."
@@ -284,7 +284,7 @@ def _history(driver: Driver, ending: Stopped, num_steps: int, seconds: float) ->
 
 
 def _remark(driver: Driver, metrics: dict[str, np.ndarray]) -> str:
-    """The algorithm's remarks. A completed run must not be lost to its report."""
+    """The algorithm's remarks. A failing report must not lose a completed run."""
     try:
         return driver.optimizer.remarks(driver.before, metrics, 1)
     except Exception as error:

@@ -52,10 +52,10 @@ def of_one(optimizer: BilevelOptimizer, hyperparams: PyTree) -> PyTree:
 
 
 def every_member(flags: np.ndarray) -> np.ndarray:
-    """For each step, whether it holds for all members."""
+    """For each step, whether it is true of all members."""
     return np.asarray(np.all(flags.reshape(len(flags), -1), axis=1))
 
 
 def any_member(flags: np.ndarray) -> np.ndarray:
-    """For each leaf of the hyperparameters, whether it holds for any member."""
+    """For each leaf of the hyperparameters, whether it is true of any member."""
     return np.asarray(np.any(flags.reshape(-1, flags.shape[-1]), axis=0))

@@ -11,7 +11,7 @@ import numpy as np
 
 
 _STATE = (
-    "gradhpo.load_checkpoint(directory, state) still returns the state, to begin a new run from"
+    "gradhpo.load_checkpoint(directory, state) still returns the state, to start a new run from"
 )
 
 
@@ -56,7 +56,7 @@ class MetricsFile:
         return self._rows
 
     def _unlink(self) -> None:
-        """A copy of its own for a file that has another name too, which is not written through."""
+        """Copies a file that has another name too, so that it is not written through."""
         if self.path.is_symlink() or (self.path.exists() and self.path.stat().st_nlink > 1):
             copy = self.path.with_name(f".{self.path.name}.tmp")
             copy.unlink(missing_ok=True)
@@ -67,7 +67,7 @@ class MetricsFile:
         """A new run does not overwrite anything."""
         if self.path.is_symlink() or (self.path.exists() and self.path.stat().st_size):
             raise ValueError(
-                f"{self.path} is there, without a checkpoint beside it: move it away, or pass "
+                f"{self.path} exists without a checkpoint next to it: move it away, or pass "
                 "another directory"
             )
 
@@ -85,15 +85,15 @@ class MetricsFile:
         size = self.path.stat().st_size if self.path.exists() else 0
         if size < self._bytes():
             raise ValueError(
-                f"{self.path} has {size} bytes, and the checkpoint needs {self._bytes()}: the "
+                f"{self.path} has {size} bytes, but the checkpoint needs {self._bytes()}: the "
                 f"history of the run is lost; nothing was used or changed. {_STATE}"
             )
         with open(self.path, "rb") as file:
             rows = file.read(self._bytes())
         if zlib.crc32(rows) != self._checksum:
             raise ValueError(
-                f"{self.path} is damaged (its checksum does not fit); nothing was used or changed. "
-                + _STATE
+                f"{self.path} is damaged (its checksum does not match); nothing was used or "
+                f"changed. {_STATE}"
             )
         try:
             table = np.frombuffer(rows, "<f8").reshape(self._rows, -1)

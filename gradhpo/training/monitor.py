@@ -16,7 +16,7 @@ class Monitor:
     Values appear in the history, in logs and in the progress bar under their names, one for each
     step: `nan` except where a chunk ended. `run` evaluates monitors before all other callbacks, so
     that [`EarlyStopping`][gradhpo.EarlyStopping] and [`BestState`][gradhpo.BestState] can watch
-    them by name. `run(chunk_size=10)` sets how often a monitor looks.
+    them by name. `run(chunk_size=10)` sets how often it measures.
 
     For a third data set, whose loss is not minimised: put `loss` or `error` into its name
     (`"third_loss"`), and the report of the run says when it rises while the validation loss falls.
@@ -72,7 +72,7 @@ class Monitor:
         return measured
 
     def __call__(self, state: BilevelState, metrics: Mapping[str, np.ndarray]) -> None:
-        """Nothing is left to do: `run` has measured."""
+        """Does nothing: `run` has measured already."""
 
 
 def _number(name: str, value: Any) -> float:

@@ -15,9 +15,9 @@ from gradhpo.utils.trees import tree_l2_norm
 
 
 def norm_of(tree: PyTree, num_members: int | None = None) -> float:
-    """Of parameters: on the host if they are of one process, as each model is another program.
+    """The norm of parameters, on the host if possible, as each model would be another program.
 
-    Of a population: the lowest of its members.
+    For a population, the lowest of its members.
     """
     if is_shared(tree):
         return float(_norm_in_place(tree, num_members))
@@ -33,7 +33,7 @@ def _norm_in_place(tree: PyTree, num_members: int | None) -> Array:
 class Columns:
     """Metrics step by step: one array for each name, with room for more.
 
-    Not a list of pieces: of a million chunks their headers alone would take a gigabyte.
+    Not a list of pieces: for a million chunks their headers alone would take a gigabyte.
     """
 
     def __init__(self):
@@ -97,7 +97,7 @@ class Record:
                 self.of_derivatives += int(derivative)
 
     def emptied(self) -> "Record":
-        """One of the same run before its first step."""
+        """The record of the same run before its first step."""
         return Record(self._first, self._rejected_before, self.norm_at_start, self._shows)
 
     def resume(self, metrics: dict[str, np.ndarray]) -> None:

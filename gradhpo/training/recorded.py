@@ -20,7 +20,7 @@ RecordFn: TypeAlias = Callable[[BilevelState], dict[str, Array]]
 def scalar_hyperparams(optimizer: BilevelOptimizer, hyperparams: PyTree) -> dict[str, Array]:
     """Hyperparameters of shape `()`, by name: `hyperparams.decay`, or `hyperparams` alone.
 
-    Of shape `[members]` in a population.
+    In a population their shape is `[members]`.
     """
     shape = () if optimizer.num_members is None else (optimizer.num_members,)
     return {
@@ -55,7 +55,7 @@ def check_record(optimizer: BilevelOptimizer, state: BilevelState, record: Any) 
         "record(state)",
         made="value of the same state",
         values="its state, which is traced: {said}. Record arrays as they are, without float(...) "
-        "or NumPy; for functions in Python there is gradhpo.Monitor",
+        "or NumPy; for Python functions use gradhpo.Monitor",
         draws="counts its calls, in Python, and a compiled run would do so once for all steps: "
         "gradhpo.Monitor calls a function after each chunk",
     )
@@ -69,7 +69,7 @@ def check_record(optimizer: BilevelOptimizer, state: BilevelState, record: Any) 
     for name, value in found.items():
         if name in ours:
             raise ValueError(
-                f"record returned {name!r}, which run records already: give it another name"
+                f"record returned {name!r}, which run records already: choose another name"
             )
         is_number = lambda x: jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool
         if not isinstance(value, jax.ShapeDtypeStruct) or not is_number(value):
@@ -83,7 +83,7 @@ def check_names(aux: Iterable[str], ours: Container[str]) -> None:
     if taken:
         raise ValueError(
             f"a loss returns the metric {taken[0]}, and the history has another one of that name, "
-            "by record= or a Monitor: give one of them another name"
+            "by record= or a Monitor: rename one of them"
         )
 
 
@@ -92,5 +92,5 @@ def check_monitored(monitored: list[str], ours: list[str]) -> None:
     taken = {name for name in monitored if name in ours or monitored.count(name) > 1}
     if taken:
         raise ValueError(
-            f"Monitor measures {taken.pop()!r}, which run records already: give it another name"
+            f"Monitor measures {taken.pop()!r}, which run records already: choose another name"
         )

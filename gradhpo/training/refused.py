@@ -9,9 +9,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class Refused(eqx.Module):
-    """What the chunks of a run hand on: a chunk behind one that ends the run takes no step.
+    """What one chunk passes to the next: a chunk after one that ends the run takes no step.
 
-    The state before it, which it was given, is then where it was. `Record` counts in the same way.
+    It then returns the state that it was given. `Record` counts in the same way.
 
     - `limit`: the run ends after this number of refused steps in a row.
     - `in_a_row`: refused steps in a row so far.
@@ -24,14 +24,14 @@ class Refused(eqx.Module):
 
     @classmethod
     def at_first(cls, limit: int, in_a_row: int) -> "Refused":
-        """Where a run begins, or goes on."""
+        """The count where a run begins or resumes."""
         whole = lambda x: jnp.asarray(min(x, 2**31 - 1), jnp.int32)
         return cls(whole(limit), whole(in_a_row), jnp.asarray(False))
 
     def after(
         self, before: Float[Array, "*members"], counted: Float[Array, "steps *members"]
     ) -> "Refused":
-        """After more steps; `counted` is the metric `rejected` at each, `before` in front of them.
+        """After more steps; `counted` is the metric `rejected` at each, `before` that before them.
 
         A step of a population counts as refused if every member's step is.
 

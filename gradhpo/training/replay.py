@@ -110,8 +110,8 @@ def replay(
     - `segment`: inner steps in a segment, default $\lceil\sqrt T\rceil$. The device holds as many
         states, and `store` T / `segment` of them.
     - `store`: where the states between segments are kept. `None`, the default: in the memory of the
-        host. A directory: one file for each, and a replay that was killed goes on where it was when
-        it is called again, with the same result bit for bit.
+        host. A directory: one file for each, and a replay that was killed continues when it is
+        called again, with the same result bit for bit.
     - `queries`: one hypergradient for each validation example, all in the same pass. `val_loss`
         gets each example as a batch of one; PRNG keys of shape `()` are shared. Default `False`.
     - `progress`: show a progress bar, which counts every step twice; a text is its label.
@@ -122,7 +122,7 @@ def replay(
         this.
 
     **Returns:** a [`Replay`][gradhpo.Replay]. If training diverges, the replay stops there: the
-    hypergradient is `nan`, and report and a warning say where.
+    hypergradient is `nan`, and the report and a warning say where.
 
     **Raises:** `ValueError` for a `num_steps` or `segment` below 1 or a `segment` above
     `num_steps`, an optimizer with several inner problems, a directory that holds another replay, a
@@ -202,8 +202,8 @@ def replay(
                 nan = lambda x: jnp.full((*lead, *x.shape), jnp.nan)
                 found = jax.tree.map(nan, state.hyperparams)
             where = (
-                f"Training diverged: parameters are not finite after inner step {ways.at:,}, or up "
-                f"to {segment} before, and the hypergradient is nan."
+                f"Training diverged: parameters are not finite after inner step {ways.at:,} (or up "
+                f"to {segment} steps earlier), so the hypergradient is nan."
             )
     cast = lambda x, like: x.astype(like.dtype)
     found = jax.tree.map(cast, found, state.hyperparams)

@@ -32,8 +32,8 @@ def write_report(
     `remark` comes from the algorithm; `advice` is for derivatives, and for losses, that are not
     finite; `unwritten` are the checkpoints that failed, and `logs` says what loggers could not
     write; `last_checkpoint` says after how many steps the last one was written, if that is not the
-    end; `sizes` are the numbers of validation examples and of hyperparameters; `why` is what the
-    callback that stopped the run says of it.
+    end; `sizes` are the numbers of validation examples and of hyperparameters; `why` is the
+    explanation of the callback that stopped the run.
     """
     earlier = f" ({record.resumed_at} of them before it was resumed)" if record.resumed_at else ""
     sentences = [
@@ -81,7 +81,7 @@ def _why(ending: Stopped, record: Record) -> str:
         "device error": f"The device failed: {said}",
         "out of memory": f"The device is out of memory: {said}. {' '.join(notes)}",
         "data exhausted": (
-            "An iterator ended; gradhpo.iterate(loader) starts a loader again at its end."
+            "An iterator ended; gradhpo.iterate(loader) restarts a loader at its end."
         ),
         "rejected": (
             f"{record.longest} consecutive steps were non-finite and were rejected: they left no "
@@ -129,12 +129,12 @@ def _on_divergence(record: Record, advised: bool) -> list[str]:
 
 
 def states_lost(taken: int, step: int) -> str:
-    """What has become of the states before a failure, if none of them is left."""
+    """Explains which states a failure destroyed, if none of them is left."""
     return (
-        f" The states after its first {_counted(taken, 'step')} are gone, since each chunk writes "
-        "over the state before it and the last one failed: what is returned is the state that the "
-        f"run was given, of step {step}, and a history without these steps. With checkpoint=, or "
-        "with a callback, a run keeps states."
+        f" The states after its first {_counted(taken, 'step')} are gone, since each chunk "
+        "overwrites the state before it and the last one failed: run returns the state that it was "
+        f"given, of step {step}, and a history without these steps. With checkpoint= or a "
+        "callback, run keeps states."
     )
 
 
@@ -150,7 +150,7 @@ def not_finite_at_first(record: Record) -> str:
 def _on_over_fitting(
     record: Record, monitored: Sequence[str], examples: int | None, hyperparams: int
 ) -> list[str]:
-    """A monitored loss that rises while the validation loss falls, and what there is to fit."""
+    """A monitored loss that rises while the validation loss falls, and the amount of data."""
     metrics = record.shown()
     sentences = []
     for name in monitored:
@@ -176,15 +176,15 @@ def _on_over_fitting(
 
 
 def _on_looks(record: Record, monitored: Sequence[str]) -> list[str]:
-    """Monitors that look at the ends of few chunks, which shows no course."""
+    """Monitors that look at too few ends of chunks to show a trend."""
     metrics = record.shown()
     looks = max((int(np.sum(np.isfinite(metrics[name]))) for name in monitored), default=0)
     if not 0 < looks < min(_FEW_LOOKS, record.taken):
         return []
     size = max(1, record.taken // 10)
     return [
-        f"Monitor looked only {_counted(looks, 'time')}: it looks more often with "
-        f"run(chunk_size={size})."
+        f"Monitor looked only {_counted(looks, 'time')}: run(chunk_size={size}) makes it look "
+        "more often."
     ]
 
 

@@ -1,7 +1,7 @@
-"""What optimizers, schedules and functions of the user's make of numbers that we choose.
+"""The results of optimizers, schedules and user functions for numbers that we choose.
 
-A rate, a momentum or a bound is hidden in a function. It shows in what comes out: for gradients of
-many sizes, at counts near and far, and beside the parameters and hyperparameters of the start,
+A rate, a momentum or a bound is hidden in a function, but shows in its results: for gradients of
+many sizes, at counts near and far, and close to the parameters and hyperparameters of the start,
 which may be 0.
 """
 
@@ -33,12 +33,12 @@ _SIZES = (1e-8, 1e-6, 1e-4, 1e-2, 1, 1e2, 1, 1e3, 1e-2, 10, 0.1, 1, 30, 0.3, 3, 
 _JUMPS = (0, 0, 0, 0, 0, 0, 4, 10, 20, 50, 100, 300, 500, 4_000, 15_000, 80_000)
 _STEPS = (0, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377, 610, 987, 1_597, 2_584, 4_181,
           6_765, 10_946, 17_711, 28_657, 46_368, 75_025, 121_393, 196_418, 317_811)  # fmt: skip
-# Of every leaf of an update. An optimizer treats the others in the same way.
+# Entries of every leaf of an update. An optimizer treats the others in the same way.
 _ENTRIES = 4096
 
 
 def inner_response(optimizer: BilevelOptimizer, state: BilevelState) -> Any:
-    """Successive updates by the inner optimizer; `None` beside an `update_fn`."""
+    """Successive updates by the inner optimizer; `None` with an `update_fn`."""
     if algorithm_of(optimizer).inner_optimizer is None:
         return None
     w, s = inner_state(state).w, state.inner_opt_state
@@ -54,14 +54,14 @@ def outer_response(optimizer: BilevelOptimizer, state: BilevelState) -> Any:
 
 
 def function_response(optimizer: BilevelOptimizer, state: BilevelState, batch: PyTree) -> Any:
-    """What a `grad_fn` or an `update_fn` makes of a batch, at two places."""
+    """The result of a `grad_fn` or an `update_fn` for a batch, at two points."""
     places = (1, 0), (0, 1)
     made = lambda: [_function(optimizer, state, batch, np.asarray(x, np.float32)) for x in places]
     return _told(lambda: described_responses(inner_state(state).w, made()))
 
 
 def start_response(start: Start, hyperparams: PyTree) -> Any:
-    """The parameters that a `start_fn` makes, at two places."""
+    """The parameters that a `start_fn` makes, at two points."""
 
     def told() -> Any:
         made = [_started(start, hyperparams, np.asarray(share, np.float32)) for share in (0, 1)]
@@ -81,7 +81,7 @@ def schedule_response(schedule: Callable) -> Any:
 
 
 def _told(compute: Callable[[], Any]) -> Any:
-    """Some need more than they are given here: they cannot be told, which must not end a run."""
+    """`UNKNOWN` if a function needs more than it gets here, which must not end a run."""
     try:
         return compute()
     except Exception:
@@ -102,7 +102,7 @@ def _successive(like: PyTree, opt_state: PyTree, update: Callable) -> Any:
 
 
 class _Probe(NamedTuple):
-    """One of the successive updates: a gradient made of two, beside or not, and so much later."""
+    """One of the successive updates: shares of two gradients, whether nearby, and the delay."""
 
     sizes: Any
     beside: Any
@@ -110,7 +110,7 @@ class _Probe(NamedTuple):
 
 
 def _direction(like: PyTree, start: int) -> PyTree:
-    """Made by the host: within a program it would be compiled into everything that it goes to."""
+    """Made on the host: within a program it would be compiled into everything that uses it."""
 
     def made(number: int, x: Array) -> Array:
         values = np.resize(spread((_ENTRIES,), start + 7919 * number, np), x.shape)
@@ -158,7 +158,7 @@ def _moved_on(opt_state: PyTree, probe: _Probe) -> PyTree:
 
 
 def _beside(tree: PyTree, share: Any) -> PyTree:
-    """Values close by, none of them 0; all the same at a `share` of 0."""
+    """Nearby values, none of them 0; unchanged at a `share` of 0."""
 
     def moved(x: Array) -> Array:
         by = np.float32(0.2) * jnp.abs(x).astype(np.float32) + np.float32(0.02)
@@ -181,7 +181,7 @@ def _function(
     made, is_params = optimizer._function_response(here, batch)
     if not is_params:
         return _entries(made)
-    # Beside a share of the parameters, since what these round off is no difference.
+    # With a share of the parameters, so that their rounding makes no difference.
     moves = _entries(jax.tree.map(jnp.subtract, made, w))
     pairs = zip(moves, _entries(w), strict=True)
     return [jnp.concatenate([move, 0.01 * x]) for move, x in pairs]

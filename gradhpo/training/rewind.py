@@ -51,7 +51,7 @@ class Rewind:
         return range(0, self.num_steps, self.segment)
 
     def length(self, start: int) -> int:
-        """Of the segment that begins there."""
+        """The length of the segment that begins there."""
         return min(self.segment, self.num_steps - start)
 
     def go(self) -> PyTree:
@@ -63,14 +63,14 @@ class Rewind:
         if done:
             where = f"back, before step {back[0]:,}" if back else f"forward, after step {done:,}"
             complete = back[:1] == [0]
-            self.resumed = f" It {'was complete' if complete else f'went on on the way {where}'}."
+            self.resumed = f" It {'was complete' if complete else f'resumed on the way {where}'}."
         total = 2 * self.num_steps
         with ProgressBar(total, done=done, shown=self.progress, call="gradhpo.replay") as bar:
             self._forward(bar, there)
             return self._back(bar, back)
 
     def _there(self, back: list[int]) -> list[int]:
-        """The states to go on from: without a gap, or the end and all that is needed before."""
+        """The states to continue from: without a gap, or the end and all that is needed before."""
         found = set(self.kept.numbers("state"))
         needed = {start for start in self.starts if not back or start < back[0]}
         if needed | {self.num_steps} <= found:
@@ -90,7 +90,7 @@ class Rewind:
             given = self.state, self._part(self.at), length
             state, loss, finite = self.training.forward(*given)
             if self.at not in there:
-                self._keep()  # while the device is at work
+                self._keep()  # while the device works
             z = jax.tree.map(_placed_as, inner_state(state), inner_state(self.start))
             self.state = with_inner_state(self.start, z)
             self.at, self.loss = self.at + length, loss

@@ -29,7 +29,7 @@ from gradhpo.utils.trees import all_finite, scaled_norm_and_moving, tree_l2_norm
 
 
 class Training(eqx.Module):
-    """What is replayed. With `queries`, every validation example has a cotangent of its own."""
+    """What is replayed. With `queries`, every validation example has its own cotangent."""
 
     exact: ExactHypergradient
     losses: LossFunctions

@@ -22,7 +22,7 @@ class MovingAverageState(NamedTuple):
 def moving_average(window: int) -> optax.GradientTransformation:
     r"""The mean of the last `window` updates, for `optax.chain` before an outer optimizer.
 
-    Hypergradients of minibatches are noisy;
+    Hypergradients of mini-batches are noisy;
 
     $$\bar g_t = \frac 1n \sum_{i=0}^{n-1} g_{t-i},\qquad n = \min(\mathtt{window}, t),$$
 

@@ -1,4 +1,4 @@
-"""Initial parameters of every episode from a function of the user's."""
+"""Initial parameters of every episode from a user's function."""
 
 from collections.abc import Callable
 
@@ -42,8 +42,8 @@ def make_start(
         )
     if np.any(np.asarray(reptile_rate) != 1):
         raise ValueError(
-            f"reptile_rate={reptile_rate} moves the start of the next episode, and start_fn makes "
-            "it again: leave one of them out"
+            f"reptile_rate={reptile_rate} moves the start of the next episode, but start_fn "
+            "replaces it: leave one of them out"
         )
     key = key if is_key(key) else jax.random.wrap_key_data(key)
     check_repeatable(

@@ -13,7 +13,7 @@ from gradhpo.utils.foreign import is_out_of_memory, runtime_check
 
 
 _MEMORY = (
-    "gradhpo.plan(optimizers, ...) says beforehand what memory a step needs. Smaller batches need "
+    "gradhpo.plan(optimizers, ...) tells in advance what memory a step needs. Smaller batches need "
     "less, and (with an iterator, whose batches wait on the device) so does a smaller chunk_size."
 )
 
@@ -88,6 +88,6 @@ class Interrupts:
             AttributeError, OSError, ValueError
         ):  # no console, or a closed one
             sys.stderr.write(
-                "\ngradhpo.run: stopping after the chunk at work, with what was done so far; "
+                "\ngradhpo.run: stopping after the current chunk, with the results so far; "
                 "interrupt again to raise KeyboardInterrupt at once\n"
             )

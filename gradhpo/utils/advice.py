@@ -1,6 +1,6 @@
 """Which public class to use instead: outside `algorithms/`, only texts in this file name them.
 
-Everything else about an algorithm, the algorithm says itself.
+An algorithm says everything else about it itself.
 """
 
 from typing import Any
@@ -25,8 +25,8 @@ WHO_SEES = {
 
 IGNORES_SIZE = (
     "the step of the inner optimizer ignores the size of the training gradient (Lion, sign "
-    "descent). Train with optax.adam(..., eps_root=1e-16) or optax.sgd, or tune what the inner "
-    "optimizer takes itself, such as its rate"
+    "descent). Train with optax.adam(..., eps_root=1e-16) or optax.sgd, or tune the inner "
+    "optimizer's own settings, such as its rate"
 )
 
 NEEDS_THE_LOSS = (
@@ -38,23 +38,23 @@ NEEDS_THE_LOSS = (
 
 _WARM_UP = (
     "A fresh Adam does this: train first, with gradhpo.FixedOptimizer and then adopt(state); or "
-    "take a smaller inner rate"
+    "use a smaller inner rate"
 )
 _KINKS = (
-    "Kinks (relu, abs) do this, and an inner rate near the edge of stability: take a smaller inner "
-    "rate, or smooth activations"
+    "Kinks (relu, abs) do this, as does an inner rate near the edge of stability: use a smaller "
+    "inner rate, or smooth activations"
 )
 
 
 def on_narrow_derivative(inner_opt_state: PyTree) -> str:
-    """Why a derivative may hold for tiny steps alone, by the inner optimizer's state."""
+    """Why a derivative may hold only for tiny steps, by the inner optimizer's state."""
     return _WARM_UP if foreign.keeps_second_moments(inner_opt_state) else _KINKS
 
 
 def on_jumps(inner_opt_state: PyTree) -> str:
-    """What to try where trainings close by contradict each other."""
+    """What to try where nearby trainings contradict each other."""
     of_adam = "with eps_root=1e-8, " if foreign.keeps_second_moments(inner_opt_state) else ""
-    return f"look again with a shorter horizon, {of_adam}or with smooth activations"
+    return f"check again with a shorter horizon, {of_adam}or with smooth activations"
 
 
 _GUARDED = (
@@ -69,12 +69,12 @@ def on_nan_derivative(inner_opt_state: PyTree) -> str:
         return _GUARDED
     if not foreign.keeps_second_moments(inner_opt_state):
         return (
-            "Over many steps a derivative may overflow: a learning rate too high, a momentum or "
+            "Over many steps a derivative may overflow: too high a learning rate, a momentum or "
             "beta of 1 or more."
         )
     setting = _IN_HALF if _is_half(inner_opt_state) else "optax.adam(..., eps_root=1e-16)"
     return (
-        "With Adam and its relatives that is the square root at a gradient of exactly 0 (a dead "
+        "With Adam and its relatives it is the square root at a gradient of exactly 0 (a dead "
         f"unit, an input that is always 0): use {setting}."
     )
 
@@ -87,9 +87,9 @@ def on_nan_loss(inner_opt_state: PyTree, at_first: str) -> str:
     usual = (
         f"The {at_first} of the first step was not finite: look first for a NaN, "
         "an infinity or too large a number in its batch and in the initial parameters. If there "
-        "is none, training diverged within that step: an inner learning rate too high."
+        "is none, training diverged within that step: the inner learning rate is too high."
         if at_first
-        else "Usual causes: a learning rate too high (inner or outer), a momentum of 1 or more, or "
+        else "Usual causes: too high a learning rate (inner or outer), a momentum of 1 or more, or "
         "NaN in the data."
     )
     if foreign.keeps_second_moments(inner_opt_state) and _is_half(inner_opt_state):
@@ -109,7 +109,7 @@ def _is_half(inner_opt_state: PyTree) -> bool:
 
 # optax compares the peak with 0, in Python.
 PEAK = (
-    "For a tuned peak of optax.warmup_cosine_decay_schedule make a schedule with the peak 1, "
+    "For a tuned peak of optax.warmup_cosine_decay_schedule make a schedule with peak 1, "
     "unit = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup_steps, decay_steps), and scale it: "
     "lambda hyperparams: optax.sgd(lambda count: hyperparams['peak'] * unit(count))"
 )
@@ -136,7 +136,7 @@ _MISSING_RULES = {
     foreign.NO_CALLBACK_DERIVATIVE: {
         "val_loss_fn": "around an opaque function write a jax.custom_vjp, or use "
         "EvolutionOptimizer, which differentiates no validation loss",
-        "": "if the loss has a gradient all the same (a fused kernel with a custom_vjp), use "
+        "": "if the loss has a gradient nevertheless (a fused kernel with a custom_vjp), use "
         "PenaltyOptimizer or BOMEOptimizer, which take nothing else; for an opaque function use "
         "T1T2Optimizer(update_fn=..., perturb='hyperparams'), or EvolutionOptimizer",
     },
@@ -162,7 +162,7 @@ def also_called(name: str) -> set[str]:
 
 
 def lacking(name: str, argument: str) -> str | None:
-    """What to say of an argument that a class lacks on purpose; `None` for any other."""
+    """What to say about an argument that a class lacks on purpose; `None` for any other."""
     return _LACKING.get((name, argument))
 
 

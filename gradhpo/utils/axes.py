@@ -16,7 +16,7 @@ def with_automatic_axes(
 
     `product` maps trees like `vector` to such trees, and for it the axes are explicit. `function`
     returns one, which gets the shardings of the vector, and other results, which get copied to
-    every device. `given` are arrays. Nothing is gathered before: the compiler divides the work.
+    every device. `given` are arrays. Nothing is gathered first: the compiler divides the work.
     """
     mesh, axes = _explicit(vector)
     if mesh is None:

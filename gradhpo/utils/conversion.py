@@ -1,4 +1,4 @@
-"""What people have as batches, made arrays: NumPy's, PyTorch's tensors, pandas objects, numbers."""
+"""Converts batches of NumPy arrays, PyTorch tensors, pandas objects or numbers to arrays."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from gradhpo.utils.validation import native, strong
 def as_batch(batch: PyTree, name: str) -> PyTree:
     """A batch as `step` takes it: numbers and arrays of other libraries become arrays.
 
-    A number so that a new value is no new program. What else there is (a function, a text) stays.
+    Numbers too, so that a new value does not recompile. All else (a function, a string) stays.
     """
     if type(batch) is list and any(is_container(x) for x in batch):
         raise TypeError(
@@ -30,7 +30,7 @@ def foreign_as_arrays(tree: PyTree, which: str) -> PyTree:
 
 
 def is_foreign(x: Any) -> bool:
-    """Whether this can be made an array and is none that JAX takes as it is."""
+    """Whether this can become an array but is not one that JAX takes directly."""
     if isinstance(x, jax.Array):
         return False
     if isinstance(x, np.ndarray):
@@ -44,7 +44,7 @@ def is_convertible(x: Any) -> bool:
 
 
 def is_container(x: Any) -> bool:
-    """Whether this holds leaves, and is none."""
+    """Whether this holds leaves and is not one itself."""
     return x is not None and not jax.tree_util.all_leaves([x])
 
 

@@ -23,7 +23,7 @@ from gradhpo.utils.sums import checksum, float_sums, whole_sums
 from gradhpo.utils.validation import leaf_names
 
 
-# What cannot be told, and so is no difference to anything.
+# Stands for an unknown description, which differs from nothing.
 UNKNOWN = {"unknown": True}
 # No field of a module has such a name.
 _LEAVES, _FUNCTION = "@leaves", "@function"
@@ -55,7 +55,7 @@ def described_arrays(tree: PyTree) -> dict[str, Any]:
 
 
 def described_responses(tree: PyTree, responses: list[list[Any]]) -> dict[str, Any]:
-    """Several trees like this one, by their leaves, each with a tolerance of its own."""
+    """Several trees like this one, by their leaves, each with its own tolerance."""
     names = leaf_names(tree)
     found = {name: [] for name in names}
     for response in responses:
@@ -79,7 +79,7 @@ def described_function(function: Callable) -> dict[str, Any]:
 
 
 def _collect(value: Any, parts: list[str], seen: set[Any]) -> None:
-    """All that makes a function what it is, and stays from one start of a program to the next."""
+    """All that identifies a function from one start of a program to the next."""
     value = inspect.unwrap(value) if callable(value) else value
     if isinstance(value, types.CodeType):
         parts.append(repr((value.co_code, value.co_names)))
@@ -166,7 +166,7 @@ def _alike(old: dict[str, Any], new: dict[str, Any]) -> bool:
     if "responses" in old and "responses" in new:
         return _are_close(old["responses"], new["responses"], 0.0)
     if "sums" in old and "sums" in new:
-        # A piece of next to nothing is rounding beside the rest.
+        # A tiny piece is rounding compared with the rest.
         return _are_close(old["sums"], new["sums"], 1e-2 * math.hypot(*(x for x, _ in old["sums"])))
     return old == new
 

@@ -10,7 +10,7 @@ from gradhpo.utils.typecheck import checked
 
 @checked
 def detach(tree: PyTree) -> PyTree:
-    r"""An identity that the training gradient treats as a constant, and the hypergradient does not.
+    r"""An identity that the training gradient treats as a constant, but the hypergradient does not.
 
     `jax.lax.stop_gradient` on a function of the parameters in a training loss (a target network,
     BYOL, self-distillation, a semi-gradient) makes it constant in every derivative. Its change from
@@ -18,7 +18,7 @@ def detach(tree: PyTree) -> PyTree:
     `detach` instead: the training gradient is unchanged, and its derivatives are complete.
 
     The Hessian of such a loss is not symmetric: [`ImplicitOptimizer`][gradhpo.ImplicitOptimizer]
-    takes GMRES for it, and refuses CG and Cholesky.
+    uses GMRES for it, and refuses CG and Cholesky.
 
     **Arguments:** `tree`: any pytree; leaves that are not floating-point arrays pass through.
 
@@ -36,7 +36,7 @@ def detach(tree: PyTree) -> PyTree:
 
 
 def gradhpo_detach(x: Array) -> Array:
-    """Under this name a traced program shows what nothing has differentiated yet."""
+    """The name in a traced program of a `detach` that nothing has differentiated yet."""
     return x
 
 

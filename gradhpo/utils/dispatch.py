@@ -18,7 +18,7 @@ from gradhpo.utils.freezing import is_frozen
 
 
 _T = TypeVar("_T", bound=Callable)
-_ARRAY = object()  # where one stood
+_ARRAY = object()  # marks the place of one
 
 
 @jax.tree_util.register_pytree_node_class
@@ -43,8 +43,8 @@ def compiled(function: _T, gives_up: tuple[int, ...] = ()) -> _T:
     is returned unchanged is not an output of the program, which would copy it: the caller gets the
     array that was passed.
 
-    The arguments with the numbers `gives_up` are donated: results are written where their arrays
-    are, and these are gone, except for scalars and frozen leaves. None may be in there twice.
+    The arguments with the numbers `gives_up` are donated: results overwrite their arrays, which are
+    then gone, except for scalars and frozen leaves. No array may be in there twice.
     """
 
     @functools.wraps(function)  # profilers show this name for the program

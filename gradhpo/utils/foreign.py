@@ -57,7 +57,7 @@ RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "random_gamma")
 STOP_GRADIENT = "stop_gradient"
 MAXIMA = ("reduce_max", "reduce_min", "argmax", "argmin", "cummax", "pmax")
 LOOPS, BRANCHES = ("scan", "while"), ("cond",)
-# Functions of Python that a program calls, and that may raise: `eqx.error_if` is one.
+# Python functions that a program calls, and that may raise: `eqx.error_if` is one.
 CALLBACKS = ("pure_callback", "io_callback")
 
 
@@ -176,9 +176,9 @@ def averages(inner_opt_state: PyTree) -> list[PyTree]:
 
 
 def takes_objective(inner_opt_state: PyTree) -> bool:
-    """Whether `optax.contrib.sophia` is among the transformations: it wants the loss as `obj_fn`.
+    """Whether `optax.contrib.sophia` is among the transformations: it needs the loss as `obj_fn`.
 
-    Others are not given it: the line search of L-BFGS refuses what it does not know.
+    Others do not get it: the line search of L-BFGS refuses unknown arguments.
     """
     return bool(_nodes(inner_opt_state, optax.contrib.SophiaState))
 
@@ -208,7 +208,7 @@ def searches_along_lines(inner_opt_state: PyTree) -> bool:
 def last_evaluation(inner_opt_state: PyTree) -> tuple[Array, PyTree] | None:
     """The loss and gradient at the new parameters, if a line search keeps them.
 
-    It does so as the last of a chain, where nothing changes its step any more.
+    It does so as the last of a chain, where nothing changes its step afterwards.
     """
     search = inner_opt_state[-1] if type(inner_opt_state) is tuple and inner_opt_state else None
     if isinstance(search, optax.ScaleByZoomLinesearchState):

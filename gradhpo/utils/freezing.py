@@ -33,7 +33,7 @@ def frozen(tree: PyTree) -> PyTree:
 
     For params that are a plain pytree; for a model use
     [`partition(model, where, frozen)`][gradhpo.partition]. A frozen array gets no gradient, no
-    optimizer state and no decay, and is in memory once, however many inner states are kept.
+    optimizer state and no decay, and is stored once, however many inner states are kept.
     Losses, `grad_fn` and `update_fn` see plain arrays; what the last two return for frozen ones
     is ignored.
 
@@ -160,7 +160,7 @@ def frozen_as(like: PyTree, tree: PyTree, what: str) -> PyTree:
         return tree
     if jax.tree.structure(unfrozen(like)) != jax.tree.structure(unfrozen(tree)):
         raise ValueError(
-            f"{what} has another structure than state.params, so it is not clear which of its "
+            f"{what} differs in structure from state.params, so it is unclear which of its "
             "leaves are frozen: pass a tree like state.params or gradhpo.unfrozen(state.params)"
         )
     mark = lambda old, new: _all_marked(new) if is_frozen(old) else new

@@ -78,7 +78,7 @@ def vjp_wrt_lambda(
 
 
 def undifferentiable(tree: PyTree, why: str) -> PyTree:
-    """The tree as it is; a derivative taken through it raises `ValueError`."""
+    """The tree unchanged; a derivative taken through it raises `ValueError`."""
 
     @jax.custom_jvp
     def same(tree: PyTree) -> PyTree:
@@ -111,8 +111,8 @@ def linearize_gradient(
     `symmetric=False` transposes it (reverse over reverse).
 
     `shared`: whether the products keep the activations of the gradient, which takes more memory and
-    less work than to start every product anew. A loss with `jax.checkpoint` recomputes them to save
-    memory: kept, they would take what it saves.
+    less work than recomputing them for every product. A loss with `jax.checkpoint` recomputes them
+    to save memory: keeping them would undo that.
 
     ??? cite "Reference"
 

@@ -18,7 +18,7 @@ def is_key(x: Any) -> bool:
 
 
 def numbers_of_key(key: Array) -> Array:
-    """What a state holds of a PRNG key, typed or legacy: a typed one cannot be serialised."""
+    """The numbers of a PRNG key, typed or legacy, for a state: typed keys cannot be serialised."""
     return jax.random.key_data(key) if is_key(key) else key
 
 

@@ -4,7 +4,7 @@ import numpy as np
 
 
 def lineage(parent: np.ndarray, number: int) -> np.ndarray:
-    """For each step, the member that the one with this number at the end descends from.
+    """For each step, the member from which the one with this number at the end descends.
 
     `parent`, shape `[steps, members]`, has the member that each one copied at the end of a step.
     """

@@ -34,7 +34,7 @@ class _FileLogger(abc.ABC):
         label: str | None = None,
     ):
         check_count("every", every)
-        # Where it is now: the program may go to another directory.
+        # Absolute: the program may change its working directory.
         self._path, self._given = Path(path).absolute(), str(path)
         self._every, self._append, self._extra = every, append, extra
         self._label = label
@@ -45,21 +45,21 @@ class _FileLogger(abc.ABC):
         self._writes = True  # of several processes that share a state, only one does
         self._written = ""  # the header
         self._waiting: list[dict[str, list]] = []  # columns that are not in the file yet
-        self._error: OSError | None = None  # for which they are not
+        self._error: OSError | None = None  # why they are not
 
     @property
     def identity(self) -> Any:
-        """Of which file the memory is."""
+        """The file that the memory belongs to."""
         return {"path": self._given}
 
     @property
     def reads_states(self) -> bool:
-        """Whether more of the states is read than their number."""
+        """Whether it reads more of a state than its step."""
         return self._extra is not None
 
     @property
     def unwritten(self) -> str | None:
-        """What the report of a run says of lines that are not in the file."""
+        """What the report of a run says about lines that are not in the file."""
         if self._error is None:
             return None
         count = sum(len(columns["step"]) for columns in self._waiting)
@@ -67,7 +67,7 @@ class _FileLogger(abc.ABC):
 
     @abc.abstractmethod
     def _header(self, columns: dict[str, list]) -> str:
-        """What stands above all rows, once."""
+        """The header above all rows."""
 
     @abc.abstractmethod
     def _rows(self, columns: dict[str, list]) -> str:
@@ -101,8 +101,8 @@ class _FileLogger(abc.ABC):
         except OSError as error:  # a full disk must not end a run: tried again after each chunk
             if self._error is None:
                 warn(
-                    f"{self._path} cannot be written ({_said(error)}): its lines wait, and go "
-                    "there as soon as that is possible",
+                    f"{self._path} cannot be written ({_said(error)}): its lines wait, and are "
+                    "written as soon as possible",
                     RuntimeWarning,
                 )
             self._error = error
@@ -133,7 +133,7 @@ class _FileLogger(abc.ABC):
             if name in columns:
                 raise ValueError(
                     f"extra of {type(self).__name__} returned {name!r}, which every line has "
-                    "already: give it another name"
+                    "already: choose another name"
                 )
             columns[name] = [*others, float(x)]
         return columns
@@ -150,12 +150,12 @@ class _FileLogger(abc.ABC):
                 while left:
                     left = left[file.write(left) :]
             except OSError:
-                file.truncate(start)  # half a line is none
+                file.truncate(start)  # drops half a line
                 raise
             self.memory = np.asarray(file.tell())
 
     def _above(self, header: str, start: int) -> list[str]:
-        """The header where the file is empty; else it is there, and the same."""
+        """The header if the file is empty; otherwise checks that it is the same."""
         if start and header != self._written:
             self._written = _first_line_of(self._path)
         if (start or self._written) and header.strip() != self._written.strip():
@@ -201,7 +201,7 @@ class JSONLinesLogger(_FileLogger):
     """Writes metrics as JSON Lines, `{"step": 1, "train_loss": 0.5, ...}`: a callback for `run`.
 
     `nan` and `inf`, which JSON lacks, become `null`. Written at the end of every chunk; if that
-    fails (a full disk), the run goes on, a warning says so, and the lines are written later.
+    fails (a full disk), the run continues, a warning says so, and the lines are written later.
 
     **Arguments:**
 
@@ -213,8 +213,8 @@ class JSONLinesLogger(_FileLogger):
     - `extra`: a function `state -> {name: number}`, called at the end of a chunk, for values that
         are not metrics, such as the hyperparameters. They go into the line of the last step of the
         chunk, under names that no metric has.
-    - `label`: a text that every line has as `label`, to tell the runs in one file apart; default
-        `None`, none.
+    - `label`: a string that every line has as `label`, to tell the runs in one file apart; default
+        `None`.
 
     **Raises:** `ValueError` for a `path` that is a directory or `every < 1`; when `run` starts, for
     a file that already has content, without `append=True`; after the first chunk, for a name in

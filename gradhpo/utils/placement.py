@@ -1,4 +1,4 @@
-"""Where arrays are: what the library makes is placed beside what it is given."""
+"""Where arrays are: the library places its own arrays with those that it is given."""
 
 import math
 from typing import Any
@@ -22,7 +22,7 @@ def mesh_of(tree: PyTree) -> Mesh | AbstractMesh | None:
 
 
 def beside(tree: PyTree, source: PyTree) -> PyTree:
-    """The tree, with a copy on every device of the source's mesh of what is on one device only."""
+    """The tree, with single-device arrays copied to every device of the source's mesh."""
     mesh = mesh_of(source)
     if mesh is None:
         return tree
@@ -34,8 +34,8 @@ def beside(tree: PyTree, source: PyTree) -> PyTree:
 def split_like(tree: PyTree, source: PyTree) -> PyTree:
     """The tree with its arrays divided along their first axis as that of the source is.
 
-    Along other axes they stay as they are. Nothing is done where the source is on one device, or
-    its first axis is not divided.
+    Other axes stay unchanged. Does nothing if the source is on one device, or its first axis is not
+    divided.
     """
     mesh = mesh_of(source)
     specs = [x.sharding.spec for x in jax.tree.leaves(source) if mesh_of(x) is not None]
@@ -49,7 +49,7 @@ def split_like(tree: PyTree, source: PyTree) -> PyTree:
 
 
 def settled(tree: PyTree, source: PyTree) -> PyTree:
-    """The tree, committed beside the source if the source is committed.
+    """The tree, committed to the source's devices if the source is committed.
 
     A program of both returns committed arrays; given uncommitted ones at first, it would compile
     again for its own results.
@@ -73,7 +73,7 @@ def _copied(x: Array, everywhere: NamedSharding) -> Array:
 
 
 def placed(x: np.ndarray, sharding: Sharding) -> Array:
-    """An array of the host, which all processes have alike, on the devices of a sharding."""
+    """A host array, the same in all processes, on the devices of a sharding."""
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
@@ -94,7 +94,7 @@ def from_parts(parts: list[Any], like: Array) -> Array:
 
 
 def spread(tree: PyTree, sharding: NamedSharding | None, name: str, before: int = 0) -> PyTree:
-    """Batches whose arrays are spread over devices as `sharding` says of one batch.
+    """Batches whose arrays are spread over devices as `sharding` says for one batch.
 
     If the devices belong to several processes, each passes its part, and the parts are joined.
     `before` counts the axes in front of a batch's own. Scalars and single keys stay everywhere.
@@ -141,7 +141,7 @@ def is_of_several(x: Any) -> bool:
 
 
 def rows(x: Array, chosen: Array) -> Array:
-    """`x[chosen]`; explicit mesh axes ask where that is to be: everywhere."""
+    """`x[chosen]`; explicit mesh axes need its placement: everywhere."""
     if not has_explicit_axes(x):
         return x[chosen]
     mesh = jax.typeof(x).sharding.mesh
@@ -149,7 +149,7 @@ def rows(x: Array, chosen: Array) -> Array:
 
 
 def entry(x: Array, number: Any) -> Array:
-    """`x[number]`; explicit mesh axes ask where that is to be: where the rest of `x` is."""
+    """`x[number]`; explicit mesh axes need its placement: where the rest of `x` is."""
     if not has_explicit_axes(x):
         return x[number]
     sharding = jax.typeof(x).sharding
@@ -198,8 +198,8 @@ def interleaved(x: Array, num: int, name: str, before: int = 1) -> Array:
     except ValueError:
         raise ValueError(
             f"{name} cannot spread the {column} examples of a piece as {sharding.spec} over a mesh "
-            f"of {dict(sharding.mesh.shape)}: choose a num that leaves pieces which the number of "
-            "devices divides"
+            f"of {dict(sharding.mesh.shape)}: choose a num whose pieces the number of devices "
+            "divides evenly"
         ) from None
     return flat.reshape(column, num, *rest)
 

@@ -2,7 +2,7 @@
 
 A state is shared if its arrays are spread over the devices of all processes. They then run the same
 programs in the same order, since a program that only some of them start never ends. So they tell
-each other what one of them alone decides, finds or fails at.
+each other what only one of them decides, finds or fails at.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from gradhpo.utils.placement import is_of_several
 from gradhpo.utils.validation import THE_WHOLE_TREE, leaf_names
 
 
-# Bytes that go from each process to all others in one round: enough for what is said in a chunk.
+# Bytes from each process to all others in one round: enough for the messages of a chunk.
 _ROOM = 1024
 
 
@@ -52,10 +52,10 @@ def is_first(shared: bool) -> bool:
 
 
 def exchanged(value: Any) -> list[Any]:
-    """What each process passes here, in their order: anything that JSON can hold.
+    """What each process passes here, in process order: anything that JSON can hold.
 
-    Every process has to call it. It takes one round, or two if a text is long, and the devices
-    finish what they are working on before.
+    Every process has to call it. It takes one round, or two for a long string, and the devices
+    first finish their work.
     """
     text = json.dumps(value).encode()
     length = np.asarray([len(text)], "<u4").view(np.uint8)
@@ -76,7 +76,7 @@ def _gathered(row: np.ndarray, size: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def together(shared: bool) -> Iterator[None]:
-    """What fails inside in one process fails in all that share a state, at the end of the block.
+    """A failure inside, in one process, fails all that share a state, at the end of the block.
 
     For work on the host alone: a program that some of the devices do not start would never end.
     """
@@ -121,7 +121,7 @@ def said_of(error: Exception) -> str:
 
 
 def error_of_others(said: list[str | None]) -> RuntimeError:
-    """For a process in which nothing failed; `said` has what each says of its error, if any."""
+    """For a process in which nothing failed; `said` has what each says about its error, if any."""
     number, text = next((number, text) for number, text in enumerate(said) if text is not None)
     return RuntimeError(f"process {number} failed: {text}")
 
@@ -134,10 +134,10 @@ def numbers(x: ArrayLike) -> np.ndarray:
 
 
 def check_shared(state: PyTree, **batches: PyTree) -> None:
-    """Refuses batches of one process beside a state that all of them share.
+    """Refuses batches of one process with a state that all of them share.
 
-    JAX takes such a batch for one that is the same everywhere, and does not look. Functions among
-    the leaves are sources, `index -> batch`.
+    JAX assumes that such a batch is the same everywhere, without checking. Functions among the
+    leaves are sources, `index -> batch`.
     """
     if jax.process_count() == 1 or not any(map(is_of_several, jax.tree.leaves(state))):
         return
@@ -146,12 +146,12 @@ def check_shared(state: PyTree, **batches: PyTree) -> None:
             if any(map(_is_local, _arrays_of(leaf))):
                 raise ValueError(
                     f"{name}{leaf_name.removeprefix(THE_WHOLE_TREE)} is an array of this process "
-                    f"alone, and the state is shared by {jax.process_count()} processes: each "
-                    "would train on a batch of its own, and their parameters would drift apart. "
+                    f"alone, but the state is shared by {jax.process_count()} processes: each "
+                    "would train on its own batch, and their parameters would drift apart. "
                     "Join the parts into one array, "
-                    "jax.make_array_from_process_local_data(sharding, part), or put what all have "
-                    "alike on all devices, jax.device_put(x, sharding); or make an independent "
-                    "state in every process, of arrays of its own"
+                    "jax.make_array_from_process_local_data(sharding, part), or put what is the "
+                    "same in all on all devices, jax.device_put(x, sharding); or make an "
+                    "independent state in every process, from its own arrays"
                 )
 
 

@@ -30,9 +30,9 @@ def contains(program: Jaxpr, kind: Callable[[str], bool]) -> bool:
 
 
 def bytes_computed(program: Jaxpr) -> int:
-    """The size of all intermediate values of a traced program, loops as often as they run.
+    """The size of all intermediate values of a traced program, times the trip counts of loops.
 
-    A loop without a fixed number of steps counts once. The compiler keeps less, as it fuses.
+    A loop without a fixed trip count counts once. The compiler keeps less, as it fuses.
     """
 
     def of(eqn: Any) -> int:

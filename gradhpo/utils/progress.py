@@ -12,7 +12,7 @@ from tqdm import TqdmWarning
 
 
 with warnings.catch_warnings():
-    # In a notebook without ipywidgets: the bar is made of text there.
+    # In a notebook without ipywidgets the bar is text.
     warnings.simplefilter("ignore", TqdmWarning)
     from tqdm.auto import tqdm
 
@@ -26,7 +26,7 @@ class ProgressBar:
 
     The first chunk includes compilation and does not predict the others: the clock of the estimate
     starts after it. Without a terminal or a notebook, a line is printed every ten seconds, and one
-    at the end. `shown` may be a label; `call` is what the first line says without one.
+    at the end. `shown` may be a label; without one, the first line says `call`.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class ProgressBar:
         now = time.monotonic()
         if self._lines and now - self._started >= _SECONDS_BETWEEN_LINES:
             after = f"{self._done} of {self._total} steps after {now - self._started:.0f} s"
-            print(f"{self._name}: {after}, compilation included", file=sys.stderr, flush=True)
+            print(f"{self._name}: {after}, including compilation", file=sys.stderr, flush=True)
             self._printed = now
         self._warm, self._counted_from, self._started = True, self._done, now
         if not self._bar.disable:

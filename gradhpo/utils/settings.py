@@ -38,7 +38,7 @@ def setting_or_schedule(value: Real[ArrayLike, ""] | Callable) -> Array | Callab
 
 
 def check_setting(name: str, value: Array, good: Callable[[np.ndarray], Any], rule: str) -> None:
-    """`good` must hold for a setting whose value is known (a traced one is trusted)."""
+    """Checks that `good` accepts a setting whose value is known (a traced one is trusted)."""
     if isinstance(value, Tracer) or not eqx.is_array(value):
         return
     if not np.all(good(np.asarray(value))):
@@ -58,12 +58,12 @@ def check_count(name: str, value: int, *, most: int | None = None) -> None:
 def check_inner_rule(
     name: str, inner_optimizer: Any, grad_fn: Any, update_fn: Any, inner_solver: Any = None
 ) -> None:
-    """Exactly one of the ways to define an inner step."""
+    """Checks that an inner step is defined in exactly one way."""
     if inner_solver is not None:
         _check_solver(name, inner_optimizer, grad_fn, update_fn)
     elif grad_fn is not None and inner_optimizer is None:
         raise ValueError(
-            f"{name} got a grad_fn without an inner_optimizer, which takes the gradient: pass "
+            f"{name} got a grad_fn without an inner_optimizer, which uses the gradient: pass "
             "inner_optimizer=optax.sgd(0.1) as well (an update_fn computes its own gradient)"
         )
     if inner_optimizer is None and update_fn is None and inner_solver is None:
@@ -75,14 +75,14 @@ def check_inner_rule(
     if inner_optimizer is not None and update_fn is not None:
         raise ValueError(
             f"{name} got both inner_optimizer and update_fn; pass only one of them, since "
-            "either alone says what an inner step is"
+            "either alone defines an inner step"
         )
     called = uncalled(inner_optimizer)
     if called is not None:
         raise TypeError(
             f"{name}(inner_optimizer=...) got {called.partition('(')[0]} itself, which would take "
-            f"the hyperparameters for its first argument: write {called}; or, to tune what it "
-            "takes, lambda hyperparams: optax.sgd(hyperparams['learning_rate'])"
+            f"the hyperparameters for its first argument: write {called}; or, to tune its "
+            "arguments, lambda hyperparams: optax.sgd(hyperparams['learning_rate'])"
         )
     is_optax = isinstance(inner_optimizer, optax.GradientTransformation)
     if not (inner_optimizer is None or is_optax or callable(inner_optimizer)):
@@ -105,13 +105,13 @@ def _check_solver(name: str, inner_optimizer: Any, grad_fn: Any, update_fn: Any)
     if inner_optimizer is not None:
         raise ValueError(
             f"{name} got both inner_optimizer and inner_solver; pass only one of them, since the "
-            f"solver takes the place of all inner steps: {name}(outer_optimizer=optax.adam(0.01), "
+            f"solver replaces all inner steps: {name}(outer_optimizer=optax.adam(0.01), "
             "inner_solver=solver)"
         )
     if grad_fn is not None and update_fn is not None:
         raise ValueError(
-            f"{name} got a grad_fn and an update_fn beside the inner_solver; pass only one of "
-            "them, since either alone says which equation the solver solves"
+            f"{name} got both a grad_fn and an update_fn with the inner_solver; pass only one of "
+            "them, since either alone defines the equation that the solver solves"
         )
 
 
@@ -158,7 +158,7 @@ def check_rate_schedule(schedule: Callable) -> None:
         values="its step, which is traced: {said}. Write jnp.where(step < 100, 0.1, 0.01) instead "
         "of a branch, or pass an optax schedule",
         draws="counts its calls, in Python, and a compiled run would do so once for all steps. "
-        "Make the rate of the step alone: 0.1 * jax.random.uniform(jax.random.fold_in(key, step))",
+        "Compute it from the step alone: 0.1 * jax.random.uniform(jax.random.fold_in(key, step))",
     )
     rate = eqx.filter_eval_shape(schedule, step)
     if eqx.is_array_like(rate):
@@ -174,7 +174,7 @@ def _is_real(dtype: Any) -> bool:
 
 
 def check_tunes(optimizer: Any) -> None:
-    """There is a hypergradient."""
+    """Checks that there is a hypergradient."""
     if not optimizer.tunes:
         raise TypeError(
             f"{type(optimizer).__name__} leaves the hyperparameters as they are and computes no "
@@ -202,7 +202,7 @@ def outer_rate(value: Any) -> ArrayLike | None:
 def check_episodes(
     num_steps: int, steps_per_episode: int | None, reptile_rate: Any, step: int
 ) -> None:
-    """A run consists of whole episodes, and starts at the start of one."""
+    """Checks that a run consists of whole episodes, and starts at the start of one."""
     rate = np.asarray(reptile_rate)
     check_setting("reptile_rate", jnp.asarray(rate), _is_share, "in [0, 1]")
     if steps_per_episode is None:
@@ -221,26 +221,25 @@ def check_episodes(
     if step % steps_per_episode:
         raise ValueError(
             f"the state has taken {step} steps, which is not a whole number of episodes of "
-            f"steps_per_episode={steps_per_episode}, and where its episode started is not known; "
+            f"steps_per_episode={steps_per_episode}, and the start of its episode is unknown; "
             "to start one here: optimizer.restart(state).update(step=0)"
         )
 
 
 def check_restart(start: PyTree, reptile_rate: Any, model_state: PyTree) -> None:
-    """What `restart` needs in addition to the state."""
+    """Checks what `restart` needs in addition to the state."""
     check_setting("reptile_rate", jnp.asarray(reptile_rate), _is_share, "in [0, 1]")
     traced = isinstance(reptile_rate, Tracer)
     moves = not traced and np.any(reptile_rate != 1)
     if (traced or moves) and model_state is not None and not hasattr(start, "model_state"):
         raise ValueError(
-            f"reptile_rate={reptile_rate} goes part of the way from where the episode started, for "
-            "the model state too: pass the state from there, "
-            "restart(state, state_at_start, reptile_rate)"
+            f"reptile_rate={reptile_rate} needs the start of the episode, for the model state too: "
+            "pass the state from there, restart(state, state_at_start, reptile_rate)"
         )
     if start is None and moves:
         raise ValueError(
-            f"reptile_rate={reptile_rate} goes part of the way from where the episode started; "
-            "pass its parameters as well: restart(state, start_of_episode.params, reptile_rate)"
+            f"reptile_rate={reptile_rate} needs the start of the episode: pass its parameters as "
+            "well, restart(state, start_of_episode.params, reptile_rate)"
         )
 
 

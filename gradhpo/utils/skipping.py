@@ -18,7 +18,7 @@ def unless(
 ) -> tuple[PyTree, PyTree]:
     """`function(carry)`, which is a new carry and other arrays; if `over`, the old one and zeros.
 
-    A loop of one round at most: XLA updates the carry of a loop where it is, and copies what goes
+    A loop of at most one round: XLA updates the carry of a loop in place, but copies what goes
     through a `cond` (seen on a CPU with jaxlib 0.10).
     """
     arrays, static = carried(carry)

@@ -22,7 +22,7 @@ def have_same_structure(a: PyTree, b: PyTree) -> bool:
 
 
 def check_same_structure(found: PyTree, expected: PyTree, what: str, remedy: str) -> None:
-    """Two trees agree in structure, shapes and dtypes."""
+    """Checks that two trees agree in structure, shapes and dtypes."""
     if not have_same_structure(found, expected):
         raise ValueError(
             f"{what} does not fit this optimizer. {remedy}\n{where_they_differ(found, expected)}"
@@ -42,7 +42,7 @@ def where_they_differ(found: PyTree, expected: PyTree) -> str:
             lines.append(f"  {name}: expected {here[0]}, found {here[1]}")
     if not lines:  # the same leaves in other containers
         kinds = [_cut(str(jax.tree.structure(x))) for x in (expected, found)]
-        lines = [f"  The leaves agree, but not what holds them: expected {kinds[0]},"]
+        lines = [f"  The leaves agree, but not their containers: expected {kinds[0]},"]
         lines.append(f"  found {kinds[1]}")
     more = len(lines) - _MOST_SHOWN
     return "\n".join([*lines[:_MOST_SHOWN], *([f"  and {more} more"] if more > 0 else [])])
@@ -80,7 +80,7 @@ def fitted(what: str, new: PyTree, old: PyTree) -> PyTree:
             shown = lambda kind: f"of shape {kind[0]} and dtype {kind[1]}" if kind else "no array"
             name = name.removeprefix(THE_WHOLE_TREE)
             raise ValueError(
-                f"{what}{name} is {shown(found)}, and should be {shown(kind)}. {remedy}"
+                f"{what}{name} is {shown(found)}, but should be {shown(kind)}. {remedy}"
             )
     return jax.tree.unflatten(structure, leaves)
 

@@ -1,7 +1,6 @@
-"""Arrays in a few numbers, by which two data sets differ and two machines agree.
+"""A few numbers for an array, which differ between data sets and agree between machines.
 
-Every number counts, with a weight of its own: positions at a stride would share a channel or a
-column.
+Every number counts, with its own weight: samples at a stride would share a channel or a column.
 """
 
 import math
@@ -20,7 +19,7 @@ from gradhpo.utils.placement import is_of_several
 
 _ROW = 1024
 _ROWS_PER_BLOCK, _MOST_BLOCKS = 4, 16
-# On the host up to here: a program for every shape would take longer to compile.
+# On the host up to this size: a program for every shape would take longer to compile.
 _MOST_ON_HOST = 2**20
 
 
@@ -38,7 +37,7 @@ def float_sums(x: Any) -> list[list[float]]:
 
 
 def checksum(x: Any) -> int:
-    """A number that any change of an array of integers, booleans or keys changes."""
+    """A number that changes with any change of an array of integers, booleans or keys."""
     x = jax.random.key_data(x) if is_key(x) else x
     if np.size(x) > _MOST_ON_HOST or is_of_several(x):
         return int(_hash_on_device(jnp.asarray(x)))
@@ -47,7 +46,7 @@ def checksum(x: Any) -> int:
 
 
 def checksum_of_bits(x: Any) -> int:
-    """The same of an array of any kind, by its bits."""
+    """The same for an array of any kind, by its bits."""
     x = jax.random.key_data(x) if is_key(x) else x
     if jnp.iscomplexobj(x):
         x = (jnp if is_of_several(x) else np).stack([x.real, x.imag])
@@ -58,14 +57,14 @@ def checksum_of_bits(x: Any) -> int:
 
 
 def whole_sums(x: np.ndarray) -> list[float]:
-    """Norm and weighted sum of a whole array of the host."""
+    """Norm and weighted sum of a whole array on the host."""
     scale, rows = _rows(x, np)
     square, total = np.sum(rows, axis=0)
     return [_rounded(float(scale * square**0.5)), _rounded(float(scale * total))]
 
 
 def spread(shape: tuple[int, ...], start: Any, xp: ModuleType = jnp) -> Any:
-    """Weights in [-0.5, 0.5), one for each position; other ones for another start. float32."""
+    """Weights in [-0.5, 0.5), one for each position, that depend on the start. float32."""
     count = int(np.prod(shape))
     positions = xp.arange(count, dtype=np.uint32) + xp.asarray(start, np.uint32)
     return _weights(positions).reshape(shape)
@@ -98,7 +97,7 @@ def _num_blocks(rows: int) -> int:
 
 @compiled
 def _sums_in_place(x: Array) -> PyTree:
-    """`scale` and the sums of all blocks, with no number moved: of arrays of several processes."""
+    """`scale` and the sums of all blocks, moving no number, for arrays of several processes."""
     if jnp.iscomplexobj(x):
         x = jnp.stack([x.real, x.imag])
     wide = np.float64 if x.dtype == np.float64 else np.float32

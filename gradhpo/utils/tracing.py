@@ -1,4 +1,4 @@
-"""What is said while tracing: that a derivative is missing, or that a job was traced again."""
+"""Messages while tracing: a derivative is missing, or a job was traced again."""
 
 import contextlib
 import itertools
@@ -34,7 +34,7 @@ def differentiation_explained(
         advice = on_missing_rule(str(error), function)
         takes = f"the derivative of {function}" if function else takes
         raise ValueError(
-            f"{name} takes {takes}, and JAX has none here: {advice}. What JAX says: "
+            f"{name} takes {takes}, but JAX has none here: {advice}. What JAX says: "
             f"{str(error).splitlines()[0]}"
         ) from error
 
@@ -46,7 +46,7 @@ _traces: dict[Any, tuple[int, dict[str, int]]] = {}
 
 
 def forget_traces() -> None:
-    """Resets the counts of traces, and of what was said."""
+    """Resets the counts of traces and of warnings."""
     _traces.clear()
     forget_warnings()
 

@@ -54,7 +54,7 @@ def _explained(function: Callable) -> Callable:
 
 
 def _parameters(function: Callable) -> tuple[int, list[str]]:
-    """How many arguments may be passed by position, and which others by name alone."""
+    """How many arguments may be passed by position, and which others only by name."""
     of_kind: dict[Any, list[str]] = collections.defaultdict(list)
     for name, parameter in inspect.signature(function).parameters.items():
         of_kind[parameter.kind].append(name)
@@ -123,7 +123,7 @@ def _on_call(function: Callable, args: tuple, kwargs: dict) -> str | None:
 
 
 def _skipped(given: dict[str, Any], parameters: dict[str, inspect.Parameter]) -> str | None:
-    """The argument whose place holds what another one takes: it was forgotten."""
+    """The argument that was forgotten: its place holds what another one takes."""
     takes = {
         x.name: x.annotation
         for x in parameters.values()
@@ -137,7 +137,7 @@ def _skipped(given: dict[str, Any], parameters: dict[str, inspect.Parameter]) ->
 
 
 def _closest(unknown: str, names: list[str]) -> str | None:
-    """What a name that does not exist stands for."""
+    """The argument that an unknown name probably means."""
     others = [name for name in names if name in also_called(unknown)]
     return next(iter(others or difflib.get_close_matches(unknown, names, n=1)), None)
 

@@ -50,7 +50,7 @@ def native(x: Any) -> Any:
 
 
 def check_leading_axis(tree: PyTree, what: str) -> None:
-    """All arrays have at least one axis and agree on the length of the first."""
+    """Checks that all arrays have at least one axis and agree on the length of the first."""
     shapes = {
         name: jnp.shape(leaf)
         for name, leaf in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True)
@@ -79,7 +79,7 @@ def check_single_batch(batch: PyTree, name: str) -> None:
 
 
 def check_has_model_state(params: PyTree, model_state: PyTree) -> None:
-    """A model with running state comes with it."""
+    """Checks that a model with running state comes with that state."""
     write = (
         "model, model_state = eqx.nn.make_with_state(Model)(...), and "
         "init(params, hyperparams, model_state=model_state)"
@@ -96,7 +96,7 @@ def check_has_model_state(params: PyTree, model_state: PyTree) -> None:
         )
     if model_state is None and layers:
         raise ValueError(
-            "params has a layer with running state (such as eqx.nn.BatchNorm), and there is no "
+            "params has a layer with running state (such as eqx.nn.BatchNorm), but there is no "
             f"model_state: write {write}"
         )
 
@@ -109,8 +109,8 @@ def prepare_model_state(model_state: PyTree) -> PyTree:
     for name, leaf in zip(names, jax.tree.leaves(model_state), strict=True):
         if not eqx.is_array_like(leaf):
             raise TypeError(
-                f"model_state{name.removeprefix(THE_WHOLE_TREE)} is {leaf!r}, and running state is "
-                "arrays: pass what changes in training, and close over the rest in the loss"
+                f"model_state{name.removeprefix(THE_WHOLE_TREE)} is {leaf!r}, but running state "
+                "must be arrays: pass what changes in training, and close over the rest in the loss"
             )
     _refuse_complex(model_state, "model_state")
     _refuse_nan(model_state, "model_state")
@@ -154,8 +154,8 @@ def prepare_hyperparams(hyperparams: PyTree) -> PyTree:
         if not (eqx.is_array(leaf) or _is_python_number(leaf)):
             in_module = any(isinstance(key, jax.tree_util.GetAttrKey) for key in path)
             remedy = (
-                "Of a module as hyperparameters only the arrays can be tuned, and gradhpo.partition"
-                "(model, lambda m: m.part) leaves the rest of it in params"
+                "Only the arrays of a module can be tuned; gradhpo.partition(model, "
+                "lambda m: m.part) leaves the rest of it in params"
                 if in_module
                 else "Leave it in params, or write it into the losses"
             )
@@ -241,7 +241,7 @@ def batches_explained(**batches: PyTree) -> Iterator[None]:
 
 
 def _is_list_of_numbers(x: Any) -> bool:
-    """Also of nested lists of them; numbers of a batch have become arrays of shape ()."""
+    """Also for nested lists; numbers of a batch have become arrays of shape ()."""
     is_number = lambda leaf: _is_python_number(leaf) or getattr(leaf, "shape", None) == ()
     return type(x) is list and len(x) > 0 and all(map(is_number, jax.tree.leaves(x)))
 
@@ -259,7 +259,7 @@ def has_arity(function: Callable, arguments: str) -> bool:
 
 
 def check_arity(function: Callable, name: str, arguments: str, remedy: str = "") -> None:
-    """The function can be called with the positional arguments that it will get."""
+    """Checks that a function can be called with the positional arguments that it will get."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # some callables have no signature: the call itself will tell
@@ -274,13 +274,13 @@ def check_arity(function: Callable, name: str, arguments: str, remedy: str = "")
 
 
 _LOSS_OR_METRICS = (
-    "Return the loss alone, or (loss, {'accuracy': accuracy}) with metrics beside it; running "
-    "state goes into init(model_state=...)"
+    "Return the loss alone, or (loss, {'accuracy': accuracy}) with metrics; running state goes "
+    "into init(model_state=...)"
 )
 
 
 def check_scalar(output: Any, name: str, remedy: str = "") -> None:
-    """A loss returned one real number."""
+    """Checks that a loss returned one real number."""
     leaves = jax.tree.leaves(output)
     if len(leaves) != 1 or output is not leaves[0]:
         raise TypeError(

@@ -35,7 +35,7 @@ _is_muted = False
 
 
 def place_of(function: Any) -> str:
-    """Where the user wrote a function, "loss at model.py:12"; of other objects their type."""
+    """Where the user wrote a function, "loss at model.py:12"; for other objects their type."""
     function = inspect.unwrap(function) if callable(function) else function
     function = getattr(function, "func", function)  # of a functools.partial
     code = getattr(function, "__code__", None)
@@ -45,8 +45,8 @@ def place_of(function: Any) -> str:
     return f"{name} at {Path(code.co_filename).name}:{code.co_firstlineno}"
 
 
-# What was said in this process. Every compilation finds the same thing again, and no object of the
-# user's outlives them all. Python's registry of warnings is global state of the same kind, but it
+# What was said in this process. Every compilation finds the same thing again, and no user object
+# outlives them all. Python's registry of warnings is global state of the same kind, but it
 # counts by line, and one line of a user's program may trigger several warnings.
 _said: set[tuple[str, ...]] = set()
 
@@ -54,7 +54,7 @@ _said: set[tuple[str, ...]] = set()
 def warn_once(message: str, *about: Any) -> None:
     """A warning that is given once per process: tracing again finds the same thing again.
 
-    Once more about functions that are written elsewhere.
+    It is given again for functions that are written elsewhere.
     """
     key = (message, *map(place_of, about))
     if key not in _said:
@@ -86,7 +86,7 @@ def _package(frame: Any) -> str:
 
 @contextlib.contextmanager
 def noted(place: str) -> Iterator[None]:
-    """An error inside, of a function of the user's, has a note that says where it was called."""
+    """An error inside a user's function gets a note that says where it was called."""
     try:
         yield
     except Exception as error:

@@ -1,6 +1,6 @@
 """What a trial keeps of a run, as JSON of bounded size: learned hyperparameters, their schedule.
 
-Optuna's databases have a `TEXT` for each attribute, which is 65,535 bytes in MySQL.
+Optuna's databases store each attribute as `TEXT`, at most 65,535 bytes in MySQL.
 """
 
 import json
@@ -24,7 +24,7 @@ LEFT_OUT = "left out"  # how many entries there was no room for
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
-    """As `run` records it, without the prefix: `layers.0.decay`, or `hyperparams` if it is all."""
+    """As `run` records it, without the prefix: `layers.0.decay`, or `hyperparams` for one leaf."""
     return jax.tree_util.keystr(path, simple=True, separator=".") or "hyperparams"
 
 
@@ -78,7 +78,7 @@ def _bounded(entries: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 def of_best_member(
     hyperparams: PyTree, metrics: Mapping[str, np.ndarray]
 ) -> tuple[int, PyTree, dict[str, np.ndarray]]:
-    """A population's best member: its number, its hyperparameters, and their course."""
+    """A population's best member: its number, its hyperparameters, and their history."""
     loss = metrics["val_loss"]
     nobody = np.tile(np.arange(loss.shape[1]), (len(loss), 1))
     parent = metrics.get("parent", nobody)

@@ -17,28 +17,28 @@ from gradhpo.utils.typecheck import checked
 
 
 class TrialCallback:
-    """Reports a run to a trial of Optuna, and prunes it: a callback for `run`.
+    """Reports a run to an Optuna trial, and prunes it: a callback for `run`.
 
-    After a chunk it reports the metric under the number of the outer step. Where the pruner says
-    so, the run stops with everything in order (its checkpoint included), and `run` raises
-    `optuna.TrialPruned`, as other libraries do from `fit`. A study takes it from there.
+    After a chunk it reports the metric under the number of the outer step. If the pruner says so,
+    the run stops cleanly (with its checkpoint), and `run` raises `optuna.TrialPruned`, which the
+    study handles.
 
     The trial gets the user attributes `"hyperparams"`, the values at the end by their names
     (leaves of more than 16 numbers as shape, mean, min and max); `"schedule"`, scalar ones after at
-    most 50 of the steps; and `"stop_reason"`. A population leaves what its best member has, along
-    the lineage of that member, and its number as `"member"`. Each attribute has less than 64 KiB of
-    JSON, for any database; leaves for which there is no room are counted as `"left out"`. Of
-    several runs in a trial, the last one is kept.
+    most 50 of the steps; and `"stop_reason"`. For a population they are those of the best member,
+    along its lineage, with its number as `"member"`. Each attribute has less than 64 KiB of JSON,
+    for any database; leaves that do not fit are counted as `"left out"`. Of several runs in a
+    trial, the last one is kept.
 
-    A run that is resumed from a checkpoint does not report again what it has reported, and a pruned
-    one stays pruned.
+    A run that is resumed from a checkpoint does not repeat its reports, and a pruned one stays
+    pruned.
 
     **Arguments:**
 
     - `trial`: the one that Optuna passed to the objective.
-    - `metric`: the name of a metric, default `"val_loss"`, or a function `state -> number`; lower
-        or higher is better as the study says. `None` reports nothing: Optuna neither takes reports
-        nor prunes in a study of several objectives.
+    - `metric`: the name of a metric, default `"val_loss"`, or a function `state -> number`; the
+        study says whether lower or higher is better. `None` reports nothing: Optuna neither takes
+        reports nor prunes in a study of several objectives.
     - `every`: report at the end of the first chunk after this many steps, default 1: after every
         chunk. A report is a write to the storage.
 
@@ -90,7 +90,7 @@ class TrialCallback:
 
     @property
     def identity(self) -> Any:
-        """What the memory is of: the same for a retry, which is another trial."""
+        """What the memory is about: the same for a retry, which is another trial."""
         metric = self._metric
         return {"metric": described_function(metric) if callable(metric) else metric}
 
@@ -108,8 +108,8 @@ class TrialCallback:
         """The memory before the first step."""
         if is_shared(state):
             raise ValueError(
-                "TrialCallback: several processes share this state, and a trial belongs to one "
-                "process; report from a callback of your own, in process 0"
+                "TrialCallback: several processes share this state, but a trial belongs to one "
+                "process; report from your own callback, in process 0"
             )
         return np.asarray([int(state.step), 0], np.int64)
 

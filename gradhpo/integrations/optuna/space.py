@@ -27,13 +27,13 @@ _HOLDS: dict[str, tuple[Callable, Callable]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Where one hyperparameter starts: a distribution of Optuna, and what its leaf holds.
+    """Where one hyperparameter starts: an Optuna distribution, and what its leaf holds.
 
     **Arguments:**
 
     - `distribution`: an `optuna.distributions.FloatDistribution` without `step`, of the value that
         Optuna knows and shows: a learning rate from 1e-4 to 1.
-    - `holds`: what the leaf holds of that value, in which the descent takes its steps: the
+    - `holds`: how the leaf holds that value, and so the scale of the descent's steps: the
         `"value"` itself, its `"log"`, or its `"logit"`; or a pair of functions of a float, to the
         leaf and back.
 
@@ -62,7 +62,7 @@ class Start:
         if distribution.step is not None:
             raise ValueError(
                 f"a descent does not end on the grid of {distribution}: leave step= out, or let "
-                "Optuna alone choose this one"
+                "Optuna alone choose this parameter"
             )
         if (holds in ("log", "logit") and low <= 0) or (holds == "logit" and high >= 1):
             raise ValueError(
@@ -98,7 +98,7 @@ def suggest(trial: optuna.trial.BaseTrial, space: PyTree) -> PyTree:
 
     - `trial`: the one that Optuna passed to the objective.
     - `space`: a pytree of [`Start`][gradhpo.integrations.optuna.Start]. Optuna's parameters have
-        the names by which `run` records hyperparameters: `"rate"`, `"decays.0"`.
+        the names under which `run` records hyperparameters: `"rate"`, `"decays.0"`.
 
     **Returns:** the same pytree with arrays of shape `()` and the default float dtype.
 
@@ -131,12 +131,12 @@ def add_end_point(
     hyperparams: PyTree,
     value: Any,
 ) -> optuna.trial.FrozenTrial | None:
-    """Adds the end of a descent to the study, as a finished trial of its own.
+    """Adds the end of a descent to the study, as a separate finished trial.
 
     The sampler then knows where the descent ended, not only where it started. The new trial has the
     end values of the parameters in `space`, and every other parameter as in `trial`.
 
-    Values outside a distribution, of which a study knows nothing, are recorded at its nearest end,
+    Values outside their distribution, which a study cannot hold, are recorded at its nearest end,
     with a warning. The user attribute `"end_point"` of both trials has all parameters of the end
     point unclipped, so `study.best_trial.user_attrs["end_point"]` has them whether or not the end
     point wins; `"clipped"` lists the names that were moved, and `"end_point_of"` is the number of
@@ -148,9 +148,9 @@ def add_end_point(
     - `study`, `trial`: `trial.study` and the trial, in the objective, before it returns.
     - `space`: the pytree of [`Start`][gradhpo.integrations.optuna.Start] that `suggest` was given.
     - `hyperparams`: at the end, in the structure of `space`: `state.hyperparams`, or a part of it.
-    - `value`: of the objective, or one for each of several. The last validation loss costs nothing
-        more, but the hyperparameters were moving while it trained. To record what another trial
-        would measure at the end point, train again with the hyperparameters fixed there.
+    - `value`: of the objective, or one for each of several. The last validation loss is free, but
+        the hyperparameters moved during its training. To record what another trial would measure
+        at the end point, train again with the hyperparameters fixed there.
 
     **Returns:** the new trial; `None`, with a warning, if anything is not finite.
 
@@ -195,7 +195,7 @@ def add_end_point(
         )
     values = [float(x) for x in np.ravel(np.asarray(value, float))]
     if not all(map(math.isfinite, [*leaves, *values])):
-        warn(f"the end of trial {trial.number} is not finite, and not in the study", RuntimeWarning)
+        warn(f"the end of trial {trial.number} is not finite: it is not recorded", RuntimeWarning)
         return None
     ends = {n: start.value(x) for n, start, x in zip(names, starts, leaves, strict=True)}
     ranges = {n: start.distribution for n, start in zip(names, starts, strict=True)}
@@ -204,7 +204,7 @@ def add_end_point(
     if clipped:
         shown = ", ".join(f"{n!r} at {ends[n]:.4g} ({ranges[n]})" for n in clipped)
         warn(
-            f"a descent ended outside of its distribution: parameter {shown}. The study records "
+            f"a descent ended outside its distribution: parameter {shown}. The study records "
             'the nearest end of the range, and the user attribute "end_point" the value itself',
             RuntimeWarning,
         )
