@@ -182,7 +182,7 @@ def save(name: str, printed: str) -> None:
 
 
 def names_of(given: argparse.Namespace) -> list[str]:
-    """The tables to print: named ones and those of named groups, or all for a CPU."""
+    """The tables to print: named tables and groups, or everything for a CPU."""
     every = [name for name in TABLES if name not in OF_A_GPU]
     named = [one for name in given.tables for one in GROUPS.get(name, [name])]
     names = [name for name in (named if given.tables else every) if name not in given.without]

@@ -10,7 +10,7 @@ hyperparameters:
 - 8 mixing weights of activations in two hidden layers, as in DARTS (digits).
 
 All data ship with scikit-learn. docs/which_algorithm.md discusses the table of example weights, and
-docs/which_algorithm/more_problems.md the others and those of where_algorithms_fail.py.
+docs/which_algorithm/more_problems.md the others, with where_algorithms_fail.py.
 
     python examples/which_algorithm.py            # about 5 minutes on 2 slow cores
     python examples/which_algorithm.py --seed 1 --only "mixing weights"

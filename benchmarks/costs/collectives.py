@@ -59,7 +59,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _sizes(match: re.Match) -> list[int]:
-    """Of each array: the larger of operand and result."""
+    """The larger of operand and result, for each array."""
     made, given = (
         [math.prod(map(int, filter(None, shape.split(",")))) for shape in _SHAPE.findall(text)]
         for text in (match["made"], match["operands"])

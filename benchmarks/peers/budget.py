@@ -9,7 +9,7 @@ hypergradients shows in seconds, which exclude compilation.
 keeps training its parameters, that is the model trained online, evaluated once per fit. Row
 `retrained`: one more fit, from the start, with the current hyperparameters, even if its loss is not
 the lowest so far.
-- Test losses and accuracies are those of these models; they select nothing.
+- Test losses and accuracies come from these models; they select nothing.
 """
 
 import contextlib

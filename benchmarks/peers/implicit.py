@@ -27,7 +27,7 @@ PEERS = {
     ),
 }  # fmt: skip
 LINEAR_RULES = """\
-  1e-10 of |r| / |b| (jaxopt), of |r / (1 + |b_i|)| and of the step likewise (lineax: Optimistix,
+  1e-10 of |r| / |b| (jaxopt), of |r / (1 + |b_i|)| and the same of the step (lineax: Optimistix,
   and gradhpo with b scaled to length 1); what libraries come with has tolerances of its own"""
 INNER_RULES = """\
   1e-8 of the gradient's length, after a number of steps found beforehand, untimed (gradhpo); of

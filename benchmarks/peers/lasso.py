@@ -141,7 +141,7 @@ def rows_of(what: str, many: bool) -> list[Row]:
 
 
 def settings_of(chosen: Iterable[Task], quick: bool) -> list[dict[str, str]]:
-    """Of every row; a quick form leaves GMRES out, which compiles for long."""
+    """One setting per row; the quick form leaves out GMRES, which is slow to compile."""
     return [
         {"what": what, "task": task.name, "library": row.library, "how": row.how}
         for what in ROWS

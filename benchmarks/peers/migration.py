@@ -54,7 +54,7 @@ class Pair(NamedTuple):
 
     @property
     def settings(self) -> dict[str, str]:
-        """What a saved row is known by: their program itself, too."""
+        """The key of a saved row, which includes their program."""
         code = hashlib.sha256((self.problem + self.theirs).encode()).hexdigest()[:12]
         return {"page": self.page, "title": self.title, "library": self.library, "code": code}
 

@@ -1,4 +1,4 @@
-"""One run of data cleaning: a method, its losses, and what is measured of the weights it finds."""
+"""One run of data cleaning: a method, its losses, and measurements of the weights it finds."""
 
 import functools
 import time
@@ -141,7 +141,7 @@ def row_of(wanted: Mapping[str, Any], steps: int = HORIZON * OUTER_STEPS) -> dic
 
 
 def _fitted(state: gradhpo.BilevelState, data: Data) -> float:
-    """The share of wrong labels that the network has learned by heart."""
+    """The share of wrong labels that the network has memorised."""
     (x, y), wrong = data.train, data.wrong
     return float(accuracy(state.params, (x[..., wrong], y[wrong]))) if wrong.any() else 0.0
 

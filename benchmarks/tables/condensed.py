@@ -59,7 +59,7 @@ seed; a perceptron 64-64-10, relu, float32. Test accuracy in % of networks from 
 mean of {{size.starts}} starts, 95 % interval over {{size.seeds}} seeds.
 distilled: {INNER_STEPS} steps of gradient descent on all images, at the rate learned with them;
 {{size.outer_steps}} outer steps of Adam ({OUTER_RATE}, cosine), hypergradients clipped,
-each on {VAL_BATCH} training digits and from a new start; first images: those of `random`.
+each on {VAL_BATCH} training digits and from a new start; first images: as in `random`.
 others: the rate (of {{rates}}) and the steps (every 10 up to 100) that are best on
 the validation set; herding in pixels; k-means with one image a class: its mean.
 """

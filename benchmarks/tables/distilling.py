@@ -47,12 +47,12 @@ def label_distributions(h: Hyperparams, classes: Array) -> Array:
 
 
 def inner_loss(w: dict[str, Array], h: Hyperparams, classes: Array) -> Array:
-    """Of the learned images; the batch is their classes."""
+    """The loss on the learned images; the batch is their classes."""
     return NETWORK.loss(w, h["images"], label_distributions(h, classes))
 
 
 def outer_loss(w: dict[str, Array], h: Hyperparams, batch: tuple[Array, Array]) -> Array:
-    """Of real ones."""
+    """The loss on real images."""
     labels = jax.nn.one_hot(batch[1], CLASSES, dtype=jnp.float32)
     return NETWORK.loss(w, batch[0], labels)
 

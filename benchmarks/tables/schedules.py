@@ -69,7 +69,7 @@ def chosen(rows: Mapping[str, list[Row]], line: Line) -> tuple[np.ndarray, np.nd
 
 
 def regrets(rows: Mapping[str, list[Row]], method: str) -> np.ndarray:
-    """Of the best schedule so far over that of the best constant, `[seeds, outer steps + 1]`."""
+    """Best loss so far minus the best constant's, `[seeds, outer steps + 1]`."""
     losses = np.array([row["val_losses"] for row in rows[method]])
     constant = np.array([min(row["val_losses"]) for row in rows["constant"]])
     return np.minimum.accumulate(losses, axis=1) - constant[:, None]
@@ -147,7 +147,7 @@ def _outer_runs(rows: Mapping[str, list[Row]]) -> str:
 
 
 def largest_effective(schedule: Schedule) -> float:
-    """Of a window's rate / (1 - momentum), the step that a constant gradient leads to."""
+    """The largest rate / (1 - momentum) of a window: the step that a constant gradient leads to."""
     windows = len(schedule["momentum"])
     return max(
         np.max(part) / (1 - momentum)

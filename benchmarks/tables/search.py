@@ -101,7 +101,7 @@ class Rows:
         return {seed: row["stopped"] for seed, row in self.of(name).items()}
 
     def best(self, choices: Mapping[int, Sequence[str]]) -> Chosen:
-        """Of choices for each seed, the one with the best validation accuracy once trained."""
+        """For each seed, the choice with the best validation accuracy once trained."""
         score = lambda seed, x: self.trainings[x, seed]["validation"]
         return {seed: max(of, key=partial(score, seed)) for seed, of in choices.items()}
 
@@ -124,7 +124,7 @@ def print_search(quick: bool = False, file: Path | None = None) -> None:
     print(f"{1797 - TRAIN - VAL:,} to test; {EDGES} edges, each one of 3 x 3 and 1 x 1 convolution")
     print("(3, 1), and, without parameters, 3 x 3 mean (a), smoothing (i) and skip (s).")
     print(f"One inner step on {BATCH} images per outer step (3 where it says 3), float32.")
-    print(f"Each architecture is trained anew for {RETRAINED} steps, on the training set.")
+    print(f"Each architecture is trained from scratch for {RETRAINED} steps, on the training set.")
     print(f"{len(rows.seeds)} seeds (split and start), or as many as architectures are shown:")
     print(f"mean ± 95 % interval; free edges: those without parameters, of {EDGES}.")
     print(f"\n    {'':36}{'free edges':>11}{'test, %':>13}  architecture of each seed")
@@ -138,7 +138,7 @@ def print_search(quick: bool = False, file: Path | None = None) -> None:
 
 
 def _print_differences(rows: Rows) -> None:
-    """Of the last architectures, over the seeds that a search shares with the first."""
+    """Differences between the last architectures, over the seeds shared with the first search."""
     last = lambda name: rows.after(name, rows.along[-1])
     test = lambda name: dict(zip(last(name), rows.accuracies(last(name)), strict=True))
     print(f"\n  Test accuracy at the end less that of {FIRST}, seed by seed")

@@ -1,6 +1,6 @@
 """Few-shot regression of sine waves as in HyperDistill's appendix G, with every method.
 
-The networks, the tasks and the training are those of `examples/meta_learning_sinusoid.py`. Here
+The networks, the tasks and the training come from `examples/meta_learning_sinusoid.py`. Here
 are the other methods of the paper's table and the exact hypergradient, after the same number of
 episodes, and their validation losses in each quarter of it.
 """

@@ -63,7 +63,7 @@ class Distilled(eqx.Module):
         r"""Keeps `share` of the earlier content and takes `1 - share` from `(w, batch)`.
 
         Each slot of the data is replaced independently with probability `1 - share`: sizes stay
-        fixed, and the expected shares match those of $w^*$. With shares rounded to whole examples,
+        fixed, and the expected shares match $w^*$. With shares rounded to whole examples,
         nothing would be replaced once a share is below half an example.
         """
         wide = jax.tree.map(lambda x, like: x.astype(like.dtype), w, self.w_star)

@@ -121,8 +121,8 @@ class FunctionalOptimizer(Algorithm):
 
     **Raises:** `ValueError` for both or neither of `inner_optimizer` and `update_fn`, a `grad_fn`
     without an `inner_optimizer`, both or neither of `adjoint_optimizer` and `closed_form`, counts
-    below 1, or a negative `ridge`; while tracing, for an adjoint function whose shapes are not
-    those of the losses' predictions, `closed_form` with a function that is not linear, or a model
+    below 1, or a negative `ridge`; while tracing, for an adjoint function whose shapes differ
+    from the losses' predictions, `closed_form` with a function that is not linear, or a model
     state. `TypeError` for an optimizer that is not an optax transformation, a function that is not
     callable or takes other arguments, or a loss that is not a `PredictionLoss`.
 
@@ -201,7 +201,7 @@ class FunctionalOptimizer(Algorithm):
 
     @property
     def derivatives(self) -> str:
-        """Of the loss, with the prediction as its variable."""
+        """Derivatives of the loss with respect to the prediction."""
         return "second derivatives of the training loss by the prediction"
 
     @property

@@ -1,4 +1,4 @@
-"""What an algorithm may declare, and do besides its estimate: everything has a default."""
+"""What an algorithm may declare, and do beyond its estimate: everything has a default."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -52,7 +52,7 @@ class OuterStep(InnerProblems):
     def _advance(self, inputs: Inputs, lr_hyper: RealScalarLike | None) -> Advance:
         """One outer step, for use inside a compiled program. Refuses non-finite results.
 
-        Takes a state without the metrics that losses return, and adds those of this step.
+        Takes a state without the metrics that losses return, and adds the metrics of this step.
         """
 
     @abc.abstractmethod

@@ -212,7 +212,7 @@ def combine(params: PyTree, hyperparams: PyTree) -> PyTree:
     if _with_holes(params)[1] != _with_holes(hyperparams)[1]:
         raise ValueError(
             "params and hyperparams are not two halves of one model: state.model and model_loss "
-            "need those of gradhpo.partition(model, where); for separate trees write the loss as "
+            "need both halves from gradhpo.partition(model, where); for separate trees write the loss as "
             "(params, hyperparams, batch) -> scalar"
         )
     return eqx.combine(params, hyperparams)

@@ -26,7 +26,7 @@ class Wrapper(BilevelOptimizer):
 
     @property
     def num_inner_steps(self) -> int:
-        """Inner steps per `step` of every inner problem: those of `optimizer`."""
+        """Inner steps per `step` of every inner problem, as in `optimizer`."""
         return self.optimizer.num_inner_steps
 
     @property

@@ -82,10 +82,10 @@ def cross_validation(
     w^k(\lambda) \text{ trained on all examples but } D_k.$$
 
     The K models are trained side by side as one. Their training loss is the *sum*
-    $\sum_k L_{\mathrm{train}}(w^k, \lambda)$, so that each model gets its own gradient and inner learning
-    rates mean the same as for one model. The outer loss is the *mean* of the K held-out losses, and
-    its hypergradient is the mean of K hypergradients. Every example is held out once. Fold sizes
-    differ by at most one.
+    $\sum_k L_{\mathrm{train}}(w^k, \lambda)$, so that each model gets its own gradient and inner
+    learning rates mean the same as for one model. The outer loss is the *mean* of the K held-out
+    losses, and its hypergradient is the mean of K hypergradients. Every example is held out once.
+    Fold sizes differ by at most one.
 
     Operations on all parameters at once act on all folds together: clipping by a global norm or a
     line search (`optax.lbfgs`) in the inner optimizer, and the linear solve of implicit

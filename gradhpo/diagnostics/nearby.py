@@ -186,7 +186,7 @@ def _one_bit_on(state: BilevelState) -> BilevelState:
 
 
 def _redrawn(batches: tuple[PyTree, PyTree], number: int) -> tuple[PyTree, PyTree]:
-    """The batches with other random keys, and those of a stack in another order."""
+    """The batches with other random keys; a stack's batches in another order."""
     train, val = fold_keys(batches, number)
     if isinstance(train, BatchStack):
         order = np.random.default_rng(number).permutation(train.num_steps)

@@ -159,7 +159,7 @@ def _program(optimizer: BilevelOptimizer, start: BilevelState, setting: Setting)
 def _like(name: str, given: Any, state: BilevelState, num_queries: int) -> PyTree:
     """Hypergradients that were given, which may have another precision."""
     given = jax.tree.map(np.asarray, given)
-    # Dtypes are not compared: they get those of the hyperparameters.
+    # Dtypes are not compared: they become the hyperparameters' dtypes.
     shaped = lambda shape: jax.ShapeDtypeStruct(shape, np.float32)
     expected = jax.tree.map(lambda x: shaped((num_queries, *x.shape)), state.hyperparams)
     found = jax.tree.map(lambda x: shaped(x.shape), given)

@@ -52,7 +52,7 @@ def losses_of_block(
 ) -> tuple[Array, Array]:
     """The losses of one training for each key, `[trainings, queries]`, and which are finite.
 
-    Each starts afresh at the changed hyperparameters; where not `moved`, at those of `start`.
+    Each starts afresh at the changed hyperparameters; where not `moved`, at the start's.
     """
     count_trace()
     given = setting.inputs(start, setting.query(0)), setting.num_steps

@@ -51,7 +51,7 @@ _WORDS = {
     ),
     "repeated": (
         "of the same call repeated",
-        "with those of the same call repeated",
+        "with the scores of the same call repeated",
         "something draws random numbers outside of JAX; draw them from PRNG keys in the batches",
     ),
     "redrawn": (

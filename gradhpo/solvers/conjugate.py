@@ -51,7 +51,7 @@ class ConjugateGradients(lx.AbstractLinearSolver[_State]):
     part along $r$. Once $r$ has settled, $A r = 0$, the answer is $A^+ b$, the least-squares
     solution of the smallest norm (from a start of 0); before, it is an approximation that was cut
     short, with errors where the curvature is small and a residual that may be larger than $b$.
-    Otherwise the iterates equal those of `lineax.CG`, which end when the residual meets the
+    Otherwise the iterates equal `lineax.CG`'s, which end when the residual meets the
     tolerances, after at least one.
 
     It costs two more products if it fails, and otherwise one vector.

@@ -87,7 +87,7 @@ class Support(lx.AbstractLinearSolver[_State]):
         r"""The answer for `vector`; iterations are the number of parameters in the support.
 
         `options["point"]` are the parameters, `options["shift"]` the multiple of $I$ added to
-        $I - \Phi_w$. The operator may also be the transpose, whose rows outside $S$ are those of
+        $I - \Phi_w$. The operator may also be the transpose, whose rows outside $S$ are rows of
         the identity: the same steps solve it.
         """
         dtype, size = accumulation_dtype(vector), num_coordinates(vector)

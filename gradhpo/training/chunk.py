@@ -55,7 +55,7 @@ class Chunk(eqx.Module):
         """`length` outer steps, their stacked metrics, and which hyperparameters ever moved.
 
         The device may still be working. The state comes without the metrics that losses return,
-        and leaves with those of its last step.
+        and leaves with the metrics of its last step.
         """
         self._record(state, f"run (chunks of {length})")
 

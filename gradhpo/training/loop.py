@@ -90,7 +90,7 @@ def run(
     - `train_data`, `val_data`: a traceable function `index -> batch` such as
         [`ArrayData`][gradhpo.ArrayData]; an iterator (see [`iterate`][gradhpo.iterate]); or a
         pytree of arrays, one batch for all steps.
-    - `num_steps`: outer steps to take, at least 1, including those of a resumed checkpoint.
+    - `num_steps`: outer steps to take, at least 1, including the steps of a resumed checkpoint.
     - `steps_per_episode`: restart the inner problem after this number of steps, a divisor of
         `num_steps`. The initial parameters of an episode move by
         $\phi \leftarrow \phi - \mathtt{reptile\_rate}\,(\phi - w)$ towards its final ones, all

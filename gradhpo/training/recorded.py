@@ -1,4 +1,4 @@
-"""What a run records of every state, besides its metrics."""
+"""What a run records of every state, in addition to its metrics."""
 
 from collections.abc import Callable, Container, Iterable
 from typing import Any, TypeAlias

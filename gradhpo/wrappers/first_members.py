@@ -32,7 +32,7 @@ def spread_out(
     model_state: PyTree,
     key: Array | None,
 ) -> tuple[PyTree, PyTree, PyTree]:
-    """Params, hyperparameters and model state of all members, from those of one."""
+    """Params, hyperparameters and model state of all members, from one member's."""
     of_all = lambda x: jnp.broadcast_to(x, (num_members, *x.shape))
     params = eqx.combine(jax.tree.map(of_all, trained(params)), params)
     model_state = jax.tree.map(of_all, model_state)

@@ -38,7 +38,7 @@ class Mutation(eqx.Module):
     """Whether `learn` reads hypergradients."""
 
     def init(self, key: Array, hyperparams: PyTree) -> PyTree:
-        """The first memory, a pytree of arrays; `hyperparams` are those of one member."""
+        """The first memory, a pytree of arrays; `hyperparams` belong to one member."""
         return ()
 
     def learn(self, memory: PyTree, hypergradients: PyTree, hyperparams: PyTree) -> PyTree:

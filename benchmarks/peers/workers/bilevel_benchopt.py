@@ -55,7 +55,7 @@ def kept_solver(name: str, parameters: str) -> Any:
 
 
 def started(chosen: Any, changes: dict[str, Any]) -> dict[str, Any]:
-    """The initial state, with `exponents` replacing those of its step sizes."""
+    """The initial state, with the exponents of its step sizes replaced by `exponents`."""
     carry = chosen.init()
     if "exponents" in changes:
         carry["state_lr"]["exponents"] = jnp.array(changes["exponents"])

@@ -23,7 +23,7 @@ def error(w: jax.Array, h: jax.Array, batch: Batch) -> jax.Array:
 
 
 def proximal_step(w: jax.Array, h: jax.Array, batch: Batch) -> jax.Array:
-    """Of half the error and the l1 norm, each weight times its penalty."""
+    """A proximal step on half the error plus the l1 norm weighted by the penalties."""
     x, y, curvature = batch
     moved = w - x.T @ (x @ w - y) / (len(x) * curvature)
     return jnp.sign(moved) * jax.nn.relu(jnp.abs(moved) - jnp.exp(h) / curvature)

@@ -28,7 +28,7 @@ class Split(NamedTuple):
 
 
 def cpu_seconds(program: Callable[[], dict]) -> float:
-    """Of this process: on a busy machine, wall-clock time includes other programs."""
+    """CPU time of this process: on a busy machine, wall-clock time includes other programs."""
     start = time.process_time()
     program()
     return time.process_time() - start

@@ -25,7 +25,7 @@ class TrialCallback:
 
     The trial gets the user attributes `"hyperparams"`, the values at the end by their names
     (leaves of more than 16 numbers as shape, mean, min and max); `"schedule"`, scalar ones after at
-    most 50 of the steps; and `"stop_reason"`. For a population they are those of the best member,
+    most 50 of the steps; and `"stop_reason"`. For a population they belong to the best member,
     along its lineage, with its number as `"member"`. Each attribute has less than 64 KiB of JSON,
     for any database; leaves that do not fit are counted as `"left out"`. Of several runs in a
     trial, the last one is kept.
