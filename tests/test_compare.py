@@ -292,7 +292,7 @@ def test_what_is_cut_off_is_0_in_the_reference_as_well():
     report = gradhpo.compare_hypergradients({"one step": ONE}, state, None, None, losses)
     assert report.unseen == {"one step": ("['rest']",)}
     assert "the reference is 0 in ['rest']: gradhpo.check_hypergradient says why" in str(report)
-    assert "one and the same batch" not in str(report)  # one step has only one batch
+    assert "a single batch" not in str(report)  # one step has only one batch
 
 
 @pytest.mark.parametrize(

@@ -212,8 +212,8 @@ def combine(params: PyTree, hyperparams: PyTree) -> PyTree:
     if _with_holes(params)[1] != _with_holes(hyperparams)[1]:
         raise ValueError(
             "params and hyperparams are not two halves of one model: state.model and model_loss "
-            "need both halves from gradhpo.partition(model, where); for separate trees write the loss as "
-            "(params, hyperparams, batch) -> scalar"
+            "need both halves from gradhpo.partition(model, where); for separate trees write the "
+            "loss as (params, hyperparams, batch) -> scalar"
         )
     return eqx.combine(params, hyperparams)
 
