@@ -415,8 +415,8 @@ def test_a_subclass_of_cg_is_used_as_it_is():
 
     class Doubled(lx.CG):
         def compute(self, state, vector, options):
-            value, *rest = super().compute(state, vector, options)
-            return jax.tree.map(lambda x: 2 * x, value), *rest
+            value, result, stats = super().compute(state, vector, options)
+            return jax.tree.map(lambda x: 2 * x, value), result, stats
 
     zeros = jnp.zeros(3)
     system = {"symmetric": True, "guess": zeros, "shift": jnp.zeros(())}
