@@ -408,3 +408,21 @@ def test_more_batches_than_inner_steps_are_refused():
         gradhpo.ImplicitOptimizer(SGD, curvature_batches=0)
     shorter = gradhpo.ImplicitOptimizer(SGD, inner_steps=8, curvature_batches=4).with_num_steps(2)
     assert (shorter.inner_steps, shorter.curvature_batches) == (2, 2)
+
+
+def test_a_subclass_of_cg_is_used_as_it_is():
+    """It may solve differently, or count."""
+
+    class Doubled(lx.CG):
+        def compute(self, state, vector, options):
+            value, *rest = super().compute(state, vector, options)
+            return jax.tree.map(lambda x: 2 * x, value), *rest
+
+    zeros = jnp.zeros(3)
+    system = {"symmetric": True, "guess": zeros, "shift": jnp.zeros(())}
+    product = lambda v: jnp.arange(1.0, 4.0) * v
+    value = [
+        solve_system(product, jnp.ones(3), solver(1e-12, 1e-12), **system).value
+        for solver in (lx.CG, Doubled)
+    ]
+    np.testing.assert_allclose(value[1], 2 * value[0], rtol=1e-12)  # rounding
