@@ -188,7 +188,7 @@ def table(runs: list[dict[str, tuple[float, Result]]]) -> str:
 # What the picture shows: a row of the table, what it is called there, and how far above its end.
 SHOWN = {
     EXACT: ("tuned by gradhpo", 1.0),
-    THEN: ("fine-tuned at the end", 1.0),
+    THEN: ("fine-tuned on them", 1.0),
     ALONE: ("30 checked digits alone", 1.0),
     ALL: ("all labels, untuned", -4.0),
 }
