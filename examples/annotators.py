@@ -2,11 +2,11 @@
 
 The data are scikit-learn's handwritten digits. Each annotator labels 40 of the 1,000 training
 digits; ten annotators enter every digit as the next one (a 3 as a 4, a 9 as a 0). An expert has
-checked 30 digits: too few to train on, enough to validate. Annotator j has the weight
+checked 30 digits: few to train on, enough to validate. Annotator j has the weight
 sigmoid(trust_j) in the training loss, and the trust follows the hypergradient of the validation
 loss while the network trains, once.
 
-    python examples/annotators.py            # 3 seeds, about a minute on 2 cores
+    python examples/annotators.py            # 3 seeds, a minute or two on 2 cores
     python examples/annotators.py --help
 """
 
@@ -50,7 +50,7 @@ class Data(NamedTuple):
 
 class Result(NamedTuple):
     steps: np.ndarray  # inner steps at which the others were measured
-    accuracies: np.ndarray  # in the test
+    accuracies: np.ndarray  # on the test set
     val_losses: np.ndarray
     seconds: float
     trust: np.ndarray
@@ -142,9 +142,9 @@ def train(
     return Result(*figures, seconds, trust), state.model
 
 
-ALL, STOPPED, BEST = "untuned, all labels", "  stopped early", "  stopped at its best in the test"
+ALL, STOPPED, BEST = "untuned, all labels", "  stopped early", "  stopped at best test accuracy"
 ALONE, THEN = "untuned, checked digits alone", "untuned, all labels, then checked digits"
-RIGHT = "reliable annotators alone (unknown)"
+RIGHT = "reliable annotators alone (not known)"
 EXACT = list(TUNED)[-1]
 
 

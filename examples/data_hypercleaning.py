@@ -52,7 +52,7 @@ class Result(NamedTuple):
     auroc: float
     seconds: float
     milliseconds_per_inner_step: float
-    accuracies: np.ndarray  # in the test, at some steps
+    accuracies: np.ndarray  # on the test set, at some steps
     val_losses: np.ndarray  # at the same
     inner_steps: np.ndarray
     example_weights: np.ndarray | None
@@ -241,7 +241,7 @@ def experiment(data: Data, inner_steps: int, seed: int) -> dict[str, Result | st
         "  stopped early": stopped_early(untuned),
         "untuned, validation set alone": trained((data.val, inner_steps)),
         "untuned, both together": together,
-        "  stopped at its best in the test": at_its_best(together),
+        "  stopped at best test accuracy": at_its_best(together),
         "training set, then validation set": trained((data.train, half), (data.val, half)),
     }
     for name, optimizer in OPTIMIZERS.items():
