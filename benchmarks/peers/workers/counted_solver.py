@@ -8,13 +8,13 @@ import lineax as lx
 from implicit_programs import CYCLE, LINEAR_TOLERANCE, MOST_PRODUCTS, PRODUCTS
 
 
-def same_solver(*, symmetric: bool, beside: int = 0) -> lx.AbstractLinearSolver:
+def same_solver(*, symmetric: bool) -> lx.AbstractLinearSolver:
     euclidean = lambda x: jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(x)))
     settings = {"rtol": LINEAR_TOLERANCE, "atol": LINEAR_TOLERANCE, "norm": euclidean}
     if symmetric:
-        return counted(lx.CG(**settings, max_steps=MOST_PRODUCTS), beside)
+        return lx.CG(**settings, max_steps=MOST_PRODUCTS)
     cycles = {"max_steps": MOST_PRODUCTS // CYCLE, "restart": CYCLE}
-    return counted(lx.GMRES(**settings, **cycles), beside)
+    return lx.GMRES(**settings, **cycles)
 
 
 def counted(solver: lx.AbstractLinearSolver, beside: int = 0) -> lx.AbstractLinearSolver:

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import lineax as lx
 import optimistix as optx
-from counted_solver import same_solver
+from counted_solver import counted, same_solver
 from implicit_programs import (
     INNER_TOLERANCE,
     MOST_STEPS,
@@ -21,7 +21,7 @@ from implicit_programs import (
 def linear_solver(problem: Problem, how: str) -> lx.AbstractLinearSolver:
     if how == "default":
         return optx.ImplicitAdjoint().linear_solver
-    return same_solver(symmetric=problem.losses.step is None)
+    return counted(same_solver(symmetric=problem.losses.step is None))
 
 
 def tags(problem: Problem, how: str) -> frozenset:
