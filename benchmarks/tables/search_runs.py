@@ -34,11 +34,12 @@ INNER = optax.sgd(RATE, momentum=0.9)
 OUTER = optax.adam(0.03, b1=0.5)
 # Created once, so that each compiles once.
 FIRST, SECOND = "first order", "second order"
-EXACT = "exact, 3 steps"
+EXACT, IMPLICIT = "exact, 3 steps", "implicit, 4 terms"
 METHODS = {
     FIRST: gradhpo.FOOptimizer(INNER, OUTER),
     SECOND: gradhpo.T1T2Optimizer(INNER, OUTER),
     EXACT: gradhpo.UnrolledOptimizer(INNER, OUTER, unroll_steps=3),
+    IMPLICIT: gradhpo.ImplicitOptimizer(INNER, OUTER, linear_solver=gradhpo.Neumann(4, RATE)),
 }
 FIXED = gradhpo.FixedOptimizer(INNER)
 
