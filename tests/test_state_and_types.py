@@ -58,9 +58,9 @@ def test_numbers_and_numpy_arrays_become_arrays_of_the_state():
 
 WRONG = {
     "shape": ({"hyperparams": jnp.ones(5)}, r"update\(hyperparams=...\) is of shape \(5,\)"),
-    "dtype": ({"params": {"w": jnp.ones(3, jnp.float32)}}, r"\['w'\] is .* float32, and should be"),
+    "dtype": ({"params": {"w": jnp.ones(3, jnp.float32)}}, r"\['w'\] is .* float32, but should be"),
     "structure": ({"params": jnp.ones(3)}, r"params=...\) differs in structure"),
-    "no array": ({"hyperparams": "large"}, "is no array, and should be of shape"),
+    "no array": ({"hyperparams": "large"}, "is no array, but should be of shape"),
     "a share of a step": ({"step": 1.5}, r"update\(step=...\) is of shape \(\) and dtype float"),
     "another optimizer": (
         {"inner_opt_state": ()},
