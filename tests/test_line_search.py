@@ -10,6 +10,8 @@ from problems import relaxed
 from test_implicit import logistic, ridge
 
 import gradhpo
+import gradhpo.extend
+from gradhpo.utils.advice import NEEDS_THE_LOSS
 
 
 LBFGS = relaxed(optax.lbfgs())
@@ -95,6 +97,39 @@ def test_a_polyak_step_where_the_update_is_not_differentiated():
     quotient = gradhpo.T1T2Optimizer(POLYAK, epsilon=1e-4, perturb="hyperparams")
     found = quotient.compute_hypergradient(quotient.init(W, H), B, B, train_loss, val_loss)
     np.testing.assert_allclose(found, exact, rtol=1e-6)
+
+
+PLAIN = relaxed(optax.sgd(0.1))
+SETTINGS = {
+    "SOBAOptimizer": {"adjoint_optimizer": PLAIN},
+    "FunctionalOptimizer": {"adjoint": jnp.zeros(3), "closed_form": True},
+    "T1T2Optimizer": {"perturb": "hyperparams"},
+}
+ALGORITHMS = [
+    name
+    for name in sorted(gradhpo.__all__)
+    if isinstance(cls := getattr(gradhpo, name), type) and issubclass(cls, gradhpo.extend.Algorithm)
+]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("inner", [LBFGS, POLYAK], ids=["lbfgs", "polyak"])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_advice_names_all_that_take_them(name, inner):
+    predict = lambda w, h, batch: batch[0] @ w
+    squares = lambda v, h, batch: jnp.mean((v - batch[1]) ** 2) + jnp.sum(h**2)
+    weighted = lambda v, h, batch: jnp.mean(jnp.exp(h[0]) * (v - batch[1]) ** 2)
+    x, y = (jnp.asarray(a) for a in ridge_data())
+    losses = gradhpo.PredictionLoss(predict, weighted), gradhpo.PredictionLoss(predict, squares)
+    batch = (x[:, :3], y)
+    outer = () if name == "FixedOptimizer" else (PLAIN,)
+    optimizer = getattr(gradhpo, name)(inner, *outer, **SETTINGS.get(name, {}))
+    step = lambda: optimizer.step(optimizer.init(W, H), batch, batch, *losses)
+    if name in NEEDS_THE_LOSS:
+        assert step().get_metric("rejected") == 0
+    else:
+        with pytest.raises(ValueError, match="Transformations that need the loss"):
+            step()
 
 
 @jax.jit

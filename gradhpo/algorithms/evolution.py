@@ -52,8 +52,9 @@ class EvolutionMemory(Memory):
 class EvolutionOptimizer(Algorithm):
     r"""NRES and PES: the hypergradient of a smoothed episode, from values of the validation loss.
 
-    Beside the unperturbed run, each direction has two more, trained at $\lambda + \varepsilon$ and
-    $\lambda - \varepsilon$ with $\varepsilon \sim \mathcal{N}(0, \sigma^2 I)$, on the same batches.
+    In addition to the unperturbed run, each direction has two more, trained at
+    $\lambda + \varepsilon$ and $\lambda - \varepsilon$ with
+    $\varepsilon \sim \mathcal{N}(0, \sigma^2 I)$, on the same batches.
     One `step` trains all of them for a window of `unroll_steps` inner steps. With the validation
     losses $L^\pm$ at its end, the estimate is the mean over directions of
 
@@ -74,8 +75,8 @@ class EvolutionOptimizer(Algorithm):
     The training gradient is the only derivative: the validation loss may be an accuracy or an error
     count, and an `update_fn` may be a simulator (a `jax.pure_callback` with
     `vmap_method="sequential"`). For $H$ hyperparameters the variance is about $H\|g\|^2$ divided by
-    the number of directions. It takes the time of `2 * num_directions + 1` trainings and the memory
-    of as many states $(w, s, r)$, for any horizon.
+    the number of directions. It takes the time of `2 * num_directions + 1` training runs and the
+    memory of as many states (of parameters, optimizer and model), for any horizon.
 
     **Arguments:**
 

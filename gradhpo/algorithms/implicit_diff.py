@@ -51,8 +51,8 @@ class ImplicitOptimizer(Algorithm):
     (H + \rho I)\, q = \nabla_w L_{\mathrm{val}},\qquad H = \nabla_w^2 L_{\mathrm{train}},$$
 
     with $\rho$ = `damping`. No path is differentiated, so the memory is $O(P)$ plus the activations
-    of one training gradient, for any number of steps. Each product of the linear solver costs two
-    training gradients, and only products with $H$ are needed (unless the solver asks for the
+    of one training gradient, for any number of steps. Each product of the linear solver costs up to
+    two training gradients, and only products with $H$ are needed (unless the solver asks for the
     matrix). With an `update_fn` (a proximal step, a Split Bregman sweep, any contraction
     $w = \Phi(w, \lambda)$) it solves the transposed fixed-point equation $(I + \rho I -
     \partial\Phi/\partial w)^\top q = \nabla_w L_{\mathrm{val}}$ instead, and $g = \partial

@@ -52,13 +52,13 @@ class UnrolledOptimizer(Algorithm):
     - `checkpoints`: which inner states to keep. `None` (the default) keeps all, memory
         $O(P \cdot T)$. A number of segments, or `"sqrt"` for $\lceil\sqrt T\rceil$ of them, keeps
         the first state of each segment and runs each segment once more on the backward pass: memory
-        $O(P\sqrt T)$ with `"sqrt"`, for one more forward pass. `"log"` keeps
+        $O(P\sqrt T)$ with `"sqrt"`, for one more training gradient per step. `"log"` keeps
         $\lfloor\log_2 T\rfloor + 1$ states and takes about $T(\tfrac12\log_2 T - 1)$ more steps.
         Applies to the steps that `truncation` leaves.
     - `store`: where to keep them: `"device"` (the default), or `"host"`, the memory of the host,
         with transfers inside the compiled program. On a CPU both are the same memory. With `"host"`
-        the hypergradient can be differentiated in forward mode only. Not with `checkpoints="log"`,
-        whose few states fit on the device.
+        the hypergradient can be differentiated in forward mode only. Refused with
+        `checkpoints="log"`: its few states fit on the device.
     - `grad_fn`: `(params, hyperparams, batch) -> gradient`, a tree like the parameters, which
         replaces the gradient of the training loss (DP-SGD, SAM, semi-gradients); the loss is then
         only a metric. Default `None`.

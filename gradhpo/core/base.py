@@ -26,8 +26,9 @@ from gradhpo.utils.typecheck import checked
 class BilevelOptimizer(OuterStep):
     r"""Base class of all optimizers: `init`, `step`, `compute_hypergradient`.
 
-    With $z_t = \Phi(z_{t-1}, \lambda; D_t)$ for parameters and inner optimizer state, and its
-    derivatives $A_t, B_t$ with respect to $z_{t-1}$ and $\lambda$, each estimates or computes
+    Let $z_t = \Phi(z_{t-1}, \lambda; D_t)$ be parameters and inner optimizer state, with
+    derivatives $A_t, B_t$ with respect to $z_{t-1}$ and $\lambda$. Each optimizer estimates or
+    computes
 
     $$g = \frac{\mathrm{d} L_{\mathrm{val}}}{\mathrm{d}\lambda} =
     \frac{\partial L_{\mathrm{val}}}{\partial\lambda} + \alpha_T \sum_{t=1}^{T} A_T \cdots A_{t+1}
@@ -72,7 +73,7 @@ class BilevelOptimizer(OuterStep):
             distilled data set; the other algorithms ignore them. Default `None`.
         - `model_state`: running state of the model, a pytree of arrays: the `state` of
             `eqx.nn.make_with_state`, batch statistics of another framework, a target network, an
-            average of the weights. With it losses are called as
+            average of the weights. Losses are then called as
             `(params, hyperparams, batch, model_state)`; a training loss returns
             `(scalar, new_model_state)`, and a validation loss the scalar (or both; then the state
             is dropped). Hypergradients of exact methods go through it. Default `None`: none.
@@ -177,9 +178,9 @@ class BilevelOptimizer(OuterStep):
             [`BatchStack`][gradhpo.BatchStack] with one batch per inner step.
         - `val_batch`: any pytree of arrays.
         - `train_loss_fn`, `val_loss_fn`: `(params, hyperparams, batch) -> scalar`, or
-            `-> (scalar, {name: scalar})` with metrics, which the next state has as `train_<name>`
-            and `val_<name>`; or one [`LossFunctions`][gradhpo.LossFunctions] in place of both.
-            Create them once: every new function is compiled again.
+            `-> (scalar, {name: scalar})` with metrics, which appear in the next state as
+            `train_<name>` and `val_<name>`; or one [`LossFunctions`][gradhpo.LossFunctions] in
+            place of both. Create them once: each new function triggers a compilation.
         - `lr_hyper`: the step size of $\lambda \leftarrow \lambda - \mathtt{lr\_hyper}\cdot g$,
             shape `()`, needed with `outer_optimizer=None` and refused otherwise.
 
@@ -220,7 +221,7 @@ class BilevelOptimizer(OuterStep):
             [`LossFunctions`][gradhpo.LossFunctions] in place of both.
 
         **Returns:** the hypergradient $g$, each leaf with the shape and dtype of its
-        hyperparameter. Nothing is refused: it may be non-finite.
+        hyperparameter. It may be non-finite.
 
         **Raises:** what `step` raises while tracing.
         """

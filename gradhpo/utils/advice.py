@@ -31,8 +31,9 @@ IGNORES_SIZE = (
 
 NEEDS_THE_LOSS = (
     "Transformations that need the loss (optax.lbfgs, optax.polyak_sgd) fit as inner_optimizer of "
-    "ImplicitOptimizer, SOBAOptimizer, FOOptimizer, EvolutionOptimizer and "
-    "T1T2Optimizer(perturb='hyperparams'), which do not differentiate the update; "
+    "ImplicitOptimizer, NHGDOptimizer, FunctionalOptimizer, SOBAOptimizer, FOOptimizer, "
+    "FixedOptimizer, EvolutionOptimizer and T1T2Optimizer(perturb='hyperparams'), which do not "
+    "differentiate the update; "
     "for other methods write an update_fn"
 )
 
