@@ -117,7 +117,7 @@ def make(name: str, into: Path, quick: bool) -> None:
         for path in sorted(wanted & set(made.parent.glob("*.png"))):
             limited(path)
             (into / path.name).write_bytes(path.read_bytes())
-    told = done.stdout.replace(str(made), str(Path("docs/images") / picture.name))
+    told = done.stdout.replace(scratch, "docs/images")
     (into / f"{name}.txt").write_text(f"{shown}\n\n{told}")
     print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
 

@@ -16,13 +16,7 @@
 # A small network is fitted to a few noisy examples. We tune the weight decay of each of its layers
 # by gradient while the network trains, and look at what gradhpo says about the run.
 #
-# This notebook is `first_run.py`, executed. After a change of the script, this makes it again:
-#
-#     pip install -e ".[examples]" jupytext nbconvert ipykernel
-#     cd examples/notebook
-#     jupytext --to ipynb first_run.py
-#     jupyter nbconvert --to notebook --inplace --execute \
-#         --ExecutePreprocessor.record_timing=False first_run.ipynb
+# This notebook is `first_run.py`, executed; its last cell says how to make it again.
 
 # %%
 import jax
@@ -78,7 +72,7 @@ start
 # %% [markdown]
 # ## The run
 #
-# A bar shows the progress, and a few sentences at the end say how it went.
+# A bar shows the progress while it runs; a few sentences at the end say how it went.
 
 # %%
 state, history = gradhpo.run(optimizer, start, losses, train, val, num_steps=400)
@@ -100,7 +94,7 @@ axes = history.plot("train_loss", "val_loss")
 # %% [markdown]
 # ## Did it pay?
 #
-# The same training with the decays that we started from, which `FixedOptimizer` leaves as they are.
+# `FixedOptimizer` trains in the same way, and leaves the initial decays as they are.
 
 # %%
 fixed = gradhpo.FixedOptimizer(inner, inner_steps=5)
@@ -112,17 +106,16 @@ print(f"untuned {untuned['val_loss'][-1]:.3f}, tuned {history['val_loss'][-1]:.3
 # %% [markdown]
 # ## Can the hypergradient be trusted?
 #
-# `check_hypergradient` says whether the first one predicts what training makes of other
-# hyperparameters.
+# `check_hypergradient` compares the prediction of the first hypergradient, at `start`, with
+# training for the same five steps with other hyperparameters.
 
 # %%
 gradhpo.check_hypergradient(optimizer, start, train.stack(0, 5), val, losses)
 
 # %% [markdown]
-# The run ends where the hypergradient of *five* steps is small. Over 20 steps it is not:
-# `compare_hypergradients` puts estimates beside the exact one, by direction (the cosine), length
-# and cost. [A page](../../docs/concepts/short_horizon_bias.md) explains what a short horizon cannot
-# see.
+# So five steps predict five steps well. Do they predict 20? `compare_hypergradients` compares
+# estimates at the end of the run, `state`, with the exact hypergradient of 20 steps, by direction
+# (the cosine), length and cost.
 
 # %%
 methods = {
@@ -133,5 +126,18 @@ methods = {
 gradhpo.compare_hypergradients(methods, state, train.stack(0, 20), val, losses)
 
 # %% [markdown]
+# They do not: at the end of the run the hypergradient of five steps points the wrong way for the
+# last layer. The decays that were found are what a short horizon prefers. To tune for longer
+# training, unroll 20 steps; [short horizons](../../docs/concepts/short_horizon_bias.md) explains
+# why.
+#
 # Next: [which algorithm?](../../docs/which_algorithm.md), and
 # [where hyperparameters go](../../docs/hyperparameters.md).
+#
+# To make this notebook again after a change of the script:
+#
+#     pip install -e ".[examples]" jupytext nbconvert ipykernel
+#     cd examples/notebook
+#     jupytext --to ipynb first_run.py
+#     jupyter nbconvert --to notebook --inplace --execute \
+#         --ExecutePreprocessor.record_timing=False first_run.ipynb

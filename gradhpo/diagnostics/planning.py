@@ -147,8 +147,8 @@ def plan(
     - `horizons`: inner steps per `step` to try, in `unroll_steps` or `inner_steps`; optimizers
         without such a setting appear once. If empty, every optimizer keeps its own number.
     - `max_bytes`: the available memory, for arguments, results and temporaries together. An
-        `UnrolledOptimizer` that does not fit is tried with `checkpoints="sqrt"` (one more forward
-        pass, the least memory of any number of segments), then with `"log"`, then with
+        `UnrolledOptimizer` that does not fit is tried with `checkpoints="sqrt"` (one more training
+        gradient per step, the least memory of any number of segments), then with `"log"`, then with
         `store="host"` if the host's memory is separate. If nothing fits, the plan shows the one
         with the least memory.
 
