@@ -59,7 +59,8 @@ PICTURE = re.compile(r'<p>(<img [^>]*src="((?!data:)[^"]+)"[^>]*>)</p>')  # for 
 PARAGRAPH = re.compile(r"<p>(.*?)</p>", re.DOTALL)
 CELL = re.compile(r"<td([^>]*)>([-+<>~.]{0,2}\d[^<]{0,22})</td>")  # with a number and its interval
 NO_BREAK = "&nbsp;"
-PROGRESS = re.compile(r"(?:seed|split) \d.*|.*: \d+ s|pictures? in .*")
+# Indented: a result that ends in a time is not.
+PROGRESS = re.compile(r"(?:seed|split) \d.*|  \S.*: \d+ s|pictures? in .*")
 TIMED = re.compile(r" \(\d+ s\)$")
 LONG = 60  # lines of output that hide the program
 DESCRIPTION = 160  # characters: a search engine cuts the rest
@@ -199,9 +200,9 @@ def _printed(text: str) -> str:
 
 
 def _without_progress(block: list[str]) -> list[str]:
-    """Without what reports progress, and what comes again with each report."""
+    """Without what reports progress; of what comes again with each report, the first copy."""
     kept = [TIMED.sub("", line) for line in block if not PROGRESS.fullmatch(line)]
-    return kept if len(kept) == len(block) else [x for x in kept if kept.count(x) == 1]
+    return kept if len(kept) == len(block) else list(dict.fromkeys(kept))
 
 
 def _reading(source: str, code: str) -> str:

@@ -333,7 +333,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Result | str]]:
     )
     parser.add_argument("--noise", type=float, default=0.3, help="wrong labels (default 0.3)")
     parser.add_argument("--validation", type=int, default=100, help="clean digits (default 100)")
-    parser.add_argument("--inner-steps", type=int, default=2_000, help="budget (default 2000)")
+    parser.add_argument(
+        "--inner-steps", type=int, default=2_000, help="multiple of 40 (default 2000)"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds (default 3)")
     parser.add_argument("--quick", action="store_true", help="1 seed, 200 inner steps")
     parser.add_argument("--output", type=Path, default=Path("out/data_hypercleaning.png"))
@@ -342,8 +344,11 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Result | str]]:
         parser.error(f"--noise must be at least 0 and below 1, got {options.noise}")
     if not 10 <= options.validation <= 700:
         parser.error(f"--validation must be 10 to 700, got {options.validation}")
-    if options.seeds < 1 or options.inner_steps < 40:
-        parser.error("--seeds must be at least 1 and --inner-steps at least 40")
+    if options.seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {options.seeds}")
+    # 20 looks at a training, also where it has two phases; optimizers with 20 inner steps.
+    if options.inner_steps < 40 or options.inner_steps % 40:
+        parser.error(f"--inner-steps must be a multiple of 40, got {options.inner_steps}")
     if options.quick:
         options.seeds, options.inner_steps = 1, 200
 

@@ -226,6 +226,19 @@ def test_rows_that_are_known_are_not_measured_again(tmp_path, monkeypatch):
     assert measured == [1, 2, 1]
 
 
+def test_a_row_that_failed_is_returned_and_tried_again(tmp_path):
+    file, works = tmp_path / "rows.jsonl", False
+    measure = lambda row: (
+        {"y": 2 * row["x"]} if works or row["x"] == 1 else {"failed": "no network"}
+    )
+    settings = [{"x": 1}, {"x": 2}]
+    assert [row.get("failed") for row in measured(settings, measure, file)] == [None, "no network"]
+    assert measured(settings, None, Kept(file))[0]["y"] == 2
+    works = True
+    assert [row["y"] for row in measured(settings, measure, file)] == [2, 4]
+    assert len(file.read_text().splitlines()) == 2
+
+
 def test_rows_that_a_file_lacks_are_left_out_and_counted(tmp_path, capsys):
     file, settings = tmp_path / "rows.jsonl", [{"x": 1}, {"x": 2}]
     rows = measured(settings[:1], lambda row: {"y": row["x"]}, file)

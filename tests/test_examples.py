@@ -233,6 +233,15 @@ def test_hypercleaning_finds_the_wrong_labels(tmp_path):
     assert rows["untuned, training set"][0] < 0.88
 
 
+def test_hypercleaning_refuses_steps_that_its_parts_do_not_divide(capsys):
+    """Two phases of ten parts each, all of the same length."""
+    from examples import data_hypercleaning
+
+    with pytest.raises(SystemExit):
+        data_hypercleaning.main(["--inner-steps=100"])
+    assert "--inner-steps must be a multiple of 40, got 100" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_hypercleaning_reaches_what_readme_says(tmp_path):
     """Mean of 3 seeds, 2,000 inner steps, 30 % wrong labels, 100 clean validation digits."""

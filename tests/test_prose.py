@@ -47,12 +47,12 @@ MARKERS = {
 # Phrases that are right where they stand: file, phrase and the reason.
 ALLOWED: dict[tuple[str, str], str] = {}
 # A line may end inside of a phrase: in a text, in a comment, in a message of several strings.
-GAP = r'(?:\s+|\s*\n\s*# |\s*"\s*\n\s*")'
+GAP = r"""(?:\s+|\s*\n\s*# |\s*["']\s*(?:\n\s*\+?|\+)\s*["']\s*)"""
 PHRASE = re.compile(rf"\b(?:{'|'.join(MARKERS)})\b".replace(" ", GAP))
 # A docstring "Of each array: ..." for "The size of each array".
 OPENING = re.compile(r'(?<=""")of [^"\s]+')
 # In a program: a comment, a docstring or a message; or else code.
-PARTS = re.compile(r'(#.*|"""[^"]*(?:"{1,2}[^"]+)*"""|"(?:[^"\\\n]|\\.)*")')
+PARTS = re.compile(r'''(#.*|"""[^"]*(?:"{1,2}[^"]+)*"""|"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')''')
 
 
 def read_by_users() -> list[Path]:
@@ -75,7 +75,7 @@ def found_in(text: str) -> Iterator[tuple[int, str]]:
     text = text.lower()
     for pattern in (PHRASE, OPENING):
         for found in pattern.finditer(text):
-            phrase = " ".join(re.findall(r"[\w']+", found[0]))
+            phrase = " ".join(re.findall(r"\w[\w']*", found[0]))
             yield text.count("\n", 0, found.start()) + 1, phrase
 
 
@@ -101,6 +101,10 @@ def test_no_phrase_is_a_translation():
         ("    # The gradients are those\n    # of the last step.", "those of"),
         ('raise ValueError(\n    "not so "\n    f"many {name}"\n)', "so many"),
         ('print("Dearer than one step.")', "dearer"),
+        ("print('\"Dearer\" than one step.')", "dearer"),
+        ('print("not so " + f"many {name}")', "so many"),
+        ('said = (\n    "not so"\n    + " many"\n)', "so many"),
+        ("said = 'not so ' + \"many\"", "so many"),
         ('"""Of each array: its size."""', "of each"),
     ],
 )
@@ -114,6 +118,9 @@ def test_a_phrase_is_seen_across_lines_and_strings(program, phrase):
         '"""The cost of which? An independent form, amended."""',
         "whatever = jax.lax.cond(old, anew, lambda: besides)",
         'names = ["so",\n    "many"]',
+        'said = "so " + name + " many"',
+        "print('so', whatever, 'many')",
+        """# the network's\nwhatever = anew  # the loss's""",
     ],
 )
 def test_other_words_and_names_in_code_are_let_through(program):

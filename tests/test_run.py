@@ -287,6 +287,16 @@ def test_a_loss_that_is_nan_from_the_first_step_blames_the_batch():
     assert "Usual causes" not in history.report
 
 
+@pytest.mark.parametrize(("good", "said"), [(0, "Every step was rejected. 3 of 3"), (3, "3 of 3")])
+def test_a_run_in_which_every_step_was_rejected_says_so_first(good, said):
+    """Though it is complete: fewer steps in a row are rejected than would end it."""
+    batches = lambda i: (X, jnp.where(i < good, Y, jnp.nan))
+    with pytest.warns(RuntimeWarning, match="rejected as non-finite"):
+        _, history = run(unrolled(), batches, num_steps=3)
+    assert history.stop_reason == "num_steps"
+    assert history.report.startswith(said)
+
+
 @pytest.mark.parametrize("where", OF_THEIR_OWN)
 def test_a_run_refused_for_the_state_of_an_optimizer_says_so(where):
     """Losses and hypergradient are finite, so nothing else in the report would show it."""

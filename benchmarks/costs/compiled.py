@@ -26,7 +26,7 @@ from benchmarks.costs.programs import (
     scanned_program,
     step_programs,
 )
-from benchmarks.rows import measured, measured_when
+from benchmarks.rows import Kept, measured, measured_when
 
 
 def flops_row(name: str, batch_size: int, depth: int) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def flops_row(name: str, batch_size: int, depth: int) -> dict[str, Any]:
     }
 
 
-def print_flops(file: Path | None = None) -> None:
+def print_flops(file: Path | Kept | None = None) -> None:
     print(
         "\nThe compiled step, library / hand-written: flops with loop bodies counted once, and\n"
         "in total; bytes read and written, with bodies once; temporary memory in KiB"

@@ -13,7 +13,7 @@ from benchmarks.costs.handwritten import init, losses
 from benchmarks.costs.handwritten_unrolled import plain_training
 from benchmarks.costs.problem import OUTER_RATE, Job, job
 from benchmarks.costs.programs import ALGORITHMS, exact_programs, inputs
-from benchmarks.rows import measured, measured_when
+from benchmarks.rows import Kept, measured, measured_when
 from benchmarks.timed import alternating
 
 
@@ -120,7 +120,7 @@ def print_loops(
     batch_sizes: Sequence[int] = (32, 128),
     inner_steps: int = 4_000,
     repeats: int = 11,
-    file: Path | None = None,
+    file: Path | Kept | None = None,
 ) -> None:
     print("\ngradhpo.run / a hand-written lax.scan, and a Python loop over step / over jax.jit")
     print(f"  {'us a step, medians, and of the ratios':37} {'run':>14} {'':23} {'step':>12}")

@@ -21,7 +21,7 @@ from benchmarks.intervals import with_interval
 from benchmarks.peers import attributed
 from benchmarks.peers.attributed import EXAMPLES, LOSSES, OPTIMIZERS, QUERIES, SIZES
 from benchmarks.peers.environment import PeerError, Worker
-from benchmarks.rows import Row, measured, taken
+from benchmarks.rows import Kept, Row, measured, taken
 
 
 THEIRS = ("attribution_bergson.py", ("bergson==2.5.1", "torch==2.14.1", "numpy==2.4.6"))
@@ -148,7 +148,7 @@ def row(setting: Mapping[str, Any], repeats: int) -> dict[str, Any]:
         return {"failed": str(error)}
 
 
-def print_bergson(quick: bool = False, file: Path | None = None) -> None:
+def print_bergson(quick: bool = False, file: Path | Kept | None = None) -> None:
     print(
         f"\nA weight for each of {EXAMPLES:,} examples of digits, through whole trainings, on one "
         "thread: bergson, gradhpo, and\n`jax.vjp` of a hand-written scan, segments and steps under "

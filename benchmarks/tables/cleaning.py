@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.intervals import paired, with_interval
-from benchmarks.rows import Row, measured, taken
+from benchmarks.rows import Kept, Row, measured, taken
 from benchmarks.tables.cleaning_data import TRAIN, VAL
 from benchmarks.tables.cleaning_runs import (
     DISTILLED,
@@ -63,7 +63,7 @@ def settings(quick: bool = False) -> list[dict]:
     ]
 
 
-def print_cleaning(quick: bool = False, file: Path | None = None) -> None:
+def print_cleaning(quick: bool = False, file: Path | Kept | None = None) -> None:
     rows = measured(settings(quick), row_of, file)
     count = len({row["seed"] for row in rows})
     print(f"\nData cleaning, MNIST: mean over {count} seed(s) and 95 % interval, accuracies in %\n")

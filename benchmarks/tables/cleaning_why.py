@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.intervals import with_interval
-from benchmarks.rows import Row, measured, taken
+from benchmarks.rows import Kept, Row, measured, taken
 from benchmarks.tables import cleaning_cosines
 from benchmarks.tables.cleaning_runs import (
     EXACT,
@@ -60,7 +60,7 @@ def _named(change: Change) -> dict[str, Any]:
     return {name: value for name, value in change._asdict().items() if name != "label"}
 
 
-def print_cleaning_why(quick: bool = False, file: Path | None = None) -> None:
+def print_cleaning_why(quick: bool = False, file: Path | Kept | None = None) -> None:
     rows = measured(settings(quick), row_of, file)
     seeds = SEEDS[:1] if quick else SEEDS
     cosines = measured(cleaning_cosines.settings(NOISE, seeds), cleaning_cosines.cosines_of, file)

@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 
 from benchmarks.intervals import with_interval
-from benchmarks.rows import Row, measured, taken
+from benchmarks.rows import Kept, Row, measured, taken
 from benchmarks.tables.distilling import (
     INNER_STEPS,
     OUTER_RATE,
@@ -166,7 +166,7 @@ def costs_table(rows: list[Row]) -> str:
     return aligned(table)
 
 
-def print_condensed(quick: bool = False, file: Path | None = None) -> None:
+def print_condensed(quick: bool = False, file: Path | Kept | None = None) -> None:
     """Rows that the file has are not measured again; with a file, there is a picture as well."""
     size = QUICK if quick else Size()
     rows = measured(settings_of(size), measure, file)

@@ -27,7 +27,7 @@ from benchmarks.costs.accuracy import (
     online_methods,
 )
 from benchmarks.intervals import with_interval
-from benchmarks.rows import Row, measured, taken
+from benchmarks.rows import Kept, Row, measured, taken
 from examples import meta_learning_sinusoid as sinusoid
 from gradhpo.utils.tables import aligned
 
@@ -109,7 +109,7 @@ def methods(problem: Problem) -> dict[str, Any]:
     return online
 
 
-def print_cosines(quick: bool = False, file: Path | None = None) -> None:
+def print_cosines(quick: bool = False, file: Path | Kept | None = None) -> None:
     names, seeds = (["layers, digits"], 1) if quick else (list(PROBLEMS), SEEDS)
     marks, windows = ((0, 2), (5,)) if quick else (MARKS, WINDOWS)
     rows = rows_of(names, seeds, marks, windows, file)
@@ -133,7 +133,7 @@ def print_cosines(quick: bool = False, file: Path | None = None) -> None:
 
 
 def rows_of(
-    names: list[str], seeds: int, marks: tuple, windows: tuple, file: Path | None = None
+    names: list[str], seeds: int, marks: tuple, windows: tuple, file: Path | Kept | None = None
 ) -> list[Row]:
     settings = [
         {"problem": name, "seed": seed, "marks": list(marks), "windows": list(windows)}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.rows import Row, measured
+from benchmarks.rows import Kept, Row, measured
 from benchmarks.tables import schedule_training as training
 from benchmarks.tables.schedule_training import NAMES, Schedule
 
@@ -101,7 +101,7 @@ def _short(values: Any) -> list[float]:
     return [float(f"{x:.6g}") for x in np.asarray(values)]
 
 
-def rows_of(size: Size, file: Path | None = None) -> dict[str, list[Row]]:
+def rows_of(size: Size, file: Path | Kept | None = None) -> dict[str, list[Row]]:
     """For each method its rows, one per seed."""
     settings = [
         {"method": method, "seed": seed, "steps": size.steps, "outer_steps": size.outer_steps}

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.intervals import half_interval, with_interval
-from benchmarks.rows import Row, taken
+from benchmarks.rows import Kept, Row, taken
 from benchmarks.tables.schedule_search import (
     GRID,
     OURS,
@@ -75,7 +75,7 @@ def regrets(rows: Mapping[str, list[Row]], method: str) -> np.ndarray:
     return np.minimum.accumulate(losses, axis=1) - constant[:, None]
 
 
-def print_schedules(quick: bool = False, file: Path | None = None) -> None:
+def print_schedules(quick: bool = False, file: Path | Kept | None = None) -> None:
     """Rows that the file has are not measured again."""
     size = QUICK if quick else WHOLE
     rows = rows_of(size, file)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.intervals import paired, with_interval
-from benchmarks.rows import Row, measured, taken
+from benchmarks.rows import Kept, Row, measured, taken
 from benchmarks.tables.search_network import BATCH, EDGES, OPERATIONS, TRAIN, VAL
 from benchmarks.tables.search_runs import (
     ALONG,
@@ -60,7 +60,7 @@ class Rows:
     def __init__(
         self,
         seeds_of: Mapping[str, Sequence[int]],
-        file: Path | None,
+        file: Path | Kept | None,
         along: tuple[int, ...] = ALONG,
         steps: int = RETRAINED,
     ):
@@ -107,7 +107,7 @@ class Rows:
         return f"    {label:36}{free:>11}{accuracy:>13}  {' '.join(chosen.values())}"
 
 
-def print_search(quick: bool = False, file: Path | None = None) -> None:
+def print_search(quick: bool = False, file: Path | Kept | None = None) -> None:
     """Rows that the file has are not measured again."""
     if quick:
         rows = Rows({FIRST: (0,), "first order, sigmoids": (0,)}, None, (5, 10), 10)

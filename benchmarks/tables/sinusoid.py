@@ -14,7 +14,7 @@ import numpy as np
 
 import gradhpo
 from benchmarks.intervals import paired, with_interval
-from benchmarks.rows import Row, measured, taken
+from benchmarks.rows import Kept, Row, measured, taken
 from examples import meta_learning_sinusoid as example
 from gradhpo.utils.tables import aligned
 
@@ -53,7 +53,7 @@ METHODS = {
 }
 
 
-def print_sinusoid(quick: bool = False, file: Path | None = None) -> None:
+def print_sinusoid(quick: bool = False, file: Path | Kept | None = None) -> None:
     seeds, episodes, tried = (1, 4, 4) if quick else (SEEDS, EPISODES, TRIED)
     names = ["HyperDistill", "DrMAD"] if quick else list(METHODS)
     tuned = [] if quick else rows_of(list(SERIES), [TRIED_SEED], tried, file)
@@ -82,7 +82,10 @@ def print_sinusoid(quick: bool = False, file: Path | None = None) -> None:
 
 
 def rows_of(
-    names: Sequence[str], seeds: Sequence[int] | range, episodes: int, file: Path | None = None
+    names: Sequence[str],
+    seeds: Sequence[int] | range,
+    episodes: int,
+    file: Path | Kept | None = None,
 ) -> list[Row]:
     """Seeds of one method follow each other, so that they share a compiled program."""
     settings = [

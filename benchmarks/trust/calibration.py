@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.rows import measured
+from benchmarks.rows import Kept, measured
 from benchmarks.trust.grid import GRID, QUICK
 from benchmarks.trust.problems import Config
 from benchmarks.trust.scoring import judged, row_of
@@ -32,7 +32,7 @@ class Thresholds(NamedTuple):
     not_trusted: float
 
 
-def print_trust(quick: bool = False, file: Path | None = None) -> None:
+def print_trust(quick: bool = False, file: Path | Kept | None = None) -> None:
     """Configurations already in the file are not measured again."""
     configs, retrainings = (QUICK, 8) if quick else (GRID, RETRAININGS)
     rows = measured_of(configs, retrainings, file)
@@ -56,7 +56,9 @@ def setting_half(configs: Sequence[Config], seed: int = SEED) -> np.ndarray:
     return np.isin(np.arange(len(configs)), drawn)
 
 
-def measured_of(configs: Sequence[Config], retrainings: int, file: Path | None) -> list[dict]:
+def measured_of(
+    configs: Sequence[Config], retrainings: int, file: Path | Kept | None
+) -> list[dict]:
     """The configurations' rows, each written to the file once measured."""
     settings = [vars(config) | {"retrainings": retrainings} for config in configs]
     config_of = lambda row: Config(**{name: row[name] for name in Config.__dataclass_fields__})

@@ -94,9 +94,10 @@ class ImplicitOptimizer(Algorithm):
         (with `inner_steps` above 1 its memory is cleared at the start of every `step`).
     - `outer_optimizer`: an optax transformation for the hyperparameters. Default `None`: gradient
         descent with the `lr_hyper` of each `step`.
-    - `linear_solver`: any `lineax` solver (such as `lineax.CG`, `lineax.GMRES`, `lineax.BiCGStab`,
-        `lineax.LU`, `lineax.Cholesky`), [`Neumann`][gradhpo.Neumann], [`Nystrom`][gradhpo.Nystrom]
-        or [`Support`][gradhpo.Support]. The system is scaled to a right-hand side of length 1: with
+    - `linear_solver`: any `lineax` solver (`lineax.CG`, `lineax.LU`, ...),
+        [`Neumann`][gradhpo.Neumann], [`Nystrom`][gradhpo.Nystrom] or [`Support`][gradhpo.Support].
+        A subclass of `lineax.CG` is used as it is, without the answer for singular systems and
+        without explicit shardings. The system is scaled to a right-hand side of length 1: with
         `norm=gradhpo.tree_l2_norm` tolerances are relative to it, with lineax's default every
         component must meet them. Default `None`: `lineax.CG` for a loss, and `lineax.GMRES` for an
         `update_fn` (or a loss with a `custom_vjp`, whose $H$ need not be symmetric), with at most
@@ -128,8 +129,7 @@ class ImplicitOptimizer(Algorithm):
     `grad_fn` alone, `inner_steps < 1` (above 1 with an `inner_solver`), `curvature_batches` outside
     1 to `inner_steps`, or a negative `damping`; while tracing, for a linear solver that does not
     fit the operator, or an `inner_solver` that returns another structure, shape or dtype.
-    `TypeError` for an optimizer that is not an optax transformation, or a function that is not
-    callable.
+    `TypeError` unless optimizers are optax transformations and functions are callable.
 
     ```python
     train_loss = lambda w, h, batch: jnp.sum((w - 1.0) ** 2 + jnp.exp(h) * w**2)

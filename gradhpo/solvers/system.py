@@ -61,7 +61,8 @@ def solve_system(
     - `product`: a linear function of trees like `rhs`.
     - `rhs`: a tree of arrays of one dtype, float32 or float64.
     - `solver`: any `lineax` solver. The iterations of `lineax.CG` get an answer for a singular $A$
-        as well: the least-squares solution of the smallest norm, which counts as failed.
+        as well: the least-squares solution of the smallest norm, which counts as failed. A subclass
+        of `lineax.CG` is used as it is, without that answer and without explicit shardings.
     - `symmetric`: whether $A$ is. If it is not, reverse mode transposes it.
     - `guess`: a tree like `rhs`; iterations start from its best multiple, and keep its part that a
         singular $A$ does not see. From a guess of 0 the solution has the smallest norm.
@@ -87,8 +88,7 @@ def solve_system(
     jax.jacobian(solution)(2.0)  # -1/4
     ```
     """
-    if type(solver) is lx.CG:  # not a subclass, which may solve differently
-        solver = ConjugateGradients(solver)
+    solver = _with_singular_answer(solver)
     image = product(guess)
     if getattr(solver, "approximates", False):
         solve = _Solve(solver, symmetric, guess, image, shift, numbered)
@@ -110,13 +110,17 @@ def solve_linearly(
 
     NaN where the solver gives up.
     """
-    if type(solver) is lx.CG:  # not a subclass, which may solve differently
-        solver = ConjugateGradients(solver)
-    arrays, rest = eqx.partition(solver, eqx.is_array)
+    arrays, rest = eqx.partition(_with_singular_answer(solver), eqx.is_array)
     solver = eqx.combine(jax.lax.stop_gradient(arrays), rest)
     nowhere = jax.tree.map(jnp.zeros_like, rhs)
     solve = _Solve(solver, symmetric, nowhere, nowhere, jnp.zeros((), accumulation_dtype(rhs)))
     return solve.derived(product, rhs, or_nan=True)
+
+
+def _with_singular_answer(solver: lx.AbstractLinearSolver) -> lx.AbstractLinearSolver:
+    if type(solver) is lx.CG:  # not a subclass, which may solve differently
+        return ConjugateGradients(solver)
+    return solver
 
 
 class _Square(lx.FunctionLinearOperator):

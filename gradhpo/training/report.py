@@ -36,10 +36,12 @@ def write_report(
     explanation of the callback that stopped the run.
     """
     earlier = f" ({record.resumed_at} of them before it was resumed)" if record.resumed_at else ""
-    sentences = [
-        f"{record.taken} of {num_steps} steps{earlier} in {seconds:.1f} s, {len(record.rejected)} "
+    rejected = len(record.rejected)
+    sentences = ["Every step was rejected."] * (0 < record.taken == rejected)
+    sentences.append(
+        f"{record.taken} of {num_steps} steps{earlier} in {seconds:.1f} s, {rejected} "
         f"rejected as non-finite{_where(record.rejected)}. {why or _why(ending, record)}"
-    ]
+    )
     if remark:
         sentences.append(remark)
     else:
