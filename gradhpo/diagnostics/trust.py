@@ -30,9 +30,9 @@ _WORDS = {
     "perturbed": (
         "after a perturbation",
         "after a perturbation of the hyperparameters",
-        "the predictions hold only for smaller changes: if your outer steps are smaller, check again "
-        "with their step_size; a smaller inner learning rate, larger batches, smooth activations or "
-        "a shorter horizon make them hold further",
+        "the predictions hold only for smaller changes: if your outer steps are smaller, check "
+        "again with their step_size; a smaller inner learning rate, larger batches, smooth "
+        "activations or a shorter horizon make them hold further",
     ),
     "rounded": (
         "with the last bit of the initial parameters changed",
