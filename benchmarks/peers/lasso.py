@@ -208,8 +208,9 @@ def print_lasso(quick: bool = False, file: Path | Kept | None = None) -> None:
         rows = measured(settings_of(chosen, quick), of_setting, file)
     print("\nThe Lasso |y - Xw|^2 / 2n + sum_j e^h_j |w_j|, hold-out mean squared error, by h;")
     print("float64, one thread; error: of the hypergradient, against a closed form with NumPy;")
-    print("ms of CPU time, because the machine is shared; first: ms of the first row, by turns with")
-    print("them in two processes or in one; ratio: of each turn. All medians, quartiles in brackets")
+    print("ms of CPU time, because the machine is shared; first: ms of the first row, by turns")
+    print("with them, in two processes or in one; ratio: of each turn. All are medians, quartiles")
+    print("in brackets")
     for what in ("derive", "solve"):
         print(f"\n{HEADS[what]}\n    {'':34}   error        ms     first  ratio")
         print_rows(chosen, rows, what)
