@@ -184,7 +184,8 @@ def line(row: Mapping[str, Any]) -> str:
     ratio = ""
     if "ratio" in row:
         low, high = row["quartiles"]
-        ratio = f"{row['ratio']:8.2f} ({low:.2f} to {high:.2f})"
+        first = 1e3 * row["of_first"]  # by turns with this row: not what the first row shows
+        ratio = f"{first:9.2f}{row['ratio']:7.2f} ({low:.2f} to {high:.2f})"
     return f"    {label:34}{figures}{1e3 * row['seconds']:10.2f} {ratio}".rstrip()
 
 
@@ -207,15 +208,16 @@ def print_lasso(quick: bool = False, file: Path | Kept | None = None) -> None:
         rows = measured(settings_of(chosen, quick), of_setting, file)
     print("\nThe Lasso |y - Xw|^2 / 2n + sum_j e^h_j |w_j|, hold-out mean squared error, by h;")
     print("float64, one thread; error: of the hypergradient, against a closed form with NumPy;")
-    print("ms of CPU time, because the machine is shared; last column: ms / the first row's, by")
-    print("turns in two processes or in one, quartiles in brackets")
+    print("ms of CPU time, because the machine is shared; first: ms of the first row, by turns")
+    print("with them, in two processes or in one; ratio: of each turn. All are medians, quartiles")
+    print("in brackets")
     for what in ("derive", "solve"):
-        print(f"\n{HEADS[what]}\n    {'':34}   error        ms")
+        print(f"\n{HEADS[what]}\n    {'':34}   error        ms     first  ratio")
         print_rows(chosen, rows, what)
     print(f"\n{HEADS['search']}: lowest hold-out error, steps taken, and how far the penalties")
     print("of the last step of gradient descent are from our own (largest difference of logs).")
     print("Descent has a fixed rate and fits to 1e-10, Adam a falling rate and fits to 1e-6; HOAG")
     print("fits to 1e-5 and stops at a hypergradient below 1e-6, the grid fits to 1e-4 (defaults)")
-    print(f"    {'':34}{'loss':>10}{'steps':>7}{'off':>9}{'ms':>10}")
+    print(f"    {'':34}{'loss':>10}{'steps':>7}{'off':>9}{'ms':>10}     first  ratio")
     print_rows(chosen, rows, "search")
     print(f"\n{taken(rows)}")
