@@ -92,7 +92,7 @@ def short(show: Callable[[], None]) -> Table:
 
 
 COSTS = {
-    "flops": going_on("flops", compiled.print_flops)._replace(quick=compiled.print_flops),
+    "flops": in_rows("flops", compiled.print_flops),
     "loop": going_on("loop", loops.print_loops),
     "compile": Table(compiled.print_compile_times),
     "memory": short(compiled.print_memory),

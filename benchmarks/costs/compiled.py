@@ -47,14 +47,17 @@ def flops_row(name: str, batch_size: int, depth: int) -> dict[str, Any]:
     }
 
 
-def print_flops(file: Path | Kept | None = None) -> None:
+SIZES = (128, 1), (32, 1), (1_000, 1), (128, 3)  # batch and hidden layers; quickly, the first
+
+
+def print_flops(quick: bool = False, file: Path | Kept | None = None) -> None:
     print(
         "\nThe compiled step, library / hand-written: flops with loop bodies counted once, and\n"
         "in total; bytes read and written, with bodies once; temporary memory in KiB"
     )
     print(f"  {'':35} {'flops':>19}  ratio in all  bytes {'memory':>15}  ratio")
     rows = []
-    for batch_size, depth in ((32, 1), (128, 1), (1_000, 1), (128, 3)):
+    for batch_size, depth in SIZES[:1] if quick else sorted(SIZES, key=lambda size: size[::-1]):
         if depth > 1:
             print(f"  {depth} hidden layers:")
         for name in ALGORITHMS:
