@@ -100,7 +100,7 @@ COSTS = {
     "exact": Table(loops.print_exact),
     "networks": Table(networks.print_networks),
     "convolutions": Table(convolutions.print_convolutions),
-    "units": short(compiled.print_units),
+    "units": Table(compiled.print_units),
     "one_step": Table(
         methods.print_beside_one_step, partial(methods.print_beside_one_step, quick=True)
     ),
