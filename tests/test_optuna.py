@@ -470,7 +470,7 @@ def test_needs_optuna_only_when_imported(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("gradhpo.integrations")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(ImportError, match=r'pip install "gradhpo\[optuna\]"'):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[optuna\]"'):
         importlib.import_module("gradhpo.integrations.optuna")
 
 

@@ -114,7 +114,7 @@ def test_what_ends_a_run_in_one_process_ends_it_in_all(tmp_path):
         "parts": "float64[2, 3] in process 0 and batches PyTreeDef(*) of float64[4, 3] in process",
         "whole": "yield only the part of this one",
         "uneven": "of shape (3, 3) in each process",
-        "orbax": 'pip install "gradhpo[orbax]"',
+        "orbax": 'pip install -e ".[orbax]"',
     }
     for name, expected in alike.items():
         assert first[name] == second[name] == expected, name

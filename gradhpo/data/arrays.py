@@ -59,8 +59,9 @@ class ArrayData(eqx.Module):
 
     **Raises:** `ValueError` if leading axes differ, if there is no example, for a `batch_size` or
     `hold` below 1, several keys, and (unless with `replacement`) for a `batch_size` above the
-    number of examples, or one whose product with it is $2^{32}$ or more; when a batch is drawn, for
-    a `batch_size` that `sharding` cannot divide evenly. `TypeError` for text and objects.
+    number of examples, or one that, multiplied by that number, gives $2^{32}$ or more; when a batch
+    is drawn, for a `batch_size` that `sharding` cannot divide evenly. `TypeError` for text and
+    objects.
 
     ```python
     x, y = jnp.ones((1000, 64)), jnp.zeros(1000)
@@ -111,7 +112,9 @@ class ArrayData(eqx.Module):
 
     @checked
     def num_batches(self, epochs: float | int = 1) -> int:
-        """How many batches draw `epochs` epochs (default 1), rounded up, each counted `hold` times.
+        """The number of batches in `epochs` epochs (default 1), rounded up.
+
+        Each is counted `hold` times.
 
         **Raises:** `ValueError` if `epochs` is not positive and finite.
         """

@@ -42,7 +42,7 @@ class Checkpoint:
     `step-0000001000.ckpt`, written atomically; next to them are the history, in `metrics.bin`, and
     frozen leaves, written once, in `frozen.ckpt`. If several processes share the state, it is a
     folder `step-0000001000.orbax`, in which each writes its part of the arrays with Orbax
-    (`pip install "gradhpo[orbax]"`): use a directory that all of them see.
+    (`pip install -e ".[orbax]"` in a clone): use a directory that all of them see.
 
     **Arguments:**
 

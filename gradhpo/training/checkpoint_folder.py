@@ -34,7 +34,7 @@ def orbax() -> Any:
     except ImportError as error:
         raise ImportError(
             "checkpoints of several processes are written by Orbax, which is not installed: "
-            'pip install "gradhpo[orbax]"'
+            'run pip install -e ".[orbax]" in a clone of gradhpo'
         ) from error
     return orbax.checkpoint
 

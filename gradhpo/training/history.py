@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 class History(Mapping[str, np.ndarray]):
     """Metrics of a run: a mapping from a metric's name to an array `[steps]`.
 
-    `"train_loss"`, `"val_loss"`, `"hypergrad_norm"`, `"param_norm"`, `"hyperparam_norm"` and
-    `"rejected"` (how many so far) as in [`BilevelState`][gradhpo.BilevelState], `[steps, members]`
-    for a [`Population`][gradhpo.Population]; the scalars in the algorithm's memory (`"theta"`,
+    The names are `"train_loss"`, `"val_loss"`, `"hypergrad_norm"`, `"param_norm"`,
+    `"hyperparam_norm"` and `"rejected"` (how many so far) as in
+    [`BilevelState`][gradhpo.BilevelState], `[steps, members]` for a
+    [`Population`][gradhpo.Population]; the scalars in the algorithm's memory (`"theta"`,
     `"linear_residual"`); and the metrics that losses return, `"train_accuracy"` and
     `"val_accuracy"` for `{"accuracy": ...}`. Looking up another name raises `KeyError`.
 

@@ -92,9 +92,9 @@ def run(
         pytree of arrays, one batch for all steps.
     - `num_steps`: outer steps to take, at least 1, including the steps of a resumed checkpoint.
     - `steps_per_episode`: restart the inner problem after this number of steps, a divisor of
-        `num_steps`. The initial parameters of an episode move by
-        $\phi \leftarrow \phi - \mathtt{reptile\_rate}\,(\phi - w)$ towards its final ones, all
-        restart from $\phi$ with a new inner optimizer state, and the memory of the algorithm starts
+        `num_steps`. After each episode its initial parameters $\phi$ move towards its final ones
+        $w$, $\phi \leftarrow \phi - r\,(\phi - w)$ with $r$ = `reptile_rate`; the next episode
+        starts from $\phi$ with a new inner optimizer state, and the memory of the algorithm starts
         a new episode. `None` (the default): one long training.
     - `reptile_rate`: in [0, 1]. 1, the default, continues from $w$; 0 is a cold restart from where
         the run started. The state returned after whole episodes has been restarted too: its
@@ -131,7 +131,7 @@ def run(
         `NamedSharding(mesh, PartitionSpec("data"))`, which divides the examples; default `None`:
         every device gets whole batches, unless [`ArrayData`][gradhpo.ArrayData] or your function of
         the index spreads them. If several processes (`jax.distributed`) share the state, each
-        passes its part of every batch, and iterators need this argument to spread the whole.
+        passes its part of every batch, and with iterators this argument is required.
 
     **Returns:** `(state, history)`, see [`History`][gradhpo.History]. Ctrl-C also returns them,
     after at most two chunks that the device has already; a second Ctrl-C raises.

@@ -118,8 +118,8 @@ def replay(
     - `data_sharding`: how the arrays of every training batch are spread over devices, such as
         `NamedSharding(mesh, PartitionSpec("data"))`, which divides the examples. Default `None`:
         every device gets whole batches, unless your function of the index spreads them. Where
-        several processes share the state, each passes its part of every batch, and loaders need
-        this.
+        several processes share the state, each passes its part of every batch, and with loaders
+        this argument is required.
 
     **Returns:** a [`Replay`][gradhpo.Replay]. If training diverges, the replay stops there: the
     hypergradient is `nan`, and the report and a warning say where.

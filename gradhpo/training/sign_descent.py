@@ -32,7 +32,7 @@ def sign_descent(
     coordinate whose sign has flipped stops for good once
     $\delta_i < \mathtt{tolerance}\cdot|\lambda_i|$. It is meant for long horizons, whose
     hypergradients have very different lengths early and late: about ten outer steps find each value
-    to within `tolerance`. From 0, a step and its half back may land on 0 once more.
+    to within `tolerance`. From 0, a step and two half steps back land on 0 again.
 
     **Arguments:**
 
@@ -55,7 +55,7 @@ def sign_descent(
     optimizer = gradhpo.ForwardModeOptimizer(inner, outer, unroll_steps=100)
     state = optimizer.init(jnp.ones(3), jnp.zeros(5))
     losses = gradhpo.LossFunctions(loss, loss)
-    # Ten trainings of 100 steps, each from the same start.
+    # Ten training runs of 100 steps, each from the same start.
     state, history = gradhpo.run(
         optimizer, state, losses, None, None,
         num_steps=10, steps_per_episode=1, reptile_rate=0.0, progress=False,
