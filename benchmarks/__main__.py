@@ -95,7 +95,7 @@ COSTS = {
     "flops": in_rows("flops", compiled.print_flops),
     "loop": going_on("loop", loops.print_loops),
     "compile": Table(compiled.print_compile_times),
-    "memory": short(compiled.print_memory),
+    "memory": Table(compiled.print_memory),
     "run_memory": Table(run_memory.print_run_memory),
     "exact": Table(loops.print_exact),
     "networks": Table(networks.print_networks),
@@ -114,7 +114,7 @@ COSTS = {
     "scaling": Table(scaling.print_scaling),
     "devices": Table(devices.print_devices),
     "replay": Table(replays.print_replay),
-    "accuracy": short(accuracy.print_accuracy),
+    "accuracy": Table(accuracy.print_accuracy),
     "gpu": Table(gpu.print_gpu),
 }
 TRUST = {"trust": in_rows("trust", calibration.print_trust)}
