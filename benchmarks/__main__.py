@@ -86,11 +86,6 @@ def going_on(name: str, show: Callable[..., None]) -> Table:
     return in_rows(name, show)._replace(quick=None)
 
 
-def short(show: Callable[[], None]) -> Table:
-    """A table that is quick anyway."""
-    return Table(show, show)
-
-
 COSTS = {
     "flops": in_rows("flops", compiled.print_flops),
     "loop": going_on("loop", loops.print_loops),
