@@ -145,14 +145,14 @@ def train(
 ALL, STOPPED, BEST = "untuned, all labels", "  stopped early", "  stopped at best test accuracy"
 TOGETHER = "untuned, all labels and checked digits"
 ALONE, THEN = "untuned, checked digits alone", "untuned, all labels, then checked digits"
-RULE = "a rule: no annotators who disagree"
+RULE = "a rule: drop annotators who disagree"
 AGREEMENT = 0.4  # with a network trained on the checked digits, for the rule
 RIGHT = "reliable annotators alone (not known)"
 EXACT = list(TUNED)[-1]
 
 
 def agree(model: Model, examples: tuple[Array, Array, Array]) -> np.ndarray:
-    """Which labels come from annotators who agree with the model on a share of their digits."""
+    """Which labels come from annotators who agree with the model on enough of their digits."""
     x, y, annotator = map(np.asarray, examples)
     same = np.asarray(jnp.argmax(jax.vmap(model.net)(x), axis=1)) == y
     shares = np.asarray([same[annotator == j].mean() for j in range(ANNOTATORS)])
