@@ -71,7 +71,7 @@ def test_readme_runs_as_shown(capsys):
     errors = [
         float(namespace["error"](s.params, None, rest)) for s in (namespace["state"], untuned)
     ]
-    assert f"is {errors[0]:.3f}, or {errors[1]:.3f} with the" in readme
+    assert f"is {errors[0]:.3f}, against {errors[1]:.3f} with the" in readme
 
     namespace = {}
     for code in (model, loop):
