@@ -30,8 +30,8 @@ def measured(
     With a file, each row is written to it as a line of JSON once measured, and rows already there
     are not measured again. Only its settings identify a row: after changing the program, delete its
     line to measure it again. A row with `failed` is returned but not saved, so that it is tried
-    again. With `Kept`, rows missing from the file are left out, and counted in a
-    printed line. A row also records its seconds, its date and its version of jax.
+    again. With `Kept`, rows missing from the file are left out, and counted in a printed line. A
+    row also records its seconds, its date and its version of jax.
     """
     names = list(settings[0]) if settings else []
     if isinstance(file, Kept):

@@ -168,7 +168,8 @@ def experiment(data: Data, inner_steps: int, seed: int) -> dict[str, tuple[float
     fine_tuned, _ = train(UNTUNED, checked, data, inner_steps // 2, seed, model)
     alone, expert = train(UNTUNED, checked, data, inner_steps, seed)
     together = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), data.train, checked)
-    agreed = jax.tree.map(lambda x: x[agree(expert, data.train)], data.train)
+    trusted = agree(expert, data.train)
+    agreed = jax.tree.map(lambda x: x[trusted], data.train)
     ends = {
         TOGETHER: train(UNTUNED, together, data, inner_steps, seed)[0],
         ALONE: alone,

@@ -182,7 +182,7 @@ def test_an_inner_optimizer_of_the_hyperparameters_restarts_at_the_new_ones():
 
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: gradhpo.TaskBatched(x, 2)])
 def test_the_inner_optimizer_begins_where_the_episode_does(wrap):
-    """One that stores parameters gets those of the new start, after Reptile."""
+    """A memory that stores parameters gets the new start's, after Reptile's update."""
     pulled = lambda g, anchor, w: (-0.1 * g - 0.05 * (w - anchor), anchor)
     inner = optax.GradientTransformation(lambda w: w, pulled)
     optimizer = wrap(gradhpo.OneStepOptimizer(inner, OUTER))

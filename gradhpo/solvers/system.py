@@ -50,11 +50,10 @@ def solve_system(
 
     This is $q = A^{-1} b$ for $A v$ = `product(v)` and $b$ = `rhs`. Where $A$ and $b$ depend on
     something, so does $q$, with $q' = A^{-1}(b' - A' q)$: one more solve by the same solver, whose
-    steps are not gone through. (A solve that is cut short is therefore differentiated as what it
-    approaches.) A solve that failed has the derivative NaN: that of $A^+ b$ has other terms as
-    well. Solvers that are meant as something else than $A^{-1}$, [`Neumann`][gradhpo.Neumann] and
-    [`Nystrom`][gradhpo.Nystrom], say so by `approximates = True`; their own operations are
-    differentiated.
+    steps are not differentiated. (A solve that is cut short is therefore differentiated as its
+    limit.) A failed solve has the derivative NaN, since that of $A^+ b$ has more terms. Solvers
+    that only approximate $A^{-1}$, [`Neumann`][gradhpo.Neumann] and [`Nystrom`][gradhpo.Nystrom],
+    declare `approximates = True`; their own operations are differentiated.
 
     **Arguments:**
 
