@@ -59,6 +59,8 @@ PICTURE = re.compile(r'<p>(<img [^>]*src="((?!data:)[^"]+)"[^>]*>)</p>')  # for 
 PARAGRAPH = re.compile(r"<p>(.*?)</p>", re.DOTALL)
 CELL = re.compile(r"<td([^>]*)>([-+<>~.]{0,2}\d[^<]{0,22})</td>")  # with a number and its interval
 NO_BREAK = "&nbsp;"
+CODE = re.compile(r"(<(pre|code|math)\b.*?</\2>)", re.DOTALL)
+UNIT = re.compile(r"(?<=\d) (?=[%×])")
 # Indented: a result that ends in a time is not.
 PROGRESS = re.compile(r"(?:seed|split) \d.*|  \S.*: \d+ s|pictures? in .*")
 TIMED = re.compile(r" \(\d+ s\)$")
@@ -107,7 +109,11 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
     if page.file.src_uri in UNSEARCHED:
         page.meta["search"] = {"exclude": True}
     content = PICTURE.sub(r'<p><a href="\2">\1</a></p>', content)
-    return CELL.sub(_on_one_line, FORMULA.sub(_mathml, content))
+    content = CELL.sub(_on_one_line, FORMULA.sub(_mathml, content))
+    parts = CODE.split(content)  # text, code, its tag, text, ...
+    parts[::3] = [UNIT.sub(NO_BREAK, text) for text in parts[::3]]
+    del parts[2::3]
+    return "".join(parts)
 
 
 def _description(content: str) -> str:

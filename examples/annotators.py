@@ -205,8 +205,8 @@ def table(runs: list[dict[str, tuple[float, Result]]]) -> str:
 # What the picture shows: a row of the table, what it is called there, and how far above its end.
 SHOWN = {
     EXACT: ("tuned by gradhpo", 1.0),
-    THEN: ("fine-tuned on them", 1.0),
-    ALONE: ("30 checked digits alone", 1.0),
+    THEN: ("fine-tuned on checked digits", 1.0),
+    ALONE: ("checked digits alone", 1.0),
     ALL: ("all labels, untuned", -4.0),
 }
 
@@ -223,7 +223,7 @@ def picture(runs: list[dict[str, tuple[float, Result]]], path: Path) -> None:
         steps, width = results[0].steps, 2.8 if name == EXACT else 1.6
         axes.plot(steps, percent, color=color, lw=width)
         place = steps[-1], percent[-1] + above
-        axes.text(*place, f"{label}: {percent[-1]:.1f} %", color=color, ha="right", fontsize=12)
+        axes.text(*place, f"{label}: {percent[-1]:.1f} %", color=color, ha="right", fontsize=11)
     axes.set_ylim(50, 100)
     axes.set_xlabel("training step", fontsize=12)
     axes.set_ylabel("test accuracy, %", fontsize=12)

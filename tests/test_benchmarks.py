@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from processes import LIMIT
 
+from benchmarks import verdict
 from benchmarks.__main__ import GROUPS, OF_A_GPU, RESULTS, TABLES, file_of, names_of, refused
 from benchmarks.costs import gpu
 from benchmarks.costs.gpt import SIZES, gpt, num_params
@@ -282,3 +283,17 @@ def test_a_quick_calibration_runs_from_end_to_end(monkeypatch, capsys, as_a_user
     printed = capsys.readouterr().out
     assert printed.count("momentum x1, T=5") == 2
     assert "nothing is judged" in printed
+
+
+# -- the picture of the summary page -------------------------------------------------------------
+
+
+def test_it_shows_the_ends_of_the_saved_searches(tmp_path):
+    problems = verdict.read(verdict.TABLE.read_text())
+    assert [title.split(":")[0] for title in problems] == ["2", "109", "1,000"]
+    assert [len(rows) for rows in problems.values()] == [3, 4, 4]
+    penalties = problems["109: a penalty for each feature"]
+    assert penalties["gradhpo"] == (0.401 / 0.713, 0.593 / 0.665)  # retrained, not on the way
+    assert penalties["one shared penalty"] == (0.575 / 0.713, 0.562 / 0.665)
+    verdict.draw(problems, tmp_path / "verdict.png")
+    assert (tmp_path / "verdict.png").stat().st_size > 10_000

@@ -152,16 +152,16 @@ class HypergradientCheck(Report):
                 yield (
                     "contradicts",
                     f"{leaf}: the derivative along a random direction is {check.derivative:.4g}, "
-                    f"but trainings on both sides differ by {check.difference:.4g}: part of its "
-                    "effect is detached (stop_gradient: gradhpo.detach is right in second "
-                    "derivatives too), a custom derivative rule is wrong, an inner_solver has not "
+                    f"but finite differences give {check.difference:.4g}: part of its effect is "
+                    "detached (stop_gradient; gradhpo.detach gets second derivatives right "
+                    "too), a custom derivative rule is wrong, an inner_solver has not "
                     "solved its equation, or there is a kink (relu, abs) right here",
                 )
             elif check.erratic:
                 yield (
                     "erratic",
                     f"{leaf}: nothing confirms its derivative of {check.derivative:.4g}, since "
-                    "nearby trainings contradict each other (differences of "
+                    "nearby training runs contradict each other (differences of "
                     f"{check.difference:.4g} ± {check.uncertainty:.0e} at steps of 1e-3 to 1e-6): "
                     f"training jumps there; {self.at_jumps}",
                 )
