@@ -4,7 +4,7 @@ The data are scikit-learn's handwritten digits. Each annotator labels 40 of the 
 digits; ten annotators enter every digit as the next one (a 3 as a 4, a 9 as a 0). An expert has
 checked 30 digits: few to train on, enough to validate. Annotator j has the weight
 sigmoid(trust_j) in the training loss, and the trust follows the hypergradient of the validation
-loss while the network trains, once.
+loss while the network trains.
 
     python examples/annotators.py            # 3 seeds, a minute or two on 2 cores
     python examples/annotators.py --help

@@ -153,8 +153,8 @@ class HypergradientCheck(Report):
                     "contradicts",
                     f"{leaf}: the derivative along a random direction is {check.derivative:.4g}, "
                     f"but finite differences give {check.difference:.4g}: part of its effect is "
-                    "detached (stop_gradient; gradhpo.detach gets second derivatives right "
-                    "too), a custom derivative rule is wrong, an inner_solver has not "
+                    "cut off (by stop_gradient: use gradhpo.detach instead), a custom "
+                    "derivative rule is wrong, an inner_solver has not "
                     "solved its equation, or there is a kink (relu, abs) right here",
                 )
             elif check.erratic:
