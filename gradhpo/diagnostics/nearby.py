@@ -89,7 +89,7 @@ def _total(parts: np.ndarray) -> np.ndarray:
 
 
 def _mate(name: str) -> str:
-    """Which predictions those of `name` are compared with."""
+    """The predictions that `name` is compared with."""
     return "best" if name == "exact" else "own"
 
 
