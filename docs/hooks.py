@@ -226,7 +226,10 @@ def _reading(source: str, code: str) -> str:
 
 
 def _notebook(source: str, text: str) -> str:
-    """A notebook as a page: its cells, and what they printed or drew."""
+    """A notebook as a page: its cells, and what they printed or drew.
+
+    A cell with a picture describes it in its metadata (`# %% alt="..."` in the script).
+    """
     parts = []
     for cell in json.loads(text)["cells"]:
         written = "".join(cell["source"])
@@ -235,7 +238,8 @@ def _notebook(source: str, text: str) -> str:
             data = output.get("data", {})
             if "image/png" in data:
                 picture = "".join(data["image/png"]).replace("\n", "")
-                parts.append(f"![The picture of this cell](data:image/png;base64,{picture})")
+                alt = cell["metadata"]["alt"]
+                parts.append(f"![{alt}](data:image/png;base64,{picture})")
             elif output.get("name") != "stderr":  # where progress is shown
                 printed = "".join(output.get("text", data.get("text/plain", "")))
                 parts.append(f"```text\n{printed.rstrip()}\n```")

@@ -104,15 +104,21 @@ def train(
     data: Data,
     inner_steps: int,
     seed: int,
-    start: Model | None = None,
-) -> tuple[Result, Model]:
-    """Trains on `examples`, validates on the checked digits, and looks at the test 20 times."""
-    net = eqx.nn.MLP(64, 10, width_size=128, depth=1, key=jax.random.key(seed))
-    model = Model(net, jnp.zeros(ANNOTATORS)) if start is None else start
-    params, hyperparams = gradhpo.partition(model, lambda m: m.trust)
+    start: Model | gradhpo.BilevelState | None = None,
+) -> tuple[Result, gradhpo.BilevelState]:
+    """Trains on `examples`, validates on the checked digits, and looks at the test 20 times.
+
+    From a state, training continues where it was.
+    """
     source = gradhpo.ArrayData(examples, min(200, len(examples[0])), jax.random.key(seed))
-    # The batch and the key are for HyperDistill's distilled data; the others ignore them.
-    state = optimizer.init(params, hyperparams, batch=source(0), key=jax.random.key(seed))
+    if isinstance(start, gradhpo.BilevelState):
+        state = start
+    else:
+        net = eqx.nn.MLP(64, 10, width_size=128, depth=1, key=jax.random.key(seed))
+        model = Model(net, jnp.zeros(ANNOTATORS)) if start is None else start
+        params, hyperparams = gradhpo.partition(model, lambda m: m.trust)
+        # The batch and the key are for HyperDistill's distilled data; the others ignore them.
+        state = optimizer.init(params, hyperparams, batch=source(0), key=jax.random.key(seed))
     taken, accuracies, val_losses = [], [], []
 
     def look(state, metrics):
@@ -139,7 +145,15 @@ def train(
     seconds = time.perf_counter() - started
     trust = np.asarray(jax.nn.sigmoid(state.model.trust))
     figures = np.asarray(taken), np.asarray(accuracies), np.asarray(val_losses)
-    return Result(*figures, seconds, trust), state.model
+    return Result(*figures, seconds, trust), state
+
+
+def joined(first: Result, second: Result, first_step: int = 0) -> Result:
+    """Two trainings in a row; the second counts its steps from `first_step`."""
+    both = lambda name: np.concatenate([getattr(first, name), getattr(second, name)])
+    steps = np.concatenate([first.steps, first_step + second.steps])
+    seconds = first.seconds + second.seconds
+    return Result(steps, both("accuracies"), both("val_losses"), seconds, second.trust)
 
 
 ALL, STOPPED, BEST = "untuned, all labels", "  stopped early", "  stopped at best test accuracy"
@@ -163,24 +177,21 @@ def experiment(data: Data, inner_steps: int, seed: int) -> dict[str, tuple[float
     """Each row of the table: its test accuracy, and the training behind it."""
     checked = *data.checked, jnp.full(CHECKED, WRONG, jnp.int32)
     reliable = jax.tree.map(lambda x: x[data.train[2] >= WRONG], data.train)
-    everyone, _ = train(UNTUNED, data.train, data, inner_steps, seed)
-    half, model = train(UNTUNED, data.train, data, inner_steps // 2, seed)
-    fine_tuned, _ = train(UNTUNED, checked, data, inner_steps // 2, seed, model)
+    half, state = train(UNTUNED, data.train, data, inner_steps // 2, seed)
+    rest, _ = train(UNTUNED, data.train, data, inner_steps // 2, seed, state)
+    both = joined(half, rest)
+    # The two parts look at the test set 40 times, the other trainings 20 times.
+    everyone = both._replace(**{name: getattr(both, name)[1::2] for name in both._fields[:3]})
+    fine_tuned, _ = train(UNTUNED, checked, data, inner_steps // 2, seed, state.model)
     alone, expert = train(UNTUNED, checked, data, inner_steps, seed)
     together = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), data.train, checked)
-    trusted = agree(expert, data.train)
+    trusted = agree(expert.model, data.train)
     agreed = jax.tree.map(lambda x: x[trusted], data.train)
     ends = {
         TOGETHER: train(UNTUNED, together, data, inner_steps, seed)[0],
         ALONE: alone,
         RULE: train(UNTUNED, agreed, data, inner_steps, seed)[0],
-        THEN: Result(
-            np.concatenate([half.steps, half.steps[-1] + fine_tuned.steps]),
-            np.concatenate([half.accuracies, fine_tuned.accuracies]),
-            np.concatenate([half.val_losses, fine_tuned.val_losses]),
-            half.seconds + fine_tuned.seconds,
-            fine_tuned.trust,
-        ),
+        THEN: joined(half, fine_tuned, inner_steps // 2),
     }
     for name, optimizer in TUNED.items():
         ends[name], _ = train(optimizer, data.train, data, inner_steps, seed)

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -292,7 +293,7 @@ def test_progress_in_a_log_is_lines(capsys, monkeypatch):
     assert first == "gradhpo.run: 12 steps, compiling"
     assert compiled.startswith("gradhpo.run: 3 of 12 steps after ")
     assert compiled.endswith(" s, including compilation")
-    assert [line.split()[1] for line in lines] == ["3/12", "6/12", "9/12", "12/12"]
+    assert [line.split()[1].rstrip(",") for line in lines] == ["3/12", "6/12", "9/12", "12/12"]
     assert all("|hypergrad|=" in line for line in lines)
 
 
@@ -410,6 +411,19 @@ def test_the_estimate_leaves_out_the_first_chunk(terminal, monkeypatch, capsys):
         bar._print() if not terminal else bar._bar.refresh()
     shown = screen.text if terminal else capsys.readouterr().err
     assert "20/100 [00:01<00:08, 10.00step/s" in shown
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_run_of_one_chunk_shows_no_estimate(terminal, monkeypatch, capsys):
+    screen = Terminal()
+    if terminal:
+        a_terminal(monkeypatch, screen)
+    run(3, progress="seed 0")
+    shown = screen.text if terminal else capsys.readouterr().err
+    last = shown.splitlines()[-1].split("\r")[-1]
+    assert last.startswith("seed 0: 100%")
+    assert "3/3, train=" in last
+    assert not re.search(r"\?|\d\d:\d\d|step/s", shown)
 
 
 # -- interrupted -------------------------------------------------------------------------------

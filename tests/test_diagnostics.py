@@ -200,6 +200,25 @@ def test_shares_equal_closed_forms(horizon):
     assert cosines[needed - 1] >= 0.97 > cosines[needed - 2]
 
 
+@pytest.mark.parametrize(
+    ("cosines", "lengths", "warned"),
+    [
+        # Both needed truncations are short, one of them, or none; the whole is no truncation.
+        ([0.0, 0.95, 1.0, 1.0], [0.1, 0.2, 0.3, 1.0], "do not truncate to 2 or 3: "),
+        ([0.0, 0.95, 1.0, 1.0], [0.1, 0.2, 0.9, 1.0], "do not truncate to 2: "),
+        ([0.0, 0.95, 1.0, 1.0], [0.1, 0.6, 0.9, 1.0], None),
+        ([0.0, 0.2, 0.3, 1.0], [0.1, 0.2, 0.3, 0.4], None),
+    ],
+)
+def test_a_truncation_that_is_far_too_short_is_advised_against(horizon, cosines, lengths, warned):
+    found = {"cosine_of_last": np.array(cosines), "length_of_last": np.array(lengths)}
+    text = str(dataclasses.replace(horizon, norm=np.ones(4), **found))
+    at = lambda cosine: int(np.argmax(np.array(cosines) >= cosine))
+    assert f"the last {at(0.9) + 1} of 4 (norm ratio {lengths[at(0.9)]:.2f}); of 0.99" in text
+    assert ("do not truncate" in text) == (warned is not None)
+    assert warned is None or warned in text
+
+
 def test_hyperdistill_is_spread_over_the_horizon(horizon):
     optimizer = gradhpo.OnlineHypergradientOptimizer(SGD, OUTER)
     state = optimizer.init(jnp.asarray(START), HYPERPARAMS)

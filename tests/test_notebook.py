@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import re
+import runpy
 
 import numpy as np
 import pytest
@@ -46,6 +47,18 @@ def test_it_ran_from_the_top_without_errors():
     outputs = [output for cell in codes for output in cell["outputs"]]
     assert not [output for output in outputs if output["output_type"] == "error"]
     assert any("image/png" in output.get("data", {}) for output in outputs)
+
+
+def test_its_page_describes_pictures_and_has_no_prompts():
+    pytest.importorskip("mkdocs")  # of the extra `docs`
+    pytest.importorskip("latex2mathml")
+    hooks = runpy.run_path(str(EXAMPLES.parent / "docs" / "hooks.py"))
+    source = "examples/notebook/first_run.ipynb"
+    page = hooks["_notebook"](source, (EXAMPLES.parent / source).read_text())
+    pictures = re.findall(r"!\[(.*?)\]\(data:image/png", page)
+    assert len(pictures) == page.count("data:image/png") == 1
+    assert all(len(words.split()) > 7 for words in pictures)  # a description, not a name
+    assert not re.search(r"^(In|Out) ?\[|<Figure size|step/s", page, re.MULTILINE)
 
 
 def shown(cell):

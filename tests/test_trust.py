@@ -12,7 +12,7 @@ from problems import relaxed
 from scipy.stats import spearmanr
 
 import gradhpo
-from gradhpo.diagnostics.nearby import DIRECTIONS, NEIGHBOURS, REDRAWS, _one_bit_on
+from gradhpo.diagnostics.nearby import DIRECTIONS, NEIGHBOURS, REDRAWS, Nearby, _one_bit_on
 from gradhpo.diagnostics.trust import NOT_TRUSTED, TRUSTED, Trust
 
 
@@ -378,6 +378,7 @@ TRUSTWORTHY = Trust(
     growth=1.0,
     replayed=None,
     unmeasured=(),
+    leaves={},
 )
 
 
@@ -406,6 +407,53 @@ def test_the_number_and_its_reasons(change, value, word):
     assert bool(trust.doubts) == (word is not None)
     assert word is None or any(word in doubt for doubt in trust.doubts)
     assert "changes, predicted / true" in str(trust)
+
+
+@pytest.mark.parametrize(
+    ("factors", "leaf"),
+    [
+        ((1, -1, 1), "['b']"),
+        ((0, 1, 1), "['a']"),  # unseen
+        ((-1, -1, 1), "['a']"),  # the part with the larger effect
+        ((1, 1, -1), None),  # a part without an effect
+        ((2, 2, 2), None),  # too long in all parts: the order is right
+        ((1, math.inf, 1), "['b']"),
+        ((math.inf, math.inf, 1), None),  # neither alone
+    ],
+)
+def test_the_leaf_behind_a_disagreement(factors, leaf):
+    own = np.random.default_rng(0).normal(size=(DIRECTIONS, 3)) * [2.0, 1.0, 1e-4]
+    parts = {
+        "own": [own],
+        "best": [own],
+        "exact": [own * factors],
+        "perturbed": [own, own * factors],
+    }
+    nearby = Nearby({}, {}, [], parts, ["['a']", "['b']", "['c']"], 3, 1e-16)
+    assert nearby.leaf_behind("exact") == leaf
+    assert nearby.leaf_behind("perturbed") == leaf
+    np.testing.assert_array_equal(nearby.predictions["own"][0], own.sum(axis=1))
+    alone = dataclasses.replace(nearby, parts={k: [-x[:, :1] for x in v] for k, v in parts.items()})
+    assert dataclasses.replace(alone, leaves=["['a']"]).leaf_behind("exact") is None
+    trust = dataclasses.replace(
+        TRUSTWORTHY, agreement={"exact": 0.3}, leaves={"exact": nearby.leaf_behind("exact")}
+    )
+    [reason] = trust.doubts
+    assert ("(look at" in reason) == (leaf is not None)
+    assert leaf is None or f"of the same steps (look at {leaf} first): use an" in reason
+
+
+@pytest.mark.thorough
+def test_a_check_names_the_leaf_that_its_optimizer_does_not_see():
+    loss = lambda w, h, batch: weighted(w, h["weights"], batch)
+    seen = lambda w, h, batch: error(w, None, batch) + 0.01 * jnp.sum(h["seen"] ** 2)
+    optimizer = gradhpo.FOOptimizer(SGD)
+    state = optimizer.init(jnp.zeros(3), {"weights": jnp.ones(12), "seen": jnp.ones(2)})
+    report = gradhpo.check_hypergradient(
+        optimizer, state, BATCHES.at(0), VAL, gradhpo.LossFunctions(loss, seen)
+    )
+    assert report.trusting.leaves == {"exact": "['weights']"}, report
+    assert any("(look at ['weights'] first): use an optimizer" in x for x in report.reasons)
 
 
 def test_random_keys_count_as_a_retraining_treats_them():

@@ -59,7 +59,7 @@ def judged(row: dict[str, Any], config: Config) -> tuple[str, tuple[str, ...]]:
     followed, scale = (row.get(name, float("nan")) for name in ("followed", "scale"))
     trust = Trust(
         row["agreement"], (), followed, scale, row["signal_to_noise"], first, last, row["growth"],
-        config.replayed, tuple(row["unmeasured"]),
+        config.replayed, tuple(row["unmeasured"]), {},
     )  # fmt: skip
     reasons = (*row["faults"], *trust.doubts)
     return verdict_of(row["trust"], reasons), reasons

@@ -16,7 +16,8 @@
 # A small network is fitted to a few noisy examples. We tune the weight decay of each of its layers
 # by gradient while the network trains, and look at what gradhpo says about the run.
 #
-# This notebook is `first_run.py`, executed; its last cell says how to make it again.
+# This notebook is `first_run.py`, executed; its last cell says how to make it again. Below each
+# cell of code is what it prints, and the value of its last line.
 
 # %%
 import jax
@@ -83,8 +84,9 @@ history
 # %%
 print(history.report)
 
-# %%
+# %% alt="Training and validation loss: far apart until step 50, within 0.2 from step 100 on"
 axes = history.plot("train_loss", "val_loss")
+
 # %% [markdown]
 # The decays that were found:
 

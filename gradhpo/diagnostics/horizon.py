@@ -33,6 +33,8 @@ from gradhpo.utils.warn import without_warnings
 _LOOK_AT = "gradhpo.check_hypergradient finds the source"
 # Rows of the table in the report's text.
 _MOST_ROWS = 12
+# Below it, most of the hypergradient comes from the steps that a truncation cuts off.
+LEAST_LENGTH = 0.5
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -53,8 +55,9 @@ class Horizon(Report):
     - `norm`, shape `[steps]`: $\|c_t\|$.
     - `cosine_of_last`, shape `[steps]`: at `[K - 1]` the cosine of $g$ with the hypergradient of
         the last K steps alone (`truncation=K`).
-    - `length_of_last`, shape `[steps]`: the length of that truncated hypergradient, relative to
-        $\|g\|$.
+    - `length_of_last`, shape `[steps]`: the norm ratio of that truncated hypergradient, its
+        length relative to $\|g\|$. If it is far below 1, do not truncate there: the direction is
+        right here, but tuning can end at other values (short-horizon bias).
     - `hypergradient`: $g$.
     """
 
@@ -74,8 +77,8 @@ class Horizon(Report):
     def steps_needed(self, cosine: float = 0.99) -> int:
         """The smallest truncation from which the cosine stays at least `cosine` (default 0.99).
 
-        This is about the direction, not the length: see `length_of_last`. Raises `ValueError` if
-        the hypergradient is not finite.
+        This is about the direction, not the length: if `length_of_last` is far below 1 there, do
+        not truncate. Raises `ValueError` if the hypergradient is not finite.
         """
         if not np.all(np.isfinite(self.norm)):
             raise ValueError(f"the hypergradient is not finite; {_LOOK_AT}")
@@ -101,13 +104,25 @@ class Horizon(Report):
             "the direct term), and what each method keeps of them\n\n"
             + aligned([["inner steps", *names], *rows, ["all", *total]])
             + f"\n\ndirect term {number(self.direct_share)}\nneeded for a cosine of 0.9 with the "
-            f"whole: {self._kept(0.9)}; of 0.99: {self._kept(0.99)}"
+            f"whole: {self._kept(0.9)}; of 0.99: {self._kept(0.99)}{self._warning()}"
         )
 
     def _kept(self, cosine: float) -> str:
         steps = self.steps_needed(cosine)
-        share = self.length_of_last[steps - 1]
-        return f"the last {steps} of {self.num_steps} (with {number(share, 2)} of the length)"
+        ratio = number(self.length_of_last[steps - 1], 2)
+        return f"the last {steps} of {self.num_steps} (norm ratio {ratio})"
+
+    def _warning(self) -> str:
+        """Against a truncation that the cosines suggest and the lengths do not."""
+        needed = sorted({self.steps_needed(0.9), self.steps_needed(0.99)} - {self.num_steps})
+        short = [f"{k}" for k in needed if self.length_of_last[k - 1] < LEAST_LENGTH]
+        if not short:
+            return ""
+        return (
+            f"\ndo not truncate to {' or '.join(short)}: with a norm ratio far below 1, most of "
+            "the hypergradient comes from\nearlier steps, and tuning without them can end at other "
+            "values (short-horizon bias)"
+        )
 
     def plot(self) -> Any:
         """A `matplotlib` figure: shares by inner step, and cosine by truncation."""

@@ -18,6 +18,7 @@ from gradhpo.diagnostics.score import spearman
 from gradhpo.utils.dispatch import compiled
 from gradhpo.utils.freezing import trained
 from gradhpo.utils.keys import fold_keys, is_key
+from gradhpo.utils.validation import leaf_names
 
 
 # Hypergradients at perturbed hyperparameters, and from batches that are drawn again.
@@ -25,6 +26,8 @@ NEIGHBOURS, REDRAWS = 4, 3
 # Perturbations over which predictions are compared: only products, no training.
 DIRECTIONS = 500
 _AT_ONCE = 2**20  # numbers
+# A leaf that changes a rank correlation by less is not behind it.
+_LEAST_GAIN = 0.01
 
 Perturb = Callable[[Array, PyTree], PyTree]
 
@@ -33,15 +36,22 @@ Perturb = Callable[[Array, PyTree], PyTree]
 class Nearby:
     """Flattened hypergradients by name, each a list of arrays, and the validation losses there.
 
-    `predictions` maps the same names to the products with `DIRECTIONS` perturbations.
+    `parts` maps the same names to the products with `DIRECTIONS` perturbations, leaf by leaf:
+    `[perturbations, leaves]`.
     """
 
     hypergradients: dict[str, list[np.ndarray]]
     val_losses: dict[str, list[float]]
     perturbations: list[np.ndarray]
-    predictions: dict[str, list[np.ndarray]]
+    parts: dict[str, list[np.ndarray]]
+    leaves: list[str]
     num_moving: int  # numbers that some perturbation moves
     resolution: float  # of the validation losses, relative
+
+    @functools.cached_property
+    def predictions(self) -> dict[str, list[np.ndarray]]:
+        """The predicted changes, `[perturbations]`."""
+        return {name: list(map(_total, of_name)) for name, of_name in self.parts.items()}
 
     @property
     def agreements(self) -> dict[str, list[float]]:
@@ -49,12 +59,38 @@ class Nearby:
 
         The exact one is compared with the estimate in the best precision, `"best"`.
         """
-        with_ = lambda name: self.predictions["best" if name == "exact" else "own"][0]
         return {
-            name: [spearman(with_(name), other) for other in of_name]
+            name: [spearman(self.predictions[_mate(name)][0], other) for other in of_name]
             for name, of_name in self.predictions.items()
             if name not in ("own", "best")
         }
+
+    def leaf_behind(self, name: str) -> str | None:
+        """The leaf behind a disagreement: with its part as predicted, the others agree best.
+
+        `None` if there is only one leaf, or if no leaf alone makes a difference.
+        """
+        own, others = self.parts[_mate(name)][0], self.parts[name]
+        agreement = lambda parts: np.nan_to_num(
+            np.mean([spearman(_total(own), _total(x)) for x in parts]), nan=-1.0
+        )
+        best, found = agreement(others) + _LEAST_GAIN, None
+        for i, leaf in enumerate(self.leaves if len(self.leaves) > 1 else ()):
+            here = np.arange(len(self.leaves)) == i
+            repaired = agreement([np.where(here, own, x) for x in others])
+            if repaired > best:
+                best, found = repaired, leaf
+        return found
+
+
+def _total(parts: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):  # infinities of both signs
+        return np.sum(parts, axis=1)
+
+
+def _mate(name: str) -> str:
+    """The predictions that `name` is compared with."""
+    return "best" if name == "exact" else "own"
 
 
 def look_nearby(run: Estimated, perturb: Perturb, others: Mapping[str, PyTree]) -> Nearby:
@@ -77,20 +113,20 @@ def look_nearby(run: Estimated, perturb: Perturb, others: Mapping[str, PyTree]) 
     found["own"] = [(run.hypergradient, run.val_loss)]
     found |= {name: [(g, np.asarray(np.nan))] for name, g in others.items()}
     flattened = {name: [flat(g) for g, _ in pairs] for name, pairs in found.items()}
-    predictions = {name: [[] for _ in made] for name, made in flattened.items()}
+    parts = {name: [[] for _ in made] for name, made in flattened.items()}
+    ends = np.cumsum([x.size for x in jax.tree.leaves(hyperparams)])[:-1]
     moving = np.zeros(len(flattened["own"][0]), bool)
     for deltas in _many(perturb, hyperparams):
         moving |= np.any(deltas != 0, axis=0)
         for name, made in flattened.items():
-            for kept, g in zip(predictions[name], made, strict=True):
-                kept.append(_products(g, deltas))
+            for kept, g in zip(parts[name], made, strict=True):
+                kept.append(_by_leaf(g, deltas, ends))
     return Nearby(
         hypergradients=flattened,
         val_losses={name: [float(loss) for _, loss in pairs] for name, pairs in found.items()},
         perturbations=[_change(flat(moved(k)), flat(hyperparams)) for k in range(NEIGHBOURS)],
-        predictions={
-            name: [np.concatenate(kept) for kept in made] for name, made in predictions.items()
-        },
+        parts={name: [np.concatenate(kept) for kept in made] for name, made in parts.items()},
+        leaves=leaf_names(hyperparams),
         num_moving=int(np.sum(moving)),
         resolution=float(jnp.finfo(run.val_loss.dtype).eps),
     )
@@ -155,6 +191,12 @@ def _change(new: np.ndarray, old: np.ndarray) -> np.ndarray:
     """The difference; an infinity that stays is no change."""
     with np.errstate(invalid="ignore"):
         return np.where(new == old, 0, new - old)
+
+
+def _by_leaf(g: np.ndarray, deltas: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Products within each leaf, `[perturbations, leaves]`."""
+    split = zip(np.split(g, ends), np.split(deltas, ends, axis=1), strict=True)
+    return np.stack([_products(*of_leaf) for of_leaf in split], axis=1)
 
 
 def _products(g: np.ndarray, deltas: np.ndarray) -> np.ndarray:

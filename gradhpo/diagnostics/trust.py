@@ -103,6 +103,8 @@ class Trust:
         measured.
     - `replayed`: as passed to the call.
     - `unmeasured`: what matters and could not be measured, in words.
+    - `leaves`: maps the name of an agreement below 0.97 to the leaf that lowers it most; `None` if
+        there is one leaf, or if no single one is behind it.
     - `value` (property): the lowest `agreement` that counts, clipped to [0, 1]. `"other keys"`
         never counts, and `"redrawn"` only with `replayed=False`. 0 if training explodes: if its
         loss rises by more than 100 times the first one, and its updates grow tenfold.
@@ -118,6 +120,7 @@ class Trust:
     growth: float
     replayed: bool | None
     unmeasured: tuple[str, ...]
+    leaves: dict[str, str | None]
 
     @property
     def explodes(self) -> bool:
@@ -167,11 +170,17 @@ class Trust:
                 f"predicted changes are {self.scale:.2g} times the true ones: use smaller "
                 "perturbations, or an optimizer that comes closer to the exact hypergradient"
             )
-        found += [_sentence(name, x) for name, x in self.counted.items() if not x >= TRUSTED]
+        found += [self._sentence(name) for name, x in self.counted.items() if not x >= TRUSTED]
         keys = self.agreement.get("other keys", 1.0)
         if self.replayed is None and not keys >= TRUSTED:
-            found.append(_sentence("other keys", keys))
+            found.append(self._sentence("other keys"))
         return (*found, *self.unmeasured)
+
+    def _sentence(self, name: str) -> str:
+        _, what, remedy = _WORDS[name]
+        leaf = self.leaves.get(name)
+        where = "" if leaf is None else f" (look at {leaf} first)"
+        return f"predictions agree by only {self.agreement[name]:.3g} {what}{where}: {remedy}"
 
     def __str__(self) -> str:
         rows = [["predictions agree with those", "rank correlation"]]
@@ -195,16 +204,11 @@ def verdict_of(trust: float, reasons: Sequence[str]) -> str:
     return "doubtful" if reasons else "trusted"
 
 
-def _sentence(name: str, value: float) -> str:
-    _, what, remedy = _WORDS[name]
-    return f"predictions agree by only {value:.3g} {what}: {remedy}"
-
-
 def judged(
     nearby: Nearby | None, watched: dict | None, replayed: bool | None, unmeasured: tuple[str, ...]
 ) -> Trust:
     """From the hypergradients nearby, and from `finiteness`, where they could be computed."""
-    nan, changes, agreement = float("nan"), (), {}
+    nan, changes, agreement, leaves = float("nan"), (), {}, {}
     signal_to_noise = first = last = growth = followed = scale = nan
     if watched is not None:
         losses, moved = (np.asarray(watched["forward"][name]) for name in ("loss", "moved"))
@@ -230,9 +234,11 @@ def judged(
             noise = np.std([own_loss, *nearby.val_losses["redrawn"]], ddof=1)
             with np.errstate(invalid="ignore"):  # no signal at all: nan
                 agreement["redrawn"] *= float(signal / np.hypot(signal, noise))
+        low = [name for name, x in agreement.items() if not x >= TRUSTED]
+        leaves = {name: nearby.leaf_behind(name) for name in low}
     return Trust(
         agreement, changes, followed, scale, signal_to_noise, first, last, growth, replayed,
-        unmeasured,
+        unmeasured, leaves,
     )  # fmt: skip
 
 

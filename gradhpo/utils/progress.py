@@ -19,14 +19,18 @@ with warnings.catch_warnings():
 
 _SHOWN = {"train": "train_loss", "val": "val_loss", "|hypergrad|": "hypergrad_norm"}
 _SECONDS_BETWEEN_LINES = 10.0
+# While nothing has been timed: as tqdm's, but without clock and rate.
+_COUNT = "{n_fmt}/{total_fmt}{postfix}"
+_BAR, _LINE = "{l_bar}{bar}| " + _COUNT, "{desc}{percentage:3.0f}% " + _COUNT
 
 
 class ProgressBar:
     """Counts steps and shows the last losses, with an estimate of the remaining time.
 
     The first chunk includes compilation and does not predict the others: the clock of the estimate
-    starts after it. Without a terminal or a notebook, a line is printed every ten seconds, and one
-    at the end. `shown` may be a label; without one, the first line says `call`.
+    starts after it, and a run of one chunk has none. Without a terminal or a notebook, a line is
+    printed every ten seconds, and one at the end. `shown` may be a label; without one, the first
+    line says `call`.
     """
 
     def __init__(
@@ -46,7 +50,7 @@ class ProgressBar:
         self._lines = shown is not False and not _can_draw()
         self._bar = tqdm(
             total=total, initial=done, disable=shown is False or self._lines, unit="step",
-            dynamic_ncols=True, desc=self._label,
+            dynamic_ncols=True, desc=self._label, bar_format=_BAR,
         )  # fmt: skip
         self._total, self._done, self._counted_from = total, done, done
         self._started = self._printed = time.monotonic()
@@ -87,6 +91,7 @@ class ProgressBar:
         self._last = ", ".join(f"{short}={float(value):.3g}" for short, value in last.items())
         self._bar.set_postfix_str(self._last, refresh=False)
         if self._warm:
+            self._bar.bar_format = None
             self._bar.update(steps)
         else:
             self._start_the_clock()
@@ -108,8 +113,11 @@ class ProgressBar:
 
     def _print(self) -> None:
         now = time.monotonic()
+        timed = self._done > self._counted_from
         line = tqdm.format_meter(
-            self._done, self._total, now - self._started, ncols=0, unit="step",
+            self._done, self._total, now - self._started, unit="step",
+            # 0: without a bar, in tqdm's own form.
+            ncols=0 if timed else None, bar_format=_LINE,
             initial=self._counted_from, postfix=self._last,
             prefix="" if self._label is None else f"{self._label}: ",
         )  # fmt: skip
