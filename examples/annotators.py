@@ -149,7 +149,7 @@ def train(
 
 
 def joined(first: Result, second: Result, first_step: int = 0) -> Result:
-    """Two trainings in a row; the second counts its steps from `first_step`."""
+    """Two training runs in a row; the second counts its steps from `first_step`."""
     both = lambda name: np.concatenate([getattr(first, name), getattr(second, name)])
     steps = np.concatenate([first.steps, first_step + second.steps])
     seconds = first.seconds + second.seconds
@@ -180,7 +180,7 @@ def experiment(data: Data, inner_steps: int, seed: int) -> dict[str, tuple[float
     half, state = train(UNTUNED, data.train, data, inner_steps // 2, seed)
     rest, _ = train(UNTUNED, data.train, data, inner_steps // 2, seed, state)
     both = joined(half, rest)
-    # The two parts look at the test set 40 times, the other trainings 20 times.
+    # The two parts look at the test set 40 times, the other training runs 20 times.
     everyone = both._replace(**{name: getattr(both, name)[1::2] for name in both._fields[:3]})
     fine_tuned, _ = train(UNTUNED, checked, data, inner_steps // 2, seed, state.model)
     alone, expert = train(UNTUNED, checked, data, inner_steps, seed)

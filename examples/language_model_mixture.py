@@ -329,7 +329,7 @@ class Result(NamedTuple):
 
 
 class Trainer(NamedTuple):
-    """The parts shared by all trainings; created once, so that each program compiles once."""
+    """The parts shared by all training runs; created once, so that each program compiles once."""
 
     losses: gradhpo.LossFunctions
     fixed: gradhpo.FixedOptimizer
@@ -429,17 +429,17 @@ def all_rows(
 def table(runs: list[dict[str, Result]]) -> str:
     """Means over the seeds, with standard deviations of the loss."""
     lines = [
-        "| | test loss, nats per token | below uniform in | trainings | seconds |",
+        "| | test loss, nats per token | below uniform in | runs | seconds |",
         "| --- | --- | --- | --- | --- |",
     ]
-    trainings = {BEST: len(GRID), OTHERS: 2, AGAIN: 2}
+    counts = {BEST: len(GRID), OTHERS: 2, AGAIN: 2}
     for name in runs[0]:
         found = np.array([run[name].test_loss for run in runs])
         below = sum(run[name].test_loss < run["uniform"].test_loss for run in runs)
         lines.append(
             f"| {name} | {found.mean():.3f} ± {found.std():.3f} | "
             f"{'' if name == 'uniform' else f'{below} of {len(runs)}'} | "
-            f"{trainings.get(name, 1)} | {np.mean([run[name].seconds for run in runs]):.0f} |"
+            f"{counts.get(name, 1)} | {np.mean([run[name].seconds for run in runs]):.0f} |"
         )
     return "\n".join(lines)
 

@@ -12,12 +12,12 @@ changes.
 
 The learned schedule is compared with the best constant learning rate and the best cosine decay of a
 grid, each with the best of three momenta, and with the best of 100 random schedules with the same
-windows, which cost about as much. Every row is its best training on the validation set, and all
-trainings share the start and the batches.
+windows, which cost about as much. Every row is its best run on the validation set, and all
+training runs share the start and the batches.
 
 Forward mode reaches lower losses than both grids, at several times their cost; the accuracies are
-too close to distinguish. It does not beat random schedules: 100 trainings are enough to find ten
-good numbers (over seeds 0 to 5 random schedules reach a validation loss of 0.715 and a test loss of
+too close to distinguish. It does not beat random schedules: 100 training runs are enough to find
+ten good numbers (over seeds 0 to 5 random schedules reach a validation loss of 0.715 and a test loss of
 0.738, forward mode 0.722 and 0.734).
 
     python examples/learned_schedule.py            # 3 seeds, about a minute on 2 cores
@@ -46,7 +46,7 @@ BATCH_SIZE, WIDTH = 32, 16
 RATES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of the grids
 MOMENTA = (0.0, 0.5, 0.9)
 LARGEST_MOMENTUM = 0.99
-PER_OUTER_STEP = 10  # plain trainings in about the time of one with ten derivatives
+PER_OUTER_STEP = 10  # plain training runs in about the time of one with ten derivatives
 
 
 class Data(NamedTuple):
@@ -59,12 +59,12 @@ class Result(NamedTuple):
     val_loss: float
     test_loss: float
     accuracy: float
-    trainings: int
+    runs: int
     seconds: float
-    seconds_each: float  # of one of these trainings
+    seconds_each: float  # of one of these training runs
     rates: np.ndarray  # [steps]
     momenta: np.ndarray
-    val_losses: np.ndarray  # of every training, in the order they were made
+    val_losses: np.ndarray  # of every run, in the order they were made
 
 
 def load_data(noise: float, seed: int) -> Data:
@@ -134,7 +134,7 @@ def finished(net: eqx.nn.MLP, schedule: PyTree, batches: gradhpo.ArrayData, data
         val_loss=val_loss,
         test_loss=float(test_loss),
         accuracy=float(accuracy),
-        trainings=1,
+        runs=1,
         seconds=seconds,
         seconds_each=seconds,
         rates=np.asarray(schedule["rates"]),
@@ -171,7 +171,7 @@ def best_of(
     # A rate that makes training diverge has no validation loss to compare.
     best = min(tried, key=lambda row: np.nan_to_num(row.val_loss, nan=np.inf))
     return best._replace(
-        trainings=len(tried),
+        runs=len(tried),
         seconds=sum(row.seconds for row in tried),
         seconds_each=float(np.median([row.seconds for row in tried])),
         val_losses=np.array([row.val_loss for row in tried]),
@@ -209,7 +209,7 @@ def forward_mode(steps: int, windows: int) -> gradhpo.ForwardModeOptimizer:
 
 
 class Repeated(eqx.Module):
-    """The same batches for every training, as in the other rows of the table."""
+    """The same batches for every run, as in the other rows of the table."""
 
     batches: gradhpo.ArrayData
     period: int = eqx.field(static=True)
@@ -260,7 +260,7 @@ def learned(
     val_losses = np.append(history["val_loss"], last.val_loss)
     row = finished(net, of_steps(path[int(np.nanargmin(val_losses))]), batches, data)
     return row._replace(
-        trainings=outer_steps,
+        runs=outer_steps,
         seconds=clock[-1] - clock[0],
         seconds_each=float(np.median(np.diff(clock)[-max(1, outer_steps - 1) :])),
         val_losses=val_losses,
@@ -301,7 +301,7 @@ def table(runs: list[dict[str, Result]]) -> str:
     plain = np.mean([run[CONSTANT].seconds_each for run in runs])
     lines = [
         f"{'':28}{'validation loss':>17}{'test loss':>16}{'test accuracy':>16}"
-        f"{'trainings':>11}{'cost of each':>14}{'seconds':>9}"
+        f"{'runs':>11}{'cost of each':>14}{'seconds':>9}"
     ]
     for name in runs[0]:
         rows = [run[name] for run in runs]
@@ -311,14 +311,14 @@ def table(runs: list[dict[str, Result]]) -> str:
             f"{name:28}{spread([row.val_loss for row in rows]):>17}"
             f"{spread([row.test_loss for row in rows]):>16}"
             f"{f'{percent.mean():.1f} ± {percent.std():.1f} %':>16}"
-            f"{rows[0].trainings:>11}{f'{cost:.1f} x':>14}"
+            f"{rows[0].runs:>11}{f'{cost:.1f} x':>14}"
             f"{np.mean([row.seconds for row in rows]):>9.1f}"
         )
     return "\n".join(lines)
 
 
 def picture(rows: dict[str, Result], path: Path) -> None:
-    """Both schedules of one seed, and the validation loss of its trainings."""
+    """Both schedules of one seed, and the validation loss of its training runs."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -9,9 +9,9 @@ practical benefit. So momenta tuned for 100 steps are also measured after 150, w
 gone: they are then about as good as the asymptotic values.
 
 **Adam.** The learning rate, b1 and b2 of Adam follow the hypergradient of the validation loss at
-the end of short trainings of a small network on scikit-learn's digits. They are compared with
+the end of short training runs of a small network on scikit-learn's digits. They are compared with
 Adam's defaults and with the best learning rate of a grid at the default b1 and b2, all in new
-trainings with other starting points and batch orders. Nearly all of the gain over the defaults
+training runs with other starting points and batch orders. Nearly all of the gain over the defaults
 comes from the learning rate, and a grid of ten is far cheaper.
 
     python examples/optimizer_hyperparameters.py            # 3 seeds, about a minute on 2 cores
@@ -232,7 +232,7 @@ def new_net(key: Array) -> eqx.nn.MLP:
 
 
 def fresh_trainings(raw: PyTree, data: Data, seed: int) -> tuple[float, float]:
-    """Mean test loss and accuracy of trainings from new starts, with new batch orders."""
+    """Mean test loss and accuracy of training runs from new starts, with new batch orders."""
     ends = []
     for key in jax.random.split(jax.random.fold_in(jax.random.key(seed), 1), FRESH_STARTS):
         k1, k2 = jax.random.split(key)

@@ -143,7 +143,7 @@ def off_the_straight_line(seed: int, rates: list[float]) -> Rows:
 
 
 def fresh_adam(seed: int, counts: list[int]) -> Rows:
-    """The one-step hypergradient compared with itself at another eps_root, along one training."""
+    """The one-step hypergradient compared with itself at another eps_root, along one run."""
     small, large = (optax.adam(3e-3, eps_root=eps) for eps in (1e-16, 1e-8))
     problem, rows = example_weights(seed, small), {}
     makers = [gradhpo.OneStepOptimizer(inner) for inner in (small, large)]

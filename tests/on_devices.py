@@ -305,7 +305,7 @@ def replays(axes, spread):
 
 
 def retrainings(axes, spread):
-    """Trainings at other hyperparameters, in blocks, and their predicted effects."""
+    """Training runs at other hyperparameters, in blocks, and their predicted effects."""
     here = Mesh(axes, spread)
     params, hyperparams, train, val = problem()
     names = "unrolled", "greedy"

@@ -419,7 +419,7 @@ def smoothness(loss, size, direction=None, start=None):
 
 
 def test_metasmoothness_is_its_formula():
-    """One step to w = f(h): the three trainings are three values of f.
+    """One step to w = f(h): the three training runs are three values of f.
 
     The first parameter moves on, the second turns back past its start, the third only part of the
     way.

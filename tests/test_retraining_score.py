@@ -454,13 +454,13 @@ def test_blocks_of_any_size_give_the_same(block_size):
 
 
 def test_one_program_for_all_blocks():
-    """Also for the last, with two trainings instead of three; the other is for hypergradients."""
+    """Also for the last, with two runs instead of three; the other is for hypergradients."""
     assert of_all_and_traces()[1] == 2
 
 
 @pytest.mark.thorough
 def test_functions_that_are_not_for_several_at_once():
-    """A callback without a `vmap` rule: trainings and queries run one by one."""
+    """A callback without a `vmap` rule: training runs and queries run one by one."""
 
     def on_host(x):
         return jax.pure_callback(lambda x: np.asarray(x), jax.ShapeDtypeStruct((), x.dtype), x)
@@ -600,7 +600,7 @@ def test_more_of_the_same(tmp_path):
     kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.ckpt")}
     changed = {name for name in kept if names.get(name) != kept[name]}
     assert len([name for name in changed if name.startswith("estimate")]) == 1
-    # The third block had two trainings and now has three.
+    # The third block had two training runs and now has three.
     assert {name for name in changed if name.startswith("losses")} == {
         f"losses-{number:010d}.ckpt" for number in (6, 9)
     }
@@ -608,7 +608,7 @@ def test_more_of_the_same(tmp_path):
 
 @pytest.mark.thorough
 def test_more_and_fewer_with_blocks_larger_than_all(tmp_path):
-    """The first call has one block of four trainings, since there are no more."""
+    """The first call has one block of four training runs, since there are no more."""
     settings = {"directory": tmp_path, "block_size": 100}
     times = lambda: {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.ckpt")}
     scored(**settings, num_retrainings=3)
@@ -617,10 +617,10 @@ def test_more_and_fewer_with_blocks_larger_than_all(tmp_path):
     after = times()
     assert before.items() < after.items()
     assert sorted(set(after) - set(before)) == ["losses-0000000004.ckpt"]
-    # Five trainings, of which the second block has one of its four.
+    # Five training runs, of which the second block has one of its four.
     assert_same(scored(**settings, num_retrainings=4).true, scored(**settings).true[:4])
     assert times() == after
-    with pytest.raises(ValueError, match="block_size=99 differs from the blocks of 4 trainings"):
+    with pytest.raises(ValueError, match="block_size=99 differs from the blocks of 4 runs"):
         scored(**settings | {"block_size": 99})
 
 
@@ -653,7 +653,7 @@ def test_a_directory_holds_one_optimizer_of_a_name(tmp_path):
             EXACT, EXACT.init(PARAMS, HYPERPARAMS), DATA, QUERIES, LOSSES, num_steps=STEPS,
             store=tmp_path, progress=False,
         )  # fmt: skip
-    with pytest.raises(ValueError, match="block_size=4 differs from the blocks of 3 trainings"):
+    with pytest.raises(ValueError, match="block_size=4 differs from the blocks of 3 runs"):
         scored({"it": greedy(0.9)}, directory=tmp_path, block_size=4)
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"directory=.* is a file"):

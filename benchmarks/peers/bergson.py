@@ -65,7 +65,7 @@ def opened(program: tuple[str, tuple[str, ...]], size: str, dtype: str) -> Itera
 
 
 def numbers(setting: Mapping[str, Any]) -> dict[str, Any]:
-    """Differences from `replay` in float64, and scores against the same trainings."""
+    """Differences from `replay` in float64, and scores against the same training runs."""
     size, optimizer = setting["size"], setting["optimizer"]
     found: dict[str, np.ndarray] = {}
     with opened(OURS, size, "float64") as ours, opened(THEIRS, size, "float64") as theirs:
@@ -150,9 +150,9 @@ def row(setting: Mapping[str, Any], repeats: int) -> dict[str, Any]:
 
 def print_bergson(quick: bool = False, file: Path | Kept | None = None) -> None:
     print(
-        f"\nA weight for each of {EXAMPLES:,} examples of digits, through whole trainings, on one "
-        "thread: bergson, gradhpo, and\n`jax.vjp` of a hand-written scan, segments and steps under "
-        "`jax.checkpoint`. MLP with tanh, three\ntenths of the labels wrong"
+        f"\nA weight for each of {EXAMPLES:,} examples of digits, through whole training runs, "
+        "on one thread: bergson, gradhpo, and\n`jax.vjp` of a hand-written scan, segments and steps "
+        "under `jax.checkpoint`. MLP with tanh, three\ntenths of the labels wrong"
     )
     for name, (width, steps, batch) in SIZES.items():
         print(f"  {name}: 64-{width}-{width}-10, {steps} steps with batches of {batch}")
@@ -168,8 +168,8 @@ def print_numbers(rows: list[Row]) -> None:
     print(
         f"\nSmall: relative difference from gradhpo's replay, float64, query: mean of {QUERIES} "
         f"validation examples;\nand score: rank correlation with the changes of {RETRAININGS} "
-        f"trainings without {100 * LEFT_OUT:.0f} % of the examples,\nmean of the {QUERIES} queries "
-        "with a 95 % t-interval. Cosine: of gradients at the end, not projected"
+        f"training runs without {100 * LEFT_OUT:.0f} % of the examples,\nmean of the {QUERIES} "
+        "queries with a 95 % t-interval. Cosine: of gradients at the end, not projected"
     )
     for of in rows:
         print(f"  {of['optimizer']}")

@@ -135,7 +135,7 @@ def searched(training: Training, case: Case, searcher: Generator, trials: int) -
 def followed(
     training: Training, case: Case, outer_fits: int
 ) -> tuple[Curve, Curve | None, float | None]:
-    """The curves of gradhpo and of fresh trainings with its hyperparameters.
+    """The curves of gradhpo and of fresh training runs with its hyperparameters.
 
     With cold restarts every fit is a fresh training, so the second result is instead the largest
     relative difference between its losses and plain training's.

@@ -31,7 +31,7 @@ class Size(NamedTuple):
 
     @property
     def alike(self) -> int:
-        """Trainings of an outer run: one more than outer steps, for the last schedule."""
+        """Training runs of an outer run: one more than outer steps, for the last schedule."""
         return self.outer_steps + 1
 
 

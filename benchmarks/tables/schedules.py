@@ -26,7 +26,7 @@ from gradhpo.utils.tables import aligned
 
 
 class Line(NamedTuple):
-    """A search: which trainings of a method it chooses among, and what it pays for."""
+    """A search: which training runs of a method it chooses among, and what it pays for."""
 
     name: str
     method: str
@@ -88,9 +88,9 @@ def print_schedules(quick: bool = False, file: Path | Kept | None = None) -> Non
     print(
         "\nregret: validation loss minus that of the best constant of the grid, seed by seed."
         "\nover ours: validation loss minus that of forward mode 5/5/5, seed by seed."
-        "\ninner steps: of all trainings, those for a search that another one starts from included;"
+        "\ninner steps: of all runs, those for a search that another one starts from included;"
         f"\n{size.outer_steps * size.steps:,} of forward mode's carry derivatives."
-        "\nCPU: seconds of one core for these trainings, in the median over seeds; grids and random"
+        "\nCPU: seconds of one core for these runs, in the median over seeds; grids and random"
         "\nsearch train a hundred at once, forward mode trains one."
     )
     print("\nRegret of forward mode's best schedule so far, after each outer step:\n")
@@ -107,7 +107,7 @@ def print_schedules(quick: bool = False, file: Path | Kept | None = None) -> Non
 
 
 ASSUMPTIONS = """batch 32, tanh, float32; one split, start and order of batches per seed, the same
-in all trainings (the paper's program draws a new split in every outer step); the hypergradient is
+in all runs (the paper's program draws a new split in every outer step); the hypergradient is
 that of the mean over all validation digits, which is its mean over batches of equal size; signs of
 it, steps of 0.1, 0.1 and 3e-4 from 0, halved where a sign flips, at rest for each number by itself
 below 5 % (the program stops when all are); numbers are kept at 0 or above, momenta below 0.99;
@@ -134,7 +134,7 @@ def _table(rows: Mapping[str, list[Row]], size: Size) -> str:
 
 
 def _seconds_each(row: Row) -> float:
-    """CPU seconds of each training of a row."""
+    """CPU seconds of each run of a row."""
     return row["cpu"] / len(row["val_losses"])
 
 

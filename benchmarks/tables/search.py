@@ -43,7 +43,7 @@ SEARCHES = {
 # The expensive ones have fewer seeds.
 SEEDS_OF = dict.fromkeys(SEARCHES, SEEDS) | {IMPLICIT: SEEDS[:3], EXACT: SEEDS[:1]}
 SAME = {f"{operation} on every edge": operation * EDGES for operation in "3as"}
-NUM_RANDOM = len(ALONG)  # as many trainings as along one search
+NUM_RANDOM = len(ALONG)  # as many training runs as along one search
 Chosen = Mapping[int, str]  # an architecture for each seed
 
 
@@ -55,7 +55,7 @@ def random_architectures(seed: int) -> list[str]:
 
 
 class Rows:
-    """Searches, and trainings of what they found, from the file or measured now."""
+    """Searches, and training runs of what they found, from the file or measured now."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Searches for an architecture, what they find on the way, and trainings of what is found."""
+"""Searches for an architecture, what they find on the way, and training runs of what is found."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple

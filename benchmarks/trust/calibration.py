@@ -1,8 +1,8 @@
 """Does the verdict of `check_hypergradient` come true? Its number against retraining scores.
 
-Every configuration is a training of a small classifier. Its score is that of `retraining_score`:
-the rank correlation, over retrainings with a few percent of the examples left out, of predicted and
-true changes in the validation loss. The thresholds between the verdicts are set on a random half of
+Every configuration is a training run of a small classifier. Its score is that of
+`retraining_score`: the rank correlation, over retrainings with a few percent of the examples left
+out, of predicted and true changes in the validation loss. The thresholds between the verdicts are set on a random half of
 the configurations and tested on the other.
 """
 

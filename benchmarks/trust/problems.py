@@ -1,4 +1,4 @@
-"""The trainings of the calibration: a small classifier with a weight for each training example."""
+"""The training runs of the calibration: a small classifier with a weight for each example."""
 
 import dataclasses
 from collections.abc import Callable

@@ -163,7 +163,7 @@ for name, value in references.items():
 #
 # ## Going downhill
 #
-# Twelve steps of gradient descent on the log decay, each with a training of 100 steps from 0
+# Twelve steps of gradient descent on the log decay, each with a training run of 100 steps from 0
 # (`steps_per_episode=1, reptile_rate=0.0`: every outer step starts over).
 
 # %%
@@ -227,7 +227,7 @@ plt.close(figure)
 
 @jax.jit
 def along_the_way(log_decay):
-    """Exact, implicit, greedy and one-step hypergradients after each step, from one training."""
+    """Exact, implicit, greedy and one-step hypergradients after each step, from one run."""
 
     def step(carry, _):
         w, tangent, greedy = carry

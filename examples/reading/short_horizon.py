@@ -70,7 +70,7 @@ print(f"{expected_loss(start, 0, None):.2f} after 300 steps with rate {START_RAT
 # %% [markdown]
 # ## The hypergradient by horizon
 #
-# After each step, forward mode has the hypergradient of all steps so far, so one training of 1,000
+# After each step, forward mode has the hypergradient of all steps so far, so one run of 1,000
 # steps gives the derivative for every horizon. `lr_hyper=0` keeps the rate fixed.
 
 # %%

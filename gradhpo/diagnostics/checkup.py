@@ -47,7 +47,7 @@ class HypergradientCheck(Report):
         new optimizer state).
     - `step_error`: for an estimate that itself takes finite differences (`T1T2Optimizer`).
     - `metasmoothness`: see [`metasmoothness`][gradhpo.metasmoothness], at `step_size`; `diverges`
-        if one of its trainings ends with a NaN or an infinity.
+        if one of its training runs ends with a NaN or an infinity.
     - `is_zero`: whether the whole hypergradient is exactly 0.
     - `trusting`: the [measurements][gradhpo.diagnostics.trust.Trust] behind `verdict`, `reasons`
         and `trust`.

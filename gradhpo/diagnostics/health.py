@@ -49,7 +49,7 @@ def check_hypergradient(
 
     The verdict says whether the hypergradient can be expected to predict retraining at other
     hyperparameters, as [`retraining_score`][gradhpo.retraining_score] would measure with a hundred
-    trainings. It takes about ten more hypergradients, by the program of the first: at four
+    training runs. It takes about ten more hypergradients, by the program of the first: at four
     perturbed hyperparameters; with the last bit of every initial parameter changed; on batches in
     another order and with other random keys; and unchanged. Their predictions are compared over 500
     random perturbations, which costs only products.

@@ -33,7 +33,7 @@ _HOLDS = 0.1  # within this share of the larger of the two
 class FiniteDifference(NamedTuple):
     """The derivative along a random direction of one leaf, in float64.
 
-    `derivative` comes from the exact hypergradient, `difference` from trainings on both sides,
+    `derivative` comes from the exact hypergradient, `difference` from training runs on both sides,
     known up to `uncertainty` (`inf` if they say nothing). `erratic` if differences over several
     steps contradict each other, so that nothing was checked. `width` is the largest of the steps
     1e-1 to 1e-6, relative to the largest number of the leaf (at least 1), up to which differences
@@ -64,7 +64,7 @@ def metasmoothness(
     direction: PyTree = None,
     step_size: RealScalarLike = 0.1,
 ) -> float:
-    r"""How well a derivative predicts what training does, from three trainings: in [-1, 1].
+    r"""How well a derivative predicts what training does, from three training runs: in [-1, 1].
 
     With the final parameters $w(\lambda)$ of training, $\Delta_1 = w(\lambda + hv) - w(\lambda)$,
     $\Delta_2 = w(\lambda + 2hv) - w(\lambda + hv)$ and $d = |\Delta_1 + \Delta_2|$,
@@ -90,7 +90,7 @@ def metasmoothness(
     - `step_size`: $h > 0$, the size of an outer step; pass your own: 0.1 (the default) is usual for
         the logarithm of a learning rate, and large for the rate itself.
 
-    **Returns:** $S$; `nan` if no parameter moves, if one of the trainings diverges, or if the
+    **Returns:** $S$; `nan` if no parameter moves, if one of the training runs diverges, or if the
     hypergradient to follow is not finite.
 
     **Raises:** `ValueError` for `step_size <= 0` or a `direction` that is not a tree like the
@@ -170,7 +170,7 @@ def smoothness_along(
 
 
 def train_around(case: Case, optimizer: Any, hypergradient: PyTree, step_size: float) -> Any:
-    """Trainings around the hyperparameters, for every leaf and epsilon, and two steps downhill."""
+    """Training runs nearby, for every leaf and epsilon, and two steps downhill."""
 
     def function(optimizer, start, train_batch, val_batch, hypergradient, epsilons, step_size):
         problem = case.problem(optimizer, start, train_batch, val_batch)

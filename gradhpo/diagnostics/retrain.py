@@ -1,4 +1,4 @@
-"""Many trainings at changed hyperparameters, a block of them at once."""
+"""Many training runs at changed hyperparameters, a block of them at once."""
 
 import dataclasses
 import functools
@@ -24,15 +24,15 @@ from gradhpo.utils.tracing import count_trace
 from gradhpo.utils.trees import all_finite
 
 
-# Small trainings gain nothing from more; bars and directories count in blocks.
+# Small training runs gain nothing from more; bars and directories count in blocks.
 _MOST_AT_ONCE = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Retrained:
-    """Losses at the end of trainings, `[trainings, queries]`; the first is at λ itself.
+    """Losses at the end of training runs, `[runs, queries]`; the first is at λ itself.
 
-    `finite` says whether the parameters of each training are finite, and `seconds` how long all
+    `finite` says whether the parameters of each run are finite, and `seconds` how long all
     took.
     """
 
@@ -50,7 +50,7 @@ def losses_of_block(
     keys: Array,
     at_once: bool,
 ) -> tuple[Array, Array]:
-    """The losses of one training for each key, `[trainings, queries]`, and which are finite.
+    """The losses of one training for each key, `[runs, queries]`, and which are finite.
 
     Each starts afresh at the changed hyperparameters; where not `moved`, at the start's.
     """
@@ -80,7 +80,7 @@ def losses_of_block(
 
 
 class Blocks:
-    """The trainings of all keys, by one program for a block of them."""
+    """The training runs of all keys, by one program for a block of them."""
 
     def __init__(
         self,
@@ -100,10 +100,10 @@ class Blocks:
         if earlier:
             about = kept.about("losses", earlier[0])
             self.size, self._asked = about["block_size"], about.get("asked")
-            # A block of all trainings is smaller than was asked for.
+            # A block of all training runs is smaller than was asked for.
             if block_size not in (None, self.size, self._asked):
                 raise ValueError(
-                    f"block_size={block_size} differs from the blocks of {self.size} trainings "
+                    f"block_size={block_size} differs from the blocks of {self.size} runs "
                     f"{kept.where}: pass block_size={self.size}, or another directory"
                 )
         elif block_size is None:
@@ -167,7 +167,7 @@ class Blocks:
         return Retrained(losses, finite, seconds)
 
     def _earlier(self, first: int, count: int) -> Retrained | None:
-        """A block of an earlier call, if it has the trainings wanted now."""
+        """A block of an earlier call, if it has the training runs wanted now."""
         there = self._kept.about("losses", first)["count"]
         if there < count:
             return None

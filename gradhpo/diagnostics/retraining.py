@@ -77,7 +77,7 @@ def retraining_score(
     - `optimizers`: one optimizer, or a dict of name to optimizer; the first of them trains, and all
         must have its inner update. A dict may also hold hypergradients that you have: a tree like
         the hyperparameters, each leaf with one more leading axis, the queries. They may come from
-        [`replay(queries=True)`][gradhpo.replay], for trainings of any length.
+        [`replay(queries=True)`][gradhpo.replay], for training runs of any length.
     - `state`: where training starts: from `init` of one of them, or a later one.
     - `train_data`: a function `index -> batch` such as [`ArrayData`][gradhpo.ArrayData], one batch
         for all steps, or a loader, whose batches are all in memory at once. Inner step t gets batch
@@ -85,13 +85,13 @@ def retraining_score(
     - `queries`: validation examples, a batch `[queries, ...]`. `val_loss` gets each as a batch of
         one; PRNG keys of shape `()` are shared.
     - `losses`: the [`LossFunctions`][gradhpo.LossFunctions].
-    - `num_steps`: inner steps of a training, T, a multiple of every optimizer's.
+    - `num_steps`: inner steps of a training run, T, a multiple of every optimizer's.
     - `perturb`: `(key, hyperparams) -> hyperparams`, the changed hyperparameters, of the same
         structure, shapes and dtypes; JAX must be able to trace it.
     - `num_retrainings`: number of retrainings, at least 3, default 100.
     - `key`: PRNG key of the changes (change j gets `jax.random.fold_in(key, j)`) and of the
         resamples for the intervals.
-    - `block_size`: how many trainings run at once, in one compiled program, at least 1. Default
+    - `block_size`: how many runs go on at once, in one compiled program, at least 1. Default
         `None`: up to 32, as many as fit into half of the device's free memory by the compiler's
         figures (2 GiB on a CPU). Results do not depend on it, up to rounding.
     - `directory`: where each block and each estimator's hypergradients are kept once they are done,

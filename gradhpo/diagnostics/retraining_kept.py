@@ -38,7 +38,7 @@ def kept_in(
 ) -> Boundaries:
     """Blocks of losses, and hypergradients by the name of their optimizer.
 
-    They belong to one training, from one state on the same data, and to one sequence of changes;
+    They belong to one training run, from one state on the same data, and to one sequence of changes;
     the number of changes and the other estimators may differ.
     """
     if directory is None:

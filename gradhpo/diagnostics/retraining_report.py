@@ -33,7 +33,7 @@ class RetrainingScore(Report):
     - `losses`: the losses of the queries before any change, one array `[queries]`.
     - `hypergradients`: trees like the hyperparameters, with a leading axis, the queries.
     - `seconds`: for the hypergradients of all queries, without compilation; `nan` where none were
-        computed. `retraining_seconds`: for all trainings, one number.
+        computed. `retraining_seconds`: for all training runs, one number.
     - `nonfinite`: the numbers of the retrainings that are not finite, one tuple.
     - `unseen`: leaves that an estimator cannot see, if there are any; `blind` are the estimators
         that see none.
@@ -190,7 +190,7 @@ def report_of(
     random: np.random.Generator,
     num_steps: int,
 ) -> RetrainingScore:
-    """The report, from the losses of trainings, the first without a change."""
+    """The report, from the losses of training runs, the first without a change."""
     base, after = retrained.losses[0], retrained.losses[1:]
     known = np.isfinite(base)
     finite = retrained.finite[1:] & np.all(np.isfinite(after[:, known]), axis=1)

@@ -90,7 +90,7 @@ class Trust:
         - `"redrawn"`: with other keys and the batches of a stack in another order; the mean over
             three draws, times $s/\sqrt{s^2 + n^2}$, where $s$ is the standard deviation of
             $g\cdot\Delta_j$ and $n$ that of the validation loss between draws.
-    - `changes`: of the four perturbed trainings, predicted and true change of the validation loss.
+    - `changes`: of the four perturbed runs, predicted and true change of the validation loss.
     - `followed`: cosine of the true changes with the changes by the mean of the hypergradients at
         both ends. Below 0.5 it casts doubt: then the loss has steps that no derivative sees. `nan`
         if the changes are lost in the rounding of the loss.

@@ -53,7 +53,7 @@ def on_narrow_derivative(inner_opt_state: PyTree) -> str:
 
 
 def on_jumps(inner_opt_state: PyTree) -> str:
-    """What to try where nearby trainings contradict each other."""
+    """What to try where nearby training runs contradict each other."""
     of_adam = "with eps_root=1e-8, " if foreign.keeps_second_moments(inner_opt_state) else ""
     return f"check again with a shorter horizon, {of_adam}or with smooth activations"
 
