@@ -151,8 +151,8 @@ def row(setting: Mapping[str, Any], repeats: int) -> dict[str, Any]:
 def print_bergson(quick: bool = False, file: Path | Kept | None = None) -> None:
     print(
         f"\nA weight for each of {EXAMPLES:,} examples of digits, through whole training runs, "
-        "on one thread: bergson, gradhpo, and\n`jax.vjp` of a hand-written scan, segments and steps "
-        "under `jax.checkpoint`. MLP with tanh, three\ntenths of the labels wrong"
+        "on one thread: bergson, gradhpo, and\n`jax.vjp` of a hand-written scan, segments and "
+        "steps under `jax.checkpoint`. MLP with tanh, three\ntenths of the labels wrong"
     )
     for name, (width, steps, batch) in SIZES.items():
         print(f"  {name}: 64-{width}-{width}-10, {steps} steps with batches of {batch}")

@@ -2,8 +2,8 @@
 
 Every configuration is a training run of a small classifier. Its score is that of
 `retraining_score`: the rank correlation, over retrainings with a few percent of the examples left
-out, of predicted and true changes in the validation loss. The thresholds between the verdicts are set on a random half of
-the configurations and tested on the other.
+out, of predicted and true changes in the validation loss. The thresholds between the verdicts are
+set on a random half of the configurations and tested on the other.
 """
 
 from collections.abc import Sequence

@@ -38,8 +38,8 @@ def kept_in(
 ) -> Boundaries:
     """Blocks of losses, and hypergradients by the name of their optimizer.
 
-    They belong to one training run, from one state on the same data, and to one sequence of changes;
-    the number of changes and the other estimators may differ.
+    They belong to one training run, from one state on the same data, and to one sequence of
+    changes; the number of changes and the other estimators may differ.
     """
     if directory is None:
         return InMemory()
