@@ -10,10 +10,10 @@ penalties. The weights come from scikit-learn's coordinate descent, which is nev
 implicit differentiation needs only the optimum, as the fixed point of a proximal step. With
 proximal steps alone the hypergradient is the same, up to rounding.
 
-A fit is one training run on one fold. scikit-learn's ElasticNetCV makes 5,000 of them, 10 ratios
-of 100 penalties; the elastic net is tuned with 250, the weighted lasso with 500. With a penalty
-for each group, the loss of cross-validation is far lower and no longer estimates the test loss, which is
-measured with weights fitted to all known examples.
+A fit is one training run on one fold. scikit-learn's ElasticNetCV makes 5,000 of them, 10 ratios of
+100 penalties; the elastic net is tuned with 250, the weighted lasso with 500. With a penalty for
+each group, the loss of cross-validation is far lower and no longer estimates the test loss, which
+is measured with weights fitted to all known examples.
 
     python examples/cross_validation.py          # 10 splits, 20 minutes on 2 busy cores
     python examples/cross_validation.py --help
