@@ -190,9 +190,7 @@ def print_natural() -> None:
             row = f"{name:26} {found.cosine:6.3f} {found.length:7.3g} {found.error:6.2f}"
             gradients = work(at, name)
             print(f"  {row}" + ("" if gradients is None else f" {gradients:6.1f}"))
-        print(
-            f"  work: what it adds to {STEPS} inner steps, in training gradients of {BATCH} examples"
-        )
+        print(f"  work: added to {STEPS} inner steps, in training gradients of {BATCH} examples")
     print(f"\nFlops of an outer step / of its {STEPS} inner steps: MLP 64-128-10, batches of 128")
     print(f"  {'diagonal':32} {relative('diagonal'):.2f}")
     for every in (1, 2, 4, 10):
