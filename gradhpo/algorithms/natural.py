@@ -118,8 +118,8 @@ class NHGDOptimizer(Algorithm):
         and the memory of $b$ gradients. Default `False`.
     - `factor_every`: outer steps from one factorisation (Cholesky, `eigh`) to the next, at least 1.
         Only the inner steps of those outer steps add to $F$; the others reuse the factors and cost
-        hardly more than training. $F$ then reaches further back in time: lower `decay` if the
-        parameters move fast. Default 1.
+        hardly more than training (under `vmap`, as with `TaskBatched`, nothing is saved). $F$ then
+        reaches further back in time: lower `decay` if the parameters move fast. Default 1.
     - `grad_fn`: `(params, hyperparams, batch) -> gradient`, a tree like the parameters, which
         replaces the gradient of the training loss (DP-SGD, SAM, semi-gradients); the loss is then
         only a metric. $F$ is made of it as well. Default `None`.
