@@ -57,6 +57,11 @@ OPTIMIZERS = {
         {"unroll_steps": 4, "num_directions": 8},
         ("sigma", 0.02),
     ),
+    "PES": (
+        gradhpo.EvolutionOptimizer,
+        {"unroll_steps": 4, "num_directions": 8, "noise": "window"},
+        ("sigma", 0.02),
+    ),
     # A direct solver: an iterative one's error, within its tolerance, varies between programs by
     # more than the 1e-12 used here.
     "implicit": (
@@ -74,6 +79,11 @@ OPTIMIZERS = {
     "BOME": (gradhpo.BOMEOptimizer, {"inner_steps": 4}, ("control", 0.8)),
     # Training here has no noise and a Hessian of 1, so the damping stands in for it.
     "natural": (gradhpo.NHGDOptimizer, {"inner_steps": 4, "damping": 1.0}, ("damping", 0.5)),
+    "natural, Kronecker": (
+        gradhpo.NHGDOptimizer,
+        {"inner_steps": 4, "damping": 1.0, "structure": "kronecker", "factor_every": 2},
+        ("damping", 0.5),
+    ),
     "functional": (
         gradhpo.FunctionalOptimizer,
         {"inner_steps": 4, "adjoint_steps": 3, "adjoint_optimizer": PLAIN, "adjoint": np.zeros(3)},
@@ -93,16 +103,17 @@ OPTIMIZERS = {
 EVERY = OPTIMIZERS | {"population": (one_member, {"unroll_steps": 4}, None)}
 # These see settings of the inner optimizer only if the validation loss contains them too.
 FUNCTIONAL = {"functional", "functional, closed"}
-SEES_NO_OPTIMIZER = {"first order", "implicit", "natural", "SOBA", "AmIGO", "penalty", "BOME"}
-SEES_NO_OPTIMIZER |= FUNCTIONAL
+NATURAL = {"natural", "natural, Kronecker"}
+SEES_NO_OPTIMIZER = {"first order", "implicit", "SOBA", "AmIGO", "penalty", "BOME"}
+SEES_NO_OPTIMIZER |= FUNCTIONAL | NATURAL
 # For tests whose losses are not written in two parts.
 OF_ANY_LOSS = {name: made for name, made in OPTIMIZERS.items() if name not in FUNCTIONAL}
 
 # The others run only with `thorough`: variants of one of these, and those with separate test files.
 SINGLE_LOOPS = {"SOBA", "AmIGO", "penalty", "BOME"}
-DRAW = {"forward gradient", "NRES"}
+DRAW = {"forward gradient", "NRES", "PES"}
 THOROUGHLY = {"T1-T2 by hyperparams", "truncated", "checkpointed", "bisected", "population"}
-THOROUGHLY |= {"natural"} | SINGLE_LOOPS | DRAW | FUNCTIONAL
+THOROUGHLY |= NATURAL | SINGLE_LOOPS | DRAW | FUNCTIONAL
 THOROUGHLY |= {"first order", "T1-T2", "greedy", "DrMAD"}  # "tasks" are of greedy ones
 QUICKLY = [name for name in OPTIMIZERS if name not in THOROUGHLY]
 
@@ -161,7 +172,9 @@ def test_converges_on_a_quadratic(name):
     optimizer = build(name)
     state = start(optimizer)
     batch = jnp.zeros(2)
-    for _ in range(300):
+    for k in range(300):
+        if name == "PES" and k % 10 == 0:  # its variance grows until an episode ends
+            state = optimizer.restart(state, state.params)
         state = optimizer.step(state, batch, batch, train_loss, val_loss)
     np.testing.assert_allclose(state.hyperparams, np.ones(state.hyperparams.shape), atol=1e-2)
     np.testing.assert_allclose(state.params, np.ones(state.params.shape), atol=1e-2)

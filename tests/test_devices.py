@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from helpers import quick
 from on_devices import OPTIMIZERS, SINGLE_LOOPS
-from processes import python
-from solvers_on_devices import SOLVERS
+from processes import interpreter, python
+from solvers_on_devices import SOLVERS, STACKED
 from sums_on_devices import SUMS
 
 from benchmarks.costs import devices
@@ -88,6 +88,22 @@ HALF = len(SOLVERS) // 2
 )
 def test_every_linear_solver_works_where_the_arrays_are(axes, spread, chosen):
     check(on_devices("steps", axes, spread, *list(SOLVERS)[chosen], program=OF_SOLVERS))
+
+
+@pytest.mark.thorough
+def test_stacks_are_factorised_with_more_threads_than_devices(monkeypatch):
+    """The two settings of docs/how_to/scaling.md. Without them the program may wait for ever."""
+    monkeypatch.setenv("NPROC", "16")
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+    arguments = ["steps", "Auto", "data", *STACKED]
+    program = f"""
+import os, runpy, sys
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+sys.argv = {[OF_SOLVERS, *arguments]}
+sys.path.insert(0, {str(Path(OF_SOLVERS).parent)!r})
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    check(json.loads(interpreter("-c", program).stdout.split("RESULT")[1]))
 
 
 @pytest.mark.thorough

@@ -11,6 +11,7 @@ import optax
 import pytest
 from helpers import flat, quick, relative_error
 from problems import OUTER, make, stack_of, warmed
+from single_loops import BY_HAND, MOMENTUM, RATE, data, quartic, quartic_at, squares, squares_at
 
 import gradhpo
 from gradhpo.extend import random_directions
@@ -47,6 +48,34 @@ def test_every_draw_is_the_exact_hypergradient_along_its_directions(
 
 
 leaves = jax.tree.leaves
+
+
+@pytest.mark.thorough
+def test_twenty_steps_with_momentum_are_a_loop_in_numpy():
+    """Mini-batches, and tangents of parameters and velocity: only rounding, 1e-10."""
+    steps, inner_steps, num = 20, 3, 2
+    problem = data(steps, inner_steps)
+    (inner, w_step), (outer, a_step) = BY_HAND["momentum"], BY_HAND["Adam"]
+    optimizer = gradhpo.ForwardGradientOptimizer(
+        inner, outer, unroll_steps=inner_steps, num_directions=num
+    )
+    state = optimizer.init(jnp.asarray(problem.w), jnp.asarray(problem.a), key=jax.random.key(4))
+    val = tuple(map(jnp.asarray, problem.val))
+    w, a, w_step, a_step = problem.w, problem.a, w_step(), a_step()
+    for k in range(steps):
+        v = np.asarray(drawn_signs(state, state.hyperparams, num))
+        state = optimizer.step(state, problem.stack(k), val, quartic, squares)
+        w_dot = velocity_dot = np.zeros((num, len(w)))
+        for t in range(inner_steps):
+            at = quartic_at(w, a, problem.batch(k, t))
+            velocity_dot = MOMENTUM * velocity_dot + w_dot @ at.hessian + v @ at.mixed.T
+            w, w_dot = w_step(w, at.gradient), w_dot - RATE * velocity_dot
+        alpha, direct = squares_at(w, a, problem.val)
+        g = (w_dot @ alpha + v @ direct) @ v / num
+        a = a_step(a, g)
+        np.testing.assert_allclose(state.metadata["hypergrad_norm"], np.linalg.norm(g), rtol=1e-10)
+    np.testing.assert_allclose(state.params, w, rtol=1e-10)
+    np.testing.assert_allclose(state.hyperparams, a, rtol=1e-10)
 
 
 def in_the_init(w, h, batch):

@@ -92,8 +92,9 @@ def by_hand(structure, inner, per_example=False, factor_every=1):
                 "left": share * sum(g @ g.T for g, _ in pairs),
                 "right": share * sum(g.T @ g for g, _ in pairs),
             }
-            total = {name: BETA * total[name] + (1 - BETA) * new[name] for name in total}
-            k += 1
+            if step % factor_every == 0:
+                total = {name: BETA * total[name] + (1 - BETA) * new[name] for name in total}
+                k += 1
             updates, s = inner.update({"weights": mean[0], "biases": mean[1]}, s, w)
             w = {name: np.asarray(w[name] + updates[name]) for name in w}
         weights, biases = (x.mean(axis=0) for x in of_each(w, val))
@@ -164,6 +165,14 @@ def test_it_equals_its_formula_over_twenty_steps(structure, inner, settings):
 )
 def test_which_matrix_an_array_of_weights_is(shape, sides):
     assert fisher.sides_of(shape) == sides
+
+
+@pytest.mark.parametrize("shape", [(128, 30), (2, 72, 5), (66, 4), (31, 70), (130, 1)])
+def test_half_of_a_symmetric_product_is_enough(shape, getkey):
+    rows = jax.random.normal(getkey(), shape)
+    found = fisher.square(rows)
+    assert_same(found, rows @ jnp.swapaxes(rows, -1, -2), 1e-12, 1e-13)  # another order of sums
+    assert_same(found, jnp.swapaxes(found, -1, -2))
 
 
 @pytest.mark.thorough
@@ -394,7 +403,8 @@ def test_of_a_network_that_draws_the_labels_it_is_the_hessian():
 @pytest.mark.usefixtures("as_outside_tests")
 def test_what_it_adds_to_the_work_of_training():
     """The factors take products in every inner step, plus the factorisation."""
-    # 1.09, 1.90 and 1.65 were measured; 2 % of room for other compiler versions.
+    # 1.09, 1.737, 1.281 and 1.19 were measured; the second and third bound are our targets.
     assert natural_flops.relative("diagonal") < 1.11
-    assert natural_flops.relative("kronecker") < 1.94
-    assert natural_flops.relative("kronecker", factor_every=10) < 1.69
+    assert natural_flops.relative("kronecker") < 1.75
+    assert natural_flops.relative("kronecker", factor_every=4) < 1.3
+    assert natural_flops.relative("kronecker", factor_every=10) < 1.22

@@ -12,7 +12,7 @@ from jaxtyping import Array, PyTree
 from sklearn.datasets import load_digits
 
 import gradhpo
-from benchmarks.costs.natural_flops import STEPS, relative
+from benchmarks.costs.natural_flops import STEPS, of_estimate, relative
 from gradhpo.algorithms.fisher import STRUCTURES
 
 
@@ -167,18 +167,33 @@ def estimates(at: Converged, chosen: dict[str, Any]) -> dict[str, Estimate]:
     return rows
 
 
+def work(at: Converged, name: str) -> float | None:
+    """What the estimate adds to an outer step, in training gradients; `None` on all data."""
+    batch = jax.tree.map(lambda x: x[:BATCH], at.train)
+    gradient = lambda w: jax.grad(train_loss)(w, at.h, batch)
+    kind, data = name.split(", ") if ", " in name else (name, "")
+    if data == "one batch":
+        count = int(kind[kind.index("(") + 1 : -1])
+        # A series of n terms takes n - 1 products. One more, for the mixed derivative.
+        return of_estimate(at.w, gradient, None, count + (not kind.startswith("Neumann")))
+    return of_estimate(at.w, gradient, kind, 0) if data == f"{BATCHES} batches" else None
+
+
 def print_natural() -> None:
     for title, at in (
         ("MLP 64-12-10, fitted to 1,000 digits", fitted()),
         ("MLP 16-6-10, 100,000 examples with labels that it draws", well_specified()),
     ):
         print(f"\n{title}: one penalty for each pixel, at the optimum")
-        print(f"  {'':26} cosine  length  error  against the exact implicit hypergradient")
+        print(f"  {'':26} cosine  length  error   work  beside the exact implicit hypergradient")
         for name, found in estimates(at, methods()).items():
-            print(f"  {name:26} {found.cosine:6.3f} {found.length:7.3g} {found.error:6.2f}")
+            row = f"{name:26} {found.cosine:6.3f} {found.length:7.3g} {found.error:6.2f}"
+            gradients = work(at, name)
+            print(f"  {row}" + ("" if gradients is None else f" {gradients:6.1f}"))
+        print(f"  work: added to {STEPS} inner steps, in training gradients of {BATCH} examples")
     print(f"\nFlops of an outer step / of its {STEPS} inner steps: MLP 64-128-10, batches of 128")
     print(f"  {'diagonal':32} {relative('diagonal'):.2f}")
-    for every in (1, 3, 10):
+    for every in (1, 2, 4, 10):
         ratio = relative("kronecker", every)
         print(f"  {f'kronecker, factor_every={every}':32} {ratio:.2f}")
     print(f"  {'dense, 9,610 weights':32} {relative('dense'):,.0f}")

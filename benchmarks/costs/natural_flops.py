@@ -1,6 +1,7 @@
 """The work of an outer step with the Fisher matrix, relative to plain training."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -44,19 +45,39 @@ def program(structure: Any) -> Program:
     return call_program(optimizer.step, the_job, state, the_job.train_data(0), lr_hyper=0.1)
 
 
+def of_products(structure: str, w: PyTree) -> float:
+    """Flops of the products of one gradient, and of their place in the mean."""
+    rows = jax.tree.map(lambda x: x[None], w)
+    kept = jax.eval_shape(STRUCTURES[structure].products, rows)
+    # Decay and addition: two products, a sum and the factor b, for each stored number.
+    added = 4 * sum(x.size for x in jax.tree.leaves(kept))
+    return Program(STRUCTURES[structure].products, rows).flops_with_loops_once + added
+
+
+def of_estimate(w: PyTree, gradient: Callable, structure: str | None, terms: int) -> float:
+    """What the hypergradient adds to an outer step of 20 inner steps, in training gradients.
+
+    `gradient`: that of a batch, as a function of the parameters. With a structure of the Fisher
+    matrix, 20 products of gradients, a factorisation and one mixed derivative; without, `terms`
+    products with the Hessian. A mixed derivative costs as much as such a product.
+    """
+    along = lambda w: jax.jvp(gradient, (w,), (w,))[1]
+    product = Program(along, w).flops_with_loops_once
+    flops = terms * product
+    if structure is not None:
+        flops = STEPS * of_products(structure, w) + of_factorisation(structure, w) + product
+    return flops / Program(gradient, w).flops_with_loops_once
+
+
 def relative(structure: str, factor_every: int = 1) -> float:
     """Flops of an outer step of 20 inner steps, relative to the inner steps alone.
 
     The compiler counts a loop body once: here, training and the products of one gradient. The rest
-    of the step runs once.
+    of the step runs once. One of `factor_every` outer steps takes products and factorises.
     """
     w = eqx.filter(job(BATCH).params, eqx.is_inexact_array)
-    rows = jax.tree.map(lambda x: x[None], w)
-    products = Program(STRUCTURES[structure].products, rows).flops_with_loops_once
-    # Decay and addition: two products, a sum and the factor b, for each stored number.
-    kept = jax.eval_shape(STRUCTURES[structure].products, rows)
-    products += 4 * sum(x.size for x in jax.tree.leaves(kept))
+    products = of_products(structure, w)
     inner = program(None).flops_with_loops_once
     outer = program(structure).flops_with_loops_once - inner - products
-    factors = of_factorisation(structure, w) / factor_every
-    return (STEPS * (inner + products) + outer + factors) / (STEPS * inner)
+    curvature = (STEPS * products + of_factorisation(structure, w)) / factor_every
+    return (STEPS * inner + outer + curvature) / (STEPS * inner)

@@ -1,6 +1,7 @@
 r"""The running mean that estimates a Fisher matrix, and the factors that solve with it."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -30,7 +31,8 @@ class KeptFisher(eqx.Module):
     - `second_moments`: the weighted sum; its form depends on the structure.
     - `mass`: shape `()`, the sum of the weights, $1 - \beta^{additions}$.
     - `factors`: what the last factorisation made; `None` if every step makes its own.
-    - `factor_age`: steps that they have served, back to 0 when new ones are due, shape `()`.
+    - `factor_age`: steps that they have served, back to 0 when new ones are due, shape `()`. Only
+        a step that makes new ones adds to the mean.
     """
 
     second_moments: PyTree
@@ -57,8 +59,15 @@ class KeptFisher(eqx.Module):
         """The estimate, corrected for starting at 0."""
         return jax.tree.map(lambda x: x / self.mass, self.second_moments)
 
-    def add(self, new: PyTree, decay: Array) -> "KeptFisher":
-        """Adds the products of one more batch."""
+    def add(self, products: Callable[[], PyTree], decay: Array) -> "KeptFisher":
+        """Adds the products of one more batch, which are computed only if factors are due."""
+        if self.factor_age is None:
+            return self._with(products(), decay)
+        return jax.lax.cond(
+            self.factor_age == 0, lambda: self._with(products(), decay), lambda: self
+        )
+
+    def _with(self, new: PyTree, decay: Array) -> "KeptFisher":
         mixed = lambda x, y: decay * x + (1 - decay) * y.astype(x.dtype)
         second_moments = jax.tree.map(mixed, self.second_moments, new)
         mass = mixed(self.mass, jnp.ones_like(self.mass))

@@ -116,8 +116,10 @@ class NHGDOptimizer(Algorithm):
     - `per_example`: whether $F$ is the mean of $g_i g_i^\top$ over the examples of each batch,
         without the factor $b$ and with far less noise. It takes another pass, in batches of one,
         and the memory of $b$ gradients. Default `False`.
-    - `factor_every`: outer steps between two factorisations (Cholesky, `eigh`), at least 1; the
-        steps in between reuse the factors. Default 1.
+    - `factor_every`: outer steps from one factorisation (Cholesky, `eigh`) to the next, at least 1.
+        Only the inner steps of those outer steps add to $F$; the others reuse the factors and cost
+        hardly more than training (under `vmap`, as with `TaskBatched`, nothing is saved). $F$ then
+        reaches further back in time: lower `decay` if the parameters move fast. Default 1.
     - `grad_fn`: `(params, hyperparams, batch) -> gradient`, a tree like the parameters, which
         replaces the gradient of the training loss (DP-SGD, SAM, semi-gradients); the loss is then
         only a metric. $F$ is made of it as well. Default `None`.
@@ -234,11 +236,12 @@ class NHGDOptimizer(Algorithm):
         of_loss = dataclasses.replace(phi, update_fn=None)
 
         def add(fisher: KeptFisher, z: InnerState, gradient: PyTree, t: Array) -> KeptFisher:
-            if self.per_example:
-                shown = of_examples(self._kept, of_loss, z, hyperparams, t)
-            else:
-                shown = of_mean(self._kept, gradient, phi.batch(t))
-            return fisher.add(shown, decay)
+            def products():
+                if self.per_example:
+                    return of_examples(self._kept, of_loss, z, hyperparams, t)
+                return of_mean(self._kept, gradient, phi.batch(t))
+
+            return fisher.add(products, decay)
 
         z, train_loss, fisher = phi.rollout_with_gradients(
             z, hyperparams, self.inner_steps, add, memory.fisher
