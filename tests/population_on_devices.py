@@ -95,6 +95,8 @@ def costs():
         found[name] = {
             "flops": each.flops_with_loops_once / alone.flops_with_loops_once,
             "temporary": each.temporary_bytes / alone.temporary_bytes,
+            "arguments": each.argument_bytes / alone.argument_bytes,
+            "results": each.result_bytes / alone.result_bytes,
             "collectives": [list(x) for x in collectives(each.text)],
             "outside of branches": len(collectives(without_branches(each.text))),
         }
