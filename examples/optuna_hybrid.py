@@ -9,6 +9,7 @@ units). A training has 100 steps, and every method makes 30 of them:
 - *descent alone*: discrete ones and the start are random. Every ten steps of a training, the
 continuous ones follow the exact hypergradient through those ten; each training starts with the
 values at the end of the previous one.
+- *descents from random starts*: every training is such a descent from a new random choice.
 - *hybrid*: TPE chooses the discrete ones and the start of the continuous ones, which then descend.
   The point where they end is added to the study as another trial.
 - *hybrid without end points*: the sampler sees only where descents started.
@@ -16,7 +17,7 @@ values at the end of the previous one.
 A method's result is its training with the lowest validation loss. A step with hypergradients costs
 three to four training gradients instead of one, so another row gives TPE four times the steps.
 
-    python examples/optuna_hybrid.py            # 20 seeds, about 20 minutes on 2 slow cores
+    python examples/optuna_hybrid.py            # 20 seeds, half an hour on 2 slow cores
     python examples/optuna_hybrid.py --help
 """
 
@@ -231,9 +232,18 @@ class Study(NamedTuple):
         return loss
 
 
+def search(sampler: optuna.samplers.BaseSampler, objective: Callable, count: int) -> None:
+    study = optuna.create_study(sampler=sampler, pruner=optuna.pruners.NopPruner())
+    study.optimize(objective, n_trials=count)
+
+
 def tpe(objective: Callable, count: int, seed: int) -> None:
-    sampler, pruner = optuna.samplers.TPESampler(seed=seed), optuna.pruners.NopPruner()
-    optuna.create_study(sampler=sampler, pruner=pruner).optimize(objective, n_trials=count)
+    search(optuna.samplers.TPESampler(seed=seed), objective, count)
+
+
+def random_starts(study: Study, count: int, seed: int) -> None:
+    sampler = optuna.samplers.RandomSampler(seed=seed)
+    search(sampler, lambda trial: study.descending(trial, end_points=False), count)
 
 
 def chain(study: Study, count: int, seed: int) -> None:
@@ -248,6 +258,7 @@ METHODS: dict[str, Callable[[Study, int, int], None]] = {
     "TPE alone": lambda s, count, seed: tpe(s.fixed, count, seed),
     "TPE alone, 4 × the steps": lambda s, count, seed: tpe(s.fixed, 4 * count, seed),
     "descent alone": chain,
+    "descents from random starts": random_starts,
     "hybrid without end points": lambda s, count, seed: tpe(
         lambda trial: s.descending(trial, end_points=False), count, seed
     ),
@@ -354,7 +365,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Row]]:
         f"{table(runs, 'val_loss', 'validation loss')}\n\n{table(runs, 'test_loss', 'test loss')}"
     )
     picture(runs, options.output)
-    print(f"\npicture in {options.output}; {time.perf_counter() - started:.0f} s in all")
+    read = f", {len(kept)} seeds from {options.kept}" if kept else ""
+    print(f"\npicture in {options.output}; {time.perf_counter() - started:.0f} s in all{read}")
     return runs
 
 
