@@ -9,6 +9,7 @@ units). A training has 100 steps, and every method makes 30 of them:
 - *descent alone*: discrete ones and the start are random. Every ten steps of a training, the
 continuous ones follow the exact hypergradient through those ten; each training starts with the
 values at the end of the previous one.
+- *descents from random starts*: every training is such a descent from a new random choice.
 - *hybrid*: TPE chooses the discrete ones and the start of the continuous ones, which then descend.
   The point where they end is added to the study as another trial.
 - *hybrid without end points*: the sampler sees only where descents started.
@@ -16,7 +17,7 @@ values at the end of the previous one.
 A method's result is its training with the lowest validation loss. A step with hypergradients costs
 three to four training gradients instead of one, so another row gives TPE four times the steps.
 
-    python examples/optuna_hybrid.py            # 20 seeds, about 20 minutes on 2 slow cores
+    python examples/optuna_hybrid.py            # 20 seeds, half an hour on 2 slow cores
     python examples/optuna_hybrid.py --help
 """
 
@@ -170,7 +171,7 @@ def adam(h: dict[str, Any]) -> optax.GradientTransformation:
 INNER = {"sgd": sgd, "adam": adam}
 
 
-@functools.cache  # one object for all trainings: a new one would be compiled again
+@functools.cache  # one object for all training runs: a new one would be compiled again
 def descent(name: str, rate: float) -> gradhpo.BilevelOptimizer:
     outer = optax.adam(rate, b1=0.5, b2=0.9)
     return gradhpo.UnrolledOptimizer(INNER[name], outer, unroll_steps=WINDOW)
@@ -186,7 +187,7 @@ def train_as_it_is(name: str, net: Net, h: Any, batches: Batches, val: Any) -> t
 
 
 class Study(NamedTuple):
-    """One method's trainings with one seed."""
+    """One method's training runs with one seed."""
 
     data: Data
     batches: Batches
@@ -231,9 +232,18 @@ class Study(NamedTuple):
         return loss
 
 
+def search(sampler: optuna.samplers.BaseSampler, objective: Callable, count: int) -> None:
+    study = optuna.create_study(sampler=sampler, pruner=optuna.pruners.NopPruner())
+    study.optimize(objective, n_trials=count)
+
+
 def tpe(objective: Callable, count: int, seed: int) -> None:
-    sampler, pruner = optuna.samplers.TPESampler(seed=seed), optuna.pruners.NopPruner()
-    optuna.create_study(sampler=sampler, pruner=pruner).optimize(objective, n_trials=count)
+    search(optuna.samplers.TPESampler(seed=seed), objective, count)
+
+
+def random_starts(study: Study, count: int, seed: int) -> None:
+    sampler = optuna.samplers.RandomSampler(seed=seed)
+    search(sampler, lambda trial: study.descending(trial, end_points=False), count)
 
 
 def chain(study: Study, count: int, seed: int) -> None:
@@ -248,6 +258,7 @@ METHODS: dict[str, Callable[[Study, int, int], None]] = {
     "TPE alone": lambda s, count, seed: tpe(s.fixed, count, seed),
     "TPE alone, 4 × the steps": lambda s, count, seed: tpe(s.fixed, 4 * count, seed),
     "descent alone": chain,
+    "descents from random starts": random_starts,
     "hybrid without end points": lambda s, count, seed: tpe(
         lambda trial: s.descending(trial, end_points=False), count, seed
     ),
@@ -263,7 +274,7 @@ def run_seed(seed: int, options: argparse.Namespace) -> dict[str, Row]:
     choices = tuple([x[:1] for x in CHOICES] if options.quick else CHOICES)
     for name, method in METHODS.items():
         study = Study(data, batches, jax.random.key(seed), options.outer_rate, choices, [])
-        method(study, options.trainings, seed)
+        method(study, options.runs, seed)
         losses = np.nan_to_num(np.asarray(study.trained), nan=np.inf)
         best = losses[np.argmin(losses[:, 0])].tolist()
         rows[name] = Row(*best, np.minimum.accumulate(losses[:, 0]).tolist())
@@ -306,7 +317,7 @@ def picture(runs: list[dict[str, Row]], path: Path) -> None:
         right.plot(jitter, values, ".", color=f"C{number}", alpha=0.6)
         right.hlines(np.median(values), number - 0.3, number + 0.3, color=f"C{number}")
     left.set(
-        xlabel="trainings", ylabel="lowest validation loss, median", xscale="log", yscale="log"
+        xlabel="training runs", ylabel="lowest validation loss, median", xscale="log", yscale="log"
     )
     left.legend(fontsize=8)
     right.set(ylabel="lowest validation loss", yscale="log")
@@ -322,15 +333,17 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Row]]:
     )
     parser.add_argument("--seeds", type=int, default=20, help="how many (default 20)")
     parser.add_argument("--first-seed", type=int, default=0, help="default 0")
-    parser.add_argument("--trainings", type=int, default=30, help="per method (default 30)")
+    parser.add_argument(
+        "--runs", type=int, default=30, help="training runs per method (default 30)"
+    )
     parser.add_argument("--steps", type=int, default=100, help="per training (default 100)")
     parser.add_argument("--outer-rate", type=float, default=0.3, help="of descents (default 0.3)")
-    parser.add_argument("--quick", action="store_true", help="2 seeds, 3 short trainings each")
+    parser.add_argument("--quick", action="store_true", help="2 seeds, 3 short training runs each")
     parser.add_argument("--kept", type=Path, help="file of finished seeds to resume from")
     parser.add_argument("--output", type=Path, default=Path("out/optuna_hybrid.png"))
     options = parser.parse_args(arguments)
     if options.quick:
-        options.seeds, options.trainings, options.steps = 2, 3, 2 * WINDOW
+        options.seeds, options.runs, options.steps = 2, 3, 2 * WINDOW
     if options.steps < WINDOW or options.steps % WINDOW:
         parser.error(f"--steps must be a multiple of {WINDOW}, got {options.steps}")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -349,12 +362,13 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Row]]:
             with open(options.kept, "a") as file:
                 file.write(json.dumps(runs[-1]) + "\n")
     print(
-        f"{options.seeds} seeds, {options.trainings} trainings of {options.steps} steps each; "
+        f"{options.seeds} seeds, {options.runs} training runs of {options.steps} steps each; "
         f"medians over the seeds, and of differences seed by seed\n\n"
         f"{table(runs, 'val_loss', 'validation loss')}\n\n{table(runs, 'test_loss', 'test loss')}"
     )
     picture(runs, options.output)
-    print(f"\npicture in {options.output}; {time.perf_counter() - started:.0f} s in all")
+    read = f", {len(kept)} seeds from {options.kept}" if kept else ""
+    print(f"\npicture in {options.output}; {time.perf_counter() - started:.0f} s in all{read}")
     return runs
 
 

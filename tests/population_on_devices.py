@@ -88,13 +88,17 @@ def costs():
             step = lambda optimizer, state: optimizer._advance(
                 inputs_of(state, batch, batch, *both), None
             )
-            return Program(step, optimizer, state)
+            teacher = sum(x.nbytes for x in jax.tree.leaves(state.memory.mutation))
+            return Program(step, optimizer, state), teacher
 
-        alone = program(given, batch)
-        each = program(jax.device_put(given, here.split), jax.device_put(batch, here.everywhere))
+        alone, teacher = program(given, batch)
+        each, _ = program(jax.device_put(given, here.split), jax.device_put(batch, here.everywhere))
         found[name] = {
             "flops": each.flops_with_loops_once / alone.flops_with_loops_once,
             "temporary": each.temporary_bytes / alone.temporary_bytes,
+            # Every device has the whole teacher.
+            "arguments": (each.argument_bytes - teacher) / (alone.argument_bytes - teacher),
+            "results": (each.result_bytes - teacher) / (alone.result_bytes - teacher),
             "collectives": [list(x) for x in collectives(each.text)],
             "outside of branches": len(collectives(without_branches(each.text))),
         }

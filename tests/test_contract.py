@@ -362,6 +362,31 @@ def test_jit_vmap_and_scan(name):
     assert_same(scanned, twice, rtol=1e-13, atol=1e-15)
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_a_population_of_one_is_the_optimizer_itself(name):
+    """Memory, random draws and refusals included."""
+    optimizer = build(name, ADAM)
+    together = gradhpo.Population(optimizer, 1)
+    alone = begun = start(optimizer)
+    # The same arguments as for the optimizer itself, of which tasks take none.
+    examples = {} if name == "tasks" else {"batch": jnp.zeros(2), "key": jax.random.key(0)}
+    spread = lambda key, hyperparams: hyperparams
+    state = together.init(jnp.zeros(3), jnp.full(3, -1.0), spread=spread, **examples)
+    losses = train_loss, val_loss
+    for number in (0.0, 1.0, jnp.nan, 2.0):
+        batch = jnp.full(2, number)
+        expected = optimizer.compute_hypergradient(alone, batch, batch, *losses)
+        found = together.compute_hypergradient(state, batch, batch, *losses)
+        # Rounding: another program.
+        assert_same(jax.tree.map(lambda x: x[0], found), expected, rtol=1e-12, atol=1e-15)
+        alone = optimizer.step(alone, batch, batch, *losses)
+        state = together.step(state, batch, batch, *losses)
+        assert_same(together.of_member(state, 0), alone, rtol=1e-12, atol=1e-15)
+    assert alone.metadata["rejected"] == 1
+    assert not np.allclose(alone.hyperparams, begun.hyperparams)
+
+
 WITH_SETTING = [name for name, (_, _, setting) in OPTIMIZERS.items() if setting]
 
 

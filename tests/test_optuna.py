@@ -9,6 +9,8 @@ import textwrap
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from wsgiref.util import setup_testing_defaults
 
 import jax
 import jax.numpy as jnp
@@ -459,6 +461,33 @@ def test_processes_share_a_storage(tmp_path):
     assert sorted(t.user_attrs["end_point_of"] for t in ends) == sorted(
         {t.number for t in trials} - {t.number for t in ends}
     )
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", ["journal", "sqlite"])
+def test_the_dashboard_shows_what_trials_keep(kind, tmp_path):
+    """Asked as a browser asks it: curves, attributes and end points."""
+    dashboard = pytest.importorskip("optuna_dashboard")  # of the extra `tests`
+    study = optuna.create_study(
+        study_name="s", storage=storage_at(kind, tmp_path), pruner=PrunesFrom(10)
+    )
+    study.optimize(objective, n_trials=1)
+    study.pruner = optuna.pruners.NopPruner()
+    study.optimize(objective, n_trials=1)
+    storage, told = storage_at(kind, tmp_path), []
+    page = f"/api/studies/{storage.get_study_id_from_name('s')}"
+    environ: dict[str, Any] = {"PATH_INFO": page}
+    setup_testing_defaults(environ)
+    answer = dashboard.wsgi(storage)(environ, lambda *x: told.append(x[0]))
+    shown = json.loads(b"".join(answer))["trials"]
+    assert told == ["200 OK"]
+    assert [trial["state"] for trial in shown] == ["Pruned", "Complete", "Complete"]
+    assert [len(trial["intermediate_values"]) for trial in shown] == [2, 4, 0]
+    for trial, expected in zip(shown, study.trials, strict=True):
+        found = {one["key"]: one["value"] for one in trial["user_attrs"]}
+        assert found.pop("stop_reason", None) == expected.user_attrs.pop("stop_reason", None)
+        assert {name: json.loads(x) for name, x in found.items()} == expected.user_attrs
+    assert [len(trial["user_attrs"]) for trial in shown] == [3, 4, 3]
 
 
 # -- the package -----------------------------------------------------------------------------------

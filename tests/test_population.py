@@ -373,7 +373,12 @@ def test_the_teacher_descends_the_validation_losses_of_all_members(kind, getkey)
         for number in range(3):
             one = optimizer.of_member(state, number)
             new = mutation.mutate(memory, getkey(), one.hyperparams)
-            loss += single._outer_loss(inputs_of(one.update(hyperparams=new), *given))
+            w, s = one.params, one.inner_opt_state
+            for _ in range(3):
+                g = jax.grad(problem.train_loss)(w, new, problem.train_batch)
+                updates, s = inner.update(g, s, w)
+                w = optax.apply_updates(w, updates)
+            loss += problem.val_loss(w, new, problem.val_batch)
         return loss
 
     expected = jax.grad(total)(teacher)

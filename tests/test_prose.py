@@ -43,6 +43,7 @@ MARKERS = {
     "different to": "different from",
     "independent from": "independent of",
     "depend(?:s|ing|ent)? from": "depends on",
+    "trainings": "training runs",
 }
 # Phrases that are right where they stand: file, phrase and the reason.
 ALLOWED: dict[tuple[str, str], str] = {}

@@ -119,7 +119,7 @@ def test_the_saved_table_says_what_its_page_says(monkeypatch):
             ]
             row = next(row for row in page.splitlines() if f"| {shown[0]} |" in row)
             assert f"| {shown[1]} |" in row
-            assert f"| {line.trainings * size.steps:,} |" in row
+            assert f"| {line.runs * size.steps:,} |" in row
     over = schedules.regrets(rows, search.OURS)
     np.testing.assert_allclose(over[:, -1], ours - constant)
     assert np.all(np.mean(over, axis=0)[:4] > 0)

@@ -31,7 +31,7 @@ class Line(NamedTuple):
     name: str
     method: str
     among: list[list[int]]  # for each seed
-    trainings: int
+    runs: int
 
 
 def lines_of(rows: Mapping[str, list[Row]], size: Size) -> list[Line]:
@@ -127,8 +127,8 @@ def _table(rows: Mapping[str, list[Row]], size: Size) -> str:
             with_interval((losses - constant).tolist(), 4),
             with_interval((losses - ours).tolist(), 4),
             with_interval(accuracies.tolist(), 2, 100.0),
-            f"{line.trainings * size.steps:,}",
-            f"{line.trainings * np.median([_seconds_each(row) for row in rows[line.method]]):.0f}",
+            f"{line.runs * size.steps:,}",
+            f"{line.runs * np.median([_seconds_each(row) for row in rows[line.method]]):.0f}",
         ])  # fmt: skip
     return aligned(table)
 
