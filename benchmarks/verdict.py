@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "benchmarks" / "results" / "budget.txt"
 FIGURE = ROOT / "docs" / "images" / "verdict.png"
 STYLE = ROOT / "docs" / "figures.mplstyle"
-LABELS = {  # from the table to the picture; "retrained" replaces "gradhpo" where it exists
+LABELS = {  # from the table to the picture; "retrained" comes after "gradhpo", and replaces it
     "gradhpo": "gradhpo",
     "retrained": "gradhpo",
     "random search": "random search",
@@ -56,13 +56,13 @@ def draw(problems: dict[str, Losses], path: Path) -> None:
                 y += 1
                 color = "C0" if name == "gradhpo" else "0.45"
                 axes.plot([val, test], [y, y], color=color, lw=1, zorder=1)
-                axes.plot(val, y, "o", color=color, ms=8)
-                axes.plot(test, y, "o", color=color, ms=8, mfc="white", mew=1.5)
+                axes.plot(test, y, "o", color=color, ms=9, mfc="white", mew=1.5)
+                axes.plot(val, y, "o", color=color, ms=5)  # seen inside the other
                 names[y] = name
             y += 1.5
         axes.axvline(1, color="0.7", lw=1, ls=":", zorder=0)
-        axes.plot([], [], "o", color="0.45", ms=8, label="validation loss")
-        axes.plot([], [], "o", color="0.45", ms=8, mfc="white", mew=1.5, label="test loss")
+        axes.plot([], [], "o", color="0.45", ms=5, label="validation loss")
+        axes.plot([], [], "o", color="0.45", ms=9, mfc="white", mew=1.5, label="test loss")
         axes.set(xlim=(0, 1.15), ylim=(y - 0.5, -0.8))
         axes.set_yticks(list(names), list(names.values()))
         axes.set_xlabel("loss after tuning / loss without", fontsize=12)

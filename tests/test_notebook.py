@@ -21,14 +21,16 @@ COUNTED = re.compile(r"[\d.]+ (?:k|[MGT]|(?:[KMG]i)?B)(?!\w)")
 
 
 def cells_of_script():
-    """Texts and codes of `first_run.py`, in the percent format."""
+    """Texts, codes and descriptions of `first_run.py`, in the percent format."""
     parts = re.split(r"^# %%", (FOLDER / "first_run.py").read_text(), flags=re.MULTILINE)[1:]
     cells = []
     for part in parts:
         head, body = part.split("\n", 1)
         if "[markdown]" in head:
             body = re.sub(r"^# ?", "", body.strip(), flags=re.MULTILINE)
-        cells.append(("markdown" if "[markdown]" in head else "code", body.strip()))
+        alt = re.search(r'alt="(.*)"', head)
+        kind = "markdown" if "[markdown]" in head else "code"
+        cells.append((kind, body.strip(), alt and alt[1]))
     return cells
 
 
@@ -37,7 +39,10 @@ def cells_of_notebook():
 
 
 def test_it_has_the_cells_of_its_script():
-    found = [(cell["cell_type"], "".join(cell["source"])) for cell in cells_of_notebook()]
+    found = [
+        (cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("alt"))
+        for cell in cells_of_notebook()
+    ]
     assert found == cells_of_script()
 
 

@@ -84,7 +84,7 @@ history
 # %%
 print(history.report)
 
-# %% alt="Training and validation loss: far apart until step 50, within 0.2 from step 100 on"
+# %% alt="Training and validation loss: far apart until step 90, within 0.2 from step 100 on"
 axes = history.plot("train_loss", "val_loss")
 
 # %% [markdown]

@@ -78,9 +78,9 @@ class NHGDOptimizer(Algorithm):
     $$S \leftarrow \beta S + (1 - \beta)\, b\, g_t g_t^\top \text{ from } S = 0,\qquad
     F = S / (1 - \beta^k) \text{ after } k \text{ inner steps}$$
 
-    of all outer steps and episodes. This convention is ours: the published update divides by 0 at
-    $\beta = 0$, and an inverse kept by rank-one updates gives its initial matrix a weight $\beta^k$
-    that vanishes.
+    of all outer steps and episodes (with `factor_every`, of those that add). This convention is
+    ours: the published update divides by 0 at $\beta = 0$, and an inverse kept by rank-one updates
+    gives its initial matrix a weight $\beta^k$ that vanishes.
 
     **It assumes** (see [Natural hypergradients](../implicit.md#natural-hypergradients)) a *mean*
     loss in the units of a log-likelihood (cross-entropy; squared errors over twice their variance);
@@ -117,9 +117,11 @@ class NHGDOptimizer(Algorithm):
         without the factor $b$ and with far less noise. It takes another pass, in batches of one,
         and the memory of $b$ gradients. Default `False`.
     - `factor_every`: outer steps from one factorisation (Cholesky, `eigh`) to the next, at least 1.
-        Only the inner steps of those outer steps add to $F$; the others reuse the factors and cost
-        hardly more than training (under `vmap`, as with `TaskBatched`, nothing is saved). $F$ then
-        reaches further back in time: lower `decay` if the parameters move fast. Default 1.
+        Only the inner steps of those outer steps add to $F$; the others reuse the factors. With
+        many inner steps they cost hardly more than training (under `vmap`, as with `TaskBatched`,
+        nothing is saved, and with an `update_fn` the gradient of the loss is still computed). $F$
+        then fills `factor_every` times as slowly and reaches further back in time: use it with many
+        inner steps, several times P in all the steps that add for `"dense"`. Default 1.
     - `grad_fn`: `(params, hyperparams, batch) -> gradient`, a tree like the parameters, which
         replaces the gradient of the training loss (DP-SGD, SAM, semi-gradients); the loss is then
         only a metric. $F$ is made of it as well. Default `None`.
