@@ -33,14 +33,15 @@ def of_factorisation(structure: str, w: PyTree) -> float:
 
 
 @functools.cache
-def program(structure: Any) -> Program:
+def program(structure: Any, factor_every: int = 1) -> Program:
     """An outer step on the MLP 64-128-10; without a structure, training alone."""
     the_job = job(BATCH)
     if structure is None:
         optimizer = gradhpo.FixedOptimizer(SGD, inner_steps=STEPS)
         state = optimizer.init(the_job.params, the_job.hyperparams)
         return call_program(optimizer.step, the_job, state, the_job.train_data(0))
-    optimizer = gradhpo.NHGDOptimizer(SGD, None, STEPS, structure=structure)
+    settings = {"structure": structure, "factor_every": factor_every}
+    optimizer = gradhpo.NHGDOptimizer(SGD, None, STEPS, **settings)
     state = optimizer.init(the_job.params, the_job.hyperparams)
     return call_program(optimizer.step, the_job, state, the_job.train_data(0), lr_hyper=0.1)
 
@@ -54,6 +55,13 @@ def of_products(structure: str, w: PyTree) -> float:
     return Program(STRUCTURES[structure].products, rows).flops_with_loops_once + added
 
 
+def of_hessian_product(w: PyTree, gradient: Callable) -> float:
+    """Flops of the gradient's derivative along a direction."""
+    # A tangent of its own: with the primal for a tangent, XLA shares products between the two.
+    along = lambda w, v: jax.jvp(gradient, (w,), (v,))[1]
+    return Program(along, w, w).flops_with_loops_once
+
+
 def of_estimate(w: PyTree, gradient: Callable, structure: str | None, terms: int) -> float:
     """What the hypergradient adds to an outer step of 20 inner steps, in training gradients.
 
@@ -61,8 +69,7 @@ def of_estimate(w: PyTree, gradient: Callable, structure: str | None, terms: int
     matrix, 20 products of gradients, a factorisation and one mixed derivative; without, `terms`
     products with the Hessian. A mixed derivative costs as much as such a product.
     """
-    along = lambda w: jax.jvp(gradient, (w,), (w,))[1]
-    product = Program(along, w).flops_with_loops_once
+    product = of_hessian_product(w, gradient)
     flops = terms * product
     if structure is not None:
         flops = STEPS * of_products(structure, w) + of_factorisation(structure, w) + product
@@ -73,11 +80,12 @@ def relative(structure: str, factor_every: int = 1) -> float:
     """Flops of an outer step of 20 inner steps, relative to the inner steps alone.
 
     The compiler counts a loop body once: here, training and the products of one gradient. The rest
-    of the step runs once. One of `factor_every` outer steps takes products and factorises.
+    of the step runs once. One of `factor_every` outer steps takes products and factorises; the
+    compiler counts a conditional's most expensive branch.
     """
     w = eqx.filter(job(BATCH).params, eqx.is_inexact_array)
     products = of_products(structure, w)
     inner = program(None).flops_with_loops_once
-    outer = program(structure).flops_with_loops_once - inner - products
+    outer = program(structure, factor_every).flops_with_loops_once - inner - products
     curvature = (STEPS * products + of_factorisation(structure, w)) / factor_every
     return (STEPS * inner + outer + curvature) / (STEPS * inner)
