@@ -34,7 +34,7 @@ _LOOK_AT = "gradhpo.check_hypergradient finds the source"
 # Rows of the table in the report's text.
 _MOST_ROWS = 12
 # Below it, most of the hypergradient comes from the steps that a truncation cuts off.
-LEAST_LENGTH = 0.5
+_LEAST_LENGTH = 0.5
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -115,7 +115,7 @@ class Horizon(Report):
     def _warning(self) -> str:
         """Against a truncation that the cosines suggest and the lengths do not."""
         needed = sorted({self.steps_needed(0.9), self.steps_needed(0.99)} - {self.num_steps})
-        short = [f"{k}" for k in needed if self.length_of_last[k - 1] < LEAST_LENGTH]
+        short = [f"{k}" for k in needed if self.length_of_last[k - 1] < _LEAST_LENGTH]
         if not short:
             return ""
         return (

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import equinox as eqx
 import jax
@@ -26,8 +26,10 @@ NEIGHBOURS, REDRAWS = 4, 3
 # Perturbations over which predictions are compared: only products, no training.
 DIRECTIONS = 500
 _AT_ONCE = 2**20  # numbers
-# A leaf that changes a rank correlation by less is not behind it.
-_LEAST_GAIN = 0.01
+# A leaf is behind a disagreement if it accounts for this part of it.
+_LEAST_CLOSED = 0.5
+# Leaves with a smaller part in the spread of the predictions say nothing about the others.
+_LEAST_EFFECT = 0.1
 
 Perturb = Callable[[Array, PyTree], PyTree]
 
@@ -65,22 +67,58 @@ class Nearby:
             if name not in ("own", "best")
         }
 
-    def leaf_behind(self, name: str) -> str | None:
-        """The leaf behind a disagreement: with its part as predicted, the others agree best.
+    def leaf_behind(self, name: str, threshold: float, reported: float | None = None) -> str | None:
+        """The leaf behind a disagreement, if it is the only one.
 
-        `None` if there is only one leaf, or if no leaf alone makes a difference.
+        With its part as predicted, the others agree best, and at least half of the gap between
+        the agreement and 1 closes. Without the leaf on both sides, as much closes: otherwise the
+        other leaves are as wrong. (This is not asked if they have hardly any effect.)
+
+        `None` if there is only one leaf, if none meets this, or from an agreement of `threshold`
+        on. A `reported` agreement that is lower, because noise of the loss counts, widens the gap.
         """
         own, others = self.parts[_mate(name)][0], self.parts[name]
-        agreement = lambda parts: np.nan_to_num(
-            np.mean([spearman(_total(own), _total(x)) for x in parts]), nan=-1.0
-        )
-        best, found = agreement(others) + _LEAST_GAIN, None
-        for i, leaf in enumerate(self.leaves if len(self.leaves) > 1 else ()):
-            here = np.arange(len(self.leaves)) == i
-            repaired = agreement([np.where(here, own, x) for x in others])
-            if repaired > best:
-                best, found = repaired, leaf
-        return found
+        whole = _total(own)
+        found = _agreement(whole, map(_total, others))
+        if len(self.leaves) == 1 or found >= threshold:
+            return None
+        rests = [_rests(x) for x in others]
+        with np.errstate(invalid="ignore", over="ignore"):
+            repaired = [
+                _agreement(whole, [rest[:, i] + own[:, i] for rest in rests])
+                for i in range(len(self.leaves))
+            ]
+        i = int(np.argmax(repaired))
+        gap = 1 - min(found, found if reported is None else _or_lowest(reported))
+        least = found + _LEAST_CLOSED * gap
+        if repaired[i] < least:
+            return None
+        own_rest = _total(np.delete(own, i, axis=1))
+        without = _agreement(own_rest, [rest[:, i] for rest in rests])
+        matters = np.std(own_rest) > _LEAST_EFFECT * np.std(whole)
+        return self.leaves[i] if without >= least or not matters else None
+
+
+def _agreement(own: np.ndarray, others: Iterable[np.ndarray]) -> float:
+    """The mean rank correlation with the others; the lowest if one of them has none."""
+    return _or_lowest(float(np.mean([spearman(own, x) for x in others])))
+
+
+def _or_lowest(agreement: float) -> float:
+    return -1.0 if math.isnan(agreement) else agreement
+
+
+def _rests(parts: np.ndarray) -> np.ndarray:
+    """Totals without each leaf, `[perturbations, leaves]`.
+
+    From the sums before and after it: a total minus the part of a leaf that is huge, infinite or
+    NaN would lose the others.
+    """
+    nothing = np.zeros((len(parts), 1))
+    with np.errstate(invalid="ignore", over="ignore"):
+        before = np.cumsum(np.hstack([nothing, parts[:, :-1]]), axis=1)
+        after = np.cumsum(np.hstack([nothing, parts[:, :0:-1]]), axis=1)[:, ::-1]
+        return before + after
 
 
 def _total(parts: np.ndarray) -> np.ndarray:

@@ -103,8 +103,9 @@ class Trust:
         measured.
     - `replayed`: as passed to the call.
     - `unmeasured`: what matters and could not be measured, in words.
-    - `leaves`: maps the name of an agreement below 0.97 to the leaf that lowers it most; `None` if
-        there is one leaf, or if no single one is behind it.
+    - `leaves`: maps the name of an agreement among the reasons to the leaf behind it. Repairing
+        its part alone closes at least half of the gap to 1, and so does leaving it out. `None` if
+        there is one leaf, if several are as wrong, or if the noise of the loss is behind it.
     - `value` (property): the lowest `agreement` that counts, clipped to [0, 1]. `"other keys"`
         never counts, and `"redrawn"` only with `replayed=False`. 0 if training explodes: if its
         loss rises by more than 100 times the first one, and its updates grow tenfold.
@@ -170,11 +171,13 @@ class Trust:
                 f"predicted changes are {self.scale:.2g} times the true ones: use smaller "
                 "perturbations, or an optimizer that comes closer to the exact hypergradient"
             )
-        found += [self._sentence(name) for name, x in self.counted.items() if not x >= TRUSTED]
-        keys = self.agreement.get("other keys", 1.0)
-        if self.replayed is None and not keys >= TRUSTED:
-            found.append(self._sentence("other keys"))
-        return (*found, *self.unmeasured)
+        return (*found, *map(self._sentence, self._low), *self.unmeasured)
+
+    @property
+    def _low(self) -> list[str]:
+        """Names of the agreements among the reasons."""
+        unknown = ["other keys"] if self.replayed is None and "other keys" in self.agreement else []
+        return [name for name in (*self.counted, *unknown) if not self.agreement[name] >= TRUSTED]
 
     def _sentence(self, name: str) -> str:
         _, what, remedy = _WORDS[name]
@@ -208,7 +211,7 @@ def judged(
     nearby: Nearby | None, watched: dict | None, replayed: bool | None, unmeasured: tuple[str, ...]
 ) -> Trust:
     """From the hypergradients nearby, and from `finiteness`, where they could be computed."""
-    nan, changes, agreement, leaves = float("nan"), (), {}, {}
+    nan, changes, agreement = float("nan"), (), {}
     signal_to_noise = first = last = growth = followed = scale = nan
     if watched is not None:
         losses, moved = (np.asarray(watched["forward"][name]) for name in ("loss", "moved"))
@@ -234,12 +237,14 @@ def judged(
             noise = np.std([own_loss, *nearby.val_losses["redrawn"]], ddof=1)
             with np.errstate(invalid="ignore"):  # no signal at all: nan
                 agreement["redrawn"] *= float(signal / np.hypot(signal, noise))
-        low = [name for name, x in agreement.items() if not x >= TRUSTED]
-        leaves = {name: nearby.leaf_behind(name) for name in low}
-    return Trust(
+    trust = Trust(
         agreement, changes, followed, scale, signal_to_noise, first, last, growth, replayed,
-        unmeasured, leaves,
+        unmeasured, leaves={},
     )  # fmt: skip
+    if nearby is None:
+        return trust
+    behind = {name: nearby.leaf_behind(name, TRUSTED, agreement[name]) for name in trust._low}
+    return dataclasses.replace(trust, leaves=behind)
 
 
 def _followed(nearby: Nearby, changes: tuple[tuple[float, float], ...]) -> tuple[float, float]:
