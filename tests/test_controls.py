@@ -176,6 +176,7 @@ def test_moving_average_counts_without_end(window):
     assert state.number <= 2 * window
 
 
+@pytest.mark.thorough
 def test_clipping_smoothing_and_warm_up_in_a_run():
     """Against the same hypergradients, transformed by hand."""
     seen = []

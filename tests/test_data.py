@@ -190,6 +190,7 @@ def run(data):
     )[0]
 
 
+@pytest.mark.thorough
 def test_loaders_of_other_libraries():
     """NumPy, grain and, where it is installed, PyTorch: the same batches, the same run."""
     x, y = np.array(X), np.array(Y)

@@ -63,6 +63,7 @@ def test_takes_the_steps_of_an_optimizer_that_tunes_by_0():
         np.testing.assert_allclose(ours[metric], its[metric], rtol=1e-12)
 
 
+@pytest.mark.thorough
 def test_warm_up_and_final_training():
     fixed = gradhpo.FixedOptimizer(ADAM)
     tuning = gradhpo.OneStepOptimizer(ADAM, relaxed(optax.adam(0.1)))

@@ -230,6 +230,7 @@ def test_tree_algebra_leaves_frozen_leaves_out():
     assert_same(between, PARAMS | {"head": jax.tree.map(lambda x: 1.5 * x, HEAD)}, rtol=1e-14)
 
 
+@pytest.mark.thorough
 def test_precision_is_that_of_what_is_trained():
     """A table in float64 does not make the program float64, and does not change."""
 

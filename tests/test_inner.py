@@ -90,6 +90,7 @@ def test_pullback_can_be_differentiated_once_more(getkey):
     assert_close(ours(problem.hyperparams), plain(problem.hyperparams))
 
 
+@pytest.mark.thorough
 def test_pullback_of_an_update_fn(getkey):
     problem, _ = make("dicts", "sgd", getkey())
 

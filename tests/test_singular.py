@@ -62,7 +62,7 @@ DEFAULT, CG = None, lx.CG(rtol=1e-10, atol=1e-10)
 
 @pytest.mark.parametrize(
     ("features", "examples", "solver"),
-    [(600, 128, DEFAULT), pytest.param(50, 8, CG, marks=pytest.mark.thorough)],
+    [pytest.param(600, 128, DEFAULT, marks=pytest.mark.thorough), (50, 8, CG)],
 )
 def test_a_batch_smaller_than_the_parameters_has_the_smallest_norm_answer(
     features, examples, solver

@@ -119,6 +119,7 @@ def test_nystrom_of_dead_units_and_negative_curvature(sign, getkey):
     np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
+@pytest.mark.thorough
 def test_nystrom_draws_different_columns(getkey):
     size = 1_000
     seen = set()

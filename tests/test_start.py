@@ -332,6 +332,7 @@ def test_each_episode_has_its_own_start_which_is_differentiated(name):
     np.testing.assert_allclose(history["hypergrad_norm"], norms, rtol=1e-10)
 
 
+@pytest.mark.thorough
 def test_a_longer_episode_starts_once():
     """Later outer steps of an episode continue from the current state: only the first starts."""
     with pytest.warns(UserWarning, match="act in start_fn alone, .* Pass steps_per_episode=1"):

@@ -23,6 +23,7 @@ def convolved(x, kernel, bias, size, stride):
     return jax.nn.relu(found + bias[None, None, None])
 
 
+@pytest.mark.thorough
 def test_the_network_is_three_convolutions_and_a_linear_layer():
     images = jax.random.normal(jax.random.key(0), (2, 28, 28, 1), jnp.float32)
     net = Network(jax.random.key(1))
@@ -52,6 +53,7 @@ def test_that_share_of_the_labels_is_wrong():
     assert 0 <= x.min() < x.max() == 1
 
 
+@pytest.mark.thorough
 def test_normalised_weights_do_not_change_with_a_common_factor():
     images = jax.random.normal(jax.random.key(1), (16, 7, 7, 20), jnp.float32)
     labels = jnp.arange(20, dtype=jnp.int32) % 10

@@ -47,6 +47,7 @@ def test_herding_follows_the_mean_as_its_definition_does():
         assert far[found[k]] <= min(far.values()) + 1e-6
 
 
+@pytest.mark.thorough
 def test_one_centre_is_the_mean_of_its_class():
     train = digits(0).train
     x, y = (np.asarray(a) for a in train)

@@ -33,6 +33,7 @@ def restarting(single, **settings):
     return gradhpo.TaskBatched(single, TASKS, restart_every=EVERY, **settings)
 
 
+@pytest.mark.thorough
 def test_in_turn_by_hand():
     """Fourteen steps: after 2, 4, 6, ... tasks 0, 1, 2, 0, ... restart, memory included."""
     single = gradhpo.OnlineHypergradientOptimizer(MOMENTUM, STILL)

@@ -80,6 +80,7 @@ def not_trusted(report, *words):
     assert str(report).splitlines()[0].endswith(f"not trusted ({report.trust:.2f})")
 
 
+@pytest.mark.thorough
 def test_a_trusted_one_and_each_number_by_its_formula():
     report = check()
     measured = report.trusting
