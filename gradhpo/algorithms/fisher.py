@@ -151,8 +151,8 @@ def square(rows: Array, levels: int = 2) -> Array:
     r"""$AA^\top$ for $A$ = `rows`, of shape `[..., m, n]`.
 
     It is symmetric: three of its four quarters are enough, and three quarters of two of these, 5/8
-    of the flops. That is less time only from about 1,000 rows on; below, it takes as long as the
-    whole product. Small and odd ones are computed whole.
+    of the flops. Whether it takes less time depends on the size and the device. Small and odd ones
+    are computed whole.
     """
     *outer, m, n = rows.shape
     if levels == 0 or m % 2 or m < 64:

@@ -121,7 +121,7 @@ class NHGDOptimizer(Algorithm):
         many inner steps they cost hardly more than training (under `vmap`, as with `TaskBatched`,
         nothing is saved, and with an `update_fn` the gradient of the loss is still computed). $F$
         then fills `factor_every` times as slowly and reaches further back in time: use it with many
-        inner steps, several times P in all the steps that add for `"dense"`. Default 1.
+        inner steps. Default 1.
     - `grad_fn`: `(params, hyperparams, batch) -> gradient`, a tree like the parameters, which
         replaces the gradient of the training loss (DP-SGD, SAM, semi-gradients); the loss is then
         only a metric. $F$ is made of it as well. Default `None`.

@@ -56,8 +56,8 @@ class Horizon(Report):
     - `cosine_of_last`, shape `[steps]`: at `[K - 1]` the cosine of $g$ with the hypergradient of
         the last K steps alone (`truncation=K`).
     - `length_of_last`, shape `[steps]`: the norm ratio of that truncated hypergradient, its
-        length relative to $\|g\|$. If it is far below 1, do not truncate there: the direction is
-        right here, but tuning can end at other values (short-horizon bias).
+        length relative to $\|g\|$. If it is far below 1, do not truncate there, even where the
+        cosine is close to 1: tuning can end at other values (short-horizon bias).
     - `hypergradient`: $g$.
     """
 
